@@ -1,0 +1,340 @@
+//! What the engine sees of one side of a run.
+//!
+//! A [`Source`] is scanned and read; a [`Target`] compares, stages and publishes. Both are blocking and are called from
+//! the engine's worker threads, each of which has a [`Reader`] and a [`Writer`] of its own. Between them travel
+//! [`Block`]s of plain bytes: what is compressed on a wire is the business of the endpoint that has the wire.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Exit;
+use crate::filter::FilterSpec;
+use crate::manifest::{Digest, Tree};
+use crate::monitor::{Monitor, Problem};
+use crate::plan::Plan;
+use crate::policy::PolicySpec;
+
+pub mod local;
+pub mod memory;
+
+/// Content travels in blocks of at most this many bytes.
+pub const BLOCK_BYTES: usize = 512 * 1024;
+/// Files up to this size travel whole, in one block.
+pub const SMALL_FILE_BYTES: u64 = 256 * 1024;
+
+/// Plain content bytes, with room in front for a message header so that they need not be copied to be sent.
+#[derive(Debug)]
+pub struct Block {
+    buffer: Vec<u8>,
+}
+
+impl Block {
+    /// Free bytes in front of the data.
+    pub const HEADROOM: usize = 64;
+
+    /// An empty block with room for `capacity` data bytes.
+    pub fn with_capacity(capacity: usize) -> Block {
+        let mut buffer = Vec::with_capacity(Self::HEADROOM + capacity);
+        buffer.resize(Self::HEADROOM, 0);
+        Block { buffer }
+    }
+
+    /// A block with a copy of `data`.
+    pub fn copy_of(data: &[u8]) -> Block {
+        let mut block = Block::with_capacity(data.len());
+        block.buffer.extend_from_slice(data);
+        block
+    }
+
+    /// The data.
+    pub fn data(&self) -> &[u8] {
+        &self.buffer[Self::HEADROOM..]
+    }
+
+    /// The whole buffer, headroom included; data may be appended, and must not be cut below the headroom.
+    pub fn buffer_mut(&mut self) -> &mut Vec<u8> {
+        &mut self.buffer
+    }
+
+    /// Gives the buffer up: [`Block::HEADROOM`] free bytes, then the data.
+    pub fn into_buffer(self) -> Vec<u8> {
+        self.buffer
+    }
+}
+
+/// What ends a run.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum Error {
+    #[error("{operation} '{path}'")]
+    Io { operation: &'static str, path: String, source: std::io::Error },
+    #[error("{host}: the connection was lost; what arrived is kept, and the same command goes on from there")]
+    Disconnected {
+        host: String,
+        #[source]
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
+    #[error("{host} answered in a way the protocol does not allow: {what}")]
+    Protocol { host: String, what: String },
+    #[error("refused by {by}: {reason}")]
+    Refused { by: String, reason: String },
+    #[error("{root} is in use by {holder}; wait for it to end, or use --wait")]
+    Locked { root: String, holder: String },
+    #[error("{0}")]
+    Usage(String),
+    #[error("{message}")]
+    Remote { message: String, exit: Exit },
+}
+
+impl Error {
+    /// The exit status that says it.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Error::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => Exit::Io,
+            Error::Io { .. } | Error::Protocol { .. } => Exit::Io,
+            Error::Disconnected { .. } | Error::Locked { .. } => Exit::TryAgain,
+            Error::Refused { .. } => Exit::Incomplete,
+            Error::Usage(_) => Exit::Usage,
+            Error::Remote { exit, .. } => *exit,
+        }
+    }
+}
+
+/// How a source is scanned.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct ScanOptions {
+    /// What to leave out.
+    pub filter: FilterSpec,
+    /// Follow no cached digest, hash everything (`--checksum`).
+    pub hash_all: bool,
+    /// What to do with symbolic links.
+    pub links: Links,
+}
+
+/// What happens to symbolic links of the source.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Links {
+    /// Kept as links when their target stays in the tree; others are skipped and reported.
+    #[default]
+    Safe,
+    /// Kept as they are, wherever they point.
+    All,
+    /// Left out and reported.
+    Skip,
+    /// Any link ends the run.
+    Refuse,
+}
+
+/// What a scan found.
+#[derive(Debug, Default)]
+pub struct Scan {
+    /// The tree. Digests are there where they are known without reading.
+    pub tree: Tree,
+    /// Paths that could not be read or were left out.
+    pub problems: Vec<Problem>,
+}
+
+/// The side that content comes from.
+pub trait Source: Sync {
+    /// For messages: `/data/x` or `user@host:/data/x`.
+    fn describe(&self) -> String;
+    /// Lists the tree.
+    ///
+    /// # Errors
+    /// When the root cannot be read, or the connection ends.
+    fn scan(&self, options: &ScanOptions, monitor: &dyn Monitor) -> Result<Scan, Error>;
+    /// A reader for one worker thread. `tree` is what [`Source::scan`] gave; indices refer to it.
+    ///
+    /// # Errors
+    /// When the connection ends.
+    fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error>;
+    /// Remembers digests that were computed while reading (pairs of index and digest), so that nothing is hashed twice.
+    fn remember(&self, tree: &Tree, digests: &[(u32, Digest)]);
+}
+
+/// A file to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fetch {
+    /// Index in the tree.
+    pub index: u32,
+    /// The first byte that is wanted; what is before is only hashed.
+    pub from: u64,
+    /// When the content has this digest nothing of it is wanted.
+    pub unless: Option<Digest>,
+}
+
+/// What a [`Reader`] produces. For one file: [`Produced::Whole`]; or any number of `Data` and `Hole` in ascending order
+/// that cover it from `from` on, then `End`; or `Same`; or `Failed`, which may also come after some `Data`.
+#[derive(Debug)]
+#[allow(missing_docs)]
+pub enum Produced {
+    /// A whole small file.
+    Whole { index: u32, block: Block, digest: Digest },
+    /// Bytes at `offset`.
+    Data { index: u32, offset: u64, block: Block },
+    /// `length` zero bytes at `offset`, which need not be stored.
+    Hole { index: u32, offset: u64, length: u64 },
+    /// All is read; the digest is that of the whole file, from its first byte.
+    End { index: u32, digest: Digest },
+    /// The content is what `unless` said.
+    Same { index: u32, digest: Digest },
+    /// The file could not be read, or changed meanwhile (then `retry`).
+    Failed { index: u32, message: String, retry: bool },
+}
+
+/// Reads files for one worker thread, several of them ahead where that hides delay.
+pub trait Reader: Send {
+    /// Whether it wants more files pushed before the next [`Reader::next`].
+    fn wants_more(&self) -> bool;
+    /// Adds a file to be read.
+    fn push(&mut self, fetch: Fetch);
+    /// The next piece; `None` when everything that was pushed has been produced.
+    ///
+    /// # Errors
+    /// What ends the run. A single file that cannot be read is [`Produced::Failed`].
+    fn next(&mut self) -> Result<Option<Produced>, Error>;
+}
+
+/// How a run treats a target.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct BeginOptions {
+    /// The sender's wish for permissions; the receiver's own policy wins.
+    pub policy: PolicySpec,
+    /// What to leave out of the comparison (and so of deleting).
+    pub filter: FilterSpec,
+    /// Compare by content alone.
+    pub checksum: bool,
+    /// Directories that are published whole, as globs with a trailing slash.
+    pub units: Vec<String>,
+    /// Paths that are published last, as globs (markers, pointers).
+    pub last: Vec<String>,
+    /// Hash what lies on the disk before publishing, not only the stream.
+    pub verify_disk: bool,
+    /// How long to wait for another run on the same root, in seconds.
+    pub wait_seconds: u64,
+    /// Only look: create and change nothing.
+    pub dry_run: bool,
+    /// Who runs it, for the audit log and the lock: `user@host`.
+    pub actor: String,
+    /// Where the content comes from, for the audit log.
+    pub source: String,
+}
+
+/// What to do at the end.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct CommitOptions {
+    /// Remove what the plan lists as removals.
+    pub delete: bool,
+    /// Indices of entries that failed at the source and are not to be published.
+    pub failed: Vec<u32>,
+}
+
+/// What was published.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Committed {
+    /// Generation of the manifest that is now in force.
+    pub generation: u64,
+    /// SHA-256 of the manifest file, in hexadecimal.
+    pub manifest_digest: String,
+    /// Paths that were added or replaced.
+    pub published: u64,
+    /// Paths that were removed.
+    pub removed: u64,
+    /// Paths that could not be published: escaped path and reason.
+    pub problems: Vec<(String, String)>,
+}
+
+/// The side that content goes to. One run: `begin`, `diff`, any writers, `commit` or `abort`.
+pub trait Target: Sync {
+    /// For messages: `/data/x` or `user@host:/data/x`.
+    fn describe(&self) -> String;
+    /// Takes the lock, finishes or collects what an interrupted run left.
+    ///
+    /// # Errors
+    /// When the root cannot be used, is locked, or the receiver refuses.
+    fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error>;
+    /// Compares the source's tree with what is there.
+    ///
+    /// # Errors
+    /// When the receiver refuses a path or a permission, or cannot read its tree.
+    fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error>;
+    /// A writer for one worker thread.
+    ///
+    /// # Errors
+    /// When the connection ends.
+    fn writer(&self) -> Result<Box<dyn Writer + '_>, Error>;
+    /// Publishes what is staged.
+    ///
+    /// # Errors
+    /// When nothing was published: the target is as it was.
+    fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error>;
+    /// Ends the run without publishing. What is staged stays for the next run.
+    fn abort(&self);
+    /// How the target proves what it holds, for `-v` and the summary.
+    fn verification(&self) -> String;
+}
+
+/// What became of a file that was given to a [`Writer`].
+#[derive(Debug)]
+pub struct Staged {
+    /// Index in the source's tree.
+    pub index: u32,
+    /// `Ok` when it is staged and its SHA-256 equals the source's.
+    pub result: Result<(), WriteFailure>,
+}
+
+/// Why a file was not staged.
+#[derive(Debug, Clone)]
+pub struct WriteFailure {
+    /// What failed and why; without the path.
+    pub message: String,
+    /// Worth sending again from the start.
+    pub retry: bool,
+}
+
+/// Stages files for one worker thread. Calls may return before their work is done; what became of it is told by
+/// [`Writer::completions`]. For one file: `put`; or `open`, `write` and `hole` in ascending order, `finish`; or `keep`.
+pub trait Writer: Send {
+    /// Stages a whole small file.
+    ///
+    /// # Errors
+    /// What ends the run (here and below); a single file's failure is a completion.
+    fn put(&mut self, index: u32, block: Block, digest: Digest) -> Result<(), Error>;
+    /// Starts a large file, or goes on with it at `resume_at`.
+    ///
+    /// # Errors
+    /// What ends the run.
+    fn open(&mut self, index: u32, resume_at: u64) -> Result<(), Error>;
+    /// Bytes at `offset`.
+    ///
+    /// # Errors
+    /// What ends the run.
+    fn write(&mut self, index: u32, offset: u64, block: Block) -> Result<(), Error>;
+    /// Zero bytes at `offset`, to be left as a hole.
+    ///
+    /// # Errors
+    /// What ends the run.
+    fn hole(&mut self, index: u32, offset: u64, length: u64) -> Result<(), Error>;
+    /// The file is complete and has this digest at the source.
+    ///
+    /// # Errors
+    /// What ends the run.
+    fn finish(&mut self, index: u32, digest: Digest) -> Result<(), Error>;
+    /// The target's content is right already; only metadata changes.
+    ///
+    /// # Errors
+    /// What ends the run.
+    fn keep(&mut self, index: u32, digest: Digest) -> Result<(), Error>;
+    /// The source could not deliver the file: drop what is staged of it. No completion follows.
+    ///
+    /// # Errors
+    /// What ends the run.
+    fn discard(&mut self, index: u32) -> Result<(), Error>;
+    /// Files that were completed since the last call. With `wait`, everything given so far is completed first.
+    ///
+    /// # Errors
+    /// What ends the run.
+    fn completions(&mut self, wait: bool) -> Result<Vec<Staged>, Error>;
+}

@@ -1,0 +1,105 @@
+//! What every layer needs to speak of failures: exit codes, and names made safe to print.
+//!
+//! Each module has its own error enum; this leaf holds only what they share.
+
+use std::fmt;
+
+/// How a command ends. The numbers are part of the command line's contract.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Exit {
+    /// Done, or the data is good.
+    Done = 0,
+    /// The data is bad: mismatch, missing, unlisted, unreadable.
+    BadData = 1,
+    /// Wrong usage or configuration.
+    Usage = 2,
+    /// Signature or trust: host key, authentication.
+    Trust = 3,
+    /// Incomplete: some paths or targets failed, or the unit is not finished.
+    Incomplete = 4,
+    /// An input or output error.
+    Io = 5,
+    /// Try again: the target is locked, or the connection was lost.
+    TryAgain = 75,
+}
+
+impl Exit {
+    /// The process exit status.
+    pub fn code(self) -> u8 {
+        self as u8
+    }
+}
+
+/// Shows bytes that may hold anything (names of files above all) so that they cannot steer a terminal or forge a log
+/// line: control bytes, backslash and bytes that are not UTF-8 appear as `\n`, `\\` or `\xHH`.
+pub struct Escaped<'a>(pub &'a [u8]);
+
+impl fmt::Display for Escaped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use fmt::Write as _;
+        for chunk in self.0.utf8_chunks() {
+            for c in chunk.valid().chars() {
+                match c {
+                    '\\' => f.write_str("\\\\")?,
+                    '\n' => f.write_str("\\n")?,
+                    '\r' => f.write_str("\\r")?,
+                    '\t' => f.write_str("\\t")?,
+                    c if is_unsafe_to_print(c) => {
+                        let mut utf8 = [0; 4];
+                        for byte in c.encode_utf8(&mut utf8).bytes() {
+                            write!(f, "\\x{byte:02x}")?;
+                        }
+                    }
+                    c => f.write_char(c)?,
+                }
+            }
+            for byte in chunk.invalid() {
+                write!(f, "\\x{byte:02x}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Control characters (C0, DEL, C1) and the marks that reorder or hide text (bidirectional controls, zero-width).
+fn is_unsafe_to_print(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+}
+
+/// An error and its causes in one line, as `cli` and the logs print it: `a: b: c`.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_bytes_and_invalid_utf8_are_escaped() {
+        let cases: [(&[u8], &str); 7] = [
+            (b"plain.txt", "plain.txt"),
+            (b"a\nb", "a\\nb"),
+            (b"\x1b[31mred", "\\x1b[31mred"),
+            (b"caf\xe9", "caf\\xe9"),
+            ("café".as_bytes(), "café"),
+            (b"back\\slash", "back\\\\slash"),
+            ("\u{202e}gpj.exe".as_bytes(), "\\xe2\\x80\\xaegpj.exe"),
+        ];
+        for (name, shown) in cases {
+            assert_eq!(Escaped(name).to_string(), shown);
+        }
+    }
+}

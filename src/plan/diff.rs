@@ -1,0 +1,3 @@
+//! (in the making)
+/// (in the making)
+pub fn diff() {}
