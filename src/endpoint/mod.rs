@@ -15,6 +15,7 @@ use crate::monitor::{Monitor, Problem};
 use crate::plan::Plan;
 use crate::policy::PolicySpec;
 
+pub mod link;
 pub mod local;
 pub mod memory;
 
