@@ -153,6 +153,10 @@ pub trait Source: Sync {
     fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error>;
     /// Remembers digests that were computed while reading (pairs of index and digest), so that nothing is hashed twice.
     fn remember(&self, tree: &Tree, digests: &[(u32, Digest)]);
+    /// Bytes that went over the wire so far, both directions; 0 where there is none.
+    fn wire_bytes(&self) -> u64 {
+        0
+    }
 }
 
 /// A file to be read.
@@ -275,6 +279,10 @@ pub trait Target: Sync {
     fn abort(&self);
     /// How the target proves what it holds, for `-v` and the summary.
     fn verification(&self) -> String;
+    /// Bytes that went over the wire so far, both directions; 0 where there is none.
+    fn wire_bytes(&self) -> u64 {
+        0
+    }
 }
 
 /// What became of a file that was given to a [`Writer`].

@@ -1,1 +1,261 @@
-//! (in the making)
+//! The one pipeline that push, pull and dry runs go through, whatever the two sides are.
+//!
+//! scan source, compare at the target, check that it is safe, stage, verify, publish. The engine is blocking; each of
+//! its worker threads owns a reader and a writer, and a block of content passes from one to the other untouched.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, ScanOptions, Source, Target};
+use crate::manifest::{Digest, Tree};
+use crate::monitor::{Counters, Event, Monitor, Phase, Problem, Severity};
+use crate::plan::safety::{self, DeleteLimit};
+use crate::plan::{Need, Plan};
+
+mod queue;
+mod worker;
+
+use queue::Queue;
+
+/// How a run is done.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// How the source is scanned.
+    pub scan: ScanOptions,
+    /// How the target is treated.
+    pub begin: BeginOptions,
+    /// Remove at the target what the source does not have.
+    pub delete: bool,
+    /// How much may be removed at most.
+    pub max_delete: DeleteLimit,
+    /// Worker threads, at least 1.
+    pub workers: usize,
+    /// How often a file is sent again after its content did not match or it changed while it was read.
+    pub retries: u32,
+}
+
+/// What a run did.
+#[derive(Debug)]
+pub struct SyncReport {
+    /// The source's tree, with the digests that became known.
+    pub tree: Arc<Tree>,
+    /// What was to be done; actions refer to `tree`.
+    pub plan: Plan,
+    /// What was published; `None` for a dry run.
+    pub committed: Option<Committed>,
+    /// Paths that failed or were left out, in the order they were met.
+    pub problems: Vec<Problem>,
+    /// Files whose content was staged and verified in this run.
+    pub verified_files: u64,
+    /// Their bytes.
+    pub verified_bytes: u64,
+    /// Bytes that went over the wire, both directions, compressed; 0 where there is none.
+    pub wire_bytes: u64,
+    /// Whether removals were held back because of problems.
+    pub deletion_held_back: bool,
+    /// From start to end.
+    pub elapsed: Duration,
+}
+
+impl SyncReport {
+    /// Whether every path of the source is at the target now (or would be).
+    pub fn is_complete(&self) -> bool {
+        !self.problems.iter().any(|problem| problem.severity == Severity::Failed)
+    }
+}
+
+/// What the worker threads share.
+struct Shared<'a> {
+    tree: &'a Tree,
+    queue: Queue,
+    retries: u32,
+    monitor: &'a dyn Monitor,
+    /// Set when the run ends early: the user's wish, or another worker's error.
+    stop: &'a AtomicBool,
+    outcome: Mutex<Outcome>,
+}
+
+#[derive(Default)]
+struct Outcome {
+    digests: Vec<(u32, Digest)>,
+    failed: HashMap<u32, String>,
+    verified_files: u64,
+    verified_bytes: u64,
+    error: Option<Error>,
+}
+
+/// Makes `target` like `source`. `stop` ends the run early: what is staged stays for the next one.
+///
+/// # Errors
+/// What ended the run before anything was published. Single paths that failed are in the report.
+pub fn run(
+    source: &dyn Source,
+    target: &dyn Target,
+    options: &Options,
+    monitor: &dyn Monitor,
+    stop: &AtomicBool,
+) -> Result<SyncReport, Error> {
+    let started = Instant::now();
+    monitor.event(Event::Phase(Phase::Scanning));
+    let (begun, scanned) = std::thread::scope(|scope| {
+        let begun = scope.spawn(|| target.begin(&options.begin, monitor));
+        let scanned = source.scan(&options.scan, monitor);
+        let begun = begun.join().unwrap_or_else(|_| Err(Error::Usage("an internal error stopped the target".into())));
+        (begun, scanned)
+    });
+    begun?;
+    let result = scanned.and_then(|scan| {
+        for problem in &scan.problems {
+            monitor.event(Event::Problem(problem));
+        }
+        run_begun(source, target, options, monitor, stop, scan, started)
+    });
+    if result.is_err() || options.begin.dry_run {
+        target.abort();
+    }
+    result
+}
+
+fn run_begun(
+    source: &dyn Source,
+    target: &dyn Target,
+    options: &Options,
+    monitor: &dyn Monitor,
+    stop: &AtomicBool,
+    scan: crate::endpoint::Scan,
+    started: Instant,
+) -> Result<SyncReport, Error> {
+    let tree = Arc::new(scan.tree);
+    let mut problems = scan.problems;
+    monitor.event(Event::Phase(Phase::Comparing));
+    let plan = target.diff(&tree, monitor)?;
+    if options.delete {
+        safety::check_removals(&tree, &plan, options.max_delete)
+            .map_err(|refusal| Error::Refused { by: "the safety checks".into(), reason: refusal.to_string() })?;
+    }
+    let mut report = |committed, problems: Vec<Problem>, outcome: Outcome, held_back| SyncReport {
+        tree: with_digests(&tree, &outcome.digests),
+        plan: plan.clone(),
+        committed,
+        problems,
+        verified_files: outcome.verified_files,
+        verified_bytes: outcome.verified_bytes,
+        wire_bytes: source.wire_bytes() + target.wire_bytes(),
+        deletion_held_back: held_back,
+        elapsed: started.elapsed(),
+    };
+    if options.begin.dry_run {
+        return Ok(report(None, problems, Outcome::default(), false));
+    }
+
+    let outcome = transfer(source, target, options, monitor, stop, &tree, &plan)?;
+    source.remember(&tree, &outcome.digests);
+    let mut failed: Vec<u32> = outcome.failed.keys().copied().collect();
+    failed.sort_unstable();
+    for index in &failed {
+        problems.push(Problem {
+            path: tree.entries().get(*index as usize).map(|entry| entry.path.clone()),
+            message: outcome.failed[index].clone(),
+            severity: Severity::Failed,
+        });
+    }
+    let any_failed = problems.iter().any(|problem| problem.severity == Severity::Failed);
+    let held_back = options.delete && any_failed && !plan.removals.is_empty();
+    if held_back {
+        monitor.event(Event::Warning("nothing was deleted at the target, because some paths failed"));
+    }
+    monitor.event(Event::Phase(Phase::Publishing));
+    let committed = target.commit(&CommitOptions { delete: options.delete && !any_failed, failed }, monitor)?;
+    for (path, message) in &committed.problems {
+        let problem = Problem {
+            path: crate::path::RelPath::new(path.as_bytes()).ok(),
+            message: message.clone(),
+            severity: Severity::Failed,
+        };
+        monitor.event(Event::Problem(&problem));
+        problems.push(problem);
+    }
+    monitor.event(Event::Phase(Phase::Done));
+    Ok(report(Some(committed), problems, outcome, held_back))
+}
+
+fn with_digests(tree: &Arc<Tree>, digests: &[(u32, Digest)]) -> Arc<Tree> {
+    if digests.is_empty() {
+        return Arc::clone(tree);
+    }
+    let mut tree = Tree::clone(tree);
+    for &(index, digest) in digests {
+        tree.set_digest(index as usize, digest);
+    }
+    Arc::new(tree)
+}
+
+fn transfer(
+    source: &dyn Source,
+    target: &dyn Target,
+    options: &Options,
+    monitor: &dyn Monitor,
+    stop: &AtomicBool,
+    tree: &Arc<Tree>,
+    plan: &Plan,
+) -> Result<Outcome, Error> {
+    let queue = Queue::new(tree, plan);
+    let counters = monitor.counters();
+    Counters::add(&counters.total_files, queue.files() as u64);
+    Counters::add(&counters.total_bytes, queue.bytes());
+    monitor.event(Event::Phase(Phase::Transferring));
+    let workers = options.workers.clamp(1, queue.files().max(1));
+    let shared =
+        Shared { tree, queue, retries: options.retries, monitor, stop, outcome: Mutex::new(Outcome::default()) };
+    if shared.queue.files() > 0 {
+        std::thread::scope(|scope| {
+            for _ in 0..workers {
+                scope.spawn(|| {
+                    let result = worker::work(source, target, tree, &shared);
+                    if let Err(error) = result {
+                        shared.stop.store(true, Ordering::Relaxed);
+                        // The first error is the cause; those of the other workers follow from it.
+                        lock(&shared.outcome).error.get_or_insert(error);
+                    }
+                });
+            }
+        });
+    }
+    let mut outcome = shared.outcome.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    match outcome.error.take() {
+        Some(error) => {
+            source.remember(tree, &outcome.digests);
+            Err(error)
+        }
+        None if stop.load(Ordering::Relaxed) => {
+            source.remember(tree, &outcome.digests);
+            Err(Error::Remote {
+                message: "stopped before the end; what arrived is kept, and the same command goes on from there".into(),
+                exit: crate::error::Exit::TryAgain,
+            })
+        }
+        None => Ok(outcome),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// The bytes that `plan` asks the source for.
+pub fn bytes_needed(tree: &Tree, plan: &Plan) -> u64 {
+    plan.actions
+        .iter()
+        .map(|action| {
+            let size = tree.entries()[action.index as usize].file().map_or(0, |(size, _)| size);
+            match action.need {
+                Need::Nothing => 0,
+                Need::Content { resume_at } => size.saturating_sub(resume_at),
+                Need::Compare { .. } => size,
+            }
+        })
+        .sum()
+}

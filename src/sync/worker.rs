@@ -1,0 +1,170 @@
+//! One worker thread: what its reader produces goes to its writer.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::{Shared, lock};
+use crate::endpoint::{Error, Fetch, Produced, Reader, Source, Staged, Target, Writer};
+use crate::manifest::{Digest, Tree};
+use crate::monitor::{Counters, Event, Problem, Severity};
+
+/// Files that are read or written by this worker, and what is to become of them.
+struct Worker<'a, 'b> {
+    shared: &'a Shared<'b>,
+    reader: Box<dyn Reader + 'a>,
+    writer: Box<dyn Writer + 'a>,
+    /// Pushed to the reader and not done yet.
+    pushed: HashMap<u32, Fetch>,
+    /// Opened at the writer and neither finished nor discarded.
+    open: HashSet<u32>,
+    /// Given to the writer whole; waiting for its completion.
+    finished: HashMap<u32, Digest>,
+    /// To be read again.
+    again: VecDeque<u32>,
+    attempts: HashMap<u32, u32>,
+}
+
+pub(super) fn work(
+    source: &dyn Source,
+    target: &dyn Target,
+    tree: &Arc<Tree>,
+    shared: &Shared<'_>,
+) -> Result<(), Error> {
+    Worker {
+        shared,
+        reader: source.reader(Arc::clone(tree))?,
+        writer: target.writer()?,
+        pushed: HashMap::new(),
+        open: HashSet::new(),
+        finished: HashMap::new(),
+        again: VecDeque::new(),
+        attempts: HashMap::new(),
+    }
+    .run()
+}
+
+impl Worker<'_, '_> {
+    fn run(&mut self) -> Result<(), Error> {
+        loop {
+            if self.shared.stop.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            while self.reader.wants_more() {
+                let Some(fetch) = self.next_fetch() else { break };
+                self.pushed.insert(fetch.index, fetch);
+                self.reader.push(fetch);
+            }
+            match self.reader.next()? {
+                Some(produced) => {
+                    self.pass_on(produced)?;
+                    let staged = self.writer.completions(false)?;
+                    self.complete(staged);
+                }
+                None => {
+                    let staged = self.writer.completions(true)?;
+                    self.complete(staged);
+                    if self.again.is_empty() && self.finished.is_empty() {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    fn next_fetch(&mut self) -> Option<Fetch> {
+        match self.again.pop_front() {
+            Some(index) => Some(Fetch { index, from: 0, unless: None }),
+            None => self.shared.queue.pop(),
+        }
+    }
+
+    fn pass_on(&mut self, produced: Produced) -> Result<(), Error> {
+        let counters = self.shared.monitor.counters();
+        match produced {
+            Produced::Whole { index, block, digest } => {
+                let length = block.data().len() as u64;
+                Counters::add(&counters.done_bytes, length);
+                Counters::add(&counters.transferred_bytes, length);
+                self.pushed.remove(&index);
+                self.finished.insert(index, digest);
+                self.writer.put(index, block, digest)
+            }
+            Produced::Data { index, offset, block } => {
+                let length = block.data().len() as u64;
+                Counters::add(&counters.done_bytes, length);
+                Counters::add(&counters.transferred_bytes, length);
+                self.open_once(index)?;
+                self.writer.write(index, offset, block)
+            }
+            Produced::Hole { index, offset, length } => {
+                Counters::add(&counters.done_bytes, length);
+                self.open_once(index)?;
+                self.writer.hole(index, offset, length)
+            }
+            Produced::End { index, digest } => {
+                self.open_once(index)?;
+                self.open.remove(&index);
+                self.pushed.remove(&index);
+                self.finished.insert(index, digest);
+                self.writer.finish(index, digest)
+            }
+            Produced::Same { index, digest } => {
+                Counters::add(&counters.done_bytes, self.size_of(index));
+                self.pushed.remove(&index);
+                self.finished.insert(index, digest);
+                self.writer.keep(index, digest)
+            }
+            Produced::Failed { index, message, retry } => {
+                self.pushed.remove(&index);
+                if self.open.remove(&index) {
+                    self.writer.discard(index)?;
+                }
+                self.fail(index, message, retry);
+                Ok(())
+            }
+        }
+    }
+
+    fn open_once(&mut self, index: u32) -> Result<(), Error> {
+        if self.open.insert(index) {
+            let resume_at = self.pushed.get(&index).map_or(0, |fetch| fetch.from);
+            self.writer.open(index, resume_at)?;
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self, staged: Vec<Staged>) {
+        for Staged { index, result } in staged {
+            let Some(digest) = self.finished.remove(&index) else { continue };
+            match result {
+                Ok(()) => {
+                    let size = self.size_of(index);
+                    Counters::add(&self.shared.monitor.counters().done_files, 1);
+                    let mut outcome = lock(&self.shared.outcome);
+                    outcome.digests.push((index, digest));
+                    outcome.verified_files += 1;
+                    outcome.verified_bytes += size;
+                }
+                Err(failure) => self.fail(index, failure.message, failure.retry),
+            }
+        }
+    }
+
+    fn fail(&mut self, index: u32, message: String, retry: bool) {
+        let attempts = self.attempts.entry(index).or_default();
+        if retry && *attempts < self.shared.retries {
+            *attempts += 1;
+            self.again.push_back(index);
+            return;
+        }
+        let path = self.shared.tree.entries().get(index as usize).map(|entry| entry.path.clone());
+        let problem = Problem { path, message: message.clone(), severity: Severity::Failed };
+        self.shared.monitor.event(Event::Problem(&problem));
+        lock(&self.shared.outcome).failed.insert(index, message);
+    }
+
+    fn size_of(&self, index: u32) -> u64 {
+        self.shared.tree.entries().get(index as usize).and_then(|entry| entry.file()).map_or(0, |(size, _)| size)
+    }
+}
