@@ -1,15 +1,15 @@
 //! What has to be done to make a target like its source, as a value that can be printed, tested and refused.
 //!
-//! [`diff`] compares two trees and touches nothing; [`publish`] puts the steps that make the result visible in order.
+//! [`diff()`] compares two trees and touches nothing; [`safety`] refuses what nobody can have meant.
 
 use crate::manifest::Digest;
 use crate::path::RelPath;
 
 mod diff;
-pub mod publish;
+
 pub mod safety;
 
-pub use diff::diff;
+pub use diff::{Desired, diff};
 
 /// How a path differs between source and target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -136,7 +136,7 @@ fn run_begun(
         safety::check_removals(&tree, &plan, options.max_delete)
             .map_err(|refusal| Error::Refused { by: "the safety checks".into(), reason: refusal.to_string() })?;
     }
-    let mut report = |committed, problems: Vec<Problem>, outcome: Outcome, held_back| SyncReport {
+    let report = |committed, problems: Vec<Problem>, outcome: Outcome, held_back| SyncReport {
         tree: with_digests(&tree, &outcome.digests),
         plan: plan.clone(),
         committed,
