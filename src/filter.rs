@@ -1,6 +1,16 @@
-//! Which paths of a tree take part in a run.
+//! Which paths of a tree take part in a run: gitignore globs, and lists of paths.
 
+use std::collections::BTreeSet;
+
+use ignore::gitignore::{Gitignore, GitignoreBuilder};
 use serde::{Deserialize, Serialize};
+
+use crate::path::{InvalidPath, RelPath};
+
+/// lockstep's own directory at the top of a root; it never takes part.
+pub const STATE_DIRECTORY: &[u8] = b".lockstep";
+/// A file of gitignore lines in a directory of the source; they hold for what lies below it.
+pub const IGNORE_FILE: &[u8] = b".lockstepignore";
 
 /// What a user wrote to leave paths out, in order. It travels to the other side, which compiles it there.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -9,4 +19,159 @@ pub struct FilterSpec {
     pub rules: Vec<String>,
     /// `--files-from`: only these paths (bytes) and what lies below them; `None` for all.
     pub only: Option<Vec<Vec<u8>>>,
+}
+
+/// A filter that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum FilterError {
+    #[error("'{glob}' is not a glob as in gitignore(5): {reason}")]
+    Glob { glob: String, reason: String },
+    #[error("in the list of files")]
+    Path(#[from] InvalidPath),
+}
+
+/// A compiled [`FilterSpec`].
+#[derive(Debug, Clone)]
+pub struct Filter {
+    /// gitignore files with the directory they hold below, outermost first; the user's rules are the last word.
+    nested: Vec<(RelPath, Gitignore)>,
+    top: Option<Gitignore>,
+    user: Gitignore,
+    only: Option<Only>,
+}
+
+#[derive(Debug, Clone)]
+struct Only {
+    listed: BTreeSet<RelPath>,
+    above: BTreeSet<RelPath>,
+}
+
+impl Filter {
+    /// Compiles what a user wrote.
+    ///
+    /// # Errors
+    /// [`FilterError`] with the glob or path that is wrong.
+    pub fn compile(spec: &FilterSpec) -> Result<Filter, FilterError> {
+        let user = globs(spec.rules.iter().map(String::as_str))?;
+        let only = match &spec.only {
+            None => None,
+            Some(paths) => {
+                let listed = paths.iter().map(RelPath::new).collect::<Result<BTreeSet<_>, _>>()?;
+                let above = listed.iter().flat_map(|path| path.ancestors().collect::<Vec<_>>()).collect();
+                Some(Only { listed, above })
+            }
+        };
+        Ok(Filter { nested: Vec::new(), top: None, user, only })
+    }
+
+    /// The same filter with the lines of a `.lockstepignore` in `directory` (`None` is the top).
+    ///
+    /// # Errors
+    /// [`FilterError`] with the glob that is wrong.
+    pub fn with_ignore_file(&self, directory: Option<&RelPath>, text: &str) -> Result<Filter, FilterError> {
+        let rules = globs(text.lines())?;
+        let mut filter = self.clone();
+        match directory {
+            None => filter.top = Some(rules),
+            Some(directory) => filter.nested.push((directory.clone(), rules)),
+        }
+        Ok(filter)
+    }
+
+    /// Whether a path takes part. Ask for a directory before what lies below it: what a directory that does not take
+    /// part holds does not either.
+    pub fn admits(&self, path: &RelPath, directory: bool) -> bool {
+        if path.components().next() == Some(STATE_DIRECTORY) {
+            return false;
+        }
+        if let Some(only) = &self.only {
+            let below = || path.ancestors().any(|ancestor| only.listed.contains(&ancestor));
+            if !only.listed.contains(path) && !only.above.contains(path) && !below() {
+                return false;
+            }
+        }
+        // As in gitignore(5) the last rule that matches decides, and rules further down and the user's are later.
+        let user = self.user.matched(path.as_path(), directory);
+        if !user.is_none() {
+            return user.is_whitelist();
+        }
+        for (below, rules) in self.nested.iter().rev() {
+            let Some(relative) = path.strip_prefix(below) else { continue };
+            let verdict = rules.matched(relative.as_path(), directory);
+            if !verdict.is_none() {
+                return verdict.is_whitelist();
+            }
+        }
+        let top = self.top.as_ref().map(|rules| rules.matched(path.as_path(), directory));
+        !top.is_some_and(|verdict| verdict.is_ignore())
+    }
+}
+
+fn globs<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Gitignore, FilterError> {
+    let mut builder = GitignoreBuilder::new("");
+    for line in lines {
+        let wrong = |error: ignore::Error| FilterError::Glob { glob: line.to_owned(), reason: error.to_string() };
+        builder.add_line(None, line).map_err(wrong)?;
+    }
+    builder.build().map_err(|error| FilterError::Glob { glob: String::new(), reason: error.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filter(rules: &[&str]) -> Filter {
+        Filter::compile(&FilterSpec { rules: rules.iter().map(|&rule| rule.into()).collect(), only: None }).unwrap()
+    }
+
+    fn admits(filter: &Filter, path: &[u8]) -> bool {
+        let directory = path.ends_with(b"/");
+        filter.admits(&RelPath::new(path.strip_suffix(b"/").unwrap_or(path)).unwrap(), directory)
+    }
+
+    #[test]
+    fn rules_are_those_of_gitignore_and_the_last_wins() {
+        let filter = filter(&["*.tmp", "!keep.tmp", "/build/", "logs/**/debug.log"]);
+        for path in
+            [&b"a.tmp"[..], b"deep/a.tmp", b"caf\xe9.tmp", b"build/", b"logs/x/debug.log", b".lockstep/manifest"]
+        {
+            assert!(!admits(&filter, path), "{}", String::from_utf8_lossy(path));
+        }
+        for path in [&b"a.txt"[..], b"keep.tmp", b"deep/keep.tmp", b"build", b"deep/build/", b"deep/.lockstep"] {
+            assert!(admits(&filter, path), "{}", String::from_utf8_lossy(path));
+        }
+    }
+
+    #[test]
+    fn ignore_files_hold_below_their_directory_and_the_user_has_the_last_word() {
+        let directory = RelPath::new("sub").unwrap();
+        let filter = filter(&["!wanted.log"]).with_ignore_file(None, "*.log\n# comment\n").unwrap();
+        let filter = filter.with_ignore_file(Some(&directory), "/local\n!this.log").unwrap();
+        assert!(!admits(&filter, b"x.log"));
+        assert!(admits(&filter, b"sub/this.log"));
+        assert!(!admits(&filter, b"this.log"));
+        assert!(admits(&filter, b"wanted.log"));
+        assert!(!admits(&filter, b"sub/local"));
+        assert!(admits(&filter, b"local"));
+    }
+
+    #[test]
+    fn a_list_admits_its_paths_what_is_below_and_what_leads_there() {
+        let only = Some(vec![b"a/b".to_vec(), b"f".to_vec()]);
+        let filter = Filter::compile(&FilterSpec { rules: vec![], only }).unwrap();
+        for (path, admitted) in
+            [("a/", true), ("a/b/", true), ("a/b/c", true), ("f", true), ("a/x", false), ("g", false)]
+        {
+            assert_eq!(admits(&filter, path.as_bytes()), admitted, "{path}");
+        }
+        let bad = FilterSpec { rules: vec![], only: Some(vec![b"../x".to_vec()]) };
+        assert!(Filter::compile(&bad).is_err());
+    }
+
+    #[test]
+    fn a_glob_that_is_none_is_named() {
+        let spec = FilterSpec { rules: vec!["a[z-b]".into()], only: None };
+        assert!(Filter::compile(&spec).unwrap_err().to_string().contains("a[z-b]"));
+    }
 }

@@ -1,5 +1,7 @@
 //! Which owner, mode and ACL a path gets.
 
+pub mod mode;
+
 use serde::{Deserialize, Serialize};
 
 /// A named policy as the configuration writes it: rules in order, the last that matches wins.
