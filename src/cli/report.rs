@@ -1,0 +1,155 @@
+//! What a run did, for people and for programs: itemized changes as rsync writes them, and the summary.
+
+use std::io::Write;
+
+use indicatif::{BinaryBytes, HumanCount};
+use serde_json::json;
+
+use crate::manifest::{Content, Entry};
+use crate::monitor::Severity;
+use crate::plan::{Action, Change};
+use crate::sync::SyncReport;
+
+/// The eleven letters of rsync's `--itemize-changes`, with `<` for what is sent and `>` for what is received.
+fn letters(action: &Action, entry: &Entry, sending: bool) -> String {
+    let kind = match entry.content {
+        Content::Directory => 'd',
+        Content::Symlink { .. } => 'L',
+        _ => 'f',
+    };
+    let moved = match action.change {
+        Change::MetadataOnly => '.',
+        _ if matches!(entry.content, Content::HardLink { .. }) => 'h',
+        _ if kind != 'f' => 'c',
+        _ if sending => '<',
+        _ => '>',
+    };
+    if action.change == Change::Added {
+        return format!("{moved}{kind}+++++++++");
+    }
+    let d = action.differences;
+    let letter = |differs: bool, letter: char| if differs { letter } else { '.' };
+    [
+        moved,
+        kind,
+        letter(d.content, 'c'),
+        letter(d.size, 's'),
+        letter(d.time, 't'),
+        letter(d.mode, 'p'),
+        letter(d.owner, 'o'),
+        letter(d.group, 'g'),
+        '.',
+        '.',
+        '.',
+    ]
+    .into_iter()
+    .collect()
+}
+
+/// Writes a line for each path that changed (or would).
+///
+/// # Errors
+/// When `out` cannot be written.
+pub fn itemize(report: &SyncReport, deleting: bool, sending: bool, out: &mut impl Write) -> std::io::Result<()> {
+    if deleting && !report.deletion_held_back {
+        for removal in &report.plan.removals {
+            writeln!(out, "*deleting   {}{}", removal.path, if removal.directory { "/" } else { "" })?;
+        }
+    }
+    for action in &report.plan.actions {
+        let entry = &report.tree.entries()[action.index as usize];
+        let tail = match &entry.content {
+            Content::Directory => "/".to_owned(),
+            Content::Symlink { target } => format!(" -> {}", crate::error::Escaped(target)),
+            Content::HardLink { first } => format!(" => {first}"),
+            Content::File { .. } => String::new(),
+        };
+        writeln!(out, "{} {}{tail}", letters(action, entry, sending), entry.path)?;
+    }
+    Ok(())
+}
+
+/// The summary in a few lines.
+///
+/// # Errors
+/// When `out` cannot be written.
+pub fn summary(
+    report: &SyncReport,
+    from: &str,
+    to: &str,
+    verification: &str,
+    out: &mut impl Write,
+) -> std::io::Result<()> {
+    let count = |change| report.plan.actions.iter().filter(|action| action.change == change).count() as u64;
+    let failed = report.problems.iter().filter(|problem| problem.severity == Severity::Failed).count() as u64;
+    let skipped = report.problems.len() as u64 - failed;
+    let seconds = report.elapsed.as_secs_f64();
+    let Some(committed) = &report.committed else {
+        return writeln!(
+            out,
+            "dry run: {} to add, {} to replace, {} to change in metadata only, {} at the target that the source has not; \
+             nothing was changed",
+            HumanCount(count(Change::Added)),
+            HumanCount(count(Change::Modified)),
+            HumanCount(count(Change::MetadataOnly)),
+            HumanCount(report.plan.removals.len() as u64),
+        );
+    };
+    writeln!(out, "{from} -> {to}")?;
+    if committed.published == 0 && committed.removed == 0 && failed == 0 {
+        writeln!(out, "  in step: nothing to do in {} entries", HumanCount(report.tree.entries().len() as u64))?;
+    } else {
+        writeln!(
+            out,
+            "  {} published, {} removed, {} failed, {} skipped",
+            HumanCount(committed.published),
+            HumanCount(committed.removed),
+            HumanCount(failed),
+            HumanCount(skipped),
+        )?;
+    }
+    if report.verified_files > 0 {
+        let rate = report.verified_bytes as f64 / seconds.max(0.001);
+        write!(
+            out,
+            "  {} files, {} transferred and verified ({verification}), {}/s",
+            HumanCount(report.verified_files),
+            BinaryBytes(report.verified_bytes),
+            BinaryBytes(rate as u64),
+        )?;
+        if report.wire_bytes > 0 {
+            let ratio = report.wire_bytes as f64 / report.verified_bytes.max(1) as f64;
+            write!(out, "; {} on the wire ({ratio:.2})", BinaryBytes(report.wire_bytes))?;
+        }
+        writeln!(out)?;
+    }
+    writeln!(out, "  generation {}, manifest {}, {seconds:.2} s", committed.generation, committed.manifest_digest)
+}
+
+/// The summary as one JSON object.
+pub fn summary_json(report: &SyncReport, from: &str, to: &str, verification: &str) -> serde_json::Value {
+    let count = |change| report.plan.actions.iter().filter(|action| action.change == change).count();
+    json!({
+        "event": "summary",
+        "source": from,
+        "target": to,
+        "dry_run": report.committed.is_none(),
+        "entries": report.tree.entries().len(),
+        "added": count(Change::Added),
+        "modified": count(Change::Modified),
+        "metadata_only": count(Change::MetadataOnly),
+        "removals": report.plan.removals.len(),
+        "published": report.committed.as_ref().map(|committed| committed.published),
+        "removed": report.committed.as_ref().map(|committed| committed.removed),
+        "generation": report.committed.as_ref().map(|committed| committed.generation),
+        "manifest_sha256": report.committed.as_ref().map(|committed| committed.manifest_digest.clone()),
+        "verified_files": report.verified_files,
+        "verified_bytes": report.verified_bytes,
+        "verification": verification,
+        "wire_bytes": report.wire_bytes,
+        "failed": report.problems.iter().filter(|problem| problem.severity == Severity::Failed).count(),
+        "skipped": report.problems.iter().filter(|problem| problem.severity == Severity::Skipped).count(),
+        "complete": report.is_complete(),
+        "seconds": report.elapsed.as_secs_f64(),
+    })
+}

@@ -1,0 +1,209 @@
+//! Digests of files that were read before, so that nothing is hashed twice.
+//!
+//! A record holds as long as device, inode, size, time of modification and time of change are what they were. A file whose
+//! time of change was within the clock's granularity of the moment it was looked at is not recorded: it may have been
+//! changed since without its times showing it. The cache is a help, never needed: when it cannot be opened, files are hashed.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+
+use crate::manifest::{Digest, Timestamp};
+use crate::root::Metadata;
+
+const TABLE: TableDefinition<'_, (u64, u64), &[u8]> = TableDefinition::new("digests-1");
+
+/// How old a time must be before it is trusted, by far more than the tick of any kernel clock.
+const GRANULARITY: Duration = Duration::from_millis(20);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Record {
+    size: u64,
+    mtime: Timestamp,
+    ctime: Timestamp,
+    digest: Digest,
+}
+
+/// The digests of one root's files. Loaded whole; written at the end.
+#[derive(Debug)]
+pub struct DigestCache {
+    file: PathBuf,
+    records: HashMap<(u64, u64), Record>,
+}
+
+/// A cache that could not be written. The run is not worse for it; the next one hashes again.
+#[derive(Debug, thiserror::Error)]
+#[error("the digest cache '{}' was not written: {reason}", file.display())]
+pub struct CacheError {
+    /// The database.
+    pub file: PathBuf,
+    /// Why.
+    pub reason: String,
+}
+
+impl DigestCache {
+    /// Reads what is there. A cache that is damaged, in use or not there is empty.
+    pub fn load(file: &Path) -> DigestCache {
+        let records = if file.exists() { read(file).unwrap_or_default() } else { HashMap::new() };
+        DigestCache { file: file.to_owned(), records }
+    }
+
+    /// The digest of the file that `metadata` was taken of, where it is known.
+    pub fn get(&self, metadata: &Metadata) -> Option<Digest> {
+        let record = self.records.get(&(metadata.device, metadata.inode))?;
+        let same = (record.size, record.mtime, record.ctime) == (metadata.size, metadata.mtime, metadata.ctime);
+        same.then_some(record.digest)
+    }
+
+    /// How many digests it holds.
+    pub fn len(&self) -> usize {
+        self.records.len()
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    /// Adds the digests of files, with what stat said of them after they were read, and drops those of `gone` inodes.
+    ///
+    /// # Errors
+    /// [`CacheError`] when the database cannot be written, or another process has it open.
+    pub fn store(&mut self, known: &[(Metadata, Digest)]) -> Result<(), CacheError> {
+        let now = SystemTime::now();
+        let trusted: Vec<_> = known.iter().filter(|(metadata, _)| is_settled(metadata, now)).collect();
+        if trusted.is_empty() {
+            return Ok(());
+        }
+        let wrong = |error: redb::Error| CacheError { file: self.file.clone(), reason: error.to_string() };
+        let database = open(&self.file).map_err(wrong)?;
+        let write = || -> Result<(), redb::Error> {
+            let transaction = database.begin_write()?;
+            {
+                let mut table = transaction.open_table(TABLE)?;
+                for (metadata, digest) in &trusted {
+                    table.insert((metadata.device, metadata.inode), encode(metadata, digest).as_slice())?;
+                }
+            }
+            transaction.commit()?;
+            Ok(())
+        };
+        write().map_err(wrong)?;
+        for (metadata, digest) in trusted {
+            let record = Record { size: metadata.size, mtime: metadata.mtime, ctime: metadata.ctime, digest: *digest };
+            self.records.insert((metadata.device, metadata.inode), record);
+        }
+        Ok(())
+    }
+}
+
+/// Whether the file's last change lies far enough back that a further one would show.
+fn is_settled(metadata: &Metadata, now: SystemTime) -> bool {
+    let last = metadata.mtime.max(metadata.ctime);
+    let Ok(seconds) = u64::try_from(last.seconds) else { return true };
+    let changed = UNIX_EPOCH + Duration::new(seconds, last.nanoseconds);
+    now.duration_since(changed).is_ok_and(|age| age > GRANULARITY)
+}
+
+/// Opens the database; a damaged one is replaced, since it holds nothing that cannot be computed again.
+fn open(file: &Path) -> Result<Database, redb::Error> {
+    match Database::create(file) {
+        Ok(database) => Ok(database),
+        Err(redb::DatabaseError::DatabaseAlreadyOpen) => Err(redb::Error::DatabaseAlreadyOpen),
+        Err(_) => {
+            let _ = std::fs::remove_file(file);
+            Ok(Database::create(file)?)
+        }
+    }
+}
+
+fn read(file: &Path) -> Result<HashMap<(u64, u64), Record>, redb::Error> {
+    let database = Database::open(file)?;
+    let table = database.begin_read()?.open_table(TABLE)?;
+    let mut records = HashMap::new();
+    for item in table.iter()? {
+        let (key, value) = item?;
+        if let Some(record) = decode(value.value()) {
+            records.insert(key.value(), record);
+        }
+    }
+    Ok(records)
+}
+
+fn encode(metadata: &Metadata, digest: &Digest) -> [u8; 64] {
+    let mut bytes = [0; 64];
+    bytes[..8].copy_from_slice(&metadata.size.to_le_bytes());
+    for (at, time) in [(8, metadata.mtime), (20, metadata.ctime)] {
+        bytes[at..at + 8].copy_from_slice(&time.seconds.to_le_bytes());
+        bytes[at + 8..at + 12].copy_from_slice(&time.nanoseconds.to_le_bytes());
+    }
+    bytes[32..].copy_from_slice(&digest.0);
+    bytes
+}
+
+fn decode(bytes: &[u8]) -> Option<Record> {
+    let bytes: &[u8; 64] = bytes.try_into().ok()?;
+    let time = |at: usize| -> Option<Timestamp> {
+        Some(Timestamp {
+            seconds: i64::from_le_bytes(bytes[at..at + 8].try_into().ok()?),
+            nanoseconds: u32::from_le_bytes(bytes[at + 8..at + 12].try_into().ok()?),
+        })
+    };
+    Some(Record {
+        size: u64::from_le_bytes(bytes[..8].try_into().ok()?),
+        mtime: time(8)?,
+        ctime: time(20)?,
+        digest: Digest(bytes[32..].try_into().ok()?),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metadata_of(file: &Path) -> Metadata {
+        Metadata::of(&std::fs::File::open(file).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_digest_holds_until_anything_about_the_file_moves() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, database) = (directory.path().join("f"), directory.path().join("d.redb"));
+        std::fs::write(&file, "one").unwrap();
+        std::thread::sleep(GRANULARITY * 2);
+        let before = metadata_of(&file);
+        DigestCache::load(&database).store(&[(before, Digest([1; 32]))]).unwrap();
+        let cache = DigestCache::load(&database);
+        assert_eq!(cache.get(&metadata_of(&file)), Some(Digest([1; 32])));
+        // Same size, same time of modification: the time of change tells.
+        let times = std::fs::FileTimes::new().set_modified(std::fs::metadata(&file).unwrap().modified().unwrap());
+        std::fs::write(&file, "two").unwrap();
+        std::fs::File::options().write(true).open(&file).unwrap().set_times(times).unwrap();
+        assert_eq!(metadata_of(&file).mtime, before.mtime);
+        assert_eq!(cache.get(&metadata_of(&file)), None);
+    }
+
+    #[test]
+    fn a_file_that_has_just_changed_is_not_recorded() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, database) = (directory.path().join("f"), directory.path().join("d.redb"));
+        std::fs::write(&file, "one").unwrap();
+        let mut cache = DigestCache::load(&database);
+        cache.store(&[(metadata_of(&file), Digest([1; 32]))]).unwrap();
+        assert!(cache.is_empty() && DigestCache::load(&database).is_empty());
+    }
+
+    #[test]
+    fn a_damaged_cache_is_an_empty_one_and_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, database) = (directory.path().join("f"), directory.path().join("d.redb"));
+        std::fs::write(&database, "this is no database at all").unwrap();
+        std::fs::write(&file, "one").unwrap();
+        std::thread::sleep(GRANULARITY * 2);
+        let mut cache = DigestCache::load(&database);
+        cache.store(&[(metadata_of(&file), Digest([1; 32]))]).unwrap();
+        assert_eq!(DigestCache::load(&database).len(), 1);
+    }
+}

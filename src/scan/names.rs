@@ -1,0 +1,80 @@
+//! Names of users and groups on this machine. Each is looked up once.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Names that were looked up.
+#[derive(Debug, Default)]
+pub struct Names {
+    users: HashMap<u32, Arc<str>>,
+    groups: HashMap<u32, Arc<str>>,
+}
+
+impl Names {
+    /// The user's name; the number in decimal digits where there is none.
+    pub fn user(&mut self, uid: u32) -> Arc<str> {
+        let look_up = || uzers::get_user_by_uid(uid).map(|user| user.name().to_string_lossy().into_owned());
+        Arc::clone(self.users.entry(uid).or_insert_with(|| look_up().unwrap_or_else(|| uid.to_string()).into()))
+    }
+
+    /// The group's name, likewise.
+    pub fn group(&mut self, gid: u32) -> Arc<str> {
+        let look_up = || uzers::get_group_by_gid(gid).map(|group| group.name().to_string_lossy().into_owned());
+        Arc::clone(self.groups.entry(gid).or_insert_with(|| look_up().unwrap_or_else(|| gid.to_string()).into()))
+    }
+}
+
+/// A name that this machine does not know.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("there is no {kind} '{name}' on this machine; create it, or name another in the policy")]
+pub struct UnknownName {
+    /// `user` or `group`.
+    pub kind: &'static str,
+    /// The name.
+    pub name: String,
+}
+
+/// The number of a user, by name or by number in decimal digits. An unknown name is an error, never 0.
+///
+/// # Errors
+/// [`UnknownName`].
+pub fn user_id(name: &str) -> Result<u32, UnknownName> {
+    match uzers::get_user_by_name(name) {
+        Some(user) => Ok(user.uid()),
+        None => number(name).ok_or_else(|| UnknownName { kind: "user", name: name.to_owned() }),
+    }
+}
+
+/// The number of a group, likewise.
+///
+/// # Errors
+/// [`UnknownName`].
+pub fn group_id(name: &str) -> Result<u32, UnknownName> {
+    match uzers::get_group_by_name(name) {
+        Some(group) => Ok(group.gid()),
+        None => number(name).ok_or_else(|| UnknownName { kind: "group", name: name.to_owned() }),
+    }
+}
+
+/// u32::MAX is left out: to chown(2) it means "do not change".
+fn number(text: &str) -> Option<u32> {
+    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|&number| digits && number != u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn h48_an_unknown_name_is_an_error_and_never_root() {
+        for name in ["no-such-user-here", "", "-1", "+5", "4294967295", "99999999999", "0x0"] {
+            assert!(user_id(name).is_err(), "{name:?}");
+            assert!(group_id(name).is_err(), "{name:?}");
+        }
+        assert_eq!(user_id("root"), Ok(0));
+        assert_eq!(user_id("61234"), Ok(61234));
+        assert_eq!(&*Names::default().user(0), "root");
+        assert_eq!(&*Names::default().user(61234), "61234");
+    }
+}
