@@ -1,0 +1,423 @@
+//! A tree on this machine as a source: scanned, then read in one pass over each byte.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use rustix::fs::{Advice, SeekFrom as Sparse};
+use sha2::{Digest as _, Sha256};
+
+use crate::endpoint::{
+    BLOCK_BYTES, Block, Error, Fetch, Links, Produced, Reader, SMALL_FILE_BYTES, Scan, ScanOptions, Source,
+};
+use crate::filter::Filter;
+use crate::manifest::{Content, Digest, Entry, Tree};
+use crate::monitor::{Event, Monitor};
+use crate::root::{FileKind, Follow, Metadata, Root};
+use crate::scan::cache::DigestCache;
+use crate::scan::{self, LinkRule, ScanRule};
+
+/// How many bytes of zeros are hashed at a time for a hole.
+const ZEROS: &[u8] = &[0; 64 * 1024];
+
+/// A directory of this machine as a source. Nothing is ever written to it.
+#[derive(Debug)]
+pub struct LocalSource {
+    root: Root,
+    /// Where digests are kept between runs.
+    cache_file: Option<PathBuf>,
+    /// What stat said of each entry of the last scan.
+    metadata: Mutex<Vec<Metadata>>,
+}
+
+impl LocalSource {
+    /// Opens `root`. Digests are kept in a file of `state_directory`, which is created; `None` keeps none.
+    ///
+    /// # Errors
+    /// When `root` is not a directory that can be opened.
+    pub fn new(root: &Path, state_directory: Option<&Path>) -> Result<LocalSource, Error> {
+        let root = Root::open(root).map_err(failed)?;
+        let cache_file = match state_directory {
+            None => None,
+            Some(directory) => {
+                let at = root.stat_root().map_err(failed)?;
+                let made = std::fs::create_dir_all(directory).is_ok();
+                made.then(|| directory.join(format!("digests-{:x}-{:x}.redb", at.device, at.inode)))
+            }
+        };
+        Ok(LocalSource { root, cache_file, metadata: Mutex::new(Vec::new()) })
+    }
+}
+
+fn failed(error: crate::root::RootError) -> Error {
+    Error::Io { operation: error.operation, path: error.path.display().to_string(), source: error.source }
+}
+
+impl Source for LocalSource {
+    fn describe(&self) -> String {
+        crate::error::Escaped(self.root.shown().as_os_str().as_encoded_bytes()).to_string()
+    }
+
+    fn scan(&self, options: &ScanOptions, monitor: &dyn Monitor) -> Result<Scan, Error> {
+        let filter = Filter::compile(&options.filter).map_err(|error| Error::Usage(crate::error::chain(&error)))?;
+        let links = match options.links {
+            Links::Safe => LinkRule::Safe,
+            Links::All => LinkRule::All,
+            Links::Skip => LinkRule::Skip,
+            Links::Refuse => LinkRule::Refuse,
+        };
+        let rule = ScanRule { filter, links, ignore_files: true, report_special: true };
+        let cache = self.cache_file.as_deref().filter(|_| !options.hash_all).map(DigestCache::load);
+        let scanned = scan::scan(&self.root, &rule, cache.as_ref(), monitor).map_err(|error| match error {
+            scan::ScanError::Root(error) => failed(error),
+            scan::ScanError::Changed(_) => Error::Refused { by: self.describe(), reason: crate::error::chain(&error) },
+        })?;
+        if let Some(cache) = &cache {
+            monitor.event(Event::Detail(&format!("{}: {} digests are known", self.describe(), cache.len())));
+        }
+        *self.metadata.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = scanned.metadata;
+        Ok(Scan { tree: scanned.tree, problems: scanned.problems })
+    }
+
+    fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error> {
+        Ok(Box::new(LocalReader { source: self, tree, waiting: VecDeque::new(), current: None }))
+    }
+
+    fn remember(&self, _: &Tree, digests: &[(u32, Digest)]) {
+        let Some(file) = &self.cache_file else { return };
+        let metadata = self.metadata.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let known: Vec<_> =
+            digests.iter().filter_map(|&(index, digest)| Some((*metadata.get(index as usize)?, digest))).collect();
+        // A cache that cannot be written makes the next run slower, not wrong.
+        let _ = DigestCache::load(file).store(&known);
+    }
+}
+
+/// Reads one file after the other.
+struct LocalReader<'a> {
+    source: &'a LocalSource,
+    tree: Arc<Tree>,
+    waiting: VecDeque<Fetch>,
+    current: Option<Open>,
+}
+
+/// A large file that is being read.
+struct Open {
+    fetch: Fetch,
+    file: File,
+    before: Metadata,
+    hash: Sha256,
+    offset: u64,
+    sparse: bool,
+}
+
+impl Reader for LocalReader<'_> {
+    fn wants_more(&self) -> bool {
+        self.waiting.is_empty() && self.current.is_none()
+    }
+
+    fn push(&mut self, fetch: Fetch) {
+        self.waiting.push_back(fetch);
+    }
+
+    fn next(&mut self) -> Result<Option<Produced>, Error> {
+        if let Some(mut open) = self.current.take() {
+            return Ok(Some(match open.next() {
+                Ok(produced) => {
+                    if !matches!(produced, Produced::End { .. } | Produced::Failed { .. }) {
+                        self.current = Some(open);
+                    }
+                    produced
+                }
+                Err(error) => unreadable(open.fetch.index, &error),
+            }));
+        }
+        let Some(fetch) = self.waiting.pop_front() else { return Ok(None) };
+        Ok(Some(self.start(fetch).unwrap_or_else(|failure| failure)))
+    }
+}
+
+fn unreadable(index: u32, error: &dyn std::error::Error) -> Produced {
+    Produced::Failed { index, message: crate::error::chain(error), retry: false }
+}
+
+fn changed(index: u32) -> Produced {
+    let message = "changed while it was read; push again when its writer has finished".to_owned();
+    Produced::Failed { index, message, retry: true }
+}
+
+impl LocalReader<'_> {
+    /// Opens a file and produces its first piece.
+    fn start(&mut self, fetch: Fetch) -> Result<Produced, Produced> {
+        let index = fetch.index;
+        let missing = || Produced::Failed { index, message: "is not a regular file of the tree".into(), retry: false };
+        let entry = self.tree.entries().get(index as usize).ok_or_else(missing)?;
+        let Content::File { size, .. } = entry.content else { return Err(missing()) };
+        let opened = self.source.root.open_read(&entry.path, Follow::Never);
+        let mut file = opened.map_err(|error| unreadable(index, &error))?;
+        let before = Metadata::of(&file).map_err(|error| unreadable(index, &error))?;
+        // RACE: the path may have got another file, even a FIFO, since the scan; that file is not what was planned.
+        if !is_as_scanned(entry, size, &before) {
+            return Err(changed(index));
+        }
+        if size <= SMALL_FILE_BYTES && fetch.from == 0 {
+            return whole(fetch, &mut file, &before).map_err(|error| unreadable(index, &error));
+        }
+        let _ = rustix::fs::fadvise(&file, 0, None, Advice::Sequential);
+        if let Some(expected) = fetch.unless {
+            let digest = hash_to(&mut file, u64::MAX).map_err(|error| unreadable(index, &error))?.finalize();
+            if digest[..] == expected.0 {
+                let after = Metadata::of(&file).map_err(|error| unreadable(index, &error))?;
+                return if after.same_content(&before) {
+                    Ok(Produced::Same { index, digest: expected })
+                } else {
+                    Err(changed(index))
+                };
+            }
+            file.rewind().map_err(|error| unreadable(index, &error))?;
+        }
+        let hash = hash_to(&mut file, fetch.from).map_err(|error| unreadable(index, &error))?;
+        let sparse = before.allocated < before.size;
+        let mut open = Open { fetch, file, before, hash, offset: fetch.from, sparse };
+        let produced = open.next().map_err(|error| unreadable(index, &error))?;
+        if !matches!(produced, Produced::End { .. } | Produced::Failed { .. }) {
+            self.current = Some(open);
+        }
+        Ok(produced)
+    }
+}
+
+fn is_as_scanned(entry: &Entry, size: u64, now: &Metadata) -> bool {
+    now.kind == FileKind::Regular && now.size == size && now.mtime == entry.mtime
+}
+
+/// A small file in one read.
+fn whole(fetch: Fetch, file: &mut File, before: &Metadata) -> io::Result<Produced> {
+    let index = fetch.index;
+    let mut block = Block::with_capacity(before.size as usize + 1);
+    // One byte more than the size shows whether the file has grown.
+    let read = file.take(before.size + 1).read_to_end(block.buffer_mut())? as u64;
+    if read != before.size || !Metadata::of(file)?.same_content(before) {
+        return Ok(changed(index));
+    }
+    let digest = Digest(Sha256::digest(block.data()).into());
+    if fetch.unless == Some(digest) {
+        return Ok(Produced::Same { index, digest });
+    }
+    Ok(Produced::Whole { index, block, digest })
+}
+
+/// Hashes from where `file` stands to `end`, or to its end where that comes first.
+fn hash_to(file: &mut File, end: u64) -> io::Result<Sha256> {
+    let mut hash = Sha256::new();
+    if end == 0 {
+        return Ok(hash);
+    }
+    let mut buffer = vec![0; BLOCK_BYTES];
+    let mut left = end;
+    while left > 0 {
+        let wanted = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        match file.read(&mut buffer[..wanted]) {
+            Ok(0) => break,
+            Ok(read) => {
+                hash.update(&buffer[..read]);
+                left -= read as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(hash)
+}
+
+impl Open {
+    fn next(&mut self) -> io::Result<Produced> {
+        let index = self.fetch.index;
+        if self.offset >= self.before.size {
+            return self.end();
+        }
+        if self.sparse
+            && let Some(length) = self.hole()?
+        {
+            let offset = self.offset;
+            let mut left = length;
+            while left > 0 {
+                let part = left.min(ZEROS.len() as u64);
+                self.hash.update(&ZEROS[..part as usize]);
+                left -= part;
+            }
+            self.offset += length;
+            self.file.seek(SeekFrom::Start(self.offset))?;
+            return Ok(Produced::Hole { index, offset, length });
+        }
+        let wanted = (self.before.size - self.offset).min(BLOCK_BYTES as u64);
+        let mut block = Block::with_capacity(wanted as usize);
+        let read = (&mut self.file).take(wanted).read_to_end(block.buffer_mut())? as u64;
+        if read < wanted {
+            // Shorter than it was: cut off while it was read.
+            return Ok(changed(index));
+        }
+        self.hash.update(block.data());
+        let offset = self.offset;
+        self.offset += read;
+        Ok(Produced::Data { index, offset, block })
+    }
+
+    /// The length of the hole at the current offset, when there is one worth leaving.
+    fn hole(&mut self) -> io::Result<Option<u64>> {
+        let data = match rustix::fs::seek(&self.file, Sparse::Data(self.offset)) {
+            Ok(data) => data.min(self.before.size),
+            // Nothing but a hole up to the end.
+            Err(rustix::io::Errno::NXIO) => self.before.size,
+            Err(_) => {
+                self.sparse = false;
+                self.offset
+            }
+        };
+        self.file.seek(SeekFrom::Start(self.offset))?;
+        // At most 1 GiB at once, so that progress and cancelling stay alive while zeros are hashed.
+        Ok((data > self.offset).then(|| (data - self.offset).min(1 << 30)))
+    }
+
+    fn end(&mut self) -> io::Result<Produced> {
+        let index = self.fetch.index;
+        if !Metadata::of(&self.file)?.same_content(&self.before) {
+            return Ok(changed(index));
+        }
+        let digest = Digest(std::mem::take(&mut self.hash).finalize().into());
+        Ok(Produced::End { index, digest })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::monitor::Silent;
+    use std::io::Write;
+    use std::os::unix::fs::FileExt;
+
+    fn scanned(at: &Path) -> (LocalSource, Arc<Tree>) {
+        let source = LocalSource::new(at, None).unwrap();
+        let scan = source.scan(&ScanOptions::default(), &Silent::default()).unwrap();
+        (source, Arc::new(scan.tree))
+    }
+
+    fn sha256(data: &[u8]) -> Digest {
+        Digest(Sha256::digest(data).into())
+    }
+
+    fn read(source: &LocalSource, tree: &Arc<Tree>, fetch: Fetch) -> Vec<Produced> {
+        let mut reader = source.reader(Arc::clone(tree)).unwrap();
+        reader.push(fetch);
+        std::iter::from_fn(|| reader.next().unwrap()).collect()
+    }
+
+    /// The content from `from` on that the pieces make, and the digest at their end.
+    fn put_together(pieces: &[Produced], from: u64) -> (Vec<u8>, Option<Digest>) {
+        let mut content = Vec::new();
+        let mut end = None;
+        for piece in pieces {
+            match piece {
+                Produced::Whole { block, digest, .. } => {
+                    content.extend_from_slice(block.data());
+                    end = Some(*digest);
+                }
+                Produced::Data { offset, block, .. } => {
+                    assert_eq!(*offset, from + content.len() as u64);
+                    content.extend_from_slice(block.data());
+                }
+                Produced::Hole { offset, length, .. } => {
+                    assert_eq!(*offset, from + content.len() as u64);
+                    content.resize(content.len() + *length as usize, 0);
+                }
+                Produced::End { digest, .. } => end = Some(*digest),
+                other => panic!("{other:?}"),
+            }
+        }
+        (content, end)
+    }
+
+    #[test]
+    fn files_of_all_sizes_are_read_whole_and_from_the_middle() {
+        let directory = tempfile::tempdir().unwrap();
+        for size in [0, 1, SMALL_FILE_BYTES, SMALL_FILE_BYTES + 1, 3 * BLOCK_BYTES as u64 + 17] {
+            let data: Vec<u8> = (0..size).map(|at| (at * 31 % 251) as u8).collect();
+            std::fs::write(directory.path().join("f"), &data).unwrap();
+            let (source, tree) = scanned(directory.path());
+            for from in [0, size / 2, size] {
+                let pieces = read(&source, &tree, Fetch { index: 0, from, unless: None });
+                let (content, digest) = put_together(&pieces, from);
+                assert_eq!(digest, Some(sha256(&data)), "{size} from {from}");
+                assert!(content == data[from as usize..], "{size} from {from}");
+            }
+            let pieces = read(&source, &tree, Fetch { index: 0, from: 0, unless: Some(sha256(&data)) });
+            assert!(matches!(pieces[..], [Produced::Same { .. }]), "{size}");
+            let pieces = read(&source, &tree, Fetch { index: 0, from: 0, unless: Some(sha256(b"other")) });
+            assert!(put_together(&pieces, 0).0 == data, "{size}");
+        }
+    }
+
+    #[test]
+    fn holes_are_told_and_hashed_as_zeros() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = File::create(directory.path().join("f")).unwrap();
+        file.set_len(40 << 20).unwrap();
+        file.write_all_at(b"data", 20 << 20).unwrap();
+        drop(file);
+        let (source, tree) = scanned(directory.path());
+        let pieces = read(&source, &tree, Fetch { index: 0, from: 0, unless: None });
+        assert!(pieces.iter().any(|piece| matches!(piece, Produced::Hole { .. })));
+        let (content, digest) = put_together(&pieces, 0);
+        assert!(content == std::fs::read(directory.path().join("f")).unwrap());
+        assert_eq!(digest, Some(sha256(&content)));
+    }
+
+    #[test]
+    fn h36_a_file_that_changes_is_noticed_before_during_and_after() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("f");
+        std::fs::write(&path, vec![1; 3 * BLOCK_BYTES]).unwrap();
+        let failed = |piece: Option<Produced>| matches!(piece, Some(Produced::Failed { retry: true, .. }));
+        // Between the scan and the opening.
+        let (source, tree) = scanned(directory.path());
+        File::options().append(true).open(&path).unwrap().write_all(b"x").unwrap();
+        assert!(failed(read(&source, &tree, Fetch { index: 0, from: 0, unless: None }).pop()));
+        // While it is read: other bytes, fewer bytes, more bytes.
+        type Edit = fn(&File);
+        let edits: [Edit; 3] = [
+            |file| file.write_all_at(b"y", 5).unwrap(),
+            |file| file.set_len(BLOCK_BYTES as u64 + 1).unwrap(),
+            |file| file.write_all_at(b"z", 4 * BLOCK_BYTES as u64).unwrap(),
+        ];
+        for edit in edits {
+            std::fs::write(&path, vec![1; 3 * BLOCK_BYTES]).unwrap();
+            let (source, tree) = scanned(directory.path());
+            let mut reader = source.reader(tree).unwrap();
+            reader.push(Fetch { index: 0, from: 0, unless: None });
+            assert!(matches!(reader.next().unwrap(), Some(Produced::Data { .. })));
+            // The clock of file times ticks every few milliseconds.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            edit(&File::options().write(true).open(&path).unwrap());
+            let last = std::iter::from_fn(|| reader.next().unwrap()).last();
+            assert!(failed(last));
+        }
+    }
+
+    #[test]
+    fn digests_are_remembered_for_the_next_scan() {
+        let (directory, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::write(directory.path().join("f"), "content").unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let source = LocalSource::new(directory.path(), Some(state.path())).unwrap();
+        let options = ScanOptions::default();
+        let first = source.scan(&options, &Silent::default()).unwrap();
+        assert_eq!(first.tree.entries()[0].file(), Some((7, None)));
+        source.remember(&first.tree, &[(0, sha256(b"content"))]);
+        let second = source.scan(&options, &Silent::default()).unwrap();
+        assert_eq!(second.tree.entries()[0].file(), Some((7, Some(sha256(b"content")))));
+        let hashed_anew = ScanOptions { hash_all: true, ..options };
+        assert_eq!(source.scan(&hashed_anew, &Silent::default()).unwrap().tree, first.tree);
+    }
+}
