@@ -1,6 +1,9 @@
 //! Which owner, mode and ACL a path gets.
 
 pub mod mode;
+mod rules;
+
+pub use rules::{Decision, Policy, PolicyError, chmod_rules, chown_rule};
 
 use serde::{Deserialize, Serialize};
 
@@ -35,4 +38,9 @@ pub struct RuleSpec {
     /// `after-verify` (the default), or `never`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub execute: Option<String>,
+}
+
+/// Both sides' rules as one policy. The receiver's come later, and so win.
+pub fn merge(receiver: &PolicySpec, sender: &PolicySpec) -> PolicySpec {
+    PolicySpec { rules: sender.rules.iter().chain(&receiver.rules).cloned().collect() }
 }

@@ -1,0 +1,289 @@
+//! Rules that decide: the last that matches wins, for each path.
+
+use ignore::gitignore::{Gitignore, GitignoreBuilder};
+
+use super::mode::{InvalidMode, Mode, SPECIAL_BITS};
+use super::{PolicySpec, RuleSpec};
+use crate::path::RelPath;
+
+/// A policy that cannot be used. Rules count from 1.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum PolicyError {
+    #[error("rule {rule} ('{pattern}'): the pattern is not a glob as in gitignore(5): {reason}")]
+    Pattern { rule: usize, pattern: String, reason: String },
+    #[error("rule {rule} ('{pattern}')")]
+    Mode { rule: usize, pattern: String, source: InvalidMode },
+    #[error("rule {rule} ('{pattern}'): execute is '{value}', but can only be 'after-verify' or 'never'")]
+    Execute { rule: usize, pattern: String, value: String },
+    #[error("rule {rule} ('{pattern}'): {field} is empty; leave the line out to keep the receiver's")]
+    EmptyName { rule: usize, pattern: String, field: &'static str },
+    #[error("rule {rule} ('{pattern}') has ACL entries, which this version cannot set yet; leave 'acl' out")]
+    Acl { rule: usize, pattern: String },
+}
+
+#[derive(Debug, Clone)]
+struct Rule {
+    pattern: Gitignore,
+    mode: Option<Mode>,
+    owner: Option<String>,
+    group: Option<String>,
+    never_execute: bool,
+}
+
+/// A compiled policy.
+#[derive(Debug, Clone, Default)]
+pub struct Policy {
+    rules: Vec<Rule>,
+}
+
+/// What a path gets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Decision {
+    /// The exact mode, 0 to 0o7777.
+    pub mode: u32,
+    /// Name or number; `None` for whoever the receiver runs as.
+    pub owner: Option<String>,
+    /// Name or number, likewise.
+    pub group: Option<String>,
+    /// Which rule decided, counted from 0; `None` for the default.
+    pub rule: Option<usize>,
+}
+
+impl Decision {
+    /// Whether a file may be executed by anybody: then what lies on the disk is hashed before it gets its mode.
+    pub fn executable(&self) -> bool {
+        self.mode & 0o111 != 0
+    }
+}
+
+impl Policy {
+    /// Checks and compiles rules.
+    ///
+    /// # Errors
+    /// [`PolicyError`] with the rule that is wrong.
+    pub fn compile(spec: &PolicySpec) -> Result<Policy, PolicyError> {
+        let rules = spec.rules.iter().enumerate().map(|(at, rule)| compile(at + 1, rule)).collect::<Result<_, _>>()?;
+        Ok(Policy { rules })
+    }
+
+    /// Whether it has no rule.
+    pub fn is_empty(&self) -> bool {
+        self.rules.is_empty()
+    }
+
+    /// What `path` gets, when its sender has it with `asked_mode`.
+    ///
+    /// Where no rule matches: the sender's mode without special bits. A symbolic mode starts from that too. Special bits
+    /// are given only by a rule that names them.
+    pub fn decide(&self, path: &RelPath, directory: bool, asked_mode: u32) -> Decision {
+        let asked = asked_mode & 0o777;
+        let found = self.rules.iter().enumerate().rev().find(|(_, rule)| rule.matches(path, directory));
+        let Some((at, rule)) = found else {
+            return Decision { mode: asked, owner: None, group: None, rule: None };
+        };
+        let mut mode = match &rule.mode {
+            None => asked,
+            Some(mode) if mode.names_special_bits() => mode.apply(asked, directory, 0),
+            Some(mode) => mode.apply(asked, directory, 0) & !SPECIAL_BITS,
+        };
+        if rule.never_execute && !directory {
+            mode &= !0o111;
+        }
+        Decision { mode, owner: rule.owner.clone(), group: rule.group.clone(), rule: Some(at) }
+    }
+}
+
+impl Rule {
+    /// A pattern for directories (with a trailing slash) is for the directory alone: what it holds has rules of its own.
+    fn matches(&self, path: &RelPath, directory: bool) -> bool {
+        self.pattern.matched(path.as_path(), directory).is_ignore()
+    }
+}
+
+fn compile(number: usize, spec: &RuleSpec) -> Result<Rule, PolicyError> {
+    let pattern = || spec.pattern.clone();
+    let glob =
+        glob(&spec.pattern).map_err(|reason| PolicyError::Pattern { rule: number, pattern: pattern(), reason })?;
+    let mode = spec.mode.as_deref().map(str::parse).transpose().map_err(|source| PolicyError::Mode {
+        rule: number,
+        pattern: pattern(),
+        source,
+    })?;
+    let never_execute = match spec.execute.as_deref() {
+        None | Some("after-verify") => false,
+        Some("never") => true,
+        Some(value) => return Err(PolicyError::Execute { rule: number, pattern: pattern(), value: value.into() }),
+    };
+    for (field, name) in [("owner", &spec.owner), ("group", &spec.group)] {
+        if name.as_deref() == Some("") {
+            return Err(PolicyError::EmptyName { rule: number, pattern: pattern(), field });
+        }
+    }
+    if spec.acl.as_ref().is_some_and(|acl| !acl.is_empty()) {
+        return Err(PolicyError::Acl { rule: number, pattern: pattern() });
+    }
+    Ok(Rule { pattern: glob, mode, owner: spec.owner.clone(), group: spec.group.clone(), never_execute })
+}
+
+fn glob(pattern: &str) -> Result<Gitignore, String> {
+    if pattern.is_empty() || pattern.starts_with(['!', '#']) {
+        return Err("it is empty, or starts with '!' or '#'".into());
+    }
+    let mut builder = GitignoreBuilder::new("");
+    builder.add_line(None, pattern).map_err(|error| error.to_string())?;
+    builder.build().map_err(|error| error.to_string())
+}
+
+/// Rules for rsync's `--chmod`: comma-separated modes, each for all paths, or after `D` for directories, `F` for files.
+///
+/// # Errors
+/// [`InvalidMode`] with the part that is wrong.
+pub fn chmod_rules(text: &str) -> Result<Vec<RuleSpec>, InvalidMode> {
+    let mut files: Vec<&str> = Vec::new();
+    let mut directories: Vec<&str> = Vec::new();
+    for part in text.split(',') {
+        let (part, for_files, for_directories) = match part.split_at_checked(1) {
+            Some(("D", rest)) => (rest, false, true),
+            Some(("F", rest)) => (rest, true, false),
+            _ => (part, true, true),
+        };
+        part.parse::<Mode>()?;
+        // An octal mode cannot stand in a list of clauses: it replaces what came before, and what follows it adds.
+        let octal = part.bytes().all(|byte| byte.is_ascii_digit());
+        for (list, wanted) in [(&mut files, for_files), (&mut directories, for_directories)] {
+            if wanted {
+                if octal {
+                    list.clear();
+                }
+                list.push(part);
+            }
+        }
+    }
+    let joined = |list: &[&str]| -> Option<String> {
+        let mut clauses = list.iter().map(|part| match part.bytes().all(|byte| byte.is_ascii_digit()) {
+            true if list.len() > 1 => format!("={part}"),
+            _ => (*part).to_owned(),
+        });
+        let first = clauses.next()?;
+        Some(clauses.fold(first, |text, part| text + "," + &part))
+    };
+    let rule = |pattern: &str, mode| RuleSpec { pattern: pattern.into(), mode: Some(mode), ..RuleSpec::default() };
+    // Files come first: the later rule for directories wins for them.
+    let mut rules = Vec::new();
+    match (joined(&files), joined(&directories)) {
+        (Some(mode), None) => {
+            rules.push(rule("**", mode));
+            rules.push(RuleSpec { pattern: "**/".into(), ..RuleSpec::default() });
+        }
+        (files, directories) => {
+            rules.extend(files.map(|mode| rule("**", mode)));
+            rules.extend(directories.map(|mode| rule("**/", mode)));
+        }
+    }
+    Ok(rules)
+}
+
+/// A rule for rsync's `--chown`: `USER:GROUP`, `USER` or `:GROUP`.
+pub fn chown_rule(text: &str) -> RuleSpec {
+    let (user, group) = text.split_once(':').unwrap_or((text, ""));
+    let name = |name: &str| (!name.is_empty()).then(|| name.to_owned());
+    RuleSpec { pattern: "**".into(), owner: name(user), group: name(group), ..RuleSpec::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rule(pattern: &str, mode: &str) -> RuleSpec {
+        RuleSpec { pattern: pattern.into(), mode: Some(mode.into()), ..RuleSpec::default() }
+    }
+
+    fn decide(rules: &[RuleSpec], path: &str, asked: u32) -> Decision {
+        let policy = Policy::compile(&PolicySpec { rules: rules.to_vec() }).unwrap();
+        let directory = path.ends_with('/');
+        policy.decide(&RelPath::new(path.trim_end_matches('/')).unwrap(), directory, asked)
+    }
+
+    #[test]
+    fn s05_to_s09_modes_by_glob_files_and_directories_apart_and_the_last_wins() {
+        let rules = [
+            rule("**/*.safetensors", "600"),
+            rule("labels.txt", "600"),
+            rule("train.py", "750"),
+            rule("dataset/", "770"),
+            rule("logs/", "1774"),
+            rule("/inference/*.log", "640"),
+            rule("shared/**", "775"),
+            rule("*.sh", "+x"),
+            rule("public.safetensors", "644"),
+        ];
+        for (path, asked, mode) in [
+            ("a/model.safetensors", 0o644, 0o600),
+            ("deep/labels.txt", 0o666, 0o600),
+            ("train.py", 0o600, 0o750),
+            ("dataset/", 0o755, 0o770),
+            ("dataset/file", 0o644, 0o644),
+            ("dataset", 0o644, 0o644),
+            ("run/logs/", 0o755, 0o1774),
+            ("inference/x.log", 0o600, 0o640),
+            ("inference/deep/x.log", 0o600, 0o600),
+            ("shared/a/b", 0o600, 0o775),
+            ("distributed_train.sh", 0o644, 0o755),
+            ("public.safetensors", 0o600, 0o644),
+        ] {
+            assert_eq!(format!("{:04o}", decide(&rules, path, asked).mode), format!("{mode:04o}"), "{path}");
+        }
+    }
+
+    #[test]
+    fn h45_special_bits_come_only_from_a_rule_that_names_them() {
+        assert_eq!(decide(&[], "tool", 0o4755).mode, 0o755);
+        assert_eq!(decide(&[rule("tool", "a+r")], "tool", 0o4711).mode, 0o755);
+        assert_eq!(decide(&[rule("tool", "4755")], "tool", 0o644).mode, 0o4755);
+        assert_eq!(decide(&[rule("tool", "u+s")], "tool", 0o755).mode, 0o4755);
+        assert_eq!(decide(&[rule("t/", "+t")], "t/", 0o755).mode, 0o1755);
+    }
+
+    #[test]
+    fn s03_s04_owner_group_or_both() {
+        let decision = decide(&[chown_rule("alice:ai_team")], "model.log", 0o644);
+        assert_eq!((decision.owner.as_deref(), decision.group.as_deref()), (Some("alice"), Some("ai_team")));
+        let decision = decide(&[chown_rule(":researchers")], "data/", 0o755);
+        assert_eq!((decision.owner, decision.group.as_deref()), (None, Some("researchers")));
+        assert_eq!(decide(&[chown_rule("bob")], "x", 0o644).group, None);
+    }
+
+    #[test]
+    fn chmod_takes_what_rsync_takes() {
+        for (text, file, directory) in [
+            ("600", 0o600, 0o600),
+            ("D755,F644", 0o644, 0o755),
+            ("Dg+s,ug+w,Fo-w,+X", 0o664, 0o2775),
+            ("go-rwx", 0o600, 0o700),
+            ("F600", 0o600, 0o755),
+            ("D700", 0o644, 0o700),
+        ] {
+            let rules = chmod_rules(text).unwrap();
+            assert_eq!(format!("{:04o}", decide(&rules, "f", 0o644).mode), format!("{file:04o}"), "{text} file");
+            assert_eq!(format!("{:04o}", decide(&rules, "d/", 0o755).mode), format!("{directory:04o}"), "{text} dir");
+        }
+        assert!(chmod_rules("u+q").is_err() && chmod_rules("").is_err());
+    }
+
+    #[test]
+    fn a_rule_that_is_wrong_is_named() {
+        let compiled = |rule: RuleSpec| {
+            Policy::compile(&PolicySpec { rules: vec![RuleSpec { pattern: "ok".into(), ..RuleSpec::default() }, rule] })
+        };
+        for wrong in [
+            rule("a", "999"),
+            rule("", "600"),
+            rule("!a", "600"),
+            RuleSpec { execute: Some("always".into()), ..rule("a", "600") },
+            RuleSpec { owner: Some(String::new()), ..rule("a", "600") },
+        ] {
+            assert!(compiled(wrong).unwrap_err().to_string().contains("rule 2"));
+        }
+    }
+}
