@@ -125,7 +125,11 @@ fn apply(text: &str, peer: IpAddr, now: u64) -> Result<Grant, String> {
     for (name, value) in options(text)? {
         match (name.as_str(), value.as_deref()) {
             (
-                "restrict" | "no-pty" | "no-port-forwarding" | "no-agent-forwarding" | "no-x11-forwarding"
+                "restrict"
+                | "no-pty"
+                | "no-port-forwarding"
+                | "no-agent-forwarding"
+                | "no-x11-forwarding"
                 | "no-user-rc",
                 None,
             ) => {}

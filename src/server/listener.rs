@@ -94,7 +94,8 @@ pub struct SessionStart {
 }
 
 /// Makes the session of a channel.
-pub type SessionFactory = Arc<dyn Fn(&SessionStart, Arc<dyn Output>) -> Result<Box<dyn FedSession>, String> + Send + Sync>;
+pub type SessionFactory =
+    Arc<dyn Fn(&SessionStart, Arc<dyn Output>) -> Result<Box<dyn FedSession>, String> + Send + Sync>;
 
 /// Why the listener does not run.
 #[derive(Debug, thiserror::Error)]
@@ -262,9 +263,7 @@ async fn connection(
     let peer = client.peer;
     let _ = socket.set_nodelay(true);
     let (stream, kill) = OverflowStream::new(socket);
-    let running = async {
-        russh::server::run_stream(protocol, stream, client).await?.await
-    };
+    let running = async { russh::server::run_stream(protocol, stream, client).await?.await };
     tokio::pin!(running);
     let late = async {
         tokio::time::sleep(grace).await;
