@@ -1,0 +1,96 @@
+//! The listener's own key: made at the first start, refused when others can read it.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use russh::keys::PrivateKey;
+use russh::keys::ssh_key::LineEnding;
+use russh::keys::ssh_key::private::{Ed25519Keypair, KeypairData};
+
+/// Why there is no host key.
+#[derive(Debug, thiserror::Error)]
+pub enum HostKeyError {
+    /// The file cannot be read or made.
+    #[error("cannot use host key {}: {source}", path.display())]
+    Io {
+        /// The key file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Others have access.
+    #[error("host key {} is open to others (mode {mode:03o}); run: chmod 600 {}", path.display(), path.display())]
+    Exposed {
+        /// The key file.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// Not a key.
+    #[error("host key {} is not an OpenSSH private key without passphrase: {reason}", path.display())]
+    Invalid {
+        /// The key file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Reads the key, or makes one when there is no file.
+///
+/// # Errors
+/// [`HostKeyError`].
+pub fn load_or_create(path: &Path) -> Result<PrivateKey, HostKeyError> {
+    match File::open(path) {
+        Ok(file) => load(path, file),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => create(path),
+        Err(source) => Err(HostKeyError::Io { path: path.into(), source }),
+    }
+}
+
+fn load(path: &Path, mut file: File) -> Result<PrivateKey, HostKeyError> {
+    let io = |source| HostKeyError::Io { path: path.into(), source };
+    let mode = file.metadata().map_err(io)?.mode() & 0o777;
+    if mode & 0o077 != 0 {
+        return Err(HostKeyError::Exposed { path: path.into(), mode });
+    }
+    let mut text = String::new();
+    io::Read::by_ref(&mut file).take(64 << 10).read_to_string(&mut text).map_err(io)?;
+    let invalid = |reason: String| HostKeyError::Invalid { path: path.into(), reason };
+    let key = PrivateKey::from_openssh(&text).map_err(|e| invalid(e.to_string()))?;
+    if key.is_encrypted() {
+        return Err(invalid("it has a passphrase".into()));
+    }
+    Ok(key)
+}
+
+fn create(path: &Path) -> Result<PrivateKey, HostKeyError> {
+    let io = |source| HostKeyError::Io { path: path.into(), source };
+    let invalid = |reason: String| HostKeyError::Invalid { path: path.into(), reason };
+    let mut seed = [0; 32];
+    File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut seed)).map_err(io)?;
+    let pair = KeypairData::Ed25519(Ed25519Keypair::from_seed(&seed));
+    let key = PrivateKey::new(pair, "lockstep").map_err(|e| invalid(e.to_string()))?;
+    let text = key.to_openssh(LineEnding::LF).map_err(|e| invalid(e.to_string()))?;
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io)?;
+    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(io)?;
+    Ok(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    #[test]
+    fn h50_made_once_and_refused_when_others_can_read_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("host_key");
+        let made = load_or_create(&path).unwrap();
+        assert_eq!(made.public_key(), load_or_create(&path).unwrap().public_key());
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+        assert!(matches!(load_or_create(&path), Err(HostKeyError::Exposed { mode: 0o640, .. })));
+    }
+}
