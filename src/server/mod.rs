@@ -1,1 +1,3 @@
-//! (in the making)
+//! The server: SFTP sessions and the agent.
+
+pub mod agent;
