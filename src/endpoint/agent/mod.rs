@@ -1,7 +1,7 @@
 //! A target or a source that a lockstep at the other end serves (`docs/protocol.md`), over one or more connections.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 

@@ -429,3 +429,6 @@ impl Control {
         Ok(body)
     }
 }
+
+#[cfg(test)]
+mod tests;
