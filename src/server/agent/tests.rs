@@ -220,3 +220,67 @@ fn h23_messages_out_of_order_or_bounds_are_refused() {
     assert_eq!(write(0, 0, 4), extension::STATUS, "descends");
     assert_eq!(call("put", &u32::MAX.to_be_bytes()), extension::STATUS);
 }
+
+struct Files(Arc<Tree>);
+struct FilesReader(std::collections::VecDeque<crate::endpoint::Fetch>);
+impl Source for Files {
+    fn describe(&self) -> String {
+        "files".into()
+    }
+    fn scan(&self, _: &ScanOptions, _: &dyn Monitor) -> Result<crate::endpoint::Scan, Error> {
+        let problem = crate::monitor::Problem { path: None, message: "a socket".into(), severity: Severity::Skipped };
+        Ok(crate::endpoint::Scan { tree: (*self.0).clone(), problems: vec![problem] })
+    }
+    fn reader(&self, _: Arc<Tree>) -> Result<Box<dyn crate::endpoint::Reader + '_>, Error> {
+        Ok(Box::new(FilesReader(Default::default())))
+    }
+    fn remember(&self, _: &Tree, _: &[(u32, Digest)]) {}
+}
+impl crate::endpoint::Reader for FilesReader {
+    fn wants_more(&self) -> bool {
+        true
+    }
+    fn push(&mut self, fetch: crate::endpoint::Fetch) {
+        self.0.push_back(fetch);
+    }
+    fn next(&mut self) -> Result<Option<crate::endpoint::Produced>, Error> {
+        Ok(self.0.pop_front().map(|fetch| {
+            let data = vec![fetch.index as u8; 5];
+            let (block, digest) = (Block::copy_of(&data), digest(&data));
+            crate::endpoint::Produced::Whole { index: fetch.index, block, digest }
+        }))
+    }
+}
+
+#[test]
+fn a_pull_lists_and_reads_every_file_and_a_lost_link_ends_it() {
+    let listed = tree(&[5; 300]);
+    let served = Arc::clone(&listed);
+    let factory = Factory {
+        target: Box::new(|_| Err(Error::Usage("no target".into()))),
+        source: Box::new(move |_| Ok(Arc::new(Files(Arc::clone(&served))) as SharedSource)),
+    };
+    let (end, answers) = unbounded();
+    let cut = end.clone();
+    let near = Near { agent: Agent::new(Arc::new(factory)), output: Arc::new(Queue(end.clone())), answers, end };
+    let client = Client::connect(Arc::new(near), "files", ClientOptions::default()).unwrap();
+    let lanes = Lanes::over(vec![client], b"/x", CompressOptions { level: Some(1), enabled: true }).unwrap();
+    let source = crate::endpoint::agent::AgentSource::new(lanes);
+    let scan = source.scan(&ScanOptions::default(), &Silent::default()).unwrap();
+    assert_eq!((scan.tree.entries(), scan.problems.len()), (listed.entries(), 1));
+    let mut reader = source.reader(Arc::clone(&listed)).unwrap();
+    for index in 0..300 {
+        reader.push(crate::endpoint::Fetch { index, from: 0, unless: None });
+    }
+    let mut seen = 0;
+    while let Some(produced) = reader.next().unwrap() {
+        let crate::endpoint::Produced::Whole { index, block, .. } = produced else { panic!("{produced:?}") };
+        assert_eq!(block.data(), vec![index as u8; 5]);
+        seen += 1;
+    }
+    assert_eq!(seen, 300);
+    cut.send(Bytes::new()).unwrap();
+    reader.push(crate::endpoint::Fetch { index: 0, from: 0, unless: None });
+    let lost = std::iter::from_fn(|| Some(reader.next())).take(3).find_map(Result::err);
+    assert!(lost.is_none_or(|error| matches!(error, Error::Disconnected { .. })));
+}
