@@ -280,7 +280,11 @@ fn a_pull_lists_and_reads_every_file_and_a_lost_link_ends_it() {
     }
     assert_eq!(seen, 300);
     cut.send(Bytes::new()).unwrap();
-    reader.push(crate::endpoint::Fetch { index: 0, from: 0, unless: None });
-    let lost = std::iter::from_fn(|| Some(reader.next())).take(3).find_map(Result::err);
-    assert!(lost.is_none_or(|error| matches!(error, Error::Disconnected { .. })));
+    // The receiving thread notices on its own; from then on every read fails.
+    let lost = (0..1000).find_map(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        reader.push(crate::endpoint::Fetch { index: 0, from: 0, unless: None });
+        reader.next().err()
+    });
+    assert!(matches!(lost, Some(Error::Disconnected { .. })), "{lost:?}");
 }
