@@ -15,6 +15,8 @@ use crate::monitor::{Monitor, Problem};
 use crate::plan::Plan;
 use crate::policy::PolicySpec;
 
+pub mod agent;
+pub mod client;
 pub mod link;
 pub mod local;
 pub mod memory;

@@ -1,4 +1,6 @@
-//! (in the making)
+//! The server: the listener, who may log in, and what answers a session.
+
+pub mod agent;
 pub mod authorized_keys;
 pub mod channel;
 pub mod host_key;

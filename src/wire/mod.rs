@@ -1,1 +1,3 @@
-//! (in the making)
+//! The messages of SFTP version 3 and of lockstep's extensions.
+
+pub mod extension;

@@ -1,0 +1,132 @@
+//! The target of a push to an agent.
+
+use std::sync::Arc;
+
+use super::writer::AgentWriter;
+use super::{Lanes, json};
+use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
+use crate::manifest::Tree;
+use crate::monitor::{Counters, Monitor};
+use crate::plan::Plan;
+use crate::wire::extension::{self, CHUNK_BYTES, Fields, WireError};
+
+/// A target served by an agent.
+pub struct AgentTarget {
+    lanes: Lanes,
+}
+
+impl AgentTarget {
+    /// A target over connections.
+    pub fn new(lanes: Lanes) -> AgentTarget {
+        AgentTarget { lanes }
+    }
+
+    fn send_entries(&self, source: &Tree) -> Result<(), Error> {
+        let client = self.lanes.control();
+        let (sender, receiver) = crossbeam_channel::unbounded();
+        let (mut raw, mut sent) = (Vec::new(), 0);
+        let mut flush = |raw: &mut Vec<u8>| {
+            let mut packet = extension::request("entries");
+            extension::put_frame(&mut packet, raw, Some(1));
+            raw.clear();
+            sent += 1;
+            client.submit(packet, 0, 0, &sender)
+        };
+        for entry in source.entries() {
+            extension::put_entry(&mut raw, entry);
+            if raw.len() >= CHUNK_BYTES {
+                flush(&mut raw)?;
+            }
+        }
+        flush(&mut raw)?;
+        for _ in 0..sent {
+            let answer = client.wait(&receiver, false)?.answer.map_err(|lost| client.lost(lost))?;
+            super::body(client, answer)?;
+        }
+        Ok(())
+    }
+
+    fn read_plan(&self, entries: usize) -> Result<Plan, Error> {
+        let reply = self.lanes.call(extension::request("diff"))?;
+        let bad = |error| self.lanes.malformed(error);
+        let mut fields = Fields(&reply);
+        let mut plan = Plan { target_entries: fields.u64().map_err(bad)?, ..Plan::default() };
+        let actions = fields.u32().map_err(bad)? as usize;
+        let removals = fields.u32().map_err(bad)? as usize;
+        while plan.actions.len() < actions || plan.removals.len() < removals {
+            let mut packet = extension::request("plan");
+            packet.extend_from_slice(&(plan.actions.len() as u32).to_be_bytes());
+            packet.extend_from_slice(&(plan.removals.len() as u32).to_be_bytes());
+            let reply = self.lanes.call(packet)?;
+            read_chunk(&reply, &mut plan, entries).map_err(bad)?;
+        }
+        if plan.actions.len() != actions || plan.removals.len() != removals {
+            return Err(bad(WireError::Range("the length of the plan")));
+        }
+        Ok(plan)
+    }
+}
+
+fn read_chunk(reply: &[u8], plan: &mut Plan, entries: usize) -> Result<(), WireError> {
+    let mut fields = Fields(reply);
+    let (actions, removals) = (fields.u32()?, fields.u32()?);
+    let mut raw = Vec::new();
+    fields.frame(&mut raw)?;
+    let mut fields = Fields(&raw);
+    for _ in 0..actions {
+        let action = extension::read_action(&mut fields)?;
+        let ascends = plan.actions.last().is_none_or(|last| last.index < action.index);
+        if action.index as usize >= entries || !ascends {
+            return Err(WireError::Range("the index of an action"));
+        }
+        plan.actions.push(action);
+    }
+    for _ in 0..removals {
+        plan.removals.push(extension::read_removal(&mut fields)?);
+    }
+    if actions == 0 && removals == 0 {
+        return Err(WireError::Range("the length of the plan"));
+    }
+    fields.end()
+}
+
+impl Target for AgentTarget {
+    fn describe(&self) -> String {
+        self.lanes.describe()
+    }
+
+    fn begin(&self, options: &BeginOptions, _: &dyn Monitor) -> Result<(), Error> {
+        let reply = self.lanes.start("begin", options)?;
+        let token = Fields(&reply).string().map_err(|error| self.lanes.malformed(error))?;
+        self.lanes.attach(token);
+        Ok(())
+    }
+
+    fn diff(&self, source: &Arc<Tree>, _: &dyn Monitor) -> Result<Plan, Error> {
+        self.send_entries(source)?;
+        self.read_plan(source.entries().len())
+    }
+
+    fn writer(&self) -> Result<Box<dyn Writer + '_>, Error> {
+        Ok(Box::new(AgentWriter::new(self.lanes.lane(), self.lanes.compress)))
+    }
+
+    fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
+        let mut packet = extension::request("commit");
+        extension::put_string(&mut packet, &json(options)?);
+        let reply = self.lanes.call(packet)?;
+        let sent = self.lanes.clients.iter().map(|client| client.wire_bytes().0).sum();
+        Counters::add(&monitor.counters().wire_bytes, sent);
+        let text = Fields(&reply).string().map_err(|error| self.lanes.malformed(error))?;
+        serde_json::from_slice(text).map_err(|error| self.lanes.control().protocol(error.to_string()))
+    }
+
+    fn abort(&self) {
+        // The agent aborts by itself when the connection ends.
+        let _ = self.lanes.call(extension::request("abort"));
+    }
+
+    fn verification(&self) -> String {
+        "SHA-256 computed by the receiving lockstep".to_owned()
+    }
+}

@@ -1,0 +1,434 @@
+//! The agent: lockstep's extension requests, adapted to a [`Target`] or a [`Source`].
+//!
+//! What always holds: nothing of a client's message is used before its bounds are checked; messages of one file are
+//! handled in order, by one worker; a message out of order is answered with an error and has no effect.
+
+use std::collections::HashMap;
+use std::io::Read as _;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use crate::endpoint::{BeginOptions, CommitOptions, Error, ScanOptions, Source, Target};
+use crate::manifest::{Entry, Tree};
+use crate::monitor::{Severity, Silent};
+use crate::plan::Plan;
+use crate::wire::extension::{self, CHUNK_BYTES, DOMAIN, Fields, NAMES, VERSION, WireError};
+
+mod reading;
+mod writing;
+
+/// Where answers go. Packets are whole, with their length in front.
+pub trait Output: Send + Sync {
+    /// Queues a packet.
+    fn send(&self, packet: Vec<u8>);
+}
+
+/// Extension requests that a session hands on.
+pub trait Extensions: Send + Sync {
+    /// What to advertise: names and versions.
+    fn names(&self) -> Vec<(&'static str, &'static str)>;
+    /// Handles a request; `payload` is what follows the name. `false` when the name is not known here.
+    fn handle(&self, name: &[u8], id: u32, payload: Vec<u8>, output: &Arc<dyn Output>) -> bool;
+}
+
+/// A target that workers share.
+pub type SharedTarget = Arc<dyn Target + Send + Sync>;
+/// A source that workers share.
+pub type SharedSource = Arc<dyn Source + Send + Sync>;
+
+/// Makes the two sides for the root that a client names, or refuses.
+pub struct Factory {
+    /// Opens a target.
+    pub target: Box<dyn Fn(&[u8]) -> Result<SharedTarget, Error> + Send + Sync>,
+    /// Opens a source.
+    pub source: Box<dyn Fn(&[u8]) -> Result<SharedSource, Error> + Send + Sync>,
+}
+
+const WORKERS: usize = 8;
+const QUEUE: usize = 8;
+const ENTRIES_MAX: usize = 64 << 20;
+
+struct Job {
+    name: &'static str,
+    id: u32,
+    payload: Vec<u8>,
+    output: Arc<dyn Output>,
+}
+
+impl Job {
+    fn reply(&self, body: &[u8]) {
+        self.output.send(extension::reply(self.id, body));
+    }
+
+    fn refuse(&self, failure: &Failure) {
+        self.output.send(extension::status(self.id, failure.code, &failure.message, failure.exit));
+    }
+}
+
+/// What is said when a request fails.
+#[derive(Debug, Clone)]
+struct Failure {
+    code: u32,
+    message: String,
+    exit: u8,
+}
+
+impl Failure {
+    fn order(what: &str) -> Failure {
+        Failure { code: 5, message: format!("the request is out of order: {what}"), exit: 5 }
+    }
+}
+
+impl From<WireError> for Failure {
+    fn from(error: WireError) -> Self {
+        Failure { code: 5, message: error.to_string(), exit: 5 }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        let code = if matches!(error, Error::Refused { .. }) { 3 } else { 4 };
+        Failure { code, message: crate::error::chain(&error), exit: error.exit().code() }
+    }
+}
+
+impl From<serde_json::Error> for Failure {
+    fn from(error: serde_json::Error) -> Self {
+        Failure { code: 5, message: format!("the options cannot be read: {error}"), exit: 2 }
+    }
+}
+
+enum Side {
+    Target(SharedTarget),
+    Source(SharedSource),
+}
+
+/// One run, which several connections may work on.
+struct Run {
+    side: Side,
+    tree: OnceLock<Arc<Tree>>,
+    queues: Mutex<Option<Vec<Sender<Job>>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// Runs that further connections of this process may attach to, by token.
+static RUNS: Mutex<Option<HashMap<[u8; 16], Weak<Run>>>> = Mutex::new(None);
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn register(run: &Arc<Run>) -> Vec<u8> {
+    let mut token = [0; 16];
+    let filled = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut token));
+    if filled.is_err() {
+        return Vec::new(); // No token: the client works over one connection.
+    }
+    let mut runs = locked(&RUNS);
+    let runs = runs.get_or_insert_default();
+    runs.retain(|_, run| run.strong_count() > 0);
+    runs.insert(token, Arc::downgrade(run));
+    token.to_vec()
+}
+
+impl Run {
+    fn start(self: &Arc<Self>) -> Result<(), Failure> {
+        let mut queues = Vec::new();
+        for number in 0..WORKERS {
+            let (sender, receiver) = bounded(QUEUE);
+            let run = Arc::clone(self);
+            let thread = std::thread::Builder::new()
+                .name(format!("agent-{number}"))
+                .spawn(move || match &run.side {
+                    Side::Target(target) => writing::serve(&**target, &run.tree, &receiver),
+                    Side::Source(source) => reading::serve(&**source, &run.tree, &receiver),
+                })
+                .map_err(|error| Failure { code: 4, message: format!("start a thread: {error}"), exit: 75 })?;
+            queues.push(sender);
+            locked(&self.threads).push(thread);
+        }
+        *locked(&self.queues) = Some(queues);
+        Ok(())
+    }
+
+    /// Lets the workers finish what they have; no message is taken afterwards.
+    fn stop(&self) {
+        drop(locked(&self.queues).take());
+        for thread in std::mem::take(&mut *locked(&self.threads)) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The agent of one connection.
+pub struct Agent {
+    control: Sender<Job>,
+    run: Arc<Mutex<Option<Arc<Run>>>>,
+}
+
+impl Agent {
+    /// An agent that has no run yet. Its control thread ends, and its run is aborted, after it is dropped.
+    pub fn new(factory: Arc<Factory>) -> Agent {
+        let (control, jobs) = bounded(QUEUE);
+        let run = Arc::new(Mutex::new(None));
+        let shared = Arc::clone(&run);
+        // Without the thread the channel is closed, and every request is refused.
+        let _ = std::thread::Builder::new()
+            .name("agent-control".to_owned())
+            .spawn(move || Control::new(factory, shared).serve(&jobs));
+        Agent { control, run }
+    }
+}
+
+impl Extensions for Agent {
+    fn names(&self) -> Vec<(&'static str, &'static str)> {
+        NAMES.iter().map(|name| (*name, VERSION)).collect()
+    }
+
+    fn handle(&self, name: &[u8], id: u32, payload: Vec<u8>, output: &Arc<dyn Output>) -> bool {
+        let Some(name) = NAMES.iter().find(|known| known.as_bytes() == name) else { return false };
+        let name = name.strip_suffix(DOMAIN).unwrap_or(name);
+        let job = Job { name, id, payload, output: Arc::clone(output) };
+        let data = matches!(name, "put" | "open" | "write" | "hole" | "finish" | "keep" | "discard" | "fetch" | "next");
+        let sent = if data { self.route(job) } else { self.control.send(job).map_err(|error| error.0) };
+        if let Err(job) = sent {
+            job.refuse(&Failure::order("there is no run that takes it"));
+        }
+        true
+    }
+}
+
+impl Agent {
+    /// The index (of a file, or of a stream) decides the worker; in a `put` it is that of the first file.
+    fn route(&self, job: Job) -> Result<(), Job> {
+        let at = if job.name == "put" { 4 } else { 0 };
+        let index = job.payload.get(at..).and_then(|rest| Fields(rest).u32().ok()).unwrap_or(0);
+        let run = locked(&self.run).clone();
+        let queue = run.and_then(|run| Some(locked(&run.queues).as_ref()?[index as usize % WORKERS].clone()));
+        match queue {
+            Some(queue) => queue.send(job).map_err(|error| error.0),
+            None => Err(job),
+        }
+    }
+}
+
+/// What runs in order: everything but content.
+struct Control {
+    factory: Arc<Factory>,
+    shared: Arc<Mutex<Option<Arc<Run>>>>,
+    /// Whether the run was begun here, not attached to.
+    own: bool,
+    ended: bool,
+    entries: Vec<Entry>,
+    plan: Option<Plan>,
+    problems: usize,
+    scan_problems: Vec<crate::monitor::Problem>,
+}
+
+impl Control {
+    fn new(factory: Arc<Factory>, shared: Arc<Mutex<Option<Arc<Run>>>>) -> Control {
+        let (entries, scan_problems) = (Vec::new(), Vec::new());
+        Control { factory, shared, own: false, ended: false, entries, plan: None, problems: 0, scan_problems }
+    }
+
+    fn serve(mut self, jobs: &Receiver<Job>) {
+        while let Ok(job) = jobs.recv() {
+            match self.answer(&job) {
+                Ok(body) => job.reply(&body),
+                Err(failure) => job.refuse(&failure),
+            }
+        }
+        self.abort();
+    }
+
+    fn abort(&mut self) {
+        let run = locked(&self.shared).take();
+        if let Some(run) = run.filter(|_| self.own) {
+            run.stop();
+            if let (Side::Target(target), false) = (&run.side, self.ended) {
+                target.abort();
+            }
+        }
+        self.ended = true;
+    }
+
+    fn answer(&mut self, job: &Job) -> Result<Vec<u8>, Failure> {
+        let mut fields = Fields(&job.payload);
+        match job.name {
+            "hello" => {
+                let hello = serde_json::json!({
+                    "versions": [1], "software": concat!("lockstep ", env!("CARGO_PKG_VERSION")), "codecs": ["raw", "zstd"],
+                    "block_bytes": crate::endpoint::BLOCK_BYTES, "in_flight_bytes": 16 << 20,
+                });
+                let mut body = Vec::new();
+                extension::put_string(&mut body, hello.to_string().as_bytes());
+                Ok(body)
+            }
+            "begin" => {
+                let root = fields.string()?;
+                let options: BeginOptions = serde_json::from_slice(fields.string()?)?;
+                self.must_be_free()?;
+                let target = (self.factory.target)(root)?;
+                target.begin(&options, &Silent::default())?;
+                let verification = target.verification();
+                let mut body = self.adopt(Side::Target(target))?;
+                extension::put_string(&mut body, verification.as_bytes());
+                Ok(body)
+            }
+            "scan" => {
+                let root = fields.string()?;
+                let options: ScanOptions = serde_json::from_slice(fields.string()?)?;
+                self.must_be_free()?;
+                let source = (self.factory.source)(root)?;
+                let scan = source.scan(&options, &Silent::default())?;
+                let mut body = self.adopt(Side::Source(source))?;
+                let run = self.run()?;
+                body.extend_from_slice(&(scan.tree.entries().len() as u32).to_be_bytes());
+                body.extend_from_slice(&(scan.problems.len() as u32).to_be_bytes());
+                let _ = run.tree.set(Arc::new(scan.tree));
+                self.scan_problems = scan.problems;
+                run.start()?;
+                Ok(body)
+            }
+            "attach" => {
+                self.must_be_free()?;
+                let token: [u8; 16] = fields.bytes(16)?.try_into().map_err(|_| WireError::Short)?;
+                let found = locked(&RUNS).as_ref().and_then(|runs| runs.get(&token)?.upgrade());
+                *locked(&self.shared) = Some(found.ok_or_else(|| Failure::order("no such run in this process"))?);
+                Ok(Vec::new())
+            }
+            "entries" => {
+                let run = self.run()?;
+                if !self.own || run.tree.get().is_some() || !matches!(run.side, Side::Target(_)) {
+                    return Err(Failure::order("the entries are complete"));
+                }
+                let mut raw = Vec::new();
+                fields.frame(&mut raw)?;
+                extension::read_entries(&raw, &mut self.entries)?;
+                if self.entries.len() > ENTRIES_MAX {
+                    return Err(WireError::Range("the number of entries").into());
+                }
+                Ok(Vec::new())
+            }
+            "diff" => self.diff(),
+            "plan" => self.plan_chunk(fields.u32()? as usize, fields.u32()? as usize),
+            "list" => self.list_chunk(fields.u32()? as usize),
+            "commit" => {
+                let options: CommitOptions = serde_json::from_slice(fields.string()?)?;
+                let run = self.run()?;
+                let (Side::Target(target), true, true) = (&run.side, self.own && !self.ended, run.tree.get().is_some())
+                else {
+                    return Err(Failure::order("nothing to commit"));
+                };
+                run.stop();
+                self.ended = true;
+                let committed = target.commit(&options, &Silent::default())?;
+                let mut body = Vec::new();
+                extension::put_string(&mut body, &serde_json::to_vec(&committed)?);
+                Ok(body)
+            }
+            _ => {
+                self.abort();
+                Ok(Vec::new())
+            }
+        }
+    }
+
+    fn must_be_free(&self) -> Result<(), Failure> {
+        if locked(&self.shared).is_some() || self.ended {
+            Err(Failure::order("a run was begun already"))
+        } else {
+            Ok(())
+        }
+    }
+
+    fn run(&self) -> Result<Arc<Run>, Failure> {
+        locked(&self.shared).clone().ok_or_else(|| Failure::order("nothing was begun"))
+    }
+
+    fn adopt(&mut self, side: Side) -> Result<Vec<u8>, Failure> {
+        let (tree, queues, threads) = (OnceLock::new(), Mutex::new(None), Mutex::new(Vec::new()));
+        let run = Arc::new(Run { side, tree, queues, threads });
+        self.own = true;
+        let mut body = Vec::new();
+        extension::put_string(&mut body, &register(&run));
+        *locked(&self.shared) = Some(run);
+        Ok(body)
+    }
+
+    fn diff(&mut self) -> Result<Vec<u8>, Failure> {
+        let run = self.run()?;
+        let (Side::Target(target), true, None) = (&run.side, self.own && !self.ended, run.tree.get()) else {
+            return Err(Failure::order("nothing to compare"));
+        };
+        let tree = Tree::new(std::mem::take(&mut self.entries)).map_err(|error| Failure {
+            code: 5,
+            message: error.to_string(),
+            exit: 5,
+        })?;
+        let tree = Arc::new(tree);
+        let plan = target.diff(&tree, &Silent::default())?;
+        let _ = run.tree.set(tree);
+        run.start()?;
+        let mut body = plan.target_entries.to_be_bytes().to_vec();
+        body.extend_from_slice(&(plan.actions.len() as u32).to_be_bytes());
+        body.extend_from_slice(&(plan.removals.len() as u32).to_be_bytes());
+        self.plan = Some(plan);
+        Ok(body)
+    }
+
+    fn plan_chunk(&self, action: usize, removal: usize) -> Result<Vec<u8>, Failure> {
+        let plan = self.plan.as_ref().ok_or_else(|| Failure::order("there is no plan"))?;
+        let (mut raw, mut actions, mut removals) = (Vec::new(), 0_u32, 0_u32);
+        for action in plan.actions.iter().skip(action) {
+            if raw.len() >= CHUNK_BYTES {
+                break;
+            }
+            extension::put_action(&mut raw, action);
+            actions += 1;
+        }
+        for removal in plan.removals.iter().skip(removal) {
+            if raw.len() >= CHUNK_BYTES {
+                break;
+            }
+            extension::put_removal(&mut raw, removal);
+            removals += 1;
+        }
+        let mut body = actions.to_be_bytes().to_vec();
+        body.extend_from_slice(&removals.to_be_bytes());
+        extension::put_frame(&mut body, &raw, Some(1));
+        Ok(body)
+    }
+
+    fn list_chunk(&mut self, from: usize) -> Result<Vec<u8>, Failure> {
+        let run = self.run()?;
+        let (Some(tree), true) = (run.tree.get(), self.own) else { return Err(Failure::order("nothing was scanned")) };
+        let mut raw = Vec::new();
+        let Some(rest) = tree.entries().get(from..).filter(|rest| !rest.is_empty()) else {
+            // After the entries come the problems.
+            while let Some(problem) = self.scan_problems.get(self.problems).filter(|_| raw.len() < CHUNK_BYTES) {
+                extension::put_string(&mut raw, problem.path.as_ref().map_or(b"", |path| path.as_bytes()));
+                extension::put_string(&mut raw, problem.message.as_bytes());
+                raw.push(u8::from(problem.severity == Severity::Failed));
+                self.problems += 1;
+            }
+            let mut body = Vec::new();
+            extension::put_frame(&mut body, &raw, Some(1));
+            return Ok(body);
+        };
+        for entry in rest {
+            if raw.len() >= CHUNK_BYTES {
+                break;
+            }
+            extension::put_entry(&mut raw, entry);
+        }
+        let mut body = Vec::new();
+        extension::put_frame(&mut body, &raw, Some(1));
+        Ok(body)
+    }
+}
+
+#[cfg(test)]
+mod tests;

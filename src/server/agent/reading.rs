@@ -1,0 +1,117 @@
+//! One worker of a source: streams of a client onto readers. Each `next` is answered with what comes next, bundled.
+
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock};
+
+use crossbeam_channel::Receiver;
+
+use super::{Failure, Job};
+use crate::endpoint::{BLOCK_BYTES, Error, Fetch, Produced, Reader, Source};
+use crate::manifest::{Digest, Tree};
+use crate::wire::extension::{FILES_MAX, Fields, WireError, put_frame, put_string};
+
+/// At most this many streams a worker.
+const STREAMS: usize = 64;
+
+pub(super) fn serve(source: &(dyn Source + Send + Sync), tree: &OnceLock<Arc<Tree>>, jobs: &Receiver<Job>) {
+    let Some(tree) = tree.get() else { return };
+    let mut readers: HashMap<u32, Box<dyn Reader + '_>> = HashMap::new();
+    let mut learned = Vec::new();
+    for job in jobs {
+        match answer(source, tree, &mut readers, &mut learned, &job) {
+            Ok(body) => job.reply(&body),
+            Err(failure) => job.refuse(&failure),
+        }
+    }
+    source.remember(tree, &learned);
+}
+
+fn answer<'a>(
+    source: &'a (dyn Source + Send + Sync),
+    tree: &Arc<Tree>,
+    readers: &mut HashMap<u32, Box<dyn Reader + 'a>>,
+    learned: &mut Vec<(u32, Digest)>,
+    job: &Job,
+) -> Result<Vec<u8>, Failure> {
+    let mut fields = Fields(&job.payload);
+    let stream = fields.u32()?;
+    if !matches!(job.name, "fetch" | "next") {
+        return Err(Failure::order("this run is a pull"));
+    }
+    if !readers.contains_key(&stream) {
+        if readers.len() >= STREAMS {
+            return Err(WireError::Range("the number of streams").into());
+        }
+        readers.insert(stream, source.reader(Arc::clone(tree))?);
+    }
+    let Some(reader) = readers.get_mut(&stream) else { return Err(Failure::order("no stream")) };
+    if job.name == "fetch" {
+        let count = fields.u32()? as usize;
+        if count > FILES_MAX {
+            return Err(WireError::Range("the number of files").into());
+        }
+        let mut fetches = Vec::with_capacity(count);
+        for _ in 0..count {
+            let (index, from) = (fields.u32()?, fields.u64()?);
+            let unless = if fields.u8()? == 0 { None } else { Some(fields.digest()?) };
+            let size = tree.entries().get(index as usize).and_then(|entry| entry.file()).map(|file| file.0);
+            if size.is_none_or(|size| from > size) {
+                return Err(WireError::Range("the index of a file, or the offset").into());
+            }
+            fetches.push(Fetch { index, from, unless });
+        }
+        fields.end()?;
+        fetches.into_iter().for_each(|fetch| reader.push(fetch));
+        return Ok(Vec::new());
+    }
+    let level = fields.u8()?.min(19);
+    let raw = bundle(&mut **reader, learned)?;
+    let mut body = Vec::new();
+    put_frame(&mut body, &raw, (level > 0).then_some(i32::from(level)));
+    Ok(body)
+}
+
+fn bundle(reader: &mut dyn Reader, learned: &mut Vec<(u32, Digest)>) -> Result<Vec<u8>, Error> {
+    let mut raw = Vec::with_capacity(BLOCK_BYTES + 4096);
+    while raw.len() < BLOCK_BYTES / 2 {
+        let Some(produced) = reader.next()? else { break };
+        let mut head = |kind: u8, index: u32| {
+            raw.push(kind);
+            raw.extend_from_slice(&index.to_be_bytes());
+        };
+        match produced {
+            Produced::Whole { index, block, digest } => {
+                head(0, index);
+                raw.extend_from_slice(&digest.0);
+                put_string(&mut raw, block.data());
+                learned.push((index, digest));
+            }
+            Produced::Data { index, offset, block } => {
+                head(1, index);
+                raw.extend_from_slice(&offset.to_be_bytes());
+                put_string(&mut raw, block.data());
+            }
+            Produced::Hole { index, offset, length } => {
+                head(2, index);
+                raw.extend_from_slice(&offset.to_be_bytes());
+                raw.extend_from_slice(&length.to_be_bytes());
+            }
+            Produced::End { index, digest } => {
+                head(3, index);
+                raw.extend_from_slice(&digest.0);
+                learned.push((index, digest));
+            }
+            Produced::Same { index, digest } => {
+                head(4, index);
+                raw.extend_from_slice(&digest.0);
+                learned.push((index, digest));
+            }
+            Produced::Failed { index, message, retry } => {
+                head(5, index);
+                raw.push(u8::from(retry));
+                put_string(&mut raw, message.as_bytes());
+            }
+        }
+    }
+    Ok(raw)
+}

@@ -1,0 +1,245 @@
+//! One worker of a target: content messages onto its own [`Writer`](crate::endpoint::Writer).
+
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock};
+
+use crossbeam_channel::{Receiver, TryRecvError};
+
+use super::{Failure, Job};
+use crate::endpoint::{Block, Staged, Target, Writer};
+use crate::manifest::Tree;
+use crate::wire::extension::{FILES_MAX, Fields, RAW_MAX, WireError, put_string};
+
+/// Files of one request whose results are still out.
+struct Group {
+    job: Job,
+    remaining: usize,
+    failures: u32,
+    body: Vec<u8>,
+}
+
+struct Worker<'a> {
+    writer: Box<dyn Writer + 'a>,
+    tree: Arc<Tree>,
+    /// Where the next byte of an open file may be, at the least.
+    open: HashMap<u32, u64>,
+    /// The request that waits for a file, and the file's position in it.
+    waiting: HashMap<u32, (u32, u32)>,
+    groups: HashMap<u32, Group>,
+    /// Requests of several connections meet here, so their numbers do not identify them.
+    serial: u32,
+}
+
+pub(super) fn serve(target: &(dyn Target + Send + Sync), tree: &OnceLock<Arc<Tree>>, jobs: &Receiver<Job>) {
+    let made = match tree.get() {
+        Some(tree) => target.writer().map(|writer| (writer, Arc::clone(tree))).map_err(Failure::from),
+        None => Err(Failure::order("nothing was compared")),
+    };
+    match made {
+        Ok((writer, tree)) => {
+            let (open, waiting, groups) = (HashMap::new(), HashMap::new(), HashMap::new());
+            Worker { writer, tree, open, waiting, groups, serial: 0 }.serve(jobs);
+        }
+        Err(failure) => jobs.iter().for_each(|job| job.refuse(&failure)),
+    }
+}
+
+impl Worker<'_> {
+    fn serve(mut self, jobs: &Receiver<Job>) {
+        let failure = loop {
+            let job = match jobs.try_recv() {
+                Ok(job) => job,
+                Err(TryRecvError::Empty) => {
+                    if let Err(failure) = self.settle(true) {
+                        break failure;
+                    }
+                    match jobs.recv() {
+                        Ok(job) => job,
+                        Err(_) => return,
+                    }
+                }
+                Err(TryRecvError::Disconnected) => match self.settle(true) {
+                    Ok(()) => return,
+                    Err(failure) => break failure,
+                },
+            };
+            if let Err(failure) = self.handle(job).and_then(|()| self.settle(false)) {
+                break failure;
+            }
+        };
+        // The writer is of no more use: whatever waits or comes is told why.
+        self.groups.drain().for_each(|(_, group)| group.job.refuse(&failure));
+        jobs.iter().for_each(|job| job.refuse(&failure));
+    }
+
+    /// A message that is not in order is refused and has no effect; `Err` ends the worker.
+    fn handle(&mut self, mut job: Job) -> Result<(), Failure> {
+        let payload = std::mem::take(&mut job.payload);
+        self.serial = self.serial.wrapping_add(1);
+        match self.apply(&job, &payload) {
+            Ok(Done::Now) => job.reply(&[]),
+            Ok(Done::Later(count)) => {
+                self.groups.insert(self.serial, Group { job, remaining: count, failures: 0, body: Vec::new() });
+            }
+            Err(Refusal::Message(failure)) => job.refuse(&failure),
+            Err(Refusal::Run(failure)) => {
+                job.refuse(&failure);
+                return Err(failure);
+            }
+        }
+        Ok(())
+    }
+
+    fn apply(&mut self, job: &Job, payload: &[u8]) -> Result<Done, Refusal> {
+        let mut fields = Fields(payload);
+        if job.name == "put" {
+            return self.put(self.serial, fields);
+        }
+        let index = fields.u32()?;
+        let size = self.size(index)?;
+        match job.name {
+            "open" => {
+                let resume_at = fields.u64()?;
+                if resume_at > size || self.waiting.contains_key(&index) {
+                    return Err(Failure::order("open").into());
+                }
+                self.writer.open(index, resume_at).map_err(Refusal::run)?;
+                self.open.insert(index, resume_at);
+            }
+            "write" => {
+                let offset = fields.u64()?;
+                let length = u64::from(Fields(fields.0.get(1..).unwrap_or_default()).u32()?);
+                if length > RAW_MAX as u64 {
+                    return Err(WireError::Range("the declared length").into());
+                }
+                let end = self.advance(index, offset, length, size)?;
+                let mut block = Block::with_capacity(length as usize);
+                fields.frame(block.buffer_mut())?;
+                self.open.insert(index, end);
+                self.writer.write(index, offset, block).map_err(Refusal::run)?;
+            }
+            "hole" => {
+                let (offset, length) = (fields.u64()?, fields.u64()?);
+                let end = self.advance(index, offset, length, size)?;
+                self.open.insert(index, end);
+                self.writer.hole(index, offset, length).map_err(Refusal::run)?;
+            }
+            "finish" => {
+                let digest = fields.digest()?;
+                if self.open.remove(&index).is_none() {
+                    return Err(Failure::order("finish without open").into());
+                }
+                self.waiting.insert(index, (self.serial, 0));
+                self.writer.finish(index, digest).map_err(Refusal::run)?;
+                return Ok(Done::Later(1));
+            }
+            "keep" => {
+                let digest = fields.digest()?;
+                if self.waiting.contains_key(&index) || self.open.contains_key(&index) {
+                    return Err(Failure::order("keep").into());
+                }
+                self.waiting.insert(index, (self.serial, 0));
+                self.writer.keep(index, digest).map_err(Refusal::run)?;
+                return Ok(Done::Later(1));
+            }
+            "discard" => {
+                self.open.remove(&index);
+                self.writer.discard(index).map_err(Refusal::run)?;
+            }
+            _ => return Err(Failure::order("this run is a push").into()),
+        }
+        Ok(Done::Now)
+    }
+
+    fn size(&self, index: u32) -> Result<u64, WireError> {
+        let entry = self.tree.entries().get(index as usize).and_then(|entry| entry.file());
+        entry.map(|(size, _)| size).ok_or(WireError::Range("the index of a file"))
+    }
+
+    fn advance(&self, index: u32, offset: u64, length: u64, size: u64) -> Result<u64, Refusal> {
+        let at = *self.open.get(&index).ok_or_else(|| Failure::order("the file is not open"))?;
+        match offset.checked_add(length) {
+            Some(end) if offset >= at && end <= size => Ok(end),
+            _ => Err(WireError::Range("the offset").into()),
+        }
+    }
+
+    fn put(&mut self, id: u32, mut fields: Fields<'_>) -> Result<Done, Refusal> {
+        let count = fields.u32()? as usize;
+        if count == 0 || count > FILES_MAX {
+            return Err(WireError::Range("the number of files").into());
+        }
+        let (mut files, mut total) = (Vec::with_capacity(count), 0_usize);
+        for _ in 0..count {
+            let (index, digest, length) = (fields.u32()?, fields.digest()?, fields.u32()? as usize);
+            total = total.saturating_add(length);
+            if self.size(index)? < length as u64 || self.waiting.contains_key(&index) {
+                return Err(WireError::Range("a file").into());
+            }
+            files.push((index, digest, length));
+        }
+        let mut indices: Vec<u32> = files.iter().map(|file| file.0).collect();
+        indices.sort_unstable();
+        if total > RAW_MAX || indices.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err(WireError::Range("a file").into());
+        }
+        let mut raw = Vec::new();
+        if fields.frame(&mut raw)? != total {
+            return Err(WireError::Range("the declared length").into());
+        }
+        let mut at = 0;
+        for (position, (index, digest, length)) in files.into_iter().enumerate() {
+            let block = Block::copy_of(&raw[at..at + length]);
+            at += length;
+            self.waiting.insert(index, (id, position as u32));
+            self.writer.put(index, block, digest).map_err(Refusal::run)?;
+        }
+        Ok(Done::Later(count))
+    }
+
+    /// Answers the requests whose files are done.
+    fn settle(&mut self, wait: bool) -> Result<(), Failure> {
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
+        for Staged { index, result } in self.writer.completions(wait)? {
+            let Some((id, position)) = self.waiting.remove(&index) else { continue };
+            let Some(group) = self.groups.get_mut(&id) else { continue };
+            group.remaining -= 1;
+            if let Err(failure) = result {
+                group.failures += 1;
+                group.body.extend_from_slice(&position.to_be_bytes());
+                group.body.push(u8::from(failure.retry));
+                put_string(&mut group.body, failure.message.as_bytes());
+            }
+            if group.remaining == 0
+                && let Some(group) = self.groups.remove(&id)
+            {
+                group.job.reply(&[&group.failures.to_be_bytes()[..], &group.body].concat());
+            }
+        }
+        Ok(())
+    }
+}
+
+enum Done {
+    Now,
+    Later(usize),
+}
+
+enum Refusal {
+    Message(Failure),
+    Run(Failure),
+}
+
+impl Refusal {
+    fn run(error: crate::endpoint::Error) -> Refusal {
+        Refusal::Run(error.into())
+    }
+}
+
+impl<T: Into<Failure>> From<T> for Refusal {
+    fn from(error: T) -> Self {
+        Refusal::Message(error.into())
+    }
+}

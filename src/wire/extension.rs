@@ -1,0 +1,391 @@
+//! The messages of the agent: SSH_FXP_EXTENDED requests `X@lockstep.internal`; `docs/protocol.md` specifies them.
+//!
+//! Everything read here comes from a peer: lengths are held against what is there before anything is allocated.
+
+use std::sync::Arc;
+
+use crate::codec::{self, CodecError};
+use crate::manifest::{Content, Digest, Entry, Timestamp};
+use crate::path::RelPath;
+use crate::plan::{Action, Change, Differences, Need, Removal};
+
+/// What follows the name of every message.
+pub const DOMAIN: &str = "@lockstep.internal";
+/// The version of every message.
+pub const VERSION: &str = "1";
+/// The names that are advertised.
+pub const NAMES: [&str; 19] = [
+    "hello@lockstep.internal",
+    "begin@lockstep.internal",
+    "attach@lockstep.internal",
+    "entries@lockstep.internal",
+    "diff@lockstep.internal",
+    "plan@lockstep.internal",
+    "put@lockstep.internal",
+    "open@lockstep.internal",
+    "write@lockstep.internal",
+    "hole@lockstep.internal",
+    "finish@lockstep.internal",
+    "keep@lockstep.internal",
+    "discard@lockstep.internal",
+    "commit@lockstep.internal",
+    "abort@lockstep.internal",
+    "scan@lockstep.internal",
+    "list@lockstep.internal",
+    "fetch@lockstep.internal",
+    "next@lockstep.internal",
+];
+/// Content and lists in one message come to at most this many bytes before compression.
+pub const RAW_MAX: usize = 2 << 20;
+/// At most this many files in one `put` or `fetch`.
+pub const FILES_MAX: usize = 4096;
+/// Lists travel in chunks of about this many bytes.
+pub const CHUNK_BYTES: usize = 1 << 20;
+
+/// SSH_FXP_STATUS.
+pub const STATUS: u8 = 101;
+/// SSH_FXP_EXTENDED.
+pub const EXTENDED: u8 = 200;
+/// SSH_FXP_EXTENDED_REPLY.
+pub const EXTENDED_REPLY: u8 = 201;
+
+/// Why a message is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum WireError {
+    #[error("the message ends too early")]
+    Short,
+    #[error("the message has bytes after its end")]
+    Trailing,
+    #[error("{0} is out of range")]
+    Range(&'static str),
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    #[error(transparent)]
+    Path(#[from] crate::path::InvalidPath),
+}
+
+/// Reads fields, big-endian, from the front of bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Fields<'a>(pub &'a [u8]);
+
+impl<'a> Fields<'a> {
+    /// The next `count` bytes.
+    ///
+    /// # Errors
+    /// [`WireError::Short`], here and below.
+    pub fn bytes(&mut self, count: usize) -> Result<&'a [u8], WireError> {
+        let (head, rest) = self.0.split_at_checked(count).ok_or(WireError::Short)?;
+        self.0 = rest;
+        Ok(head)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+        self.bytes(N)?.try_into().map_err(|_| WireError::Short)
+    }
+
+    /// One byte.
+    ///
+    /// # Errors
+    /// [`WireError::Short`].
+    pub fn u8(&mut self) -> Result<u8, WireError> {
+        Ok(self.array::<1>()?[0])
+    }
+
+    /// Four bytes.
+    ///
+    /// # Errors
+    /// [`WireError::Short`].
+    pub fn u32(&mut self) -> Result<u32, WireError> {
+        self.array().map(u32::from_be_bytes)
+    }
+
+    /// Eight bytes.
+    ///
+    /// # Errors
+    /// [`WireError::Short`].
+    pub fn u64(&mut self) -> Result<u64, WireError> {
+        self.array().map(u64::from_be_bytes)
+    }
+
+    /// A length in four bytes, then as many bytes.
+    ///
+    /// # Errors
+    /// [`WireError::Short`].
+    pub fn string(&mut self) -> Result<&'a [u8], WireError> {
+        let length = self.u32()?;
+        self.bytes(length as usize)
+    }
+
+    /// A string, with what is not UTF-8 replaced.
+    ///
+    /// # Errors
+    /// [`WireError::Short`].
+    pub fn text(&mut self) -> Result<String, WireError> {
+        Ok(String::from_utf8_lossy(self.string()?).into_owned())
+    }
+
+    /// 32 bytes.
+    ///
+    /// # Errors
+    /// [`WireError::Short`].
+    pub fn digest(&mut self) -> Result<Digest, WireError> {
+        self.array().map(Digest)
+    }
+
+    /// Nothing may be left.
+    ///
+    /// # Errors
+    /// [`WireError::Trailing`].
+    pub fn end(self) -> Result<(), WireError> {
+        if self.0.is_empty() { Ok(()) } else { Err(WireError::Trailing) }
+    }
+
+    /// A `frame` (codec, raw length, then all that is left) appended to `out`.
+    ///
+    /// # Errors
+    /// [`WireError`]; the declared length is bounded by [`RAW_MAX`].
+    pub fn frame(mut self, out: &mut Vec<u8>) -> Result<usize, WireError> {
+        let codec = self.u8()?;
+        let raw_length = self.u32()? as usize;
+        if raw_length > RAW_MAX {
+            return Err(WireError::Range("the declared length"));
+        }
+        match codec {
+            0 if raw_length == self.0.len() => out.extend_from_slice(self.0),
+            0 => return Err(WireError::Range("the declared length")),
+            1 => codec::decompress(self.0, raw_length, out)?,
+            _ => return Err(WireError::Range("the codec")),
+        }
+        Ok(raw_length)
+    }
+}
+
+/// Appends a length and bytes.
+pub fn put_string(out: &mut Vec<u8>, bytes: &[u8]) {
+    out.extend_from_slice(&(bytes.len() as u32).to_be_bytes());
+    out.extend_from_slice(bytes);
+}
+
+/// Appends a `frame` of `raw`, compressed when a level is given and it becomes smaller.
+pub fn put_frame(out: &mut Vec<u8>, raw: &[u8], level: Option<i32>) {
+    let start = out.len();
+    out.push(1);
+    out.extend_from_slice(&(raw.len() as u32).to_be_bytes());
+    let smaller = level.is_some_and(|level| codec::compress(raw, level, out).is_ok() && out.len() - start < raw.len());
+    if !smaller {
+        out.truncate(start + 5);
+        out[start] = 0;
+        out.extend_from_slice(raw);
+    }
+}
+
+/// The start of a request; its length and number are filled in when it is sent.
+pub fn request(name: &str) -> Vec<u8> {
+    let mut packet = vec![0, 0, 0, 0, EXTENDED, 0, 0, 0, 0];
+    put_string(&mut packet, format!("{name}{DOMAIN}").as_bytes());
+    packet
+}
+
+/// A whole reply.
+pub fn reply(id: u32, body: &[u8]) -> Vec<u8> {
+    let mut packet = Vec::with_capacity(9 + body.len());
+    packet.extend_from_slice(&(5 + body.len() as u32).to_be_bytes());
+    packet.push(EXTENDED_REPLY);
+    packet.extend_from_slice(&id.to_be_bytes());
+    packet.extend_from_slice(body);
+    packet
+}
+
+/// A whole status; `exit` is how the client's run should end when the status ends it.
+pub fn status(id: u32, code: u32, message: &str, exit: u8) -> Vec<u8> {
+    let mut body = code.to_be_bytes().to_vec();
+    put_string(&mut body, message.as_bytes());
+    put_string(&mut body, b"en");
+    body.push(exit);
+    let mut packet = reply(id, &body);
+    packet[4] = STATUS;
+    packet
+}
+
+/// Appends one entry of a list.
+pub fn put_entry(out: &mut Vec<u8>, entry: &Entry) {
+    put_string(out, entry.path.as_bytes());
+    match &entry.content {
+        Content::File { size, digest } => {
+            out.push(u8::from(digest.is_some()));
+            out.extend_from_slice(&size.to_be_bytes());
+            out.extend(digest.iter().flat_map(|digest| digest.0));
+        }
+        Content::Directory => out.push(2),
+        Content::Symlink { target } => {
+            out.push(3);
+            put_string(out, target);
+        }
+        Content::HardLink { first } => {
+            out.push(4);
+            put_string(out, first.as_bytes());
+        }
+    }
+    out.extend_from_slice(&entry.mtime.seconds.to_be_bytes());
+    out.extend_from_slice(&entry.mtime.nanoseconds.to_be_bytes());
+    out.extend_from_slice(&entry.mode.to_be_bytes());
+    put_string(out, entry.owner.as_bytes());
+    put_string(out, entry.group.as_bytes());
+}
+
+/// Reads entries to the end, appending them to `entries`.
+///
+/// # Errors
+/// [`WireError`].
+pub fn read_entries(raw: &[u8], entries: &mut Vec<Entry>) -> Result<(), WireError> {
+    let mut fields = Fields(raw);
+    while !fields.0.is_empty() {
+        let path = RelPath::new(fields.string()?)?;
+        let content = match fields.u8()? {
+            0 => Content::File { size: fields.u64()?, digest: None },
+            1 => Content::File { size: fields.u64()?, digest: Some(fields.digest()?) },
+            2 => Content::Directory,
+            3 => Content::Symlink { target: fields.string()?.into() },
+            4 => Content::HardLink { first: RelPath::new(fields.string()?)? },
+            _ => return Err(WireError::Range("the kind of an entry")),
+        };
+        let mtime = Timestamp { seconds: fields.u64()? as i64, nanoseconds: fields.u32()? };
+        let mode = fields.u32()?;
+        let owner = name(entries.last().map(|last| &last.owner), &fields.text()?)?;
+        let group = name(entries.last().map(|last| &last.group), &fields.text()?)?;
+        entries.push(Entry { path, content, mtime, mode, owner, group });
+    }
+    Ok(())
+}
+
+/// Shares the name with the entry before where they are equal, as they mostly are.
+fn name(last: Option<&Arc<str>>, text: &str) -> Result<Arc<str>, WireError> {
+    match last {
+        Some(last) if **last == *text => Ok(Arc::clone(last)),
+        _ if text.len() > 256 => Err(WireError::Range("the length of a name")),
+        _ => Ok(text.into()),
+    }
+}
+
+/// Appends one action of a plan.
+pub fn put_action(out: &mut Vec<u8>, action: &Action) {
+    out.extend_from_slice(&action.index.to_be_bytes());
+    out.push(match action.change {
+        Change::Added => 0,
+        Change::Modified => 1,
+        Change::MetadataOnly => 2,
+    });
+    let d = action.differences;
+    let bits = [d.content, d.size, d.time, d.mode, d.owner, d.group];
+    out.push(bits.iter().enumerate().fold(0, |sum, (at, &bit)| sum | u8::from(bit) << at));
+    match action.need {
+        Need::Nothing => out.push(0),
+        Need::Content { resume_at } => {
+            out.push(1);
+            out.extend_from_slice(&resume_at.to_be_bytes());
+        }
+        Need::Compare { digest } => {
+            out.push(2);
+            out.extend_from_slice(&digest.0);
+        }
+    }
+}
+
+/// Reads one action.
+///
+/// # Errors
+/// [`WireError`].
+pub fn read_action(fields: &mut Fields<'_>) -> Result<Action, WireError> {
+    let index = fields.u32()?;
+    let change = match fields.u8()? {
+        0 => Change::Added,
+        1 => Change::Modified,
+        2 => Change::MetadataOnly,
+        _ => return Err(WireError::Range("the kind of a change")),
+    };
+    let bits = fields.u8()?;
+    let bit = |at: u8| bits & 1 << at != 0;
+    let differences =
+        Differences { content: bit(0), size: bit(1), time: bit(2), mode: bit(3), owner: bit(4), group: bit(5) };
+    let need = match fields.u8()? {
+        0 => Need::Nothing,
+        1 => Need::Content { resume_at: fields.u64()? },
+        2 => Need::Compare { digest: fields.digest()? },
+        _ => return Err(WireError::Range("the kind of a need")),
+    };
+    Ok(Action { index, change, differences, need })
+}
+
+/// Appends one removal of a plan.
+pub fn put_removal(out: &mut Vec<u8>, removal: &Removal) {
+    put_string(out, removal.path.as_bytes());
+    out.push(u8::from(removal.directory));
+}
+
+/// Reads one removal.
+///
+/// # Errors
+/// [`WireError`].
+pub fn read_removal(fields: &mut Fields<'_>) -> Result<Removal, WireError> {
+    Ok(Removal { path: RelPath::new(fields.string()?)?, directory: fields.u8()? != 0 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_and_actions_round_trip() {
+        let rel = |path: &str| RelPath::new(path).unwrap();
+        let contents = [
+            Content::File { size: 7, digest: None },
+            Content::File { size: u64::MAX, digest: Some(Digest([9; 32])) },
+            Content::Directory,
+            Content::Symlink { target: (*b"x/\xff").into() },
+            Content::HardLink { first: rel("f0") },
+        ];
+        let mut raw = Vec::new();
+        let made: Vec<Entry> = contents
+            .into_iter()
+            .enumerate()
+            .map(|(at, content)| Entry {
+                path: rel(&format!("f{at}")),
+                content,
+                mtime: Timestamp { seconds: -5, nanoseconds: 3 },
+                mode: 0o4755,
+                owner: "a".into(),
+                group: "b".into(),
+            })
+            .collect();
+        made.iter().for_each(|entry| put_entry(&mut raw, entry));
+        let mut read = Vec::new();
+        read_entries(&raw, &mut read).unwrap();
+        assert_eq!(read, made);
+        for length in 1..raw.len() {
+            let mut partial = Vec::new();
+            if read_entries(&raw[..length], &mut partial).is_ok() {
+                assert!(partial.len() < made.len());
+            }
+        }
+        for need in [Need::Nothing, Need::Content { resume_at: 9 }, Need::Compare { digest: Digest([1; 32]) }] {
+            let differences = Differences { content: true, owner: true, ..Differences::default() };
+            let action = Action { index: 3, change: Change::Modified, differences, need };
+            let mut raw = Vec::new();
+            put_action(&mut raw, &action);
+            assert_eq!(read_action(&mut Fields(&raw)).unwrap(), action);
+        }
+    }
+
+    #[test]
+    fn h23_lengths_are_bounded_before_allocating() {
+        let mut frame = vec![0];
+        frame.extend_from_slice(&u32::MAX.to_be_bytes());
+        assert_eq!(Fields(&frame).frame(&mut Vec::new()), Err(WireError::Range("the declared length")));
+        assert_eq!(Fields(&[0xff, 0xff, 0xff, 0xff, 1]).string(), Err(WireError::Short));
+        let mut short = Vec::new();
+        put_frame(&mut short, b"hello", None);
+        short.pop();
+        assert!(Fields(&short).frame(&mut Vec::new()).is_err());
+    }
+}
