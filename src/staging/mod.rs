@@ -4,7 +4,9 @@
 //! owner, ACL and mode only after its SHA-256 was found to be the one that was announced.
 
 mod file;
+mod journal;
 mod lock;
 
 pub use file::{Permissions, StageError, StagedFile};
+pub use journal::Journal;
 pub use lock::{LockError, RootLock};
