@@ -4,9 +4,11 @@
 //! owner, ACL and mode only after its SHA-256 was found to be the one that was announced.
 
 mod file;
+mod ids;
 mod journal;
 mod lock;
 
 pub use file::{Permissions, StageError, StagedFile};
+pub use ids::{Ids, UnknownName};
 pub use journal::Journal;
 pub use lock::{LockError, RootLock};
