@@ -14,7 +14,7 @@ use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 
 const ACCESS_ACL: &str = "system.posix_acl_access";
 const EXECUTE_BITS: u32 = 0o111;
-const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// Why a file was not staged. The path is told by who asked.
 #[derive(Debug, thiserror::Error)]
