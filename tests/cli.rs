@@ -1,5 +1,7 @@
 //! The command as people and scripts see it.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::fs;
 use std::path::Path;
 
@@ -45,9 +47,10 @@ fn a_manifest_verifies_and_each_kind_of_damage_is_a_line() {
     verify().code(0);
 
     fs::write(at.path().join("data/more"), "").unwrap();
+    Command::new("mkfifo").arg(at.path().join("data/pipe")).assert().code(0);
     fs::remove_file(at.path().join("data/link")).unwrap();
     fs::write(at.path().join("data/a b"), "longer text").unwrap();
-    let stdout = "a b: differs: 11 bytes, listed with 4\nlink: missing\nmore: not listed\n\
+    let stdout = "a b: differs: 11 bytes, listed with 4\nlink: missing\nmore: not listed\npipe: not listed\n\
         second: differs: 11 bytes, listed with 4\n";
     verify().code(1).stdout(stdout);
 }

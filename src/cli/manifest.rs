@@ -37,7 +37,8 @@ pub(super) enum Command {
     ///
     /// Each file that differs, is missing, is not listed or cannot be read is a line on standard output, and the exit
     /// code is 1. Owner, permissions and times are not compared. A list in the format of sha256sum says nothing about
-    /// directories and symbolic links, so those are not compared with it.
+    /// directories and symbolic links, so those are not compared with it. What a .lockstepignore leaves out is compared
+    /// only where it is listed.
     Verify(Verify),
 }
 
@@ -83,10 +84,20 @@ pub(super) struct Verify {
     sums: Option<PathBuf>,
 }
 
-/// A tree in which all files that could be read have their digests, and what is wrong with the others.
+/// A path (`None` for the root) and what is to be said of it.
+type Remark = (Option<RelPath>, String);
+
+/// A tree in which all files that could be read have their digests.
 struct Hashed {
     tree: Tree,
-    unreadable: Vec<(Option<RelPath>, String)>,
+    /// Files and directories without digest or content, with the reason.
+    unreadable: Vec<Remark>,
+    /// Sockets, FIFOs and devices: a tree cannot hold them.
+    left_out: Vec<Remark>,
+}
+
+fn name(path: Option<&RelPath>) -> String {
+    path.map_or_else(|| ".".to_owned(), RelPath::to_string)
 }
 
 /// Scans and reads everything; nothing is taken from a cache.
@@ -95,14 +106,11 @@ fn hash(directory: &Path) -> Result<Hashed, Failure> {
     let display = Display::new(Verbosity::Quiet, false);
     let options = ScanOptions { hash_all: true, links: Links::All, ..ScanOptions::default() };
     let scan = source.scan(&options, &display)?;
-    let mut unreadable = Vec::new();
+    let (mut unreadable, mut left_out) = (Vec::new(), Vec::new());
     for problem in scan.problems {
         match problem.severity {
             Severity::Failed => unreadable.push((problem.path, problem.message)),
-            Severity::Skipped => {
-                let path = problem.path.map_or_else(|| shown(directory).to_string(), |path| path.to_string());
-                eprintln!("lockstep: '{path}' is left out: {}", problem.message);
-            }
+            Severity::Skipped => left_out.push((problem.path, problem.message)),
         }
     }
     let tree = Arc::new(scan.tree);
@@ -127,7 +135,7 @@ fn hash(directory: &Path) -> Result<Hashed, Failure> {
             }
         }
     }
-    Ok(Hashed { tree, unreadable })
+    Ok(Hashed { tree, unreadable, left_out })
 }
 
 type Results = Mutex<Vec<(u32, Result<Digest, String>)>>;
@@ -166,11 +174,13 @@ fn place_of(file: &Path, directory: &Path) -> Option<RelPath> {
 
 impl Create {
     fn run(self) -> Result<Exit, Failure> {
-        let Hashed { mut tree, unreadable } = hash(&self.path)?;
+        let Hashed { mut tree, unreadable, left_out } = hash(&self.path)?;
+        for (path, message) in &left_out {
+            eprintln!("lockstep: '{}' is left out: {message}", name(path.as_ref()));
+        }
         if !unreadable.is_empty() {
             for (path, message) in &unreadable {
-                let path = path.as_ref().map_or_else(|| ".".to_owned(), RelPath::to_string);
-                eprintln!("lockstep: '{path}': {message}");
+                eprintln!("lockstep: '{}': {message}", name(path.as_ref()));
             }
             let message = format!("{} paths could not be read, so no list was written", unreadable.len());
             return Err(Failure::Plain { exit: Exit::Incomplete, message });
@@ -291,9 +301,9 @@ impl Verify {
             Some(file) => (listed_sums(file)?, Some(file)),
             None => (listed(&load(self.manifest.as_deref(), &self.directory)?.tree), self.manifest.as_ref()),
         };
-        let Hashed { tree, unreadable } = hash(&self.directory)?;
+        let Hashed { tree, unreadable, left_out } = hash(&self.directory)?;
         let root = Root::open(&self.directory)?;
-        let mut lines: Vec<(Option<RelPath>, String)> =
+        let mut lines: Vec<Remark> =
             unreadable.into_iter().map(|(path, message)| (path, format!("unreadable: {message}"))).collect();
         let failed: HashSet<RelPath> = lines.iter().filter_map(|(path, _)| path.clone()).collect();
         for (path, expected) in expected.iter().filter(|(path, _)| !failed.contains(path)) {
@@ -315,11 +325,16 @@ impl Verify {
                 lines.push((Some(entry.path.clone()), "not listed".to_owned()));
             }
         }
+        // A path that is listed and became a FIFO is told above, as what it is now.
+        for (path, _) in left_out {
+            if !path.as_ref().is_some_and(|path| known.contains(path)) {
+                lines.push((path, "not listed".to_owned()));
+            }
+        }
         lines.sort();
         let mut text = String::new();
         for (path, line) in &lines {
-            let path = path.as_ref().map_or_else(|| ".".to_owned(), RelPath::to_string);
-            let _ = writeln!(text, "{path}: {line}");
+            let _ = writeln!(text, "{}: {line}", name(path.as_ref()));
         }
         if lines.is_empty() {
             let _ = writeln!(text, "{}: {} paths verified, all as listed", shown(&self.directory), expected.len());
@@ -328,7 +343,7 @@ impl Verify {
         match lines.len() {
             0 => Ok(Exit::Done),
             wrong => Err(Failure::bad_data(format!(
-                "'{}' is not as listed: {wrong} of {} listed paths and their neighbours are wrong; do not use it",
+                "'{}' is not as listed: paths that are wrong: {wrong}, paths that are listed: {}; do not use it",
                 shown(&self.directory),
                 expected.len()
             ))),

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::{Failure, output, shown};
-use crate::error::{Exit, chain};
+use crate::error::{Escaped, Exit, chain};
 use crate::path::RelPath;
 use crate::policy::{Policy, PolicySpec};
 
@@ -68,7 +68,7 @@ impl Explain {
         let _ = writeln!(text, "{path} ({kind}, {asked:04o} at the sender)");
         let _ = writeln!(text, "  mode   {:04o}", decision.mode);
         for (field, name) in [("owner", &decision.owner), ("group", &decision.group)] {
-            let name = name.as_deref().unwrap_or("that of the receiver");
+            let name = Escaped(name.as_deref().unwrap_or("that of the receiver").as_bytes());
             let _ = writeln!(text, "  {field}  {name}");
         }
         match decision.rule.and_then(|at| Some((at + 1, spec.rules.get(at)?))) {
@@ -93,7 +93,11 @@ impl Explain {
         toml::from_str(&text).map_err(|error| {
             let at = error.span().map_or(0, |span| span.start.min(text.len()));
             let line = 1 + text.as_bytes()[..at].iter().filter(|&&byte| byte == b'\n').count();
-            Failure::usage(format!("'{}', line {line}: {}", shown(&self.policy_file), error.message()))
+            Failure::usage(format!(
+                "'{}', line {line}: {}",
+                shown(&self.policy_file),
+                Escaped(error.message().as_bytes())
+            ))
         })
     }
 }
