@@ -132,6 +132,32 @@ fn a_policy_is_explained_with_the_rule_that_decides() {
 }
 
 #[test]
+fn what_was_published_is_verified_by_the_manifest_that_lies_with_it() {
+    let at = tree();
+    fs::create_dir(at.path().join("data/.lockstep")).unwrap();
+    lockstep(&["manifest", "create", "data", "-o", "data/.lockstep/manifest"], at.path()).code(0);
+    lockstep(&["manifest", "verify", "data"], at.path()).code(0);
+    lockstep(&["manifest", "show", "data"], at.path()).code(0).stdout(contains("link -> a b"));
+    // An ignore file hides nothing that is listed.
+    flip(&at.path().join("data/sub/large.bin"));
+    fs::write(at.path().join("data/.lockstepignore"), "*.bin\n").unwrap();
+    let verify = lockstep(&["manifest", "verify", "data"], at.path()).code(1);
+    verify.stdout(contains(".lockstepignore: not listed")).stdout(contains("sub/large.bin: differs"));
+}
+
+#[test]
+fn h60_a_log_that_was_tampered_with_is_bad_data() {
+    let at = tempfile::tempdir().unwrap();
+    let root = lockstep::root::Root::open(at.path()).unwrap();
+    let record = lockstep::audit::AuditRecord { action: "publish".into(), ..Default::default() };
+    lockstep::audit::AuditLog::open(&root).unwrap().append(&[record.clone(), record]).unwrap();
+    lockstep(&["audit", "verify", "."], at.path()).code(0).stdout(contains("2 lines, unbroken"));
+    let log = at.path().join(lockstep::audit::LOG);
+    fs::write(&log, fs::read_to_string(&log).unwrap().replace("publish", "nothing")).unwrap();
+    lockstep(&["audit", "verify", "."], at.path()).code(1).stderr(contains("line 1"));
+}
+
+#[test]
 fn a_log_that_is_not_there_is_not_good() {
     let at = tempfile::tempdir().unwrap();
     lockstep(&["audit", "verify", "."], at.path()).code(1).stderr(contains("no audit log"));
