@@ -6,4 +6,3 @@ pub mod channel;
 pub mod host_key;
 pub mod limits;
 pub mod listener;
-pub mod stream;
