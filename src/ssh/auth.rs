@@ -150,6 +150,12 @@ async fn offer_agent(
             return Ok(false);
         }
     };
+    // Keys restricted to certain hosts sign only for a session that the agent knows; old agents cannot be told.
+    if let Some(binding) = handle.agent_session_binding()
+        && let Err(error) = agent.bind_session(binding, false).await
+    {
+        tracing::debug!(%error, "the agent takes no session binding");
+    }
     let identities = match agent.request_identities().await {
         Ok(identities) => identities,
         Err(error) => {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use russh::client::Msg;
 use russh::{Channel, ChannelMsg};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::remote::Connection;
 use crate::endpoint::link::{Link, LinkError};
@@ -86,6 +86,8 @@ impl State {
 pub(super) struct ChannelLink {
     shared: Arc<Shared>,
     host: String,
+    // Once dropped the channel is closed, whether or not the other end heeds the end of its input.
+    _in_use: oneshot::Sender<()>,
     // The stream lives no longer than its connection.
     _connection: Arc<Connection>,
 }
@@ -94,6 +96,7 @@ impl ChannelLink {
     /// Starts the tasks; must be called within the runtime. `early` is what arrived already.
     pub(super) fn start(channel: Channel<Msg>, connection: Arc<Connection>, host: String, early: Vec<Bytes>) -> Self {
         let (queue, mut packets) = mpsc::unbounded_channel::<Bytes>();
+        let (in_use, dropped) = oneshot::channel::<()>();
         let shared = Arc::new(Shared::default());
         {
             let mut state = shared.lock();
@@ -115,6 +118,8 @@ impl ChannelLink {
                 }
             }
             let _ = writer.eof().await;
+            let _ = dropped.await;
+            let _ = writer.close().await;
         });
         let receiving = Arc::clone(&shared);
         tokio::spawn(async move {
@@ -152,7 +157,7 @@ impl ChannelLink {
             receiving.end(if whole { broken } else { broken.or(Some("the connection was lost".into())) });
             write.abort();
         });
-        ChannelLink { shared, host, _connection: connection }
+        ChannelLink { shared, host, _in_use: in_use, _connection: connection }
     }
 }
 

@@ -30,8 +30,9 @@ impl Drop for Sshd {
 }
 
 fn keygen(path: &Path, passphrase: &str) {
+    let kind = if path.ends_with("rsa") { "rsa" } else { "ed25519" };
     let run = Command::new("ssh-keygen")
-        .args(["-q", "-t", "ed25519", "-N", passphrase, "-f"])
+        .args(["-q", "-t", kind, "-N", passphrase, "-f"])
         .arg(path)
         .stdin(Stdio::null())
         .status()
@@ -51,7 +52,8 @@ impl Sshd {
         }
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
-        for (name, passphrase) in [("host", ""), ("other", ""), ("good", ""), ("wrong", ""), ("locked", "open sesame")]
+        for (name, passphrase) in
+            [("host", ""), ("rsa", ""), ("other", ""), ("good", ""), ("wrong", ""), ("locked", "open sesame")]
         {
             keygen(&at(name), passphrase);
         }
@@ -60,7 +62,7 @@ impl Sshd {
         fs::set_permissions(at("authorized_keys"), fs::Permissions::from_mode(0o600)).unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let config = format!(
-            "Port {port}\nListenAddress 127.0.0.1\nHostKey {0}/host\nAuthorizedKeysFile {0}/authorized_keys\n\
+            "Port {port}\nListenAddress 127.0.0.1\nHostKey {0}/host\nHostKey {0}/rsa\nAuthorizedKeysFile {0}/authorized_keys\n\
              PidFile none\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin yes\n\
              Subsystem sftp internal-sftp\n",
             directory.path().display()
@@ -93,7 +95,11 @@ impl Sshd {
     }
 
     fn remote(&self, key: &str, passphrase: Option<Passphrase>) -> SshRemote {
-        SshRemote::new(SshOptions {
+        SshRemote::new(self.options(key, passphrase)).unwrap()
+    }
+
+    fn options(&self, key: &str, passphrase: Option<Passphrase>) -> SshOptions {
+        SshOptions {
             host: "127.0.0.1".into(),
             port: self.port,
             user: uzers::get_current_username().unwrap().into_string().unwrap(),
@@ -102,8 +108,7 @@ impl Sshd {
             known_hosts: vec![self.at("known_hosts")],
             connect_timeout: Duration::from_secs(20),
             passphrase,
-        })
-        .unwrap()
+        }
     }
 }
 
@@ -172,6 +177,31 @@ fn a_stock_sshd_answers_and_trust_is_strict() {
     let command = error.message.split_once("add it with: ").unwrap().1.split_once("  (or").unwrap().0;
     assert!(Command::new("sh").args(["-c", command]).status().unwrap().success());
     server.remote("good", None).open(&Way::SftpSubsystem, 0).unwrap();
+}
+
+#[test]
+fn the_agent_logs_in_and_the_key_on_file_is_asked_for() {
+    let Some(server) = Sshd::start() else { return };
+    // Only the RSA key is on file, though the host would rather show another.
+    server.trust("rsa");
+    let socket = server.at("agent");
+    let mut agent = Command::new("ssh-agent").arg("-D").arg("-a").arg(&socket).stdout(Stdio::null()).spawn().unwrap();
+    let until = Instant::now() + Duration::from_secs(20);
+    while !socket.exists() && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let added = ["wrong", "good"].map(|key| {
+        Command::new("ssh-add").arg("-q").arg(server.at(key)).env("SSH_AUTH_SOCK", &socket).status().unwrap().success()
+    });
+    let mut options = server.options("nowhere", None);
+    options.agent_socket = Some(socket);
+    let opened = SshRemote::new(options.clone()).unwrap().open(&Way::SftpSubsystem, 0).map(|_| ());
+    let _ = agent.kill();
+    let _ = agent.wait();
+    assert_eq!(added, [true, true]);
+    opened.unwrap();
+    let error = refused(&SshRemote::new(options).unwrap());
+    assert!(error.exit == Exit::Trust && error.message.contains("the agent at"), "{error}");
 }
 
 #[test]
