@@ -1,1 +1,14 @@
-//! (in the making)
+//! Where content waits until it is proven, and the lock that keeps a second run away from it.
+//!
+//! What always holds: a staged file is born 0600 in a directory of mode 0700 on the target's own file system, and gets
+//! owner, ACL and mode only after its SHA-256 was found to be the one that was announced.
+
+mod file;
+mod ids;
+mod journal;
+mod lock;
+
+pub use file::{Permissions, StageError, StagedFile, apply};
+pub use ids::{Ids, UnknownName};
+pub use journal::Journal;
+pub use lock::{LockError, RootLock};

@@ -1,0 +1,297 @@
+//! One file on its way: written and hashed, proven, given its permissions.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{Gid, Mode, OFlags, Timespec, Timestamps, Uid};
+use rustix::io::Errno;
+use sha2::{Digest as _, Sha256};
+
+use crate::manifest::{Digest, Timestamp};
+use crate::path::RelPath;
+use crate::root::{FileKind, Follow, Metadata, Root, RootError};
+
+const ACCESS_ACL: &str = "system.posix_acl_access";
+const EXECUTE_BITS: u32 = 0o111;
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// Why a file was not staged. The path is told by who asked.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum StageError {
+    #[error(transparent)]
+    Root(#[from] RootError),
+    #[error("{operation}")]
+    Io { operation: &'static str, source: io::Error },
+    #[error("a write at {offset} of {length} bytes does not go on from {expected} within the announced {size} bytes")]
+    OutOfPlace { offset: u64, length: u64, expected: u64, size: u64 },
+    #[error("{written} bytes came, {size} were announced")]
+    Short { written: u64, size: u64 },
+    #[error("its SHA-256 is {found}, and {announced} was announced")]
+    Mismatch { found: Digest, announced: Digest },
+    #[error("what is staged of it is no regular file of {expected} bytes or more")]
+    NotResumable { expected: u64 },
+}
+
+impl StageError {
+    /// Worth sending again from the start.
+    pub fn retry(&self) -> bool {
+        matches!(self, StageError::Mismatch { .. } | StageError::NotResumable { .. } | StageError::Short { .. })
+    }
+
+    /// The disk or the quota is full.
+    pub fn storage_full(&self) -> bool {
+        let kind = match self {
+            StageError::Root(error) => error.kind(),
+            StageError::Io { source, .. } => source.kind(),
+            _ => return false,
+        };
+        matches!(kind, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    }
+}
+
+/// What a file gets once it is proven.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Permissions {
+    /// Mode with special bits.
+    pub mode: u32,
+    /// Owner; `None` leaves it.
+    pub uid: Option<u32>,
+    /// Group; `None` leaves it.
+    pub gid: Option<u32>,
+    /// The value of `system.posix_acl_access`; `None` removes what was inherited.
+    pub acl: Option<Vec<u8>>,
+    /// Time of last modification.
+    pub mtime: Timestamp,
+}
+
+/// A file that is being staged. Dropped before [`StagedFile::finish`] it stays, to be resumed.
+#[derive(Debug)]
+pub struct StagedFile {
+    file: File,
+    hash: Sha256,
+    written: u64,
+    size: u64,
+    resumed: bool,
+}
+
+fn failed(operation: &'static str) -> impl Fn(io::Error) -> StageError {
+    move |source| StageError::Io { operation, source }
+}
+
+impl StagedFile {
+    /// Creates `path` beneath the staging root, 0600, for `size` bytes. Nothing is allocated yet.
+    ///
+    /// # Errors
+    /// When something has the name already, or it cannot be created.
+    pub fn create(staging: &Root, path: &RelPath, size: u64) -> Result<StagedFile, StageError> {
+        let file = staging.create_new(path, 0o600)?;
+        Ok(StagedFile { file, hash: Sha256::new(), written: 0, size, resumed: false })
+    }
+
+    /// Goes on with what lies at `path`: its first `resume_at` bytes are hashed again, what is behind is dropped.
+    ///
+    /// # Errors
+    /// [`StageError::NotResumable`] when there is less.
+    pub fn resume(staging: &Root, path: &RelPath, size: u64, resume_at: u64) -> Result<StagedFile, StageError> {
+        let file = staging.open_with(path, Follow::Never, OFlags::RDWR | OFlags::NONBLOCK, 0)?;
+        let found = Metadata::of(&file).map_err(failed("look at the staged file"))?;
+        let fits = found.kind == FileKind::Regular && found.links == 1 && found.size >= resume_at && resume_at <= size;
+        if !fits {
+            return Err(StageError::NotResumable { expected: resume_at });
+        }
+        file.set_len(resume_at).map_err(failed("cut the staged file"))?;
+        let hash = hash_of(&file, resume_at)?;
+        Ok(StagedFile { file, hash, written: resume_at, size, resumed: true })
+    }
+
+    /// Checks a range before anything is done for it.
+    fn advance(&self, offset: u64, length: u64) -> Result<u64, StageError> {
+        let end = offset.checked_add(length).filter(|&end| offset == self.written && end <= self.size);
+        end.ok_or(StageError::OutOfPlace { offset, length, expected: self.written, size: self.size })
+    }
+
+    /// Bytes at `offset`, which is where the last write ended.
+    ///
+    /// # Errors
+    /// [`StageError::OutOfPlace`], or what the file system says.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), StageError> {
+        let end = self.advance(offset, data.len() as u64)?;
+        self.file.write_all_at(data, offset).map_err(failed("write"))?;
+        self.hash.update(data);
+        self.written = end;
+        Ok(())
+    }
+
+    /// Zero bytes at `offset` that are not stored.
+    ///
+    /// # Errors
+    /// As [`StagedFile::write`].
+    pub fn hole(&mut self, offset: u64, length: u64) -> Result<(), StageError> {
+        let end = self.advance(offset, length)?;
+        self.file.set_len(end).map_err(failed("make a hole"))?;
+        let mut left = length;
+        while left > 0 {
+            let step = left.min(ZEROS.len() as u64);
+            self.hash.update(&ZEROS[..step as usize]);
+            left -= step;
+        }
+        self.written = end;
+        Ok(())
+    }
+
+    /// Proves the content and then gives the permissions. With `verify_disk`, and for every file that gets an execute
+    /// bit or was resumed, what lies on the disk is hashed too.
+    ///
+    /// # Errors
+    /// [`StageError::Mismatch`] and [`StageError::Short`]: the caller removes the staged file.
+    pub fn finish(self, announced: Digest, wanted: &Permissions, verify_disk: bool) -> Result<(), StageError> {
+        if self.written != self.size {
+            return Err(StageError::Short { written: self.written, size: self.size });
+        }
+        let found = Digest(self.hash.finalize().into());
+        if found != announced {
+            return Err(StageError::Mismatch { found, announced });
+        }
+        if verify_disk || self.resumed || wanted.mode & EXECUTE_BITS != 0 {
+            let found = Digest(hash_of(&self.file, self.size)?.finalize().into());
+            if found != announced {
+                return Err(StageError::Mismatch { found, announced });
+            }
+        }
+        apply(&self.file, wanted)
+    }
+}
+
+fn hash_of(file: &File, length: u64) -> Result<Sha256, StageError> {
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 256 * 1024];
+    let mut at = 0;
+    while at < length {
+        let step = (length - at).min(buffer.len() as u64) as usize;
+        file.read_exact_at(&mut buffer[..step], at).map_err(failed("read the staged file back"))?;
+        hash.update(&buffer[..step]);
+        at += step as u64;
+    }
+    Ok(hash)
+}
+
+/// Owner, ACL, mode, times, in this order: chown drops set-user-ID, and a default ACL of the directory above would
+/// widen what chmod gives.
+///
+/// # Errors
+/// What the file system says.
+pub fn apply(file: &impl std::os::fd::AsFd, wanted: &Permissions) -> Result<(), StageError> {
+    let errno = |operation: &'static str| move |errno: Errno| StageError::Io { operation, source: errno.into() };
+    if wanted.uid.is_some() || wanted.gid.is_some() {
+        let (uid, gid) = (wanted.uid.map(Uid::from_raw), wanted.gid.map(Gid::from_raw));
+        rustix::fs::fchown(file, uid, gid).map_err(errno("set the owner"))?;
+    }
+    match &wanted.acl {
+        Some(acl) => rustix::fs::fsetxattr(file, ACCESS_ACL, acl, rustix::fs::XattrFlags::empty())
+            .map_err(errno("set the ACL"))?,
+        None => match rustix::fs::fremovexattr(file, ACCESS_ACL) {
+            Ok(()) | Err(Errno::NODATA | Errno::NOTSUP) => {}
+            Err(error) => return Err(errno("remove the ACL")(error)),
+        },
+    }
+    rustix::fs::fchmod(file, Mode::from_raw_mode(wanted.mode)).map_err(errno("set the mode"))?;
+    let time = Timespec { tv_sec: wanted.mtime.seconds, tv_nsec: wanted.mtime.nanoseconds.into() };
+    let times = Timestamps { last_access: time, last_modification: time };
+    rustix::fs::futimens(file, &times).map_err(errno("set the times"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{MetadataExt, symlink};
+
+    const WANTED: Permissions =
+        Permissions { mode: 0o640, uid: None, gid: None, acl: None, mtime: Timestamp { seconds: 7, nanoseconds: 9 } };
+
+    fn area() -> (tempfile::TempDir, Root, RelPath) {
+        let at = tempfile::tempdir().unwrap();
+        let root = Root::open(at.path()).unwrap();
+        (at, root, RelPath::new("f").unwrap())
+    }
+
+    fn digest(data: &[u8]) -> Digest {
+        Digest(Sha256::digest(data).into())
+    }
+
+    #[test]
+    fn s10_a_file_is_private_until_it_is_proven_and_then_gets_exactly_its_mode() {
+        let (at, root, path) = area();
+        let mut staged = StagedFile::create(&root, &path, 5).unwrap();
+        staged.write(0, b"12345").unwrap();
+        assert_eq!(std::fs::metadata(at.path().join("f")).unwrap().mode() & 0o7777, 0o600);
+        staged.finish(digest(b"12345"), &Permissions { mode: 0o744, ..WANTED }, false).unwrap();
+        let found = root.stat(&path, Follow::Never).unwrap();
+        assert_eq!((found.mode, found.mtime), (0o744, WANTED.mtime));
+    }
+
+    #[test]
+    fn s10_an_execute_bit_is_not_given_to_what_changed_on_the_disk() {
+        let (at, root, path) = area();
+        let mut staged = StagedFile::create(&root, &path, 5).unwrap();
+        staged.write(0, b"12345").unwrap();
+        std::fs::write(at.path().join("f"), "evil!").unwrap();
+        let result = staged.finish(digest(b"12345"), &Permissions { mode: 0o755, ..WANTED }, false);
+        assert!(matches!(result, Err(StageError::Mismatch { .. })));
+        assert_eq!(root.stat(&path, Follow::Never).unwrap().mode, 0o600);
+    }
+
+    #[test]
+    fn h23_a_write_out_of_place_is_refused_before_anything_is_stored() {
+        let (_at, root, path) = area();
+        let mut staged = StagedFile::create(&root, &path, 10).unwrap();
+        for (offset, length) in [(u64::MAX, 4), (1, 4), (0, 11), (1 << 63, 1)] {
+            let result = staged.write(offset, &vec![0; length]);
+            assert!(matches!(result, Err(StageError::OutOfPlace { .. })), "{offset} {length}");
+        }
+        assert!(staged.hole(0, u64::MAX).is_err());
+        assert_eq!(root.stat(&path, Follow::Never).unwrap().size, 0);
+        let short = StagedFile { written: 3, ..staged }.finish(digest(b""), &WANTED, false);
+        assert!(matches!(short, Err(StageError::Short { written: 3, size: 10 })));
+    }
+
+    #[test]
+    fn h24_other_content_than_announced_is_refused_and_worth_another_try() {
+        let (_at, root, path) = area();
+        let mut staged = StagedFile::create(&root, &path, 1).unwrap();
+        staged.write(0, b"a").unwrap();
+        assert!(staged.finish(digest(b"b"), &WANTED, false).unwrap_err().retry());
+    }
+
+    #[test]
+    fn h34_a_resumed_file_is_hashed_from_its_first_byte_on_the_disk() {
+        for (damaged, good) in [(false, true), (true, false)] {
+            let (at, root, path) = area();
+            let mut staged = StagedFile::create(&root, &path, 200_010).unwrap();
+            staged.write(0, b"12345678").unwrap();
+            staged.hole(8, 200_000).unwrap();
+            drop(staged);
+            if damaged {
+                std::fs::write(at.path().join("f"), vec![1; 200_008]).unwrap();
+            }
+            let mut staged = StagedFile::resume(&root, &path, 200_010, 200_008).unwrap();
+            staged.write(200_008, b"ab").unwrap();
+            let whole = [&b"12345678"[..], &vec![0; 200_000], b"ab"].concat();
+            assert_eq!(staged.finish(digest(&whole), &WANTED, false).is_ok(), good);
+        }
+    }
+
+    #[test]
+    fn h15_h17_a_planted_link_is_neither_written_through_nor_resumed() {
+        let (at, root, path) = area();
+        std::fs::write(at.path().join("other"), "keep").unwrap();
+        symlink("other", at.path().join("f")).unwrap();
+        assert!(StagedFile::create(&root, &path, 1).is_err());
+        assert!(StagedFile::resume(&root, &path, 9, 2).is_err());
+        std::fs::remove_file(at.path().join("f")).unwrap();
+        std::fs::hard_link(at.path().join("other"), at.path().join("f")).unwrap();
+        assert!(matches!(StagedFile::resume(&root, &path, 9, 2), Err(StageError::NotResumable { .. })));
+        assert_eq!(std::fs::read_to_string(at.path().join("other")).unwrap(), "keep");
+    }
+}

@@ -1,0 +1,127 @@
+//! What an interrupted run left: which files it was staging, so that the next run knows what of them it may go on with.
+//!
+//! The journal is `staging/current/plan` below the state directory: for each file its path, size and time, written
+//! once before anything is staged. How much of a file is there is what lies in `staging/current/tree`; it is hashed
+//! again before it is believed ([`super::StagedFile::resume`]).
+
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+
+use rustix::fs::RenameFlags;
+
+use super::StageError;
+use crate::manifest::Timestamp;
+use crate::path::RelPath;
+use crate::root::{FileKind, Follow, Root};
+
+const JOURNAL: &str = "plan";
+const NEW_JOURNAL: &str = "plan.new";
+const TREE: &str = "tree";
+/// Path length, size, seconds, nanoseconds.
+const FIXED_BYTES: usize = 2 + 8 + 8 + 4;
+
+/// The files of a run, by path: size and time at the source.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Journal(HashMap<RelPath, (u64, Timestamp)>);
+
+impl Journal {
+    /// Of the files that are to be staged.
+    pub fn new(files: impl IntoIterator<Item = (RelPath, u64, Timestamp)>) -> Journal {
+        Journal(files.into_iter().map(|(path, size, mtime)| (path, (size, mtime))).collect())
+    }
+
+    /// How many bytes of a file with this size and time lie in `staging` already; 0 when it must start anew.
+    pub fn resume_at(&self, staging: &Root, path: &RelPath, size: u64, mtime: Timestamp) -> u64 {
+        if self.0.get(path) != Some(&(size, mtime)) {
+            return 0;
+        }
+        let staged = RelPath::new([TREE.as_bytes(), b"/", path.as_bytes()].concat());
+        let found = staged.ok().and_then(|staged| staging.stat(&staged, Follow::Never).ok());
+        found
+            .filter(|found| found.kind == FileKind::Regular && found.links == 1 && found.size <= size)
+            .map_or(0, |found| found.size)
+    }
+
+    /// Writes it to `staging` on stable storage, in place of the one before.
+    ///
+    /// # Errors
+    /// When it cannot be written; the one before is then still there.
+    pub fn store(&self, staging: &Root) -> Result<(), StageError> {
+        let failed = |source| StageError::Io { operation: "write the list of staged files", source };
+        let mut bytes = Vec::new();
+        for (path, (size, mtime)) in &self.0 {
+            // A RelPath has at most 4095 bytes.
+            bytes.extend_from_slice(&(path.as_bytes().len() as u16).to_be_bytes());
+            bytes.extend_from_slice(&size.to_be_bytes());
+            bytes.extend_from_slice(&mtime.seconds.to_be_bytes());
+            bytes.extend_from_slice(&mtime.nanoseconds.to_be_bytes());
+            bytes.extend_from_slice(path.as_bytes());
+        }
+        let (Ok(name), Ok(new)) = (RelPath::new(JOURNAL), RelPath::new(NEW_JOURNAL)) else { return Ok(()) };
+        staging.remove_tree(&new)?;
+        let mut file = staging.create_new(&new, 0o600)?;
+        file.write_all(&bytes).and_then(|()| file.sync_data()).map_err(failed)?;
+        staging.rename(&new, &name, RenameFlags::empty())?;
+        Ok(staging.sync_dir(None)?)
+    }
+
+    /// Reads it from `staging`. One that is absent or damaged is empty: then everything starts anew.
+    ///
+    /// # Errors
+    /// When it is there but cannot be read.
+    pub fn load(staging: &Root) -> Result<Journal, StageError> {
+        let Ok(name) = RelPath::new(JOURNAL) else { return Ok(Journal::default()) };
+        let mut bytes = Vec::new();
+        match staging.open_read(&name, Follow::Never) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Journal::default()),
+            Err(error) => return Err(error.into()),
+            Ok(mut file) => file
+                .read_to_end(&mut bytes)
+                .map_err(|source| StageError::Io { operation: "read the list of staged files", source })?,
+        };
+        Ok(parse(&bytes).unwrap_or_default())
+    }
+}
+
+fn parse(mut bytes: &[u8]) -> Option<Journal> {
+    let mut files = HashMap::new();
+    while !bytes.is_empty() {
+        let (fixed, rest) = bytes.split_at_checked(FIXED_BYTES)?;
+        let length = u16::from_be_bytes(fixed[..2].try_into().ok()?);
+        let size = u64::from_be_bytes(fixed[2..10].try_into().ok()?);
+        let seconds = i64::from_be_bytes(fixed[10..18].try_into().ok()?);
+        let nanoseconds = u32::from_be_bytes(fixed[18..22].try_into().ok()?);
+        let (path, rest) = rest.split_at_checked(length.into())?;
+        files.insert(RelPath::new(path).ok()?, (size, Timestamp { seconds, nanoseconds }));
+        bytes = rest;
+    }
+    Some(Journal(files))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn h34_only_the_same_file_is_gone_on_with_and_a_damaged_list_starts_anew() {
+        let at = tempfile::tempdir().unwrap();
+        let root = Root::open(at.path()).unwrap();
+        let (path, time) = (RelPath::new(b"d/\xff").unwrap(), Timestamp { seconds: -3, nanoseconds: 5 });
+        assert_eq!(Journal::load(&root).unwrap(), Journal::default());
+        let journal = Journal::new([(path.clone(), 100, time)]);
+        journal.store(&root).unwrap();
+        journal.store(&root).unwrap();
+        let loaded = Journal::load(&root).unwrap();
+        assert_eq!(loaded, journal);
+        assert_eq!(loaded.resume_at(&root, &path, 100, time), 0);
+        let staged = RelPath::new(b"tree/d/\xff").unwrap();
+        root.mkdir_all(&staged.parent().unwrap(), 0o700).unwrap();
+        root.create_new(&staged, 0o600).unwrap().set_len(40).unwrap();
+        assert_eq!(loaded.resume_at(&root, &path, 100, time), 40);
+        assert_eq!(loaded.resume_at(&root, &path, 101, time), 0);
+        assert_eq!(loaded.resume_at(&root, &path, 100, Timestamp::default()), 0);
+        let bytes = std::fs::read(at.path().join(JOURNAL)).unwrap();
+        std::fs::write(at.path().join(JOURNAL), &bytes[..bytes.len() - 1]).unwrap();
+        assert_eq!(Journal::load(&root).unwrap(), Journal::default());
+    }
+}

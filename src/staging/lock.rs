@@ -1,0 +1,98 @@
+//! One run at a time on a root: an flock(2), which no crash leaves behind, on a file that names its holder.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, OFlags};
+use rustix::io::Errno;
+
+use crate::error::Escaped;
+use crate::path::{InvalidPath, RelPath};
+use crate::root::{Follow, Root, RootError};
+
+const STATE: &str = ".lockstep";
+const LOCK: &str = ".lockstep/lock";
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Why a root was not locked.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum LockError {
+    #[error("in use by {holder}")]
+    Held { holder: String },
+    #[error(transparent)]
+    Root(#[from] RootError),
+    #[error("lock '{root}'")]
+    Io { root: String, source: io::Error },
+    #[error(transparent)]
+    Path(#[from] InvalidPath),
+}
+
+/// A root that is locked until this is dropped.
+#[derive(Debug)]
+pub struct RootLock {
+    _file: File,
+}
+
+impl RootLock {
+    /// Locks `root` for `actor`, and waits up to `wait` for another run to end.
+    ///
+    /// # Errors
+    /// [`LockError::Held`] names who has it.
+    pub fn take(root: &Root, actor: &str, wait: Duration) -> Result<RootLock, LockError> {
+        let failed = |source| LockError::Io { root: root.shown().display().to_string(), source };
+        root.mkdir_all(&RelPath::new(STATE)?, 0o700)?;
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK;
+        let mut file = root.open_with(&RelPath::new(LOCK)?, Follow::Never, flags, 0o600)?;
+        let start = Instant::now();
+        loop {
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(Errno::WOULDBLOCK) if start.elapsed() < wait => std::thread::sleep(PAUSE),
+                Err(Errno::WOULDBLOCK) => return Err(LockError::Held { holder: holder(&mut file) }),
+                Err(errno) => return Err(failed(errno.into())),
+            }
+        }
+        let text = serde_json::json!({ "actor": actor, "pid": std::process::id() }).to_string();
+        // RACE: who reads before this is written sees the holder before; only a message is wrong then.
+        let write = |file: &mut File| {
+            file.set_len(0)?;
+            file.seek(SeekFrom::Start(0))?;
+            file.write_all(text.as_bytes())
+        };
+        write(&mut file).map_err(failed)?;
+        Ok(RootLock { _file: file })
+    }
+}
+
+fn holder(file: &mut File) -> String {
+    let mut text = Vec::new();
+    let _ = file.seek(SeekFrom::Start(0));
+    let _ = file.take(4096).read_to_end(&mut text);
+    let value: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+    match value["actor"].as_str() {
+        Some(actor) => format!("{} (process {})", Escaped(actor.as_bytes()), value["pid"]),
+        None => "another run".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn h35_the_second_run_is_told_who_holds_the_root_or_waits() {
+        let at = tempfile::tempdir().unwrap();
+        let root = Root::open(at.path()).unwrap();
+        let first = RootLock::take(&root, "ana@gpu01", Duration::ZERO).unwrap();
+        let refused = RootLock::take(&root, "bo@gpu02", Duration::ZERO).unwrap_err();
+        assert!(refused.to_string().contains("ana@gpu01"), "{refused}");
+        std::thread::scope(|scope| {
+            let second = scope.spawn(|| RootLock::take(&root, "bo@gpu02", Duration::from_secs(10)));
+            std::thread::sleep(Duration::from_millis(100));
+            drop(first);
+            second.join().unwrap().unwrap();
+        });
+    }
+}
