@@ -19,6 +19,7 @@ pub mod agent;
 pub mod client;
 pub mod link;
 pub mod local;
+pub mod stream;
 
 /// Content travels in blocks of at most this many bytes.
 pub const BLOCK_BYTES: usize = 512 * 1024;

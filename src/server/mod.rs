@@ -9,4 +9,3 @@ pub mod limits;
 pub mod listener;
 pub mod session;
 pub mod stdio;
-pub mod stream;
