@@ -42,10 +42,8 @@ impl SftpServer {
             actor: super::transfer::actor(),
         };
         let agent = Agent::new(Arc::new(factory(root, confine, self.read_only, policy)));
-        stdio::run(config, Some(Arc::new(agent))).map_err(|error| Failure::Plain {
-            exit: Exit::Io,
-            message: format!("the session ended: {error}"),
-        })?;
+        stdio::run(config, Some(Arc::new(agent)))
+            .map_err(|error| Failure::Plain { exit: Exit::Io, message: format!("the session ended: {error}") })?;
         Ok(Exit::Done)
     }
 }
