@@ -6,4 +6,5 @@
 mod architecture;
 mod cli;
 mod pipeline;
+mod serve;
 mod ssh;

@@ -21,6 +21,7 @@ mod manifest;
 mod policy;
 mod remote;
 pub mod report;
+mod serve;
 mod sftp_server;
 mod transfer;
 
@@ -51,6 +52,8 @@ enum Command {
     Push(transfer::Push),
     /// Fetch a directory from another server
     Pull(transfer::Pull),
+    /// Listen for SSH connections: public keys only, file transfer only
+    Serve(serve::Serve),
     /// Serve SFTP, and lockstep's own protocol, on standard input and output
     SftpServer(sftp_server::SftpServer),
     /// List what a directory holds with its SHA-256, and check a directory against such a list
@@ -73,6 +76,7 @@ impl Command {
         match self {
             Command::Push(command) => command.run(),
             Command::Pull(command) => command.run(),
+            Command::Serve(command) => command.run(),
             Command::SftpServer(command) => command.run(),
             Command::Manifest(command) => command.run(),
             Command::Policy(command) => command.run(),

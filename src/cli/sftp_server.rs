@@ -49,7 +49,7 @@ impl SftpServer {
 }
 
 /// Opens the directories that a client names: below `root` where it is confined, else as the file system has them.
-fn factory(root: PathBuf, confine: bool, read_only: bool, policy: PolicySpec) -> Factory {
+pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: PolicySpec) -> Factory {
     let target_root = root.clone();
     Factory {
         target: Box::new(move |path| {

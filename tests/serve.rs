@@ -1,0 +1,124 @@
+//! lockstep's own server, with lockstep and with OpenSSH's clients.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+struct Server {
+    child: Child,
+    port: String,
+    at: tempfile::TempDir,
+}
+
+impl Server {
+    fn start(more: &[&str]) -> Server {
+        let at = tempfile::tempdir().unwrap();
+        let path = |name: &str| at.path().join(name).display().to_string();
+        for key in ["user", "other"] {
+            let status = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f", &path(key)]).status();
+            assert!(status.expect("ssh-keygen is not installed: Debian package openssh-client").success());
+        }
+        fs::create_dir(at.path().join("root")).unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_lockstep"))
+            .args(["serve", "--listen", "127.0.0.1:0", "--user", "sync", "--root", &path("root")])
+            .args(["--authorized-keys", &path("user.pub"), "--host-key", &path("host")])
+            .args(more)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stderr.take().unwrap()).read_line(&mut line).unwrap();
+        let address = line.split("listening on ").nth(1).and_then(|rest| rest.split(',').next());
+        let port =
+            address.and_then(|address| address.rsplit(':').next()).unwrap_or_else(|| panic!("{line}")).to_owned();
+        let public = Command::new("ssh-keygen").args(["-y", "-f", &path("host")]).output().unwrap().stdout;
+        let known = format!("[127.0.0.1]:{port} {}", String::from_utf8(public).unwrap());
+        fs::write(at.path().join("known"), known).unwrap();
+        Server { child, port, at }
+    }
+
+    fn run(&self, program: &str, arguments: &[&str]) -> Output {
+        Command::new(program)
+            .current_dir(self.at.path())
+            .args(arguments)
+            .env("XDG_STATE_HOME", self.at.path())
+            .env_remove("SSH_AUTH_SOCK")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    }
+
+    fn lockstep(&self, arguments: &[&str], key: &str) -> Output {
+        let login = ["-P", &self.port, "--identity", key, "--known-hosts", "known"];
+        self.run(env!("CARGO_BIN_EXE_lockstep"), &[arguments, &login].concat())
+    }
+
+    fn openssh(&self, program: &str, port_flag: &str, more: &[&str]) -> Output {
+        let login =
+            [port_flag, &self.port, "-i", "user", "-F", "none", "-oUserKnownHostsFile=known", "-oBatchMode=yes"];
+        self.run(program, &[&login, more].concat())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn said(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+fn sample(at: &Path) {
+    fs::create_dir_all(at.join("source/sub")).unwrap();
+    fs::write(at.join("source/big"), vec![3; 4_000_000]).unwrap();
+    for number in 0..100 {
+        fs::write(at.join(format!("source/sub/{number}")), number.to_string()).unwrap();
+    }
+}
+
+#[test]
+fn s21_s22_push_and_pull_with_the_own_server() {
+    let server = Server::start(&[]);
+    sample(server.at.path());
+    let pushed = server.lockstep(&["push", "source", "sync@127.0.0.1:/models"], "user");
+    assert!(pushed.status.success(), "{}", said(&pushed));
+    let pulled = server.lockstep(&["pull", "sync@127.0.0.1:/models", "back"], "user");
+    assert!(pulled.status.success(), "{}", said(&pulled));
+    let same = server.run("diff", &["-r", "--exclude=.lockstep", "source", "back"]);
+    assert!(same.status.success(), "{}", said(&same));
+    let log = fs::read_to_string(server.at.path().join("root/models/.lockstep/audit.jsonl")).unwrap();
+    assert!(log.contains("sub/99"));
+}
+
+#[test]
+fn s14_s16_s17_h54_stock_clients_get_files_and_nothing_else() {
+    let server = Server::start(&[]);
+    sample(server.at.path());
+    fs::write(server.at.path().join("batch"), "put source/big file\nls -l\nget file again\n").unwrap();
+    let transferred = server.openssh("sftp", "-P", &["-b", "batch", "sync@127.0.0.1"]);
+    assert!(transferred.status.success(), "{}", said(&transferred));
+    assert_eq!(fs::read(server.at.path().join("again")).unwrap(), vec![3; 4_000_000]);
+    let shell = server.openssh("ssh", "-p", &["sync@127.0.0.1", "id"]);
+    assert!(!shell.status.success() && !said(&shell).contains("uid="), "{}", said(&shell));
+    let password = server.openssh("ssh", "-p", &["-oPreferredAuthentications=password", "sync@127.0.0.1", "id"]);
+    assert!(said(&password).contains("(publickey)"), "{}", said(&password));
+    let other_key = server.lockstep(&["push", "source", "sync@127.0.0.1:/x"], "other");
+    assert_eq!(other_key.status.code(), Some(3), "{}", said(&other_key));
+}
+
+#[test]
+fn s16_who_comes_from_elsewhere_and_who_may_only_read() {
+    let elsewhere = Server::start(&["--from", "192.0.2.0/24"]);
+    sample(elsewhere.at.path());
+    let refused = elsewhere.lockstep(&["push", "source", "sync@127.0.0.1:/x"], "user");
+    assert_eq!(refused.status.code(), Some(3), "{}", said(&refused));
+    let reading = Server::start(&["--read-only"]);
+    sample(reading.at.path());
+    let refused = reading.lockstep(&["push", "source", "sync@127.0.0.1:/x"], "user");
+    assert!(!refused.status.success() && said(&refused).contains("read"), "{}", said(&refused));
+    assert!(!reading.at.path().join("root/x").exists());
+}
