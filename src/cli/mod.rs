@@ -1,6 +1,175 @@
-//! The command line.
-use crate::error::Exit;
-/// (in the making)
-pub fn run(_: impl Iterator<Item = std::ffi::OsString>) -> Exit {
-    Exit::Done
+//! The command line: one file per command. Only here anything is printed, and only here errors become exit codes.
+
+// A command line prints; the rest of the crate may not.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+use std::ffi::OsString;
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+use crate::audit::AuditError;
+use crate::endpoint;
+use crate::error::{Escaped, Exit, chain};
+use crate::root::RootError;
+
+mod audit;
+mod completions;
+pub mod display;
+mod manifest;
+mod policy;
+mod remote;
+pub mod report;
+mod sftp_server;
+mod transfer;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0   done, or the data is good
+  1   the data is bad: something differs, is missing, is not listed or cannot be read
+  2   wrong usage or configuration
+  3   signature or trust: host key, authentication
+  4   incomplete: some paths or targets failed
+  5   input or output error
+  75  try again: the target is in use, or the connection was lost
+Anything but 0 means: do not rely on the data.";
+
+/// Keeps datasets and checkpoints in step between training servers, and proves that what arrived is what was sent.
+#[derive(Debug, Parser)]
+#[command(name = "lockstep", version, after_help = EXIT_CODES, subcommand_required = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+// To add a command: a file with a `clap::Args` (or `Subcommand`) that has `fn run(self) -> Result<Exit, Failure>`, a
+// variant here, a line in `Command::run`.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Send a directory to another server, verified, with the right permissions
+    Push(transfer::Push),
+    /// Fetch a directory from another server
+    Pull(transfer::Pull),
+    /// Serve SFTP, and lockstep's own protocol, on standard input and output
+    SftpServer(sftp_server::SftpServer),
+    /// List what a directory holds with its SHA-256, and check a directory against such a list
+    #[command(subcommand)]
+    Manifest(manifest::Command),
+    /// Say which owner and permissions a path gets, and why
+    #[command(subcommand)]
+    Policy(policy::Command),
+    /// Check the record of what was published
+    #[command(subcommand)]
+    Audit(audit::Command),
+    /// Print a completion script for a shell
+    Completions(completions::Completions),
+    /// Print the manual page, or write those of all commands to a directory
+    Man(completions::Man),
+}
+
+impl Command {
+    fn run(self) -> Result<Exit, Failure> {
+        match self {
+            Command::Push(command) => command.run(),
+            Command::Pull(command) => command.run(),
+            Command::SftpServer(command) => command.run(),
+            Command::Manifest(command) => command.run(),
+            Command::Policy(command) => command.run(),
+            Command::Audit(command) => command.run(),
+            Command::Completions(command) => command.run(),
+            Command::Man(command) => command.run(),
+        }
+    }
+}
+
+/// Why a command ended early.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Endpoint(#[from] endpoint::Error),
+    #[error(transparent)]
+    Root(#[from] RootError),
+    #[error(transparent)]
+    Audit(#[from] AuditError),
+    #[error("{operation} '{}'", shown(path))]
+    Io { operation: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("writing to standard output")]
+    Output(#[source] std::io::Error),
+    /// What is to be said is complete.
+    #[error("{message}")]
+    Plain { exit: Exit, message: String },
+}
+
+impl Failure {
+    fn usage(message: impl Into<String>) -> Failure {
+        Failure::Plain { exit: Exit::Usage, message: message.into() }
+    }
+
+    fn bad_data(message: impl Into<String>) -> Failure {
+        Failure::Plain { exit: Exit::BadData, message: message.into() }
+    }
+
+    /// For `map_err`: the operation is a participle, as in "reading 'x': No such file or directory".
+    fn io(operation: &'static str, path: &std::path::Path) -> impl FnOnce(std::io::Error) -> Failure {
+        let path = path.to_owned();
+        move |source| Failure::Io { operation, path, source }
+    }
+
+    fn exit(&self) -> Exit {
+        match self {
+            Failure::Endpoint(error) => error.exit(),
+            Failure::Audit(AuditError::Broken { .. }) => Exit::BadData,
+            Failure::Root(_) | Failure::Audit(_) | Failure::Io { .. } | Failure::Output(_) => Exit::Io,
+            Failure::Plain { exit, .. } => *exit,
+        }
+    }
+}
+
+/// A path of this machine, made safe to print.
+fn shown(path: &std::path::Path) -> Escaped<'_> {
+    Escaped(path.as_os_str().as_encoded_bytes())
+}
+
+/// Writes data to standard output. A reader that has seen enough (`| head`) is no failure.
+fn output(data: &[u8]) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(data).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::Output(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Runs the command that `arguments` (the program's name first) ask for, and says what went wrong.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Exit {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() => {
+            let text = error.render().to_string();
+            match text.strip_prefix("error: ") {
+                Some(text) => eprint!("lockstep: {text}"),
+                None => eprint!("{text}"),
+            }
+            return Exit::Usage;
+        }
+        Err(help) => {
+            let _ = help.print();
+            return Exit::Done;
+        }
+    };
+    cli.command.run().unwrap_or_else(|failure| {
+        eprintln!("lockstep: {}", chain(&failure));
+        failure.exit()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_definition_of_the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
 }

@@ -19,7 +19,7 @@ pub mod agent;
 pub mod client;
 pub mod link;
 pub mod local;
-pub mod memory;
+pub mod stream;
 
 /// Content travels in blocks of at most this many bytes.
 pub const BLOCK_BYTES: usize = 512 * 1024;
@@ -213,8 +213,6 @@ pub struct BeginOptions {
     pub filter: FilterSpec,
     /// Compare by content alone.
     pub checksum: bool,
-    /// Directories that are published whole, as globs with a trailing slash.
-    pub units: Vec<String>,
     /// Paths that are published last, as globs (markers, pointers).
     pub last: Vec<String>,
     /// Hash what lies on the disk before publishing, not only the stream.

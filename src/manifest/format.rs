@@ -95,8 +95,8 @@ pub fn decode(text: &[u8]) -> Result<Manifest, FormatError> {
     if lines.next().is_none_or(|line| line != TITLE.as_bytes()) {
         return Err(at(1, LineProblem::NotAManifest));
     }
-    let generation = header(&mut lines, "generation", |value| decimal(value))?;
-    let created = header(&mut lines, "created", |value| timestamp(value))?;
+    let generation = header(&mut lines, "generation", decimal)?;
+    let created = header(&mut lines, "created", timestamp)?;
     let mut entries: Vec<Entry> = Vec::new();
     let mut names = Names::default();
     loop {

@@ -17,7 +17,8 @@ use super::authorized_keys::{self, Grant};
 use super::channel::{self, FedSession, Output};
 use super::host_key::{self, HostKeyError};
 use super::limits::Limits;
-use super::stream::OverflowStream;
+
+use crate::endpoint::stream::OverflowStream;
 use crate::error::Escaped;
 
 /// One user of the listener.

@@ -179,7 +179,10 @@ fn hash_of(file: &File, length: u64) -> Result<Sha256, StageError> {
 
 /// Owner, ACL, mode, times, in this order: chown drops set-user-ID, and a default ACL of the directory above would
 /// widen what chmod gives.
-fn apply(file: &File, wanted: &Permissions) -> Result<(), StageError> {
+///
+/// # Errors
+/// What the file system says.
+pub fn apply(file: &impl std::os::fd::AsFd, wanted: &Permissions) -> Result<(), StageError> {
     let errno = |operation: &'static str| move |errno: Errno| StageError::Io { operation, source: errno.into() };
     if wanted.uid.is_some() || wanted.gid.is_some() {
         let (uid, gid) = (wanted.uid.map(Uid::from_raw), wanted.gid.map(Gid::from_raw));

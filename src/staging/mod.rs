@@ -8,7 +8,7 @@ mod ids;
 mod journal;
 mod lock;
 
-pub use file::{Permissions, StageError, StagedFile};
+pub use file::{Permissions, StageError, StagedFile, apply};
 pub use ids::{Ids, UnknownName};
 pub use journal::Journal;
 pub use lock::{LockError, RootLock};

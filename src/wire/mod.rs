@@ -1,3 +1,5 @@
 //! The messages of SFTP version 3 and of lockstep's extensions.
 
+pub mod buffer;
 pub mod extension;
+pub mod sftp;

@@ -1,5 +1,9 @@
 //! A side of a run that lies on this machine.
 
+mod commit;
 mod source;
+mod target;
+mod writer;
 
 pub use source::LocalSource;
+pub use target::LocalTarget;

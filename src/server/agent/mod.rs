@@ -38,12 +38,15 @@ pub type SharedTarget = Arc<dyn Target + Send + Sync>;
 /// A source that workers share.
 pub type SharedSource = Arc<dyn Source + Send + Sync>;
 
+/// Opens one side at the root that a client names, or refuses.
+pub type Opener<T> = Box<dyn Fn(&[u8]) -> Result<T, Error> + Send + Sync>;
+
 /// Makes the two sides for the root that a client names, or refuses.
 pub struct Factory {
     /// Opens a target.
-    pub target: Box<dyn Fn(&[u8]) -> Result<SharedTarget, Error> + Send + Sync>,
+    pub target: Opener<SharedTarget>,
     /// Opens a source.
-    pub source: Box<dyn Fn(&[u8]) -> Result<SharedSource, Error> + Send + Sync>,
+    pub source: Opener<SharedSource>,
 }
 
 const WORKERS: usize = 8;

@@ -1,0 +1,165 @@
+//! Stages files of one worker thread.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::target::{Run, stage_failure};
+use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
+use crate::manifest::{Content, Digest, Entry};
+use crate::root::Root;
+use crate::staging::{StageError, StagedFile};
+
+/// Writes what it is given at once: a completion is there as soon as a call has returned.
+pub(super) struct LocalWriter {
+    run: Arc<Run>,
+    open: HashMap<u32, StagedFile>,
+    /// Files that failed before their end; what else comes for them is dropped.
+    broken: HashMap<u32, WriteFailure>,
+    done: Vec<Staged>,
+}
+
+impl LocalWriter {
+    pub(super) fn new(run: Arc<Run>) -> LocalWriter {
+        LocalWriter { run, open: HashMap::new(), broken: HashMap::new(), done: Vec::new() }
+    }
+
+    fn staging(&self) -> Result<&Root, Error> {
+        self.run.staging.as_ref().ok_or_else(|| Error::Usage("a dry run stages nothing".into()))
+    }
+
+    /// The regular file at `index`, with its size.
+    fn entry(&self, index: u32) -> Result<(Entry, u64), Error> {
+        let source = Arc::clone(&self.run.state().source);
+        match source.entries().get(index as usize) {
+            Some(entry) if let Content::File { size, .. } = entry.content => Ok((entry.clone(), size)),
+            _ => Err(Error::Refused { by: "the receiver".into(), reason: format!("entry {index} is no regular file") }),
+        }
+    }
+
+    /// A full disk ends the run; anything else is this file's failure.
+    fn failure(&self, error: &StageError) -> Result<WriteFailure, Error> {
+        if error.storage_full() {
+            self.run.state().full = true;
+            return Err(stage_failure(error, self.staging()?));
+        }
+        Ok(WriteFailure { message: crate::error::chain(error), retry: error.retry() })
+    }
+
+    fn break_off(&mut self, index: u32, error: &StageError) -> Result<(), Error> {
+        self.open.remove(&index);
+        let failure = self.failure(error)?;
+        self.broken.insert(index, failure);
+        Ok(())
+    }
+
+    fn remove_staged(&self, entry: &Entry) -> Result<(), Error> {
+        let path = self.run.staged_path(&entry.path)?;
+        self.staging()?.remove_tree(&path).map_err(super::target::io)
+    }
+
+    fn start(&mut self, index: u32, resume_at: u64) -> Result<Result<StagedFile, StageError>, Error> {
+        let (entry, size) = self.entry(index)?;
+        let path = self.run.staged_path(&entry.path)?;
+        let staging = self.staging()?;
+        if resume_at > 0 {
+            return Ok(StagedFile::resume(staging, &path, size, resume_at));
+        }
+        Ok(match StagedFile::create(staging, &path, size) {
+            Err(StageError::Root(error)) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                staging.remove_tree(&path).map_err(super::target::io)?;
+                StagedFile::create(staging, &path, size)
+            }
+            other => other,
+        })
+    }
+
+    fn conclude(&mut self, index: u32, file: StagedFile, digest: Digest) -> Result<(), Error> {
+        let (entry, _) = self.entry(index)?;
+        let wanted = self.run.permissions(&entry)?;
+        let result = match file.finish(digest, &wanted, self.run.options.verify_disk) {
+            Ok(()) => {
+                self.run.state().staged.insert(index, digest);
+                Ok(())
+            }
+            Err(error) => {
+                self.remove_staged(&entry)?;
+                Err(self.failure(&error)?)
+            }
+        };
+        self.done.push(Staged { index, result });
+        Ok(())
+    }
+}
+
+impl Writer for LocalWriter {
+    fn put(&mut self, index: u32, block: Block, digest: Digest) -> Result<(), Error> {
+        self.open(index, 0)?;
+        if !block.data().is_empty() {
+            self.write(index, 0, block)?;
+        }
+        self.finish(index, digest)
+    }
+
+    fn open(&mut self, index: u32, resume_at: u64) -> Result<(), Error> {
+        self.broken.remove(&index);
+        match self.start(index, resume_at)? {
+            Ok(file) => {
+                self.open.insert(index, file);
+                Ok(())
+            }
+            Err(error) => self.break_off(index, &error),
+        }
+    }
+
+    fn write(&mut self, index: u32, offset: u64, block: Block) -> Result<(), Error> {
+        match self.open.get_mut(&index).map(|file| file.write(offset, block.data())) {
+            Some(Err(error)) => self.break_off(index, &error),
+            _ => Ok(()),
+        }
+    }
+
+    fn hole(&mut self, index: u32, offset: u64, length: u64) -> Result<(), Error> {
+        match self.open.get_mut(&index).map(|file| file.hole(offset, length)) {
+            Some(Err(error)) => self.break_off(index, &error),
+            _ => Ok(()),
+        }
+    }
+
+    fn finish(&mut self, index: u32, digest: Digest) -> Result<(), Error> {
+        if let Some(file) = self.open.remove(&index) {
+            return self.conclude(index, file, digest);
+        }
+        let never_opened = || WriteFailure { message: "was finished without having been opened".into(), retry: false };
+        let failure = self.broken.remove(&index).unwrap_or_else(never_opened);
+        self.done.push(Staged { index, result: Err(failure) });
+        Ok(())
+    }
+
+    fn keep(&mut self, index: u32, digest: Digest) -> Result<(), Error> {
+        let (entry, _) = self.entry(index)?;
+        let mut state = self.run.state();
+        // The receiver believes its own digest of what it has, not the sender's word.
+        let known = state.target.get(&entry.path).and_then(Entry::file).and_then(|(_, digest)| digest);
+        let result = if known == Some(digest) {
+            state.kept.insert(index, digest);
+            Ok(())
+        } else {
+            let message = "is not what the target has".to_owned();
+            Err(WriteFailure { message, retry: true })
+        };
+        drop(state);
+        self.done.push(Staged { index, result });
+        Ok(())
+    }
+
+    fn discard(&mut self, index: u32) -> Result<(), Error> {
+        self.open.remove(&index);
+        self.broken.remove(&index);
+        let (entry, _) = self.entry(index)?;
+        self.remove_staged(&entry)
+    }
+
+    fn completions(&mut self, _wait: bool) -> Result<Vec<Staged>, Error> {
+        Ok(std::mem::take(&mut self.done))
+    }
+}

@@ -1,0 +1,208 @@
+//! A stream over a channel: blocking threads on one side, two tasks on the other.
+//!
+//! The reading task never waits for the writing one, nor for whoever consumes: both directions may be full of bulk at
+//! once. What bounds the inbox is the number of requests its user has in flight; beyond [`IN_LIMIT`] the link breaks.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use russh::client::Msg;
+use russh::{Channel, ChannelMsg};
+use tokio::sync::{mpsc, oneshot};
+
+use super::remote::Connection;
+use crate::endpoint::link::{Link, LinkError};
+use crate::error::Escaped;
+
+/// Senders wait while more than this is queued.
+const OUT_LIMIT: usize = 8 << 20;
+/// A peer that sends this much unasked is cut off.
+const IN_LIMIT: usize = 512 << 20;
+/// How much of the other end's standard error is kept for messages.
+const COMPLAINT_LIMIT: usize = 2048;
+
+#[derive(Default)]
+struct State {
+    inbox: VecDeque<Bytes>,
+    in_bytes: usize,
+    out_bytes: usize,
+    /// Nothing more comes and nothing more can be sent.
+    ended: bool,
+    /// Why it ended, when that is not simply the end.
+    broken: Option<String>,
+    /// The other end's standard error.
+    complaint: Vec<u8>,
+    exit_status: Option<u32>,
+    /// Nobody receives any more.
+    abandoned: bool,
+    /// Where packets go to the writing task; gone once closed.
+    queue: Option<mpsc::UnboundedSender<Bytes>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    received: Condvar,
+    sent: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end(&self, broken: Option<String>) {
+        let mut state = self.lock();
+        if !state.ended {
+            state.ended = true;
+            state.broken = broken;
+            state.queue = None;
+        }
+        drop(state);
+        self.received.notify_all();
+        self.sent.notify_all();
+    }
+}
+
+impl State {
+    fn failure(&self, host: &str) -> LinkError {
+        let complaint = String::from_utf8_lossy(&self.complaint);
+        let complaint = Escaped(complaint.trim().as_bytes()).to_string();
+        let mut text = match (&self.broken, self.exit_status) {
+            (Some(reason), _) => format!("{host}: {reason}"),
+            (None, Some(status)) => format!("{host}: the other end ended with status {status}"),
+            (None, None) => format!("{host}: the other end ended the stream"),
+        };
+        if !complaint.is_empty() {
+            text.push_str(": ");
+            text.push_str(&complaint);
+        }
+        LinkError(text)
+    }
+}
+
+/// A [`Link`] over a channel.
+pub(super) struct ChannelLink {
+    shared: Arc<Shared>,
+    host: String,
+    // Once dropped the channel is closed, whether or not the other end heeds the end of its input.
+    _in_use: oneshot::Sender<()>,
+    // The stream lives no longer than its connection.
+    _connection: Arc<Connection>,
+}
+
+impl ChannelLink {
+    /// Starts the tasks; must be called within the runtime. `early` is what arrived already.
+    pub(super) fn start(channel: Channel<Msg>, connection: Arc<Connection>, host: String, early: Vec<Bytes>) -> Self {
+        let (queue, mut packets) = mpsc::unbounded_channel::<Bytes>();
+        let (in_use, dropped) = oneshot::channel::<()>();
+        let shared = Arc::new(Shared::default());
+        {
+            let mut state = shared.lock();
+            state.queue = Some(queue);
+            state.in_bytes = early.iter().map(Bytes::len).sum();
+            state.inbox = early.into();
+        }
+        let (mut reader, writer) = channel.split();
+        let sending = Arc::clone(&shared);
+        let write = tokio::spawn(async move {
+            while let Some(packet) = packets.recv().await {
+                let length = packet.len();
+                let sent = writer.data_bytes(packet).await;
+                sending.lock().out_bytes -= length;
+                sending.sent.notify_all();
+                if sent.is_err() {
+                    sending.end(Some("the connection was lost".into()));
+                    return;
+                }
+            }
+            let _ = writer.eof().await;
+            let _ = dropped.await;
+            let _ = writer.close().await;
+        });
+        let receiving = Arc::clone(&shared);
+        tokio::spawn(async move {
+            let mut whole = false;
+            while let Some(message) = reader.wait().await {
+                let mut state = receiving.lock();
+                match message {
+                    ChannelMsg::Data { .. } if state.abandoned => {}
+                    ChannelMsg::Data { data } => {
+                        state.in_bytes += data.len();
+                        state.inbox.push_back(data);
+                        if state.in_bytes > IN_LIMIT {
+                            drop(state);
+                            receiving.end(Some("the other end sent more than was asked for".into()));
+                            break;
+                        }
+                        drop(state);
+                        receiving.received.notify_all();
+                    }
+                    ChannelMsg::ExtendedData { data, .. } => {
+                        let room = COMPLAINT_LIMIT.saturating_sub(state.complaint.len());
+                        state.complaint.extend_from_slice(&data[..data.len().min(room)]);
+                    }
+                    ChannelMsg::ExitStatus { exit_status } => state.exit_status = Some(exit_status),
+                    ChannelMsg::ExitSignal { .. } => state.broken = Some("the other end was killed".into()),
+                    ChannelMsg::Eof => whole = true,
+                    ChannelMsg::Close => {
+                        whole = true;
+                        break;
+                    }
+                    _ => {}
+                }
+            }
+            let broken = receiving.lock().broken.clone();
+            receiving.end(if whole { broken } else { broken.or(Some("the connection was lost".into())) });
+            write.abort();
+        });
+        ChannelLink { shared, host, _in_use: in_use, _connection: connection }
+    }
+}
+
+impl Link for ChannelLink {
+    fn send(&self, packet: Bytes) -> Result<(), LinkError> {
+        let mut state = self.shared.lock();
+        while state.out_bytes > OUT_LIMIT && !state.ended {
+            state = self.shared.sent.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        let length = packet.len();
+        match &state.queue {
+            Some(queue) if !state.ended && queue.send(packet).is_ok() => {
+                state.out_bytes += length;
+                Ok(())
+            }
+            _ => Err(state.failure(&self.host)),
+        }
+    }
+
+    fn recv(&self) -> Result<Option<Bytes>, LinkError> {
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(bytes) = state.inbox.pop_front() {
+                state.in_bytes -= bytes.len();
+                return Ok(Some(bytes));
+            }
+            if state.ended {
+                let good = state.broken.is_none() && state.exit_status.unwrap_or(0) == 0;
+                return if good { Ok(None) } else { Err(state.failure(&self.host)) };
+            }
+            state = self.shared.received.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn close(&self) {
+        self.shared.lock().queue = None;
+        self.shared.sent.notify_all();
+    }
+}
+
+impl Drop for ChannelLink {
+    fn drop(&mut self) {
+        self.close();
+        let mut state = self.shared.lock();
+        state.abandoned = true;
+        state.inbox.clear();
+    }
+}

@@ -1,0 +1,164 @@
+//! The command as people and scripts see it.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::fs;
+use std::path::Path;
+
+use assert_cmd::Command;
+use predicates::str::contains;
+
+fn lockstep(arguments: &[&str], directory: &Path) -> assert_cmd::assert::Assert {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
+    command.env_clear().env("PATH", "/usr/bin:/bin").current_dir(directory).args(arguments).assert()
+}
+
+/// A tree `data` with a file in a directory, odd names, a hard link and symbolic links.
+fn tree() -> tempfile::TempDir {
+    let at = tempfile::tempdir().unwrap();
+    let data = at.path().join("data");
+    fs::create_dir_all(data.join("sub/empty")).unwrap();
+    fs::write(data.join("sub/large.bin"), vec![7; 700_000]).unwrap();
+    fs::write(data.join("a b"), "text").unwrap();
+    fs::write(data.join("new\nline\\"), "odd").unwrap();
+    fs::hard_link(data.join("a b"), data.join("second")).unwrap();
+    std::os::unix::fs::symlink("a b", data.join("link")).unwrap();
+    at
+}
+
+fn flip(file: &Path) {
+    let mut bytes = fs::read(file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(file, bytes).unwrap();
+}
+
+#[test]
+fn a_manifest_verifies_and_each_kind_of_damage_is_a_line() {
+    let at = tree();
+    lockstep(&["manifest", "create", "data", "-o", "list"], at.path()).code(0);
+    let verify = || lockstep(&["manifest", "verify", "data", "--manifest", "list"], at.path());
+    verify().code(0).stdout(contains("all as listed"));
+    lockstep(&["manifest", "show", "list"], at.path()).code(0).stdout(contains("sub/large.bin"));
+
+    flip(&at.path().join("data/sub/large.bin"));
+    verify().code(1).stdout(contains("sub/large.bin: differs: SHA-256")).stderr(contains("lockstep: 'data'"));
+    flip(&at.path().join("data/sub/large.bin"));
+    verify().code(0);
+
+    fs::write(at.path().join("data/more"), "").unwrap();
+    Command::new("mkfifo").arg(at.path().join("data/pipe")).assert().code(0);
+    fs::remove_file(at.path().join("data/link")).unwrap();
+    fs::write(at.path().join("data/a b"), "longer text").unwrap();
+    let stdout = "a b: differs: 11 bytes, listed with 4\nlink: missing\nmore: not listed\npipe: not listed\n\
+        second: differs: 11 bytes, listed with 4\n";
+    verify().code(1).stdout(stdout);
+}
+
+#[test]
+fn s20_sha256sum_reads_ours_and_we_read_that_of_sha256sum() {
+    let at = tree();
+    let data = at.path().join("data");
+    lockstep(&["manifest", "create", "data", "--format", "sha256sum", "-o", "ours"], at.path()).code(0);
+    let check = Command::new("sha256sum").args(["--strict", "-c", "../ours"]).current_dir(&data).assert();
+    check.code(0).stdout(contains("sub/large.bin: OK"));
+    lockstep(&["manifest", "verify", "data", "--sums", "ours"], at.path()).code(0);
+
+    // Written into the directory itself, with a link that it follows and `./` before each name.
+    let script = "find . -type f ! -name sums.txt -exec sha256sum {} + > sums.txt; sha256sum link >> sums.txt";
+    Command::new("sh").args(["-c", script]).current_dir(&data).assert().code(0);
+    let verify = || lockstep(&["manifest", "verify", "data", "--sums", "data/sums.txt"], at.path());
+    verify().code(0);
+    flip(&data.join("a b"));
+    verify().code(1).stdout(contains("a b: differs")).stdout(contains("link: differs"));
+}
+
+#[test]
+fn h12_a_bad_list_is_refused_with_its_line() {
+    let at = tree();
+    let good = format!("{}  a b\n", "0".repeat(64));
+    let bad = [
+        "junk\n".to_owned(),
+        format!("{}  ../x\n", "0".repeat(64)),
+        format!("{}  /etc/passwd\n", "0".repeat(64)),
+        format!("{}  x\r\n", "0".repeat(64)),
+        format!("{}  x\0y\n", "0".repeat(64)),
+    ];
+    for line in bad {
+        fs::write(at.path().join("list"), good.clone() + &line).unwrap();
+        lockstep(&["manifest", "verify", "data", "--sums", "list"], at.path())
+            .code(1)
+            .stderr(contains("lockstep: 'list', line 2: "));
+    }
+    lockstep(&["manifest", "create", "data", "-o", "list"], at.path()).code(0);
+    flip(&at.path().join("list"));
+    lockstep(&["manifest", "verify", "data", "--manifest", "list"], at.path()).code(1).stderr(contains(" line "));
+}
+
+#[test]
+fn wrong_usage_exits_with_2_and_help_with_0() {
+    let at = tempfile::tempdir().unwrap();
+    let cases: [&[&str]; 7] = [
+        &[],
+        &["nothing"],
+        &["manifest"],
+        &["manifest", "verify"],
+        &["manifest", "verify", ".", "--sums", "a", "--manifest", "b"],
+        &["manifest", "verify", "."],
+        &["policy", "explain", "x", "--policy-file", "missing.toml"],
+    ];
+    for case in cases {
+        lockstep(case, at.path()).code(2).stdout("");
+    }
+    lockstep(&["nothing"], at.path()).stderr(contains("lockstep: unrecognized subcommand"));
+    lockstep(&["--help"], at.path()).code(0).stdout(contains("Exit codes:"));
+    lockstep(&["completions", "bash"], at.path()).code(0).stdout(contains("complete -F"));
+    lockstep(&["man"], at.path()).code(0).stdout(contains(".TH lockstep"));
+    lockstep(&["man", "--to", "."], at.path()).code(0);
+    assert!(at.path().join("lockstep-manifest-verify.1").exists());
+}
+
+#[test]
+fn a_policy_is_explained_with_the_rule_that_decides() {
+    let at = tempfile::tempdir().unwrap();
+    let rules = "[[rule]]\nmatch = \"**\"\nmode = \"640\"\n\n[[rule]]\nmatch = \"*.sh\"\nmode = \"u=rwx,go=\"\nowner = \"ops\"\n";
+    fs::write(at.path().join("rules.toml"), rules).unwrap();
+    let explain = |path: &str| lockstep(&["policy", "explain", path, "--policy-file", "rules.toml"], at.path());
+    explain("bin/run.sh").code(0).stdout(contains("mode   0700")).stdout(contains("rule 2 of 2"));
+    explain("bin/data").code(0).stdout(contains("mode   0640")).stdout(contains("rule 1 of 2"));
+    explain("../x").code(2);
+    fs::write(at.path().join("rules.toml"), rules.replace("owner", "ower")).unwrap();
+    explain("x").code(2).stderr(contains("'rules.toml', line 8: unknown field"));
+}
+
+#[test]
+fn what_was_published_is_verified_by_the_manifest_that_lies_with_it() {
+    let at = tree();
+    fs::create_dir(at.path().join("data/.lockstep")).unwrap();
+    lockstep(&["manifest", "create", "data", "-o", "data/.lockstep/manifest"], at.path()).code(0);
+    lockstep(&["manifest", "verify", "data"], at.path()).code(0);
+    lockstep(&["manifest", "show", "data"], at.path()).code(0).stdout(contains("link -> a b"));
+    // An ignore file hides nothing that is listed.
+    flip(&at.path().join("data/sub/large.bin"));
+    fs::write(at.path().join("data/.lockstepignore"), "*.bin\n").unwrap();
+    let verify = lockstep(&["manifest", "verify", "data"], at.path()).code(1);
+    verify.stdout(contains(".lockstepignore: not listed")).stdout(contains("sub/large.bin: differs"));
+}
+
+#[test]
+fn h60_a_log_that_was_tampered_with_is_bad_data() {
+    let at = tempfile::tempdir().unwrap();
+    let root = lockstep::root::Root::open(at.path()).unwrap();
+    let record = lockstep::audit::AuditRecord { action: "publish".into(), ..Default::default() };
+    lockstep::audit::AuditLog::open(&root).unwrap().append(&[record.clone(), record]).unwrap();
+    lockstep(&["audit", "verify", "."], at.path()).code(0).stdout(contains("2 lines, unbroken"));
+    let log = at.path().join(lockstep::audit::LOG);
+    fs::write(&log, fs::read_to_string(&log).unwrap().replace("publish", "nothing")).unwrap();
+    lockstep(&["audit", "verify", "."], at.path()).code(1).stderr(contains("line 1"));
+}
+
+#[test]
+fn a_log_that_is_not_there_is_not_good() {
+    let at = tempfile::tempdir().unwrap();
+    lockstep(&["audit", "verify", "."], at.path()).code(1).stderr(contains("no audit log"));
+}
