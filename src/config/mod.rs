@@ -1,1 +1,244 @@
-//! (in the making)
+//! The configuration file: policies, jobs and the listener's users.
+//!
+//! What is read here is complete: unknown keys, names that lead nowhere and rules that do not compile are errors with
+//! file, line and column, so that nothing is found out in the middle of a run.
+
+mod error;
+mod job;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Read as _;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use toml::Spanned;
+
+pub use error::{ConfigError, Position, Untrusted};
+pub use job::{Bandwidth, Delete, Job, Layout, Ready};
+
+use crate::filter::{Filter, FilterSpec};
+use crate::policy::{Policy, PolicySpec};
+
+/// Where the configuration is, unless `--config` or `LOCKSTEP_CONFIG` says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/lockstep/config.toml";
+const MAX_BYTES: u64 = 1 << 20;
+
+/// A configuration that was read and checked.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The file it came from.
+    #[serde(skip)]
+    pub path: PathBuf,
+    /// The policies by name.
+    #[serde(default, rename = "policy")]
+    pub policies: BTreeMap<String, PolicySpec>,
+    /// The jobs, in order.
+    #[serde(default, rename = "job")]
+    pub jobs: Vec<Job>,
+    /// The listener, if this machine runs one.
+    #[serde(default)]
+    pub serve: Option<Serve>,
+}
+
+/// `[serve]`: lockstep's own listener.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Serve {
+    /// Address and port.
+    pub listen: SocketAddr,
+    /// The host key's file.
+    pub host_key: PathBuf,
+    /// Who may log in.
+    #[serde(default, rename = "user")]
+    pub users: Vec<ServeUser>,
+}
+
+/// One `[[serve.user]]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServeUser {
+    /// The name that clients log in with.
+    pub name: String,
+    /// The directory that is all the user sees; absolute.
+    pub root: PathBuf,
+    /// The file with the user's public keys.
+    pub authorized_keys: PathBuf,
+    /// No request may write.
+    #[serde(default)]
+    pub read_only: bool,
+    /// The policy of what arrives; it wins over the sender's.
+    #[serde(default)]
+    pub policy: Option<String>,
+    /// Addresses, ranges and wildcards the user may come from; empty for anywhere.
+    #[serde(default)]
+    pub from: Vec<String>,
+}
+
+/// Only where things stand in the text.
+#[derive(Default, Deserialize)]
+struct Places {
+    #[serde(default)]
+    policy: BTreeMap<String, RulePlaces>,
+    #[serde(default)]
+    job: Vec<Spanned<IgnoredAny>>,
+    #[serde(default)]
+    serve: ServePlaces,
+}
+
+#[derive(Default, Deserialize)]
+struct RulePlaces {
+    #[serde(default)]
+    rule: Vec<Spanned<IgnoredAny>>,
+}
+
+#[derive(Default, Deserialize)]
+struct ServePlaces {
+    #[serde(default)]
+    user: Vec<Spanned<IgnoredAny>>,
+}
+
+impl Config {
+    /// Reads a file that only root or the caller may write.
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        let unreadable = |source| ConfigError::Read { path: path.to_owned(), source };
+        let untrusted = |problem| ConfigError::Untrusted { path: path.to_owned(), problem };
+        // A FIFO must not block here. RACE: none; the descriptor that is checked is the one that is read.
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC;
+        let file =
+            rustix::fs::open(path, flags, rustix::fs::Mode::empty()).map_err(|error| unreadable(error.into()))?;
+        let file = File::from(file);
+        let metadata = file.metadata().map_err(unreadable)?;
+        if !metadata.is_file() {
+            return Err(untrusted(Untrusted::NotAFile));
+        }
+        if metadata.mode() & 0o022 != 0 {
+            return Err(untrusted(Untrusted::Writable(metadata.mode() & 0o7777)));
+        }
+        if ![0, rustix::process::geteuid().as_raw()].contains(&metadata.uid()) {
+            return Err(untrusted(Untrusted::Owner(metadata.uid())));
+        }
+        let mut bytes = Vec::new();
+        file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+        let too_long = bytes.len() as u64 > MAX_BYTES;
+        let text = String::from_utf8(bytes).ok().filter(|_| !too_long).ok_or(untrusted(Untrusted::NotText))?;
+        Config::parse(path, &text)
+    }
+
+    /// Reads and checks text; errors name `path`.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`].
+    pub fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
+        let wrong = |error: toml::de::Error| error::from_toml(path, text, &error);
+        let config = Config { path: path.to_owned(), ..toml::from_str(text).map_err(wrong)? };
+        let places: Places = toml::from_str(text).map_err(wrong)?;
+        config.check(&places).map_err(|(span, message)| ConfigError::Invalid {
+            path: path.to_owned(),
+            position: error::position(text, span),
+            message,
+        })?;
+        Ok(config)
+    }
+
+    /// A policy by its name.
+    ///
+    /// # Errors
+    /// [`ConfigError::Missing`] with the nearest name.
+    pub fn policy(&self, name: &str) -> Result<PolicySpec, ConfigError> {
+        self.policies.get(name).cloned().ok_or_else(|| self.missing("policy", name, self.policies.keys().cloned()))
+    }
+
+    /// A job by its name.
+    ///
+    /// # Errors
+    /// [`ConfigError::Missing`] with the nearest name.
+    pub fn job(&self, name: &str) -> Result<&Job, ConfigError> {
+        let found = self.jobs.iter().find(|job| job.name == name);
+        found.ok_or_else(|| self.missing("job", name, self.jobs.iter().map(|job| job.name.clone())))
+    }
+
+    fn missing(&self, kind: &'static str, name: &str, known: impl Iterator<Item = String>) -> ConfigError {
+        ConfigError::Missing { path: self.path.clone(), kind, name: name.to_owned(), known: known.collect() }
+    }
+
+    /// What the types alone do not say.
+    fn check(&self, places: &Places) -> Result<(), (Option<Range<usize>>, String)> {
+        for (name, spec) in &self.policies {
+            if let Err(error) = Policy::compile_with_acl(spec) {
+                let rules = places.policy.get(name).map(|policy| &policy.rule);
+                let span = rules.and_then(|rules| place(rules, error.rule().saturating_sub(1)));
+                return Err((span, format!("policy '{name}', {}", crate::error::chain(&error))));
+            }
+        }
+        let mut names = BTreeSet::new();
+        for (at, job) in self.jobs.iter().enumerate() {
+            let checked = self.check_job(job).and_then(|()| unique(&mut names, &job.name));
+            checked.map_err(|message| (place(&places.job, at), format!("job '{}': {message}", job.name)))?;
+        }
+        let mut names = BTreeSet::new();
+        for (at, user) in self.serve.iter().flat_map(|serve| &serve.users).enumerate() {
+            let checked = self.check_user(user).and_then(|()| unique(&mut names, &user.name));
+            checked.map_err(|message| (place(&places.serve.user, at), format!("user '{}': {message}", user.name)))?;
+        }
+        Ok(())
+    }
+
+    fn check_job(&self, job: &Job) -> Result<(), String> {
+        absolute("source", &job.source)?;
+        if job.targets.is_empty() || job.targets.iter().any(String::is_empty) {
+            return Err("'targets' needs at least one [USER@]HOST:PATH, and none that is empty".into());
+        }
+        for (field, lines) in [("exclude", &job.exclude), ("last", &job.last)] {
+            globs(field, lines)?;
+        }
+        if let Some(unit) = &job.unit {
+            globs("unit", std::slice::from_ref(unit))?;
+        }
+        self.known_policy(job.policy.as_deref())
+    }
+
+    fn check_user(&self, user: &ServeUser) -> Result<(), String> {
+        absolute("root", &user.root)?;
+        absolute("authorized_keys", &user.authorized_keys)?;
+        self.known_policy(user.policy.as_deref())
+    }
+
+    fn known_policy(&self, name: Option<&str>) -> Result<(), String> {
+        let Some(name) = name.filter(|&name| !self.policies.contains_key(name)) else { return Ok(()) };
+        let known: Vec<String> = self.policies.keys().cloned().collect();
+        Err(format!("there is no policy '{name}'{}", error::meant(name, &known)))
+    }
+}
+
+fn place(places: &[Spanned<IgnoredAny>], at: usize) -> Option<Range<usize>> {
+    places.get(at).map(Spanned::span)
+}
+
+fn unique<'a>(names: &mut BTreeSet<&'a str>, name: &'a str) -> Result<(), String> {
+    if name.is_empty() {
+        return Err("the name is empty".into());
+    }
+    if names.insert(name) { Ok(()) } else { Err("the name is taken by an earlier one".into()) }
+}
+
+fn absolute(field: &str, path: &Path) -> Result<(), String> {
+    let shown = path.display();
+    if path.is_absolute() { Ok(()) } else { Err(format!("'{field}' is '{shown}', but must start with '/'")) }
+}
+
+fn globs(field: &str, lines: &[String]) -> Result<(), String> {
+    let compiled = Filter::compile(&FilterSpec { rules: lines.to_vec(), only: None });
+    compiled.map(drop).map_err(|error| format!("'{field}': {}", crate::error::chain(&error)))
+}
+
+#[cfg(test)]
+mod tests;

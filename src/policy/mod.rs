@@ -1,9 +1,10 @@
 //! Which owner, mode and ACL a path gets.
 
+pub mod acl;
 pub mod mode;
 mod rules;
 
-pub use rules::{Decision, Policy, PolicyError, chmod_rules, chown_rule};
+pub use rules::{Decision, Explanation, Policy, PolicyError, chmod_rules, chown_rule};
 
 use serde::{Deserialize, Serialize};
 

@@ -1,9 +1,13 @@
 //! Rules that decide: the last that matches wins, for each path.
 
+use std::fmt;
+
 use ignore::gitignore::{Gitignore, GitignoreBuilder};
 
+use super::acl::{Acl, InvalidAcl};
 use super::mode::{InvalidMode, Mode, SPECIAL_BITS};
 use super::{PolicySpec, RuleSpec};
+use crate::error::Escaped;
 use crate::path::RelPath;
 
 /// A policy that cannot be used. Rules count from 1.
@@ -18,16 +22,40 @@ pub enum PolicyError {
     Execute { rule: usize, pattern: String, value: String },
     #[error("rule {rule} ('{pattern}'): {field} is empty; leave the line out to keep the receiver's")]
     EmptyName { rule: usize, pattern: String, field: &'static str },
-    #[error("rule {rule} ('{pattern}') has ACL entries, which this version cannot set yet; leave 'acl' out")]
-    Acl { rule: usize, pattern: String },
+    #[error("rule {rule} ('{pattern}')")]
+    Acl { rule: usize, pattern: String, source: InvalidAcl },
+    #[error("rule {rule} ('{pattern}') has ACL entries, which this target does not set; leave 'acl' out")]
+    AclUnsupported { rule: usize, pattern: String },
+    #[error(
+        "rule {rule} ('{pattern}'): mode {mode} would cut down the ACL entry {entry}, because its group digit is the \
+         list's mask; widen the digit, and write 'group::---' where the owning group is to have less"
+    )]
+    Masked { rule: usize, pattern: String, mode: String, entry: String },
+}
+
+impl PolicyError {
+    /// The rule that is wrong, counted from 1.
+    pub fn rule(&self) -> usize {
+        match self {
+            PolicyError::Pattern { rule, .. }
+            | PolicyError::Mode { rule, .. }
+            | PolicyError::Execute { rule, .. }
+            | PolicyError::EmptyName { rule, .. }
+            | PolicyError::Acl { rule, .. }
+            | PolicyError::AclUnsupported { rule, .. }
+            | PolicyError::Masked { rule, .. } => *rule,
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
 struct Rule {
+    text: String,
     pattern: Gitignore,
     mode: Option<Mode>,
     owner: Option<String>,
     group: Option<String>,
+    acl: Option<Acl>,
     never_execute: bool,
 }
 
@@ -46,6 +74,8 @@ pub struct Decision {
     pub owner: Option<String>,
     /// Name or number, likewise.
     pub group: Option<String>,
+    /// What else is granted; `None` and an empty list both remove what a path inherited.
+    pub acl: Option<Acl>,
     /// Which rule decided, counted from 0; `None` for the default.
     pub rule: Option<usize>,
 }
@@ -58,11 +88,25 @@ impl Decision {
 }
 
 impl Policy {
-    /// Checks and compiles rules.
+    /// Checks and compiles rules for a target that sets owner and mode only. ACL entries are refused rather than left
+    /// out: without `group::---` the owning group would get more than the rule says.
     ///
     /// # Errors
     /// [`PolicyError`] with the rule that is wrong.
     pub fn compile(spec: &PolicySpec) -> Result<Policy, PolicyError> {
+        let policy = Policy::compile_with_acl(spec)?;
+        let found = policy.rules.iter().position(|rule| rule.acl.as_ref().is_some_and(|acl| !acl.is_empty()));
+        match found {
+            Some(at) => Err(PolicyError::AclUnsupported { rule: at + 1, pattern: policy.rules[at].text.clone() }),
+            None => Ok(policy),
+        }
+    }
+
+    /// The same for whoever sets [`Decision::acl`] on every path, or only shows what a policy says.
+    ///
+    /// # Errors
+    /// [`PolicyError`] with the rule that is wrong.
+    pub fn compile_with_acl(spec: &PolicySpec) -> Result<Policy, PolicyError> {
         let rules = spec.rules.iter().enumerate().map(|(at, rule)| compile(at + 1, rule)).collect::<Result<_, _>>()?;
         Ok(Policy { rules })
     }
@@ -80,7 +124,7 @@ impl Policy {
         let asked = asked_mode & 0o777;
         let found = self.rules.iter().enumerate().rev().find(|(_, rule)| rule.matches(path, directory));
         let Some((at, rule)) = found else {
-            return Decision { mode: asked, owner: None, group: None, rule: None };
+            return Decision { mode: asked, owner: None, group: None, acl: None, rule: None };
         };
         let mut mode = match &rule.mode {
             None => asked,
@@ -90,7 +134,50 @@ impl Policy {
         if rule.never_execute && !directory {
             mode &= !0o111;
         }
-        Decision { mode, owner: rule.owner.clone(), group: rule.group.clone(), rule: Some(at) }
+        let (owner, group, acl) = (rule.owner.clone(), rule.group.clone(), rule.acl.clone());
+        Decision { mode, owner, group, acl, rule: Some(at) }
+    }
+
+    /// The same as [`decide`](Self::decide), with the rules that led there.
+    pub fn explain(&self, path: &RelPath, directory: bool, asked_mode: u32) -> Explanation {
+        let matching = self.rules.iter().enumerate().filter(|(_, rule)| rule.matches(path, directory));
+        let mut matching: Vec<_> = matching.map(|(at, rule)| (at, rule.text.clone())).collect();
+        let deciding = matching.pop();
+        Explanation { decision: self.decide(path, directory, asked_mode), deciding, overridden: matching }
+    }
+}
+
+/// Why a path gets what it gets. Rules count from 0 here and from 1 where it is shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Explanation {
+    /// What it gets.
+    pub decision: Decision,
+    /// The rule that decided, with its pattern; `None` for the default.
+    pub deciding: Option<(usize, String)>,
+    /// Earlier rules that match too.
+    pub overridden: Vec<(usize, String)>,
+}
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Decision { mode, owner, group, acl, .. } = &self.decision;
+        write!(f, "mode {mode:04o}")?;
+        for (field, name) in [("owner", owner), ("group", group)] {
+            if let Some(name) = name {
+                write!(f, ", {field} {}", Escaped(name.as_bytes()))?;
+            }
+        }
+        if let Some(acl) = acl.as_ref().filter(|acl| !acl.is_empty()) {
+            write!(f, ", acl {}", Escaped(acl.to_string().as_bytes()))?;
+        }
+        match &self.deciding {
+            Some((at, pattern)) => write!(f, "; by rule {} ('{}')", at + 1, Escaped(pattern.as_bytes()))?,
+            None => f.write_str("; no rule matches: the sender's mode without special bits")?,
+        }
+        for (at, pattern) in &self.overridden {
+            write!(f, "; rule {} ('{}') matches too, but comes earlier", at + 1, Escaped(pattern.as_bytes()))?;
+        }
+        Ok(())
     }
 }
 
@@ -120,10 +207,21 @@ fn compile(number: usize, spec: &RuleSpec) -> Result<Rule, PolicyError> {
             return Err(PolicyError::EmptyName { rule: number, pattern: pattern(), field });
         }
     }
-    if spec.acl.as_ref().is_some_and(|acl| !acl.is_empty()) {
-        return Err(PolicyError::Acl { rule: number, pattern: pattern() });
+    let acl = spec.acl.as_deref().map(Acl::parse).transpose().map_err(|source| PolicyError::Acl {
+        rule: number,
+        pattern: pattern(),
+        source,
+    })?;
+    // A symbolic mode depends on the path; an octal one cuts the same for all, and nobody means that.
+    let octal = spec.mode.as_deref().filter(|mode| mode.bytes().all(|byte| byte.is_ascii_digit()));
+    if let (Some(acl), Some(text), Some(compiled)) = (&acl, octal, &mode) {
+        let compiled: &Mode = compiled;
+        if let Some(entry) = acl.cut_by(compiled.apply(0, false, 0)) {
+            return Err(PolicyError::Masked { rule: number, pattern: pattern(), mode: text.into(), entry });
+        }
     }
-    Ok(Rule { pattern: glob, mode, owner: spec.owner.clone(), group: spec.group.clone(), never_execute })
+    let (owner, group) = (spec.owner.clone(), spec.group.clone());
+    Ok(Rule { text: pattern(), pattern: glob, mode, owner, group, acl, never_execute })
 }
 
 fn glob(pattern: &str) -> Result<Gitignore, String> {
@@ -200,7 +298,7 @@ mod tests {
     }
 
     fn decide(rules: &[RuleSpec], path: &str, asked: u32) -> Decision {
-        let policy = Policy::compile(&PolicySpec { rules: rules.to_vec() }).unwrap();
+        let policy = Policy::compile_with_acl(&PolicySpec { rules: rules.to_vec() }).unwrap();
         let directory = path.ends_with('/');
         policy.decide(&RelPath::new(path.trim_end_matches('/')).unwrap(), directory, asked)
     }
@@ -282,8 +380,30 @@ mod tests {
             rule("!a", "600"),
             RuleSpec { execute: Some("always".into()), ..rule("a", "600") },
             RuleSpec { owner: Some(String::new()), ..rule("a", "600") },
+            RuleSpec { acl: Some(vec!["user:a".into()]), ..rule("a", "600") },
+            RuleSpec { acl: Some(vec!["user:a:r".into()]), ..rule("a", "600") },
         ] {
-            assert!(compiled(wrong).unwrap_err().to_string().contains("rule 2"));
+            let error = compiled(wrong).unwrap_err();
+            assert!(error.to_string().contains("rule 2") && error.rule() == 2);
         }
+    }
+
+    #[test]
+    fn s12_a_rule_grants_by_acl_and_says_why() {
+        let acl = vec!["group:ops:rwx".into(), "default:group:ops:rwx".into()];
+        let rules =
+            [rule("**", "700"), RuleSpec { acl: Some(acl), group: Some("ops".into()), ..rule("logs/", "1774") }];
+        let policy = Policy::compile_with_acl(&PolicySpec { rules: rules.to_vec() }).unwrap();
+        let refused = Policy::compile(&PolicySpec { rules: rules.to_vec() }).unwrap_err();
+        assert!(matches!(refused, PolicyError::AclUnsupported { rule: 2, .. }));
+        let explained = policy.explain(&RelPath::new("run/logs").unwrap(), true, 0o755);
+        assert_eq!(explained.decision, decide(&rules, "run/logs/", 0o755));
+        assert_eq!(
+            explained.to_string(),
+            "mode 1774, group ops, acl group:ops:rwx,default:group:ops:rwx; by rule 2 ('logs/'); \
+             rule 1 ('**') matches too, but comes earlier"
+        );
+        let default = Policy::default().explain(&RelPath::new("x").unwrap(), false, 0o4755);
+        assert_eq!(default.to_string(), "mode 0755; no rule matches: the sender's mode without special bits");
     }
 }

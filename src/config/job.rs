@@ -1,0 +1,170 @@
+//! A job: what is kept in step with what, and how.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, de};
+
+use crate::plan::safety::DeleteLimit;
+
+/// One `[[job]]`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Job {
+    /// What `push NAME` and the daemon call it.
+    pub name: String,
+    /// The directory that is sent; absolute.
+    pub source: PathBuf,
+    /// `[USER@]HOST:PATH`, or a directory of this machine; each gets all of it.
+    pub targets: Vec<String>,
+    /// A glob; each directory that matches is published whole or not at all.
+    #[serde(default)]
+    pub unit: Option<String>,
+    /// When a unit is complete.
+    #[serde(default, deserialize_with = "from_text")]
+    pub ready: Ready,
+    /// Globs of what is published last and removed first.
+    #[serde(default)]
+    pub last: Vec<String>,
+    /// gitignore lines of what stays out; `!` in front takes it in again.
+    #[serde(default)]
+    pub exclude: Vec<String>,
+    /// What happens to paths that only a target has.
+    #[serde(default)]
+    pub delete: Delete,
+    /// A run that would delete more stops: a number of paths, or `10%`.
+    #[serde(default, deserialize_with = "from_text")]
+    pub max_delete: DeleteLimit,
+    /// The name of the policy that is asked for at the targets.
+    #[serde(default)]
+    pub policy: Option<String>,
+    /// At most this much a second, to each target.
+    #[serde(default, deserialize_with = "some_from_text")]
+    pub bandwidth: Option<Bandwidth>,
+}
+
+/// When a unit is complete.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Ready {
+    /// Nothing in it changed for a while.
+    #[default]
+    Settled,
+    /// What writes it says so as this layout does.
+    Layout(Layout),
+    /// A file of this name is in it.
+    Marker(String),
+}
+
+/// Who wrote the checkpoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Layout {
+    HuggingFace,
+    Megatron,
+    DeepSpeed,
+    TorchDcp,
+}
+
+impl FromStr for Ready {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Ready, String> {
+        Ok(match text {
+            "settled" => Ready::Settled,
+            "huggingface" => Ready::Layout(Layout::HuggingFace),
+            "megatron" => Ready::Layout(Layout::Megatron),
+            "deepspeed" => Ready::Layout(Layout::DeepSpeed),
+            "torch-dcp" => Ready::Layout(Layout::TorchDcp),
+            "" | "." | ".." => return Err("'ready' must name a file, a layout, or 'settled'".into()),
+            name if name.contains(['/', '\0']) => return Err(format!("'{name}' is a path; a marker is a file's name")),
+            name => Ready::Marker(name.to_owned()),
+        })
+    }
+}
+
+/// What happens to paths that only the target has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Delete {
+    /// They stay.
+    #[default]
+    Never,
+    /// They are removed.
+    Mirror,
+    /// They are put aside.
+    Trash,
+}
+
+/// Bytes a second, at least 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bandwidth(pub u64);
+
+impl FromStr for Bandwidth {
+    type Err = String;
+
+    /// Reads `2 GB/s`, `500MiB/s`, `10m`: powers of 1000, and of 1024 with an `i`; a letter alone is 1024, as for rsync.
+    fn from_str(text: &str) -> Result<Bandwidth, String> {
+        let wrong = || format!("'{text}' is not a rate: write it as '2 GB/s', '500 MiB/s' or '10m'");
+        let plain = text.trim().strip_suffix("/s").unwrap_or(text.trim()).trim_end();
+        let digits = plain.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(plain.len());
+        let (number, unit) = plain.split_at(digits);
+        let number: f64 = number.parse().map_err(|_| wrong())?;
+        let unit = unit.trim().to_ascii_lowercase();
+        let (letter, rest) = unit.split_at_checked(1).unwrap_or(("", ""));
+        let power = match letter {
+            "" => 0,
+            "b" if rest.is_empty() => 0,
+            "k" => 1,
+            "m" => 2,
+            "g" => 3,
+            "t" => 4,
+            _ => return Err(wrong()),
+        };
+        let base = match rest {
+            "b" => 1000_f64,
+            "" | "ib" | "i" => 1024.0,
+            _ => return Err(wrong()),
+        };
+        let bytes = number * base.powi(power);
+        // Beyond 2^53 a rate is no limit, and would not be exact.
+        if (1.0..9e15).contains(&bytes) { Ok(Bandwidth(bytes as u64)) } else { Err(wrong()) }
+    }
+}
+
+fn from_text<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(input: D) -> Result<T, D::Error> {
+    String::deserialize(input)?.parse().map_err(de::Error::custom)
+}
+
+fn some_from_text<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(input: D) -> Result<Option<T>, D::Error> {
+    from_text(input).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates() {
+        for (text, bytes) in [
+            ("2 GB/s", 2_000_000_000),
+            ("500MiB/s", 524_288_000),
+            ("10m", 10_485_760),
+            ("1.5 kB/s", 1_500),
+            ("100", 100),
+            ("7 B/s", 7),
+        ] {
+            assert_eq!(text.parse(), Ok(Bandwidth(bytes)), "{text}");
+        }
+        for wrong in ["", "fast", "0", "-1", "2 GBit/s", "1e9", "2 XB", "1..5", "99999999 TB/s", "NaN", "é"] {
+            assert!(wrong.parse::<Bandwidth>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn ready_is_a_word_a_layout_or_a_marker() {
+        assert_eq!("settled".parse(), Ok(Ready::Settled));
+        assert_eq!("megatron".parse(), Ok(Ready::Layout(Layout::Megatron)));
+        assert_eq!("_SUCCESS".parse(), Ok(Ready::Marker("_SUCCESS".into())));
+        assert!("a/b".parse::<Ready>().is_err() && "..".parse::<Ready>().is_err());
+    }
+}
