@@ -111,6 +111,25 @@ fn s14_s16_s17_h54_stock_clients_get_files_and_nothing_else() {
 }
 
 #[test]
+fn s08_a_named_policy_of_a_configuration_is_asked_for() {
+    let server = Server::start(&[]);
+    sample(server.at.path());
+    let config = "[[policy.weights.rule]]\nmatch = \"big\"\nmode = \"600\"\n";
+    fs::write(server.at.path().join("config.toml"), config).unwrap();
+    let push = ["push", "--config", "config.toml", "--policy"];
+    let pushed = server.lockstep(&[&push[..], &["weights", "source", "sync@127.0.0.1:/m"]].concat(), "user");
+    assert!(pushed.status.success(), "{}", said(&pushed));
+    let mode = |path: &str| {
+        let metadata = fs::metadata(server.at.path().join(path)).unwrap();
+        std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()) & 0o7777
+    };
+    assert_eq!(mode("root/m/big"), 0o600);
+    assert_eq!(mode("root/m/sub/1"), mode("source/sub/1"));
+    let unknown = server.lockstep(&[&push[..], &["nothing", "source", "sync@127.0.0.1:/m"]].concat(), "user");
+    assert_eq!(unknown.status.code(), Some(2), "{}", said(&unknown));
+}
+
+#[test]
 fn s16_who_comes_from_elsewhere_and_who_may_only_read() {
     let elsewhere = Server::start(&["--from", "192.0.2.0/24"]);
     sample(elsewhere.at.path());

@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 use super::display::{Display, Verbosity};
 use super::{Failure, remote, report};
 use crate::codec::CompressOptions;
+use crate::config::Config;
 use crate::endpoint::local::{LocalSource, LocalTarget};
 use crate::endpoint::{BeginOptions, Links, ScanOptions, Source, Target};
 use crate::error::Exit;
@@ -88,6 +89,12 @@ struct How {
     /// A file of [[rule]] tables with owner and permissions of what arrives
     #[arg(long, value_name = "FILE")]
     policy_file: Option<PathBuf>,
+    /// The configuration that --policy names a policy of
+    #[arg(long, value_name = "FILE", requires = "policy")]
+    config: Option<PathBuf>,
+    /// A named policy of the configuration: owner and permissions of what arrives
+    #[arg(long, value_name = "NAME", requires = "config", conflicts_with = "policy_file")]
+    policy: Option<String>,
     /// Hash again what lies on the target's disk before it is published
     #[arg(long)]
     verify_disk: bool,
@@ -193,7 +200,13 @@ impl How {
         };
         let included = self.include.iter().map(|glob| format!("!{glob}"));
         let filter = FilterSpec { rules: self.exclude.iter().cloned().chain(included).collect(), only };
-        let mut policy = read_policy(self.policy_file.as_deref())?;
+        let mut policy = match (&self.config, &self.policy) {
+            (Some(file), Some(name)) => {
+                let named = Config::load(file).and_then(|config| config.policy(name));
+                named.map_err(|error| Failure::usage(crate::error::chain(&error)))?
+            }
+            _ => read_policy(self.policy_file.as_deref())?,
+        };
         if let Some(modes) = &self.chmod {
             policy.rules.extend(chmod_rules(modes).map_err(|error| Failure::usage(format!("--chmod: {error}")))?);
         }
