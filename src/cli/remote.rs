@@ -102,22 +102,23 @@ fn lanes(
     for way in [Way::LockstepSubsystem, Way::LockstepExec(ssh.remote_command.clone())] {
         match remote.open(&way, 0) {
             Ok(link) => {
-                link.close();
                 let said = match &way {
                     Way::LockstepExec(command) => format!("the command '{command}'"),
                     _ => "the subsystem 'lockstep'".to_owned(),
                 };
                 monitor.event(Event::Detail(&format!("{}: connected to {said}", remote.describe())));
                 let root = destination.path.as_bytes();
-                return Lanes::connect(&remote, &way, count, root, compress).map_err(|error| match error.exit() {
-                    Exit::Trust => Failure::Endpoint(error),
-                    exit => Failure::Plain {
-                        exit,
-                        message: format!(
-                            "{}; is lockstep installed there? --remote-command says how it is started",
-                            crate::error::chain(&error)
-                        ),
-                    },
+                return Lanes::connect(&remote, &way, link, count, root, compress).map_err(|error| {
+                    match error.exit() {
+                        Exit::Trust => Failure::Endpoint(error),
+                        exit => Failure::Plain {
+                            exit,
+                            message: format!(
+                                "{}; is lockstep installed there? --remote-command says how it is started",
+                                crate::error::chain(&error)
+                            ),
+                        },
+                    }
                 });
             }
             Err(error) if error.not_offered => {}

@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use super::Failure;
 use crate::error::{Exit, chain};
-use crate::server::agent::{Agent, Extensions, Output};
+use crate::server::agent::{Agent, Extensions};
 use crate::server::channel::FedSession;
 use crate::server::listener::{self, ServeConfig, ServeUser, SessionFactory};
-use crate::server::session::{ChannelOutput, Session, SessionConfig};
+use crate::server::session::{Session, SessionConfig};
 
 /// Listens for SSH connections of one user: public keys only, file transfer only.
 #[derive(Debug, clap::Args)]
@@ -53,7 +53,6 @@ impl Serve {
             };
             let sides = super::sftp_server::factory(start.root.clone(), true, start.read_only, policy.clone());
             let agent: Arc<dyn Extensions> = Arc::new(Agent::new(Arc::new(sides)));
-            let output: Arc<dyn Output> = Arc::new(ChannelOutput(output));
             let session = Session::new(config, output, Some(agent)).map_err(|error| chain(&error))?;
             Ok(Box::new(session) as Box<dyn FedSession>)
         });

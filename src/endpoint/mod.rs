@@ -16,6 +16,7 @@ use crate::plan::Plan;
 use crate::policy::PolicySpec;
 
 pub mod agent;
+pub mod algorithms;
 pub mod client;
 pub mod link;
 pub mod local;

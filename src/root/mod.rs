@@ -403,10 +403,17 @@ impl Root {
     /// # Errors
     /// As opendir(3) and readdir(3).
     pub fn names(&self, path: Option<&RelPath>, follow: Follow) -> Result<Vec<Vec<u8>>> {
-        let directory = self.open_dir(path, follow)?;
+        self.names_in(&self.open_dir(path, follow)?, path)
+    }
+
+    /// The names in a directory that [`Root::open_dir`] opened; `path` is for messages.
+    ///
+    /// # Errors
+    /// As readdir(3).
+    pub fn names_in(&self, directory: &OwnedFd, path: Option<&RelPath>) -> Result<Vec<Vec<u8>>> {
         let names = || -> rustix::io::Result<Vec<Vec<u8>>> {
             let mut names = Vec::new();
-            for entry in fs::Dir::new(directory)? {
+            for entry in fs::Dir::read_from(directory)? {
                 let entry = entry?;
                 let name = entry.file_name().to_bytes();
                 if name != b"." && name != b".." {

@@ -101,7 +101,7 @@ pub fn scan(
     cache: Option<&DigestCache>,
     monitor: &dyn Monitor,
 ) -> Result<Scanned, ScanError> {
-    root.names(None, Follow::Never)?;
+    root.open_dir(None, Follow::Never)?;
     let top = Directory { path: None, filter: Arc::new(rule.filter.clone()) };
     let shared = Shared {
         root,
@@ -179,7 +179,7 @@ fn list(
     below: &mut Vec<Directory>,
 ) -> Result<(), RootError> {
     let descriptor = shared.root.open_dir(directory.path.as_ref(), Follow::Never)?;
-    let children = shared.root.names(directory.path.as_ref(), Follow::Never)?;
+    let children = shared.root.names_in(&descriptor, directory.path.as_ref())?;
     let filter = match own_filter(shared, directory, &children) {
         Ok(filter) => filter,
         Err(problem) => {

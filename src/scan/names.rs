@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use crate::error::Escaped;
+
 /// Names that were looked up.
 #[derive(Debug, Default)]
 pub struct Names {
@@ -26,7 +28,7 @@ impl Names {
 
 /// A name that this machine does not know.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("there is no {kind} '{name}' on this machine; create it, or name another in the policy")]
+#[error("there is no {kind} '{}' on this machine; create it, or name another in the policy", Escaped(name.as_bytes()))]
 pub struct UnknownName {
     /// `user` or `group`.
     pub kind: &'static str,

@@ -9,11 +9,7 @@ use russh::server::Msg;
 use russh::{Channel, ChannelMsg};
 use tokio::sync::mpsc;
 
-/// Where a session puts whole packets.
-pub trait Output: Send + Sync {
-    /// Queues a packet; blocks while the queue is full.
-    fn send(&self, packet: Vec<u8>);
-}
+use super::agent::Output;
 
 /// A session that is fed the bytes of its channel.
 pub trait FedSession: Send {

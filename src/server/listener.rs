@@ -9,15 +9,17 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use russh::keys::{Algorithm, HashAlg, PublicKey};
 use russh::server::{Auth, ChannelOpenHandle, Config, Handler, Msg, PublicKeyOffer, Session, VerifiedPublicKey};
-use russh::{Channel, ChannelId, MethodKind, MethodSet, Preferred, cipher, kex, mac};
+use russh::{Channel, ChannelId, MethodKind, MethodSet};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
+use super::agent::Output;
 use super::authorized_keys::{self, Grant};
-use super::channel::{self, FedSession, Output};
+use super::channel::{self, FedSession};
 use super::host_key::{self, HostKeyError};
 use super::limits::Limits;
 
+use crate::endpoint::algorithms::{End, preferred};
 use crate::endpoint::stream::OverflowStream;
 use crate::error::Escaped;
 
@@ -166,20 +168,7 @@ pub async fn bind(config: ServeConfig) -> Result<Listener, ServeError> {
         inactivity_timeout: Some(config.idle_timeout),
         keepalive_interval: Some(Duration::from_secs(30)),
         nodelay: true,
-        preferred: Preferred {
-            kex: vec![
-                kex::MLKEM768X25519_SHA256,
-                kex::CURVE25519,
-                kex::CURVE25519_PRE_RFC_8731,
-                kex::DH_G16_SHA512,
-                kex::EXTENSION_SUPPORT_AS_SERVER,
-                kex::EXTENSION_OPENSSH_STRICT_KEX_AS_SERVER,
-            ]
-            .into(),
-            cipher: vec![cipher::AES_128_GCM, cipher::AES_256_GCM, cipher::CHACHA20_POLY1305].into(),
-            mac: vec![mac::HMAC_SHA256_ETM, mac::HMAC_SHA512_ETM].into(),
-            ..Preferred::default()
-        },
+        preferred: preferred(End::Server),
         ..Config::default()
     };
     Ok(Listener { socket, config: Arc::new(config), protocol: Arc::new(protocol), address, fingerprint })

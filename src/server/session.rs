@@ -470,15 +470,6 @@ fn apply(file: &File, asked: &Attributes) -> Result<(), Failed> {
     Ok(())
 }
 
-/// A channel's output, for a session.
-pub struct ChannelOutput(pub Arc<dyn channel::Output>);
-
-impl Output for ChannelOutput {
-    fn send(&self, packet: Vec<u8>) {
-        self.0.send(packet);
-    }
-}
-
 impl channel::FedSession for Session {
     fn feed(&mut self, bytes: &[u8]) -> Result<(), String> {
         Session::feed(self, bytes).map_err(|error| error.to_string())

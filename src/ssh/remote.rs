@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use russh::client::{Config, Handle, Handler, Msg};
 use russh::keys::{Algorithm, EcdsaCurve, HashAlg, PrivateKey, PublicKeyOrCertificate};
-use russh::{Channel, ChannelMsg, Preferred, cipher, kex, mac};
+use russh::{Channel, ChannelMsg, Preferred};
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
 
 use super::auth;
 use super::known_hosts::{KnownHost, REFUSED};
 use super::link::ChannelLink;
+use crate::endpoint::algorithms::{End, preferred};
 use crate::endpoint::link::{ConnectError, Link, Remote, Way};
 use crate::endpoint::stream::OverflowStream;
 use crate::error::{Escaped, Exit};
@@ -276,21 +277,7 @@ fn config(known: &[String]) -> Config {
         keepalive_interval: Some(KEEPALIVE),
         keepalive_max: 4,
         nodelay: true,
-        preferred: Preferred {
-            kex: vec![
-                kex::MLKEM768X25519_SHA256,
-                kex::CURVE25519,
-                kex::CURVE25519_PRE_RFC_8731,
-                kex::DH_G16_SHA512,
-                kex::EXTENSION_SUPPORT_AS_CLIENT,
-                kex::EXTENSION_OPENSSH_STRICT_KEX_AS_CLIENT,
-            ]
-            .into(),
-            key: keys.into(),
-            cipher: vec![cipher::AES_128_GCM, cipher::AES_256_GCM, cipher::CHACHA20_POLY1305].into(),
-            mac: vec![mac::HMAC_SHA256_ETM, mac::HMAC_SHA512_ETM].into(),
-            ..Preferred::default()
-        },
+        preferred: Preferred { key: keys.into(), ..preferred(End::Client) },
         ..Config::default()
     }
 }

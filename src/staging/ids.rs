@@ -3,38 +3,24 @@
 use std::collections::HashMap;
 use std::sync::Mutex;
 
-use crate::error::Escaped;
-
-/// A name that this machine does not know.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("there is no {kind} '{}' here; create it, or change the policy's rule", Escaped(name.as_bytes()))]
-pub struct UnknownName {
-    kind: &'static str,
-    name: String,
-}
+use crate::scan::names::{self, UnknownName};
 
 /// Looks names up, each once in a run.
 #[derive(Debug, Default)]
 pub struct Ids {
-    users: Mutex<HashMap<String, Option<u32>>>,
-    groups: Mutex<HashMap<String, Option<u32>>>,
+    users: Known,
+    groups: Known,
 }
 
-type Known = Mutex<HashMap<String, Option<u32>>>;
+type Found = Result<u32, UnknownName>;
+type Known = Mutex<HashMap<String, Found>>;
 
-fn look_up(known: &Known, kind: &'static str, name: &str, ask: fn(&str) -> Option<u32>) -> Result<u32, UnknownName> {
+fn once(known: &Known, name: &str, look_up: fn(&str) -> Found) -> Found {
     let mut known = known.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let found = match known.get(name) {
-        Some(found) => *found,
-        None => *known.entry(name.to_owned()).or_insert(ask(name).or_else(|| number(name))),
-    };
-    found.ok_or_else(|| UnknownName { kind, name: name.to_owned() })
-}
-
-/// Decimal digits only. 2^32 - 1 means "leave it" to chown(2) and is no number.
-fn number(name: &str) -> Option<u32> {
-    let digits = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_digit());
-    name.parse().ok().filter(|&id| digits && id != u32::MAX)
+    if let Some(found) = known.get(name) {
+        return found.clone();
+    }
+    known.entry(name.to_owned()).or_insert_with(|| look_up(name)).clone()
 }
 
 impl Ids {
@@ -43,7 +29,7 @@ impl Ids {
     /// # Errors
     /// [`UnknownName`].
     pub fn user(&self, name: &str) -> Result<u32, UnknownName> {
-        look_up(&self.users, "user", name, |name| uzers::get_user_by_name(name).map(|user| user.uid()))
+        once(&self.users, name, names::user_id)
     }
 
     /// The number of a group, likewise.
@@ -51,7 +37,7 @@ impl Ids {
     /// # Errors
     /// [`UnknownName`].
     pub fn group(&self, name: &str) -> Result<u32, UnknownName> {
-        look_up(&self.groups, "group", name, |name| uzers::get_group_by_name(name).map(|group| group.gid()))
+        once(&self.groups, name, names::group_id)
     }
 }
 

@@ -9,6 +9,6 @@ mod journal;
 mod lock;
 
 pub use file::{Permissions, StageError, StagedFile, apply};
-pub use ids::{Ids, UnknownName};
+pub use ids::Ids;
 pub use journal::Journal;
 pub use lock::{LockError, RootLock};

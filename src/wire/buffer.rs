@@ -20,7 +20,11 @@ impl<'a> Reader<'a> {
         Ok(head)
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], Short> {
+    /// `N` bytes.
+    ///
+    /// # Errors
+    /// [`Short`].
+    pub fn array<const N: usize>(&mut self) -> Result<[u8; N], Short> {
         self.bytes(N)?.try_into().map_err(|_| Short)
     }
 

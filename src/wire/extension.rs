@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use super::buffer::{Reader, Short};
 use crate::codec::{self, CodecError};
 use crate::manifest::{Content, Digest, Entry, Timestamp};
 use crate::path::RelPath;
@@ -65,23 +66,24 @@ pub enum WireError {
     Path(#[from] crate::path::InvalidPath),
 }
 
-/// Reads fields, big-endian, from the front of bytes.
+/// Reads fields from the front of bytes: those of [`Reader`], and what extensions add.
 #[derive(Debug, Clone, Copy)]
 pub struct Fields<'a>(pub &'a [u8]);
 
 impl<'a> Fields<'a> {
+    fn take<T>(&mut self, take: impl FnOnce(&mut Reader<'a>) -> Result<T, Short>) -> Result<T, WireError> {
+        let mut reader = Reader(self.0);
+        let value = take(&mut reader).map_err(|Short| WireError::Short)?;
+        self.0 = reader.0;
+        Ok(value)
+    }
+
     /// The next `count` bytes.
     ///
     /// # Errors
     /// [`WireError::Short`], here and below.
     pub fn bytes(&mut self, count: usize) -> Result<&'a [u8], WireError> {
-        let (head, rest) = self.0.split_at_checked(count).ok_or(WireError::Short)?;
-        self.0 = rest;
-        Ok(head)
-    }
-
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
-        self.bytes(N)?.try_into().map_err(|_| WireError::Short)
+        self.take(|reader| reader.bytes(count))
     }
 
     /// One byte.
@@ -89,7 +91,7 @@ impl<'a> Fields<'a> {
     /// # Errors
     /// [`WireError::Short`].
     pub fn u8(&mut self) -> Result<u8, WireError> {
-        Ok(self.array::<1>()?[0])
+        self.take(Reader::u8)
     }
 
     /// Four bytes.
@@ -97,7 +99,7 @@ impl<'a> Fields<'a> {
     /// # Errors
     /// [`WireError::Short`].
     pub fn u32(&mut self) -> Result<u32, WireError> {
-        self.array().map(u32::from_be_bytes)
+        self.take(Reader::u32)
     }
 
     /// Eight bytes.
@@ -105,7 +107,7 @@ impl<'a> Fields<'a> {
     /// # Errors
     /// [`WireError::Short`].
     pub fn u64(&mut self) -> Result<u64, WireError> {
-        self.array().map(u64::from_be_bytes)
+        self.take(Reader::u64)
     }
 
     /// A length in four bytes, then as many bytes.
@@ -113,8 +115,7 @@ impl<'a> Fields<'a> {
     /// # Errors
     /// [`WireError::Short`].
     pub fn string(&mut self) -> Result<&'a [u8], WireError> {
-        let length = self.u32()?;
-        self.bytes(length as usize)
+        self.take(Reader::string)
     }
 
     /// A string, with what is not UTF-8 replaced.
@@ -130,7 +131,7 @@ impl<'a> Fields<'a> {
     /// # Errors
     /// [`WireError::Short`].
     pub fn digest(&mut self) -> Result<Digest, WireError> {
-        self.array().map(Digest)
+        self.take(Reader::array).map(Digest)
     }
 
     /// Nothing may be left.

@@ -1,5 +1,6 @@
 //! A target or a source that a lockstep at the other end serves (`docs/protocol.md`), over one or more connections.
 
+use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -7,7 +8,7 @@ use bytes::Bytes;
 
 use crate::codec::CompressOptions;
 use crate::endpoint::client::{Answer, Client, ClientOptions};
-use crate::endpoint::link::{Remote, Way};
+use crate::endpoint::link::{Link, Remote, Way};
 use crate::endpoint::{BLOCK_BYTES, Error};
 use crate::error::Exit;
 use crate::wire::extension::{self, Fields, WireError};
@@ -31,29 +32,25 @@ pub struct Lanes {
 }
 
 impl Lanes {
-    /// Opens `count` connections. Those beyond the first may fail; the run goes on over the others.
+    /// Over `first`, which was opened by `way`, and further connections up to `count`. Those may fail; the run goes on
+    /// over the others.
     ///
     /// # Errors
-    /// When the first fails, or no agent of this version answers it.
+    /// When no agent of this version answers the first.
     pub fn connect(
         remote: &dyn Remote,
         way: &Way,
+        first: Arc<dyn Link>,
         count: usize,
         root: &[u8],
         compress: CompressOptions,
     ) -> Result<Lanes, Error> {
         let host = remote.describe();
-        let mut clients = Vec::new();
-        for number in 0..count.max(1) {
-            let made = remote
-                .open(way, number)
-                .map_err(|error| Error::Remote { message: error.message, exit: error.exit })
-                .and_then(|link| Client::connect(link, &host, ClientOptions::default()));
-            match made {
-                Ok(client) => clients.push(client),
-                Err(error) if number == 0 => return Err(error),
-                Err(_) => break,
-            }
+        let mut clients = vec![Client::connect(first, &host, ClientOptions::default())?];
+        for number in 1..count {
+            let Ok(link) = remote.open(way, number) else { break };
+            let Ok(client) = Client::connect(link, &host, ClientOptions::default()) else { break };
+            clients.push(client);
         }
         Lanes::over(clients, root, compress)
     }

@@ -28,24 +28,25 @@ const RECORD: &str = "commit";
 const NEW_MANIFEST: &str = "manifest";
 const DEFAULT_ACL: &str = "system.posix_acl_default";
 
-/// The manifest of `root`; one that is damaged is told, and counts as absent: nothing is believed then.
-pub(super) fn read_manifest(root: &Root, monitor: &dyn Monitor) -> Result<Manifest, Error> {
+/// The manifest of `root` and the SHA-256 of its file (zeros where there is none); one that is damaged is told, and counts as absent: nothing is believed then.
+pub(super) fn read_manifest(root: &Root, monitor: &dyn Monitor) -> Result<(Manifest, Digest), Error> {
     let mut text = Vec::new();
     match root.open_read(&rel(MANIFEST)?, Follow::Never) {
         Ok(mut file) => {
             let shown = root.shown().join(MANIFEST).display().to_string();
             file.read_to_end(&mut text).map_err(|source| Error::Io { operation: "read", path: shown, source })?;
         }
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Manifest::default()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok((Manifest::default(), Digest([0; 32]))),
         Err(error) => return Err(io(error)),
     }
-    Ok(format::decode(&text).unwrap_or_else(|error| {
+    let manifest = format::decode(&text).unwrap_or_else(|error| {
         monitor.event(Event::Warning(&format!(
             "the manifest of {} is damaged ({error}); every file is compared by its content",
             root.shown().display()
         )));
         Manifest::default()
-    }))
+    });
+    Ok((manifest, Digest(Sha256::digest(&text).into())))
 }
 
 /// Publishes the run.
@@ -67,10 +68,9 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let changed = !steps.is_empty();
     if !changed && run.rename_to.is_none() && state.old_manifest.generation > 0 {
         run.root.remove_tree(&rel(STAGING)?).map_err(io)?;
-        let text = format::encode(&state.old_manifest);
         return Ok(Committed {
             generation: state.old_manifest.generation,
-            manifest_digest: Digest(Sha256::digest(&text).into()).to_string(),
+            manifest_digest: state.old_digest.to_string(),
             ..Committed::default()
         });
     }
@@ -259,7 +259,7 @@ fn store(staging: &Root, name: &str, bytes: &[u8]) -> Result<(), Error> {
     staging.rename(&path, &rel(name)?, RenameFlags::empty()).map_err(io)
 }
 
-/// One step a line of NUL-terminated text: a letter and the path's bytes in hexadecimal.
+/// One step a line: a letter and the path's bytes in hexadecimal.
 fn record(steps: &[Step]) -> String {
     let mut text = String::new();
     for step in steps {
@@ -351,9 +351,8 @@ fn publish_one(root: &Root, staging: &Root, path: &RelPath) -> Result<(), Error>
 }
 
 fn apply_entry(root: &Root, entry: &Entry) -> Result<(), Error> {
-    let id = |name: &str, find: fn(&str) -> Option<u32>| find(name);
-    let user = id(&entry.owner, |name| crate::scan::names::user_id(name).ok());
-    let group = id(&entry.group, |name| crate::scan::names::group_id(name).ok());
+    let user = crate::scan::names::user_id(&entry.owner).ok();
+    let group = crate::scan::names::group_id(&entry.group).ok();
     let now = root.stat(&entry.path, Follow::Never).map_err(io)?;
     let wanted = Permissions {
         mode: entry.mode,

@@ -55,6 +55,8 @@ pub(super) struct State {
     pub(super) target: Tree,
     pub(super) plan: Plan,
     pub(super) old_manifest: Manifest,
+    /// SHA-256 of the old manifest's file.
+    pub(super) old_digest: Digest,
     /// Files whose content is staged and proven.
     pub(super) staged: HashMap<u32, Digest>,
     /// Files whose content was found at the target.
@@ -246,7 +248,7 @@ impl Run {
             monitor.event(Event::Problem(problem));
         }
         let mut target = scanned.tree;
-        let old_manifest = commit::read_manifest(&self.root, monitor)?;
+        let (old_manifest, old_digest) = commit::read_manifest(&self.root, monitor)?;
         let known: Vec<(usize, Digest)> = target
             .entries()
             .iter()
@@ -272,7 +274,14 @@ impl Run {
             self.prepare(staging, source, &mut plan)?;
         }
         let mut state = self.state();
-        *state = State { source: Arc::clone(source), target, plan: plan.clone(), old_manifest, ..State::default() };
+        *state = State {
+            source: Arc::clone(source),
+            target,
+            plan: plan.clone(),
+            old_manifest,
+            old_digest,
+            ..State::default()
+        };
         Ok(plan)
     }
 

@@ -21,7 +21,7 @@ mod writing;
 
 /// Where answers go. Packets are whole, with their length in front.
 pub trait Output: Send + Sync {
-    /// Queues a packet.
+    /// Queues a packet; blocks while the queue is full.
     fn send(&self, packet: Vec<u8>);
 }
 
