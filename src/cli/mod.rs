@@ -17,6 +17,7 @@ use crate::root::RootError;
 mod audit;
 mod completions;
 pub mod display;
+mod login;
 mod manifest;
 mod policy;
 mod remote;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use super::display::{Display, Verbosity};
-use super::{Failure, remote, report};
+use super::{Failure, login, remote, report};
 use crate::codec::CompressOptions;
 use crate::config::Config;
 use crate::endpoint::local::{LocalSource, LocalTarget};
@@ -114,7 +114,7 @@ struct How {
     #[arg(long, value_name = "LEVEL", allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-7..=19))]
     compress_level: Option<i32>,
     #[command(flatten)]
-    ssh: remote::Ssh,
+    ssh: login::Ssh,
 }
 
 fn parse_links(text: &str) -> Result<Links, String> {
