@@ -168,6 +168,8 @@ impl Run {
 /// The agent of one connection.
 pub struct Agent {
     control: Sender<Job>,
+    /// Whether further connections may work on its run.
+    shared: bool,
     run: Arc<Mutex<Option<Arc<Run>>>>,
 }
 
@@ -181,13 +183,20 @@ impl Agent {
         let _ = std::thread::Builder::new()
             .name("agent-control".to_owned())
             .spawn(move || Control::new(factory, shared).serve(&jobs));
-        Agent { control, run }
+        Agent { control, run, shared: true }
+    }
+
+    /// The only agent of its process: no other connection can find its run.
+    #[must_use]
+    pub fn alone(self) -> Agent {
+        Agent { shared: false, ..self }
     }
 }
 
 impl Extensions for Agent {
     fn names(&self) -> Vec<(&'static str, &'static str)> {
-        NAMES.iter().map(|name| (*name, VERSION)).collect()
+        let attach = |name: &&str| name.starts_with("attach@");
+        NAMES.iter().filter(|name| self.shared || !attach(name)).map(|name| (*name, VERSION)).collect()
     }
 
     fn handle(&self, name: &[u8], id: u32, payload: Vec<u8>, output: &Arc<dyn Output>) -> bool {
