@@ -139,9 +139,7 @@ impl Writer for AgentWriter {
         header.push(0);
         header.extend_from_slice(&length.to_be_bytes());
         // The header goes into the room in front of the data, which is not copied.
-        let start = Block::HEADROOM - header.len();
-        let mut buffer = block.into_buffer();
-        buffer[start..Block::HEADROOM].copy_from_slice(&header);
+        let (buffer, start) = block.headed(&header);
         self.submit(buffer, start, Vec::new())
     }
 

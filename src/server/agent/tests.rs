@@ -111,8 +111,8 @@ impl Link for Near {
             self.output.send(packet);
             return Ok(());
         }
-        let (id, name) = (fields.u32().unwrap(), fields.string().unwrap());
-        assert!(self.agent.handle(name, id, fields.0.to_vec(), &self.output));
+        let id = fields.u32().unwrap();
+        assert!(self.agent.handle(id, extension::Message::new(packet.to_vec(), 9), &self.output));
         Ok(())
     }
     fn recv(&self) -> Result<Option<Bytes>, LinkError> {
