@@ -5,6 +5,7 @@
 
 mod architecture;
 mod cli;
+mod model;
 mod pipeline;
 mod quickstart;
 mod serve;

@@ -149,11 +149,14 @@ fn settle(run: &Run, staging: &Root, state: &mut State, options: &CommitOptions)
         }
     }
     for entry in directories.iter().rev() {
-        let path = run.staged_path(&entry.path)?;
+        let path = run.staged_directory(&entry.path)?;
         // The top-most new directory gets its mode after the rename: without the right to write it cannot be moved.
         if path.depth() > 2 && staging.stat(&path, Follow::Never).is_ok() {
             let private = Permissions { mode: 0o700, ..run.permissions(entry)? };
-            let above_is_new = entry.path.parent().is_some_and(|parent| state.target.get(&parent).is_none());
+            let above_is_new = entry
+                .path
+                .parent()
+                .is_some_and(|parent| state.target.get(&parent).is_none_or(|there| !there.is_directory()));
             let wanted = if above_is_new { run.permissions(entry)? } else { private };
             apply_directory(staging, &path, &wanted)?;
         }

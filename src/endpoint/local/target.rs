@@ -207,11 +207,14 @@ impl Run {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Where the content of a path is staged. Pointers lie apart: they are published by themselves.
+    /// Where a file or link is staged. Pointers lie apart: they are published by themselves.
     pub(super) fn staged_path(&self, path: &RelPath) -> Result<RelPath, Error> {
-        let tree: &[u8] = if self.is_last(path) { b"last/" } else { b"tree/" };
-        let staged = RelPath::new([tree, path.as_bytes()].concat());
-        staged.map_err(|error| Error::Refused { by: "the staging directory".into(), reason: error.to_string() })
+        staged_in(if self.is_last(path) { b"last/" } else { b"tree/" }, path)
+    }
+
+    /// Where a directory is staged, which is never a pointer, whatever its name.
+    pub(super) fn staged_directory(&self, path: &RelPath) -> Result<RelPath, Error> {
+        staged_in(b"tree/", path)
     }
 
     pub(super) fn is_last(&self, path: &RelPath) -> bool {
@@ -308,10 +311,9 @@ impl Run {
             if action.change == Change::MetadataOnly && action.need == Need::Nothing {
                 continue;
             }
-            let staged = self.staged_path(&entry.path)?;
             if entry.is_directory() {
-                directories.push(staged);
-            } else if let Some(parent) = staged.parent()
+                directories.push(self.staged_directory(&entry.path)?);
+            } else if let Some(parent) = self.staged_path(&entry.path)?.parent()
                 && directories.last() != Some(&parent)
             {
                 directories.push(parent);
@@ -335,6 +337,11 @@ impl Run {
         }
         Ok(())
     }
+}
+
+fn staged_in(tree: &[u8], path: &RelPath) -> Result<RelPath, Error> {
+    let staged = RelPath::new([tree, path.as_bytes()].concat());
+    staged.map_err(|error| Error::Refused { by: "the staging directory".into(), reason: error.to_string() })
 }
 
 pub(super) fn stage_failure(error: &StageError, staging: &Root) -> Error {
