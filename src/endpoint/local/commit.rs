@@ -66,7 +66,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     };
     let steps = steps(&publication);
     let changed = !steps.is_empty();
-    if !changed && run.rename_to.is_none() && state.old_manifest.generation > 0 {
+    if !changed && run.birth.is_none() && state.old_manifest.generation > 0 {
         run.root.remove_tree(&rel(STAGING)?).map_err(io)?;
         return Ok(Committed {
             generation: state.old_manifest.generation,
@@ -92,8 +92,8 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     committed.removed = steps.iter().filter(|step| is_removal(step)).count() as u64;
     audit(run, state, &steps, &failed, &manifest)?;
     finish(&run.root)?;
-    if let Some(path) = &run.rename_to {
-        appear(&run.root, path)?;
+    if let Some(birth) = &run.birth {
+        birth.appear(&run.root)?;
     }
     monitor.event(Event::Detail(&format!("generation {} is published", committed.generation)));
     Ok(committed)
@@ -417,23 +417,6 @@ fn finish(root: &Root) -> Result<(), Error> {
     }
     root.sync_dir(Some(&rel(super::target::STATE)?)).map_err(io)?;
     root.remove_tree(&path).map_err(io)
-}
-
-/// Gives a root that was made under its hidden name its own.
-fn appear(root: &Root, path: &std::path::Path) -> Result<(), Error> {
-    let failed = |operation: &'static str| {
-        let path = path.display().to_string();
-        move |source: std::io::Error| Error::Io { operation, path, source }
-    };
-    let mode = rustix::fs::Mode::from_raw_mode(0o755);
-    let directory = root.open_dir(None, Follow::Never).map_err(io)?;
-    rustix::fs::fchmod(&directory, mode).map_err(|errno| failed("set the mode of")(errno.into()))?;
-    let flags = RenameFlags::NOREPLACE;
-    let cwd = rustix::fs::CWD;
-    rustix::fs::renameat_with(cwd, root.shown(), cwd, path, flags)
-        .map_err(|errno| failed("give the new tree its name")(errno.into()))?;
-    let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(std::path::Path::new("."));
-    File::open(above).and_then(|above| above.sync_all()).map_err(failed("store the name of"))
 }
 
 /// Finishes what an interrupted run had begun to publish. Says whether there was something to finish.

@@ -1,9 +1,11 @@
 //! A side of a run that lies on this machine.
 
 mod commit;
+mod place;
 mod source;
 mod target;
 mod writer;
 
+pub use place::{anywhere, beneath};
 pub use source::LocalSource;
 pub use target::LocalTarget;
