@@ -6,5 +6,6 @@
 mod architecture;
 mod cli;
 mod pipeline;
+mod scenarios_permissions;
 mod serve;
 mod ssh;
