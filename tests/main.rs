@@ -7,5 +7,6 @@ mod architecture;
 mod cli;
 mod pipeline;
 mod quickstart;
+mod scenarios_permissions;
 mod serve;
 mod ssh;

@@ -1,6 +1,7 @@
 //! A side of a run that lies on this machine.
 
 mod commit;
+mod metadata;
 mod place;
 mod source;
 mod target;

@@ -8,18 +8,20 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use super::commit;
 use super::place::{Birth, Place};
 use super::writer::LocalWriter;
+use super::{commit, metadata};
+use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Content, Digest, Entry, Manifest, Tree};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::plan::{Change, Compare, Desired, Need, Plan, diff};
+use crate::policy::acl::Principal;
 use crate::policy::{Policy, PolicySpec, merge};
 use crate::root::{Follow, Root, RootError};
-use crate::scan::names::Names;
+use crate::scan::names::{Names, UnknownName};
 use crate::scan::{self, LinkRule, ScanRule};
 use crate::staging::{Ids, Journal, LockError, Permissions, RootLock, StageError};
 
@@ -100,6 +102,7 @@ impl LocalTarget {
             Err(_) => {}
         }
         let (root, birth) = self.place.bear()?;
+        metadata::disinherit(&root)?;
         Ok(Some((root, Some(birth))))
     }
 }
@@ -119,6 +122,9 @@ impl Target for LocalTarget {
             *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
             return Ok(());
         };
+        if policy.grants_by_acl() {
+            metadata::check_support(&root)?;
+        }
         let mut lock = None;
         let mut staging = None;
         if !options.dry_run {
@@ -157,7 +163,12 @@ impl Target for LocalTarget {
         match self.run() {
             Ok(run) => run.diff(source, monitor),
             Err(_) => {
-                let desired = |_: usize, entry: &Entry| Desired { mode: entry.mode & 0o777, owner: None, group: None };
+                let desired = |_: usize, entry: &Entry| Desired {
+                    mode: entry.mode & 0o777,
+                    owner: None,
+                    group: None,
+                    acl_differs: false,
+                };
                 Ok(diff(source, &Tree::default(), &desired, Compare::default()))
             }
         }
@@ -206,16 +217,33 @@ impl Run {
         !self.last.admits(path, false)
     }
 
-    /// The permissions that an entry gets.
+    /// The permissions that an entry gets when it is new.
     pub(super) fn permissions(&self, entry: &Entry) -> Result<Permissions, Error> {
-        let decision = self.policy.decide(&entry.path, entry.is_directory(), entry.mode);
-        let refused = |error: &dyn std::error::Error| Error::Refused {
-            by: "the policy".into(),
-            reason: format!("{}: {error}", entry.path),
+        Ok(self.decided(entry)?.0)
+    }
+
+    /// The same, and whether a rule says so.
+    pub(super) fn decided(&self, entry: &Entry) -> Result<(Permissions, bool), Error> {
+        let directory = entry.is_directory();
+        let decision = self.policy.decide(&entry.path, directory, entry.mode);
+        let (mode, ruled) = (decision.mode, decision.rule.is_some());
+        let resolve = |who: Principal, name: &str| match who {
+            Principal::User => self.ids.user(name),
+            Principal::Group => self.ids.group(name),
         };
-        let uid = decision.owner.map(|name| self.ids.user(&name)).transpose().map_err(|error| refused(&error))?;
-        let gid = decision.group.map(|name| self.ids.group(&name)).transpose().map_err(|error| refused(&error))?;
-        Ok(Permissions { mode: decision.mode, uid, gid, acl: None, mtime: entry.mtime })
+        let permissions = || -> Result<Permissions, UnknownName> {
+            let uid = decision.owner.map(|name| self.ids.user(&name)).transpose()?;
+            let gid = decision.group.map(|name| self.ids.group(&name)).transpose()?;
+            let mut lists = AclLists::default();
+            if let Some(acl) = decision.acl {
+                lists.access = acl.access_xattr(mode, directory, resolve)?;
+                lists.default = if directory { acl.default_xattr(mode, resolve)? } else { None };
+            }
+            Ok(Permissions { mode, uid, gid, acl: Some(lists), mtime: entry.mtime })
+        };
+        let permissions = permissions()
+            .map_err(|error| Error::Refused { by: "the policy".into(), reason: format!("{}: {error}", entry.path) })?;
+        Ok((permissions, ruled))
     }
 
     fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {
@@ -249,11 +277,18 @@ impl Run {
         let mut names = Names::default();
         let mut wanted = Vec::with_capacity(source.entries().len());
         for entry in source.entries() {
-            let permissions = self.permissions(entry)?;
+            let (permissions, ruled) = self.decided(entry)?;
+            let there = target.get(&entry.path).filter(|there| there.is_directory() == entry.is_directory());
+            let comparable = there.is_some_and(|there| there.is_directory() || there.file().is_some());
+            let acl_differs = match permissions.acl {
+                Some(lists) if ruled && comparable => metadata::acl_differs(&self.root, &entry.path, &lists),
+                _ => false,
+            };
             wanted.push(Desired {
                 mode: permissions.mode,
                 owner: permissions.uid.map(|uid| names.user(uid)),
                 group: permissions.gid.map(|gid| names.group(gid)),
+                acl_differs,
             });
         }
         let compare = Compare { checksum: self.options.checksum, ..Compare::default() };
