@@ -8,5 +8,6 @@ mod cli;
 mod model;
 mod pipeline;
 mod quickstart;
+mod scenarios_permissions;
 mod serve;
 mod ssh;

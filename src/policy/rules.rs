@@ -24,8 +24,6 @@ pub enum PolicyError {
     EmptyName { rule: usize, pattern: String, field: &'static str },
     #[error("rule {rule} ('{pattern}')")]
     Acl { rule: usize, pattern: String, source: InvalidAcl },
-    #[error("rule {rule} ('{pattern}') has ACL entries, which this target does not set; leave 'acl' out")]
-    AclUnsupported { rule: usize, pattern: String },
     #[error(
         "rule {rule} ('{pattern}'): mode {mode} would cut down the ACL entry {entry}, because its group digit is the \
          list's mask; widen the digit, and write 'group::---' where the owning group is to have less"
@@ -42,7 +40,6 @@ impl PolicyError {
             | PolicyError::Execute { rule, .. }
             | PolicyError::EmptyName { rule, .. }
             | PolicyError::Acl { rule, .. }
-            | PolicyError::AclUnsupported { rule, .. }
             | PolicyError::Masked { rule, .. } => *rule,
         }
     }
@@ -89,27 +86,18 @@ impl Decision {
 }
 
 impl Policy {
-    /// Checks and compiles rules for a target that sets owner and mode only. ACL entries are refused rather than left
-    /// out: without `group::---` the owning group would get more than the rule says.
+    /// Checks and compiles rules.
     ///
     /// # Errors
     /// [`PolicyError`] with the rule that is wrong.
     pub fn compile(spec: &PolicySpec) -> Result<Policy, PolicyError> {
-        let policy = Policy::compile_with_acl(spec)?;
-        let found = policy.rules.iter().position(|rule| rule.acl.as_ref().is_some_and(|acl| !acl.is_empty()));
-        match found {
-            Some(at) => Err(PolicyError::AclUnsupported { rule: at + 1, pattern: policy.rules[at].text.clone() }),
-            None => Ok(policy),
-        }
-    }
-
-    /// The same for whoever sets [`Decision::acl`] on every path, or only shows what a policy says.
-    ///
-    /// # Errors
-    /// [`PolicyError`] with the rule that is wrong.
-    pub fn compile_with_acl(spec: &PolicySpec) -> Result<Policy, PolicyError> {
         let rules = spec.rules.iter().enumerate().map(|(at, rule)| compile(at + 1, rule)).collect::<Result<_, _>>()?;
         Ok(Policy { rules })
+    }
+
+    /// Whether a rule has ACL entries, which not every file system keeps.
+    pub fn grants_by_acl(&self) -> bool {
+        self.rules.iter().any(|rule| rule.acl.as_ref().is_some_and(|acl| !acl.is_empty()))
     }
 
     /// Whether it has no rule.
@@ -296,7 +284,7 @@ mod tests {
     }
 
     fn decide(rules: &[RuleSpec], path: &str, asked: u32) -> Decision {
-        let policy = Policy::compile_with_acl(&PolicySpec { rules: rules.to_vec() }).unwrap();
+        let policy = Policy::compile(&PolicySpec { rules: rules.to_vec() }).unwrap();
         let directory = path.ends_with('/');
         policy.decide(&RelPath::new(path.trim_end_matches('/')).unwrap(), directory, asked)
     }
@@ -393,9 +381,11 @@ mod tests {
         let acl = vec!["group:ops:rwx".into(), "default:group:ops:rwx".into()];
         let rules =
             [rule("**/", "700"), RuleSpec { acl: Some(acl), group: Some("ops".into()), ..rule("logs/", "1774") }];
-        let policy = Policy::compile_with_acl(&PolicySpec { rules: rules.to_vec() }).unwrap();
-        let refused = Policy::compile(&PolicySpec { rules: rules.to_vec() }).unwrap_err();
-        assert!(matches!(refused, PolicyError::AclUnsupported { rule: 2, .. }));
+        let policy = Policy::compile(&PolicySpec { rules: rules.to_vec() }).unwrap();
+        assert!(
+            policy.grants_by_acl()
+                && !Policy::compile(&PolicySpec { rules: rules[..1].to_vec() }).unwrap().grants_by_acl()
+        );
         let explained = policy.explain(&RelPath::new("run/logs").unwrap(), true, 0o755);
         assert_eq!(explained.decision, decide(&rules, "run/logs/", 0o755));
         assert_eq!(
