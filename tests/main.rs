@@ -6,6 +6,7 @@
 mod architecture;
 mod cli;
 mod pipeline;
+mod quickstart;
 mod scenarios_permissions;
 mod serve;
 mod ssh;
