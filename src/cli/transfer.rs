@@ -224,6 +224,7 @@ impl How {
             scan: ScanOptions { filter: filter.clone(), hash_all: self.checksum, links: self.links },
             begin: BeginOptions {
                 policy,
+                peer: false,
                 filter,
                 checksum: self.checksum,
                 last: Vec::new(),

@@ -15,6 +15,7 @@ use super::metadata::{Acls, apply_directory, apply_entry};
 use super::target::{MANIFEST, Run, STAGING, State, io, rel};
 use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::{CommitOptions, Committed, Error};
+use crate::error::Escaped;
 use crate::manifest::{Content, Digest, Entry, Manifest, Timestamp, Tree, format};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
@@ -373,8 +374,10 @@ fn audit(run: &Run, state: &State, steps: &[Step], failed: &HashSet<u32>, manife
         AuditRecord { actor: run.options.actor.clone(), source: run.options.source.clone(), ..AuditRecord::default() };
     let mut records = Vec::new();
     for action in state.plan.actions.iter().filter(|action| !failed.contains(&action.index)) {
-        let Some(entry) = manifest.tree.get(&state.source.entries()[action.index as usize].path) else { continue };
+        let sent = &state.source.entries()[action.index as usize];
+        let Some(entry) = manifest.tree.get(&sent.path) else { continue };
         let file = entry.file();
+        let decision = run.decision(sent);
         records.push(AuditRecord {
             action: if action.change == Change::MetadataOnly { "metadata" } else { "publish" }.into(),
             path: entry.path.to_string(),
@@ -383,8 +386,15 @@ fn audit(run: &Run, state: &State, steps: &[Step], failed: &HashSet<u32>, manife
             mode: Some(format!("{:04o}", entry.mode)),
             owner: Some(entry.owner.to_string()),
             group: Some(entry.group.to_string()),
+            acl: decision.acl.filter(|acl| !acl.is_empty()).map(|acl| Escaped(acl.to_string().as_bytes()).to_string()),
             ..base.clone()
         });
+        let link = matches!(sent.content, Content::Symlink { .. } | Content::HardLink { .. });
+        if !decision.withheld.is_empty() && !link {
+            let reason = format!("not given: {}; the policy here does not grant it", decision.withheld.join(", "));
+            let (action, path) = ("refuse".into(), sent.path.to_string());
+            records.push(AuditRecord { action, path, reason: Some(reason), ..base.clone() });
+        }
     }
     for step in steps.iter().filter(|step| is_removal(step)) {
         records.push(AuditRecord { action: "remove".into(), path: step.path().to_string(), ..base.clone() });

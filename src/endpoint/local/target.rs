@@ -19,7 +19,7 @@ use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::plan::{Change, Compare, Desired, Need, Plan, diff};
 use crate::policy::acl::Principal;
-use crate::policy::{Policy, PolicySpec, merge};
+use crate::policy::{Decision, Policy, PolicySpec};
 use crate::root::{Follow, Root, RootError};
 use crate::scan::names::{Names, UnknownName};
 use crate::scan::{self, LinkRule, ScanRule};
@@ -114,7 +114,7 @@ impl Target for LocalTarget {
 
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
         let usage = |error: &dyn std::error::Error| Error::Usage(crate::error::chain(error));
-        let policy = Policy::compile(&merge(&self.policy, &options.policy)).map_err(|error| usage(&error))?;
+        let policy = Policy::of_both(&self.policy, &options.policy, options.peer).map_err(|error| usage(&error))?;
         let rules = POINTERS.iter().map(|&name| name.to_owned()).chain(options.last.iter().cloned()).collect();
         let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
         let Some((root, birth)) = self.open_root(options.dry_run)? else {
@@ -225,10 +225,14 @@ impl Run {
         Ok(self.decided(entry)?.0)
     }
 
+    pub(super) fn decision(&self, entry: &Entry) -> Decision {
+        self.policy.decide(&entry.path, entry.is_directory(), entry.mode)
+    }
+
     /// The same, and whether a rule says so.
     pub(super) fn decided(&self, entry: &Entry) -> Result<(Permissions, bool), Error> {
         let directory = entry.is_directory();
-        let decision = self.policy.decide(&entry.path, directory, entry.mode);
+        let decision = self.decision(entry);
         let (mode, ruled) = (decision.mode, decision.rule.is_some());
         let resolve = |who: Principal, name: &str| match who {
             Principal::User => self.ids.user(name),
