@@ -7,3 +7,4 @@ mod writer;
 
 pub use source::LocalSource;
 pub use target::LocalTarget;
+pub(in crate::endpoint) use target::POINTERS;
