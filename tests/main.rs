@@ -11,3 +11,4 @@ mod quickstart;
 mod scenarios_permissions;
 mod serve;
 mod ssh;
+mod stock;

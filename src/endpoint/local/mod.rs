@@ -10,3 +10,4 @@ mod writer;
 pub use place::{anywhere, beneath};
 pub use source::LocalSource;
 pub use target::LocalTarget;
+pub(in crate::endpoint) use target::POINTERS;

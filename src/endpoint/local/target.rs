@@ -29,7 +29,8 @@ pub(super) const STATE: &str = ".lockstep";
 pub(super) const MANIFEST: &str = ".lockstep/manifest";
 pub(super) const STAGING: &str = ".lockstep/staging/current";
 /// Names that are published last and removed first wherever they occur.
-const POINTERS: [&str; 5] = ["latest", "latest_checkpointed_iteration.txt", "_SUCCESS", ".metadata", "*.index.json"];
+pub(in crate::endpoint) const POINTERS: [&str; 5] =
+    ["latest", "latest_checkpointed_iteration.txt", "_SUCCESS", ".metadata", "*.index.json"];
 
 /// A directory of this machine as a target.
 pub struct LocalTarget {
