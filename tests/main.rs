@@ -6,5 +6,6 @@
 mod architecture;
 mod cli;
 mod pipeline;
+mod rogue;
 mod serve;
 mod ssh;

@@ -44,15 +44,13 @@ pub(super) fn connect(destination: &Destination, ssh: &Ssh) -> Result<SshRemote,
         .collect();
     let known = [home.join(".ssh/known_hosts"), PathBuf::from("/etc/ssh/ssh_known_hosts")];
     let own = || uzers::get_current_username().map(|name| name.to_string_lossy().into_owned());
+    let user = destination.user.clone().or_else(own).unwrap_or_default();
     let options = SshOptions {
-        host: destination.host.clone(),
-        port: ssh.port,
-        user: destination.user.clone().or_else(own).unwrap_or_default(),
         identity_files: or(&ssh.identity, &keys),
         agent_socket: std::env::var_os("SSH_AUTH_SOCK").map(PathBuf::from),
         known_hosts: or(&ssh.known_hosts, &known),
         connect_timeout: Duration::from_secs(ssh.connect_timeout.max(1)),
-        passphrase: None,
+        ..SshOptions::new(&user, &destination.host, ssh.port)
     };
     SshRemote::new(options).map_err(failed)
 }
