@@ -49,6 +49,7 @@ fn lanes(
     monitor: &dyn Monitor,
 ) -> Result<Lanes, Failure> {
     let remote = connect(destination, ssh)?;
+    remote.notes().iter().for_each(|note| monitor.event(Event::Detail(note)));
     for way in [Way::LockstepSubsystem, Way::LockstepExec(ssh.remote_command.clone())] {
         match remote.open(&way, 0) {
             Ok(link) => {

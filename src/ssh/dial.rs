@@ -1,12 +1,18 @@
 //! The bytes below SSH: a socket, or a channel of the host that is jumped through.
 
+use std::io;
+use std::pin::Pin;
+use std::process::Stdio;
+use std::task::{Context, Poll};
+
+use russh::Preferred;
 use russh::client::{Config, Handle};
 use russh::keys::{Algorithm, EcdsaCurve, HashAlg};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::process::{Child, ChildStdin, ChildStdout};
 
-use super::known_hosts::KnownHost;
-use super::options::SshOptions;
+use super::options::{AddressFamily, SshOptions};
 use super::remote::failed;
 use super::trust::Trust;
 use crate::endpoint::algorithms::{End, preferred};
@@ -32,7 +38,12 @@ pub(super) async fn direct(options: &SshOptions) -> Result<Stream, ConnectError>
         .map_err(|_| again("its address was not found in time".into()))?
         .map_err(|error| again(format!("its address was not found: {error}; check the name")))?;
     let mut last = "it has no address; check the name".to_owned();
-    for address in found {
+    let wanted = |address: &std::net::SocketAddr| match options.address_family {
+        AddressFamily::Any => true,
+        AddressFamily::V4 => address.is_ipv4(),
+        AddressFamily::V6 => address.is_ipv6(),
+    };
+    for address in found.filter(wanted) {
         match tokio::time::timeout(*connect_timeout, TcpStream::connect(address)).await {
             Ok(Ok(stream)) => {
                 stream.set_nodelay(true).map_err(|error| again(error.to_string()))?;
@@ -43,6 +54,49 @@ pub(super) async fn direct(options: &SshOptions) -> Result<Stream, ConnectError>
         }
     }
     Err(again(last))
+}
+
+/// The standard input and output of the command that makes the connection; it ends with the stream.
+pub(super) fn by_command(command: &str, options: &SshOptions) -> Result<Stream, ConnectError> {
+    let wrong = |error: String| failed(options, format!("ProxyCommand '{command}': {error}"), Exit::Usage);
+    let mut child = tokio::process::Command::new("/bin/sh")
+        .args(["-c", &format!("exec {command}")])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| wrong(error.to_string()))?;
+    let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
+        return Err(wrong("it has no input or output".into()));
+    };
+    Ok(Box::new(Piped { input, output, _child: child }))
+}
+
+/// A command in place of a socket.
+struct Piped {
+    input: ChildStdin,
+    output: ChildStdout,
+    _child: Child,
+}
+
+impl AsyncRead for Piped {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.output).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Piped {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.input).poll_write(cx, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.input).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.input).poll_shutdown(cx)
+    }
 }
 
 /// A channel from the host that is jumped through to the one behind it.
@@ -63,20 +117,15 @@ pub(super) async fn through(
     }
 }
 
-/// Algorithms and sizes; host keys of the types on file come first.
-pub(super) fn config(options: &SshOptions, known: &KnownHost) -> Config {
+/// Algorithms and sizes; host keys of the types `on_file` come first.
+pub(super) fn config(options: &SshOptions, on_file: &[String]) -> Config {
     let mut keys = host_keys();
-    let on_file = known.algorithms();
     let is_on_file = |key: &Algorithm| match key {
         Algorithm::Rsa { .. } => on_file.iter().any(|name| name == "ssh-rsa"),
         key => on_file.iter().any(|name| name == key.as_str()),
     };
     keys.sort_by_key(|key| !is_on_file(key));
-    let mut preferred = preferred(End::Client);
-    if known.has_authority() {
-        preferred.host_key_certificates = keys.clone().into();
-    }
-    preferred.key = keys.into();
+    let preferred = Preferred { key: keys.into(), ..preferred(End::Client) };
     Config {
         window_size: WINDOW_BYTES,
         maximum_packet_size: PACKET_BYTES,

@@ -16,7 +16,7 @@ use russh::keys::{Certificate, PrivateKey, PublicKey};
 use super::{Passphrase, shown};
 
 /// More than any key takes.
-const MAX_BYTES: u64 = 64 << 10;
+pub(super) const MAX_BYTES: u64 = 64 << 10;
 /// How often a passphrase is asked for.
 const ATTEMPTS: usize = 3;
 

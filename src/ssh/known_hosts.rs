@@ -43,6 +43,17 @@ pub(super) enum Verdict {
     Refused(String),
 }
 
+/// What is to be thought of one of the keys that a host has shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Finding {
+    /// It is on file.
+    Trusted,
+    /// It is not on file, and nothing on file speaks against it.
+    New,
+    /// Another is on file, or it is revoked; with the reason, and what to do.
+    Refused(String),
+}
+
 /// What the files say of one host.
 #[derive(Debug)]
 pub(super) struct KnownHost {
@@ -192,6 +203,27 @@ impl KnownHost {
             ));
         }
         Verdict::Unknown(PublicKey::from(offered.key_data().clone()), self.unknown(&kind, &fingerprint.to_string()))
+    }
+
+    /// What is to be thought of the keys that a host has, one of each type.
+    pub(super) fn judge(&self, keys: &[PublicKey]) -> Vec<Finding> {
+        let verdicts: Vec<Verdict> = keys.iter().map(|key| self.check(key)).collect();
+        let is_proven = verdicts.iter().any(|verdict| matches!(verdict, Verdict::Trusted));
+        let on_file = self.algorithms();
+        let findings = keys.iter().zip(verdicts).map(|(key, verdict)| match verdict {
+            Verdict::Trusted => Finding::Trusted,
+            Verdict::Unknown(..) => Finding::New,
+            Verdict::Refused(_)
+                if is_proven
+                    && !on_file.contains(&plain_type(key))
+                    && self.revocation(key.key_data(), "").is_none() =>
+            {
+                // The host has a key of one more type than is on file.
+                Finding::New
+            }
+            Verdict::Refused(reason) => Finding::Refused(reason),
+        });
+        findings.collect()
     }
 
     fn unknown(&self, kind: &str, fingerprint: &str) -> String {

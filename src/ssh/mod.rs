@@ -6,18 +6,25 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 mod auth;
+pub mod config;
 mod dial;
+mod enroll;
 mod identity;
+pub mod key_file;
 mod known_hosts;
 mod link;
 mod options;
 mod pattern;
 mod remote;
+mod scan;
 mod sha1;
 mod trust;
 
-pub use options::{Keepalive, Passphrase, SshOptions, UnknownHost};
+pub use enroll::Enrolled;
+pub use known_hosts::Finding;
+pub use options::{AddressFamily, Keepalive, Passphrase, SshOptions, UnknownHost};
 pub use remote::SshRemote;
+pub use scan::Shown;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -29,7 +36,7 @@ fn shown(path: &Path) -> String {
 }
 
 /// A word for the shell.
-fn quote(text: &str) -> String {
+pub fn quote(text: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-/:@+".contains(&byte);
     if !text.is_empty() && text.bytes().all(plain) {
         text.to_owned()

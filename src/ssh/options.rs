@@ -34,6 +34,16 @@ impl Default for Keepalive {
     }
 }
 
+/// Which of a host's addresses are tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[allow(missing_docs)]
+pub enum AddressFamily {
+    #[default]
+    Any,
+    V4,
+    V6,
+}
+
 /// One host, and the way to it.
 #[derive(Clone)]
 pub struct SshOptions {
@@ -61,6 +71,10 @@ pub struct SshOptions {
     pub connect_timeout: Duration,
     /// When a silent connection is given up; `None` for never.
     pub keepalive: Option<Keepalive>,
+    /// Which of the host's addresses are tried.
+    pub address_family: AddressFamily,
+    /// A command whose standard input and output are the connection; a shell runs it.
+    pub proxy_command: Option<String>,
     /// The host that is connected to first, and through which this one is reached.
     pub jump: Option<Box<SshOptions>>,
     /// Asked for the passphrase of an encrypted key file.
@@ -83,6 +97,8 @@ impl SshOptions {
             unknown_host: UnknownHost::default(),
             connect_timeout: Duration::from_secs(20),
             keepalive: Some(Keepalive::default()),
+            address_family: AddressFamily::Any,
+            proxy_command: None,
             jump: None,
             passphrase: None,
         }
@@ -105,6 +121,11 @@ impl SshOptions {
         }
         if self.user.is_empty() {
             return Err(format!("no user to log in to {} as; write user@host", self.host));
+        }
+        // OpenSSH's list: these names become part of a shell's command.
+        let active = |c: char| "'`\"$\\;&<>|(){}".contains(c);
+        if self.proxy_command.is_some() && (self.host.contains(active) || self.user.contains(active)) {
+            return Err(format!("'{}' cannot be part of a ProxyCommand", Escaped(self.describe().as_bytes())));
         }
         self.jump.as_ref().map_or(Ok(()), |jump| jump.check())
     }

@@ -25,3 +25,16 @@ pub(super) fn wild(pattern: &[u8], name: &[u8]) -> bool {
     }
     pattern[p..].iter().all(|byte| *byte == b'*')
 }
+
+/// Whether a pattern of a list with commas matches, and none with a `!` in front.
+pub(super) fn any_of(list: &str, name: &str) -> bool {
+    let mut found = false;
+    for pattern in list.split(',') {
+        match pattern.strip_prefix('!') {
+            Some(pattern) if wild(pattern.as_bytes(), name.as_bytes()) => return false,
+            Some(_) => {}
+            None => found |= wild(pattern.as_bytes(), name.as_bytes()),
+        }
+    }
+    found
+}

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -22,13 +23,13 @@ use crate::endpoint::stream::OverflowStream;
 use crate::error::Exit;
 
 /// A login shell may take its time to start what was asked for.
-const START_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// What sshd allows a login to take; agents and passphrases may need a person.
 const LOGIN_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// One connection, logged in.
 pub(super) struct Connection {
-    handle: Handle<Trust>,
+    pub(super) handle: Handle<Trust>,
     heard: Arc<Heard>,
     /// What it runs through.
     _jump: Option<Box<Connection>>,
@@ -77,6 +78,9 @@ pub struct SshRemote {
     runtime: Arc<OwnRuntime>,
     connections: Mutex<HashMap<usize, Slot>>,
     opened: Opened,
+    notes: Vec<String>,
+    /// The host was reached and is trusted, but let nobody in.
+    refused: AtomicBool,
 }
 
 pub(super) fn failed(options: &SshOptions, what: impl std::fmt::Display, exit: Exit) -> ConnectError {
@@ -91,18 +95,53 @@ impl SshRemote {
     pub fn new(options: SshOptions) -> Result<SshRemote, ConnectError> {
         options.check().map_err(|message| ConnectError { message, exit: Exit::Usage, not_offered: false })?;
         let runtime = OwnRuntime::start()?;
-        Ok(SshRemote { options, runtime, connections: Mutex::default(), opened: Mutex::default() })
+        Ok(SshRemote {
+            options,
+            runtime,
+            connections: Mutex::default(),
+            opened: Mutex::default(),
+            notes: Vec::new(),
+            refused: AtomicBool::new(false),
+        })
     }
 
-    fn failed(&self, what: impl std::fmt::Display, exit: Exit) -> ConnectError {
+    /// Adds what was left out of the configuration.
+    #[must_use]
+    pub fn with_notes(self, notes: Vec<String>) -> SshRemote {
+        SshRemote { notes, ..self }
+    }
+
+    /// What was left out of the configuration, for whoever wants to know.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Connects and logs in, and asks for nothing more.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub fn log_in(&self) -> Result<(), ConnectError> {
+        self.connection(0).map(drop)
+    }
+
+    /// Whether the host could be reached and is trusted, but let nobody in.
+    pub fn was_refused(&self) -> bool {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn options(&self) -> &SshOptions {
+        &self.options
+    }
+
+    pub(super) fn failed(&self, what: impl std::fmt::Display, exit: Exit) -> ConnectError {
         failed(&self.options, what, exit)
     }
 
-    fn block_on<T>(&self, future: impl Future<Output = Result<T, ConnectError>>) -> Result<T, ConnectError> {
+    pub(super) fn block_on<T>(&self, future: impl Future<Output = Result<T, ConnectError>>) -> Result<T, ConnectError> {
         self.runtime.block_on(future).unwrap_or_else(|| Err(self.failed("already ended", Exit::TryAgain)))
     }
 
-    fn connection(&self, number: usize) -> Result<Arc<Connection>, ConnectError> {
+    pub(super) fn connection(&self, number: usize) -> Result<Arc<Connection>, ConnectError> {
         let slot = Arc::clone(lock(&self.connections).entry(number).or_default());
         let mut slot = lock(&slot);
         if let Some(connection) = slot.as_ref().filter(|connection| !connection.handle.is_closed()) {
@@ -122,20 +161,16 @@ impl SshRemote {
             let trust = |reason| failed(options, reason, Exit::Trust);
             let identities = Identities::read(&options.identity_files, &options.certificate_files).map_err(trust)?;
             let known = KnownHost::read(options).map_err(trust)?;
-            let config = Arc::new(dial::config(options, &known));
+            let mut config = dial::config(options, &known.algorithms());
+            if known.has_authority() {
+                config.preferred.host_key_certificates = config.preferred.key.clone();
+            }
             let heard = Arc::new(Heard::default());
             let trust = Trust::new(known, options.unknown_host, Arc::clone(&heard));
-            let mut way = None;
-            let stream = match &options.jump {
-                None => dial::direct(options).await?,
-                Some(jump) => {
-                    let connection = way.insert(Box::new(self.connect(jump).await?));
-                    dial::through(&connection.handle, jump, options).await?
-                }
-            };
+            let (stream, jump) = self.stream(options).await?;
             // Its writes never block, so that bulk in both directions cannot stop both ends.
             let (stream, _kill) = OverflowStream::new(stream);
-            let shaken = russh::client::connect_stream(config, stream, trust);
+            let shaken = russh::client::connect_stream(Arc::new(config), stream, trust);
             let mut handle = match tokio::time::timeout(options.connect_timeout, shaken).await {
                 Ok(Ok(handle)) => handle,
                 Ok(Err(stop)) => {
@@ -146,11 +181,31 @@ impl SshRemote {
             };
             let login = Login::new(&mut handle, options, identities, &self.opened, &heard).run();
             match tokio::time::timeout(LOGIN_TIMEOUT, login).await {
-                Ok(result) => result.map_err(|reason| failed(options, reason, Exit::Trust))?,
+                Ok(result) => result.map_err(|reason| {
+                    // Of a host on the way nothing can be said to the one behind it.
+                    self.refused.store(std::ptr::eq(options, &self.options), Ordering::Relaxed);
+                    failed(options, reason, Exit::Trust)
+                })?,
                 Err(_) => return Err(failed(options, "the login took too long", Exit::TryAgain)),
             }
-            Ok(Connection { handle, heard, _jump: way, _runtime: Arc::clone(&self.runtime) })
+            Ok(Connection { handle, heard, _jump: jump, _runtime: Arc::clone(&self.runtime) })
         })
+    }
+
+    /// The bytes below SSH, and the connection that they run through.
+    pub(super) async fn stream(
+        &self,
+        options: &SshOptions,
+    ) -> Result<(dial::Stream, Option<Box<Connection>>), ConnectError> {
+        match (&options.jump, &options.proxy_command) {
+            (None, None) => Ok((dial::direct(options).await?, None)),
+            (None, Some(command)) => Ok((dial::by_command(command, options)?, None)),
+            (Some(jump), _) => {
+                let connection = self.connect(jump).await?;
+                let stream = dial::through(&connection.handle, jump, options).await?;
+                Ok((stream, Some(Box::new(connection))))
+            }
+        }
     }
 
     fn start(&self, way: &Way, number: usize) -> Result<Arc<dyn Link>, ConnectError> {
