@@ -5,6 +5,7 @@
 
 mod architecture;
 mod cli;
+mod keys;
 mod pipeline;
 mod rogue;
 mod serve;

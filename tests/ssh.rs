@@ -46,6 +46,8 @@ impl Sshd {
             keygen(at.path(), &["-t", "ed25519", "-N", "", "-f", name]);
         }
         fs::copy(path("user.pub"), path("authorized")).unwrap();
+        // The home directory of the account, as far as SFTP can tell.
+        fs::create_dir(path("there")).unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let first = first(at.path());
         let show = |name: &str| path(name).display().to_string();
@@ -53,7 +55,7 @@ impl Sshd {
         let config = format!(
             "{first}\nPort {port}\nListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\n\
              UsePAM no\nStrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nLogLevel VERBOSE\n\
-             PermitRootLogin yes\nSubsystem lockstep {lockstep} sftp-server\nSubsystem sftp internal-sftp -d {}\n",
+             PermitRootLogin yes\nSubsystem lockstep {lockstep} sftp-server\nSubsystem sftp internal-sftp -d {}/there\n",
             show("host"),
             show("authorized"),
             at.path().display(),
@@ -547,11 +549,11 @@ fn swallowing_proxy(port: u16, left: Arc<AtomicUsize>) -> u16 {
 fn h34_a_stall_is_noticed() {
     // Both ends have to notice: as long as the other one does not, its agent keeps the target.
     let sshd = Sshd::with(|_| "ClientAliveInterval 1\nClientAliveCountMax 1".into());
-    let left = Arc::new(AtomicUsize::new(10_000_000));
+    let left = Arc::new(AtomicUsize::new(3_000_000));
     let port = swallowing_proxy(sshd.port, Arc::clone(&left)).to_string();
     fs::write(sshd.path("known"), format!("[127.0.0.1]:{port} {}\n", public(&sshd.path("host.pub")))).unwrap();
     fs::create_dir(sshd.path("source")).unwrap();
-    for number in 0..40 {
+    for number in 0..12 {
         fs::write(sshd.path(&format!("source/{number}")), vec![number; 1_000_000]).unwrap();
     }
     let to = sshd.remote("target");
