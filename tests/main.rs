@@ -5,9 +5,11 @@
 
 mod architecture;
 mod cli;
+mod keys;
 mod model;
 mod pipeline;
 mod quickstart;
+mod rogue;
 mod scenarios_permissions;
 mod serve;
 mod ssh;

@@ -117,7 +117,9 @@ fn reach(
     compress: CompressOptions,
     monitor: &dyn Monitor,
 ) -> Result<Reached, Failure> {
-    let remote: Arc<dyn Remote> = Arc::new(connect(destination, ssh)?);
+    let remote = connect(destination, ssh)?;
+    remote.notes().iter().for_each(|note| monitor.event(Event::Detail(note)));
+    let remote: Arc<dyn Remote> = Arc::new(remote);
     let root = destination.path.as_bytes();
     let mut reasons = Vec::new();
     for way in reach.ways(ssh) {

@@ -18,6 +18,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use toml::Spanned;
 
+pub(crate) use error::meant;
 pub use error::{ConfigError, Position, Untrusted};
 pub use job::{Bandwidth, Delete, Job, Layout, Ready};
 
@@ -215,7 +216,7 @@ impl Config {
     fn known_policy(&self, name: Option<&str>) -> Result<(), String> {
         let Some(name) = name.filter(|&name| !self.policies.contains_key(name)) else { return Ok(()) };
         let known: Vec<String> = self.policies.keys().cloned().collect();
-        Err(format!("there is no policy '{name}'{}", error::meant(name, &known)))
+        Err(format!("there is no policy '{name}'{}", meant(name, &known)))
     }
 }
 

@@ -139,7 +139,12 @@ impl Target for Memory {
         let target = self.tree(true)?;
         let mut run = lock(&self.run);
         let run = run.as_mut().ok_or_else(out_of_order)?;
-        let desired = |_: usize, entry: &Entry| Desired { mode: entry.mode & 0o777, owner: None, group: None };
+        let desired = |_: usize, entry: &Entry| Desired {
+            mode: entry.mode & 0o777,
+            owner: None,
+            group: None,
+            acl_differs: false,
+        };
         let compare = Compare { checksum: run.options.checksum, ..Compare::default() };
         let mut plan = diff(source, &target, &desired, compare);
         let partial = lock(&self.partial);

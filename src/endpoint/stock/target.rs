@@ -155,6 +155,11 @@ impl Target for StockTarget {
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
         let usage = |error: &dyn std::error::Error| Error::Usage(crate::error::chain(error));
         let policy = Policy::compile(&options.policy).map_err(|error| usage(&error))?;
+        if policy.grants_by_acl() {
+            let reason = "a rule has ACL entries, which an SFTP server without lockstep cannot set; leave 'acl' out, or \
+                          install lockstep there";
+            return Err(Error::Refused { by: self.describe(), reason: reason.into() });
+        }
         let rules = POINTERS.iter().map(|&name| name.to_owned()).chain(options.last.iter().cloned()).collect();
         let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
         monitor.event(Event::Detail(&format!("{}: {}", self.describe(), self.lanes.limits())));
@@ -205,7 +210,12 @@ impl Target for StockTarget {
         match self.run() {
             Ok(run) => run.diff(source, monitor),
             Err(_) => {
-                let desired = |_: usize, entry: &Entry| Desired { mode: entry.mode & 0o777, owner: None, group: None };
+                let desired = |_: usize, entry: &Entry| Desired {
+                    mode: entry.mode & 0o777,
+                    owner: None,
+                    group: None,
+                    acl_differs: false,
+                };
                 Ok(diff(source, &Tree::default(), &desired, Compare::default()))
             }
         }
@@ -374,6 +384,7 @@ impl Run {
             mode: wanted.mode,
             owner: wanted.uid.map(|uid| names.user(uid)),
             group: wanted.gid.map(|gid| names.group(gid)),
+            acl_differs: false,
         });
         Ok(desired.collect())
     }
