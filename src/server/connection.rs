@@ -1,0 +1,95 @@
+//! One connection from its first byte to its last: how long it may take to log in or do nothing, and what is said of it.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use russh::Disconnect;
+use tokio::net::TcpStream;
+
+use super::client::Client;
+use super::limits::Permit;
+use super::listener::Server;
+use super::live::Live;
+use super::strict::StrictStream;
+use crate::audit::AuditRecord;
+use crate::endpoint::stream::OverflowStream;
+
+/// How long a client may take to hear that it is let go.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Serves until either side ends it.
+pub(super) async fn serve(server: Arc<Server>, socket: TcpStream, peer: SocketAddr, number: u64, permit: Arc<Permit>) {
+    let live = Arc::new(Live::new(peer));
+    let registered = server.live.add(number, &live);
+    let settings = server.settings();
+    let _ = socket.set_nodelay(true);
+    let (stream, kill) = OverflowStream::new(socket);
+    let (stream, refusal) = StrictStream::new(stream, Arc::clone(&settings.offered));
+    let client = Client::new(Arc::clone(&server), Arc::clone(&live), Arc::clone(&permit));
+    let handle = OnceLock::new();
+    let running = async {
+        let session = russh::server::run_stream(Arc::clone(&settings.protocol), stream, client).await?;
+        let _ = handle.set(session.handle());
+        session.await
+    };
+    tokio::pin!(running);
+    let ended = tokio::select! {
+        ended = &mut running => ended.map_err(|error| error.to_string()),
+        () = late(&live, settings.limits.login_grace) => Err("no login in time".to_owned()),
+        () = idle(&server, &live) => Err("nothing was done for too long".to_owned()),
+        reason = live.ended() => Err(reason),
+    };
+    if let (Err(reason), Some(handle)) = (&ended, handle.get()) {
+        // No-ops where the connection has ended already.
+        live.abandon();
+        let farewell = async {
+            let _ = handle.disconnect(Disconnect::ByApplication, reason.clone(), String::new()).await;
+            let _ = (&mut running).await;
+        };
+        let _ = tokio::time::timeout(FAREWELL, farewell).await;
+    }
+    let _ = kill.send(());
+    drop((registered, permit));
+    report(&server, &live, refusal.get().cloned().or(ended.err()));
+}
+
+async fn late(live: &Live, grace: Duration) {
+    tokio::time::sleep(grace).await;
+    if live.login.get().is_some() {
+        std::future::pending::<()>().await;
+    }
+}
+
+async fn idle(server: &Server, live: &Live) {
+    loop {
+        let limit = server.settings().limits.idle_timeout;
+        let quiet = server.live.quiet(live);
+        if live.login.get().is_some() && quiet >= limit {
+            return;
+        }
+        // A reload may have made it shorter.
+        let wait = limit.saturating_sub(quiet).clamp(Duration::from_millis(10), Duration::from_secs(10));
+        tokio::time::sleep(wait).await;
+    }
+}
+
+/// One line for a connection: who it was, or why it did not become anybody.
+fn report(server: &Server, live: &Live, why: Option<String>) {
+    let peer = live.peer;
+    if let Some(login) = live.login.get() {
+        let why = why.unwrap_or_else(|| "by the client".into());
+        tracing::info!(%peer, user = login.user.name, why, "connection ended");
+        return;
+    }
+    let reason = match (live.refusals(), why) {
+        (Some(refusals), _) => refusals,
+        (None, Some(why)) => why,
+        (None, None) => {
+            tracing::info!(%peer, "connection ended without a login");
+            return;
+        }
+    };
+    tracing::warn!(%peer, reason, "no login");
+    server.recorder.note(AuditRecord { action: "refuse".into(), reason: Some(reason), ..server.record("", peer) });
+}
