@@ -7,4 +7,7 @@ mod architecture;
 mod cli;
 mod pipeline;
 mod serve;
+mod serve_access;
+mod serve_kit;
+mod serve_limits;
 mod ssh;

@@ -10,7 +10,8 @@ use crate::error::{Exit, chain};
 use crate::server::agent::{Agent, Extensions, Factory, SharedTarget};
 use crate::server::attributed::Attributed;
 use crate::server::channel::FedSession;
-use crate::server::listener::{self, Reloader, ServeConfig, ServeUser, SessionFactory, SessionStart};
+use crate::server::hearsay;
+use crate::server::listener::{self, Reloader, ServeConfig, ServeError, ServeUser, SessionFactory, SessionStart};
 use crate::server::session::{Session, SessionConfig};
 
 /// Listens for SSH connections: public keys only, file transfer only.
@@ -18,9 +19,9 @@ use crate::server::session::{Session, SessionConfig};
 /// The users are those of [serve] in the configuration, or with --user one user who is described here.
 #[derive(Debug, clap::Args)]
 pub(super) struct Serve {
-    /// The configuration with [serve] and its users
-    #[arg(long, value_name = "FILE", env = "LOCKSTEP_CONFIG", default_value = DEFAULT_PATH)]
-    config: PathBuf,
+    /// The configuration with [serve] and its users [default: $LOCKSTEP_CONFIG, or /etc/lockstep/config.toml]
+    #[arg(long, value_name = "FILE", conflicts_with = "user")]
+    config: Option<PathBuf>,
     /// Address and port to listen on, instead of the configuration's [default with --user: 127.0.0.1:2222]
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Vec<SocketAddr>,
@@ -85,6 +86,10 @@ impl OneUser {
     }
 }
 
+fn default_path() -> PathBuf {
+    std::env::var_os("LOCKSTEP_CONFIG").map_or_else(|| DEFAULT_PATH.into(), PathBuf::from)
+}
+
 /// The listener's part of a configuration file.
 fn read(path: &Path) -> Result<ServeConfig, Failure> {
     let usage = |error: crate::config::ConfigError| Failure::usage(chain(&error));
@@ -146,7 +151,10 @@ impl Serve {
             .build()
             .map_err(|error| failed(Exit::Io, format!("no threads to serve with: {error}")))?;
         runtime.block_on(async {
-            let listener = listener::bind(config).await.map_err(|error| failed(Exit::Usage, chain(&error)))?;
+            let listener = listener::bind(config).await.map_err(|error| {
+                let usage = !matches!(error, ServeError::Listen { .. } | ServeError::Audit(_));
+                failed(if usage { Exit::Usage } else { Exit::Io }, chain(&error))
+            })?;
             for address in listener.addresses() {
                 say(&format!("lockstep: listening on {address}, host key {}", listener.fingerprint));
             }
@@ -166,7 +174,7 @@ impl Serve {
     fn read(&self) -> Result<ServeConfig, Failure> {
         let mut config = match &self.one {
             Some(one) => one.read()?,
-            None => read(&self.config)?,
+            None => read(&self.config.clone().unwrap_or_else(default_path))?,
         };
         if !self.listen.is_empty() {
             config.listen.clone_from(&self.listen);
@@ -207,17 +215,32 @@ async fn signals(serve: Serve, reloader: Reloader, stop: tokio::sync::watch::Sen
 
 /// What the server reports goes to standard error, one line each; `LOCKSTEP_LOG` chooses what (`debug`, `warn`, …).
 fn log() {
-    use tracing_subscriber::EnvFilter;
+    use tracing_subscriber::prelude::*;
+    use tracing_subscriber::{EnvFilter, fmt};
     let chosen = EnvFilter::try_from_env("LOCKSTEP_LOG");
-    let filter = chosen.unwrap_or_else(|_| EnvFilter::new("info,russh=warn"));
+    let filter = chosen.unwrap_or_else(|_| EnvFilter::new("info,russh=error"));
     // A log that nobody reads any more must not end the server.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .with_target(false)
-        .log_internal_errors(false)
-        .try_init();
+    let lines =
+        fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(false).log_internal_errors(false);
+    let library = Library.with_filter(EnvFilter::new("off,russh=warn"));
+    let _ = tracing_subscriber::registry().with(lines.with_filter(filter)).with(library).try_init();
+}
+
+/// Some refusals are made by the SSH library, and only its log says why.
+struct Library;
+
+impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Library {
+    fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+        struct Message;
+        impl tracing::field::Visit for Message {
+            fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+                if field.name() == "message" {
+                    hearsay::heard(&format!("{value:?}"));
+                }
+            }
+        }
+        event.record(&mut Message);
+    }
 }
 
 fn say(line: &str) {

@@ -264,6 +264,9 @@ pub(super) fn forced(command: &str) -> Result<bool, String> {
         "lockstep" => words.next() == Some("sftp-server"),
         _ => false,
     };
+    if !fits {
+        return Err(format!("command=\"{command}\" is not a file server"));
+    }
     let mut read_only = false;
     for word in words {
         match word {
@@ -271,7 +274,7 @@ pub(super) fn forced(command: &str) -> Result<bool, String> {
             _ => return Err(format!("command=\"{command}\": argument {word} is not understood")),
         }
     }
-    if fits { Ok(read_only) } else { Err(format!("command=\"{command}\" is not a file server")) }
+    Ok(read_only)
 }
 
 /// `YYYYMMDD[HHMM[SS]][Z]`. Without `Z` the zone is not known here: the earliest moment it can mean is taken.
@@ -322,7 +325,7 @@ mod tests {
             ("command=\"/usr/bin/lockstep sftp-server\",restrict ", Ok(false)),
             ("command=\"/usr/bin/lockstep sftp-server --read-only\" ", Ok(true)),
             ("command=\"/bin/sh\" ", Err("is not a file server")),
-            ("command=\"/bin/sh -c \\\"internal-sftp\\\"\" ", Err("is not understood")),
+            ("command=\"/bin/sh -c \\\"internal-sftp\\\"\" ", Err("is not a file server")),
             ("command=\"internal-sftp -d /x\" ", Err("-d is not understood")),
             ("command=\"lockstep\" ", Err("is not a file server")),
             ("command ", Err("option command is not understood")),

@@ -12,6 +12,7 @@ use super::access::{Proof, ServeUser};
 use super::agent::Output;
 use super::authorized_keys::Grant;
 use super::channel::{self, FedSession};
+use super::hearsay;
 use super::limits::{Permit, SessionPermit};
 use super::listener::{Server, SessionStart};
 use super::live::{Live, Login};
@@ -177,6 +178,12 @@ fn is_file_server(command: &[u8]) -> bool {
 
 impl Handler for Client {
     type Error = russh::Error;
+
+    /// No banner; but this is called on the library's task, before any key is looked at.
+    async fn authentication_banner(&mut self) -> Result<Option<String>, Self::Error> {
+        hearsay::listen(&self.live);
+        Ok(None)
+    }
 
     async fn auth_publickey_offered(&mut self, user: &str, offer: PublicKeyOffer<'_>) -> Result<Auth, Self::Error> {
         // Only spares the client a signature; nothing is granted here.

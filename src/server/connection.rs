@@ -34,24 +34,26 @@ pub(super) async fn serve(server: Arc<Server>, socket: TcpStream, peer: SocketAd
         session.await
     };
     tokio::pin!(running);
-    let ended = tokio::select! {
-        ended = &mut running => ended.map_err(|error| error.to_string()),
-        () = late(&live, settings.limits.login_grace) => Err("no login in time".to_owned()),
-        () = idle(&server, &live) => Err("nothing was done for too long".to_owned()),
-        reason = live.ended() => Err(reason),
+    let (ended, why) = tokio::select! {
+        ended = &mut running => (true, ended.err().map(|error| error.to_string())),
+        () = late(&live, settings.limits.login_grace) => (false, Some("no login in time".to_owned())),
+        () = idle(&server, &live) => (false, Some("nothing was done for too long".to_owned())),
+        reason = live.ended() => (false, Some(reason)),
     };
-    if let (Err(reason), Some(handle)) = (&ended, handle.get()) {
-        // No-ops where the connection has ended already.
+    if !ended {
         live.abandon();
         let farewell = async {
-            let _ = handle.disconnect(Disconnect::ByApplication, reason.clone(), String::new()).await;
-            let _ = (&mut running).await;
+            if let (Some(handle), Some(why)) = (handle.get(), &why) {
+                let _ = handle.disconnect(Disconnect::ByApplication, why.clone(), String::new()).await;
+                let _ = (&mut running).await;
+            }
         };
         let _ = tokio::time::timeout(FAREWELL, farewell).await;
     }
     let _ = kill.send(());
     drop((registered, permit));
-    report(&server, &live, refusal.get().cloned().or(ended.err()));
+    super::hearsay::forget(&live);
+    report(&server, &live, refusal.get().cloned().or(why));
 }
 
 async fn late(live: &Live, grace: Duration) {

@@ -9,6 +9,7 @@ pub mod certificate;
 pub mod channel;
 mod client;
 mod connection;
+pub mod hearsay;
 pub mod host_key;
 pub mod limits;
 pub mod listener;
