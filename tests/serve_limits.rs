@@ -118,7 +118,7 @@ fn sessions_are_limited_for_one_user_and_one_connection() {
 /// A client that asks for more than it takes, and then closes its channel but not its connection.
 #[test]
 fn a_closed_channel_gives_its_place_back_while_a_reply_waits_for_a_window() {
-    let served = Served::start("", "sessions_per_user = 1");
+    let served = Served::start("", "sessions_per_user = 1\nchannels = 1");
     fs::write(served.path("sync/big"), vec![7; 8 << 20]).unwrap();
     let mut master = served.client("ssh", "-p", "sync");
     master.args(["-M", "-N", "-S", "mux", "sync@127.0.0.1"]).stderr(Stdio::null());
@@ -158,7 +158,9 @@ fn a_closed_channel_gives_its_place_back_while_a_reply_waits_for_a_window() {
     assert!(!served.sftp("sync", "sync", "ls\n").status.success());
     served.wait_for("too many sessions of this user");
     drop(greedy);
-    until("the place", || served.sftp("sync", "sync", "ls\n").status.success());
+    until("the place among the user's sessions", || served.sftp("sync", "sync", "ls\n").status.success());
+    let over_the_same = || served.hold("sync", &["-S", "mux", "-oControlMaster=no", "-oProxyCommand=false"]).speaks();
+    until("the place in the connection", over_the_same);
     drop(master);
 }
 
