@@ -10,4 +10,5 @@ mod serve;
 mod serve_access;
 mod serve_kit;
 mod serve_limits;
+mod serve_wire;
 mod ssh;

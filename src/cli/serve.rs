@@ -120,6 +120,7 @@ fn read(path: &Path) -> Result<ServeConfig, Failure> {
         users,
         revoked_keys: serve.revoked_keys.clone(),
         audit: serve.audit.clone(),
+        strict_key_exchange: serve.strict_key_exchange,
         limits: serve.limits.clone(),
     })
 }

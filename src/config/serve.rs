@@ -24,6 +24,9 @@ pub struct Serve {
     /// A directory that gets the record of logins, sessions and refusals, chained as that of a root. Absolute.
     #[serde(default)]
     pub audit: Option<PathBuf>,
+    /// Refuse clients without strict key exchange (CVE-2023-48795). Without, the one cipher that needs it is not offered.
+    #[serde(default = "yes")]
+    pub strict_key_exchange: bool,
     /// How much is allowed.
     #[serde(default)]
     pub limits: ServeLimits,
@@ -118,6 +121,10 @@ impl ServeUser {
         absolute("root", &self.root)?;
         absolute("authorized_keys", &self.authorized_keys)
     }
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn one_or_more<'de, D: Deserializer<'de>>(input: D) -> Result<Vec<SocketAddr>, D::Error> {

@@ -11,7 +11,7 @@ use super::client::Client;
 use super::limits::Permit;
 use super::listener::Server;
 use super::live::Live;
-use super::strict::StrictStream;
+use super::strict::{Refusal, StrictStream};
 use crate::audit::AuditRecord;
 use crate::endpoint::stream::OverflowStream;
 
@@ -25,7 +25,7 @@ pub(super) async fn serve(server: Arc<Server>, socket: TcpStream, peer: SocketAd
     let settings = server.settings();
     let _ = socket.set_nodelay(true);
     let (stream, kill) = OverflowStream::new(socket);
-    let (stream, refusal) = StrictStream::new(stream, Arc::clone(&settings.offered));
+    let (stream, mut refusal) = StrictStream::new(stream, Arc::clone(&settings.offered));
     let client = Client::new(Arc::clone(&server), Arc::clone(&live), Arc::clone(&permit));
     let handle = OnceLock::new();
     let running = async {
@@ -39,6 +39,7 @@ pub(super) async fn serve(server: Arc<Server>, socket: TcpStream, peer: SocketAd
         () = late(&live, settings.limits.login_grace) => (false, Some("no login in time".to_owned())),
         () = idle(&server, &live) => (false, Some("nothing was done for too long".to_owned())),
         reason = live.ended() => (false, Some(reason)),
+        () = refused(&mut refusal) => (false, None),
     };
     if !ended {
         live.abandon();
@@ -53,7 +54,7 @@ pub(super) async fn serve(server: Arc<Server>, socket: TcpStream, peer: SocketAd
     let _ = kill.send(());
     drop((registered, permit));
     super::hearsay::forget(&live);
-    report(&server, &live, refusal.get().cloned().or(why));
+    report(&server, &live, refusal.borrow().clone().or(why));
 }
 
 async fn late(live: &Live, grace: Duration) {
@@ -74,6 +75,14 @@ async fn idle(server: &Server, live: &Live) {
         let wait = limit.saturating_sub(quiet).clamp(Duration::from_millis(10), Duration::from_secs(10));
         tokio::time::sleep(wait).await;
     }
+}
+
+/// Ends a while after the client was told that it is refused, if it has not gone by itself.
+async fn refused(refusal: &mut Refusal) {
+    if refusal.wait_for(Option::is_some).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    tokio::time::sleep(FAREWELL).await;
 }
 
 /// One line for a connection: who it was, or why it did not become anybody.

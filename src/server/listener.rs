@@ -41,6 +41,8 @@ pub struct ServeConfig {
     pub revoked_keys: Option<PathBuf>,
     /// A directory for the record of logins, sessions and refusals.
     pub audit: Option<PathBuf>,
+    /// Refuse clients without strict key exchange (CVE-2023-48795). Without, the one cipher that needs it is not offered.
+    pub strict_key_exchange: bool,
     /// How much is allowed.
     pub limits: ServeLimits,
 }
@@ -49,7 +51,8 @@ impl ServeConfig {
     /// With the usual limits.
     pub fn new(listen: SocketAddr, host_key: PathBuf, users: Vec<ServeUser>) -> Self {
         let limits = ServeLimits::default();
-        Self { listen: vec![listen], host_key, users, revoked_keys: None, audit: None, limits }
+        let (revoked_keys, audit, strict_key_exchange) = (None, None, true);
+        Self { listen: vec![listen], host_key, users, revoked_keys, audit, strict_key_exchange, limits }
     }
 }
 
@@ -208,13 +211,16 @@ fn prepare(config: &ServeConfig, key: &PrivateKey) -> Result<Settings, ServeErro
         Algorithm::Rsa { hash: Some(HashAlg::Sha256) },
     ]
     .into();
+    if !config.strict_key_exchange {
+        preferred.cipher.to_mut().retain(|name| *name != russh::cipher::CHACHA20_POLY1305);
+    }
     let host_keys = match key.algorithm() {
         Algorithm::Rsa { .. } => {
             preferred.key.iter().filter(|name| matches!(name, Algorithm::Rsa { .. })).cloned().collect()
         }
         algorithm => vec![algorithm],
     };
-    let offered = Arc::new(Offered::new(&preferred, &host_keys));
+    let offered = Arc::new(Offered::new(&preferred, &host_keys, config.strict_key_exchange));
     let protocol = Config {
         methods,
         auth_rejection_time: Duration::from_millis(500),

@@ -5,12 +5,13 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use russh::Preferred;
 use russh::keys::Algorithm;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::watch;
 
 use crate::error::Escaped;
 use crate::wire::buffer::{Reader, Short, Writer};
@@ -23,21 +24,23 @@ const KEXINIT: u8 = 20;
 const DISCONNECT: u8 = 1;
 const KEY_EXCHANGE_FAILED: u32 = 3;
 
-/// Why a client was refused; empty while it was not.
-pub type Refusal = Arc<OnceLock<String>>;
+/// Why a client was refused; nothing while it was not.
+pub type Refusal = watch::Receiver<Option<String>>;
 
 /// Names of what this server agrees to.
 #[derive(Debug, Clone)]
 pub struct Offered {
+    strict: bool,
     exchanges: Vec<String>,
     host_keys: Vec<String>,
     ciphers: Vec<String>,
 }
 
 impl Offered {
-    /// From the lists that the library is given, and the types of the host keys.
-    pub fn new(preferred: &Preferred, host_keys: &[Algorithm]) -> Offered {
+    /// From the lists that the library is given, and the types of the host keys; `strict` requires strict key exchange.
+    pub fn new(preferred: &Preferred, host_keys: &[Algorithm], strict: bool) -> Offered {
         Offered {
+            strict,
             exchanges: preferred.kex.iter().map(|name| name.as_ref().to_owned()).collect(),
             host_keys: host_keys.iter().map(ToString::to_string).collect(),
             ciphers: preferred.cipher.iter().map(|name| name.as_ref().to_owned()).collect(),
@@ -50,7 +53,7 @@ pub struct StrictStream<S> {
     inner: S,
     state: State,
     offered: Arc<Offered>,
-    refusal: Refusal,
+    refusal: watch::Sender<Option<String>>,
 }
 
 enum State {
@@ -71,8 +74,8 @@ enum Seen {
 impl<S> StrictStream<S> {
     /// Wraps a stream; a reason for refusing appears in the second.
     pub fn new(inner: S, offered: Arc<Offered>) -> (Self, Refusal) {
-        let refusal = Refusal::default();
-        (Self { inner, state: State::Looking(Vec::new()), offered, refusal: Arc::clone(&refusal) }, refusal)
+        let (sender, refusal) = watch::channel(None);
+        (Self { inner, state: State::Looking(Vec::new()), offered, refusal: sender }, refusal)
     }
 }
 
@@ -115,7 +118,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for StrictStream<S> {
             Seen::Bad(reason) => {
                 buf.set_filled(before);
                 this.state = State::Refused(disconnect(&reason));
-                let _ = this.refusal.set(reason);
+                this.refusal.send_replace(Some(reason));
                 ready!(this.poll_refused(cx))?;
                 Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()))
             }
@@ -168,7 +171,7 @@ fn judge(payload: &[u8], offered: &Offered) -> Result<Option<String>, Short> {
     }
     reader.bytes(16)?;
     let exchanges = names(reader.string()?);
-    if !exchanges.iter().any(|name| name == STRICT) {
+    if offered.strict && !exchanges.iter().any(|name| name == STRICT) {
         let what = "it does not offer strict key exchange (kex-strict-c-v00@openssh.com), the protection against \
                     Terrapin, CVE-2023-48795; update the client";
         return Ok(Some(what.into()));
@@ -216,6 +219,7 @@ mod tests {
     fn offered() -> Offered {
         let list = |names: &[&str]| names.iter().map(ToString::to_string).collect();
         Offered {
+            strict: true,
             exchanges: list(&["curve25519-sha256", "kex-strict-s-v00@openssh.com"]),
             host_keys: list(&["ssh-ed25519"]),
             ciphers: list(&["aes128-gcm@openssh.com"]),
@@ -264,6 +268,8 @@ mod tests {
                 _ => panic!("{lists:?}"),
             }
         }
+        let lenient = Offered { strict: false, ..offered() };
+        assert!(matches!(examine(&start(["curve25519-sha256", key, cipher, cipher]), &lenient), Seen::Good));
         let mut other = start([kex, key, cipher, cipher]);
         other[b"SSH-2.0-test\r\n".len() + 5] = 90;
         let cases = [
