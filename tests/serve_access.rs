@@ -233,6 +233,40 @@ fn s27_h55_certificates_of_an_authority_and_each_refusal_in_the_log() {
 }
 
 #[test]
+fn s27_the_server_shows_a_certificate_too() {
+    let made = |at: &std::path::Path, sign: &[&str]| {
+        keygen(at, &["-q", "-t", "ed25519", "-N", "", "-f", "hostca"]);
+        keygen(at, &["-q", "-t", "ed25519", "-N", "", "-f", "host"]);
+        keygen(at, &[&["-q", "-s", "hostca", "-I", "gpu02"], sign, &["host.pub"]].concat());
+    };
+    let serve = |at: &std::path::Path| format!("host_certificate = '{}/host-cert.pub'", at.display());
+    let served = Served::with(
+        &["sync"],
+        |at| {
+            made(at, &["-h", "-n", "127.0.0.1"]);
+            serve(at)
+        },
+        "",
+        |at| user(at, "sync", ""),
+    );
+    let authority = fs::read_to_string(served.path("hostca.pub")).unwrap();
+    // Only the authority is known, not the key.
+    write(&served.path("known"), &format!("@cert-authority [127.0.0.1]:* {authority}"));
+    let listed = served.sftp("sync", "sync", "ls\n");
+    assert!(listed.status.success(), "{}", said(&listed));
+    // One that does not fit ends the start.
+    let at = tempfile::tempdir().unwrap();
+    made(at.path(), &["-n", "127.0.0.1"]);
+    fs::create_dir(at.path().join("u")).unwrap();
+    let head = format!("[serve]\nlisten = '127.0.0.1:0'\nhost_key = '{}/host'\n", at.path().display());
+    write(&at.path().join("config"), &format!("{head}{}\n{}", serve(at.path()), user(at.path(), "u", "")));
+    let mut start = Command::new(env!("CARGO_BIN_EXE_lockstep"));
+    let output = start.args(["serve", "--config"]).arg(at.path().join("config")).output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(said(&output).contains("it is a user's"), "{}", said(&output));
+}
+
+#[test]
 fn h56_a_revoked_key_is_refused_and_its_open_sessions_end() {
     let served = Served::with(
         &["sync", "other"],

@@ -273,6 +273,31 @@ fn h58_only_the_key_that_signed_counts() {
     assert_eq!(wire.open_channel("session", &[]), Some(CHANNEL_OPEN_CONFIRMATION));
 }
 
+/// Names and certificates may be as long as a packet.
+#[test]
+fn what_a_stranger_says_of_himself_does_not_fill_the_logs() {
+    let served = Served::with(
+        &["sync"],
+        |at| {
+            fs::create_dir(at.join("record")).unwrap();
+            format!("audit = '{}'", at.join("record").display())
+        },
+        "",
+        |at| user(at, "sync", ""),
+    );
+    let sync = Key::read(&served, "sync.key");
+    for _ in 0..2 {
+        let mut wire = Wire::secured(&served);
+        assert_eq!(wire.log_in(&"\u{1b}".repeat(30_000), &sync, None), Some(USERAUTH_FAILURE));
+    }
+    let record = served.path("record/.lockstep/audit.jsonl");
+    until("the records", || fs::read_to_string(&record).unwrap().lines().count() == 2);
+    for text in [fs::read_to_string(&record).unwrap(), served.log()] {
+        assert!(text.len() < 5000 && text.contains("x1b") && !text.contains('\u{1b}'), "{text}");
+    }
+    assert!(served.sftp("sync", "sync", "ls\n").status.success());
+}
+
 #[test]
 fn h59_a_channel_before_the_login_is_not_opened() {
     let served = Served::start("", "login_grace = '1s'");

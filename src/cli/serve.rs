@@ -117,6 +117,7 @@ fn read(path: &Path) -> Result<ServeConfig, Failure> {
     Ok(ServeConfig {
         listen: serve.listen.clone(),
         host_key: serve.host_key.clone(),
+        host_certificate: serve.host_certificate.clone(),
         users,
         revoked_keys: serve.revoked_keys.clone(),
         audit: serve.audit.clone(),
@@ -145,6 +146,7 @@ fn session(start: &SessionStart, output: Arc<dyn crate::server::agent::Output>) 
 impl Serve {
     pub(super) fn run(self) -> Result<Exit, Failure> {
         log();
+        raise_limit_of_files();
         let config = self.read()?;
         let failed = |exit, message: String| Failure::Plain { exit, message };
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -241,6 +243,15 @@ impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Library {
             }
         }
         event.record(&mut Message);
+    }
+}
+
+/// Connections and open files of clients are descriptors; the usual 1024 are soon taken.
+fn raise_limit_of_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit of open files stays low");
     }
 }
 

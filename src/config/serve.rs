@@ -18,6 +18,9 @@ pub struct Serve {
     pub listen: Vec<SocketAddr>,
     /// The host key's file; made when missing. Absolute.
     pub host_key: PathBuf,
+    /// A certificate for the host key, as `ssh-keygen -h` makes it; absolute.
+    #[serde(default)]
+    pub host_certificate: Option<PathBuf>,
     /// Keys and certificates that are refused whoever lists them: public keys, fingerprints, or a KRL. Absolute.
     #[serde(default)]
     pub revoked_keys: Option<PathBuf>,
@@ -106,7 +109,8 @@ impl Default for ServeLimits {
 impl Serve {
     pub(super) fn check(&self) -> Result<(), String> {
         absolute("host_key", &self.host_key)?;
-        for (field, path) in [("revoked_keys", &self.revoked_keys), ("audit", &self.audit)] {
+        let paths = [&self.host_certificate, &self.revoked_keys, &self.audit];
+        for (field, path) in ["host_certificate", "revoked_keys", "audit"].iter().zip(paths) {
             path.as_ref().map_or(Ok(()), |path| absolute(field, path))?;
         }
         Ok(())

@@ -9,6 +9,7 @@ use russh::keys::ssh_key::public::KeyData;
 use russh::keys::{Certificate, HashAlg};
 
 use super::authorized_keys::{Asked, AuthorizedKeys, Credential, Grant};
+use super::live::short;
 use super::revoked::Revoked;
 use super::trusted_file;
 use crate::config::AddressList;
@@ -65,7 +66,7 @@ impl Proof {
             Proof::Certificate(certificate) => format!(
                 "{} certificate '{}' (serial {}) of {}",
                 self.fingerprint(),
-                Escaped(certificate.key_id().as_bytes()),
+                short(&Escaped(certificate.key_id().as_bytes()).to_string(), 100),
                 certificate.serial(),
                 certificate.signature_key().fingerprint(HashAlg::Sha256),
             ),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::agent::SharedTarget;
+use super::live::short;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::error::Escaped;
 use crate::manifest::Tree;
@@ -26,7 +27,7 @@ impl Attributed {
 }
 
 fn said(text: &str) -> String {
-    Escaped(text.as_bytes()).to_string().chars().take(SAID_MAX).collect()
+    short(&Escaped(text.as_bytes()).to_string(), SAID_MAX)
 }
 
 impl Target for Attributed {

@@ -15,7 +15,7 @@ use super::channel::{self, FedSession};
 use super::hearsay;
 use super::limits::{Permit, SessionPermit};
 use super::listener::{Server, SessionStart};
-use super::live::{Live, Login};
+use super::live::{Live, Login, short};
 
 use crate::audit::AuditRecord;
 use crate::error::Escaped;
@@ -56,9 +56,9 @@ impl Client {
     }
 
     fn refuse(&self, name: &str, what: &str, reason: &str) -> Auth {
-        let name = Escaped(name.as_bytes());
-        tracing::debug!(peer = %self.live.peer, user = %name, what, reason, "key refused");
-        self.live.refuse(format!("user {name}, {what}: {reason}"));
+        let name = short(&Escaped(name.as_bytes()).to_string(), 64);
+        tracing::debug!(peer = %self.live.peer, user = name, what, reason, "key refused");
+        self.live.refuse(&format!("user {name}, {what}: {reason}"));
         Auth::reject()
     }
 
@@ -111,6 +111,7 @@ impl Client {
     /// Says once per connection and kind that something was refused.
     fn not_allowed(&mut self, what: &'static str, detail: &str) {
         let Some(start) = self.start.as_ref().filter(|_| self.said.insert(what)) else { return };
+        let detail = short(detail, 200);
         tracing::warn!(peer = %self.live.peer, user = start.user, what, detail, "request refused");
         let reason = Some(if detail.is_empty() { what.to_owned() } else { format!("{what}: {detail}") });
         let record = self.server.record(&start.actor, self.live.peer);
@@ -259,8 +260,7 @@ impl Handler for Client {
         if is_file_server(data) {
             return self.begin(id, session).await;
         }
-        let command: String = Escaped(data).to_string().chars().take(200).collect();
-        self.not_allowed("a command", &command);
+        self.not_allowed("a command", &Escaped(data).to_string());
         session.channel_failure(id)
     }
 

@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 use super::client::Client;
 use super::limits::Permit;
 use super::listener::Server;
-use super::live::Live;
+use super::live::{Live, short};
 use super::strict::{Refusal, StrictStream};
 use crate::audit::AuditRecord;
 use crate::endpoint::stream::OverflowStream;
@@ -95,12 +95,16 @@ fn report(server: &Server, live: &Live, why: Option<String>) {
     }
     let reason = match (live.refusals(), why) {
         (Some(refusals), _) => refusals,
-        (None, Some(why)) => why,
+        (None, Some(why)) => short(&why, 1000),
         (None, None) => {
             tracing::info!(%peer, "connection ended without a login");
             return;
         }
     };
     tracing::warn!(%peer, reason, "no login");
-    server.recorder.note(AuditRecord { action: "refuse".into(), reason: Some(reason), ..server.record("", peer) });
+    server.recorder.note_stranger(AuditRecord {
+        action: "refuse".into(),
+        reason: Some(reason),
+        ..server.record("", peer)
+    });
 }

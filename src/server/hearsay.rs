@@ -37,6 +37,6 @@ pub fn heard(line: &str) {
     let Some((_, reason)) = REFUSALS.iter().find(|(words, _)| line.contains(words)) else { return };
     let live = task::try_id().and_then(|id| tasks(|tasks| tasks.get(&id)?.upgrade()));
     if let Some(live) = live {
-        live.refuse((*reason).to_owned());
+        live.refuse(reason);
     }
 }

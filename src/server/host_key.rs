@@ -5,9 +5,10 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use russh::keys::PrivateKey;
 use russh::keys::ssh_key::LineEnding;
+use russh::keys::ssh_key::certificate::CertType;
 use russh::keys::ssh_key::private::{Ed25519Keypair, KeypairData};
+use russh::keys::{Certificate, PrivateKey};
 
 use super::trusted_file;
 
@@ -38,6 +39,14 @@ pub enum HostKeyError {
         /// Why.
         reason: String,
     },
+    /// A certificate that does not fit the key.
+    #[error("host certificate {}: {reason}", path.display())]
+    Certificate {
+        /// The certificate's file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// Not a key.
     #[error("host key {} is not an OpenSSH private key without passphrase: {reason}", path.display())]
     Invalid {
@@ -58,6 +67,23 @@ pub fn load_or_create(path: &Path) -> Result<PrivateKey, HostKeyError> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => create(path),
         Err(source) => Err(HostKeyError::Io { path: path.into(), source }),
     }
+}
+
+/// Reads a certificate for the key.
+///
+/// # Errors
+/// [`HostKeyError`].
+pub fn certificate(path: &Path, key: &PrivateKey) -> Result<Certificate, HostKeyError> {
+    let unfit = |reason: String| HostKeyError::Certificate { path: path.into(), reason };
+    let text = std::fs::read_to_string(path).map_err(|source| HostKeyError::Io { path: path.into(), source })?;
+    let certificate = Certificate::from_openssh(text.trim()).map_err(|error| unfit(error.to_string()))?;
+    if certificate.public_key() != key.public_key().key_data() {
+        return Err(unfit("it is for another key".into()));
+    }
+    if certificate.cert_type() != CertType::Host {
+        return Err(unfit("it is a user's; sign it with ssh-keygen -h".into()));
+    }
+    Ok(certificate)
 }
 
 fn load(path: &Path, mut file: File) -> Result<PrivateKey, HostKeyError> {

@@ -35,6 +35,8 @@ pub struct ServeConfig {
     pub listen: Vec<SocketAddr>,
     /// The host key's file; made when missing.
     pub host_key: PathBuf,
+    /// A certificate for it; read anew by a reload.
+    pub host_certificate: Option<PathBuf>,
     /// Who may log in.
     pub users: Vec<ServeUser>,
     /// Keys that are refused whoever lists them; read anew at each login.
@@ -51,8 +53,17 @@ impl ServeConfig {
     /// With the usual limits.
     pub fn new(listen: SocketAddr, host_key: PathBuf, users: Vec<ServeUser>) -> Self {
         let limits = ServeLimits::default();
-        let (revoked_keys, audit, strict_key_exchange) = (None, None, true);
-        Self { listen: vec![listen], host_key, users, revoked_keys, audit, strict_key_exchange, limits }
+        let (host_certificate, revoked_keys, audit, strict_key_exchange) = (None, None, None, true);
+        Self {
+            listen: vec![listen],
+            host_key,
+            host_certificate,
+            users,
+            revoked_keys,
+            audit,
+            strict_key_exchange,
+            limits,
+        }
     }
 }
 
@@ -226,6 +237,11 @@ fn prepare(config: &ServeConfig, key: &PrivateKey) -> Result<Settings, ServeErro
         auth_rejection_time: Duration::from_millis(500),
         auth_rejection_time_initial: Some(Duration::ZERO),
         keys: vec![key.clone()],
+        certificates: config
+            .host_certificate
+            .iter()
+            .map(|path| host_key::certificate(path, key))
+            .collect::<Result<_, _>>()?,
         window_size: 32 << 20,
         maximum_packet_size: 256 << 10,
         channel_buffer_size: 4096,
@@ -378,7 +394,7 @@ impl Refused {
         self.last = Some(Instant::now());
         tracing::warn!(%peer, reason, more, "connection refused");
         let reason = Some(if more == 0 { reason.to_owned() } else { format!("{reason}; and {more} before it") });
-        server.recorder.note(AuditRecord { action: "refuse".into(), reason, ..server.record("", peer) });
+        server.recorder.note_stranger(AuditRecord { action: "refuse".into(), reason, ..server.record("", peer) });
     }
 }
 

@@ -12,6 +12,13 @@ use super::channel::Shared;
 
 /// Reasons that are kept of one connection.
 const REFUSALS_MAX: usize = 10;
+const REASON_MAX: usize = 400;
+
+/// Text that a client had a hand in, cut off where it gets long: logs are not a client's to fill.
+pub(super) fn short(text: &str, most: usize) -> String {
+    let cut = text.char_indices().nth(most).map_or(text, |(at, _)| &text[..at]);
+    if cut.len() < text.len() { format!("{cut}…") } else { text.to_owned() }
+}
 
 /// Who logged in, by what.
 #[derive(Debug)]
@@ -87,7 +94,8 @@ impl Live {
     }
 
     /// Keeps why something was refused, to be said once. Each reason once, and not without end.
-    pub(super) fn refuse(&self, reason: String) {
+    pub(super) fn refuse(&self, reason: &str) {
+        let reason = short(reason, REASON_MAX);
         let mut refusals = locked(&self.refusals);
         if refusals.len() < REFUSALS_MAX && !refusals.contains(&reason) {
             refusals.push(reason);

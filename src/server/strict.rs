@@ -42,7 +42,8 @@ impl Offered {
         Offered {
             strict,
             exchanges: preferred.kex.iter().map(|name| name.as_ref().to_owned()).collect(),
-            host_keys: host_keys.iter().map(ToString::to_string).collect(),
+            // A client may want certificates alone; whether there is one that fits is the library's to say.
+            host_keys: host_keys.iter().flat_map(|name| [name.to_string(), name.to_certificate_type()]).collect(),
             ciphers: preferred.cipher.iter().map(|name| name.as_ref().to_owned()).collect(),
         }
     }
