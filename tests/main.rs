@@ -5,10 +5,14 @@
 
 mod architecture;
 mod cli;
+mod model;
 mod pipeline;
+mod quickstart;
+mod scenarios_permissions;
 mod serve;
 mod serve_access;
 mod serve_kit;
 mod serve_limits;
 mod serve_wire;
 mod ssh;
+mod stock;

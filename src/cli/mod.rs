@@ -20,6 +20,7 @@ pub mod display;
 mod login;
 mod manifest;
 mod policy;
+mod quickstart;
 mod remote;
 pub mod report;
 mod serve;
@@ -66,6 +67,8 @@ enum Command {
     /// Check the record of what was published
     #[command(subcommand)]
     Audit(audit::Command),
+    /// See push, verify, policy and check at work on this machine, with nothing to configure
+    Quickstart(quickstart::Quickstart),
     /// Print a completion script for a shell
     Completions(completions::Completions),
     /// Print the manual page, or write those of all commands to a directory
@@ -82,6 +85,7 @@ impl Command {
             Command::Manifest(command) => command.run(),
             Command::Policy(command) => command.run(),
             Command::Audit(command) => command.run(),
+            Command::Quickstart(command) => command.run(),
             Command::Completions(command) => command.run(),
             Command::Man(command) => command.run(),
         }

@@ -142,7 +142,7 @@ impl Config {
     /// What the types alone do not say.
     fn check(&self, places: &Places) -> Result<(), (Option<Range<usize>>, String)> {
         for (name, spec) in &self.policies {
-            if let Err(error) = Policy::compile_with_acl(spec) {
+            if let Err(error) = Policy::compile(spec) {
                 let rules = places.policy.get(name).map(|policy| &policy.rule);
                 let span = rules.and_then(|rules| place(rules, error.rule().saturating_sub(1)));
                 return Err((span, format!("policy '{name}', {}", crate::error::chain(&error))));
