@@ -8,6 +8,7 @@ mod cli;
 mod keys;
 mod model;
 mod pipeline;
+mod pipes;
 mod quickstart;
 mod rogue;
 mod scenarios_permissions;

@@ -152,16 +152,24 @@ fn settle(run: &Run, staging: &Root, state: &mut State, options: &CommitOptions)
             _ => {}
         }
     }
+    let awaits_pointer: HashSet<RelPath> = source
+        .entries()
+        .iter()
+        .filter(|entry| !entry.is_directory() && run.is_last(&entry.path))
+        .filter_map(|entry| entry.path.parent())
+        .collect();
     for entry in directories.iter().rev() {
         let path = run.staged_directory(&entry.path)?;
-        // The top-most new directory gets its mode after the rename: without the right to write it cannot be moved.
+        // The top-most new directory gets its mode after the rename: without the right to write it cannot be moved. One
+        // that a pointer is yet to be put into gets it after that.
         if path.depth() > 2 && staging.stat(&path, Follow::Never).is_ok() {
             let private = Permissions { mode: 0o700, ..run.permissions(entry)? };
             let above_is_new = entry
                 .path
                 .parent()
                 .is_some_and(|parent| state.target.get(&parent).is_none_or(|there| !there.is_directory()));
-            let wanted = if above_is_new { run.permissions(entry)? } else { private };
+            let last = above_is_new && !awaits_pointer.contains(&entry.path);
+            let wanted = if last { run.permissions(entry)? } else { private };
             apply_directory(staging, &path, &wanted)?;
         }
     }

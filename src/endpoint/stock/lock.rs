@@ -119,7 +119,7 @@ impl Lock {
     ) -> Result<Lock, Error> {
         let holder = Holder::new(actor);
         let path = at(state, LOCK);
-        let aside = at(state, &format!("{LOCK}.{}", holder.token));
+        let aside = at(state, format!("{LOCK}.{}", holder.token));
         let text = serde_json::to_vec(&holder).map_err(|error| Error::Usage(error.to_string()))?;
         let start = Instant::now();
         let handle = loop {

@@ -157,8 +157,8 @@ fn below(root: &[u8], path: &RelPath) -> Vec<u8> {
 }
 
 /// `root/name` for a name of our own.
-fn at(root: &[u8], name: &str) -> Vec<u8> {
-    [root, b"/", name.as_bytes()].concat()
+fn at(root: &[u8], name: impl AsRef<[u8]>) -> Vec<u8> {
+    [root, b"/", name.as_ref()].concat()
 }
 
 const KIND_MASK: u32 = 0o170_000;

@@ -198,7 +198,7 @@ fn directories(run: &Run, state: &State) -> Result<(), Error> {
         if entry.path.parent().is_none_or(|parent| !new(&parent)) || holds_pointer.contains(&entry.path) {
             wanted.mode = 0o700;
         }
-        let path = run.staged_path(&entry.path);
+        let path = run.staged_directory(&entry.path);
         packets.push(grant(packet::SETSTAT, &path, &wanted));
         paths.push(path);
     }

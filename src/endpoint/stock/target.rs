@@ -311,16 +311,21 @@ impl Run {
         !self.last.admits(path, false)
     }
 
-    /// Where the content of a path is staged, below the staging area. Pointers lie apart: they are published by
-    /// themselves.
-    pub(super) fn staged_name(&self, path: &RelPath) -> Vec<u8> {
-        let tree: &[u8] = if self.is_last(path) { b"last/" } else { b"tree/" };
+    /// Where a path is staged, below the staging area. Pointers lie apart: they are published by themselves. A directory
+    /// is never one, whatever its name.
+    pub(super) fn staged_name(&self, path: &RelPath, directory: bool) -> Vec<u8> {
+        let tree: &[u8] = if !directory && self.is_last(path) { b"last/" } else { b"tree/" };
         [tree, path.as_bytes()].concat()
     }
 
-    /// The same, as the server knows it.
+    /// The same of a file or link, as the server knows it.
     pub(super) fn staged_path(&self, path: &RelPath) -> Vec<u8> {
-        [&self.staging[..], b"/", &self.staged_name(path)].concat()
+        at(&self.staging, self.staged_name(path, false))
+    }
+
+    /// The same of a directory.
+    pub(super) fn staged_directory(&self, path: &RelPath) -> Vec<u8> {
+        at(&self.staging, self.staged_name(path, true))
     }
 
     /// The permissions that an entry gets.
