@@ -9,3 +9,4 @@ mod pipeline;
 mod serve;
 mod ssh;
 mod stock;
+mod stock_faults;
