@@ -19,3 +19,4 @@ mod serve_limits;
 mod serve_wire;
 mod ssh;
 mod stock;
+mod stock_faults;
