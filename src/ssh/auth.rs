@@ -1,28 +1,27 @@
 //! Logging in: key files, certificates, and the agent. Never a password.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use russh::client::{AuthResult, Handle};
-use russh::keys::agent::AgentIdentity;
-use russh::keys::agent::client::AgentClient;
-use russh::keys::signature::Signer as _;
-use russh::keys::{Algorithm, Certificate, HashAlg, PrivateKey, PrivateKeyWithHashAlg, PublicKey};
-use russh::{AgentAuthError, MethodKind, Signer};
-use tokio::net::UnixStream;
+use russh::keys::{Algorithm, HashAlg, PrivateKey, PrivateKeyWithHashAlg, PublicKey};
+use russh::{AgentAuthError, MethodKind};
 
+use super::agent::{Agent, AgentSigner, FileSigner, Held};
 use super::identity::{Content, Identities, Identity, unlock};
 use super::options::SshOptions;
 use super::trust::{Heard, Trust};
 use super::{lock, shown};
-use crate::error::Escaped;
+use crate::error::{Escaped, Exit};
 
 /// Keys that were unlocked, so that a passphrase is asked for once.
 pub(super) type Opened = Mutex<Vec<(PathBuf, Arc<PrivateKey>)>>;
 
 /// Why nothing more is tried.
 enum Stop {
-    /// The host has ended the login, or the connection is gone.
+    /// The host has ended the login, and said why.
+    HungUp(String),
+    /// The connection is gone.
     Lost(String),
     /// The host takes no keys.
     NoKeys(String),
@@ -32,9 +31,11 @@ enum Stop {
 pub(super) struct Login<'a> {
     handle: &'a mut Handle<Trust>,
     options: &'a SshOptions,
-    identities: Identities,
+    identities: &'a Identities,
     opened: &'a Opened,
     heard: &'a Heard,
+    /// Keys that the host has seen, so that none is shown twice: each counts as an attempt.
+    offered: Vec<PublicKey>,
     tried: Vec<String>,
 }
 
@@ -42,27 +43,27 @@ impl<'a> Login<'a> {
     pub(super) fn new(
         handle: &'a mut Handle<Trust>,
         options: &'a SshOptions,
-        identities: Identities,
+        identities: &'a Identities,
         opened: &'a Opened,
         heard: &'a Heard,
     ) -> Self {
         let tried = identities.notes.clone();
-        Login { handle, options, identities, opened, heard, tried }
+        Login { handle, options, identities, opened, heard, offered: Vec::new(), tried }
     }
 
     /// Tries files that are open, then keys of the agent, then files that need a passphrase.
     ///
     /// # Errors
-    /// What was tried, why nothing was accepted, and what to do.
-    pub(super) async fn run(mut self) -> Result<(), String> {
-        match self.attempts().await {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(self.refused()),
-            Err(Stop::NoKeys(reason) | Stop::Lost(reason)) => {
-                let tried = self.tried.join("; ");
-                Err(if tried.is_empty() { reason } else { format!("{reason} (tried: {tried})") })
-            }
-        }
+    /// What was tried, why nothing was accepted, and what to do; [`Exit::TryAgain`] when the connection was lost.
+    pub(super) async fn run(mut self) -> Result<(), (String, Exit)> {
+        let (reason, exit) = match self.attempts().await {
+            Ok(true) => return Ok(()),
+            Ok(false) => return Err((self.refused(), Exit::Trust)),
+            Err(Stop::HungUp(reason) | Stop::NoKeys(reason)) => (reason, Exit::Trust),
+            Err(Stop::Lost(reason)) => (reason, Exit::TryAgain),
+        };
+        let tried = self.tried.join("; ");
+        Err((if tried.is_empty() { reason } else { format!("{reason} (tried: {tried})") }, exit))
     }
 
     fn refused(&self) -> String {
@@ -71,8 +72,7 @@ impl<'a> Login<'a> {
         let enroll = format!("lockstep keys enroll {port}{}", super::quote(&format!("{user}@{host}")));
         if self.tried.is_empty() {
             return format!(
-                "no key to log in with; name one with --identity, or make one with: lockstep keys generate \
-                 ~/.ssh/id_ed25519; then: {enroll}"
+                "no key to log in with; name one with --identity, or make one with: lockstep keys generate; then: {enroll}"
             );
         }
         format!(
@@ -82,60 +82,66 @@ impl<'a> Login<'a> {
     }
 
     async fn attempts(&mut self) -> Result<bool, Stop> {
-        let files = std::mem::take(&mut self.identities.files);
-        let mut agent = self.agent().await;
-        let offered = self.in_order(&files, agent.as_mut()).await;
-        self.identities.files = files;
-        let offered = offered?;
-        if !offered && self.tried.len() == self.identities.notes.len() {
-            // Nothing was offered: say at least whether keys would be taken.
+        if self.open_files().await? || self.keys_of_the_agent().await? || self.locked_files().await? {
+            return Ok(true);
+        }
+        self.note_halves();
+        if self.offered.is_empty() {
+            // Say at least whether keys would be taken.
             let user = self.options.user.clone();
             let result = self.handle.authenticate_none(user).await.map_err(|error| self.lost(&error))?;
             if result.success() {
                 return Err(Stop::NoKeys("the host lets anybody in without a key; that is not to be trusted".into()));
             }
-            self.accepted(result, "")?;
+            self.accepted(result, None)?;
         }
-        Ok(offered)
+        Ok(false)
     }
 
-    async fn in_order(&mut self, files: &[Identity], mut agent: Option<&mut Agent>) -> Result<bool, Stop> {
-        let mut locked = Vec::new();
-        for identity in files {
-            match self.content(identity) {
-                Content::Open(key) => {
-                    if self.offer_file(identity, &key).await? {
-                        return Ok(true);
-                    }
-                }
-                Content::Locked(text) => locked.push((identity, text)),
-                Content::Public => {}
+    async fn open_files(&mut self) -> Result<bool, Stop> {
+        for identity in &self.identities.files {
+            if let Content::Open(key) = self.content(identity)
+                && self.offer_file(identity, &key).await?
+            {
+                return Ok(true);
             }
         }
-        if let Some(agent) = agent.as_mut() {
-            let open = |identity: &Identity| matches!(identity.content, Content::Open(_));
-            let done: Vec<_> = files.iter().filter(|file| open(file)).filter_map(|file| file.public.clone()).collect();
-            let named: Vec<_> = files.iter().filter_map(|file| file.public.clone()).collect();
-            let is_in = |keys: &[PublicKey], key: &PublicKey| keys.iter().any(|in_| in_.key_data() == key.key_data());
-            agent.keys.retain(|held| !is_in(&done, &held.key) || held.certificate.is_some());
-            let is_named = |held: &Held| is_in(&named, &held.key);
-            // A stable sort: what is named comes first.
-            agent.keys.sort_by_key(|held| !is_named(held));
-            if self.options.identities_only {
-                agent.keys.retain(|held| {
-                    is_named(held) || self.identities.certificates_of(held.key.key_data()).next().is_some()
-                });
+        Ok(false)
+    }
+
+    /// Those that a file names come first, or are all there is.
+    async fn keys_of_the_agent(&mut self) -> Result<bool, Stop> {
+        let Some(socket) = &self.options.agent_socket else { return Ok(false) };
+        let mut agent = match Agent::connect(socket, self.handle).await {
+            Ok(agent) => agent,
+            Err(error) => {
+                self.tried.push(format!("the agent at '{}': {error}", shown(socket)));
+                return Ok(false);
             }
-            for held in std::mem::take(&mut agent.keys) {
-                if self.offer_agent(agent, &held).await? {
-                    return Ok(true);
-                }
+        };
+        let mut keys = std::mem::take(&mut agent.keys);
+        let identities = self.identities;
+        keys.sort_by_key(|held| !identities.names(held.key.key_data()));
+        if self.options.identities_only {
+            keys.retain(|held| identities.names(held.key.key_data()));
+        }
+        for held in keys {
+            if self.offer_agent(&mut agent, &held).await? {
+                return Ok(true);
             }
         }
-        for (identity, text) in locked {
+        Ok(false)
+    }
+
+    async fn locked_files(&mut self) -> Result<bool, Stop> {
+        for identity in &self.identities.files {
+            let Content::Locked(text) = self.content(identity) else { continue };
+            if identity.public.as_ref().is_some_and(|public| self.was_offered(public)) {
+                continue;
+            }
             match unlock(&identity.path, &text, self.options.passphrase.as_ref()) {
                 Ok(key) => {
-                    // Kept even when this host does not take it: the next hop or connection may.
+                    // Kept even when this host does not take it: the next one on the way may.
                     lock(self.opened).push((identity.path.clone(), Arc::clone(&key)));
                     if self.offer_file(identity, &key).await? {
                         return Ok(true);
@@ -144,12 +150,17 @@ impl<'a> Login<'a> {
                 Err(reason) => self.tried.push(reason),
             }
         }
-        for identity in files.iter().filter(|identity| matches!(identity.content, Content::Public)) {
-            if !self.tried.iter().any(|note| note.contains(&shown(&identity.path))) {
-                self.tried.push(format!("'{}': a public key, whose other half no agent has", shown(&identity.path)));
+        Ok(false)
+    }
+
+    fn note_halves(&mut self) {
+        for identity in &self.identities.files {
+            let is_half = matches!(identity.content, Content::Public);
+            if is_half && !identity.public.as_ref().is_some_and(|public| self.was_offered(public)) {
+                let path = shown(&identity.path);
+                self.tried.push(format!("'{path}': a public key, whose other half no agent has"));
             }
         }
-        Ok(false)
     }
 
     /// The key as it is by now: a passphrase may have been given before.
@@ -159,6 +170,10 @@ impl<'a> Login<'a> {
             Some((_, key)) => Content::Open(Arc::clone(key)),
             None => identity.content.clone(),
         }
+    }
+
+    fn was_offered(&self, key: &PublicKey) -> bool {
+        self.offered.iter().any(|offered| offered.key_data() == key.key_data())
     }
 
     async fn rsa_hash(&self, algorithm: &Algorithm) -> Option<HashAlg> {
@@ -172,70 +187,55 @@ impl<'a> Login<'a> {
     async fn offer_file(&mut self, identity: &Identity, key: &Arc<PrivateKey>) -> Result<bool, Stop> {
         let name = format!("'{}'", shown(&identity.path));
         let user = self.options.user.clone();
-        for certificate in &identity.certificates {
+        for certificate in self.identities.certificates_of(key.public_key().key_data()) {
             // The signature of a file's RSA key is always one with SHA-512.
             let hash = matches!(key.algorithm(), Algorithm::Rsa { .. }).then_some(HashAlg::Sha512);
             let mut signer = FileSigner(Arc::clone(key));
-            let result = self
-                .handle
-                .authenticate_certificate_with(user.clone(), certificate.clone(), hash, &mut signer)
-                .await
-                .map_err(|error| self.lost(&error))?;
-            if self.accepted(result, &format!("the certificate of {name}"))? {
+            let offer = (user.clone(), certificate.clone());
+            let result = self.handle.authenticate_certificate_with(offer.0, offer.1, hash, &mut signer).await;
+            if self.signed(result, &format!("the certificate of {name}"))? {
                 return Ok(true);
             }
         }
+        if self.was_offered(key.public_key()) {
+            return Ok(false);
+        }
+        self.offered.push(key.public_key().clone());
         let hash = self.rsa_hash(&key.algorithm()).await;
         let result = self
             .handle
             .authenticate_publickey(user, PrivateKeyWithHashAlg::new(Arc::clone(key), hash))
             .await
             .map_err(|error| self.lost(&error))?;
-        self.accepted(result, &name)
-    }
-
-    /// Connects to the agent and asks what it has; what fails is noted.
-    async fn agent(&mut self) -> Option<Agent> {
-        let socket = self.options.agent_socket.clone()?;
-        match Agent::connect(&socket, self.handle).await {
-            Ok(agent) => Some(agent),
-            Err(error) => {
-                self.tried.push(format!("the agent at '{}': {error}", shown(&socket)));
-                None
-            }
-        }
+        self.accepted(result, Some(&name))
     }
 
     async fn offer_agent(&mut self, agent: &mut Agent, held: &Held) -> Result<bool, Stop> {
         let name = format!("agent key '{}'", Escaped(held.comment.as_bytes()));
         let hash = self.rsa_hash(&held.key.algorithm()).await;
         let user = self.options.user.clone();
-        let mut offers = Vec::new();
-        match &held.certificate {
-            Some(certificate) => offers.push((certificate.clone(), format!("the certificate of {name}"), false)),
-            None => {
-                for certificate in self.identities.certificates_of(held.key.key_data()) {
-                    offers.push((certificate.clone(), format!("the certificate of {name}"), true));
-                }
-            }
-        }
-        for (certificate, name, apart) in offers {
-            let mut signer = AgentSigner { client: &mut agent.client, apart };
-            let result = self.handle.authenticate_certificate_with(user.clone(), certificate, hash, &mut signer).await;
-            if self.signed(result, &name)? {
+        // With the certificate that the agent has, or with those that files have for its key.
+        let of_files = self.identities.certificates_of(held.key.key_data());
+        let of_files = of_files.filter(|_| held.certificate.is_none());
+        for certificate in held.certificate.iter().chain(of_files) {
+            let mut signer = AgentSigner { client: &mut agent.client, apart: held.certificate.is_none() };
+            let offer = (user.clone(), certificate.clone());
+            let result = self.handle.authenticate_certificate_with(offer.0, offer.1, hash, &mut signer).await;
+            if self.signed(result, &format!("the certificate of {name}"))? {
                 return Ok(true);
             }
         }
-        if held.certificate.is_some() {
+        if held.certificate.is_some() || self.was_offered(&held.key) {
             return Ok(false);
         }
+        self.offered.push(held.key.clone());
         let result = self.handle.authenticate_publickey_with(user, held.key.clone(), hash, &mut agent.client).await;
         self.signed(result, &name)
     }
 
     fn signed(&mut self, result: Result<AuthResult, AgentAuthError>, name: &str) -> Result<bool, Stop> {
         match result {
-            Ok(result) => self.accepted(result, name),
+            Ok(result) => self.accepted(result, Some(name)),
             Err(AgentAuthError::Key(error)) => {
                 self.tried.push(format!("{name}: {error}"));
                 Ok(false)
@@ -244,9 +244,10 @@ impl<'a> Login<'a> {
         }
     }
 
-    fn accepted(&mut self, result: AuthResult, name: &str) -> Result<bool, Stop> {
+    /// Notes the answer to what was offered.
+    fn accepted(&mut self, result: AuthResult, name: Option<&str>) -> Result<bool, Stop> {
         let AuthResult::Failure { remaining_methods, partial_success } = result else { return Ok(true) };
-        if !name.is_empty() {
+        if let Some(name) = name {
             let what = if partial_success { "accepted, but the host asks for more than a key" } else { "not accepted" };
             self.tried.push(format!("{name}: {what}"));
         }
@@ -266,89 +267,12 @@ impl<'a> Login<'a> {
     }
 
     fn lost(&self, error: &dyn std::fmt::Display) -> Stop {
-        Stop::Lost(match self.heard.said() {
-            Some(reason) => format!("the host ended the login: {reason}"),
-            None => format!("the host ended the login: {error}"),
-        })
-    }
-}
-
-/// A key or certificate that the agent holds.
-struct Held {
-    key: PublicKey,
-    certificate: Option<Certificate>,
-    comment: String,
-}
-
-struct Agent {
-    client: AgentClient<UnixStream>,
-    keys: Vec<Held>,
-}
-
-impl Agent {
-    async fn connect(socket: &Path, handle: &Handle<Trust>) -> Result<Agent, russh::keys::Error> {
-        let mut client = AgentClient::connect_uds(socket).await?;
-        // Keys restricted to certain hosts sign only for a session that the agent knows; old agents cannot be told.
-        if let Some(binding) = handle.agent_session_binding()
-            && let Err(error) = client.bind_session(binding, false).await
-        {
-            tracing::debug!(%error, "the agent takes no session binding");
-        }
-        let keys = client.request_identities().await?.into_iter().map(|identity| match identity {
-            AgentIdentity::PublicKey { key, comment } => Held { key, certificate: None, comment },
-            AgentIdentity::Certificate { certificate, comment } => {
-                let key = PublicKey::new(certificate.public_key().clone(), "");
-                Held { key, certificate: Some(certificate), comment }
-            }
-        });
-        Ok(Agent { keys: keys.collect(), client })
-    }
-}
-
-/// Signs for a certificate with the key of a file.
-struct FileSigner(Arc<PrivateKey>);
-
-impl Signer for FileSigner {
-    type Error = AgentAuthError;
-
-    async fn auth_sign(
-        &mut self,
-        _: &AgentIdentity,
-        _: Option<HashAlg>,
-        mut to_sign: Vec<u8>,
-    ) -> Result<Vec<u8>, AgentAuthError> {
-        let failed = |error: russh::keys::ssh_key::Error| AgentAuthError::Key(error.into());
-        let signature = self.0.try_sign(&to_sign).map_err(|error| failed(error.into()))?;
-        let signature = Vec::<u8>::try_from(signature).map_err(failed)?;
-        to_sign.extend_from_slice(&u32::try_from(signature.len()).unwrap_or(u32::MAX).to_be_bytes());
-        to_sign.extend_from_slice(&signature);
-        Ok(to_sign)
-    }
-}
-
-/// Signs with a key of the agent.
-struct AgentSigner<'a> {
-    client: &'a mut AgentClient<UnixStream>,
-    /// The certificate came from a file: the agent knows the key alone.
-    apart: bool,
-}
-
-impl Signer for AgentSigner<'_> {
-    type Error = AgentAuthError;
-
-    async fn auth_sign(
-        &mut self,
-        identity: &AgentIdentity,
-        hash: Option<HashAlg>,
-        to_sign: Vec<u8>,
-    ) -> Result<Vec<u8>, AgentAuthError> {
-        let bare = match identity {
-            AgentIdentity::Certificate { certificate, comment } if self.apart => Some(AgentIdentity::PublicKey {
-                key: PublicKey::new(certificate.public_key().clone(), ""),
-                comment: comment.clone(),
+        match self.heard.goodbye() {
+            Some(reason) => Stop::HungUp(format!("the host ended the login: {reason}")),
+            None => Stop::Lost(match self.heard.said() {
+                Some(reason) => format!("the connection was lost while logging in: {reason}"),
+                None => format!("the host ended the login: {error}"),
             }),
-            _ => None,
-        };
-        Ok(self.client.sign_request(bare.as_ref().unwrap_or(identity), hash, to_sign).await?)
+        }
     }
 }

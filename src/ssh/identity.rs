@@ -102,15 +102,25 @@ impl Identities {
             Err(_) => Vec::new(),
         };
         if let Some(public) = &public {
-            certificates.extend(self.certificates_of(public.key_data()).cloned());
             certificates.retain(|certificate| certificate.public_key() == public.key_data());
         }
         Ok(Ok(Identity { path: path.to_owned(), public, content, certificates }))
     }
 
-    /// The certificates that were named for this key.
+    /// The certificates for this key: those beside key files, and those that were named.
     pub(super) fn certificates_of<'a>(&'a self, key: &'a KeyData) -> impl Iterator<Item = &'a Certificate> {
-        self.certificates.iter().filter(move |certificate| certificate.public_key() == key)
+        let beside = self.files.iter().flat_map(|identity| &identity.certificates);
+        let all: Vec<&Certificate> =
+            beside.chain(&self.certificates).filter(|found| found.public_key() == key).collect();
+        // One that stands in two places is offered once.
+        let unique: Vec<_> = all.iter().enumerate().filter(|(at, found)| !all[..*at].contains(found)).collect();
+        unique.into_iter().map(|(_, found)| *found).collect::<Vec<_>>().into_iter()
+    }
+
+    /// Whether a file names this key.
+    pub(super) fn names(&self, key: &KeyData) -> bool {
+        let of_file = |identity: &Identity| identity.public.as_ref().is_some_and(|public| public.key_data() == key);
+        self.files.iter().any(of_file) || self.certificates_of(key).next().is_some()
     }
 }
 

@@ -5,6 +5,7 @@
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+mod agent;
 mod auth;
 pub mod config;
 mod dial;

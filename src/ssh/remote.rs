@@ -179,15 +179,15 @@ impl SshRemote {
                 }
                 Err(_) => return Err(failed(options, "the handshake took too long", Exit::TryAgain)),
             };
-            let login = Login::new(&mut handle, options, identities, &self.opened, &heard).run();
-            match tokio::time::timeout(LOGIN_TIMEOUT, login).await {
-                Ok(result) => result.map_err(|reason| {
-                    // Of a host on the way nothing can be said to the one behind it.
-                    self.refused.store(std::ptr::eq(options, &self.options), Ordering::Relaxed);
-                    failed(options, reason, Exit::Trust)
-                })?,
-                Err(_) => return Err(failed(options, "the login took too long", Exit::TryAgain)),
-            }
+            let login = Login::new(&mut handle, options, &identities, &self.opened, &heard).run();
+            let late = ("the login took too long".to_owned(), Exit::TryAgain);
+            let logged_in = tokio::time::timeout(LOGIN_TIMEOUT, login).await.unwrap_or(Err(late));
+            logged_in.map_err(|(reason, exit)| {
+                // Of a host on the way nothing can be said to the one behind it.
+                let refused = exit == Exit::Trust && std::ptr::eq(options, &self.options);
+                self.refused.store(refused, Ordering::Relaxed);
+                failed(options, reason, exit)
+            })?;
             Ok(Connection { handle, heard, _jump: jump, _runtime: Arc::clone(&self.runtime) })
         })
     }

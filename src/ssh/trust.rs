@@ -67,13 +67,28 @@ fn algorithm(kind: AlgorithmKind) -> &'static str {
     }
 }
 
-/// What the host said when it hung up.
+/// How a connection ended.
 #[derive(Default)]
-pub(super) struct Heard(Mutex<Option<String>>);
+pub(super) struct Heard(Mutex<End>);
+
+#[derive(Default)]
+struct End {
+    /// What the host said when it hung up.
+    goodbye: Option<String>,
+    /// What broke, otherwise.
+    failure: Option<String>,
+}
 
 impl Heard {
+    /// What the host said when it hung up.
+    pub(super) fn goodbye(&self) -> Option<String> {
+        lock(&self.0).goodbye.clone()
+    }
+
+    /// The same, or what broke.
     pub(super) fn said(&self) -> Option<String> {
-        lock(&self.0).clone()
+        let end = lock(&self.0);
+        end.goodbye.clone().or_else(|| end.failure.clone())
     }
 }
 
@@ -127,7 +142,7 @@ impl Handler for Trust {
     async fn disconnected(&mut self, reason: DisconnectReason<Stop>) -> Result<(), Stop> {
         match reason {
             DisconnectReason::ReceivedDisconnect(said) => {
-                *lock(&self.heard.0) = Some(Escaped(said.message.as_bytes()).to_string());
+                lock(&self.heard.0).goodbye = Some(Escaped(said.message.as_bytes()).to_string());
                 Ok(())
             }
             DisconnectReason::Error(stop) => {
@@ -136,7 +151,7 @@ impl Handler for Trust {
                     Stop::Protocol(error) => error.to_string(),
                     Stop::Refused(reason) => reason.clone(),
                 };
-                lock(&self.heard.0).get_or_insert(reason);
+                lock(&self.heard.0).failure = Some(reason);
                 Err(stop)
             }
         }
