@@ -6,19 +6,10 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
-use crate::ssh::{Agent, Sshd, keygen, public, text, user};
+use crate::ssh::{Agent, Sshd, ends, keygen, public, text, user};
 
 fn mode(path: &Path) -> u32 {
     fs::metadata(path).unwrap().permissions().mode() & 0o7777
-}
-
-#[track_caller]
-fn ends(output: &Output, code: i32, words: &[&str]) {
-    let text = text(output);
-    assert_eq!(output.status.code(), Some(code), "{text}");
-    for word in words {
-        assert!(text.contains(word), "'{word}' is not in: {text}");
-    }
 }
 
 /// An sshd that takes the keys of `there/.ssh/authorized_keys` too.

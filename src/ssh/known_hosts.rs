@@ -19,6 +19,9 @@ use super::options::SshOptions;
 use super::pattern::wild;
 use super::{quote, sha1, shown};
 
+/// Shorter RSA keys are not believed, on file or not.
+const MIN_RSA_BITS: u32 = 2048;
+
 /// A key that a file holds for the host.
 #[derive(Debug)]
 struct Known {
@@ -185,6 +188,9 @@ impl KnownHost {
         if let Some(reason) = self.revocation(offered.key_data(), "that the host offers") {
             return Verdict::Refused(reason);
         }
+        if let Some(reason) = too_short(offered.key_data()) {
+            return Verdict::Refused(format!("{}: refused: the host's {reason}", self.name));
+        }
         if self.trusted.iter().any(|known| known.key.key_data() == offered.key_data()) {
             return Verdict::Trusted;
         }
@@ -278,6 +284,11 @@ impl KnownHost {
         if matches!(offered.signature().algorithm(), Algorithm::Rsa { hash: None } | Algorithm::Dsa) {
             return Some("it is signed with SHA-1".into());
         }
+        for (key, whose) in [(offered.public_key(), "its"), (offered.signature_key(), "its authority's")] {
+            if let Some(reason) = too_short(key) {
+                return Some(format!("{whose} {reason}"));
+            }
+        }
         if now < offered.valid_after() {
             return Some("it is not valid yet; is the clock right?".into());
         }
@@ -309,6 +320,12 @@ impl KnownHost {
         let file = self.first_file().ok_or_else(|| format!("{}: no file to add the host key to", self.name))?;
         append(file, &self.line(key)).map_err(|error| format!("cannot add the host key to '{}': {error}", shown(file)))
     }
+}
+
+fn too_short(key: &KeyData) -> Option<String> {
+    let KeyData::Rsa(rsa) = key else { return None };
+    let bits = rsa.key_size();
+    (bits < MIN_RSA_BITS).then(|| format!("RSA key has only {bits} bits; its owner has to make a new one"))
 }
 
 /// Appends a line, below one that lacks its end too; makes the file and its directory for the user alone.
@@ -424,6 +441,21 @@ mod tests {
         assert!(verdict(&text, "h1", 22, A).is_ok());
         assert!(verdict(&text, "h1", 2222, B).is_ok());
         assert!(verdict(&text, "h2", 22, A).unwrap_err().contains("unknown"));
+    }
+
+    #[test]
+    fn h57_short_rsa_keys_are_refused_even_when_they_are_on_file() {
+        let directory = tempfile::tempdir().unwrap();
+        for (bits, good) in [("1024", false), ("2048", true)] {
+            let file = directory.path().join(bits);
+            let mut command = std::process::Command::new("ssh-keygen");
+            let run = command.args(["-q", "-t", "rsa", "-N", "", "-b", bits, "-f"]).arg(&file).status().unwrap();
+            assert!(run.success());
+            let key = std::fs::read_to_string(directory.path().join(format!("{bits}.pub"))).unwrap();
+            let verdict = verdict(&format!("h1 {key}"), "h1", 22, key.trim());
+            assert_eq!(verdict.is_ok(), good, "{verdict:?}");
+            assert!(good || verdict.unwrap_err().contains("only 1024 bits"));
+        }
     }
 
     #[test]
