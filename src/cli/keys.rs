@@ -206,9 +206,11 @@ fn by_hand(error: &ConnectError, key: &Path, line: &str, options: &SshOptions) -
     let SshOptions { host, port, user, .. } = options;
     let public = if key.extension().is_some_and(|end| end == "pub") { key.to_owned() } else { key_file::beside(key) };
     let port = if *port == 22 { String::new() } else { format!("-p {port} ") };
+    let jumps = options.jumps();
+    let jump = if jumps.is_empty() { jumps } else { format!("-o ProxyJump={} ", quote(&jumps)) };
     let message = format!(
         "{}\nNo login to {user}@{host} works yet. Somebody who can write ~{user}/.ssh/authorized_keys there adds this \
-         line:\n{line}\nor, where a password still works:\n  ssh-copy-id -i {} {port}{}",
+         line:\n{line}\nor, where a password still works:\n  ssh-copy-id -i {} {jump}{port}{}",
         error.message,
         quote(&shown(&public).to_string()),
         quote(&format!("{user}@{host}")),

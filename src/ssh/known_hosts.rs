@@ -81,11 +81,10 @@ pub(super) fn name(host: &str, port: u16) -> String {
 impl KnownHost {
     fn new(options: &SshOptions) -> KnownHost {
         let SshOptions { host, port, host_key_alias, known_hosts, .. } = options;
-        let port_option = if *port == 22 { String::new() } else { format!("-P {port} ") };
         KnownHost {
             name: host_key_alias.as_ref().map_or_else(|| name(host, *port), |alias| alias.to_ascii_lowercase()),
             host: host_key_alias.as_ref().unwrap_or(host).to_ascii_lowercase(),
-            scan: format!("{port_option}{}", quote(host)),
+            scan: format!("{}{}", options.arguments(), quote(host)),
             files: known_hosts.clone(),
             trusted: Vec::new(),
             revoked: Vec::new(),
