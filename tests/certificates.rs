@@ -113,6 +113,7 @@ fn h55_an_authority_that_is_not_this_hosts_or_is_revoked_counts_for_nothing() {
     let (ca, host) = (public(&sshd.path("ca.pub")), public(&sshd.path("host.pub")));
     let other = public(&sshd.path("user.pub"));
     done(&push(format!("@cert-authority * {ca}\n")));
+    done(&push(format!("@cert-authority 127.0.0.* {ca}\n")));
     ends(&push(format!("@cert-authority *.example.org {ca}\n")), 3, &["unknown host key"]);
     ends(&push(format!("@cert-authority * {other}\n")), 3, &["unknown host key", "no authority here"]);
     ends(&push(format!("@cert-authority * {ca}\n@revoked * {ca}\n")), 3, &["REVOKED", "known:2"]);

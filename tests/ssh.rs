@@ -49,37 +49,42 @@ impl Sshd {
         fs::copy(path("user.pub"), path("authorized")).unwrap();
         // The home directory of the account, as far as SFTP can tell.
         fs::create_dir(path("there")).unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let first = first(at.path());
         let show = |name: &str| path(name).display().to_string();
-        let lockstep = env!("CARGO_BIN_EXE_lockstep");
         let config = format!(
-            "{first}\nPort {port}\nListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\n\
-             UsePAM no\nStrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nLogLevel VERBOSE\n\
-             PermitRootLogin yes\nSubsystem lockstep {lockstep} sftp-server\nSubsystem sftp internal-sftp -d {}/there\n",
+            "{first}\nListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\nUsePAM no\nStrictModes no\n\
+             PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\nLogLevel VERBOSE\n\
+             Subsystem lockstep {} sftp-server\nSubsystem sftp internal-sftp -d {}\n",
             show("host"),
             show("authorized"),
-            at.path().display(),
+            env!("CARGO_BIN_EXE_lockstep"),
+            show("there"),
         );
         fs::write(path("config"), config).unwrap();
         fs::create_dir_all("/run/sshd").ok();
-        let child = Command::new("/usr/sbin/sshd")
-            .args(["-D", "-e", "-f"])
-            .arg(path("config"))
-            .stdin(Stdio::null())
-            .stderr(fs::File::create(path("log")).unwrap())
-            .spawn()
-            .expect("sshd is not installed: Debian package openssh-server");
-        let key = public(&path("host.pub"));
-        fs::write(path("known"), format!("[127.0.0.1]:{port} {key}\n")).unwrap();
-        let mut sshd = Sshd { child, port, at };
-        let started = Instant::now();
-        while !sshd.log().contains("Server listening on") {
-            assert!(started.elapsed() < Duration::from_secs(20), "sshd does not listen: {}", sshd.log());
-            assert!(sshd.child.try_wait().unwrap().is_none(), "sshd has ended: {}", sshd.log());
-            std::thread::sleep(Duration::from_millis(10));
+        // RACE: a port that was free may be taken by another test before sshd has it; then it ends, and gets another.
+        for _ in 0..10 {
+            let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+            let mut child = Command::new("/usr/sbin/sshd")
+                .args(["-D", "-e", "-p", &port.to_string(), "-f"])
+                .arg(path("config"))
+                .stdin(Stdio::null())
+                .stderr(fs::File::create(path("log")).unwrap())
+                .spawn()
+                .expect("sshd is not installed: Debian package openssh-server");
+            let log = || fs::read_to_string(path("log")).unwrap();
+            let started = Instant::now();
+            while !log().contains("Server listening on") && child.try_wait().unwrap().is_none() {
+                assert!(started.elapsed() < Duration::from_secs(20), "sshd does not listen: {}", log());
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            if log().contains("Server listening on") {
+                fs::write(path("known"), format!("[127.0.0.1]:{port} {}\n", public(&path("host.pub")))).unwrap();
+                return Sshd { child, port, at };
+            }
+            assert!(log().contains("Address already in use"), "sshd has ended: {}", log());
         }
-        sshd
+        panic!("no port for sshd");
     }
 
     pub(crate) fn log(&self) -> String {

@@ -68,6 +68,8 @@ pub(super) struct KnownHost {
     scan: String,
     files: Vec<PathBuf>,
     trusted: Vec<Known>,
+    /// Keys of the host for whatever port: they may be its own, but need not be.
+    portless: Vec<Known>,
     revoked: Vec<Known>,
     authorities: Vec<Known>,
 }
@@ -87,6 +89,7 @@ impl KnownHost {
             scan: format!("{}{}", options.arguments(), quote(host)),
             files: known_hosts.clone(),
             trusted: Vec::new(),
+            portless: Vec::new(),
             revoked: Vec::new(),
             authorities: Vec::new(),
         }
@@ -135,12 +138,15 @@ impl KnownHost {
                     continue;
                 }
             };
-            if !matches(entry.host_patterns(), &self.name) {
+            let is_exact = matches(entry.host_patterns(), &self.name);
+            // As OpenSSH does: a line without a port is for other ports too, when none is for this one.
+            if !is_exact && !matches(entry.host_patterns(), &self.host) {
                 continue;
             }
             let known = Known { key: entry.public_key().clone(), file: file.to_owned(), line: number };
             match entry.marker() {
-                None => self.trusted.push(known),
+                None if is_exact => self.trusted.push(known),
+                None => self.portless.push(known),
                 Some(Marker::Revoked) => self.revoked.push(known),
                 Some(Marker::CertAuthority) => self.authorities.push(known),
             }
@@ -150,7 +156,8 @@ impl KnownHost {
 
     /// Names of the key types on file, so that the host is asked for a key that can be compared.
     pub(super) fn algorithms(&self) -> Vec<String> {
-        self.trusted.iter().map(|known| plain_type(&known.key)).collect()
+        let on_file = if self.trusted.is_empty() { &self.portless } else { &self.trusted };
+        on_file.iter().map(|known| plain_type(&known.key)).collect()
     }
 
     /// Whether a certificate of the host could be believed.
@@ -190,7 +197,8 @@ impl KnownHost {
         if let Some(reason) = too_short(offered.key_data()) {
             return Verdict::Refused(format!("{}: refused: the host's {reason}", self.name));
         }
-        if self.trusted.iter().any(|known| known.key.key_data() == offered.key_data()) {
+        let is_on_file = |known: &[Known]| known.iter().any(|known| known.key.key_data() == offered.key_data());
+        if is_on_file(&self.trusted) || (self.trusted.is_empty() && is_on_file(&self.portless)) {
             return Verdict::Trusted;
         }
         let alike = self.trusted.iter().find(|known| plain_type(&known.key) == kind);
@@ -394,7 +402,11 @@ mod tests {
             (format!("h1 {A}"), "h1", 22, "ok"),
             (format!("h1 {A}"), "H1", 22, "ok"),
             (format!("\t h1,h2\t{A} comment # more"), "h2", 22, "ok"),
-            (format!("h1 {A}"), "h1", 2222, "unknown"),
+            (format!("h1 {A}"), "h1", 2222, "ok"),
+            (format!("h1 {B}"), "h1", 2222, "unknown"),
+            (format!("h1 {A}\n[h1]:2222 {B}"), "h1", 2222, "CHANGED"),
+            (format!("h1 {B}\n[h1]:2222 {A}"), "h1", 2222, "ok"),
+            (format!("[h1]:2222 {A}\n@revoked h1 {A}"), "h1", 2222, "REVOKED"),
             (format!("[h1]:2222 {A}"), "h1", 2222, "ok"),
             (format!("[h1]:2222 {A}"), "h1", 22, "unknown"),
             (format!("*.x,!bad.x {A}"), "a.x", 22, "ok"),
