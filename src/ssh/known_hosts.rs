@@ -4,8 +4,8 @@
 //! and cannot be read, or a `@revoked` line that cannot be understood, refuses: what is not known must not pass for
 //! nothing known.
 
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -102,7 +102,7 @@ impl KnownHost {
     pub(super) fn read(options: &SshOptions) -> Result<KnownHost, String> {
         let mut known = KnownHost::new(options);
         for file in known.files.clone() {
-            match std::fs::read(&file) {
+            match contents(&file) {
                 Ok(bytes) => known.add(&file, &bytes)?,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(format!("cannot read the known hosts in '{}': {error}", shown(&file))),
@@ -335,6 +335,20 @@ fn too_short(key: &KeyData) -> Option<String> {
     (bits < MIN_RSA_BITS).then(|| format!("RSA key has only {bits} bits; its owner has to make a new one"))
 }
 
+/// A file that others may write would let them decide who is trusted.
+fn contents(path: &Path) -> io::Result<Vec<u8>> {
+    let mut file = std::fs::File::open(path)?;
+    // RACE: none; the descriptor that is checked is the one that is read.
+    let metadata = file.metadata()?;
+    if metadata.is_file() && metadata.mode() & 0o022 != 0 {
+        let mode = metadata.mode() & 0o7777;
+        return Err(io::Error::other(format!("others may write it (mode {mode:04o}); run chmod go-w on it")));
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// Appends a line, below one that lacks its end too; makes the file and its directory for the user alone.
 fn append(file: &Path, line: &str) -> io::Result<()> {
     if let Some(directory) = file.parent().filter(|directory| !directory.as_os_str().is_empty()) {
@@ -470,9 +484,19 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_read_refuses() {
+    fn h50_a_file_that_cannot_be_read_or_that_others_may_write_refuses() {
+        use std::os::unix::fs::PermissionsExt as _;
         let directory = tempfile::tempdir().unwrap();
         let read = |path: PathBuf| KnownHost::read(&options("h1", 22, path));
+        let file = directory.path().join("kh");
+        std::fs::write(&file, format!("h1 {A}\n")).unwrap();
+        for (mode, good) in [(0o644, true), (0o664, false), (0o602, false)] {
+            std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+            let known = read(file.clone());
+            assert_eq!(known.is_ok(), good, "{mode:o}");
+            assert!(good || known.unwrap_err().contains("chmod go-w"));
+        }
+        assert!(read("/dev/null".into()).is_ok());
         assert!(read(directory.path().join("none")).is_ok());
         assert!(read(directory.path().to_owned()).unwrap_err().contains("cannot read"));
     }
