@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod architecture;
+mod certificates;
 mod cli;
 mod keys;
 mod model;
