@@ -6,6 +6,7 @@
 mod architecture;
 mod cli;
 mod pipeline;
+mod policy;
 mod quickstart;
 mod scenarios_permissions;
 mod serve;
