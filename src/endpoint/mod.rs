@@ -20,6 +20,8 @@ pub mod algorithms;
 pub mod client;
 pub mod link;
 pub mod local;
+pub mod memory;
+pub mod stock;
 pub mod stream;
 
 /// Content travels in blocks of at most this many bytes.

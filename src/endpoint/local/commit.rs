@@ -4,7 +4,6 @@
 //! then on the run can only go forward: each step is done again without harm by whoever comes next.
 
 use std::collections::{BTreeSet, HashSet};
-use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -69,7 +68,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     };
     let steps = steps(&publication);
     let changed = !steps.is_empty();
-    if !changed && run.rename_to.is_none() && state.old_manifest.generation > 0 {
+    if !changed && run.birth.is_none() && state.old_manifest.generation > 0 {
         run.root.remove_tree(&rel(STAGING)?).map_err(io)?;
         return Ok(Committed {
             generation: state.old_manifest.generation,
@@ -97,8 +96,8 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     committed.removed = steps.iter().filter(|step| is_removal(step)).count() as u64;
     audit(run, state, &steps, &failed, &manifest)?;
     finish(&run.root)?;
-    if let Some(path) = &run.rename_to {
-        appear(&run.root, path)?;
+    if let Some(birth) = &run.birth {
+        birth.appear(&run.root)?;
     }
     monitor.event(Event::Detail(&format!("generation {} is published", committed.generation)));
     Ok(committed)
@@ -154,11 +153,14 @@ fn settle(run: &Run, staging: &Root, state: &mut State, options: &CommitOptions)
         }
     }
     for entry in directories.iter().rev() {
-        let path = run.staged_path(&entry.path)?;
+        let path = run.staged_directory(&entry.path)?;
         // The top-most new directory gets its mode after the rename: without the right to write it cannot be moved.
         if path.depth() > 2 && staging.stat(&path, Follow::Never).is_ok() {
             let private = Permissions { mode: 0o700, ..run.permissions(entry)? };
-            let above_is_new = entry.path.parent().is_some_and(|parent| state.target.get(&parent).is_none());
+            let above_is_new = entry
+                .path
+                .parent()
+                .is_some_and(|parent| state.target.get(&parent).is_none_or(|there| !there.is_directory()));
             let wanted = if above_is_new { run.permissions(entry)? } else { private };
             apply_directory(staging, &path, &wanted)?;
         }
@@ -413,23 +415,6 @@ fn finish(root: &Root) -> Result<(), Error> {
     }
     root.sync_dir(Some(&rel(super::target::STATE)?)).map_err(io)?;
     root.remove_tree(&path).map_err(io)
-}
-
-/// Gives a root that was made under its hidden name its own.
-fn appear(root: &Root, path: &std::path::Path) -> Result<(), Error> {
-    let failed = |operation: &'static str| {
-        let path = path.display().to_string();
-        move |source: std::io::Error| Error::Io { operation, path, source }
-    };
-    let mode = rustix::fs::Mode::from_raw_mode(0o755);
-    let directory = root.open_dir(None, Follow::Never).map_err(io)?;
-    rustix::fs::fchmod(&directory, mode).map_err(|errno| failed("set the mode of")(errno.into()))?;
-    let flags = RenameFlags::NOREPLACE;
-    let cwd = rustix::fs::CWD;
-    rustix::fs::renameat_with(cwd, root.shown(), cwd, path, flags)
-        .map_err(|errno| failed("give the new tree its name")(errno.into()))?;
-    let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(std::path::Path::new("."));
-    File::open(above).and_then(|above| above.sync_all()).map_err(failed("store the name of"))
 }
 
 /// Finishes what an interrupted run had begun to publish. Says whether there was something to finish.

@@ -2,9 +2,12 @@
 
 mod commit;
 mod metadata;
+mod place;
 mod source;
 mod target;
 mod writer;
 
+pub use place::{anywhere, beneath};
 pub use source::LocalSource;
 pub use target::LocalTarget;
+pub(in crate::endpoint) use target::POINTERS;

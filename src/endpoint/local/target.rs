@@ -4,10 +4,11 @@
 //! hidden name beside its own and gets its name in the last step, so that a new tree appears whole.
 
 use std::collections::{HashMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use super::place::{Birth, Place};
 use super::writer::LocalWriter;
 use super::{commit, metadata};
 use crate::access::AclLists;
@@ -28,11 +29,12 @@ pub(super) const STATE: &str = ".lockstep";
 pub(super) const MANIFEST: &str = ".lockstep/manifest";
 pub(super) const STAGING: &str = ".lockstep/staging/current";
 /// Names that are published last and removed first wherever they occur.
-const POINTERS: [&str; 5] = ["latest", "latest_checkpointed_iteration.txt", "_SUCCESS", ".metadata", "*.index.json"];
+pub(in crate::endpoint) const POINTERS: [&str; 5] =
+    ["latest", "latest_checkpointed_iteration.txt", "_SUCCESS", ".metadata", "*.index.json"];
 
 /// A directory of this machine as a target.
 pub struct LocalTarget {
-    path: PathBuf,
+    place: Place,
     policy: PolicySpec,
     run: Mutex<Option<Arc<Run>>>,
 }
@@ -40,8 +42,8 @@ pub struct LocalTarget {
 /// One run, from `begin` to `commit` or `abort`.
 pub(super) struct Run {
     pub(super) root: Root,
-    /// The final path, while the root lies under its hidden name.
-    pub(super) rename_to: Option<PathBuf>,
+    /// While the root lies under its hidden name.
+    pub(super) birth: Option<Birth>,
     pub(super) staging: Option<Root>,
     pub(super) options: BeginOptions,
     policy: Policy,
@@ -78,7 +80,13 @@ pub(super) fn rel(path: &str) -> Result<RelPath, Error> {
 impl LocalTarget {
     /// The directory at `path`, which need not be there yet. `policy` is the receiver's: it wins over a sender's.
     pub fn new(path: &Path, policy: PolicySpec) -> LocalTarget {
-        LocalTarget { path: path.to_owned(), policy, run: Mutex::new(None) }
+        LocalTarget { place: Place::Named(path.to_owned()), policy, run: Mutex::new(None) }
+    }
+
+    /// The directory at `path` below `root` (`None` is `root` itself), for a client that may reach nothing else: no
+    /// name is looked up outside `root`, and no link is followed.
+    pub fn beneath(root: Arc<Root>, path: Option<RelPath>, policy: PolicySpec) -> LocalTarget {
+        LocalTarget { place: Place::Beneath(root, path), policy, run: Mutex::new(None) }
     }
 
     fn run(&self) -> Result<Arc<Run>, Error> {
@@ -86,43 +94,23 @@ impl LocalTarget {
         run.clone().ok_or_else(|| Error::Usage("no run has begun at this target".into()))
     }
 
-    fn io_error(&self, operation: &'static str, source: std::io::Error) -> Error {
-        Error::Io { operation, path: self.path.display().to_string(), source }
-    }
-
-    /// Opens the root, or the hidden one that will be it.
-    fn open_root(&self, dry_run: bool) -> Result<Option<(Root, Option<PathBuf>)>, Error> {
-        match std::fs::metadata(&self.path) {
-            Ok(_) => return Ok(Some((Root::open(&self.path).map_err(io)?, None))),
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(self.io_error("look at", error));
-            }
+    /// Opens the root, or the hidden one that will be it. `None` is a dry run on nothing.
+    fn open_root(&self, dry_run: bool) -> Result<Option<(Root, Option<Birth>)>, Error> {
+        match self.place.open() {
+            Ok(root) => return Ok(Some((root, None))),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
             Err(_) if dry_run => return Ok(None),
             Err(_) => {}
         }
-        let (Some(parent), Some(name)) = (self.path.parent(), self.path.file_name()) else {
-            return Err(Error::Usage(format!("'{}' cannot be a target", self.path.display())));
-        };
-        let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-        std::fs::create_dir_all(parent).map_err(|error| self.io_error("make the directory above", error))?;
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(".lockstep");
-        let hidden = parent.join(hidden);
-        let mode = rustix::fs::Mode::from_raw_mode(0o700);
-        match rustix::fs::mkdir(&hidden, mode) {
-            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-            Err(errno) => return Err(self.io_error("make the directory", errno.into())),
-        }
-        let root = Root::open(&hidden).map_err(io)?;
+        let (root, birth) = self.place.bear()?;
         metadata::disinherit(&root)?;
-        Ok(Some((root, Some(self.path.clone()))))
+        Ok(Some((root, Some(birth))))
     }
 }
 
 impl Target for LocalTarget {
     fn describe(&self) -> String {
-        crate::error::Escaped(self.path.as_os_str().as_encoded_bytes()).to_string()
+        crate::error::Escaped(self.place.shown().as_os_str().as_encoded_bytes()).to_string()
     }
 
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
@@ -130,7 +118,7 @@ impl Target for LocalTarget {
         let policy = Policy::of_both(&self.policy, &options.policy, options.peer).map_err(|error| usage(&error))?;
         let rules = POINTERS.iter().map(|&name| name.to_owned()).chain(options.last.iter().cloned()).collect();
         let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
-        let Some((root, rename_to)) = self.open_root(options.dry_run)? else {
+        let Some((root, birth)) = self.open_root(options.dry_run)? else {
             // A dry run on nothing: compared with an empty directory that is never written to.
             *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
             return Ok(());
@@ -159,7 +147,7 @@ impl Target for LocalTarget {
         }
         let run = Run {
             root,
-            rename_to,
+            birth,
             staging,
             options: options.clone(),
             policy,
@@ -219,11 +207,14 @@ impl Run {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Where the content of a path is staged. Pointers lie apart: they are published by themselves.
+    /// Where a file or link is staged. Pointers lie apart: they are published by themselves.
     pub(super) fn staged_path(&self, path: &RelPath) -> Result<RelPath, Error> {
-        let tree: &[u8] = if self.is_last(path) { b"last/" } else { b"tree/" };
-        let staged = RelPath::new([tree, path.as_bytes()].concat());
-        staged.map_err(|error| Error::Refused { by: "the staging directory".into(), reason: error.to_string() })
+        staged_in(if self.is_last(path) { b"last/" } else { b"tree/" }, path)
+    }
+
+    /// Where a directory is staged, which is never a pointer, whatever its name.
+    pub(super) fn staged_directory(&self, path: &RelPath) -> Result<RelPath, Error> {
+        staged_in(b"tree/", path)
     }
 
     pub(super) fn is_last(&self, path: &RelPath) -> bool {
@@ -348,10 +339,9 @@ impl Run {
             if action.change == Change::MetadataOnly && action.need == Need::Nothing {
                 continue;
             }
-            let staged = self.staged_path(&entry.path)?;
             if entry.is_directory() {
-                directories.push(staged);
-            } else if let Some(parent) = staged.parent()
+                directories.push(self.staged_directory(&entry.path)?);
+            } else if let Some(parent) = self.staged_path(&entry.path)?.parent()
                 && directories.last() != Some(&parent)
             {
                 directories.push(parent);
@@ -375,6 +365,11 @@ impl Run {
         }
         Ok(())
     }
+}
+
+fn staged_in(tree: &[u8], path: &RelPath) -> Result<RelPath, Error> {
+    let staged = RelPath::new([tree, path.as_bytes()].concat());
+    staged.map_err(|error| Error::Refused { by: "the staging directory".into(), reason: error.to_string() })
 }
 
 pub(super) fn stage_failure(error: &StageError, staging: &Root) -> Error {
