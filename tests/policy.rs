@@ -309,7 +309,7 @@ fn s10_apply_gives_execute_bits_only_to_what_the_manifest_vouches_for() {
     fs::write(at.path().join("rules.toml"), RULES.replace("\"640\"", "\"750\"")).unwrap();
     damage("a");
     let pushed = lockstep(&["push", "--policy-file", "rules.toml", "source", "target"], at.path());
-    assert!(text(&pushed).contains("may be executed only when its content is verified"), "{}", text(&pushed));
+    assert!(text(&pushed).contains("its content has to be verified for that, and its SHA-256 is"), "{}", text(&pushed));
     assert_eq!((pushed.status.code(), mode(&target.join("a"))), (Some(4), "0644".into()));
 }
 
