@@ -442,6 +442,34 @@ fn s12_acls_are_set_on_arrival_and_follow_the_rules() {
 }
 
 #[test]
+fn h32_s12_whoever_finishes_a_killed_run_sets_the_acls_that_it_meant() {
+    let sides = Sides::new();
+    sides.file("scans/a", 0o644);
+    sides.pushed(EVERYTHING);
+    // Killed at the first list: the record is written, nothing is done of it.
+    let rules =
+        EVERYTHING.to_owned() + &rule("scans/", "mode = '2770'\nacl = ['group:games:rx', 'default:group:games:rx']");
+    let config = sides.at.path().join("config.toml");
+    fs::write(&config, &rules).unwrap();
+    let inject = "inject=fsetxattr:signal=SIGKILL:when=1";
+    let killed = Command::new("strace")
+        .args(["-f", "-qq", "-o", "/dev/null", "-e", inject, env!("CARGO_BIN_EXE_lockstep"), "push", "--policy", "p"])
+        .arg("--config")
+        .args([&config, &sides.source(""), &sides.target("")])
+        .env("XDG_STATE_HOME", sides.at.path().join("state"))
+        .output()
+        .expect("strace is not installed: Debian package strace");
+    assert_eq!(killed.status.code(), None, "{}", text(&killed));
+    assert_eq!(mode(&sides.target("scans")), "0750");
+    // The next run finishes it, and then ends without having done anything of its own.
+    let refused = sides.push(&rule("**", "owner = 'no-such-user'"));
+    assert!(text(&refused).contains("no-such-user"), "{}", text(&refused));
+    let acl = "user::rwx group::rwx group:60:r-x mask::rwx other::--- default:user::rwx default:group::rwx \
+               default:group:60:r-x default:mask::rwx default:other::---";
+    assert_eq!((mode(&sides.target("scans")).as_str(), getfacl(&sides.target("scans")).as_str()), ("2770", acl));
+}
+
+#[test]
 fn h47_a_default_acl_of_the_target_gives_nothing_to_what_arrives() {
     for (existing, rules) in [(true, EVERYTHING), (false, EVERYTHING), (true, "[policy.p]\n"), (false, "[policy.p]\n")]
     {
