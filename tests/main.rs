@@ -10,6 +10,7 @@ mod keys;
 mod model;
 mod pipeline;
 mod pipes;
+mod policy;
 mod quickstart;
 mod rogue;
 mod scenarios_permissions;

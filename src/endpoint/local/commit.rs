@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rustix::fs::RenameFlags;
 use sha2::{Digest as _, Sha256};
 
-use super::metadata::{Acls, apply_directory, apply_entry};
+use super::metadata::{Acls, Existing, apply_directory};
 use super::target::{MANIFEST, Run, STAGING, State, io, rel};
 use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::{CommitOptions, Committed, Error};
@@ -322,6 +322,7 @@ fn execute(
     tree: &Tree,
     acls: &Acls,
 ) -> Result<Vec<(String, String)>, Error> {
+    let existing = Existing::new(root, staging, tree, acls);
     let mut problems = Vec::new();
     let mut touched: BTreeSet<RelPath> = BTreeSet::new();
     let mut opened: BTreeMap<RelPath, u32> = BTreeMap::new();
@@ -330,7 +331,7 @@ fn execute(
         touched.extend(path.parent());
         let take = || match step {
             Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path),
-            Step::ApplyMetadata(_) => tree.get(path).map_or(Ok(()), |entry| apply_entry(root, entry, acls)),
+            Step::ApplyMetadata(_) => tree.get(path).map_or(Ok(()), |entry| existing.apply(entry)),
             Step::RemoveFile(_) => gone(root.unlink(path).map_err(io)),
             Step::RemoveDirectory(_) => gone(root.rmdir(path).map_err(io)),
         };
@@ -370,7 +371,7 @@ fn execute(
     // What happened in a directory moved its time; and new ones still have the mode they were staged with.
     for path in touched.iter().rev() {
         if let Some(entry) = tree.get(path).filter(|entry| entry.is_directory())
-            && let Err(error) = apply_entry(root, entry, acls)
+            && let Err(error) = existing.apply(entry)
         {
             problems.push((path.to_string(), crate::error::chain(&error)));
         }
