@@ -10,7 +10,7 @@ mod diff;
 pub mod publish;
 pub mod safety;
 
-pub use diff::{Desired, diff};
+pub use diff::{Desired, diff, require_proof};
 
 /// How a path differs between source and target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

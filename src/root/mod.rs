@@ -53,6 +53,15 @@ impl RootError {
     }
 }
 
+/// What a file system has left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FreeSpace {
+    /// Bytes.
+    pub bytes: u64,
+    /// Inodes; `None` where they are made as needed.
+    pub inodes: Option<u64>,
+}
+
 type Result<T> = std::result::Result<T, RootError>;
 
 /// A directory and everything beneath it.
@@ -432,6 +441,16 @@ impl Root {
             Ok(names)
         };
         self.failed("list", path, names())
+    }
+
+    /// What is free on its file system for whoever asks.
+    ///
+    /// # Errors
+    /// As fstatvfs(3).
+    pub fn free_space(&self) -> Result<FreeSpace> {
+        let stat = self.failed("look at the file system of", None, fs::fstatvfs(&self.directory))?;
+        let inodes = (stat.f_files > 0).then_some(stat.f_favail);
+        Ok(FreeSpace { bytes: stat.f_bavail.saturating_mul(stat.f_frsize), inodes })
     }
 
     /// Writes everything of the file system to stable storage.

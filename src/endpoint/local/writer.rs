@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::target::{Run, stage_failure};
+use super::room::{self, Need};
+use super::target::Run;
 use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
 use crate::manifest::{Content, Digest, Entry};
 use crate::root::Root;
@@ -16,6 +17,15 @@ pub(super) struct LocalWriter {
     /// Files that failed before their end; what else comes for them is dropped.
     broken: HashMap<u32, WriteFailure>,
     done: Vec<Staged>,
+}
+
+fn full(error: &StageError, staging: &Root, need: Need) -> Error {
+    let text = format!("{}; {}", crate::error::chain(error), room::filled(staging, need));
+    Error::Io {
+        operation: "stage in",
+        path: staging.shown().display().to_string(),
+        source: std::io::Error::new(std::io::ErrorKind::StorageFull, text),
+    }
 }
 
 impl LocalWriter {
@@ -39,8 +49,9 @@ impl LocalWriter {
     /// A full disk ends the run; anything else is this file's failure.
     fn failure(&self, error: &StageError) -> Result<WriteFailure, Error> {
         if error.storage_full() {
-            self.run.state().full = true;
-            return Err(stage_failure(error, self.staging()?));
+            let mut state = self.run.state();
+            state.full = true;
+            return Err(full(error, self.staging()?, state.need));
         }
         Ok(WriteFailure { message: crate::error::chain(error), retry: error.retry() })
     }
