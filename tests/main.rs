@@ -5,6 +5,7 @@
 
 mod architecture;
 mod cli;
+mod faults;
 mod pipeline;
 mod quickstart;
 mod scenarios_permissions;

@@ -175,7 +175,7 @@ impl Target for LocalTarget {
 
     fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {
         match self.run() {
-            Ok(run) => run.diff(source, monitor),
+            Ok(run) => run.diff(source, monitor).inspect_err(|error| run.note(error)),
             Err(_) => {
                 let desired = |_: usize, entry: &Entry| Desired {
                     mode: entry.mode & 0o777,
@@ -198,8 +198,7 @@ impl Target for LocalTarget {
         match &committed {
             Ok(_) => *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None,
             Err(error) => {
-                let full = matches!(error, Error::Io { source, .. } if is_full(source));
-                run.state().full |= full;
+                run.note(error);
                 self.abort();
             }
         }
@@ -224,6 +223,11 @@ impl Target for LocalTarget {
 impl Run {
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// What is staged is given up when the disk is full: it would only keep it full.
+    fn note(&self, error: &Error) {
+        self.state().full |= matches!(error, Error::Io { source, .. } if is_full(source));
     }
 
     /// Where the content of a path is staged. Pointers lie apart: they are published by themselves.
@@ -359,11 +363,11 @@ impl Run {
             if let Content::File { size, .. } = entry.content
                 && action.need != Need::Nothing
             {
-                if let Need::Content { resume_at } = &mut action.need {
-                    *resume_at = before.resume_at(staging, &entry.path, size, entry.mtime);
-                    if *resume_at > 0 {
-                        resumed.insert(self.staged_path(&entry.path)?);
-                    }
+                // That something is staged of a file that was to be compared says that it was found to differ.
+                let resume_at = before.resume_at(staging, &entry.path, size, entry.mtime);
+                if resume_at > 0 {
+                    action.need = Need::Content { resume_at };
+                    resumed.insert(self.staged_path(&entry.path)?);
                 }
                 files.push((entry.path.clone(), size, entry.mtime));
             }
