@@ -361,6 +361,23 @@ impl Area {
 }
 
 #[test]
+fn h32_a_new_target_killed_at_any_step_appears_whole_or_not_at_all() {
+    let area = Area::new();
+    for call in ["mkdirat", "pwrite64", "syncfs", "fsync", "renameat", "renameat2", "unlinkat"] {
+        for point in sample(12) {
+            let when = format!("new target killed at {call} number {point}");
+            fs::remove_dir_all(area.path("target")).unwrap();
+            area.injected(call, Some(&format!("signal=SIGKILL:when={point}")));
+            if area.path("target").exists() {
+                assert!(contents(&area.path("target")) == contents(&area.path("new")), "{when}: it is not whole");
+            }
+            area.assert_converges(&when);
+            assert!(!area.path(".target.lockstep").exists(), "{when}: the hidden directory was left");
+        }
+    }
+}
+
+#[test]
 fn h32_a_receiver_that_is_killed_leaves_old_or_new_and_the_next_push_goes_on() {
     let area = Area::new();
     let counts = area.counted();
