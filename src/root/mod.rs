@@ -202,7 +202,12 @@ impl Root {
             if last {
                 return fs::openat(here, name.as_slice(), flags | OFlags::NOFOLLOW, mode);
             }
-            passed.push(fs::openat(here, name.as_slice(), step, Mode::empty())?);
+            let next = fs::openat(here, name.as_slice(), step, Mode::empty())?;
+            if follow == Follow::Never {
+                // Without links there is no way back: one descriptor is enough, however deep the path.
+                passed.clear();
+            }
+            passed.push(next);
         }
         let here = passed.last().map_or(self.directory.as_fd(), AsFd::as_fd);
         fs::openat(here, ".", flags.difference(OFlags::NOFOLLOW), mode)
@@ -350,7 +355,13 @@ impl Root {
             let names = self.names(Some(&directory), Follow::Never)?;
             stack.push((directory.clone(), true));
             for name in names {
-                let Ok(child) = directory.join(&name) else { continue };
+                let Ok(child) = directory.join(&name) else {
+                    // Longer than a path may be: it is removed from further down.
+                    if let Ok(name) = RelPath::new(&name) {
+                        self.subroot(&directory)?.remove_tree(&name)?;
+                    }
+                    continue;
+                };
                 match self.unlink(&child) {
                     Ok(()) => {}
                     Err(error) if error.kind() == io::ErrorKind::IsADirectory => stack.push((child, false)),

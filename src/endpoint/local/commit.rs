@@ -69,14 +69,14 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     settle(run, staging, state, &failed)?;
     let inodes = unit::stage(run, staging, state, &exchanged, options.delete)?;
     settle_directories(run, staging, state, &failed)?;
-    let manifest = new_manifest(run, staging, state, options, &failed)?;
+    let manifest = new_manifest(run, state, options, &failed)?;
     let text = format::encode(&manifest);
     let acls = late_acls(run, &source, &steps)?;
     let record = Record { actor: run.options.actor.clone(), source: run.options.source.clone(), steps, inodes };
     publish::write_down(&run.root, staging, &record, &text, &acls)?;
     state.recorded = true;
     let published = publish::carry_out(&run.root, staging, &record, manifest, text, &acls)?;
-    remember(run, state, &published.manifest, &exchanged, monitor);
+    remember(run, state, &record, &published.manifest, monitor);
     if let Some(birth) = &run.birth {
         birth.appear(&run.root)?;
     }
@@ -148,23 +148,34 @@ fn withhold(run: &Run, state: &State, options: &CommitOptions, failed: &mut Hash
 }
 
 /// Keeps for the next run what is known of the files now.
-fn remember(run: &Run, state: &State, manifest: &Manifest, exchanged: &BTreeSet<RelPath>, monitor: &dyn Monitor) {
+fn remember(run: &Run, state: &State, record: &Record, manifest: &Manifest, monitor: &dyn Monitor) {
     let entries = manifest.tree.entries();
     let firsts: HashSet<&RelPath> = entries
         .iter()
         .filter_map(|entry| if let Content::HardLink { first } = &entry.content { Some(first) } else { None })
         .collect();
-    let touched = (0..entries.len()).filter(|&index| {
-        let path = &entries[index].path;
-        let planned = || {
-            let at = state.source.position(path).map(|at| at as u32);
-            at.is_some_and(|at| state.plan.actions.binary_search_by_key(&at, |action| action.index).is_ok())
-        };
-        firsts.contains(path) || path.ancestors().any(|above| exchanged.contains(&above)) || planned()
-    });
-    let before = state.target.entries().iter().zip(&state.metadata);
-    let before = before.filter_map(|(entry, metadata)| Some((metadata, entry.file()?.1?)));
-    known::remember(&run.root, before, &manifest.tree, touched, monitor);
+    let steps = record.steps.iter();
+    let whole: HashSet<&RelPath> =
+        steps.filter(|step| matches!(step, Step::NewDirectory(_) | Step::Exchange(_))).map(Step::path).collect();
+    let in_whole = |path: &RelPath| path.ancestors().any(|above| whole.contains(&above));
+    let mut files = known::Files::new(&run.root, &manifest.tree);
+    for (entry, metadata) in state.target.entries().iter().zip(&state.metadata) {
+        files.unchanged(entry, metadata);
+    }
+    for (index, entry) in entries.iter().enumerate().filter(|(_, entry)| entry.file().is_some()) {
+        let at = state.source.position(&entry.path).map(|at| at as u32);
+        let staged = at.and_then(|at| state.staged.get(&at));
+        let planned = || at.is_some_and(|at| state.plan.actions.binary_search_by_key(&at, |one| one.index).is_ok());
+        match staged {
+            // What was moved with the directory above it is what it was in staging.
+            Some((_, metadata)) if in_whole(&entry.path) && !firsts.contains(&entry.path) => {
+                files.published(index, metadata);
+            }
+            _ if firsts.contains(&entry.path) || planned() || in_whole(&entry.path) => files.look(index),
+            _ => {}
+        }
+    }
+    files.store(monitor);
 }
 
 /// Makes the staged tree what is to be published: with its links, without what failed.
@@ -228,17 +239,12 @@ fn staged_in_root(path: &RelPath) -> Result<RelPath, Error> {
 }
 
 /// What the root holds once the steps are done, as far as this and earlier runs vouch for it.
-fn new_manifest(
-    run: &Run,
-    staging: &Root,
-    state: &State,
-    options: &CommitOptions,
-    failed: &HashSet<u32>,
-) -> Result<Manifest, Error> {
+fn new_manifest(run: &Run, state: &State, options: &CommitOptions, failed: &HashSet<u32>) -> Result<Manifest, Error> {
     let source = &state.source;
     let gone: HashSet<&RelPath> =
         state.plan.removals.iter().filter(|_| options.delete).map(|removal| &removal.path).collect();
     let mut names = Names::default();
+    let own = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     let mut entries: Vec<Entry> = Vec::with_capacity(source.entries().len());
     let blocked =
         |path: &RelPath| path.ancestors().any(|above| source.get(&above).is_some_and(|entry| !entry.is_directory()));
@@ -256,16 +262,14 @@ fn new_manifest(
         let mut entry = entry.clone();
         let there = state.target.get(&entry.path);
         if let Content::File { digest, .. } = &mut entry.content {
-            let proven = state.staged.get(&index).or_else(|| state.kept.get(&index)).copied();
+            let proven = state.staged.get(&index).map(|staged| &staged.0).or_else(|| state.kept.get(&index)).copied();
             *digest = proven.or_else(|| there.and_then(|there| there.file()?.1)).or(*digest);
         }
         let wanted = run.permissions(&entry)?;
-        let staged = state.staged.contains_key(&index).then(|| run.staged_path(&entry.path)).transpose()?;
-        let now: Option<Metadata> = match staged {
-            Some(path) => Some(staging.stat(&path, Follow::Never).map_err(io)?),
+        let now: Option<Metadata> = match state.staged.get(&index) {
+            Some((_, staged)) => Some(*staged),
             None => state.target.position(&entry.path).map(|at| state.metadata[at]),
         };
-        let own = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         let (uid, gid) = now.map_or(own, |now| (now.uid, now.gid));
         entry.owner = names.user(wanted.uid.unwrap_or(uid));
         entry.group = names.group(wanted.gid.unwrap_or(gid));

@@ -170,28 +170,58 @@ fn hash_one(root: &Root, path: &RelPath, seen: &Metadata, buffer: &mut [u8]) -> 
     Metadata::of(&file).ok()?.same_content(seen).then(|| Digest(hash.finalize().into()))
 }
 
-/// Remembers what was published: `before` are files that a run left as they were, with what the scan said of them;
-/// `touched` are files of `tree` that it may have changed, looked at now.
-pub(super) fn remember<'a>(
-    root: &Root,
-    before: impl Iterator<Item = (&'a Metadata, Digest)>,
-    tree: &Tree,
-    touched: impl Iterator<Item = usize>,
-    monitor: &dyn Monitor,
-) {
-    let mut table = DigestTable::default();
-    before.for_each(|(metadata, digest)| table.insert(metadata, digest));
-    for index in touched {
-        let entry = &tree.entries()[index];
-        let (Some((size, Some(digest))), Ok(now)) = (entry.file(), root.stat(&entry.path, Follow::Never)) else {
-            continue;
-        };
-        // RACE: who writes to a file right after it was published gives it another time than it is listed with. Only one
-        // who puts that time back within the same tick of the clock is not noticed, until the file changes again.
-        let as_published = now.kind == FileKind::Regular && now.size == size && now.mtime == entry.mtime;
-        if as_published && is_dated(&now) {
-            table.insert(&now, digest);
+/// The table after a run, as it is put together.
+pub(super) struct Files<'a> {
+    root: &'a Root,
+    /// What is published.
+    tree: &'a Tree,
+    table: DigestTable,
+    /// The directory that was last looked into.
+    beside: Option<(RelPath, Root)>,
+}
+
+impl<'a> Files<'a> {
+    pub(super) fn new(root: &'a Root, tree: &'a Tree) -> Files<'a> {
+        Files { root, tree, table: DigestTable::default(), beside: None }
+    }
+
+    /// A file of the target that a run left as it was, as the scan saw it.
+    pub(super) fn unchanged(&mut self, entry: &Entry, metadata: &Metadata) {
+        if let Some((_, Some(digest))) = entry.file() {
+            self.table.insert(metadata, digest);
         }
     }
-    keep(root, &table, monitor);
+
+    /// A file that is published, with what stat said of it when it had got its content and permissions.
+    pub(super) fn published(&mut self, index: usize, metadata: &Metadata) {
+        let entry = &self.tree.entries()[index];
+        let Some((size, Some(digest))) = entry.file() else { return };
+        // RACE: who writes to a file right after it was published gives it another time than it is listed with. Only one
+        // who puts that time back within the same tick of the clock is not noticed, until the file changes again.
+        let as_published = metadata.kind == FileKind::Regular && metadata.size == size && metadata.mtime == entry.mtime;
+        if as_published && is_dated(metadata) {
+            self.table.insert(metadata, digest);
+        }
+    }
+
+    /// The same, where its inode changed since: it is looked at again.
+    pub(super) fn look(&mut self, index: usize) {
+        let path = &self.tree.entries()[index].path;
+        if let Some(metadata) = self.stat(path) {
+            self.published(index, &metadata);
+        }
+    }
+
+    fn stat(&mut self, path: &RelPath) -> Option<Metadata> {
+        let Some(above) = path.parent() else { return self.root.stat(path, Follow::Never).ok() };
+        if self.beside.as_ref().is_none_or(|(directory, _)| *directory != above) {
+            self.beside = Some((above.clone(), self.root.subroot(&above).ok()?));
+        }
+        let (_, directory) = self.beside.as_ref()?;
+        directory.stat(&RelPath::new(path.name()).ok()?, Follow::Never).ok()
+    }
+
+    pub(super) fn store(&self, monitor: &dyn Monitor) {
+        keep(self.root, &self.table, monitor);
+    }
 }

@@ -65,8 +65,8 @@ pub(super) struct State {
     pub(super) old_manifest: Manifest,
     /// SHA-256 of the old manifest's file.
     pub(super) old_digest: Digest,
-    /// Files whose content is staged and proven.
-    pub(super) staged: HashMap<u32, Digest>,
+    /// Files whose content is staged and proven, and what they are there.
+    pub(super) staged: HashMap<u32, (Digest, Metadata)>,
     /// Files whose content was found at the target.
     pub(super) kept: HashMap<u32, Digest>,
     /// Files lie there that the manifest does not list as they are, and the source has.

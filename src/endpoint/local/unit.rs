@@ -176,7 +176,7 @@ impl Unit<'_> {
         }
         // What was compared is what it has to be still.
         let known = self.state.target.get(path).and_then(Entry::file).and_then(|(_, digest)| digest);
-        copy.finish(known.unwrap_or_else(|| Digest(hash.finalize().into())), wanted, false).map_err(staged)
+        copy.finish(known.unwrap_or_else(|| Digest(hash.finalize().into())), wanted, false).map(drop).map_err(staged)
     }
 
     /// A directory that goes is removed when nothing is left in it; others get their permissions.
