@@ -6,6 +6,7 @@
 mod architecture;
 mod certificates;
 mod cli;
+mod faults;
 mod keys;
 mod model;
 mod pipeline;

@@ -53,6 +53,15 @@ impl RootError {
     }
 }
 
+/// What a file system has left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FreeSpace {
+    /// Bytes.
+    pub bytes: u64,
+    /// Inodes; `None` where they are made as needed.
+    pub inodes: Option<u64>,
+}
+
 type Result<T> = std::result::Result<T, RootError>;
 
 /// A directory and everything beneath it.
@@ -193,7 +202,12 @@ impl Root {
             if last {
                 return fs::openat(here, name.as_slice(), flags | OFlags::NOFOLLOW, mode);
             }
-            passed.push(fs::openat(here, name.as_slice(), step, Mode::empty())?);
+            let next = fs::openat(here, name.as_slice(), step, Mode::empty())?;
+            if follow == Follow::Never {
+                // Without links there is no way back: one descriptor is enough, however deep the path.
+                passed.clear();
+            }
+            passed.push(next);
         }
         let here = passed.last().map_or(self.directory.as_fd(), AsFd::as_fd);
         fs::openat(here, ".", flags.difference(OFlags::NOFOLLOW), mode)
@@ -341,7 +355,13 @@ impl Root {
             let names = self.names(Some(&directory), Follow::Never)?;
             stack.push((directory.clone(), true));
             for name in names {
-                let Ok(child) = directory.join(&name) else { continue };
+                let Ok(child) = directory.join(&name) else {
+                    // Longer than a path may be: it is removed from further down.
+                    if let Ok(name) = RelPath::new(&name) {
+                        self.subroot(&directory)?.remove_tree(&name)?;
+                    }
+                    continue;
+                };
                 match self.unlink(&child) {
                     Ok(()) => {}
                     Err(error) if error.kind() == io::ErrorKind::IsADirectory => stack.push((child, false)),
@@ -432,6 +452,16 @@ impl Root {
             Ok(names)
         };
         self.failed("list", path, names())
+    }
+
+    /// What is free on its file system for whoever asks.
+    ///
+    /// # Errors
+    /// As fstatvfs(3).
+    pub fn free_space(&self) -> Result<FreeSpace> {
+        let stat = self.failed("look at the file system of", None, fs::fstatvfs(&self.directory))?;
+        let inodes = (stat.f_files > 0).then_some(stat.f_favail);
+        Ok(FreeSpace { bytes: stat.f_bavail.saturating_mul(stat.f_frsize), inodes })
     }
 
     /// Writes everything of the file system to stable storage.
