@@ -1,0 +1,203 @@
+//! What the requests of a session share: the tree, what its owner allows, and the record of what was done.
+//!
+//! What always holds: nothing named `.lockstep`, and nothing below it, is written by a plain client; special bits and
+//! owners come from the receiver's rules; who breaks this is refused, and recorded.
+
+use std::fs::File;
+
+use rustix::fs::OFlags;
+
+use super::record::Recorder;
+use super::{Failed, Status};
+use crate::audit::AuditRecord;
+use crate::error::Escaped;
+use crate::manifest::{Digest, Timestamp};
+use crate::path::RelPath;
+use crate::policy::Policy;
+use crate::root::{Change, FileKind, Follow, Metadata, Root};
+use crate::staging::Ids;
+use crate::wire::sftp::Attributes;
+
+/// What lockstep keeps of a root; listings leave it out, so that mirroring clients do not try to delete it.
+pub(super) const STATE: &[u8] = b".lockstep";
+const SPECIAL: u32 = 0o7000;
+const STICKY: u32 = 0o1000;
+
+pub(super) struct Site {
+    pub(super) root: Root,
+    pub(super) policy: Policy,
+    pub(super) ids: Ids,
+    /// Where a log is kept.
+    pub(super) recorder: Option<Recorder>,
+}
+
+/// A name in a directory that is open.
+pub(super) struct Spot {
+    pub(super) holder: Root,
+    pub(super) name: RelPath,
+    /// The path from the root, without links; what the rules go by.
+    pub(super) path: RelPath,
+}
+
+/// What a path gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Grant {
+    pub(super) mode: u32,
+    pub(super) uid: Option<u32>,
+    pub(super) gid: Option<u32>,
+    /// A rule decided.
+    pub(super) ruled: bool,
+}
+
+impl Grant {
+    /// The whole of it, for something a rule is about.
+    pub(super) fn change(&self) -> Change {
+        Change { uid: self.uid, gid: self.gid, remove_acl: true, mode: Some(self.mode), times: None }
+    }
+}
+
+impl Site {
+    /// The place that `path` names, for something that is to be written there.
+    pub(super) fn spot(&self, path: &RelPath) -> Result<Spot, Failed> {
+        let (holder, name) = self.root.holder(path, Follow::Inside)?;
+        let above = self.root.path_of_root(&holder)?;
+        let path = match above {
+            None => name.clone(),
+            Some(above) => above.join(name.as_bytes()).map_err(|_| Failed::because(Status::BadMessage, "too long"))?,
+        };
+        self.guard(&path)?;
+        Ok(Spot { holder, name, path })
+    }
+
+    /// Refuses paths that plain clients do not write.
+    pub(super) fn guard(&self, path: &RelPath) -> Result<(), Failed> {
+        if path.components().any(|component| component == STATE) {
+            return Err(self.refused(path, "what is in '.lockstep' is written by lockstep alone"));
+        }
+        Ok(())
+    }
+
+    /// What a path gets when its sender asks for `asked`. Without a rule: permission bits as asked for, of the special
+    /// bits those that `found` has already, and a directory's sticky bit, which only takes rights away.
+    pub(super) fn grant(
+        &self,
+        path: &RelPath,
+        directory: bool,
+        asked: u32,
+        found: Option<&Metadata>,
+    ) -> Result<Grant, Failed> {
+        let decision = self.policy.decide(path, directory, asked);
+        let ruled = decision.rule.is_some();
+        let kept = found.map_or(0, |found| found.mode) | if directory { STICKY } else { 0 };
+        let mode = if ruled { decision.mode } else { (asked & 0o777) | (asked & kept & SPECIAL) };
+        let unknown = |_| Failed::because(Status::Failure, "the policy names an owner that the server does not know");
+        let uid = decision.owner.map(|name| self.ids.user(&name)).transpose().map_err(unknown)?;
+        let gid = decision.group.map(|name| self.ids.group(&name)).transpose().map_err(unknown)?;
+        let dropped = asked & SPECIAL & !mode;
+        if dropped != 0 {
+            let reason = format!("special bits {dropped:04o} of the mode asked for are given by rule only");
+            self.note("", "refuse", path, |record| record.reason = Some(reason));
+        }
+        Ok(Grant { mode, uid, gid, ruled })
+    }
+
+    /// Sets what a client asks for, as far as it is granted. With a policy, an owner is granted when it is what the rule
+    /// says or what is there.
+    pub(super) fn set(&self, file: &File, path: &RelPath, asked: &Attributes) -> Result<(), Failed> {
+        let found = Metadata::of(file)?;
+        let mut change = Change { times: times(asked), ..Change::default() };
+        if asked.mode.is_some() || (asked.owner.is_some() && !self.policy.is_empty()) {
+            let directory = found.kind == FileKind::Directory;
+            let grant = self.grant(path, directory, asked.mode.unwrap_or(found.mode) & 0o7777, Some(&found))?;
+            if asked.mode.is_some() {
+                change.mode = Some(grant.mode);
+                change.remove_acl = grant.ruled;
+            }
+            self.may_own(path, &found, &grant, asked)?;
+        }
+        if let (Some((user, group)), true) = (asked.owner, self.policy.is_empty()) {
+            let given = |id| Some(id).filter(|&id| id != u32::MAX); // To chown(2): as it is.
+            (change.uid, change.gid) = (given(user), given(group));
+        }
+        let sized = asked.size.map_or(Ok(()), |size| file.set_len(size));
+        let applied = change.apply(file);
+        sized.and(applied)?;
+        self.note_file("", "metadata", path, file, None);
+        Ok(())
+    }
+
+    fn may_own(&self, path: &RelPath, found: &Metadata, grant: &Grant, asked: &Attributes) -> Result<(), Failed> {
+        let Some((user, group)) = asked.owner.filter(|_| !self.policy.is_empty()) else { return Ok(()) };
+        let fits = |asked, there, granted| asked == u32::MAX || asked == there || Some(asked) == granted;
+        if fits(user, found.uid, grant.uid) && fits(group, found.gid, grant.gid) {
+            return Ok(());
+        }
+        Err(self.refused(path, "the server's policy decides who owns what arrives"))
+    }
+
+    /// Gives something that is about to be called `new` what the rules say of that name, and so everything below it.
+    /// Links stay as they are.
+    pub(super) fn conform(&self, spot: &Spot, new: &RelPath) -> Result<(), Failed> {
+        if self.policy.is_empty() {
+            return Ok(());
+        }
+        let mut stack = vec![(spot.name.clone(), new.clone())];
+        while let Some((name, path)) = stack.pop() {
+            let file = spot.holder.open_with(&name, Follow::Never, OFlags::PATH, 0)?;
+            let found = Metadata::of(&file)?;
+            if !matches!(found.kind, FileKind::Regular | FileKind::Directory) {
+                continue;
+            }
+            let directory = found.kind == FileKind::Directory;
+            let grant = self.grant(&path, directory, found.mode, Some(&found))?;
+            if grant.ruled {
+                grant.change().apply(&file)?;
+            }
+            if !directory || name.name() == STATE {
+                continue;
+            }
+            for below in spot.holder.names(Some(&name), Follow::Never)? {
+                // Names come from the file system; what is too long for a path of ours cannot be asked for either.
+                if let (Ok(name), Ok(path)) = (name.join(&below), path.join(&below)) {
+                    stack.push((name, path));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A refusal, with its line in the log.
+    pub(super) fn refused(&self, path: &RelPath, reason: &'static str) -> Failed {
+        self.note("", "refuse", path, |record| record.reason = Some(reason.to_owned()));
+        Failed::because(Status::PermissionDenied, reason)
+    }
+
+    /// A line in the log.
+    pub(super) fn note(&self, how: &str, action: &str, path: &RelPath, more: impl FnOnce(&mut AuditRecord)) {
+        if let Some(recorder) = &self.recorder {
+            let path = Escaped(path.as_bytes()).to_string();
+            let mut record = AuditRecord { action: action.into(), path, ..AuditRecord::default() };
+            more(&mut record);
+            recorder.record(how, record);
+        }
+    }
+
+    /// The same about something that is open, with what it is now.
+    pub(super) fn note_file(&self, how: &str, action: &str, path: &RelPath, file: &File, digest: Option<Digest>) {
+        self.note(how, action, path, |record| {
+            record.sha256 = digest.map(|digest| digest.to_string());
+            if let Ok(found) = Metadata::of(file) {
+                record.size = (found.kind == FileKind::Regular).then_some(found.size);
+                record.mode = Some(format!("{:04o}", found.mode));
+                record.owner = Some(found.uid.to_string());
+                record.group = Some(found.gid.to_string());
+            }
+        });
+    }
+}
+
+/// Times as SFTP has them, for a change.
+pub(super) fn times(asked: &Attributes) -> Option<(Timestamp, Timestamp)> {
+    let time = |seconds: u32| Timestamp { seconds: seconds.into(), nanoseconds: 0 };
+    asked.times.map(|(accessed, modified)| (time(accessed), time(modified)))
+}
