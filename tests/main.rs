@@ -8,3 +8,4 @@ mod cli;
 mod pipeline;
 mod serve;
 mod ssh;
+mod wire;
