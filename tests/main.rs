@@ -7,5 +7,6 @@ mod architecture;
 mod cli;
 mod pipeline;
 mod serve;
+mod sftp_side_by_side;
 mod ssh;
 mod wire;
