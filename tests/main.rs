@@ -5,6 +5,7 @@
 
 mod architecture;
 mod cli;
+mod interop;
 mod pipeline;
 mod serve;
 mod sftp_side_by_side;

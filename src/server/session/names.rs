@@ -8,10 +8,10 @@ use rustix::fs::{Dir, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::files::{OpenFile, Opening};
-use super::site::{STATE, Spot};
+use super::site::{STATE, Spot, times};
 use super::{Answer, Directory, Failed, HANDLES_MAX, Handle, Session, Status, attributes_packet, statvfs_packet};
 use crate::path::{InvalidPath, PathProblem, RelPath};
-use crate::root::{FileKind, Follow, Metadata};
+use crate::root::{Change, FileKind, Follow, Metadata};
 use crate::server::attributes;
 use crate::wire::buffer::{Reader, Writer};
 use crate::wire::sftp::{Attributes, DATA_MAX, PACKET_LIMIT, open, packet};
@@ -196,11 +196,14 @@ impl Session {
     }
 
     fn setstat_top(&self, id: u32, asked: &Attributes) -> Answer {
-        if asked.size.is_some() || asked.owner.is_some() || asked.mode.is_some() {
+        let found = self.site.root.stat_root()?;
+        let same_mode = asked.mode.is_none_or(|mode| mode & 0o7777 == found.mode);
+        let same_owner = asked.owner.is_none_or(|owner| owner == (found.uid, found.gid));
+        if asked.size.is_some() || !same_mode || !same_owner {
             return Err(Failed::because(Status::PermissionDenied, "the owner and mode of '/' are the server's"));
         }
         let directory = self.site.root.open_dir(None, Follow::Never)?;
-        crate::root::Change { times: super::site::times(asked), ..Default::default() }.apply(&directory)?;
+        Change { times: times(asked), ..Change::default() }.apply(&directory)?;
         done(id)
     }
 
