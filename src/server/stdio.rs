@@ -105,6 +105,7 @@ fn write_all(out: &mut impl Write, packets: &[Vec<u8>]) -> io::Result<()> {
 /// # Errors
 /// When the root cannot be opened, the input cannot be read or is not SFTP.
 pub fn run(config: SessionConfig, extensions: Option<Arc<dyn Extensions>>) -> io::Result<()> {
+    allow_open_files();
     let (mut input, out) = (duplicate(io::stdin())?, duplicate(io::stdout())?);
     let replies = Arc::new(Replies::default());
     let mut session = Session::new(config, replies.clone(), extensions).map_err(io::Error::other)?;
@@ -126,6 +127,13 @@ pub fn run(config: SessionConfig, extensions: Option<Arc<dyn Extensions>>) -> io
     replies.change(|waiting| waiting.complete = true);
     let _ = writer.join();
     result
+}
+
+/// As many open files as the system lets this process have: handles are files. Where it does not, OPEN fails sooner.
+fn allow_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 /// Past the buffers of the standard library: packets are whole anyway.

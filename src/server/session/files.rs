@@ -9,15 +9,13 @@ use rustix::buffer::spare_capacity;
 use sha2::{Digest as _, Sha256};
 
 use super::lanes::lane_of;
-use super::site::Site;
+use super::site::{Site, drop_set_id};
 use super::{Answer, Failed, Status, attributes_packet, statvfs_packet};
 use crate::manifest::Digest;
 use crate::path::RelPath;
 use crate::root::{Change, FileKind, Metadata, RootError};
 use crate::wire::buffer::{Reader, Short, Writer};
 use crate::wire::sftp::{Attributes, DATA_MAX, Packet, packet};
-
-const SET_ID: u32 = 0o6000;
 
 /// A file that a client opened.
 pub(super) struct OpenFile {
@@ -60,10 +58,8 @@ impl OpenFile {
     /// `opening` is `None` for a file that is only read.
     pub(super) fn new(file: File, opening: Option<Opening>, site: &Arc<Site>) -> Result<OpenFile, Failed> {
         let found = Metadata::of(&file)?;
-        if opening.is_some() && found.kind == FileKind::Regular && found.mode & SET_ID != 0 {
-            // Where the kernel does not do it (with CAP_FSETID), new content would get the rights of the old. Who does
-            // not own the file cannot, and has it done by the kernel.
-            let _ = Change { mode: Some(found.mode & !SET_ID), ..Change::default() }.apply(&file);
+        if opening.is_some() {
+            drop_set_id(&file, &found);
         }
         let arrival = opening.map(|Opening { touched, private, asked, .. }| {
             let hash = (site.recorder.is_some() && found.size == 0).then(|| (Sha256::new(), 0));

@@ -9,7 +9,6 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -72,7 +71,6 @@ enum Handle {
 }
 
 struct Directory {
-    opened: OwnedFd,
     entries: Dir,
     is_top: bool,
 }
@@ -262,7 +260,7 @@ impl Session {
             None
         };
         let policy = Policy::compile(&config.policy)?;
-        let site = Arc::new(Site { root, policy, ids: Ids::default(), recorder });
+        let site = Arc::new(Site { root, confined: config.confine, policy, ids: Ids::default(), recorder });
         let (lanes, owners, frames) = (Lanes::new(Arc::clone(&output)), Names::default(), Frames::default());
         let (handles, next, begun) = (HashMap::new(), 0, false);
         Ok(Session { config, start, output, extensions, frames, begun, handles, next, owners, lanes, site })

@@ -8,7 +8,7 @@ use rustix::fs::{Dir, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::files::{OpenFile, Opening};
-use super::site::{STATE, Spot, times};
+use super::site::{STATE, Spot, drop_set_id, times};
 use super::{Answer, Directory, Failed, HANDLES_MAX, Handle, Session, Status, attributes_packet, statvfs_packet};
 use crate::path::{InvalidPath, PathProblem, RelPath};
 use crate::root::{Change, FileKind, Follow, Metadata};
@@ -187,8 +187,7 @@ impl Session {
         let Some(real) = self.site.root.path_of(&file)? else { return self.setstat_top(id, &asked) };
         self.site.guard(&real)?;
         if asked.size.is_some() {
-            // Emptied or grown, it is no longer what had those rights.
-            OpenFile::new(file.try_clone()?, Some(Opening::default()), &self.site)?;
+            drop_set_id(&file, &Metadata::of(&file)?);
         }
         asked.extended.clear();
         self.site.set(&file, &real, &asked)?;
@@ -213,8 +212,7 @@ impl Session {
         let opened = self.site.root.open_dir(path.as_ref(), Follow::Inside)?;
         let (here, top) = (Metadata::of(&opened)?, self.site.root.stat_root()?);
         let is_top = (here.device, here.inode) == (top.device, top.inode);
-        let entries = Dir::read_from(&opened)?;
-        Ok(self.keep(id, Handle::Directory(Directory { opened, entries, is_top })))
+        Ok(self.keep(id, Handle::Directory(Directory { entries: Dir::new(opened)?, is_top })))
     }
 
     pub(super) fn readdir(&mut self, id: u32, reader: &mut Reader<'_>) -> Answer {
@@ -232,7 +230,7 @@ impl Session {
                 continue;
             }
             // RACE: what has gone since the directory was read is left out.
-            if let Ok(file) = Metadata::at(&directory.opened, at) {
+            if let Ok(file) = Metadata::at(&directory.entries.fd()?, at) {
                 body.string(name).string(&attributes::long_name(name, &file, &mut self.owners));
                 attributes::of(&file).encode(&mut body);
                 count += 1;
@@ -276,6 +274,10 @@ impl Session {
     pub(super) fn rename(&mut self, id: u32, reader: &mut Reader<'_>, replace: bool) -> Answer {
         let (from, to) = (reader.string()?, reader.string()?);
         let (from, to) = (self.spot(from)?, self.spot(to)?);
+        self.site.links_stay(&from, &to.path)?;
+        if !replace && to.holder.stat(&to.name, Follow::Never).is_ok() {
+            return Err(Errno::EXIST.into());
+        }
         // The permissions come before the name: at no moment has a file a name and another's permissions.
         self.site.conform(&from, &to.path)?;
         if let Err(failed) = rename(&from, &to, replace) {
@@ -303,6 +305,7 @@ impl Session {
         if target.contains(&0) {
             return Err(Status::NoSuchFile.into());
         }
+        self.site.link_stays(&spot.path, target)?;
         spot.holder.symlink(target, &spot.name)?;
         self.site.note("symlink", "publish", &spot.path, |_| {});
         done(id)
@@ -318,6 +321,7 @@ impl Session {
                 return Err(self.site.refused(&to.path, "the policy gives the two names different permissions"));
             }
         }
+        self.site.links_stay(&from, &to.path)?;
         from.holder.hard_link_to(&from.name, &to.holder, &to.name)?;
         self.site.note("hard link", "publish", &to.path, |_| {});
         done(id)
@@ -428,20 +432,15 @@ fn names_of(ids: &[u8], name: impl Fn(u32) -> Vec<u8>) -> Result<Vec<u8>, Failed
     Ok(names.into_bytes())
 }
 
-/// RACE: on a file system that cannot refuse to replace, something may take the name between the look and the rename;
-/// it is then replaced.
+/// RACE: on a file system that cannot refuse to replace, something may take the name between the look before and the
+/// rename; it is then replaced.
 fn rename(from: &Spot, to: &Spot, replace: bool) -> Result<(), Failed> {
     let rename = |flags| from.holder.rename_to(&from.name, &to.holder, &to.name, flags);
     if replace {
         return Ok(rename(RenameFlags::empty())?);
     }
     match rename(RenameFlags::NOREPLACE) {
-        Err(error) if error.errno() == Some(Errno::INVAL.raw_os_error()) => {
-            if to.holder.stat(&to.name, Follow::Never).is_ok() {
-                return Err(Status::Failure.into());
-            }
-            Ok(rename(RenameFlags::empty())?)
-        }
+        Err(error) if error.errno() == Some(Errno::INVAL.raw_os_error()) => Ok(rename(RenameFlags::empty())?),
         other => Ok(other?),
     }
 }

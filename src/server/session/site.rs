@@ -22,9 +22,12 @@ use crate::wire::sftp::Attributes;
 pub(super) const STATE: &[u8] = b".lockstep";
 const SPECIAL: u32 = 0o7000;
 const STICKY: u32 = 0o1000;
+const SET_ID: u32 = 0o6000;
 
 pub(super) struct Site {
     pub(super) root: Root,
+    /// Whether the client sees the root alone.
+    pub(super) confined: bool,
     pub(super) policy: Policy,
     pub(super) ids: Ids,
     /// Where a log is kept.
@@ -141,29 +144,44 @@ impl Site {
         if self.policy.is_empty() {
             return Ok(());
         }
-        let mut stack = vec![(spot.name.clone(), new.clone())];
-        while let Some((name, path)) = stack.pop() {
-            let file = spot.holder.open_with(&name, Follow::Never, OFlags::PATH, 0)?;
-            let found = Metadata::of(&file)?;
+        walk(spot, new, |name, path, found| {
             if !matches!(found.kind, FileKind::Regular | FileKind::Directory) {
-                continue;
+                return Ok(());
             }
-            let directory = found.kind == FileKind::Directory;
-            let grant = self.grant(&path, directory, found.mode, Some(&found))?;
+            let grant = self.grant(path, found.kind == FileKind::Directory, found.mode, Some(found))?;
             if grant.ruled {
+                let file = spot.holder.open_with(name, Follow::Never, OFlags::PATH, 0)?;
                 grant.change().apply(&file)?;
             }
-            if !directory || name.name() == STATE {
-                continue;
-            }
-            for below in spot.holder.names(Some(&name), Follow::Never)? {
-                // Names come from the file system; what is too long for a path of ours cannot be asked for either.
-                if let (Ok(name), Ok(path)) = (name.join(&below), path.join(&below)) {
-                    stack.push((name, path));
-                }
-            }
+            Ok(())
+        })
+    }
+
+    /// Refuses to call something `new` when it is a link, or holds one, that would then lead out of a confined client's
+    /// root. The client could not follow it, but others on the machine would.
+    pub(super) fn links_stay(&self, spot: &Spot, new: &RelPath) -> Result<(), Failed> {
+        let depth = |path: &RelPath| path.components().count();
+        let found = spot.holder.stat(&spot.name, Follow::Never)?;
+        // What lies deeper than before leads less far up.
+        let may_leave = found.kind == FileKind::Symlink || depth(new) < depth(&spot.path);
+        if !self.confined || !may_leave {
+            return Ok(());
         }
-        Ok(())
+        walk(spot, new, |name, path, found| {
+            if found.kind != FileKind::Symlink {
+                return Ok(());
+            }
+            let (holder, name) = spot.holder.holder(name, Follow::Never)?;
+            self.link_stays(path, &holder.read_link(&name)?)
+        })
+    }
+
+    /// The same for a link that is made.
+    pub(super) fn link_stays(&self, path: &RelPath, target: &[u8]) -> Result<(), Failed> {
+        if !self.confined || stays_below(path, target) {
+            return Ok(());
+        }
+        Err(self.refused(path, "the link would lead out of the root"))
     }
 
     /// A refusal, with its line in the log.
@@ -193,6 +211,51 @@ impl Site {
                 record.group = Some(found.gid.to_string());
             }
         });
+    }
+}
+
+/// Calls `visit` for `spot` and all below it: with the name from the spot's directory, the path it has below `new`, and
+/// what it is.
+fn walk(
+    spot: &Spot,
+    new: &RelPath,
+    mut visit: impl FnMut(&RelPath, &RelPath, &Metadata) -> Result<(), Failed>,
+) -> Result<(), Failed> {
+    let mut stack = vec![(spot.name.clone(), new.clone())];
+    while let Some((name, path)) = stack.pop() {
+        let found = spot.holder.stat(&name, Follow::Never)?;
+        visit(&name, &path, &found)?;
+        if found.kind != FileKind::Directory || name.name() == STATE {
+            continue;
+        }
+        for below in spot.holder.names(Some(&name), Follow::Never)? {
+            // Names come from the file system; what is too long for a path of ours cannot be asked for either.
+            if let (Ok(name), Ok(path)) = (name.join(&below), path.join(&below)) {
+                stack.push((name, path));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether a link at `path` leads to something below the root whatever links are on its way, when those do too: it goes
+/// up at its beginning only, and no further than the top.
+fn stays_below(path: &RelPath, target: &[u8]) -> bool {
+    let mut parts = target.split(|&byte| byte == b'/').filter(|part| !part.is_empty() && *part != b".").peekable();
+    let mut depth = path.components().count() - 1;
+    while parts.next_if(|part| *part == b"..").is_some() {
+        let Some(above) = depth.checked_sub(1) else { return false };
+        depth = above;
+    }
+    !target.starts_with(b"/") && parts.all(|part| part != b"..")
+}
+
+/// Takes set-user-ID and set-group-ID from a file whose content is about to change, where the kernel does not do it (with
+/// CAP_FSETID): new content would get the rights of the old. Who does not own the file cannot, and has it done by the
+/// kernel.
+pub(super) fn drop_set_id(file: &File, found: &Metadata) {
+    if found.kind == FileKind::Regular && found.mode & SET_ID != 0 {
+        let _ = Change { mode: Some(found.mode & !SET_ID), ..Change::default() }.apply(file);
     }
 }
 

@@ -279,3 +279,33 @@ fn h63_without_openat2_a_session_is_confined_all_the_same() {
     client.put("/d/../f", 0o644, b"x");
     assert!(Path::new(client.at.path()).join("f").exists() && !outside.path().join("d").exists());
 }
+
+#[test]
+fn h13_a_confined_client_makes_no_link_that_leads_out() {
+    let mut client = Client::new(false, &[]);
+    for directory in ["a", "a/b", "a/b/c"] {
+        assert_eq!(client.status(packet::MKDIR, |w| w.string(directory.as_bytes()).u32(0)), Status::Ok);
+    }
+    for (target, path, made) in [
+        ("file", "in", true),
+        ("../../../a/x", "a/b/c/up", true),
+        ("./a//b", "a/b/odd", true),
+        ("/etc/passwd", "absolute", false),
+        ("..", "top", false),
+        ("../../../../x", "a/b/c/over", false),
+        ("up/../x", "a/b/c/again", false),
+    ] {
+        let expected = if made { Status::Ok } else { Status::PermissionDenied };
+        assert_eq!(client.pair(packet::SYMLINK, target, path), expected, "{path} -> {target}");
+    }
+    // Nor does it get there by another name, or with a directory that moves up.
+    let denied = Status::PermissionDenied;
+    assert_eq!(client.pair(packet::RENAME, "a/b/c/up", "a/up"), denied);
+    assert_eq!(client.pair(packet::RENAME, "a/b/c", "c"), denied);
+    assert_eq!(client.pair(packet::RENAME, "a/b", "b"), denied);
+    let link = client.status(packet::EXTENDED, |w| w.string(b"hardlink@openssh.com").string(b"a/b/c/up").string(b"up"));
+    assert_eq!(link, denied);
+    assert_eq!(client.pair(packet::RENAME, "a/b", "a/B"), Status::Ok);
+    assert_eq!(client.pair(packet::RENAME, "in", "a/B/c/in"), Status::Ok);
+    assert!(client.log().contains("lead out of the root"));
+}
