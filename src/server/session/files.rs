@@ -22,6 +22,7 @@ pub(super) struct OpenFile {
     pub(super) file: File,
     /// Which of the lanes works on it.
     pub(super) lane: usize,
+    pub(super) kind: FileKind,
     pub(super) device: u64,
     pub(super) inode: u64,
     pub(super) append: bool,
@@ -66,8 +67,9 @@ impl OpenFile {
             Mutex::new(Arrival { private, touched, asked: asked.unwrap_or(found.mode), hash })
         });
         let append = opening.is_some_and(|opening| opening.append);
-        let (device, inode, lane, site) = (found.device, found.inode, lane_of(&found), Arc::clone(site));
-        Ok(OpenFile { file, lane, device, inode, append, site, arrival })
+        let (lane, site) = (lane_of(&found), Arc::clone(site));
+        let Metadata { kind, device, inode, .. } = found;
+        Ok(OpenFile { file, lane, kind, device, inode, append, site, arrival })
     }
 
     fn arrival(&self) -> Option<MutexGuard<'_, Arrival>> {

@@ -91,7 +91,7 @@ impl Session {
             OpenFile::new(self.site.root.open_read(&path, Follow::Inside)?, None, &self.site)?
         };
         // Nothing is read from a FIFO or a socket: it would never end.
-        match Metadata::of(&file.file)?.kind {
+        match file.kind {
             FileKind::Fifo | FileKind::Socket => Err(Failed::because(Status::Failure, "not a regular file")),
             FileKind::BlockDevice | FileKind::CharacterDevice if self.config.confine => {
                 Err(Failed::because(Status::PermissionDenied, "a device"))

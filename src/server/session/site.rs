@@ -104,21 +104,24 @@ impl Site {
         Ok(Grant { mode, uid, gid, ruled })
     }
 
-    /// Sets what a client asks for, as far as it is granted. With a policy, an owner is granted when it is what the rule
-    /// says or what is there.
+    /// Sets what a client asks for, as far as it is granted. Where the client is confined or there is a policy, an owner is
+    /// granted when it is what a rule says or what is there: a server that runs as root could give files to anybody.
     pub(super) fn set(&self, file: &File, path: &RelPath, asked: &Attributes) -> Result<(), Failed> {
         let found = Metadata::of(file)?;
         let mut change = Change { times: times(asked), ..Change::default() };
-        if asked.mode.is_some() || (asked.owner.is_some() && !self.policy.is_empty()) {
+        let free = !self.confined && self.policy.is_empty();
+        if asked.mode.is_some() || (asked.owner.is_some() && !free) {
             let directory = found.kind == FileKind::Directory;
             let grant = self.grant(path, directory, asked.mode.unwrap_or(found.mode) & 0o7777, Some(&found))?;
             if asked.mode.is_some() {
                 change.mode = Some(grant.mode);
                 change.remove_acl = grant.ruled;
             }
-            self.may_own(path, &found, &grant, asked)?;
+            if !free {
+                self.may_own(path, &found, &grant, asked)?;
+            }
         }
-        if let (Some((user, group)), true) = (asked.owner, self.policy.is_empty()) {
+        if let (Some((user, group)), true) = (asked.owner, free) {
             let given = |id| Some(id).filter(|&id| id != u32::MAX); // To chown(2): as it is.
             (change.uid, change.gid) = (given(user), given(group));
         }
@@ -130,12 +133,12 @@ impl Site {
     }
 
     fn may_own(&self, path: &RelPath, found: &Metadata, grant: &Grant, asked: &Attributes) -> Result<(), Failed> {
-        let Some((user, group)) = asked.owner.filter(|_| !self.policy.is_empty()) else { return Ok(()) };
+        let Some((user, group)) = asked.owner else { return Ok(()) };
         let fits = |asked, there, granted| asked == u32::MAX || asked == there || Some(asked) == granted;
         if fits(user, found.uid, grant.uid) && fits(group, found.gid, grant.gid) {
             return Ok(());
         }
-        Err(self.refused(path, "the server's policy decides who owns what arrives"))
+        Err(self.refused(path, "the server decides who owns what arrives"))
     }
 
     /// Gives something that is about to be called `new` what the rules say of that name, and so everything below it.

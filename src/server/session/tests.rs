@@ -207,6 +207,18 @@ fn h46_h48_owners_are_the_policys() {
 }
 
 #[test]
+fn h46_without_rules_a_confined_client_gives_nothing_away() {
+    let mut client = Client::new(false, &[]);
+    client.put("f", 0o644, b"x");
+    use std::os::unix::fs::MetadataExt as _;
+    let found = std::fs::metadata(client.at.path().join("f")).unwrap();
+    assert_eq!(client.setstat("f", 2, &[4711, found.gid()]), Status::PermissionDenied);
+    assert_eq!(client.setstat("f", 2, &[found.uid(), 4711]), Status::PermissionDenied);
+    assert_eq!(client.setstat("f", 2, &[found.uid(), found.gid()]), Status::Ok);
+    assert_eq!(std::fs::metadata(client.at.path().join("f")).unwrap().uid(), found.uid());
+}
+
+#[test]
 fn s13_what_plain_clients_do_is_in_the_audit_log() {
     let mut client = Client::new(false, &[]);
     let handle = client.open("f", 0o644);
