@@ -22,6 +22,7 @@ mod login;
 mod manifest;
 mod passphrase;
 mod policy;
+mod quickstart;
 mod remote;
 pub mod report;
 mod serve;
@@ -71,6 +72,8 @@ enum Command {
     /// Check the record of what was published
     #[command(subcommand)]
     Audit(audit::Command),
+    /// See push, verify, policy and check at work on this machine, with nothing to configure
+    Quickstart(quickstart::Quickstart),
     /// Print a completion script for a shell
     Completions(completions::Completions),
     /// Print the manual page, or write those of all commands to a directory
@@ -88,6 +91,7 @@ impl Command {
             Command::Policy(command) => command.run(),
             Command::Keys(command) => command.run(),
             Command::Audit(command) => command.run(),
+            Command::Quickstart(command) => command.run(),
             Command::Completions(command) => command.run(),
             Command::Man(command) => command.run(),
         }
