@@ -60,7 +60,7 @@ pub struct Mending<'a> {
 pub struct Mended {
     /// What was found.
     pub drift: Drift,
-    /// Why nothing was changed; `None` when all is as its rule says now.
+    /// Why it is not as its rule says; `None` when it is now.
     pub refused: Option<String>,
 }
 
