@@ -297,7 +297,7 @@ fn s10_apply_gives_execute_bits_only_to_what_the_manifest_vouches_for() {
     for name in ["update.bin", "tool", "new.bin"] {
         assert_eq!(mode(&target.join(name)), "0644", "{refused}");
     }
-    assert!(refused.contains("'update.bin': left as it is (mode 0644 -> 0744): it may be executed only when its content is verified, and it is not what the manifest lists"), "{refused}");
+    assert!(refused.contains("'update.bin': left as it is (mode 0644 -> 0744): it may get execute or set-ID bits only when its content is verified, and it is not what the manifest lists"), "{refused}");
     assert!(refused.contains("'new.bin'") && refused.contains("it is not in the manifest"), "{refused}");
     assert!(
         fs::read_to_string(target.join(".lockstep/audit.jsonl"))
