@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::place::{Birth, Place};
 use super::writer::LocalWriter;
-use super::{commit, known, metadata, publish, room};
+use super::{commit, fold, known, metadata, publish, room};
 use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec};
@@ -309,6 +309,14 @@ impl Run {
             dry_run: self.options.dry_run,
         };
         let doubtful = known::complete(&look, &mut target, monitor);
+        if let Some(staging) = &self.staging
+            && fold::folds_case(staging).map_err(io)?
+            && let Some((first, second)) = fold::collision(source, &target)
+        {
+            let reason =
+                format!("the file system there takes '{first}' and '{second}' for one name; rename one of them");
+            return Err(Error::Refused { by: "the receiver".into(), reason });
+        }
         let mut names = Names::default();
         let mut wanted = Vec::with_capacity(source.entries().len());
         for entry in source.entries() {
