@@ -341,8 +341,13 @@ impl Run {
             self.prepare(staging, source, &mut plan)?;
         }
         let need = needed(source, &plan);
-        if !self.options.ignore_free_space {
-            room::check(&self.root, need)?;
+        if !self.options.ignore_free_space
+            && let Err(error) = room::check(&self.root, need)
+        {
+            if !self.options.dry_run {
+                return Err(error);
+            }
+            monitor.event(Event::Warning(&crate::error::chain(&error)));
         }
         let mut state = self.state();
         *state = State {
