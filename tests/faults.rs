@@ -443,6 +443,22 @@ fn h30_a_full_disk_or_quota_keeps_the_old_version_and_gives_the_room_back() {
 }
 
 #[test]
+fn h30_a_receiver_with_a_full_disk_says_so_and_gives_the_room_back() {
+    let area = Area::new();
+    for (call, point) in [("pwrite64", 2), ("syncfs", 1)] {
+        area.reset();
+        let inject = format!("error=ENOSPC:when={point}+");
+        let mut agent = traced(call, Some(&inject), &area.path("log"), &[lockstep(), "sftp-server"]);
+        let error = area.push_over(&mut agent, u64::MAX).0.unwrap_err();
+        assert_eq!(error.exit(), lockstep::error::Exit::Io, "{call}: {error}");
+        assert!(error.to_string().contains("No space left on device"), "{call}: {error}");
+        assert!(contents(&area.path("target")) == contents(&area.path("old")), "{call}");
+        assert!(!area.path("target/.lockstep/staging/current").exists(), "{call}: staging takes room");
+        area.assert_converges(call);
+    }
+}
+
+#[test]
 fn h30_h31_a_disk_that_fails_while_names_are_given_is_finished_by_the_next_run() {
     let area = Area::new();
     for (call, error, points) in

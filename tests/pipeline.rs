@@ -390,8 +390,13 @@ fn an_edit_at_the_target_that_put_its_time_back_is_noticed_and_mended() {
     let pair = Pair::new();
     for path in ["a", "b", "c"] {
         pair.write(path, &[b'x'; 1000]);
+        // Of another day: the table believes no file whose times are those of this moment.
+        let file = fs::File::options().write(true).open(pair.source.join(path)).unwrap();
+        file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000)).unwrap();
     }
     pair.push_counted(&options());
+    let table = fs::read(pair.target.join(".lockstep/digests")).unwrap();
+    assert_eq!(table.len(), 19 + 3 * 80 + 32, "three files are known");
     damage(&pair.target.join("b"));
     let (report, sent) = pair.push_counted(&options());
     assert_eq!((report.plan.actions.len(), sent), (1, 1000), "{:?}", report.plan.actions);

@@ -61,7 +61,7 @@ impl RootError {
 /// What a file system has left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FreeSpace {
-    /// Bytes.
+    /// Bytes; `u64::MAX` where it is not said.
     pub bytes: u64,
     /// Inodes; `None` where they are made as needed.
     pub inodes: Option<u64>,
@@ -473,7 +473,9 @@ impl Root {
     pub fn free_space(&self) -> Result<FreeSpace> {
         let stat = self.failed("look at the file system of", None, fs::fstatvfs(&self.directory))?;
         let inodes = (stat.f_files > 0).then_some(stat.f_favail);
-        Ok(FreeSpace { bytes: stat.f_bavail.saturating_mul(stat.f_frsize), inodes })
+        // Some FUSE file systems say nothing of their size.
+        let bytes = if stat.f_blocks == 0 { u64::MAX } else { stat.f_bavail.saturating_mul(stat.f_frsize) };
+        Ok(FreeSpace { bytes, inodes })
     }
 
     /// Writes everything of the file system to stable storage.

@@ -1,6 +1,7 @@
 //! A side of a run that lies on this machine.
 
 mod commit;
+mod fold;
 mod known;
 mod metadata;
 mod place;

@@ -443,4 +443,22 @@ mod tests {
             assert_eq!(Record::parse(damaged), None, "{damaged:?}");
         }
     }
+
+    #[test]
+    fn h32_an_exchange_that_is_done_again_leaves_the_new_directory_in_place() {
+        let at = tempfile::tempdir().unwrap();
+        let root = Root::open(at.path()).unwrap();
+        let (unit, staged) = (RelPath::new("unit").unwrap(), RelPath::new("staging/tree/unit").unwrap());
+        for (path, name) in [(&unit, "old"), (&staged, "new")] {
+            root.mkdir_all(path, 0o700).unwrap();
+            root.mkdir(&path.join(name).unwrap(), 0o700).unwrap();
+        }
+        let new = root.stat(&staged, Follow::Never).unwrap().inode;
+        let staging = root.subroot(&RelPath::new("staging").unwrap()).unwrap();
+        for _ in 0..3 {
+            exchange(&root, &staging, &unit, Some(new)).unwrap();
+            assert_eq!(root.names(Some(&unit), Follow::Never).unwrap(), [b"new".to_vec()]);
+            assert_eq!(root.names(Some(&staged), Follow::Never).unwrap(), [b"old".to_vec()]);
+        }
+    }
 }

@@ -62,7 +62,7 @@ mod tests {
         let at = tempfile::tempdir().unwrap();
         let root = Root::open(at.path()).unwrap();
         check(&root, Need { bytes: 1, inodes: 1 }).unwrap();
-        let error = check(&root, Need { bytes: u64::MAX, inodes: 0 }).unwrap_err();
+        let error = check(&root, Need { bytes: u64::MAX - 1, inodes: 0 }).unwrap_err();
         assert_eq!(error.exit(), crate::error::Exit::Io);
         let text = crate::error::chain(&error);
         assert!(text.contains("18446.7 PB are needed") && text.contains("are free"), "{text}");

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::place::{Birth, Place};
 use super::writer::LocalWriter;
-use super::{commit, known, metadata, publish, room};
+use super::{commit, fold, known, metadata, publish, room};
 use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec};
@@ -317,6 +317,14 @@ impl Run {
             dry_run: self.options.dry_run,
         };
         let doubtful = known::complete(&look, &mut target, monitor);
+        if let Some(staging) = &self.staging
+            && fold::folds_case(staging).map_err(io)?
+            && let Some((first, second)) = fold::collision(source, &target)
+        {
+            let reason =
+                format!("the file system there takes '{first}' and '{second}' for one name; rename one of them");
+            return Err(Error::Refused { by: "the receiver".into(), reason });
+        }
         let mut names = Names::default();
         let mut wanted = Vec::with_capacity(source.entries().len());
         for entry in source.entries() {
@@ -341,8 +349,13 @@ impl Run {
             self.prepare(staging, source, &mut plan)?;
         }
         let need = needed(source, &plan);
-        if !self.options.ignore_free_space {
-            room::check(&self.root, need)?;
+        if !self.options.ignore_free_space
+            && let Err(error) = room::check(&self.root, need)
+        {
+            if !self.options.dry_run {
+                return Err(error);
+            }
+            monitor.event(Event::Warning(&crate::error::chain(&error)));
         }
         let mut state = self.state();
         *state = State {
