@@ -564,6 +564,55 @@ fn h15_h17_links_and_hard_links_at_the_target_are_replaced_and_never_followed() 
     assert_eq!(fs::read_dir(pair.at("outside")).unwrap().count(), 1);
 }
 
+/// Adds up the bytes of WRITEs.
+fn counting_writes() -> (Hook, Arc<AtomicUsize>) {
+    let counter = Arc::new(AtomicUsize::new(0));
+    let counts = Arc::clone(&counter);
+    let hook = move |packet: &mut Vec<u8>| {
+        counts.fetch_add(if packet.first() == Some(&WRITE) { packet.len() } else { 0 }, Ordering::Relaxed);
+        true
+    };
+    (Arc::new(hook), counter)
+}
+
+#[test]
+fn what_lies_there_already_is_hashed_and_not_sent_again() {
+    let pair = Pair::new();
+    pair.write("large", vec![7; 3_000_000]);
+    pair.write("same-size", "abc");
+    let copied = Command::new("cp").arg("-a").arg(pair.at("source")).arg(pair.at("target")).status().unwrap();
+    assert!(copied.success());
+    fs::write(pair.at("target/same-size"), "abd").unwrap();
+    let (hook, sent) = counting_writes();
+    let report = pair.push(hook, nothing(), true).unwrap();
+    assert!(report.is_complete() && sent.load(Ordering::Relaxed) < 100_000, "{sent:?}");
+    pair.in_step();
+    assert_eq!(pair.push(nothing(), nothing(), true).unwrap().committed.unwrap().generation, 1);
+}
+
+#[test]
+fn checksum_finds_what_size_and_time_hide() {
+    for shell in [true, false] {
+        let pair = Pair::new();
+        pair.write("f", "content");
+        let hour_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
+        let put_back =
+            |at: &str| fs::File::options().write(true).open(pair.at(at)).unwrap().set_modified(hour_ago).unwrap();
+        put_back("source/f");
+        pair.push(nothing(), nothing(), shell).unwrap();
+        fs::write(pair.at("target/f"), "altered").unwrap();
+        put_back("target/f");
+        pair.push(nothing(), nothing(), shell).unwrap();
+        assert_eq!(fs::read(pair.at("target/f")).unwrap(), b"altered");
+        let source = LocalSource::new(&pair.at("source"), Some(&pair.at("state"))).unwrap();
+        let target = StockTarget::new(pair.lanes(nothing(), nothing(), shell, 1).unwrap());
+        let mut options = options();
+        (options.begin.checksum, options.scan.hash_all) = (true, true);
+        run(&source, &target, &options, &Silent::default(), &AtomicBool::new(false)).unwrap();
+        pair.in_step();
+    }
+}
+
 #[test]
 fn several_connections_share_the_work() {
     let pair = Pair::new();

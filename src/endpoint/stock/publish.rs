@@ -84,14 +84,15 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     if let Some(lock) = super::target::locked(&run.lock).as_ref() {
         lock.check(Escaped(&run.root).to_string())?;
     }
-    if steps.is_empty() && run.rename_to.is_none() && state.old_manifest.generation > 0 {
+    check_parents(run, &steps)?;
+    let manifest = new_manifest(run, state, options, &failed)?;
+    let old = &state.old_manifest;
+    if steps.is_empty() && run.rename_to.is_none() && old.generation > 0 && old.tree == manifest.tree {
         clear(run)?;
-        committed.generation = state.old_manifest.generation;
+        committed.generation = old.generation;
         committed.manifest_digest = state.old_digest.to_string();
         return Ok(committed);
     }
-    check_parents(run, &steps)?;
-    let manifest = new_manifest(run, state, options, &failed)?;
     let text = format::encode(&manifest);
     // DURABILITY: all content and permissions first; only then the record that makes them the truth.
     bring_to_disk(run)?;

@@ -15,7 +15,7 @@ use super::prove::Prover;
 use super::session::{self, Session};
 use super::shell::{Job, Shell};
 use super::writer::StockWriter;
-use super::{DIRECTORY, Lanes, Verify, at, kind_of, publish, stage, whole_seconds};
+use super::{DIRECTORY, Lanes, Verify, adopt, at, kind_of, publish, stage, whole_seconds};
 use crate::endpoint::local::POINTERS;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::error::Escaped;
@@ -383,7 +383,8 @@ impl Run {
         let mut entries = listed.entries;
         entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
         let target = Tree::new(entries).map_err(|error| target_problem(error.to_string()))?;
-        let target = vouched(target, &old_manifest, true).map_err(|error| target_problem(error.to_string()))?;
+        let mut target = vouched(target, &old_manifest, true).map_err(|error| target_problem(error.to_string()))?;
+        adopt::adopt(self, &source, &mut target)?;
         let wanted = self.desired(&source)?;
         let compare = Compare { checksum: self.options.checksum, whole_seconds: true, ..Compare::default() };
         let mut plan = diff(&source, &target, &|index, _| wanted[index].clone(), compare);
