@@ -576,6 +576,38 @@ fn counting_writes() -> (Hook, Arc<AtomicUsize>) {
 }
 
 #[test]
+fn what_could_not_be_published_is_told_holds_pointers_back_and_is_not_in_the_manifest() {
+    let pair = Pair::new();
+    version(&pair, 1);
+    pair.push(nothing(), nothing(), false).unwrap();
+    version(&pair, 2);
+    // A directory that nobody planned for takes the place of a file just before it is replaced.
+    let config = pair.at("target/config");
+    let meddle: Hook = Arc::new(move |packet| {
+        if packet.windows(12).any(|bytes| bytes == b"posix-rename") && packet.ends_with(b"target/config") {
+            fs::remove_file(&config).unwrap();
+            fs::create_dir(&config).unwrap();
+        }
+        true
+    });
+    let report = pair.push(meddle, nothing(), false).unwrap();
+    let told: Vec<_> = report.committed.as_ref().unwrap().problems.iter().map(|(path, _)| path.as_str()).collect();
+    assert_eq!(told, ["config", "latest"]);
+    assert_eq!(fs::read(pair.at("target/latest")).unwrap(), b"1");
+    let manifest = format::decode(&fs::read(pair.at("target/.lockstep/manifest")).unwrap()).unwrap();
+    let listed = |path: &str| {
+        let path = lockstep::path::RelPath::new(path).unwrap();
+        manifest.tree.get(&path).unwrap().file().unwrap().1.unwrap()
+    };
+    assert_eq!((listed("latest"), listed("config")), (sha256(b"1"), sha256(b"config of 1")));
+    assert_eq!(listed("checkpoint-2/sub/state"), sha256(&[b'2'; 11]));
+    let log = fs::read_to_string(pair.at("target/.lockstep/audit.jsonl")).unwrap();
+    assert_eq!(log.matches(r#""path":"latest""#).count(), 1, "{log}");
+    assert!(pair.push(nothing(), nothing(), false).unwrap().is_complete());
+    pair.in_step();
+}
+
+#[test]
 fn what_lies_there_already_is_hashed_and_not_sent_again() {
     let pair = Pair::new();
     pair.write("large", vec![7; 3_000_000]);

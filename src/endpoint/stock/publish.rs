@@ -66,21 +66,9 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     if run.options.dry_run {
         return Err(Error::Usage("a dry run publishes nothing".into()));
     }
-    let mut committed = Committed::default();
-    let failed = settle(run, state, options, &mut committed.problems)?;
-    let source = Arc::clone(&state.source);
-    let publication = Publication {
-        source: &source,
-        target: &state.target,
-        plan: &state.plan,
-        delete: options.delete,
-        failed: &|index| failed.contains(&index),
-        last: &|path| run.is_last(path),
-    };
-    let steps: Vec<Recorded> = steps(&publication)
-        .into_iter()
-        .map(|step| Recorded { pointer: matches!(step, Step::Replace(_)) && run.is_last(step.path()), step })
-        .collect();
+    let mut problems = Problems::default();
+    let failed = settle(run, state, options, &mut problems)?;
+    let steps = planned(run, state, options, &failed);
     if let Some(lock) = super::target::locked(&run.lock).as_ref() {
         lock.check(Escaped(&run.root).to_string())?;
     }
@@ -89,9 +77,9 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let old = &state.old_manifest;
     if steps.is_empty() && run.rename_to.is_none() && old.generation > 0 && old.tree == manifest.tree {
         clear(run)?;
-        committed.generation = old.generation;
-        committed.manifest_digest = state.old_digest.to_string();
-        return Ok(committed);
+        let manifest_digest = state.old_digest.to_string();
+        let (generation, problems) = (old.generation, problems.told);
+        return Ok(Committed { generation, manifest_digest, problems, ..Committed::default() });
     }
     let text = format::encode(&manifest);
     // DURABILITY: all content and permissions first; only then the record that makes them the truth.
@@ -99,19 +87,72 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let record = Record { base: state.old_digest, steps };
     store(&run.session, &run.staging, NEW_MANIFEST, &text)?;
     store(&run.session, &run.staging, RECORD, record.encode().as_bytes())?;
+    let done = execute(run, &record.steps, &manifest.tree, false)?;
+    let (manifest, text) = mend(run, manifest, text, &state.old_manifest.tree, &done)?;
 
-    committed.generation = manifest.generation;
-    committed.manifest_digest = Digest(Sha256::digest(&text).into()).to_string();
-    committed.problems.extend(execute(run, &record.steps, &manifest.tree, false)?);
-    committed.published = state.plan.actions.iter().filter(|action| !failed.contains(&action.index)).count() as u64;
-    committed.removed = record.steps.iter().filter(|recorded| recorded.is_removal()).count() as u64;
-    audit::append(run, state, &record.steps, &failed, &manifest)?;
+    let paths: Vec<(u32, &RelPath)> = published(state).filter(|(index, _)| !failed.contains(index)).collect();
+    let removals = record.steps.iter().filter(|recorded| recorded.is_removal()).map(|recorded| recorded.step.path());
+    let removed: Vec<&RelPath> = removals.filter(|path| !done.left(path)).collect();
+    let published: HashSet<u32> =
+        paths.into_iter().filter(|(_, path)| !done.left(path)).map(|(index, _)| index).collect();
+    audit::append(run, state, &published, &removed, &manifest)?;
     finish(run)?;
     if let Some(path) = &run.rename_to {
         appear(run, path)?;
     }
-    monitor.event(Event::Detail(&format!("generation {} is published", committed.generation)));
-    Ok(committed)
+    monitor.event(Event::Detail(&format!("generation {} is published", manifest.generation)));
+    problems.told.extend(done.told);
+    Ok(Committed {
+        generation: manifest.generation,
+        manifest_digest: Digest(Sha256::digest(&text).into()).to_string(),
+        published: published.len() as u64,
+        removed: removed.len() as u64,
+        problems: problems.told,
+    })
+}
+
+/// The paths of the plan, with their indices.
+fn published(state: &State) -> impl Iterator<Item = (u32, &RelPath)> {
+    let entries = state.source.entries();
+    state.plan.actions.iter().map(|action| (action.index, &entries[action.index as usize].path))
+}
+
+fn planned(run: &Run, state: &State, options: &CommitOptions, failed: &HashSet<u32>) -> Vec<Recorded> {
+    let publication = Publication {
+        source: &state.source,
+        target: &state.target,
+        plan: &state.plan,
+        delete: options.delete,
+        failed: &|index| failed.contains(&index),
+        last: &|path| run.is_last(path),
+    };
+    let pointer = |step: &Step| matches!(step, Step::Replace(_)) && run.is_last(step.path());
+    steps(&publication).into_iter().map(|step| Recorded { pointer: pointer(&step), step }).collect()
+}
+
+/// The manifest without what could not be published: of that it says what it said before.
+fn mend(
+    run: &Run,
+    mut manifest: Manifest,
+    text: Vec<u8>,
+    old: &Tree,
+    problems: &Problems,
+) -> Result<(Manifest, Vec<u8>), Error> {
+    if problems.unpublished.is_empty() {
+        return Ok((manifest, text));
+    }
+    let mut entries = manifest.tree.into_entries();
+    entries.retain(|entry| !problems.left(&entry.path));
+    entries.extend(old.entries().iter().filter(|entry| problems.left(&entry.path)).cloned());
+    entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+    let files: HashSet<RelPath> =
+        entries.iter().filter(|entry| entry.file().is_some()).map(|entry| entry.path.clone()).collect();
+    entries.retain(|entry| !matches!(&entry.content, Content::HardLink { first } if !files.contains(first)));
+    manifest.tree =
+        Tree::new(entries).map_err(|error| Error::Refused { by: "the manifest".into(), reason: error.to_string() })?;
+    let text = format::encode(&manifest);
+    store(&run.session, &run.staging, NEW_MANIFEST, &text)?;
+    Ok((manifest, text))
 }
 
 /// Makes sure that what the steps go through are directories still.
@@ -203,7 +244,7 @@ fn settle(
         {
             failed.insert(index);
             let entry = &source.entries()[index as usize];
-            problems.push((entry.path.to_string(), format!("make the link: {refusal}")));
+            problems.tell(&entry.path, format!("make the link: {refusal}"));
         }
     }
     // What was only asked about, and is as it was.
@@ -366,14 +407,15 @@ pub(super) fn recover(run: &Run) -> Result<bool, Error> {
         reason: format!("{what} of an interrupted run is damaged; look at '{}', then remove it", Escaped(&run.staging)),
     };
     let record = Record::decode(&text).ok_or_else(|| damaged("the record"))?;
-    let (_, digest) = read_manifest(session, &run.root, &Silent::default())?;
+    let (old, digest) = read_manifest(session, &run.root, &Silent::default())?;
     // Without the manifest in staging it was put in force already: only the clearing was cut off.
     let new = read_whole(session, &at(&run.staging, NEW_MANIFEST))?;
     let due = new.ok().filter(|_| record.base == digest);
     if let Some(text) = &due {
         let manifest = format::decode(text).map_err(|_| damaged("the manifest"))?;
         check_parents(run, &record.steps)?;
-        execute(run, &record.steps, &manifest.tree, true)?;
+        let done = execute(run, &record.steps, &manifest.tree, true)?;
+        mend(run, manifest, Vec::new(), &old.tree, &done)?;
         finish(run)?;
     } else {
         // Another run has published since, or it was all done: what is staged is older than what is there.
