@@ -322,8 +322,8 @@ fn h32_h34_cut_at_any_packet_an_existing_target_is_old_or_new_and_the_next_run_c
     first.push(nothing(), nothing(), true).unwrap();
     let (counter, packets) = counting();
     two_versions(&first).push(counter, nothing(), false).unwrap();
-    // All points would take a while; a step of nine meets each kind of packet.
-    for (turn, at) in (3..packets.load(Ordering::Relaxed)).step_by(9).enumerate() {
+    // All points would take a while; a step of thirteen meets each kind of packet.
+    for (turn, at) in (3..packets.load(Ordering::Relaxed)).step_by(13).enumerate() {
         let pair = two_versions(&first);
         let shell = turn % 2 == 0;
         match pair.push(cut_after(at), nothing(), shell) {
@@ -345,7 +345,7 @@ fn h32_h34_cut_at_any_packet_a_new_target_is_whole_or_not_there() {
     version(&counted, 1);
     let (counter, packets) = counting();
     counted.push(counter, nothing(), false).unwrap();
-    for (turn, at) in (3..packets.load(Ordering::Relaxed)).step_by(9).enumerate() {
+    for (turn, at) in (3..packets.load(Ordering::Relaxed)).step_by(13).enumerate() {
         let pair = Pair::new();
         version(&pair, 1);
         let cut = pair.push(cut_after(at), nothing(), turn % 2 == 0);
