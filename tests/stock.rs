@@ -81,10 +81,12 @@ impl Sshd {
         format!("{}@127.0.0.1:{}", user.trim(), self.path(name).display())
     }
 
-    /// Pushes `source` to `target`, with further arguments.
+    /// Pushes `source` to `target`, with further arguments; by the subsystem at once where they name no way.
     fn push(&self, arguments: &[&str]) -> Output {
         let source = self.path("source").display().to_string();
-        let all: Vec<&str> = ["push", "-v"].iter().chain(arguments).copied().collect();
+        let named = arguments.iter().any(|argument| argument.starts_with("--remote"));
+        let way = if named { [].as_slice() } else { &["--remote=sftp"] };
+        let all: Vec<&str> = ["push", "-v"].iter().chain(way).chain(arguments).copied().collect();
         self.command(&all).arg(source).arg(self.remote("target")).output().unwrap()
     }
 
@@ -166,8 +168,8 @@ fn s14_s15_a_tree_of_everything_arrives_by_a_stock_server_and_comes_back() {
     for (configuration, said) in [(SHELL, "hashed there"), (NO_SHELL, "read back")] {
         let sshd = Sshd::start(configuration);
         sample(&sshd.path("source"));
-        let first = sshd.pushed(&[]);
-        assert!(first.contains("the subsystem 'sftp'") && first.contains(said), "{first}");
+        let first = sshd.pushed(&["--remote=auto"]);
+        assert!(first.contains("connected to the subsystem 'sftp'") && first.contains(said), "{first}");
         sshd.same();
         verified(&sshd.path("target"));
         assert!(!sshd.path(".target.lockstep").exists() && !sshd.path("target/.lockstep/staging/sftp").exists());
@@ -360,7 +362,7 @@ fn h13_links_of_the_source_are_kept_when_they_stay_in_the_tree() {
 #[test]
 fn h34_a_sender_that_is_killed_leaves_what_the_next_goes_on_from() {
     let sshd = Sshd::start(SHELL);
-    let large: Vec<u8> = (0..60_000_000u32).map(|at| (at / 5) as u8).collect();
+    let large: Vec<u8> = (0..30_000_000u32).map(|at| (at / 5) as u8).collect();
     sshd.write("large", &large);
     let source = sshd.path("source").display().to_string();
     let mut child = sshd.command(&["push", "-q", &source, &sshd.remote("target")]).spawn().unwrap();
@@ -398,7 +400,7 @@ fn the_way_in_can_be_chosen_and_what_answers_otherwise_is_said() {
     sshd.write("f", "other");
     by(&["--remote=sftp", "--verify=read-back"], "read back", 0);
     sshd.write("f", "another");
-    by(&["--remote-command", &command, "--verify=exec"], "--verify is for stock", 0);
+    by(&["--remote=auto", "--remote-command", &command, "--verify=exec"], "--verify is for stock", 0);
     sshd.same();
 
     let forced = Sshd::start(NO_SHELL);
@@ -410,6 +412,6 @@ fn the_way_in_can_be_chosen_and_what_answers_otherwise_is_said() {
     let noisy =
         Sshd::start("Subsystem sftp /usr/lib/openssh/sftp-server\nForceCommand echo hello; $SSH_ORIGINAL_COMMAND");
     noisy.write("f", "x");
-    let refused = noisy.push(&[]);
+    let refused = noisy.push(&["--remote=auto"]);
     assert!(!refused.status.success() && text(&refused).contains("login script"), "{}", text(&refused));
 }

@@ -6,7 +6,6 @@
 use std::collections::HashSet;
 
 use super::read::{Piece, ReadQueue, Wanted, read_whole};
-use super::record::Recorded;
 use super::session::{self, Reply, about, extended, with_attributes};
 use super::stage::store;
 use super::target::{Run, STATE, State};
@@ -14,6 +13,7 @@ use super::{REGULAR, at, kind_of};
 use crate::audit::{AuditRecord, HEAD, Head, LOG, TAIL_BYTES, head_of, lines};
 use crate::endpoint::Error;
 use crate::manifest::Manifest;
+use crate::path::RelPath;
 use crate::plan::Change;
 use crate::wire::sftp::{Attributes, open, packet};
 
@@ -24,11 +24,11 @@ use crate::wire::sftp::{Attributes, open, packet};
 pub(super) fn append(
     run: &Run,
     state: &State,
-    steps: &[Recorded],
-    failed: &HashSet<u32>,
+    published: &HashSet<u32>,
+    removed: &[&RelPath],
     manifest: &Manifest,
 ) -> Result<(), Error> {
-    let records = records(run, state, steps, failed, manifest);
+    let records = records(run, state, published, removed, manifest);
     if records.is_empty() {
         return Ok(());
     }
@@ -108,14 +108,14 @@ fn end_of(run: &Run) -> Result<(Head, u64), Error> {
 fn records(
     run: &Run,
     state: &State,
-    steps: &[Recorded],
-    failed: &HashSet<u32>,
+    published: &HashSet<u32>,
+    removed: &[&RelPath],
     manifest: &Manifest,
 ) -> Vec<AuditRecord> {
     let (actor, source) = (run.options.actor.clone(), run.options.source.clone());
     let base = AuditRecord { actor, source, ..AuditRecord::default() };
     let mut records = Vec::new();
-    for action in state.plan.actions.iter().filter(|action| !failed.contains(&action.index)) {
+    for action in state.plan.actions.iter().filter(|action| published.contains(&action.index)) {
         let Some(entry) = manifest.tree.get(&state.source.entries()[action.index as usize].path) else { continue };
         let file = entry.file();
         records.push(AuditRecord {
@@ -129,9 +129,8 @@ fn records(
             ..base.clone()
         });
     }
-    for recorded in steps.iter().filter(|recorded| recorded.is_removal()) {
-        let path = recorded.step.path().to_string();
-        records.push(AuditRecord { action: "remove".into(), path, ..base.clone() });
+    for path in removed {
+        records.push(AuditRecord { action: "remove".into(), path: path.to_string(), ..base.clone() });
     }
     records
 }

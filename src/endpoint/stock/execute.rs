@@ -14,15 +14,33 @@ use crate::path::RelPath;
 use crate::plan::publish::Step;
 use crate::wire::sftp::{Attributes, packet};
 
-/// Paths that could not be published, escaped, and why.
-pub(super) type Problems = Vec<(String, String)>;
+/// What failed while the others went on.
+#[derive(Debug, Default)]
+pub(super) struct Problems {
+    /// Paths, escaped, and why.
+    pub(super) told: Vec<(String, String)>,
+    /// Paths that are as they were before.
+    pub(super) unpublished: BTreeSet<RelPath>,
+}
+
+impl Problems {
+    /// Whether a path, or a directory above it, is as it was before.
+    pub(super) fn left(&self, path: &RelPath) -> bool {
+        self.unpublished.contains(path) || path.ancestors().any(|above| self.unpublished.contains(&above))
+    }
+
+    pub(super) fn tell(&mut self, path: &RelPath, what: String) {
+        self.told.push((path.to_string(), what));
+    }
+}
+
 /// A step and what became of it.
 type Done<'a> = (&'a Recorded, Result<(), Refusal>);
 
 /// Does the steps. Those that the state of the target forbids are told and left; after one no pointer is published.
 /// `again` is for a record of which a part was done before.
 pub(super) fn execute(run: &Run, steps: &[Recorded], tree: &Tree, again: bool) -> Result<Problems, Error> {
-    let mut problems = Problems::new();
+    let mut problems = Problems::default();
     let (pointers, content): (Vec<&Recorded>, Vec<&Recorded>) = steps.iter().partition(|recorded| recorded.pointer);
     let parents = |of: &[&Recorded]| -> BTreeSet<RelPath> {
         of.iter().filter_map(|recorded| recorded.step.path().parent()).collect()
@@ -37,11 +55,14 @@ pub(super) fn execute(run: &Run, steps: &[Recorded], tree: &Tree, again: bool) -
         paths.filter_map(|path| tree.get(path)).filter(|entry| entry.is_directory()).cloned().collect()
     };
     apply(run, &entries(&mut touched.difference(&later)), &mut problems)?;
-    if problems.is_empty() {
+    if problems.told.is_empty() {
         perform(run, &pointers, tree, again, &mut problems)?;
     } else {
         let held = "is not published, because something that it may point to could not be; push again";
-        problems.extend(pointers.iter().map(|recorded| (recorded.step.path().to_string(), held.to_owned())));
+        for recorded in pointers {
+            problems.tell(recorded.step.path(), held.to_owned());
+            problems.unpublished.insert(recorded.step.path().clone());
+        }
     }
     apply(run, &entries(&mut later.iter()), &mut problems)?;
     Ok(problems)
@@ -71,7 +92,7 @@ fn perform(run: &Run, steps: &[&Recorded], tree: &Tree, again: bool, problems: &
             Step::NewDirectory(_) => session::request(packet::RENAME).string(&staged(recorded)).string(&path).finish(),
             // SFTP cannot do it, and no run asks for it.
             Step::Exchange(path) => {
-                problems.push((path.to_string(), "cannot be exchanged over SFTP".into()));
+                problems.tell(path, "cannot be exchanged over SFTP".into());
                 continue;
             }
             Step::ApplyMetadata(path) => {
@@ -96,7 +117,8 @@ fn perform(run: &Run, steps: &[&Recorded], tree: &Tree, again: bool, problems: &
             }
         };
         if !done_before {
-            problems.push((recorded.step.path().to_string(), recorded.describe(&refusal.to_string())));
+            problems.tell(recorded.step.path(), recorded.describe(&refusal.to_string()));
+            problems.unpublished.insert(recorded.step.path().clone());
         }
     }
     apply(run, &metadata, problems)
@@ -116,7 +138,7 @@ fn apply(run: &Run, entries: &[Entry], problems: &mut Problems) -> Result<(), Er
     let paths: Vec<Vec<u8>> = entries.iter().map(|entry| below(&run.root, &entry.path)).collect();
     let mut there = Vec::with_capacity(entries.len());
     for (number, found) in session.batch(paths.iter().map(|path| about(packet::LSTAT, path)))?.into_iter().enumerate() {
-        let mut problem = |what: String| problems.push((entries[number].path.to_string(), what));
+        let mut problem = |what: String| problems.tell(&entries[number].path, what);
         match found {
             Reply::Attributes(found) if kind_of(&found) != Some(SYMLINK) => there.push((number, found)),
             Reply::Attributes(_) => problem("has become a symbolic link".into()),
@@ -134,7 +156,7 @@ fn apply(run: &Run, entries: &[Entry], problems: &mut Problems) -> Result<(), Er
         left = settle_permissions(session, packet::SETSTAT, &paths, &again)?;
     }
     for (number, refusal) in left {
-        problems.push((entries[number].path.to_string(), format!("set its owner, mode and time: {refusal}")));
+        problems.tell(&entries[number].path, format!("set its owner, mode and time: {refusal}"));
     }
     Ok(())
 }

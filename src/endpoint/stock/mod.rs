@@ -16,6 +16,7 @@ use crate::manifest::Timestamp;
 use crate::path::RelPath;
 use crate::wire::sftp::{Attributes, packet};
 
+mod adopt;
 mod audit;
 mod execute;
 mod list;
@@ -38,8 +39,9 @@ pub use target::StockTarget;
 
 use session::{Reply, Session};
 
-/// A stock server may take its time to bring a large file to the disk.
-const TIMEOUT: Duration = Duration::from_secs(300);
+/// A stock server may take its time to bring a large file to the disk. That the host is there at all is found out by the
+/// keepalive of the connection.
+const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Connections that log in at once: sshd drops some of those beyond its MaxStartups, ten.
 const LOGINS: usize = 4;

@@ -68,7 +68,10 @@ impl Prover {
 }
 
 /// Hashes by the command first, and reads back what it could not hash.
-fn prove(shell: &mut Option<Shell>, session: &Arc<Session>, files: Vec<Unproven>) -> Result<Proven, Error> {
+///
+/// # Errors
+/// When the connection ends.
+pub(super) fn prove(shell: &mut Option<Shell>, session: &Arc<Session>, files: Vec<Unproven>) -> Result<Proven, Error> {
     let mut proven = Proven::with_capacity(files.len());
     let mut left = Vec::new();
     let paths: Vec<&[u8]> = files.iter().map(|file| &*file.path).collect();
@@ -97,7 +100,7 @@ fn prove(shell: &mut Option<Shell>, session: &Arc<Session>, files: Vec<Unproven>
 ///
 /// # Errors
 /// When the connection ends.
-pub(super) fn read_back(session: &Arc<Session>, files: Vec<Unproven>) -> Result<Proven, Error> {
+fn read_back(session: &Arc<Session>, files: Vec<Unproven>) -> Result<Proven, Error> {
     let mut queue = ReadQueue::new(Arc::clone(session));
     let mut hashes: HashMap<u64, (Sha256, u64)> = HashMap::new();
     for Unproven { id, path, size } in files {

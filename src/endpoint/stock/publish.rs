@@ -66,14 +66,63 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     if run.options.dry_run {
         return Err(Error::Usage("a dry run publishes nothing".into()));
     }
-    let mut committed = Committed::default();
-    let mut failed = settle(run, state, options, &mut committed.problems)?;
+    let mut problems = Problems::default();
+    let mut failed = settle(run, state, options, &mut problems)?;
     if !failed.is_empty() || !options.unreadable.is_empty() {
-        hold_pointers_back(run, state, &mut failed, &mut committed.problems);
+        hold_pointers_back(run, state, &mut failed, &mut problems);
     }
-    let source = Arc::clone(&state.source);
+    let steps = planned(run, state, options, &failed);
+    if let Some(lock) = super::target::locked(&run.lock).as_ref() {
+        lock.check(Escaped(&run.root).to_string())?;
+    }
+    check_parents(run, &steps)?;
+    let manifest = new_manifest(run, state, options, &failed)?;
+    let old = &state.old_manifest;
+    if steps.is_empty() && run.rename_to.is_none() && old.generation > 0 && old.tree == manifest.tree {
+        clear(run)?;
+        let manifest_digest = state.old_digest.to_string();
+        let (generation, problems) = (old.generation, problems.told);
+        return Ok(Committed { generation, manifest_digest, problems, ..Committed::default() });
+    }
+    let text = format::encode(&manifest);
+    // DURABILITY: all content and permissions first; only then the record that makes them the truth.
+    bring_to_disk(run)?;
+    let record = Record { base: state.old_digest, steps };
+    store(&run.session, &run.staging, NEW_MANIFEST, &text)?;
+    store(&run.session, &run.staging, RECORD, record.encode().as_bytes())?;
+    let done = execute(run, &record.steps, &manifest.tree, false)?;
+    let (manifest, text) = mend(run, manifest, text, &state.old_manifest.tree, &done)?;
+
+    let paths: Vec<(u32, &RelPath)> = published(state).filter(|(index, _)| !failed.contains(index)).collect();
+    let removals = record.steps.iter().filter(|recorded| recorded.is_removal()).map(|recorded| recorded.step.path());
+    let removed: Vec<&RelPath> = removals.filter(|path| !done.left(path)).collect();
+    let published: HashSet<u32> =
+        paths.into_iter().filter(|(_, path)| !done.left(path)).map(|(index, _)| index).collect();
+    audit::append(run, state, &published, &removed, &manifest)?;
+    finish(run)?;
+    if let Some(path) = &run.rename_to {
+        appear(run, path)?;
+    }
+    monitor.event(Event::Detail(&format!("generation {} is published", manifest.generation)));
+    problems.told.extend(done.told);
+    Ok(Committed {
+        generation: manifest.generation,
+        manifest_digest: Digest(Sha256::digest(&text).into()).to_string(),
+        published: published.len() as u64,
+        removed: removed.len() as u64,
+        problems: problems.told,
+    })
+}
+
+/// The paths of the plan, with their indices.
+fn published(state: &State) -> impl Iterator<Item = (u32, &RelPath)> {
+    let entries = state.source.entries();
+    state.plan.actions.iter().map(|action| (action.index, &entries[action.index as usize].path))
+}
+
+fn planned(run: &Run, state: &State, options: &CommitOptions, failed: &HashSet<u32>) -> Vec<Recorded> {
     let publication = Publication {
-        source: &source,
+        source: &state.source,
         target: &state.target,
         plan: &state.plan,
         delete: options.delete,
@@ -81,40 +130,33 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         last: &|path| run.is_last(path),
         unit: &|_, _| None,
     };
-    let steps: Vec<Recorded> = steps(&publication)
-        .into_iter()
-        .map(|step| Recorded { pointer: matches!(step, Step::Replace(_)) && run.is_last(step.path()), step })
-        .collect();
-    if let Some(lock) = super::target::locked(&run.lock).as_ref() {
-        lock.check(Escaped(&run.root).to_string())?;
-    }
-    if steps.is_empty() && run.rename_to.is_none() && state.old_manifest.generation > 0 {
-        clear(run)?;
-        committed.generation = state.old_manifest.generation;
-        committed.manifest_digest = state.old_digest.to_string();
-        return Ok(committed);
-    }
-    check_parents(run, &steps)?;
-    let manifest = new_manifest(run, state, options, &failed)?;
-    let text = format::encode(&manifest);
-    // DURABILITY: all content and permissions first; only then the record that makes them the truth.
-    bring_to_disk(run)?;
-    let record = Record { base: state.old_digest, steps };
-    store(&run.session, &run.staging, NEW_MANIFEST, &text)?;
-    store(&run.session, &run.staging, RECORD, record.encode().as_bytes())?;
+    let pointer = |step: &Step| matches!(step, Step::Replace(_)) && run.is_last(step.path());
+    steps(&publication).into_iter().map(|step| Recorded { pointer: pointer(&step), step }).collect()
+}
 
-    committed.generation = manifest.generation;
-    committed.manifest_digest = Digest(Sha256::digest(&text).into()).to_string();
-    committed.problems.extend(execute(run, &record.steps, &manifest.tree, false)?);
-    committed.published = state.plan.actions.iter().filter(|action| !failed.contains(&action.index)).count() as u64;
-    committed.removed = record.steps.iter().filter(|recorded| recorded.is_removal()).count() as u64;
-    audit::append(run, state, &record.steps, &failed, &manifest)?;
-    finish(run)?;
-    if let Some(path) = &run.rename_to {
-        appear(run, path)?;
+/// The manifest without what could not be published: of that it says what it said before.
+fn mend(
+    run: &Run,
+    mut manifest: Manifest,
+    text: Vec<u8>,
+    old: &Tree,
+    problems: &Problems,
+) -> Result<(Manifest, Vec<u8>), Error> {
+    if problems.unpublished.is_empty() {
+        return Ok((manifest, text));
     }
-    monitor.event(Event::Detail(&format!("generation {} is published", committed.generation)));
-    Ok(committed)
+    let mut entries = manifest.tree.into_entries();
+    entries.retain(|entry| !problems.left(&entry.path));
+    entries.extend(old.entries().iter().filter(|entry| problems.left(&entry.path)).cloned());
+    entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+    let files: HashSet<RelPath> =
+        entries.iter().filter(|entry| entry.file().is_some()).map(|entry| entry.path.clone()).collect();
+    entries.retain(|entry| !matches!(&entry.content, Content::HardLink { first } if !files.contains(first)));
+    manifest.tree =
+        Tree::new(entries).map_err(|error| Error::Refused { by: "the manifest".into(), reason: error.to_string() })?;
+    let text = format::encode(&manifest);
+    store(&run.session, &run.staging, NEW_MANIFEST, &text)?;
+    Ok((manifest, text))
 }
 
 /// Makes sure that what the steps go through are directories still.
@@ -206,7 +248,7 @@ fn settle(
         {
             failed.insert(index);
             let entry = &source.entries()[index as usize];
-            problems.push((entry.path.to_string(), format!("make the link: {refusal}")));
+            problems.tell(&entry.path, format!("make the link: {refusal}"));
         }
     }
     // What was only asked about, and is as it was.
@@ -217,12 +259,12 @@ fn settle(
 }
 
 /// A marker or pointer may say of just that which failed that it is there.
-fn hold_pointers_back(run: &Run, state: &State, failed: &mut HashSet<u32>, problems: &mut Vec<(String, String)>) {
+fn hold_pointers_back(run: &Run, state: &State, failed: &mut HashSet<u32>, problems: &mut Problems) {
     for action in &state.plan.actions {
         let entry = &state.source.entries()[action.index as usize];
         if !entry.is_directory() && run.is_last(&entry.path) && failed.insert(action.index) {
             let reason = "is held back, since other paths failed: it may say that they are there";
-            problems.push((entry.path.to_string(), reason.into()));
+            problems.tell(&entry.path, reason.into());
         }
     }
 }
@@ -380,14 +422,15 @@ pub(super) fn recover(run: &Run) -> Result<bool, Error> {
         reason: format!("{what} of an interrupted run is damaged; look at '{}', then remove it", Escaped(&run.staging)),
     };
     let record = Record::decode(&text).ok_or_else(|| damaged("the record"))?;
-    let (_, digest) = read_manifest(session, &run.root, &Silent::default())?;
+    let (old, digest) = read_manifest(session, &run.root, &Silent::default())?;
     // Without the manifest in staging it was put in force already: only the clearing was cut off.
     let new = read_whole(session, &at(&run.staging, NEW_MANIFEST))?;
     let due = new.ok().filter(|_| record.base == digest);
     if let Some(text) = &due {
         let manifest = format::decode(text).map_err(|_| damaged("the manifest"))?;
         check_parents(run, &record.steps)?;
-        execute(run, &record.steps, &manifest.tree, true)?;
+        let done = execute(run, &record.steps, &manifest.tree, true)?;
+        mend(run, manifest, Vec::new(), &old.tree, &done)?;
         finish(run)?;
     } else {
         // Another run has published since, or it was all done: what is staged is older than what is there.

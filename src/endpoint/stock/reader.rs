@@ -15,8 +15,9 @@ use crate::endpoint::{BLOCK_BYTES, Block, Error, Fetch, Produced, Reader, SMALL_
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::wire::sftp::Attributes;
 
-/// Files asked for ahead.
+/// Files asked for ahead, and their bytes: what one worker has asked for no other can take.
 const AHEAD: usize = 256;
+const AHEAD_BYTES: u64 = 64 << 20;
 
 struct File {
     fetch: Fetch,
@@ -36,14 +37,23 @@ pub(super) struct StockReader {
     queue: ReadQueue,
     files: HashMap<u64, File>,
     ready: VecDeque<Produced>,
-    /// Pieces of a file that were wanted from its middle are hashed from its start; those before are not given.
     next: u64,
+    /// Bytes of `files`.
+    ahead: u64,
 }
 
 impl StockReader {
     pub(super) fn new(session: Arc<Session>, root: &[u8], tree: Arc<Tree>) -> StockReader {
         let queue = ReadQueue::new(session);
-        StockReader { root: root.to_vec(), tree, queue, files: HashMap::new(), ready: VecDeque::new(), next: 0 }
+        StockReader {
+            root: root.to_vec(),
+            tree,
+            queue,
+            files: HashMap::new(),
+            ready: VecDeque::new(),
+            next: 0,
+            ahead: 0,
+        }
     }
 
     fn ask(&mut self, fetch: Fetch, only_hashed: bool) {
@@ -56,9 +66,9 @@ impl StockReader {
         };
         let id = self.next;
         self.next += 1;
-        let small = size <= SMALL_FILE_BYTES;
-        let held = Block::with_capacity(if small { size as usize } else { 0 });
-        let only_hashed = only_hashed && !small;
+        let held = Block::with_capacity(0);
+        let only_hashed = only_hashed && size > SMALL_FILE_BYTES;
+        self.ahead += size;
         self.files.insert(id, File { fetch, size, hash: Sha256::new(), held, held_at: 0, only_hashed });
         self.queue.push(Wanted { id, path: below(&self.root, &entry.path), from: 0, size });
     }
@@ -72,6 +82,7 @@ impl StockReader {
             }
             Piece::End { id, before, after } => {
                 let Some(file) = self.files.remove(&id) else { return };
+                self.ahead -= file.size;
                 let entry = &self.tree.entries()[file.fetch.index as usize];
                 if !(is_as_listed(entry, &before) && is_as_listed(entry, &after)) {
                     return self.ready.push_back(changed(file.fetch.index));
@@ -82,6 +93,7 @@ impl StockReader {
             }
             Piece::Failed { id, why } => {
                 let Some(file) = self.files.remove(&id) else { return };
+                self.ahead -= file.size;
                 let index = file.fetch.index;
                 self.ready.push_back(match why {
                     Ok(()) => changed(index),
@@ -114,6 +126,9 @@ impl File {
         }
         let end = offset + data.len() as u64;
         if self.size <= SMALL_FILE_BYTES && self.fetch.from == 0 {
+            if offset == 0 {
+                self.held = Block::with_capacity(self.size as usize);
+            }
             self.held.buffer_mut().extend_from_slice(data);
             return produced;
         }
@@ -159,7 +174,7 @@ impl File {
 
 impl Reader for StockReader {
     fn wants_more(&self) -> bool {
-        self.queue.files() < AHEAD
+        self.files.len() < AHEAD && self.ahead < AHEAD_BYTES
     }
 
     fn push(&mut self, fetch: Fetch) {

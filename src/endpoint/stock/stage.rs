@@ -136,10 +136,10 @@ fn make_directories(run: &Run, wanted: &BTreeSet<Vec<u8>>) -> Result<(), Error> 
 /// Writes a file of our own beside its name, brings it to stable storage and gives it its name.
 pub(super) fn store(session: &Session, directory: &[u8], name: &str, bytes: &[u8]) -> Result<(), Error> {
     let (path, new) = (at(directory, name), at(directory, format!("{name}.new")));
-    session.order(about(packet::REMOVE, &new))?.ok();
-    let handle = match session.call(session::open(&new, open::WRITE | open::CREATE | open::EXCLUSIVE))? {
-        Reply::Handle(handle) => handle,
-        Reply::Refused(refusal) => return Err(session.refused("make", &new, &refusal)),
+    let open = session::open(&new, open::WRITE | open::CREATE | open::EXCLUSIVE);
+    let handle = match session.batch([about(packet::REMOVE, &new), open])?.pop() {
+        Some(Reply::Handle(handle)) => handle,
+        Some(Reply::Refused(refusal)) => return Err(session.refused("make", &new, &refusal)),
         _ => return Err(session.odd()),
     };
     let length = session.write_max as usize;

@@ -12,10 +12,10 @@ use super::list::list;
 use super::lock::Lock;
 use super::names::{Ids, Names};
 use super::prove::Prover;
-use super::session::{self, Session};
+use super::session::{self, Reply, Session, about};
 use super::shell::{Job, Shell};
 use super::writer::StockWriter;
-use super::{DIRECTORY, Lanes, Verify, at, kind_of, publish, stage, whole_seconds};
+use super::{DIRECTORY, Lanes, Verify, adopt, at, kind_of, publish, stage, whole_seconds};
 use crate::endpoint::local::POINTERS;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::error::Escaped;
@@ -136,24 +136,33 @@ impl StockTarget {
         // Those that are there already are refused, and that is no fault.
         let _ = session.all(above.into_iter().chain([parent]).map(|path| session::mkdir(path, 0o755)))?;
         let hidden = [parent, b"/.", name, b".lockstep"].concat();
-        make_private(session, &hidden)?;
+        make_private(session, &[&hidden])?;
         Ok(Some(Place { root: hidden, rename_to: Some(root.clone()) }))
     }
 }
 
-/// A directory of ours, which nobody else may enter. What has its name and is no directory, a link above all, is
-/// refused.
-fn make_private(session: &Session, path: &[u8]) -> Result<(), Error> {
-    let made = session.order(session::mkdir(path, 0o700))?;
-    let Err(refusal) = made else { return Ok(()) };
-    match session.stat(packet::LSTAT, path)? {
-        Ok(found) if kind_of(&found) == Some(DIRECTORY) => Ok(()),
-        Ok(_) => Err(Error::Refused {
-            by: session.client.host().to_owned(),
-            reason: format!("'{}' is not a directory; look at it, then remove it", Escaped(path)),
-        }),
-        Err(_) => Err(session.refused("make the directory", path, &refusal)),
+/// Directories of ours, which nobody else may enter, from the top. What has the name of one and is no directory, a
+/// link above all, is refused.
+fn make_private(session: &Session, paths: &[&[u8]]) -> Result<(), Error> {
+    let both = |path: &&[u8]| [session::mkdir(path, 0o700), about(packet::LSTAT, path)];
+    let mut replies = session.batch(paths.iter().flat_map(both))?.into_iter();
+    for path in paths {
+        match (replies.next(), replies.next()) {
+            (Some(Reply::Done | Reply::Refused(_)), Some(Reply::Attributes(found))) => {
+                if kind_of(&found) != Some(DIRECTORY) {
+                    return Err(Error::Refused {
+                        by: session.client.host().to_owned(),
+                        reason: format!("'{}' is not a directory; look at it, then remove it", Escaped(path)),
+                    });
+                }
+            }
+            (Some(Reply::Refused(refusal)), Some(_)) => {
+                return Err(session.refused("make the directory", path, &refusal));
+            }
+            _ => return Err(session.odd()),
+        }
     }
+    Ok(())
 }
 
 impl Target for StockTarget {
@@ -188,7 +197,7 @@ impl Target for StockTarget {
         let mut lock = None;
         let mut provers = Vec::new();
         if !options.dry_run {
-            make_private(&session, &at(&root, STATE))?;
+            make_private(&session, &[&at(&root, STATE)])?;
             let wait = Duration::from_secs(options.wait_seconds);
             lock = Some(Lock::take(&session, &at(&root, STATE), self.describe(), &options.actor, wait)?);
         }
@@ -313,14 +322,13 @@ impl StockTarget {
                         .into(),
             });
         }
-        make_private(session, &at(&run.root, ".lockstep/staging"))?;
-        make_private(session, &run.staging)?;
+        make_private(session, &[&at(&run.root, ".lockstep/staging"), &run.staging])?;
         if publish::recover(run)? {
             monitor.event(Event::Warning(&format!(
                 "{}: an earlier run was interrupted while it published; it was finished first",
                 self.describe()
             )));
-            make_private(session, &run.staging)?;
+            make_private(session, &[&run.staging])?;
         }
         // A default ACL of the directory above would be inherited, and wake up when a file gets its mode. Without a
         // command nobody can take it away: `docs/security.md` says so.
@@ -403,7 +411,8 @@ impl Run {
         let mut entries = listed.entries;
         entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
         let target = Tree::new(entries).map_err(|error| target_problem(error.to_string()))?;
-        let target = vouched(target, &old_manifest, true).map_err(|error| target_problem(error.to_string()))?;
+        let mut target = vouched(target, &old_manifest, true).map_err(|error| target_problem(error.to_string()))?;
+        adopt::adopt(self, &source, &mut target)?;
         let wanted = self.desired(&source)?;
         let compare = Compare { checksum: self.options.checksum, whole_seconds: true, ..Compare::default() };
         let mut plan = diff(&source, &target, &|index, _| wanted[index].clone(), compare);

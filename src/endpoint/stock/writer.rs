@@ -16,6 +16,7 @@ use crate::endpoint::client::Completion;
 use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
 use crate::error::Escaped;
 use crate::manifest::{Content, Digest, Entry, Tree};
+use crate::policy::mode::SPECIAL_BITS;
 use crate::wire::sftp::{Attributes, Status, open, packet};
 
 /// Files of one writer that are open or waiting to be, at most.
@@ -36,6 +37,8 @@ enum Op {
     Write,
     Close,
     Grant,
+    /// The LSTAT after special bits were asked for.
+    Check,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -167,6 +170,7 @@ impl StockWriter {
             return Ok(());
         };
         file.in_flight -= 1;
+        let index = file.index;
         match (op, reply) {
             (Op::Open, Reply::Handle(handle)) => {
                 file.handle = Some(handle);
@@ -183,6 +187,21 @@ impl StockWriter {
             }
             (Op::Grant, Reply::Refused(refusal)) => {
                 file.failure.get_or_insert(refused("set its owner, mode and time", &refusal));
+            }
+            (Op::Check, Reply::Attributes(found)) => {
+                // The kernel leaves them out without a word where the account may not give them.
+                let wanted = self.run.permissions(self.entry(index)?.0)?.mode;
+                let found = found.mode.unwrap_or_default() & 0o7777;
+                if found != wanted
+                    && let Some(file) = self.files.get_mut(&number)
+                {
+                    let message =
+                        format!("its mode is {found:04o} after {wanted:04o} was set; the account may not give it");
+                    file.failure.get_or_insert(WriteFailure { message, retry: false });
+                }
+            }
+            (Op::Check, Reply::Refused(refusal)) => {
+                file.failure.get_or_insert(refused("look at its mode", &refusal));
             }
             _ => return Err(self.session.odd()),
         }
@@ -309,6 +328,9 @@ impl StockWriter {
                     let wanted = self.run.permissions(self.entry(index)?.0)?;
                     for packet in grant(packet::SETSTAT, &path, &wanted) {
                         self.send(number, Op::Grant, packet)?;
+                    }
+                    if wanted.mode & SPECIAL_BITS != 0 {
+                        self.send(number, Op::Check, about(packet::LSTAT, &path))?;
                     }
                 }
                 Ok(found) => {
