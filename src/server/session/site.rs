@@ -3,7 +3,9 @@
 //! What always holds: nothing named `.lockstep`, and nothing below it, is written by a plain client; special bits and
 //! owners come from the receiver's rules; who breaks this is refused, and recorded.
 
+use std::collections::HashSet;
 use std::fs::File;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::OFlags;
 
@@ -30,6 +32,8 @@ pub(super) struct Site {
     pub(super) confined: bool,
     pub(super) policy: Policy,
     pub(super) ids: Ids,
+    /// Device and inode of the files that are private until they are closed.
+    pub(super) private: Mutex<HashSet<(u64, u64)>>,
     /// Where a log is kept.
     pub(super) recorder: Option<Recorder>,
 }
@@ -62,6 +66,7 @@ impl Grant {
 impl Site {
     /// The place that `path` names, for something that is to be written there.
     pub(super) fn spot(&self, path: &RelPath) -> Result<Spot, Failed> {
+        self.guard(path)?;
         let (holder, name) = self.root.holder(path, Follow::Inside)?;
         let above = self.root.path_of_root(&holder)?;
         let path = match above {
@@ -113,7 +118,7 @@ impl Site {
         if asked.mode.is_some() || (asked.owner.is_some() && !free) {
             let directory = found.kind == FileKind::Directory;
             let grant = self.grant(path, directory, asked.mode.unwrap_or(found.mode) & 0o7777, Some(&found))?;
-            if asked.mode.is_some() {
+            if asked.mode.is_some() && !self.is_private(&found) {
                 change.mode = Some(grant.mode);
                 change.remove_acl = grant.ruled;
             }
@@ -121,9 +126,10 @@ impl Site {
                 self.may_own(path, &found, &grant, asked)?;
             }
         }
-        if let (Some((user, group)), true) = (asked.owner, free) {
-            let given = |id| Some(id).filter(|&id| id != u32::MAX); // To chown(2): as it is.
-            (change.uid, change.gid) = (given(user), given(group));
+        if let Some((user, group)) = asked.owner {
+            // u32::MAX is, to chown(2): as it is.
+            let given = |id, there| Some(id).filter(|&id| id != u32::MAX && (free || id != there));
+            (change.uid, change.gid) = (given(user, found.uid), given(group, found.gid));
         }
         let sized = asked.size.map_or(Ok(()), |size| file.set_len(size));
         let applied = change.apply(file);
@@ -148,7 +154,7 @@ impl Site {
             return Ok(());
         }
         walk(spot, new, |name, path, found| {
-            if !matches!(found.kind, FileKind::Regular | FileKind::Directory) {
+            if !matches!(found.kind, FileKind::Regular | FileKind::Directory) || self.is_private(found) {
                 return Ok(());
             }
             let grant = self.grant(path, found.kind == FileKind::Directory, found.mode, Some(found))?;
@@ -185,6 +191,15 @@ impl Site {
             return Ok(());
         }
         Err(self.refused(path, "the link would lead out of the root"))
+    }
+
+    pub(super) fn private(&self) -> MutexGuard<'_, HashSet<(u64, u64)>> {
+        self.private.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a file gets its permissions when the handle that made it is closed, and none before.
+    pub(super) fn is_private(&self, found: &Metadata) -> bool {
+        self.private().contains(&(found.device, found.inode))
     }
 
     /// A refusal, with its line in the log.

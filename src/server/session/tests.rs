@@ -146,6 +146,17 @@ fn s08_s10_by_a_plain_client_too_a_file_is_private_until_it_is_closed_and_then_a
     assert_eq!(client.mode("x.log"), 0o640);
     assert_eq!(client.status(packet::MKDIR, |w| w.string(b"/dir").u32(0)), Status::Ok);
     assert_eq!(client.mode("dir"), 0o1774);
+    // Nor does another way to the file open it before it is whole: by its path, by a new name, through another handle.
+    let handle = client.open("y.log", 0o644);
+    client.write(&handle, 0, b"half");
+    assert_eq!(client.setstat("y.log", 4, &[0o644]), Status::Ok);
+    assert_eq!(client.pair(packet::RENAME, "y.log", "z.log"), Status::Ok);
+    let other = client.open("z.log", 0o644);
+    client.write(&other, 4, b"more");
+    assert_eq!(client.close(&other), Status::Ok);
+    assert_eq!(client.mode("z.log"), 0o600);
+    assert_eq!(client.close(&handle), Status::Ok);
+    assert_eq!(client.mode("z.log"), 0o640);
     // An upload that is cut off stays private.
     let handle = client.open("cut.log", 0o644);
     client.write(&handle, 0, b"half");
