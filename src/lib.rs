@@ -18,7 +18,9 @@ pub mod policy;
 pub mod wire;
 
 // Local I/O: blocking.
+pub mod access;
 pub mod audit;
+pub mod drift;
 pub mod root;
 pub mod scan;
 pub mod staging;

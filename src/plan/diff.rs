@@ -16,6 +16,8 @@ pub struct Desired {
     pub owner: Option<Arc<str>>,
     /// Group likewise.
     pub group: Option<Arc<str>>,
+    /// What is there has another ACL than it is to have.
+    pub acl_differs: bool,
 }
 
 /// What has to be done to make `target` like `source`. `desired` gives the permissions of the source's entries by index.
@@ -47,6 +49,26 @@ pub fn diff(source: &Tree, target: &Tree, desired: &dyn Fn(usize, &Entry) -> Des
     plan
 }
 
+/// Has the content of files compared that a plan would leave for their size and time alone: `doubtful` are indices of
+/// `target`'s files whose digest is known, but was never compared with that of a source.
+pub fn require_proof(plan: &mut Plan, source: &Tree, target: &Tree, doubtful: &[usize]) {
+    for entry in doubtful.iter().map(|&at| &target.entries()[at]) {
+        let (Some((size, Some(digest))), Some(index)) = (entry.file(), source.position(&entry.path)) else { continue };
+        if source.entries()[index].file() != Some((size, None)) {
+            continue;
+        }
+        let need = Need::Compare { digest };
+        match plan.actions.binary_search_by_key(&(index as u32), |action| action.index) {
+            Ok(at) if plan.actions[at].need == Need::Nothing => plan.actions[at].need = need,
+            Ok(_) => {}
+            Err(at) => {
+                let (change, differences) = (Change::MetadataOnly, Differences::default());
+                plan.actions.insert(at, Action { index: index as u32, change, differences, need });
+            }
+        }
+    }
+}
+
 fn added(index: usize, entry: &Entry) -> Action {
     let file = entry.file().is_some();
     Action {
@@ -75,7 +97,7 @@ fn compared(
         content,
         size,
         time: compare.times && !hard_link && !link && !same_time,
-        mode: !hard_link && !link && want.mode != old.mode,
+        mode: !hard_link && !link && (want.mode != old.mode || want.acl_differs),
         owner: !hard_link && want.owner.is_some_and(|owner| owner != old.owner),
         group: !hard_link && want.group.is_some_and(|group| group != old.group),
     };
@@ -147,7 +169,7 @@ mod tests {
     }
 
     fn as_sent(_: usize, entry: &Entry) -> Desired {
-        Desired { mode: entry.mode, owner: None, group: None }
+        Desired { mode: entry.mode, owner: None, group: None, acl_differs: false }
     }
 
     fn plan(source: Vec<Entry>, target: Vec<Entry>, compare: Compare) -> Plan {
@@ -177,6 +199,24 @@ mod tests {
     }
 
     #[test]
+    fn what_was_never_compared_is_not_believed_for_its_size_and_time() {
+        let source = Tree::new(vec![
+            file("a", 9, None, 1),
+            file("b", 9, None, 2),
+            file("c", 9, Some(1), 1),
+            file("d", 8, None, 1),
+        ]);
+        let target = ["a", "b", "c", "d"].map(|name| file(name, 9, Some(1), 1)).to_vec();
+        let (source, target) = (source.unwrap(), Tree::new(target).unwrap());
+        let mut plan = diff(&source, &target, &as_sent, Compare::default());
+        let needs = |plan: &Plan| -> Vec<_> { plan.actions.iter().map(|action| (action.index, action.need)).collect() };
+        let (ask, whole) = (Need::Compare { digest: Digest([1; 32]) }, Need::Content { resume_at: 0 });
+        assert_eq!(needs(&plan), [(1, ask), (3, whole)]);
+        require_proof(&mut plan, &source, &target, &[0, 1, 2, 3]);
+        assert_eq!(needs(&plan), [(0, ask), (1, ask), (3, whole)]);
+    }
+
+    #[test]
     fn kinds_links_and_removals() {
         let link = |target: &str| Content::Symlink { target: target.as_bytes().into() };
         let hard = || Content::HardLink { first: rel("a") };
@@ -202,7 +242,10 @@ mod tests {
     #[test]
     fn permissions_that_a_policy_wants_are_compared_with_what_is_there() {
         let tree = Tree::new(vec![file("f", 1, Some(1), 1)]).unwrap();
-        let want = |mode, owner: Option<&str>| Desired { mode, owner: owner.map(Into::into), group: None };
+        let want =
+            |mode, owner: Option<&str>| Desired { mode, owner: owner.map(Into::into), group: None, acl_differs: false };
+        let acl = diff(&tree, &tree, &|_, _| Desired { acl_differs: true, ..want(0o644, None) }, Compare::default());
+        assert!(acl.actions[0].change == Change::MetadataOnly && acl.actions[0].differences.mode);
         assert_eq!(diff(&tree, &tree, &|_, _| want(0o644, Some("u")), Compare::default()).actions, []);
         let result = diff(&tree, &tree, &|_, _| want(0o600, Some("trainer")), Compare::default());
         let action = &result.actions[0];

@@ -2,9 +2,10 @@
 
 pub mod acl;
 pub mod mode;
+pub mod rights;
 mod rules;
 
-pub use rules::{Decision, Explanation, Policy, PolicyError, chmod_rules, chown_rule};
+pub use rules::{Decision, Explanation, Policy, PolicyError, chmod_rules, chown_rules};
 
 use serde::{Deserialize, Serialize};
 

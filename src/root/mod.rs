@@ -58,6 +58,15 @@ impl RootError {
     }
 }
 
+/// What a file system has left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FreeSpace {
+    /// Bytes; `u64::MAX` where it is not said.
+    pub bytes: u64,
+    /// Inodes; `None` where they are made as needed.
+    pub inodes: Option<u64>,
+}
+
 type Result<T> = std::result::Result<T, RootError>;
 
 /// A directory and everything beneath it.
@@ -93,6 +102,15 @@ impl Root {
         let root = Root::open(path)?;
         root.walk.store(true, Ordering::Relaxed);
         Ok(root)
+    }
+
+    /// The same directory once more.
+    ///
+    /// # Errors
+    /// When it may not be opened any more, or there are too many descriptors.
+    pub fn reopen(&self) -> Result<Root> {
+        let directory = self.open_dir(None, Follow::Never)?;
+        Ok(Root { directory, shown: self.shown.clone(), walk: AtomicBool::new(self.walk.load(Ordering::Relaxed)) })
     }
 
     /// A directory beneath as a root of its own. Follows no link.
@@ -196,7 +214,12 @@ impl Root {
             if last {
                 return fs::openat(here, name.as_slice(), flags | OFlags::NOFOLLOW, mode);
             }
-            passed.push(fs::openat(here, name.as_slice(), step, Mode::empty())?);
+            let next = fs::openat(here, name.as_slice(), step, Mode::empty())?;
+            if follow == Follow::Never {
+                // Without links there is no way back: one descriptor is enough, however deep the path.
+                passed.clear();
+            }
+            passed.push(next);
         }
         let here = passed.last().map_or(self.directory.as_fd(), AsFd::as_fd);
         fs::openat(here, ".", flags.difference(OFlags::NOFOLLOW), mode)
@@ -344,7 +367,13 @@ impl Root {
             let names = self.names(Some(&directory), Follow::Never)?;
             stack.push((directory.clone(), true));
             for name in names {
-                let Ok(child) = directory.join(&name) else { continue };
+                let Ok(child) = directory.join(&name) else {
+                    // Longer than a path may be: it is removed from further down.
+                    if let Ok(name) = RelPath::new(&name) {
+                        self.subroot(&directory)?.remove_tree(&name)?;
+                    }
+                    continue;
+                };
                 match self.unlink(&child) {
                     Ok(()) => {}
                     Err(error) if error.kind() == io::ErrorKind::IsADirectory => stack.push((child, false)),
@@ -435,6 +464,18 @@ impl Root {
             Ok(names)
         };
         self.failed("list", path, names())
+    }
+
+    /// What is free on its file system for whoever asks.
+    ///
+    /// # Errors
+    /// As fstatvfs(3).
+    pub fn free_space(&self) -> Result<FreeSpace> {
+        let stat = self.failed("look at the file system of", None, fs::fstatvfs(&self.directory))?;
+        let inodes = (stat.f_files > 0).then_some(stat.f_favail);
+        // Some FUSE file systems say nothing of their size.
+        let bytes = if stat.f_blocks == 0 { u64::MAX } else { stat.f_bavail.saturating_mul(stat.f_frsize) };
+        Ok(FreeSpace { bytes, inodes })
     }
 
     /// Writes everything of the file system to stable storage.

@@ -115,6 +115,22 @@ fn trees_of_any_depth_are_made_and_removed() {
 }
 
 #[test]
+fn a_tree_whose_paths_are_too_long_to_be_named_is_removed() {
+    both(|root, at| {
+        let name = rel(&"n".repeat(250));
+        let mut here = root.reopen().unwrap();
+        for _ in 0..40 {
+            here.mkdir(&name, 0o700).unwrap();
+            drop(here.create_new(&rel("file"), 0o600).unwrap());
+            here = here.subroot(&name).unwrap();
+        }
+        root.remove_tree(&name).unwrap();
+        assert_eq!(root.names(None, Follow::Never).unwrap(), [b"file".to_vec()]);
+        assert!(at.join("file").exists());
+    });
+}
+
+#[test]
 fn a_fifo_does_not_block_and_metadata_is_what_stat_says() {
     both(|root, at| {
         rustix::fs::mknodat(

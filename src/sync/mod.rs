@@ -20,6 +20,10 @@ mod worker;
 
 use queue::Queue;
 
+/// So much content, or so many files, are worth a worker more.
+const WORKER_BYTES: u64 = 4 << 20;
+const WORKER_FILES: usize = 128;
+
 /// How a run is done.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -153,6 +157,10 @@ fn run_begun(
 
     let outcome = transfer(source, target, options, monitor, stop, &tree, &plan)?;
     source.remember(&tree, &outcome.digests);
+    let not_listed = problems.iter().filter(|problem| problem.severity == Severity::Failed);
+    let unreadable =
+        not_listed.map(|problem| problem.path.as_ref().map_or_else(Vec::new, |path| path.as_bytes().to_vec()));
+    let unreadable = unreadable.collect();
     let mut failed: Vec<u32> = outcome.failed.keys().copied().collect();
     failed.sort_unstable();
     for index in &failed {
@@ -168,7 +176,8 @@ fn run_begun(
         monitor.event(Event::Warning("nothing was deleted at the target, because some paths failed"));
     }
     monitor.event(Event::Phase(Phase::Publishing));
-    let committed = target.commit(&CommitOptions { delete: options.delete && !any_failed, failed }, monitor)?;
+    let committed =
+        target.commit(&CommitOptions { delete: options.delete && !any_failed, failed, unreadable }, monitor)?;
     for (path, message) in &committed.problems {
         let problem = Problem {
             path: crate::path::RelPath::new(path.as_bytes()).ok(),
@@ -207,7 +216,9 @@ fn transfer(
     Counters::add(&counters.total_files, queue.files() as u64);
     Counters::add(&counters.total_bytes, queue.bytes());
     monitor.event(Event::Phase(Phase::Transferring));
-    let workers = options.workers.clamp(1, queue.files().max(1));
+    // A worker more than there is work for would cost a connection and do nothing.
+    let worth = queue.bytes() / WORKER_BYTES + (queue.files() / WORKER_FILES) as u64 + 1;
+    let workers = options.workers.clamp(1, queue.files().max(1)).min(usize::try_from(worth).unwrap_or(usize::MAX));
     let shared =
         Shared { tree, queue, retries: options.retries, monitor, stop, outcome: Mutex::new(Outcome::default()) };
     if shared.queue.files() > 0 {

@@ -181,7 +181,7 @@ impl Attributes {
 #[error("a packet of {0} bytes is not acceptable")]
 pub struct FramingError(pub u32);
 
-/// Puts packets together from bytes in any pieces.
+/// Puts packets together from bytes in any pieces. A byte is copied once, into the packet that it belongs to.
 #[derive(Debug, Default)]
 pub struct Frames {
     /// The length, its type and then the rest of a packet, as far as it is here.
@@ -232,6 +232,11 @@ impl Packet {
     /// What follows the length: type and fields. Not empty.
     pub fn body(&self) -> &[u8] {
         &self.0[4..]
+    }
+
+    /// All of it, and where what follows type and number begins.
+    pub fn into_parts(self) -> (Vec<u8>, usize) {
+        (self.0, 4 + 1 + 4)
     }
 
     /// The last `count` bytes.

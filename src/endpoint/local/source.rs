@@ -5,16 +5,19 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{Advice, SeekFrom as Sparse};
 use sha2::{Digest as _, Sha256};
 
+use super::place::Place;
 use crate::endpoint::{
     BLOCK_BYTES, Block, Error, Fetch, Links, Produced, Reader, SMALL_FILE_BYTES, Scan, ScanOptions, Source,
 };
 use crate::filter::Filter;
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::monitor::{Event, Monitor};
+use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::scan::cache::DigestCache;
 use crate::scan::{self, LinkRule, ScanRule};
@@ -28,8 +31,8 @@ pub struct LocalSource {
     root: Root,
     /// Where digests are kept between runs.
     cache_file: Option<PathBuf>,
-    /// What stat said of each entry of the last scan.
-    metadata: Mutex<Vec<Metadata>>,
+    /// What stat said of each entry of the last scan, and when that was over.
+    scanned: Mutex<(Vec<Metadata>, SystemTime)>,
 }
 
 impl LocalSource {
@@ -38,7 +41,23 @@ impl LocalSource {
     /// # Errors
     /// When `root` is not a directory that can be opened.
     pub fn new(root: &Path, state_directory: Option<&Path>) -> Result<LocalSource, Error> {
-        let root = Root::open(root).map_err(failed)?;
+        LocalSource::at(&Place::Named(root.to_owned()), state_directory)
+    }
+
+    /// The directory at `path` below `root` (`None` is `root` itself), for a client that may reach nothing else.
+    ///
+    /// # Errors
+    /// As [`LocalSource::new`]; also where `path` leads over a symbolic link.
+    pub fn beneath(
+        root: Arc<Root>,
+        path: Option<RelPath>,
+        state_directory: Option<&Path>,
+    ) -> Result<LocalSource, Error> {
+        LocalSource::at(&Place::Beneath(root, path), state_directory)
+    }
+
+    fn at(place: &Place, state_directory: Option<&Path>) -> Result<LocalSource, Error> {
+        let root = place.open().map_err(failed)?;
         let cache_file = match state_directory {
             None => None,
             Some(directory) => {
@@ -47,7 +66,7 @@ impl LocalSource {
                 made.then(|| directory.join(format!("digests-{:x}-{:x}.redb", at.device, at.inode)))
             }
         };
-        Ok(LocalSource { root, cache_file, metadata: Mutex::new(Vec::new()) })
+        Ok(LocalSource { root, cache_file, scanned: Mutex::new((Vec::new(), UNIX_EPOCH)) })
     }
 }
 
@@ -70,14 +89,19 @@ impl Source for LocalSource {
         };
         let rule = ScanRule { filter, links, ignore_files: true, report_special: true };
         let cache = self.cache_file.as_deref().filter(|_| !options.hash_all).map(DigestCache::load);
-        let scanned = scan::scan(&self.root, &rule, cache.as_ref(), monitor).map_err(|error| match error {
-            scan::ScanError::Root(error) => failed(error),
-            scan::ScanError::Changed(_) => Error::Refused { by: self.describe(), reason: crate::error::chain(&error) },
-        })?;
+        let scanned = scan::scan(&self.root, &rule, cache.as_ref().map(DigestCache::table), monitor).map_err(
+            |error| match error {
+                scan::ScanError::Root(error) => failed(error),
+                scan::ScanError::Changed(_) => {
+                    Error::Refused { by: self.describe(), reason: crate::error::chain(&error) }
+                }
+            },
+        )?;
         if let Some(cache) = &cache {
             monitor.event(Event::Detail(&format!("{}: {} digests are known", self.describe(), cache.len())));
         }
-        *self.metadata.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = scanned.metadata;
+        let seen = (scanned.metadata, SystemTime::now());
+        *self.scanned.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = seen;
         Ok(Scan { tree: scanned.tree, problems: scanned.problems })
     }
 
@@ -87,11 +111,11 @@ impl Source for LocalSource {
 
     fn remember(&self, _: &Tree, digests: &[(u32, Digest)]) {
         let Some(file) = &self.cache_file else { return };
-        let metadata = self.metadata.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let scanned = self.scanned.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let known: Vec<_> =
-            digests.iter().filter_map(|&(index, digest)| Some((*metadata.get(index as usize)?, digest))).collect();
+            digests.iter().filter_map(|&(index, digest)| Some((*scanned.0.get(index as usize)?, digest))).collect();
         // A cache that cannot be written makes the next run slower, not wrong.
-        let _ = DigestCache::load(file).store(&known);
+        let _ = DigestCache::load(file).store(&known, scanned.1);
     }
 }
 

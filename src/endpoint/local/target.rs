@@ -4,33 +4,39 @@
 //! hidden name beside its own and gets its name in the last step, so that a new tree appears whole.
 
 use std::collections::{HashMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::commit;
+use super::place::{Birth, Place};
 use super::writer::LocalWriter;
+use super::{commit, fold, known, metadata, publish, room};
+use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Content, Digest, Entry, Manifest, Tree};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
-use crate::plan::{Change, Compare, Desired, Need, Plan, diff};
-use crate::policy::{Policy, PolicySpec, merge};
-use crate::root::{Follow, Root, RootError};
-use crate::scan::names::Names;
+use crate::plan::{Change, Compare, Desired, Need, Plan, diff, require_proof};
+use crate::policy::acl::Principal;
+use crate::policy::{Decision, Policy, PolicySpec};
+use crate::root::{Follow, Metadata, Root, RootError};
+use crate::scan::names::{Names, UnknownName};
 use crate::scan::{self, LinkRule, ScanRule};
 use crate::staging::{Ids, Journal, LockError, Permissions, RootLock, StageError};
 
 pub(super) const STATE: &str = ".lockstep";
 pub(super) const MANIFEST: &str = ".lockstep/manifest";
 pub(super) const STAGING: &str = ".lockstep/staging/current";
+/// Clocks of machines that exchange data differ by less.
+const CLOCK_TOLERANCE_SECONDS: i64 = 60;
 /// Names that are published last and removed first wherever they occur.
-const POINTERS: [&str; 5] = ["latest", "latest_checkpointed_iteration.txt", "_SUCCESS", ".metadata", "*.index.json"];
+pub(in crate::endpoint) const POINTERS: [&str; 5] =
+    ["latest", "latest_checkpointed_iteration.txt", "_SUCCESS", ".metadata", "*.index.json"];
 
 /// A directory of this machine as a target.
 pub struct LocalTarget {
-    path: PathBuf,
+    place: Place,
     policy: PolicySpec,
     run: Mutex<Option<Arc<Run>>>,
 }
@@ -38,13 +44,14 @@ pub struct LocalTarget {
 /// One run, from `begin` to `commit` or `abort`.
 pub(super) struct Run {
     pub(super) root: Root,
-    /// The final path, while the root lies under its hidden name.
-    pub(super) rename_to: Option<PathBuf>,
+    /// While the root lies under its hidden name.
+    pub(super) birth: Option<Birth>,
     pub(super) staging: Option<Root>,
     pub(super) options: BeginOptions,
     policy: Policy,
     ids: Ids,
-    pub(super) last: Filter,
+    last: Filter,
+    units: Filter,
     state: Mutex<State>,
     _lock: Option<RootLock>,
 }
@@ -53,16 +60,24 @@ pub(super) struct Run {
 pub(super) struct State {
     pub(super) source: Arc<Tree>,
     pub(super) target: Tree,
+    /// What stat said of the target's entries.
+    pub(super) metadata: Vec<Metadata>,
     pub(super) plan: Plan,
     pub(super) old_manifest: Manifest,
     /// SHA-256 of the old manifest's file.
     pub(super) old_digest: Digest,
-    /// Files whose content is staged and proven.
-    pub(super) staged: HashMap<u32, Digest>,
+    /// Files whose content is staged and proven, and what they are there.
+    pub(super) staged: HashMap<u32, (Digest, Metadata)>,
     /// Files whose content was found at the target.
     pub(super) kept: HashMap<u32, Digest>,
+    /// Files lie there that the manifest does not list as they are, and the source has.
+    pub(super) adopts: bool,
+    /// What the plan stores.
+    pub(super) need: room::Need,
     /// The disk is full: staging is given up.
     pub(super) full: bool,
+    /// What is to be published is written down: staging is needed until that is done.
+    pub(super) recorded: bool,
 }
 
 pub(super) fn io(error: RootError) -> Error {
@@ -76,7 +91,13 @@ pub(super) fn rel(path: &str) -> Result<RelPath, Error> {
 impl LocalTarget {
     /// The directory at `path`, which need not be there yet. `policy` is the receiver's: it wins over a sender's.
     pub fn new(path: &Path, policy: PolicySpec) -> LocalTarget {
-        LocalTarget { path: path.to_owned(), policy, run: Mutex::new(None) }
+        LocalTarget { place: Place::Named(path.to_owned()), policy, run: Mutex::new(None) }
+    }
+
+    /// The directory at `path` below `root` (`None` is `root` itself), for a client that may reach nothing else: no
+    /// name is looked up outside `root`, and no link is followed.
+    pub fn beneath(root: Arc<Root>, path: Option<RelPath>, policy: PolicySpec) -> LocalTarget {
+        LocalTarget { place: Place::Beneath(root, path), policy, run: Mutex::new(None) }
     }
 
     fn run(&self) -> Result<Arc<Run>, Error> {
@@ -84,53 +105,40 @@ impl LocalTarget {
         run.clone().ok_or_else(|| Error::Usage("no run has begun at this target".into()))
     }
 
-    fn io_error(&self, operation: &'static str, source: std::io::Error) -> Error {
-        Error::Io { operation, path: self.path.display().to_string(), source }
-    }
-
-    /// Opens the root, or the hidden one that will be it.
-    fn open_root(&self, dry_run: bool) -> Result<Option<(Root, Option<PathBuf>)>, Error> {
-        match std::fs::metadata(&self.path) {
-            Ok(_) => return Ok(Some((Root::open(&self.path).map_err(io)?, None))),
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(self.io_error("look at", error));
-            }
+    /// Opens the root, or the hidden one that will be it. `None` is a dry run on nothing.
+    fn open_root(&self, dry_run: bool) -> Result<Option<(Root, Option<Birth>)>, Error> {
+        match self.place.open() {
+            Ok(root) => return Ok(Some((root, None))),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
             Err(_) if dry_run => return Ok(None),
             Err(_) => {}
         }
-        let (Some(parent), Some(name)) = (self.path.parent(), self.path.file_name()) else {
-            return Err(Error::Usage(format!("'{}' cannot be a target", self.path.display())));
-        };
-        let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-        std::fs::create_dir_all(parent).map_err(|error| self.io_error("make the directory above", error))?;
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(".lockstep");
-        let hidden = parent.join(hidden);
-        let mode = rustix::fs::Mode::from_raw_mode(0o700);
-        match rustix::fs::mkdir(&hidden, mode) {
-            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-            Err(errno) => return Err(self.io_error("make the directory", errno.into())),
-        }
-        Ok(Some((Root::open(&hidden).map_err(io)?, Some(self.path.clone()))))
+        let (root, birth) = self.place.bear()?;
+        metadata::disinherit(&root)?;
+        Ok(Some((root, Some(birth))))
     }
 }
 
 impl Target for LocalTarget {
     fn describe(&self) -> String {
-        crate::error::Escaped(self.path.as_os_str().as_encoded_bytes()).to_string()
+        crate::error::Escaped(self.place.shown().as_os_str().as_encoded_bytes()).to_string()
     }
 
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
         let usage = |error: &dyn std::error::Error| Error::Usage(crate::error::chain(error));
-        let policy = Policy::compile(&merge(&self.policy, &options.policy)).map_err(|error| usage(&error))?;
+        let policy = Policy::of_both(&self.policy, &options.policy, options.peer).map_err(|error| usage(&error))?;
         let rules = POINTERS.iter().map(|&name| name.to_owned()).chain(options.last.iter().cloned()).collect();
         let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
-        let Some((root, rename_to)) = self.open_root(options.dry_run)? else {
+        let units = FilterSpec { rules: options.units.clone(), only: None };
+        let units = Filter::compile(&units).map_err(|error| usage(&error))?;
+        let Some((root, birth)) = self.open_root(options.dry_run)? else {
             // A dry run on nothing: compared with an empty directory that is never written to.
             *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
             return Ok(());
         };
+        if policy.grants_by_acl() {
+            metadata::check_support(&root)?;
+        }
         let mut lock = None;
         let mut staging = None;
         if !options.dry_run {
@@ -141,7 +149,7 @@ impl Target for LocalTarget {
                 other => Error::Usage(crate::error::chain(&other)),
             })?);
             let path = rel(STAGING)?;
-            if commit::recover(&root)? {
+            if publish::recover(&root)? {
                 monitor.event(Event::Warning(&format!(
                     "{}: an earlier run was interrupted while it published; it was finished first",
                     self.describe()
@@ -152,12 +160,13 @@ impl Target for LocalTarget {
         }
         let run = Run {
             root,
-            rename_to,
+            birth,
             staging,
             options: options.clone(),
             policy,
             ids: Ids::default(),
             last,
+            units,
             state: Mutex::default(),
             _lock: lock,
         };
@@ -167,9 +176,14 @@ impl Target for LocalTarget {
 
     fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {
         match self.run() {
-            Ok(run) => run.diff(source, monitor),
+            Ok(run) => run.diff(source, monitor).inspect_err(|error| run.note(error)),
             Err(_) => {
-                let desired = |_: usize, entry: &Entry| Desired { mode: entry.mode & 0o777, owner: None, group: None };
+                let desired = |_: usize, entry: &Entry| Desired {
+                    mode: entry.mode & 0o777,
+                    owner: None,
+                    group: None,
+                    acl_differs: false,
+                };
                 Ok(diff(source, &Tree::default(), &desired, Compare::default()))
             }
         }
@@ -181,17 +195,22 @@ impl Target for LocalTarget {
 
     fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
         let run = self.run()?;
-        let committed = commit::commit(&run, options, monitor)?;
-        *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
-        Ok(committed)
+        let committed = commit::commit(&run, options, monitor);
+        match &committed {
+            Ok(_) => *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None,
+            Err(error) => {
+                run.note(error);
+                self.abort();
+            }
+        }
+        committed
     }
 
     fn abort(&self) {
         let run = self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        if let Some(run) = run
-            && run.state().full
-            && let Ok(path) = rel(STAGING)
-        {
+        let Some(run) = run else { return };
+        let given_up = matches!(&*run.state(), State { full: true, recorded: false, .. });
+        if given_up && let Ok(path) = rel(STAGING) {
             // What is staged would only keep the disk full.
             let _ = run.root.remove_tree(&path);
         }
@@ -207,27 +226,66 @@ impl Run {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Where the content of a path is staged. Pointers lie apart: they are published by themselves.
+    /// What is staged is given up when the disk is full: it would only keep it full.
+    fn note(&self, error: &Error) {
+        self.state().full |= matches!(error, Error::Io { source, .. } if is_full(source));
+    }
+
+    /// Where a file or link is staged. Pointers lie apart: they are published by themselves.
     pub(super) fn staged_path(&self, path: &RelPath) -> Result<RelPath, Error> {
-        let tree: &[u8] = if self.is_last(path) { b"last/" } else { b"tree/" };
-        let staged = RelPath::new([tree, path.as_bytes()].concat());
-        staged.map_err(|error| Error::Refused { by: "the staging directory".into(), reason: error.to_string() })
+        staged_in(if self.is_last(path) { b"last/" } else { b"tree/" }, path)
     }
 
+    /// Where a directory is staged, which is never a pointer, whatever its name.
+    pub(super) fn staged_directory(&self, path: &RelPath) -> Result<RelPath, Error> {
+        staged_in(b"tree/", path)
+    }
+
+    /// Whether a path is published by itself at the end. What lies in a unit is published with it.
     pub(super) fn is_last(&self, path: &RelPath) -> bool {
-        !self.last.admits(path, false)
+        !self.last.admits(path, false) && self.unit_of(path, false).is_none()
     }
 
-    /// The permissions that an entry gets.
+    /// The directory that is published whole and that a path lies in, or is.
+    pub(super) fn unit_of(&self, path: &RelPath, directory: bool) -> Option<RelPath> {
+        if self.options.units.is_empty() {
+            return None;
+        }
+        let own = directory.then(|| path.clone());
+        path.ancestors().chain(own).find(|above| !self.units.admits(above, true))
+    }
+
+    /// The permissions that an entry gets when it is new.
     pub(super) fn permissions(&self, entry: &Entry) -> Result<Permissions, Error> {
-        let decision = self.policy.decide(&entry.path, entry.is_directory(), entry.mode);
-        let refused = |error: &dyn std::error::Error| Error::Refused {
-            by: "the policy".into(),
-            reason: format!("{}: {error}", entry.path),
+        Ok(self.decided(entry)?.0)
+    }
+
+    pub(super) fn decision(&self, entry: &Entry) -> Decision {
+        self.policy.decide(&entry.path, entry.is_directory(), entry.mode)
+    }
+
+    /// The same, and whether a rule says so.
+    pub(super) fn decided(&self, entry: &Entry) -> Result<(Permissions, bool), Error> {
+        let directory = entry.is_directory();
+        let decision = self.decision(entry);
+        let (mode, ruled) = (decision.mode, decision.rule.is_some());
+        let resolve = |who: Principal, name: &str| match who {
+            Principal::User => self.ids.user(name),
+            Principal::Group => self.ids.group(name),
         };
-        let uid = decision.owner.map(|name| self.ids.user(&name)).transpose().map_err(|error| refused(&error))?;
-        let gid = decision.group.map(|name| self.ids.group(&name)).transpose().map_err(|error| refused(&error))?;
-        Ok(Permissions { mode: decision.mode, uid, gid, acl: None, mtime: entry.mtime })
+        let permissions = || -> Result<Permissions, UnknownName> {
+            let uid = decision.owner.map(|name| self.ids.user(&name)).transpose()?;
+            let gid = decision.group.map(|name| self.ids.group(&name)).transpose()?;
+            let mut lists = AclLists::default();
+            if let Some(acl) = decision.acl {
+                lists.access = acl.access_xattr(mode, directory, resolve)?;
+                lists.default = if directory { acl.default_xattr(mode, resolve)? } else { None };
+            }
+            Ok(Permissions { mode, uid, gid, acl: Some(lists), mtime: entry.mtime })
+        };
+        let permissions = permissions()
+            .map_err(|error| Error::Refused { by: "the policy".into(), reason: format!("{}: {error}", entry.path) })?;
+        Ok((permissions, ruled))
     }
 
     fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {
@@ -249,34 +307,63 @@ impl Run {
         }
         let mut target = scanned.tree;
         let (old_manifest, old_digest) = commit::read_manifest(&self.root, monitor)?;
-        let known: Vec<(usize, Digest)> = target
-            .entries()
-            .iter()
-            .enumerate()
-            .filter_map(|(index, entry)| Some((index, known_digest(entry, old_manifest.tree.get(&entry.path)?)?)))
-            .collect();
-        for (index, digest) in known {
-            target.set_digest(index, digest);
+        warn_of_the_future(&old_manifest, &self.root, monitor);
+        let look = known::Look {
+            root: &self.root,
+            source,
+            listed: &old_manifest.tree,
+            metadata: &scanned.metadata,
+            hash_all: self.options.checksum,
+            dry_run: self.options.dry_run,
+        };
+        let doubtful = known::complete(&look, &mut target, monitor);
+        if let Some(staging) = &self.staging
+            && fold::folds_case(staging).map_err(io)?
+            && let Some((first, second)) = fold::collision(source, &target)
+        {
+            let reason =
+                format!("the file system there takes '{first}' and '{second}' for one name; rename one of them");
+            return Err(Error::Refused { by: "the receiver".into(), reason });
         }
         let mut names = Names::default();
         let mut wanted = Vec::with_capacity(source.entries().len());
         for entry in source.entries() {
-            let permissions = self.permissions(entry)?;
+            let (permissions, ruled) = self.decided(entry)?;
+            let there = target.get(&entry.path).filter(|there| there.is_directory() == entry.is_directory());
+            let comparable = there.is_some_and(|there| there.is_directory() || there.file().is_some());
+            let acl_differs = match permissions.acl {
+                Some(lists) if ruled && comparable => metadata::acl_differs(&self.root, &entry.path, &lists),
+                _ => false,
+            };
             wanted.push(Desired {
                 mode: permissions.mode,
                 owner: permissions.uid.map(|uid| names.user(uid)),
                 group: permissions.gid.map(|gid| names.group(gid)),
+                acl_differs,
             });
         }
         let compare = Compare { checksum: self.options.checksum, ..Compare::default() };
         let mut plan = diff(source, &target, &|index, _| wanted[index].clone(), compare);
+        require_proof(&mut plan, source, &target, &doubtful);
         if let Some(staging) = &self.staging {
             self.prepare(staging, source, &mut plan)?;
+        }
+        let need = needed(source, &plan);
+        if !self.options.ignore_free_space
+            && let Err(error) = room::check(&self.root, need)
+        {
+            if !self.options.dry_run {
+                return Err(error);
+            }
+            monitor.event(Event::Warning(&crate::error::chain(&error)));
         }
         let mut state = self.state();
         *state = State {
             source: Arc::clone(source),
+            adopts: doubtful.iter().any(|&at| source.get(&target.entries()[at].path).is_some()),
             target,
+            metadata: scanned.metadata,
+            need,
             plan: plan.clone(),
             old_manifest,
             old_digest,
@@ -297,21 +384,20 @@ impl Run {
             if let Content::File { size, .. } = entry.content
                 && action.need != Need::Nothing
             {
-                if let Need::Content { resume_at } = &mut action.need {
-                    *resume_at = before.resume_at(staging, &entry.path, size, entry.mtime);
-                    if *resume_at > 0 {
-                        resumed.insert(self.staged_path(&entry.path)?);
-                    }
+                // That something is staged of a file that was to be compared says that it was found to differ.
+                let resume_at = before.resume_at(staging, &entry.path, size, entry.mtime);
+                if resume_at > 0 {
+                    action.need = Need::Content { resume_at };
+                    resumed.insert(self.staged_path(&entry.path)?);
                 }
                 files.push((entry.path.clone(), size, entry.mtime));
             }
             if action.change == Change::MetadataOnly && action.need == Need::Nothing {
                 continue;
             }
-            let staged = self.staged_path(&entry.path)?;
             if entry.is_directory() {
-                directories.push(staged);
-            } else if let Some(parent) = staged.parent()
+                directories.push(self.staged_directory(&entry.path)?);
+            } else if let Some(parent) = self.staged_path(&entry.path)?.parent()
                 && directories.last() != Some(&parent)
             {
                 directories.push(parent);
@@ -337,16 +423,48 @@ impl Run {
     }
 }
 
+fn staged_in(tree: &[u8], path: &RelPath) -> Result<RelPath, Error> {
+    let staged = RelPath::new([tree, path.as_bytes()].concat());
+    staged.map_err(|error| Error::Refused { by: "the staging directory".into(), reason: error.to_string() })
+}
+
+/// What is not staged yet.
+fn needed(source: &Tree, plan: &Plan) -> room::Need {
+    let mut need = room::Need::default();
+    for action in plan.actions.iter().filter(|action| action.change != Change::MetadataOnly) {
+        let size = source.entries()[action.index as usize].file().map_or(0, |(size, _)| size);
+        let (bytes, inodes) = match action.need {
+            Need::Content { resume_at } => (size.saturating_sub(resume_at), u64::from(resume_at == 0)),
+            Need::Nothing => (0, 1),
+            // It may turn out to be there.
+            Need::Compare { .. } => (0, 0),
+        };
+        need.bytes = need.bytes.saturating_add(bytes);
+        need.inodes += inodes;
+    }
+    need
+}
+
+pub(super) fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+}
+
 pub(super) fn stage_failure(error: &StageError, staging: &Root) -> Error {
     let kind = if error.storage_full() { std::io::ErrorKind::StorageFull } else { std::io::ErrorKind::Other };
     let source = std::io::Error::new(kind, crate::error::chain(error));
     Error::Io { operation: "stage in", path: staging.shown().display().to_string(), source }
 }
 
-/// The digest that the manifest vouches for, when the file still has the size and time it had then.
-fn known_digest(entry: &Entry, listed: &Entry) -> Option<Digest> {
-    let ((size, _), (listed_size, digest)) = (entry.file()?, listed.file()?);
-    if size == listed_size && entry.mtime == listed.mtime { digest } else { None }
+/// A clock that was put back makes new files look older than old ones. Nothing is decided by it; it is told.
+fn warn_of_the_future(manifest: &Manifest, root: &Root, monitor: &dyn Monitor) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() as i64;
+    let ahead = manifest.created.seconds.saturating_sub(now);
+    if ahead > CLOCK_TOLERANCE_SECONDS {
+        monitor.event(Event::Warning(&format!(
+            "{}: the last manifest was written {ahead} seconds in the future; is the clock of this machine right?",
+            root.shown().display()
+        )));
+    }
 }
 
 /// Removes every staged file that is not gone on with.

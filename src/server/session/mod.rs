@@ -23,6 +23,7 @@ use crate::root::{Follow, Metadata, Root, RootError};
 use crate::scan::names::Names;
 use crate::staging::Ids;
 use crate::wire::buffer::{Reader, Short, Writer};
+use crate::wire::extension::Message;
 use crate::wire::sftp::{Frames, FramingError, Packet, Status, VERSION, packet};
 
 mod copy;
@@ -310,8 +311,11 @@ impl Session {
         let next = match known {
             Some(request) => self.gate(request).and_then(|()| self.handle(request.handler, id, &mut reader)),
             None => {
-                let agent = self.extensions.as_ref().filter(|_| kind == packet::EXTENDED);
-                if agent.is_some_and(|agent| agent.handle(name, id, reader.0.to_vec(), &self.output)) {
+                if let Some(agent) = self.extensions.as_ref().filter(|_| kind == packet::EXTENDED) {
+                    let (bytes, start) = packet.into_parts();
+                    if !agent.handle(id, Message::new(bytes, start), &self.output) {
+                        self.output.send(Failed::from(Status::Unsupported).packet(id));
+                    }
                     return Ok(());
                 }
                 Err(Status::Unsupported.into())
