@@ -164,8 +164,8 @@ impl OpenFile {
         }
         let path = self.path()?;
         let grant = self.site.grant(&path, false, arrival.asked & 0o777, Some(&found))?;
-        if grant.ruled && !self.site.is_private(&found) {
-            grant.change().apply(&self.file)?;
+        if grant.ruled() && !self.site.is_private(&found) {
+            grant.give(&self.file)?;
         } else if arrival.private {
             // Renamed to where no rule is.
             Change { mode: Some(grant.mode), ..Change::default() }.apply(&self.file)?;
