@@ -36,6 +36,14 @@ impl From<File> for Inode {
 }
 
 impl Inode {
+    /// What a descriptor of any kind is of, one that was opened with O_PATH or to be written too.
+    ///
+    /// # Errors
+    /// As dup(2).
+    pub fn of(file: &File) -> io::Result<Inode> {
+        Ok(Inode { file: file.try_clone()?, path_only: true })
+    }
+
     /// Opens what has the name, a regular file or a directory; `None` is the root itself. No link is followed.
     ///
     /// # Errors

@@ -67,6 +67,9 @@ impl OpenFile {
             Mutex::new(Arrival { private, touched, asked: asked.unwrap_or(found.mode), hash })
         });
         let append = opening.is_some_and(|opening| opening.append);
+        if opening.is_some_and(|opening| opening.private) {
+            site.private().insert((found.device, found.inode));
+        }
         let (lane, site) = (lane_of(&found), Arc::clone(site));
         let Metadata { kind, device, inode, .. } = found;
         Ok(OpenFile { file, lane, kind, device, inode, append, site, arrival })
@@ -149,6 +152,9 @@ impl OpenFile {
     /// What was written gets what the rules say of the name it has by now.
     fn close(&self, id: u32) -> Answer {
         let Some(arrival) = self.arrival().filter(|arrival| arrival.touched) else { return Ok(Status::Ok.packet(id)) };
+        if arrival.private {
+            self.site.private().remove(&(self.device, self.inode));
+        }
         let found = Metadata::of(&self.file)?;
         if found.kind != FileKind::Regular || found.links == 0 {
             return Ok(Status::Ok.packet(id));
@@ -158,8 +164,8 @@ impl OpenFile {
         }
         let path = self.path()?;
         let grant = self.site.grant(&path, false, arrival.asked & 0o777, Some(&found))?;
-        if grant.ruled {
-            grant.change().apply(&self.file)?;
+        if grant.ruled() && !self.site.is_private(&found) {
+            grant.give(&self.file)?;
         } else if arrival.private {
             // Renamed to where no rule is.
             Change { mode: Some(grant.mode), ..Change::default() }.apply(&self.file)?;

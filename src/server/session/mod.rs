@@ -5,12 +5,12 @@
 //!
 //! Order, as the draft asks for: requests on one open file, by whichever handle, are done in the order they came, and
 //! requests that name paths when everything before them is done. Requests on different open files go on at once, so
-//! replies may come in another order than the requests ([`lanes`]).
+//! replies may come in another order than the requests (`lanes`).
 
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::{Dir, StatVfs, StatVfsMountFlags};
 use rustix::io::Errno;
@@ -261,7 +261,14 @@ impl Session {
             None
         };
         let policy = Policy::compile(&config.policy)?;
-        let site = Arc::new(Site { root, confined: config.confine, policy, ids: Ids::default(), recorder });
+        let site = Arc::new(Site {
+            root,
+            confined: config.confine,
+            policy,
+            ids: Ids::default(),
+            private: Mutex::default(),
+            recorder,
+        });
         let (lanes, owners, frames) = (Lanes::new(Arc::clone(&output)), Names::default(), Frames::default());
         let (handles, next, begun) = (HashMap::new(), 0, false);
         Ok(Session { config, start, output, extensions, frames, begun, handles, next, owners, lanes, site })

@@ -147,10 +147,10 @@ impl Session {
         let default = if self.site.policy.is_empty() { 0o666 } else { 0o644 };
         let asked = mode.unwrap_or(default) & 0o7777;
         let grant = self.site.grant(&spot.path, false, asked, None)?;
-        let mode = if grant.ruled { PRIVATE } else { grant.mode };
+        let mode = if grant.ruled() { PRIVATE } else { grant.mode };
         let flags = flags | OFlags::CREATE | OFlags::EXCL;
         let file = spot.holder.open_with(&spot.name, Follow::Never, flags, mode)?;
-        let opening = Opening { append, touched: true, private: grant.ruled, asked: Some(asked) };
+        let opening = Opening { append, touched: true, private: grant.ruled(), asked: Some(asked) };
         OpenFile::new(file, Some(opening), &self.site)
     }
 
@@ -247,10 +247,10 @@ impl Session {
         let spot = self.spot(path)?;
         let default = if self.site.policy.is_empty() { 0o777 } else { 0o755 };
         let grant = self.site.grant(&spot.path, true, asked.mode.unwrap_or(default) & 0o7777, None)?;
-        spot.holder.mkdir(&spot.name, if grant.ruled { 0o700 } else { grant.mode })?;
+        spot.holder.mkdir(&spot.name, if grant.ruled() { 0o700 } else { grant.mode })?;
         let made = spot.holder.open_with(&spot.name, Follow::Never, OFlags::PATH | OFlags::DIRECTORY, 0)?;
-        if grant.ruled
-            && let Err(error) = grant.change().apply(&made)
+        if grant.ruled()
+            && let Err(error) = grant.give(&made)
         {
             // What cannot have its permissions does not stay.
             spot.holder.rmdir(&spot.name)?;

@@ -3,18 +3,24 @@
 //! What always holds: nothing named `.lockstep`, and nothing below it, is written by a plain client; special bits and
 //! owners come from the receiver's rules; who breaks this is refused, and recorded.
 
+use std::collections::HashSet;
 use std::fs::File;
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::OFlags;
 
 use super::record::Recorder;
 use super::{Failed, Status};
+use crate::access::{AclLists, Inode};
 use crate::audit::AuditRecord;
 use crate::error::Escaped;
 use crate::manifest::{Digest, Timestamp};
 use crate::path::RelPath;
-use crate::policy::Policy;
+use crate::policy::acl::Principal;
+use crate::policy::{Decision, Policy};
 use crate::root::{Change, FileKind, Follow, Metadata, Root};
+use crate::scan::names::UnknownName;
 use crate::staging::Ids;
 use crate::wire::sftp::Attributes;
 
@@ -30,6 +36,8 @@ pub(super) struct Site {
     pub(super) confined: bool,
     pub(super) policy: Policy,
     pub(super) ids: Ids,
+    /// Device and inode of the files that are private until they are closed.
+    pub(super) private: Mutex<HashSet<(u64, u64)>>,
     /// Where a log is kept.
     pub(super) recorder: Option<Recorder>,
 }
@@ -43,25 +51,42 @@ pub(super) struct Spot {
 }
 
 /// What a path gets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Grant {
     pub(super) mode: u32,
     pub(super) uid: Option<u32>,
     pub(super) gid: Option<u32>,
-    /// A rule decided.
-    pub(super) ruled: bool,
+    /// Exactly these ACLs, when a rule decided.
+    acl: Option<AclLists>,
 }
 
 impl Grant {
-    /// The whole of it, for something a rule is about.
-    pub(super) fn change(&self) -> Change {
-        Change { uid: self.uid, gid: self.gid, remove_acl: true, mode: Some(self.mode), times: None }
+    pub(super) fn ruled(&self) -> bool {
+        self.acl.is_some()
+    }
+
+    /// Gives all of it to something a rule is about: first the owner, whose change clears bits of the mode; then the ACLs,
+    /// which a mode would widen.
+    pub(super) fn give(&self, file: &File) -> io::Result<()> {
+        let inode = Inode::of(file)?;
+        if self.uid.is_some() || self.gid.is_some() {
+            inode.set_owner(self.uid, self.gid)?;
+        }
+        self.give_mode(&inode)
+    }
+
+    fn give_mode(&self, inode: &Inode) -> io::Result<()> {
+        if let Some(lists) = &self.acl {
+            inode.set_acls(lists)?;
+        }
+        inode.set_mode(self.mode)
     }
 }
 
 impl Site {
     /// The place that `path` names, for something that is to be written there.
     pub(super) fn spot(&self, path: &RelPath) -> Result<Spot, Failed> {
+        self.guard(path)?;
         let (holder, name) = self.root.holder(path, Follow::Inside)?;
         let above = self.root.path_of_root(&holder)?;
         let path = match above {
@@ -93,15 +118,30 @@ impl Site {
         let ruled = decision.rule.is_some();
         let kept = found.map_or(0, |found| found.mode) | if directory { STICKY } else { 0 };
         let mode = if ruled { decision.mode } else { (asked & 0o777) | (asked & kept & SPECIAL) };
-        let unknown = |_| Failed::because(Status::Failure, "the policy names an owner that the server does not know");
-        let uid = decision.owner.map(|name| self.ids.user(&name)).transpose().map_err(unknown)?;
-        let gid = decision.group.map(|name| self.ids.group(&name)).transpose().map_err(unknown)?;
+        let named = || -> Result<_, UnknownName> {
+            let uid = decision.owner.as_ref().map(|name| self.ids.user(name)).transpose()?;
+            let gid = decision.group.as_ref().map(|name| self.ids.group(name)).transpose()?;
+            Ok((uid, gid, if ruled { Some(self.lists(&decision, directory)?) } else { None }))
+        };
+        let unknown = "the policy names somebody whom the server does not know";
+        let (uid, gid, acl) = named().map_err(|_| Failed::because(Status::Failure, unknown))?;
         let dropped = asked & SPECIAL & !mode;
         if dropped != 0 {
             let reason = format!("special bits {dropped:04o} of the mode asked for are given by rule only");
             self.note("", "refuse", path, |record| record.reason = Some(reason));
         }
-        Ok(Grant { mode, uid, gid, ruled })
+        Ok(Grant { mode, uid, gid, acl })
+    }
+
+    fn lists(&self, decision: &Decision, directory: bool) -> Result<AclLists, UnknownName> {
+        let resolve = |who: Principal, name: &str| match who {
+            Principal::User => self.ids.user(name),
+            Principal::Group => self.ids.group(name),
+        };
+        let Some(acl) = &decision.acl else { return Ok(AclLists::default()) };
+        let access = acl.access_xattr(decision.mode, directory, resolve)?;
+        let default = if directory { acl.default_xattr(decision.mode, resolve)? } else { None };
+        Ok(AclLists { access, default })
     }
 
     /// Sets what a client asks for, as far as it is granted. Where the client is confined or there is a policy, an owner is
@@ -113,17 +153,20 @@ impl Site {
         if asked.mode.is_some() || (asked.owner.is_some() && !free) {
             let directory = found.kind == FileKind::Directory;
             let grant = self.grant(path, directory, asked.mode.unwrap_or(found.mode) & 0o7777, Some(&found))?;
-            if asked.mode.is_some() {
-                change.mode = Some(grant.mode);
-                change.remove_acl = grant.ruled;
-            }
             if !free {
                 self.may_own(path, &found, &grant, asked)?;
             }
+            let settable = asked.mode.is_some() && !self.is_private(&found);
+            if settable && grant.ruled() {
+                grant.give_mode(&Inode::of(file)?)?;
+            } else if settable {
+                change.mode = Some(grant.mode);
+            }
         }
-        if let (Some((user, group)), true) = (asked.owner, free) {
-            let given = |id| Some(id).filter(|&id| id != u32::MAX); // To chown(2): as it is.
-            (change.uid, change.gid) = (given(user), given(group));
+        if let Some((user, group)) = asked.owner {
+            // u32::MAX is, to chown(2): as it is.
+            let given = |id, there| Some(id).filter(|&id| id != u32::MAX && (free || id != there));
+            (change.uid, change.gid) = (given(user, found.uid), given(group, found.gid));
         }
         let sized = asked.size.map_or(Ok(()), |size| file.set_len(size));
         let applied = change.apply(file);
@@ -148,13 +191,12 @@ impl Site {
             return Ok(());
         }
         walk(spot, new, |name, path, found| {
-            if !matches!(found.kind, FileKind::Regular | FileKind::Directory) {
+            if !matches!(found.kind, FileKind::Regular | FileKind::Directory) || self.is_private(found) {
                 return Ok(());
             }
             let grant = self.grant(path, found.kind == FileKind::Directory, found.mode, Some(found))?;
-            if grant.ruled {
-                let file = spot.holder.open_with(name, Follow::Never, OFlags::PATH, 0)?;
-                grant.change().apply(&file)?;
+            if grant.ruled() {
+                grant.give(&spot.holder.open_with(name, Follow::Never, OFlags::PATH, 0)?)?;
             }
             Ok(())
         })
@@ -185,6 +227,15 @@ impl Site {
             return Ok(());
         }
         Err(self.refused(path, "the link would lead out of the root"))
+    }
+
+    pub(super) fn private(&self) -> MutexGuard<'_, HashSet<(u64, u64)>> {
+        self.private.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a file gets its permissions when the handle that made it is closed, and none before.
+    pub(super) fn is_private(&self, found: &Metadata) -> bool {
+        self.private().contains(&(found.device, found.inode))
     }
 
     /// A refusal, with its line in the log.

@@ -146,6 +146,17 @@ fn s08_s10_by_a_plain_client_too_a_file_is_private_until_it_is_closed_and_then_a
     assert_eq!(client.mode("x.log"), 0o640);
     assert_eq!(client.status(packet::MKDIR, |w| w.string(b"/dir").u32(0)), Status::Ok);
     assert_eq!(client.mode("dir"), 0o1774);
+    // Nor does another way to the file open it before it is whole: by its path, by a new name, through another handle.
+    let handle = client.open("y.log", 0o644);
+    client.write(&handle, 0, b"half");
+    assert_eq!(client.setstat("y.log", 4, &[0o644]), Status::Ok);
+    assert_eq!(client.pair(packet::RENAME, "y.log", "z.log"), Status::Ok);
+    let other = client.open("z.log", 0o644);
+    client.write(&other, 4, b"more");
+    assert_eq!(client.close(&other), Status::Ok);
+    assert_eq!(client.mode("z.log"), 0o600);
+    assert_eq!(client.close(&handle), Status::Ok);
+    assert_eq!(client.mode("z.log"), 0o640);
     // An upload that is cut off stays private.
     let handle = client.open("cut.log", 0o644);
     client.write(&handle, 0, b"half");
@@ -320,4 +331,35 @@ fn h13_a_confined_client_makes_no_link_that_leads_out() {
     assert_eq!(client.pair(packet::RENAME, "a/b", "a/B"), Status::Ok);
     assert_eq!(client.pair(packet::RENAME, "in", "a/B/c/in"), Status::Ok);
     assert!(client.log().contains("lead out of the root"));
+}
+
+#[test]
+fn s12_h47_what_arrives_has_the_acl_of_its_rule_and_no_other() {
+    let at = tempfile::tempdir().unwrap();
+    let rule = |pattern: &str, acl: &[&str]| RuleSpec {
+        pattern: pattern.into(),
+        mode: Some("640".into()),
+        acl: Some(acl.iter().map(|entry| (*entry).to_owned()).collect()),
+        ..RuleSpec::default()
+    };
+    let policy = PolicySpec { rules: vec![rule("*.txt", &["user:games:r", "group::---"]), rule("plain", &[])] };
+    let config =
+        SessionConfig { root: at.path().to_owned(), confine: true, read_only: false, policy, actor: String::new() };
+    let kept = Arc::new(Kept::default());
+    let mut session = Session::new(config, kept.clone(), None).unwrap();
+    session.feed(&Writer::new(packet::INIT).u32(3).finish()).unwrap();
+    // What the directory would hand down.
+    let inherit = std::process::Command::new("setfacl").args(["-d", "-m", "u:daemon:rwx"]).arg(at.path()).status();
+    assert!(inherit.expect("setfacl is not installed: Debian package acl").success());
+    let mut client = Client { at, kept, session };
+    for (name, shown) in [
+        ("a.txt", "user::rw-,user:games:r--,group::---,mask::r--,other::---"),
+        ("plain", "user::rw-,group::r--,other::---"),
+    ] {
+        client.put(name, 0o666, b"x");
+        let output =
+            std::process::Command::new("getfacl").args(["-cp"]).arg(client.at.path().join(name)).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(text.split_whitespace().collect::<Vec<_>>().join(","), shown, "{name}");
+    }
 }
