@@ -17,9 +17,12 @@ use crate::root::RootError;
 mod audit;
 mod completions;
 pub mod display;
+mod keys;
 mod login;
 mod manifest;
+mod passphrase;
 mod policy;
+mod quickstart;
 mod remote;
 pub mod report;
 mod serve;
@@ -63,9 +66,14 @@ enum Command {
     /// Say which owner and permissions a path gets, and why
     #[command(subcommand)]
     Policy(policy::Command),
+    /// Make a key, have it accepted by another server, and see which keys that server has
+    #[command(subcommand)]
+    Keys(keys::Command),
     /// Check the record of what was published
     #[command(subcommand)]
     Audit(audit::Command),
+    /// See push, verify, policy and check at work on this machine, with nothing to configure
+    Quickstart(quickstart::Quickstart),
     /// Print a completion script for a shell
     Completions(completions::Completions),
     /// Print the manual page, or write those of all commands to a directory
@@ -81,7 +89,9 @@ impl Command {
             Command::SftpServer(command) => command.run(),
             Command::Manifest(command) => command.run(),
             Command::Policy(command) => command.run(),
+            Command::Keys(command) => command.run(),
             Command::Audit(command) => command.run(),
+            Command::Quickstart(command) => command.run(),
             Command::Completions(command) => command.run(),
             Command::Man(command) => command.run(),
         }

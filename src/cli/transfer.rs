@@ -13,7 +13,7 @@ use crate::endpoint::{BeginOptions, Links, ScanOptions, Source, Target};
 use crate::error::Exit;
 use crate::filter::FilterSpec;
 use crate::plan::safety::DeleteLimit;
-use crate::policy::{PolicySpec, chmod_rules, chown_rule};
+use crate::policy::{PolicySpec, chmod_rules, chown_rules};
 use crate::sync::{self, Options};
 
 /// Sends a directory.
@@ -114,6 +114,8 @@ struct How {
     #[arg(long, value_name = "LEVEL", allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-7..=19))]
     compress_level: Option<i32>,
     #[command(flatten)]
+    reach: remote::Reach,
+    #[command(flatten)]
     ssh: login::Ssh,
 }
 
@@ -154,7 +156,8 @@ impl Push {
         let target: Box<dyn Target> = match remote::Destination::parse(&self.target)? {
             None => Box::new(LocalTarget::new(Path::new(&self.target), PolicySpec::default())),
             Some(destination) => {
-                remote::target(&destination, &self.how.ssh, self.how.transfers.into(), self.how.compress(), &display)?
+                let How { ssh, reach, transfers, .. } = &self.how;
+                remote::target(&destination, ssh, reach, (*transfers).into(), self.how.compress(), &display)?
             }
         };
         self.how.run(&source, &*target, true, &mut display)
@@ -167,7 +170,8 @@ impl Pull {
         let source: Box<dyn Source> = match remote::Destination::parse(&self.source)? {
             None => Box::new(LocalSource::new(Path::new(&self.source), state_directory().as_deref())?),
             Some(destination) => {
-                remote::source(&destination, &self.how.ssh, self.how.transfers.into(), self.how.compress(), &display)?
+                let How { ssh, reach, transfers, .. } = &self.how;
+                remote::source(&destination, ssh, reach, (*transfers).into(), self.how.compress(), &display)?
             }
         };
         let target = LocalTarget::new(&self.target, PolicySpec::default());
@@ -212,20 +216,19 @@ impl How {
         }
         if let Some(owner) = &self.chown {
             // The last rule that matches decides alone: an owner has to stand in each rule there is.
-            let wanted = chown_rule(owner);
-            if policy.rules.is_empty() {
-                policy.rules.push(wanted);
-            } else {
-                for rule in &mut policy.rules {
-                    rule.owner = wanted.owner.clone().or(rule.owner.take());
-                    rule.group = wanted.group.clone().or(rule.group.take());
-                }
+            let wanted = chown_rules(owner);
+            for rule in &mut policy.rules {
+                rule.owner = wanted[0].owner.clone().or(rule.owner.take());
+                rule.group = wanted[0].group.clone().or(rule.group.take());
             }
+            // For what no rule matches so far.
+            policy.rules.splice(0..0, wanted);
         }
         Ok(Options {
             scan: ScanOptions { filter: filter.clone(), hash_all: self.checksum, links: self.links },
             begin: BeginOptions {
                 policy,
+                peer: false,
                 filter,
                 checksum: self.checksum,
                 last: Vec::new(),

@@ -20,6 +20,7 @@ use serde::de::IgnoredAny;
 use toml::Spanned;
 
 pub use address::AddressList;
+pub(crate) use error::meant;
 pub use error::{ConfigError, Position, Untrusted};
 pub use job::{Bandwidth, Delete, Job, Layout, Ready};
 pub use serve::{Serve, ServeLimits, ServeUser};
@@ -142,7 +143,7 @@ impl Config {
     /// What the types alone do not say.
     fn check(&self, places: &Places) -> Result<(), (Option<Range<usize>>, String)> {
         for (name, spec) in &self.policies {
-            if let Err(error) = Policy::compile_with_acl(spec) {
+            if let Err(error) = Policy::compile(spec) {
                 let rules = places.policy.get(name).map(|policy| &policy.rule);
                 let span = rules.and_then(|rules| place(rules, error.rule().saturating_sub(1)));
                 return Err((span, format!("policy '{name}', {}", crate::error::chain(&error))));
@@ -182,7 +183,7 @@ impl Config {
     fn known_policy(&self, name: Option<&str>) -> Result<(), String> {
         let Some(name) = name.filter(|&name| !self.policies.contains_key(name)) else { return Ok(()) };
         let known: Vec<String> = self.policies.keys().cloned().collect();
-        Err(format!("there is no policy '{name}'{}", error::meant(name, &known)))
+        Err(format!("there is no policy '{name}'{}", meant(name, &known)))
     }
 }
 

@@ -230,7 +230,7 @@ fn the_examples_grant_what_their_comments_say() {
         ("policy-research.toml", "research", "m/model.safetensors", 0o644, 0o600),
         ("receiver.toml", "weights", "checkpoint-1/model.safetensors", 0o666, 0o600),
     ] {
-        let policy = Policy::compile_with_acl(&example(file).policy(policy).unwrap()).unwrap();
+        let policy = Policy::compile(&example(file).policy(policy).unwrap()).unwrap();
         let directory = path.ends_with('/');
         let decision = policy.decide(&RelPath::new(path.trim_end_matches('/')).unwrap(), directory, asked);
         assert_eq!(format!("{:04o}", decision.mode), format!("{wanted:04o}"), "{file} {path}");

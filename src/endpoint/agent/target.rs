@@ -98,7 +98,7 @@ impl Target for AgentTarget {
     fn begin(&self, options: &BeginOptions, _: &dyn Monitor) -> Result<(), Error> {
         let reply = self.lanes.start("begin", options)?;
         let token = Fields(&reply).string().map_err(|error| self.lanes.malformed(error))?;
-        self.lanes.attach(token);
+        let _ = self.lanes.token.set(token.to_vec());
         Ok(())
     }
 
@@ -115,8 +115,7 @@ impl Target for AgentTarget {
         let mut packet = extension::request("commit");
         extension::put_string(&mut packet, &json(options)?);
         let reply = self.lanes.call(packet)?;
-        let sent = self.lanes.clients.iter().map(|client| client.wire_bytes().0).sum();
-        Counters::add(&monitor.counters().wire_bytes, sent);
+        Counters::add(&monitor.counters().wire_bytes, self.lanes.wire_bytes().0);
         let text = Fields(&reply).string().map_err(|error| self.lanes.malformed(error))?;
         serde_json::from_slice(text).map_err(|error| self.lanes.control().protocol(error.to_string()))
     }
@@ -128,5 +127,10 @@ impl Target for AgentTarget {
 
     fn verification(&self) -> String {
         "SHA-256 computed by the receiving lockstep".to_owned()
+    }
+
+    fn wire_bytes(&self) -> u64 {
+        let (sent, received) = self.lanes.wire_bytes();
+        sent + received
     }
 }
