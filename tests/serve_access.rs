@@ -321,6 +321,11 @@ fn a_reload_ends_who_is_no_longer_listed_and_lets_others_go_on() {
     }
     assert!(held[3].0.try_wait().unwrap().is_none());
     assert!(served.sftp("stays", "stays", "ls\n").status.success());
+    // The same key, but from now on for reading alone.
+    let key = fs::read_to_string(served.path("stays.key.pub")).unwrap();
+    write(&served.path("stays.keys"), &format!("command=\"internal-sftp -R\" {key}"));
+    served.reload_as_it_is();
+    assert!(held[3].ended().contains("settings have changed"));
     assert!(!served.sftp("changed", "changed", "mkdir x\n").status.success());
     // A configuration with a mistake changes nothing.
     served.reload("[serve.limits]", "[serve.limits]\nnonsense = 1");

@@ -447,6 +447,7 @@ impl Reloader {
 /// Whether a connection may go on.
 fn rejudge(access: &Access, live: &Live) -> Result<(), String> {
     let Some(login) = live.login.get() else { return Ok(()) };
-    let (user, _) = access.judge(&login.user.name, &login.proof, live.peer)?;
-    if *user == *login.user { Ok(()) } else { Err("the user's settings have changed".into()) }
+    let (user, grant) = access.judge(&login.user.name, &login.proof, live.peer)?;
+    let same = *user == *login.user && grant == login.grant;
+    if same { Ok(()) } else { Err("the user's settings have changed".into()) }
 }
