@@ -95,6 +95,12 @@ struct How {
     /// A named policy of the configuration: owner and permissions of what arrives
     #[arg(long, value_name = "NAME", requires = "config", conflicts_with = "policy_file")]
     policy: Option<String>,
+    /// Publish directories that match whole or not at all, also where they are there already (checkpoint-*/)
+    #[arg(long, value_name = "GLOB")]
+    unit: Vec<String>,
+    /// Start although the target seems to lack the room (sparse files, a file system that compresses)
+    #[arg(long)]
+    ignore_free_space: bool,
     /// Hash again what lies on the target's disk before it is published
     #[arg(long)]
     verify_disk: bool,
@@ -232,6 +238,8 @@ impl How {
                 filter,
                 checksum: self.checksum,
                 last: Vec::new(),
+                units: self.unit.clone(),
+                ignore_free_space: self.ignore_free_space,
                 verify_disk: self.verify_disk,
                 wait_seconds: self.wait,
                 dry_run: self.dry_run,
