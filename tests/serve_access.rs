@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use crate::serve_kit::{Served, keygen, said, until, user, write};
 
@@ -321,6 +321,11 @@ fn a_reload_ends_who_is_no_longer_listed_and_lets_others_go_on() {
     }
     assert!(held[3].0.try_wait().unwrap().is_none());
     assert!(served.sftp("stays", "stays", "ls\n").status.success());
+    // The same key, but from now on for reading alone.
+    let key = fs::read_to_string(served.path("stays.key.pub")).unwrap();
+    write(&served.path("stays.keys"), &format!("command=\"internal-sftp -R\" {key}"));
+    served.reload_as_it_is();
+    assert!(held[3].ended().contains("settings have changed"));
     assert!(!served.sftp("changed", "changed", "mkdir x\n").status.success());
     // A configuration with a mistake changes nothing.
     served.reload("[serve.limits]", "[serve.limits]\nnonsense = 1");
@@ -330,7 +335,7 @@ fn a_reload_ends_who_is_no_longer_listed_and_lets_others_go_on() {
 
 #[test]
 fn s13_the_record_names_who_sent_what_from_where_with_which_key() {
-    let served = Served::with(
+    let mut served = Served::with(
         &["sync"],
         |at| {
             fs::create_dir(at.join("record")).unwrap();
@@ -354,7 +359,8 @@ fn s13_the_record_names_who_sent_what_from_where_with_which_key() {
     let line = published.lines().find(|line| line.contains("\"path\":\"weights\"")).unwrap();
     assert!(line.contains(&format!("\"actor\":\"{who}, who says ")), "{line}");
     // At the server: logins, sessions, refusals.
-    let record = || fs::read_to_string(served.path("record/.lockstep/audit.jsonl")).unwrap();
+    let log = served.path("record/.lockstep/audit.jsonl");
+    let record = || fs::read_to_string(&log).unwrap();
     until("the records", || record().matches("\"action\":\"refuse\"").count() == 2 && record().contains("\"session\""));
     let find = |action: &str, part: &str| {
         let action = format!("\"action\":\"{action}\"");
@@ -366,11 +372,30 @@ fn s13_the_record_names_who_sent_what_from_where_with_which_key() {
     let verified =
         Command::new(env!("CARGO_BIN_EXE_lockstep")).args(["audit", "verify"]).arg(served.path("record")).output();
     assert!(verified.unwrap().status.success());
-    // Without a record nobody comes in.
+    // What is written at the last moment is written.
+    let sessions = || record().matches("\"action\":\"session\"").count();
+    let before = sessions();
+    let mut held = served.hold("sync", &[]);
+    assert!(held.speaks());
+    served.signal(rustix::process::Signal::TERM);
+    assert_eq!(served.ended(), Some(0));
+    assert_eq!(sessions(), before + 1, "{}", record());
+}
+
+#[test]
+fn s13_without_a_record_nobody_comes_in() {
+    let served = Served::with(
+        &["sync"],
+        |at| {
+            fs::create_dir(at.join("record")).unwrap();
+            format!("audit = '{}'", at.join("record").display())
+        },
+        "",
+        |at| user(at, "sync", ""),
+    );
+    assert!(served.sftp("sync", "sync", "ls\n").status.success());
     fs::rename(served.path("record/.lockstep"), served.path("record/elsewhere")).unwrap();
     fs::write(served.path("record/.lockstep"), "in the way").unwrap();
-    let refused =
-        served.client("sftp", "-P", "sync").args(["-b", "/dev/null", "sync@127.0.0.1"]).stdin(Stdio::null()).output();
-    assert!(!refused.unwrap().status.success());
+    assert!(!served.sftp("sync", "sync", "ls\n").status.success());
     served.wait_for("the audit log cannot be written");
 }

@@ -316,7 +316,7 @@ fn h59_a_channel_before_the_login_is_not_opened() {
 }
 
 #[test]
-fn h55_a_certificate_of_a_host_is_no_users() {
+fn h55_h58_a_key_alone_or_a_certificate_of_a_host_is_no_users() {
     let served = Served::start("", "");
     for name in ["ca", "alice.key"] {
         keygen(served.at(), &["-q", "-t", "ed25519", "-N", "", "-f", name]);
@@ -326,6 +326,9 @@ fn h55_a_certificate_of_a_host_is_no_users() {
     let key = Key::read(&served, "alice.key");
     let kind = b"ssh-ed25519-cert-v01@openssh.com";
     let mut wire = Wire::secured(&served);
+    // Where an authority is trusted any key may sign, for a certificate shows itself only then; without one it is nothing.
+    assert_eq!(wire.log_in("sync", &key, None), Some(USERAUTH_PK_OK));
+    assert_eq!(wire.log_in("sync", &key, Some(&key)), Some(USERAUTH_FAILURE));
     for (sign, answer) in [(&["-h"][..], USERAUTH_FAILURE), (&[], USERAUTH_SUCCESS)] {
         let common = ["-q", "-s", "ca", "-I", "x", "-n", "sync"];
         keygen(served.at(), &[&common[..], sign, &["alice.key.pub"]].concat());

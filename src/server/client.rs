@@ -70,13 +70,13 @@ impl Client {
             Ok(judged) => judged,
             Err(reason) => return self.refuse(name, &described, &reason),
         };
-        let start = Arc::new(start(&user, grant, self.live.peer, &proof));
+        let start = Arc::new(start(&user, &grant, self.live.peer, &proof));
         let login = AuditRecord { action: "login".into(), ..self.server.record(&start.actor, peer) };
         if !self.server.recorder.must(login).await {
             return self.refuse(name, &described, "the audit log cannot be written");
         }
         let user_name = user.name.clone();
-        if self.live.login.set(Login { user, proof: proof.clone() }).is_err() {
+        if self.live.login.set(Login { user, proof, grant }).is_err() {
             return self.refuse(name, &described, "this connection has logged in already");
         }
         // RACE: who reloads replaces the settings first and then looks at those that have logged in. Either it saw
@@ -119,15 +119,13 @@ impl Client {
         let (Some(channel), Some(start)) = (self.live.take(id), self.start.clone()) else {
             return session.channel_failure(id);
         };
-        if self.server.stopping() {
-            self.not_allowed("a session", "the server stops");
-            return session.channel_failure(id);
-        }
-        let place = match self.server.limits.session(&start.user) {
+        let stopping = if self.server.stopping() { Err("the server stops") } else { Ok(()) };
+        let place = match stopping.and_then(|()| self.server.limits.session(&start.user)) {
             Ok(place) => place,
             Err(reason) => {
                 self.not_allowed("a session", reason);
-                return session.channel_failure(id);
+                session.channel_failure(id)?;
+                return session.close(id);
             }
         };
         let (shared, packets) = channel::queue();
@@ -138,7 +136,8 @@ impl Client {
             Ok(made) => Box::new(Held { session: made, _place: place }),
             Err(reason) => {
                 tracing::error!(peer = %self.live.peer, user = start.user, reason, "no session");
-                return session.channel_failure(id);
+                session.channel_failure(id)?;
+                return session.close(id);
             }
         };
         session.channel_success(id)?;
@@ -155,7 +154,7 @@ impl Client {
     }
 }
 
-fn start(user: &ServeUser, grant: Grant, peer: std::net::SocketAddr, proof: &Proof) -> SessionStart {
+fn start(user: &ServeUser, grant: &Grant, peer: std::net::SocketAddr, proof: &Proof) -> SessionStart {
     SessionStart {
         user: user.name.clone(),
         root: user.root.clone(),

@@ -208,9 +208,15 @@ fn prepare(config: &ServeConfig, key: &PrivateKey) -> Result<(Settings, Vec<Stri
     }
     let access = Access::new(&config.users, config.revoked_keys.clone());
     let problems = access.look().map_err(ServeError::Revoked)?;
+    let (protocol, offered) = protocol(config, key)?;
+    let limits = config.limits.clone();
+    Ok((Settings { access, limits, protocol: Arc::new(protocol), offered: Arc::new(offered) }, problems))
+}
+
+/// How the SSH library is to behave, and the names of what it is to agree to.
+fn protocol(config: &ServeConfig, key: &PrivateKey) -> Result<(Config, Offered), HostKeyError> {
     let mut methods = MethodSet::empty();
     methods.push(MethodKind::PublicKey);
-    let limits = config.limits.clone();
     let mut preferred = preferred(End::Server);
     // Without SHA-1.
     preferred.key = vec![
@@ -231,31 +237,29 @@ fn prepare(config: &ServeConfig, key: &PrivateKey) -> Result<(Settings, Vec<Stri
         }
         algorithm => vec![algorithm],
     };
-    let offered = Arc::new(Offered::new(&preferred, &host_keys, config.strict_key_exchange));
+    let offered = Offered::new(&preferred, &host_keys, config.strict_key_exchange);
+    let certificates = config.host_certificate.iter().map(|path| host_key::certificate(path, key));
+    let certificates = certificates.collect::<Result<_, _>>()?;
     let protocol = Config {
         methods,
         auth_rejection_time: Duration::from_millis(500),
         auth_rejection_time_initial: Some(Duration::ZERO),
         keys: vec![key.clone()],
-        certificates: config
-            .host_certificate
-            .iter()
-            .map(|path| host_key::certificate(path, key))
-            .collect::<Result<_, _>>()?,
+        certificates,
         window_size: 32 << 20,
         maximum_packet_size: 256 << 10,
         channel_buffer_size: 1024,
         event_buffer_size: 256,
         // OpenSSH's clients ask for "none" first, which is no try.
-        max_auth_attempts: limits.auth_tries.get() + 1,
+        max_auth_attempts: config.limits.auth_tries.get() + 1,
         // Answers to keepalives reset it: idle clients are found otherwise.
-        inactivity_timeout: Some(limits.idle_timeout + Duration::from_secs(60)),
+        inactivity_timeout: Some(config.limits.idle_timeout + Duration::from_secs(60)),
         keepalive_interval: Some(Duration::from_secs(30)),
         nodelay: true,
         preferred,
         ..Config::default()
     };
-    Ok((Settings { access, limits, protocol: Arc::new(protocol), offered }, problems))
+    Ok((protocol, offered))
 }
 
 fn warn(problems: &[String]) {
@@ -353,6 +357,7 @@ impl Running {
         while server.limits.connections() + server.limits.sessions() > 0 && begun.elapsed() < END {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+        server.recorder.flush().await;
         tracing::info!("stopped");
     }
 }
@@ -368,6 +373,8 @@ async fn accept(server: Arc<Server>, socket: TcpListener) {
                 continue;
             }
         };
+        // An IPv4 client of a listener for both is shown as what it is.
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         match server.limits.admit(peer.ip()) {
             Ok(permit) => {
                 let number = server.number.fetch_add(1, Ordering::Relaxed);
@@ -440,6 +447,7 @@ impl Reloader {
 /// Whether a connection may go on.
 fn rejudge(access: &Access, live: &Live) -> Result<(), String> {
     let Some(login) = live.login.get() else { return Ok(()) };
-    let (user, _) = access.judge(&login.user.name, &login.proof, live.peer)?;
-    if *user == *login.user { Ok(()) } else { Err("the user's settings have changed".into()) }
+    let (user, grant) = access.judge(&login.user.name, &login.proof, live.peer)?;
+    let same = *user == *login.user && grant == login.grant;
+    if same { Ok(()) } else { Err("the user's settings have changed".into()) }
 }

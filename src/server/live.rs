@@ -10,6 +10,7 @@ use russh::{Channel, ChannelId};
 use tokio::sync::watch;
 
 use super::access::{Proof, ServeUser};
+use super::authorized_keys::Grant;
 use super::channel::Shared;
 
 /// Reasons that are kept of one connection.
@@ -27,6 +28,7 @@ pub(super) fn short(text: &str, most: usize) -> String {
 pub(super) struct Login {
     pub(super) user: Arc<ServeUser>,
     pub(super) proof: Proof,
+    pub(super) grant: Grant,
 }
 
 /// One connection.

@@ -15,7 +15,8 @@ const WAITING: usize = 1024;
 const BATCH: usize = 256;
 const MINUTE: Duration = Duration::from_secs(60);
 
-type Entry = (AuditRecord, Option<oneshot::Sender<bool>>);
+/// A record, and who waits for it; without a record somebody waits for those before.
+type Entry = (Option<AuditRecord>, Option<oneshot::Sender<bool>>);
 
 /// Of those who have not logged in, in a minute: anybody can make such records.
 const STRANGERS: u64 = 60;
@@ -43,6 +44,7 @@ impl Recorder {
             let mut batch = Vec::new();
             while entries.blocking_recv_many(&mut batch, BATCH) > 0 {
                 let (records, waiting): (Vec<_>, Vec<_>) = batch.drain(..).unzip();
+                let records: Vec<_> = records.into_iter().flatten().collect();
                 let written = AuditLog::open(&root).and_then(|mut log| log.append(&records));
                 if let Err(error) = &written {
                     tracing::error!(error = crate::error::chain(error), "the audit log cannot be written");
@@ -59,6 +61,15 @@ impl Recorder {
 
     /// Records what must not happen without a record. `false` when it could not be written.
     pub async fn must(&self, record: AuditRecord) -> bool {
+        self.written(Some(record)).await
+    }
+
+    /// Waits until all that was noted is written.
+    pub async fn flush(&self) {
+        self.written(None).await;
+    }
+
+    async fn written(&self, record: Option<AuditRecord>) -> bool {
         let Some(entries) = &self.entries else { return true };
         let (sender, written) = oneshot::channel();
         entries.send((record, Some(sender))).await.is_ok() && written.await.unwrap_or(false)
@@ -86,7 +97,7 @@ impl Recorder {
             let reason = record.reason.unwrap_or_default();
             record.reason = Some(format!("{reason} (and {lost} records before it that came too fast)"));
         }
-        if entries.try_send((record, None)).is_err() {
+        if entries.try_send((Some(record), None)).is_err() {
             self.lost.fetch_add(lost + 1, Ordering::Relaxed);
         }
     }
