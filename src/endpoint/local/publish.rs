@@ -182,12 +182,16 @@ fn execute(
     for step in &record.steps {
         let path = step.path();
         touched.extend(path.parent());
-        let result = match step {
+        let take = || match step {
             Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path),
             Step::Exchange(_) => exchange(root, staging, path, record.inodes.get(path).copied()),
             Step::ApplyMetadata(_) => tree.get(path).map_or(Ok(()), |entry| apply_entry(root, entry, acls)),
             Step::RemoveFile(_) => gone(root.unlink(path).map_err(io)),
             Step::RemoveDirectory(_) => gone(root.rmdir(path).map_err(io)),
+        };
+        let result = match take() {
+            Err(error) if is_forbidden(&error) && opened_up(root, step, tree) => take(),
+            other => other,
         };
         if note(path, result)? && matches!(step, Step::NewDirectory(_) | Step::Exchange(_)) {
             touched.insert(path.clone());
@@ -200,6 +204,19 @@ fn execute(
         }
     }
     Ok(problems)
+}
+
+fn is_forbidden(error: &Error) -> bool {
+    matches!(error, Error::Io { source, .. } if source.kind() == ErrorKind::PermissionDenied)
+}
+
+/// Opens up the directory above, and one that is exchanged: to move it needs the right to write in it. Only those that
+/// get their mode again after the last step.
+fn opened_up(root: &Root, step: &Step, tree: &Tree) -> bool {
+    let exchanged = matches!(step, Step::Exchange(_)).then(|| step.path().clone());
+    let listed = |path: &RelPath| tree.get(path).is_some_and(Entry::is_directory);
+    let concerned = step.path().parent().into_iter().chain(exchanged).filter(listed);
+    concerned.filter(|path| root.open_up(path).is_ok()).count() > 0
 }
 
 /// What is not there needs no removing; what has another kind than before was put in its place by a later step, when
