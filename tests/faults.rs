@@ -572,3 +572,60 @@ fn h14_h16_h19_a_confined_client_is_led_out_of_its_root_by_no_link() {
     assert_eq!(fs::read_dir(path("data_evil")).unwrap().count(), 0);
     assert_eq!(fs::metadata(path("data_evil")).unwrap().mode() & 0o7777, 0o711);
 }
+
+#[test]
+fn directories_without_the_right_to_write_are_followed_by_who_is_not_root() {
+    let area = Area::new();
+    let shared = area.path("shared");
+    fs::create_dir(&shared).unwrap();
+    let (source, target, program) = (shared.join("source"), shared.join("target"), shared.join("lockstep"));
+    fs::copy(lockstep(), &program).unwrap();
+    let close = |names: &[&str]| {
+        for name in names {
+            fs::set_permissions(source.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o555)).unwrap();
+        }
+    };
+    let push = |kill: Option<&str>| -> Output {
+        let mut command = Vec::new();
+        if rustix::process::geteuid().is_root() {
+            for path in [area.at.path(), &shared, &source] {
+                let _ = Command::new("chown").args(["-R", "65534:65534"]).arg(path).status();
+            }
+            command.extend(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]);
+        }
+        if let Some(inject) = kill {
+            command.extend(["strace", "-f", "-qq", "-o", "/dev/null", "-e", inject]);
+        }
+        let shown = [&program, &source, &target].map(|path| path.to_str().unwrap());
+        command.extend([shown[0], "push", "-q", "--delete", "--unit", "unit/", shown[1], shown[2]]);
+        Command::new(command[0]).args(&command[1..]).env("XDG_STATE_HOME", shared.join("state")).output().unwrap()
+    };
+    for name in ["closed/deep/f", "closed/goes", "unit/inner/f", "unit/stays"] {
+        write(&source, name, b"old");
+    }
+    close(&["closed/deep", "closed", "unit/inner", "unit"]);
+    let first = push(None);
+    assert!(first.status.success(), "{}", text(&first));
+    for name in ["closed/deep", "closed", "unit/inner", "unit"] {
+        fs::set_permissions(source.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    for name in ["closed/deep/f", "closed/new/deep/f", "unit/inner/f", "unit/inner/more/f"] {
+        write(&source, name, b"new!");
+    }
+    fs::remove_file(source.join("closed/goes")).unwrap();
+    close(&["closed/deep", "closed/new/deep", "closed/new", "closed", "unit/inner/more", "unit/inner", "unit"]);
+    for kill in [
+        "inject=syncfs:signal=SIGKILL:when=1",
+        "inject=renameat2:signal=SIGKILL:when=1",
+        "inject=syncfs:signal=SIGKILL:when=2",
+    ] {
+        push(Some(kill));
+    }
+    let second = push(None);
+    assert!(second.status.success(), "{}", text(&second));
+    assert!(contents(&target) == contents(&source));
+    for name in ["closed/deep", "closed/new/deep", "closed", "unit/inner/more", "unit"] {
+        assert_eq!(fs::metadata(target.join(name)).unwrap().mode() & 0o7777, 0o555, "{name}");
+    }
+    assert!(!target.join(".lockstep/staging/current").exists());
+}

@@ -344,7 +344,36 @@ impl Root {
         self.failed("remove the directory", Some(path), result)
     }
 
+    /// Gives the owner of a directory every right in it. Without them its names cannot be changed, by other users than
+    /// root.
+    ///
+    /// # Errors
+    /// When it is not a directory of this user.
+    pub fn open_up(&self, path: &RelPath) -> Result<()> {
+        let directory = self.open_dir(Some(path), Follow::Never)?;
+        let opened = fs::fstat(&directory).and_then(|stat| {
+            let mode = Mode::from_raw_mode(stat.st_mode & 0o7777 | 0o700);
+            fs::fchmod(&directory, mode)
+        });
+        self.failed("make writable", Some(path), opened)
+    }
+
+    /// Removes what is not a directory, also from a directory of this user that forbids it, which is opened up.
+    ///
+    /// # Errors
+    /// As unlink(2).
+    pub fn unlink_anyway(&self, path: &RelPath) -> Result<()> {
+        match (self.unlink(path), path.parent()) {
+            (Err(error), Some(above)) if error.errno() == Some(Errno::ACCESS.raw_os_error()) => {
+                self.open_up(&above)?;
+                self.unlink(path)
+            }
+            (result, _) => result,
+        }
+    }
+
     /// Removes a path and everything beneath it; nothing there is no error. Links are removed, never followed.
+    /// Directories of this user that forbid it are opened up.
     ///
     /// # Errors
     /// The first path that could not be removed.
@@ -361,7 +390,14 @@ impl Root {
         let mut stack = vec![(path.clone(), false)];
         while let Some((directory, emptied)) = stack.pop() {
             if emptied {
-                self.rmdir(&directory)?;
+                let removed = self.rmdir(&directory);
+                match (removed, directory.parent()) {
+                    (Err(error), Some(above)) if error.errno() == Some(Errno::ACCESS.raw_os_error()) => {
+                        self.open_up(&above)?;
+                        self.rmdir(&directory)?;
+                    }
+                    (removed, _) => removed?,
+                }
                 continue;
             }
             let names = self.names(Some(&directory), Follow::Never)?;
@@ -374,7 +410,7 @@ impl Root {
                     }
                     continue;
                 };
-                match self.unlink(&child) {
+                match self.unlink_anyway(&child) {
                     Ok(()) => {}
                     Err(error) if error.kind() == io::ErrorKind::IsADirectory => stack.push((child, false)),
                     Err(error) => return Err(error),

@@ -487,7 +487,7 @@ fn drop_leftovers(staging: &Root, keep: &HashSet<RelPath>) -> Result<(), Error> 
             if keep.contains(&path) {
                 continue;
             }
-            match staging.unlink(&path) {
+            match staging.unlink_anyway(&path) {
                 Ok(()) => {}
                 Err(error) if error.kind() == std::io::ErrorKind::IsADirectory => directories.push(path),
                 Err(error) => return Err(io(error)),
