@@ -191,7 +191,13 @@ pub(super) fn source(
 ) -> Result<Box<dyn Source>, Failure> {
     Ok(match reach(destination, ssh, how, count, compress, monitor)? {
         Reached::Agent(lanes) => Box::new(AgentSource::new(lanes)),
-        Reached::Stock(lanes) => Box::new(StockSource::new(lanes)),
+        Reached::Stock(lanes) => {
+            if how.verify != Proof::Auto {
+                monitor
+                    .event(Event::Warning("--verify is for what is sent; what is fetched is hashed here as it comes"));
+            }
+            Box::new(StockSource::new(lanes))
+        }
     })
 }
 
