@@ -10,3 +10,4 @@ mod serve;
 mod ssh;
 mod stock;
 mod stock_faults;
+mod stock_pipes;
