@@ -25,4 +25,5 @@ mod sftp_side_by_side;
 mod ssh;
 mod stock;
 mod stock_faults;
+mod stock_pipes;
 mod wire;

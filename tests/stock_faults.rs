@@ -1,220 +1,28 @@
-//! OpenSSH's `sftp-server` behind pipes that a test may cut, change or watch, packet by packet.
+//! A stock server that is cut, changed and watched, packet by packet.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 
-use bytes::Bytes;
-use lockstep::endpoint::link::{ConnectError, Link, LinkError, Remote, Way};
 use lockstep::endpoint::local::{LocalSource, LocalTarget};
-use lockstep::endpoint::stock::{Lanes, StockSource, StockTarget, Verify};
-use lockstep::endpoint::{BeginOptions, Error, ScanOptions, Target};
+use lockstep::endpoint::stock::StockTarget;
+use lockstep::endpoint::{Error, Target};
 use lockstep::error::Exit;
 use lockstep::manifest::format;
 use lockstep::monitor::Silent;
-use lockstep::plan::safety::DeleteLimit;
 use lockstep::policy::PolicySpec;
-use lockstep::sync::{Options, SyncReport, run};
+use lockstep::sync::run;
+
+use super::stock_pipes::{Hook, Pair, nothing, options, sha256};
 
 const WRITE: u8 = 6;
 const READ: u8 = 5;
 const DATA: u8 = 103;
 const NAME: u8 = 104;
-
-/// Sees each packet (without its length) before it goes on; `false` cuts the link instead.
-type Hook = Arc<dyn Fn(&mut Vec<u8>) -> bool + Send + Sync>;
-
-fn nothing() -> Hook {
-    Arc::new(|_| true)
-}
-
-struct Pipe {
-    child: Mutex<Child>,
-    input: Mutex<Option<ChildStdin>>,
-    output: Mutex<ChildStdout>,
-    /// Packets of SFTP; else plain bytes.
-    hooks: Option<(Hook, Hook)>,
-}
-
-impl Pipe {
-    fn start(mut command: Command, hooks: Option<(Hook, Hook)>) -> Arc<Pipe> {
-        let mut child = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("sftp-server is not installed: Debian package openssh-sftp-server");
-        let (input, output) = (Mutex::new(child.stdin.take()), Mutex::new(child.stdout.take().unwrap()));
-        Arc::new(Pipe { child: Mutex::new(child), input, output, hooks })
-    }
-
-    fn cut(&self) -> LinkError {
-        let _ = self.child.lock().unwrap().kill();
-        LinkError("cut".into())
-    }
-}
-
-impl Link for Pipe {
-    fn send(&self, packet: Bytes) -> Result<(), LinkError> {
-        let mut packet = packet.to_vec();
-        if let Some((hook, _)) = &self.hooks {
-            let mut body = packet.split_off(4);
-            if !hook(&mut body) {
-                return Err(self.cut());
-            }
-            packet = (body.len() as u32).to_be_bytes().to_vec();
-            packet.extend_from_slice(&body);
-        }
-        match self.input.lock().unwrap().as_mut().map(|input| input.write_all(&packet)) {
-            Some(Ok(())) => Ok(()),
-            _ => Err(LinkError("the server has ended".into())),
-        }
-    }
-
-    fn recv(&self) -> Result<Option<Bytes>, LinkError> {
-        let mut output = self.output.lock().unwrap();
-        let Some((_, hook)) = &self.hooks else {
-            let mut buffer = vec![0; 64 * 1024];
-            let read = output.read(&mut buffer).map_err(|error| LinkError(error.to_string()))?;
-            buffer.truncate(read);
-            return Ok((read > 0).then(|| buffer.into()));
-        };
-        let mut length = [0; 4];
-        if output.read_exact(&mut length).is_err() {
-            return Ok(None);
-        }
-        let mut body = vec![0; u32::from_be_bytes(length) as usize];
-        if output.read_exact(&mut body).is_err() {
-            return Ok(None);
-        }
-        if !hook(&mut body) {
-            return Err(self.cut());
-        }
-        Ok(Some([&(body.len() as u32).to_be_bytes()[..], &body].concat().into()))
-    }
-
-    fn close(&self) {
-        drop(self.input.lock().unwrap().take());
-    }
-}
-
-impl Drop for Pipe {
-    fn drop(&mut self) {
-        let mut child = self.child.lock().unwrap();
-        let _ = child.kill();
-        let _ = child.wait();
-    }
-}
-
-/// A host whose server runs here.
-struct Host {
-    out: Hook,
-    back: Hook,
-    shell: bool,
-}
-
-impl Remote for Host {
-    fn open(&self, _: &Way, _: usize) -> Result<Arc<dyn Link>, ConnectError> {
-        let command = Command::new("/usr/lib/openssh/sftp-server");
-        Ok(Pipe::start(command, Some((Arc::clone(&self.out), Arc::clone(&self.back)))))
-    }
-
-    fn exec(&self, text: &str) -> Result<Arc<dyn Link>, ConnectError> {
-        if !self.shell {
-            return Err(ConnectError { message: "no shell".into(), exit: Exit::Usage, not_offered: true });
-        }
-        let mut command = Command::new("sh");
-        command.args(["-c", text]);
-        Ok(Pipe::start(command, None))
-    }
-
-    fn describe(&self) -> String {
-        "user@host:22".into()
-    }
-}
-
-struct Pair {
-    outer: tempfile::TempDir,
-}
-
-impl Pair {
-    fn new() -> Pair {
-        let outer = tempfile::tempdir().unwrap();
-        fs::create_dir(outer.path().join("source")).unwrap();
-        Pair { outer }
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.outer.path().join(name)
-    }
-
-    fn write(&self, path: &str, data: impl AsRef<[u8]>) {
-        let path = self.at("source").join(path);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, data).unwrap();
-    }
-
-    fn lanes(&self, out: Hook, back: Hook, shell: bool, lanes: usize) -> Result<Lanes, Error> {
-        let remote: Arc<dyn Remote> = Arc::new(Host { out, back, shell });
-        let first = remote.open(&Way::SftpSubsystem, 0).unwrap();
-        Lanes::connect(remote, first, lanes, self.at("target").as_os_str().as_encoded_bytes(), Verify::Auto)
-    }
-
-    fn push_over(&self, lanes: Lanes) -> Result<SyncReport, Error> {
-        let source = LocalSource::new(&self.at("source"), Some(&self.at("state"))).unwrap();
-        run(&source, &StockTarget::new(lanes), &options(), &Silent::default(), &AtomicBool::new(false))
-    }
-
-    fn push(&self, out: Hook, back: Hook, shell: bool) -> Result<SyncReport, Error> {
-        self.push_over(self.lanes(out, back, shell, 1)?)
-    }
-
-    fn pull(&self, out: Hook, back: Hook) -> Result<SyncReport, Error> {
-        let source = StockSource::new(self.lanes(out, back, false, 1)?);
-        let target = LocalTarget::new(&self.at("copy"), PolicySpec::default());
-        run(&source, &target, &options(), &Silent::default(), &AtomicBool::new(false))
-    }
-
-    /// The target holds exactly what the source does, and its manifest says so.
-    fn in_step(&self) {
-        let output = Command::new("rsync")
-            .args(["-naHic", "--delete", "--modify-window=1", "--exclude=/.lockstep"])
-            .args([self.at("source").join(""), self.at("target").join("")])
-            .output()
-            .expect("rsync is not installed: Debian package rsync");
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let different: Vec<_> =
-            text.lines().filter(|line| !line.ends_with(" ./") && !line.starts_with(".L..t")).collect();
-        assert!(output.status.success() && different.is_empty(), "{different:#?}");
-        let manifest = format::decode(&fs::read(self.at("target/.lockstep/manifest")).unwrap()).unwrap();
-        for entry in manifest.tree.entries() {
-            if let Some((_, digest)) = entry.file() {
-                let data = fs::read(self.at("target").join(entry.path.as_path())).unwrap();
-                assert_eq!(digest, Some(sha256(&data)), "{}", entry.path);
-            }
-        }
-    }
-}
-
-fn sha256(data: &[u8]) -> lockstep::manifest::Digest {
-    use sha2::Digest as _;
-    lockstep::manifest::Digest(sha2::Sha256::digest(data).into())
-}
-
-fn options() -> Options {
-    Options {
-        scan: ScanOptions::default(),
-        begin: BeginOptions { actor: "tester@here".into(), ..BeginOptions::default() },
-        delete: true,
-        max_delete: DeleteLimit::Unlimited,
-        workers: 2,
-        retries: 2,
-    }
-}
 
 /// A byte of the content that is written is another one, in the first `times` WRITEs of content.
 fn flip_writes(times: usize) -> Hook {
@@ -277,10 +85,8 @@ fn s21_a_reader_never_sees_half_a_file_nor_a_pointer_to_what_is_not_there() {
     let pair = Pair::new();
     let watch = |new| -> Hook {
         let target = pair.at("target");
-        Arc::new(move |_| {
-            assert_old_or_new(&target, new);
-            true
-        })
+        // A thread of the client's that panics would be waited for: the link is cut instead.
+        Arc::new(move |_| std::panic::catch_unwind(|| assert_old_or_new(&target, new)).is_ok())
     };
     version(&pair, 1);
     pair.push(watch(false), watch(false), true).unwrap();
@@ -356,6 +162,51 @@ fn h32_h34_cut_at_any_packet_a_new_target_is_whole_or_not_there() {
         pair.in_step();
         assert!(!pair.at(".target.lockstep").exists());
     }
+}
+
+#[test]
+fn h32_what_was_begun_to_be_published_is_finished_first_unless_another_has_published_since() {
+    for another in [false, true] {
+        let pair = Pair::new();
+        version(&pair, 1);
+        pair.push(nothing(), nothing(), false).unwrap();
+        version(&pair, 2);
+        let cut: Hook = Arc::new(|packet| {
+            let rename = packet.windows(12).any(|bytes| bytes == b"posix-rename");
+            !(rename && packet.ends_with(b"target/config"))
+        });
+        assert!(pair.push(cut, nothing(), false).is_err());
+        assert!(pair.at("target/.lockstep/staging/sftp/commit").exists());
+        assert_eq!(fs::read(pair.at("target/latest")).unwrap(), b"1");
+        if another {
+            // A run of the other kind, with other content.
+            pair.write("config", "config of another");
+            let source = LocalSource::new(&pair.at("source"), None).unwrap();
+            let target = LocalTarget::new(&pair.at("target"), PolicySpec::default());
+            run(&source, &target, &options(), &Silent::default(), &AtomicBool::new(false)).unwrap();
+        }
+        let target = StockTarget::new(pair.lanes(nothing(), nothing(), false, 1).unwrap());
+        target.begin(&options().begin, &Silent::default()).unwrap();
+        target.abort();
+        assert_eq!(fs::read(pair.at("target/latest")).unwrap(), b"2");
+        let expected = if another { "config of another" } else { "config of 2, longer" };
+        assert_eq!(fs::read_to_string(pair.at("target/config")).unwrap(), expected);
+        pair.in_step();
+    }
+}
+
+#[test]
+fn a_change_that_the_time_of_a_young_file_hides_is_seen() {
+    let pair = Pair::new();
+    let soon = std::time::SystemTime::now() + std::time::Duration::from_secs(60);
+    for content in ["1", "2", "3"] {
+        pair.write("latest", content);
+        fs::File::options().write(true).open(pair.at("source/latest")).unwrap().set_modified(soon).unwrap();
+        pair.push(nothing(), nothing(), false).unwrap();
+        pair.in_step();
+    }
+    let again = pair.push(nothing(), nothing(), false).unwrap().committed.unwrap();
+    assert_eq!((again.generation, again.published), (3, 0));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use crate::codec::CompressOptions;
 use crate::endpoint::agent::{self, AgentSource, AgentTarget};
 use crate::endpoint::link::{Remote, Way};
 use crate::endpoint::stock::{self, StockSource, StockTarget, Verify};
-use crate::endpoint::{Source, Target};
+use crate::endpoint::{self, Source, Target};
 use crate::error::{Escaped, Exit, chain};
 use crate::monitor::{Event, Monitor};
 
@@ -153,6 +153,9 @@ fn reach(
             }
             Err(error) if error.exit() == Exit::Trust => return Err(Failure::Endpoint(error)),
             // A command that is not there, a login shell that prints, a forced command that is another server.
+            Err(endpoint::Error::Disconnected { source: Some(source), .. }) => {
+                reasons.push(format!("{}: {source}", named(&way)));
+            }
             Err(error) => reasons.push(format!("{}: {}", named(&way), chain(&error))),
         }
     }
@@ -193,7 +196,13 @@ pub(super) fn source(
 ) -> Result<Box<dyn Source>, Failure> {
     Ok(match reach(destination, ssh, how, count, compress, monitor)? {
         Reached::Agent(lanes) => Box::new(AgentSource::new(lanes)),
-        Reached::Stock(lanes) => Box::new(StockSource::new(lanes)),
+        Reached::Stock(lanes) => {
+            if how.verify != Proof::Auto {
+                monitor
+                    .event(Event::Warning("--verify is for what is sent; what is fetched is hashed here as it comes"));
+            }
+            Box::new(StockSource::new(lanes))
+        }
     })
 }
 

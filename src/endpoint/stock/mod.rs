@@ -2,7 +2,7 @@
 //!
 //! Nothing of lockstep runs there: what an agent does for itself is done here by requests, many of them in flight. The
 //! server knows times to the second, no ACLs and no holes; what it holds is proven by a command where the account has
-//! a shell, else by reading it back ([`prove`]).
+//! a shell, else by reading it back (`prove`).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

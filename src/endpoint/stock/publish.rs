@@ -349,7 +349,7 @@ fn new_manifest(run: &Run, state: &State, options: &CommitOptions, failed: &Hash
 /// One `sync -f` by a command where there is one; without, each file was brought to the disk when it was written.
 fn bring_to_disk(run: &Run) -> Result<(), Error> {
     let mut shell = run.shell();
-    if let Some(running) = shell.as_mut()
+    if let Some(running) = shell.as_mut().filter(|shell| shell.syncs())
         && let Err(reason) = running.run(Job::Sync, &[&run.root])
     {
         *shell = None;

@@ -165,18 +165,17 @@ impl ReadQueue {
                 reading.asked += u64::from(length);
                 self.send(file, Op::Read { offset, length }, session::read(&handle, offset, length))?;
             }
-            self.conclude(file, false)?;
+            self.conclude(file)?;
         }
         Ok(())
     }
 
     /// Sends the last FSTAT and the CLOSE, once every byte is asked for (of a small file) or here (of others).
-    fn conclude(&mut self, file: u64, all_here: bool) -> Result<(), Error> {
+    fn conclude(&mut self, file: u64) -> Result<(), Error> {
         let small = u64::from(self.session.read_max);
         let Some(reading) = self.files.get_mut(&file) else { return Ok(()) };
         let Some(handle) = reading.handle.clone() else { return Ok(()) };
-        let asked =
-            reading.asked >= reading.size && (reading.size <= small || all_here || reading.given >= reading.size);
+        let asked = reading.asked >= reading.size && (reading.size <= small || reading.given >= reading.size);
         if reading.closing || !asked {
             return Ok(());
         }
@@ -249,7 +248,7 @@ impl ReadQueue {
             let (offset, length) = (offset + u64::from(got), length - got);
             self.send(file, Op::Read { offset, length }, session::read(&handle, offset, length))?;
         }
-        self.conclude(file, false)
+        self.conclude(file)
     }
 
     fn fail(&mut self, file: u64, why: Result<(), Refusal>) -> Result<(), Error> {

@@ -85,6 +85,11 @@ impl Shell {
         Ok(shell)
     }
 
+    /// Whether it brings files to stable storage.
+    pub(super) fn syncs(&self) -> bool {
+        self.has("sync")
+    }
+
     fn has(&self, tool: &str) -> bool {
         self.tools.contains(&format!(",{tool},"))
     }

@@ -11,6 +11,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::prove::{Answer, Proven, Unproven};
 use super::session::{self, Refusal, Reply, Session, about, extended, with_attributes};
+use super::shell::Shell;
 use super::target::{Permissions, Run};
 use crate::endpoint::client::Completion;
 use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
@@ -106,7 +107,7 @@ impl StockWriter {
     pub(super) fn new(run: Arc<Run>, session: Arc<Session>) -> StockWriter {
         let (sender, receiver) = unbounded();
         let source = Arc::clone(&run.state().source);
-        let sync_each = session.offers.fsync && run.shell().is_none();
+        let sync_each = session.offers.fsync && !run.shell().as_ref().is_some_and(Shell::syncs);
         StockWriter {
             run,
             source,
