@@ -6,5 +6,6 @@
 mod architecture;
 mod cli;
 mod pipeline;
+mod quickstart;
 mod serve;
 mod ssh;

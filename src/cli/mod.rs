@@ -20,10 +20,12 @@ pub mod display;
 mod login;
 mod manifest;
 mod policy;
+mod quickstart;
 mod remote;
 pub mod report;
 mod serve;
 mod sftp_server;
+mod stop;
 mod transfer;
 
 const EXIT_CODES: &str = "\
@@ -35,6 +37,7 @@ Exit codes:
   4   incomplete: some paths or targets failed
   5   input or output error
   75  try again: the target is in use, or the connection was lost
+  130 stopped by Ctrl-C (143 by SIGTERM, 129 by SIGHUP); the same command goes on from there
 Anything but 0 means: do not rely on the data.";
 
 /// Keeps datasets and checkpoints in step between training servers, and proves that what arrived is what was sent.
@@ -66,6 +69,8 @@ enum Command {
     /// Check the record of what was published
     #[command(subcommand)]
     Audit(audit::Command),
+    /// See on this machine what lockstep does: nothing to set up, nothing left behind
+    Quickstart(quickstart::Quickstart),
     /// Print a completion script for a shell
     Completions(completions::Completions),
     /// Print the manual page, or write those of all commands to a directory
@@ -82,6 +87,7 @@ impl Command {
             Command::Manifest(command) => command.run(),
             Command::Policy(command) => command.run(),
             Command::Audit(command) => command.run(),
+            Command::Quickstart(command) => command.run(),
             Command::Completions(command) => command.run(),
             Command::Man(command) => command.run(),
         }
@@ -107,6 +113,10 @@ enum Failure {
 }
 
 impl Failure {
+    fn plain(exit: Exit, error: &dyn std::error::Error) -> Failure {
+        Failure::Plain { exit, message: chain(error) }
+    }
+
     fn usage(message: impl Into<String>) -> Failure {
         Failure::Plain { exit: Exit::Usage, message: message.into() }
     }

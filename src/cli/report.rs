@@ -46,14 +46,16 @@ fn letters(action: &Action, entry: &Entry, sending: bool) -> String {
     .collect()
 }
 
-/// Writes a line for each path that changed (or would).
-///
-/// # Errors
-/// When `out` cannot be written.
-pub fn itemize(report: &SyncReport, deleting: bool, sending: bool, out: &mut impl Write) -> std::io::Result<()> {
+/// Each path that changed (or would): its letters, its name, and what comes after the name in a line for people.
+fn changes(
+    report: &SyncReport,
+    deleting: bool,
+    sending: bool,
+    mut tell: impl FnMut(&str, &str, &str) -> std::io::Result<()>,
+) -> std::io::Result<()> {
     if deleting && !report.deletion_held_back {
         for removal in &report.plan.removals {
-            writeln!(out, "*deleting   {}{}", removal.path, if removal.directory { "/" } else { "" })?;
+            tell("*deleting  ", &removal.path.to_string(), if removal.directory { "/" } else { "" })?;
         }
     }
     for action in &report.plan.actions {
@@ -64,9 +66,27 @@ pub fn itemize(report: &SyncReport, deleting: bool, sending: bool, out: &mut imp
             Content::HardLink { first } => format!(" => {first}"),
             Content::File { .. } => String::new(),
         };
-        writeln!(out, "{} {}{tail}", letters(action, entry, sending), entry.path)?;
+        tell(&letters(action, entry, sending), &entry.path.to_string(), &tail)?;
     }
     Ok(())
+}
+
+/// Writes a line for each path that changed (or would).
+///
+/// # Errors
+/// When `out` cannot be written.
+pub fn itemize(report: &SyncReport, deleting: bool, sending: bool, out: &mut impl Write) -> std::io::Result<()> {
+    changes(report, deleting, sending, |letters, path, tail| writeln!(out, "{letters} {path}{tail}"))
+}
+
+/// The same as one JSON object for each path.
+///
+/// # Errors
+/// When `out` cannot be written.
+pub fn changes_json(report: &SyncReport, deleting: bool, sending: bool, out: &mut impl Write) -> std::io::Result<()> {
+    changes(report, deleting, sending, |letters, path, _| {
+        writeln!(out, "{}", json!({"event": "change", "change": letters.trim_end(), "path": path}))
+    })
 }
 
 /// The summary in a few lines.

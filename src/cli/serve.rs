@@ -38,10 +38,18 @@ pub(super) struct Serve {
     /// A file of [[rule]] tables: owner and permissions of what arrives
     #[arg(long, value_name = "FILE")]
     policy_file: Option<PathBuf>,
+    /// End when the process that started this one ends
+    #[arg(long)]
+    die_with_parent: bool,
 }
 
 impl Serve {
     pub(super) fn run(self) -> Result<Exit, Failure> {
+        if self.die_with_parent {
+            let end = Some(rustix::process::Signal::TERM);
+            rustix::process::set_parent_process_death_signal(end)
+                .map_err(|errno| Failure::usage(format!("--die-with-parent: {errno}")))?;
+        }
         let policy = super::transfer::read_policy(self.policy_file.as_deref())?;
         let factory: SessionFactory = Arc::new(move |start, output| {
             let config = SessionConfig {

@@ -2,9 +2,9 @@
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 
 use super::display::{Display, Verbosity};
+use super::stop::Stop;
 use super::{Failure, login, remote, report};
 use crate::codec::CompressOptions;
 use crate::config::Config;
@@ -251,11 +251,18 @@ impl How {
     ) -> Result<Exit, Failure> {
         let (from, to) = (source.describe(), target.describe());
         let options = self.options(&from)?;
-        let result = sync::run(source, target, &options, &*display, &AtomicBool::new(false))?;
+        let stop = Stop::on_signals()?;
+        let result = sync::run(source, target, &options, &*display, stop.flag());
+        let result = result.map_err(|error| match stop.exit() {
+            Some(exit) => Failure::plain(exit, &error),
+            None => Failure::Endpoint(error),
+        })?;
         display.finish();
         let mut out = std::io::stdout().lock();
         let written = (|| {
-            if self.itemize_changes {
+            if self.json {
+                report::changes_json(&result, self.delete, sending, &mut out)?;
+            } else if self.itemize_changes {
                 report::itemize(&result, self.delete, sending, &mut out)?;
             }
             if self.json {

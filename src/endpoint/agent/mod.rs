@@ -72,6 +72,11 @@ impl Lanes {
         &self.clients[0]
     }
 
+    /// Bytes over all connections, both directions.
+    fn wire_bytes(&self) -> u64 {
+        self.clients.iter().map(Client::wire_bytes).map(|(sent, received)| sent + received).sum()
+    }
+
     fn describe(&self) -> String {
         format!("{}:{}", self.control().host(), crate::error::Escaped(&self.root))
     }

@@ -78,4 +78,8 @@ impl Source for AgentSource {
 
     /// The agent remembers for itself what it hashed.
     fn remember(&self, _: &Tree, _: &[(u32, Digest)]) {}
+
+    fn wire_bytes(&self) -> u64 {
+        self.lanes.wire_bytes()
+    }
 }
