@@ -46,12 +46,12 @@ fn s29_the_tour_shows_and_proves_everything_and_leaves_nothing() {
     assert!(output.stderr.is_empty(), "{text}");
     for part in [
         "$ lockstep push sample sync@127.0.0.1:/sample",
-        "0600  checkpoint-1000/model-00001-of-00002.safetensors and 1 more",
-        "0600  labels.txt",
-        "1774  logs",
-        "0755  train.sh",
-        "0750  train.py",
-        "0744  update.bin",
+        "-> 0600  checkpoint-1000/model-00001-of-00002.safetensors and 1 more",
+        "-> 0600  labels.txt",
+        "-> 1774  logs",
+        "-> 0755  train.sh",
+        "-> 0750  train.py",
+        "-> 0744  update.bin",
         "dataset/part-042.jsonl\n   Only that file was sent",
         "309 files: OK",
         ": differs: SHA-256",

@@ -1,5 +1,7 @@
 //! How a directory of another machine is reached.
 
+use std::sync::Arc;
+
 use super::Failure;
 use super::login::{Ssh, connect, failed};
 use crate::codec::CompressOptions;
@@ -48,7 +50,7 @@ fn lanes(
     compress: CompressOptions,
     monitor: &dyn Monitor,
 ) -> Result<Lanes, Failure> {
-    let remote = connect(destination, ssh)?;
+    let remote: Arc<dyn Remote> = Arc::new(connect(destination, ssh)?);
     for way in [Way::LockstepSubsystem, Way::LockstepExec(ssh.remote_command.clone())] {
         match remote.open(&way, 0) {
             Ok(link) => {
@@ -58,17 +60,15 @@ fn lanes(
                 };
                 monitor.event(Event::Detail(&format!("{}: connected to {said}", remote.describe())));
                 let root = destination.path.as_bytes();
-                return Lanes::connect(&remote, &way, link, count, root, compress).map_err(|error| {
-                    match error.exit() {
-                        Exit::Trust => Failure::Endpoint(error),
-                        exit => Failure::Plain {
-                            exit,
-                            message: format!(
-                                "{}; is lockstep installed there? --remote-command says how it is started",
-                                crate::error::chain(&error)
-                            ),
-                        },
-                    }
+                return Lanes::connect(remote, &way, link, count, root, compress).map_err(|error| match error.exit() {
+                    Exit::Trust => Failure::Endpoint(error),
+                    exit => Failure::Plain {
+                        exit,
+                        message: format!(
+                            "{}; is lockstep installed there? --remote-command says how it is started",
+                            crate::error::chain(&error)
+                        ),
+                    },
                 });
             }
             Err(error) if error.not_offered => {}

@@ -41,7 +41,7 @@ impl SftpServer {
             policy: policy.clone(),
             actor: super::transfer::actor(),
         };
-        let agent = Agent::new(Arc::new(factory(root, confine, self.read_only, policy)));
+        let agent = Agent::new(Arc::new(factory(root, confine, self.read_only, policy))).alone();
         stdio::run(config, Some(Arc::new(agent)))
             .map_err(|error| Failure::Plain { exit: Exit::Io, message: format!("the session ended: {error}") })?;
         Ok(Exit::Done)

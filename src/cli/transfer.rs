@@ -13,7 +13,7 @@ use crate::endpoint::{BeginOptions, Links, ScanOptions, Source, Target};
 use crate::error::Exit;
 use crate::filter::FilterSpec;
 use crate::plan::safety::DeleteLimit;
-use crate::policy::{PolicySpec, chmod_rules, chown_rule};
+use crate::policy::{PolicySpec, chmod_rules, chown_rules};
 use crate::sync::{self, Options};
 
 /// Sends a directory.
@@ -212,15 +212,13 @@ impl How {
         }
         if let Some(owner) = &self.chown {
             // The last rule that matches decides alone: an owner has to stand in each rule there is.
-            let wanted = chown_rule(owner);
-            if policy.rules.is_empty() {
-                policy.rules.push(wanted);
-            } else {
-                for rule in &mut policy.rules {
-                    rule.owner = wanted.owner.clone().or(rule.owner.take());
-                    rule.group = wanted.group.clone().or(rule.group.take());
-                }
+            let wanted = chown_rules(owner);
+            for rule in &mut policy.rules {
+                rule.owner = wanted[0].owner.clone().or(rule.owner.take());
+                rule.group = wanted[0].group.clone().or(rule.group.take());
             }
+            // For what no rule matches so far.
+            policy.rules.splice(0..0, wanted);
         }
         Ok(Options {
             scan: ScanOptions { filter: filter.clone(), hash_all: self.checksum, links: self.links },

@@ -192,10 +192,11 @@ impl Chooser {
 }
 
 /// Whether compressing makes a byte arrive sooner: it and the sending overlap, so the slower of them counts.
-fn pays(ratio: f64, compress_rate: f64, link_rate: Option<f64>) -> bool {
+pub fn pays(ratio: f64, compress_rate: f64, link_rate: Option<f64>) -> bool {
     // A link nobody has measured is taken for a gigabit one.
     let link_rate = link_rate.unwrap_or(118e6);
-    (1.0 / compress_rate).max(ratio / link_rate) < 1.0 / link_rate
+    // Compressing takes the processor from hashing and from the cipher: it has to be clearly faster than the link.
+    (2.0 / compress_rate).max(ratio / link_rate) < 1.0 / link_rate
 }
 
 #[cfg(test)]

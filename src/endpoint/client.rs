@@ -60,18 +60,49 @@ struct Pending {
     channel: Sender<Completion>,
     tag: u64,
     bytes: usize,
+    sent_at: Instant,
+    /// What had been delivered when it was sent.
+    delivered: u64,
 }
 
 struct State {
     pending: HashMap<u32, Pending>,
     next_id: u32,
     in_flight: usize,
-    /// Threads that wait for room or for the link to take their packet.
-    waiting: usize,
-    measured_since: Option<Instant>,
-    measured_bytes: usize,
+    /// Bytes of requests that were answered, and of their answers.
+    delivered: u64,
+    rate: Rate,
     last_arrival: Instant,
     dead: Option<String>,
+}
+
+/// The most that was delivered in a second, of late.
+#[derive(Default)]
+struct Rate {
+    since: Option<Instant>,
+    highest: f64,
+    /// Of the period before.
+    before: f64,
+}
+
+/// Requests that move less say little about the link.
+const TELLING_BYTES: usize = 32 << 10;
+/// How long a measurement counts, at the least.
+const RATE_PERIOD: Duration = Duration::from_secs(3);
+
+impl Rate {
+    fn add(&mut self, rate: f64, now: Instant) {
+        let since = *self.since.get_or_insert(now);
+        if now.duration_since(since) > RATE_PERIOD {
+            self.since = Some(now);
+            self.before = std::mem::take(&mut self.highest);
+        }
+        self.highest = self.highest.max(rate);
+    }
+
+    fn get(&self) -> f64 {
+        self.highest.max(self.before)
+    }
 }
 
 struct Shared {
@@ -129,9 +160,8 @@ impl Client {
             pending: HashMap::new(),
             next_id: 0,
             in_flight: 0,
-            waiting: 0,
-            measured_since: None,
-            measured_bytes: 0,
+            delivered: 0,
+            rate: Rate::default(),
             last_arrival: Instant::now(),
             dead: None,
         };
@@ -172,7 +202,8 @@ impl Client {
         &self.shared.host
     }
 
-    /// Bytes a second that the server acknowledged while the link was the bottleneck.
+    /// Bytes a second that the link was seen to carry: what was delivered between the sending of a request and its answer,
+    /// the most of the last seconds. A sender that has nothing to send makes it look slower, never faster.
     pub fn link_rate(&self) -> Option<f64> {
         match self.shared.rate.load(Ordering::Relaxed) {
             0 => None,
@@ -252,7 +283,6 @@ impl Shared {
         };
         let bytes = buffer.len() - start;
         let mut state = locked(&self.state);
-        state.waiting += 1;
         while state.dead.is_none() && state.in_flight > 0 && state.in_flight + bytes > self.options.in_flight_bytes {
             state = self.room.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -264,11 +294,13 @@ impl Shared {
         }
         let id = state.next_id;
         state.next_id = id.wrapping_add(1);
+        let sent_at = Instant::now();
         if state.pending.is_empty() {
-            state.last_arrival = Instant::now();
+            state.last_arrival = sent_at;
         }
         state.in_flight += bytes;
-        state.pending.insert(id, Pending { channel: channel.clone(), tag, bytes });
+        let delivered = state.delivered;
+        state.pending.insert(id, Pending { channel: channel.clone(), tag, bytes, sent_at, delivered });
         drop(state);
         buffer[start..start + 4].copy_from_slice(&(bytes as u32 - 4).to_be_bytes());
         buffer[start + 5..start + 9].copy_from_slice(&id.to_be_bytes());
@@ -278,7 +310,6 @@ impl Shared {
             self.link.send(packet)
         };
         self.sent.fetch_add(bytes as u64, Ordering::Relaxed);
-        locked(&self.state).waiting -= 1;
         if let Err(error) = sent {
             self.die(&error.0);
             return Err(lost(&error.0));
@@ -322,7 +353,7 @@ impl Shared {
             return Err(format!("the server answered request {id}, which was not made"));
         };
         state.in_flight -= pending.bytes;
-        self.measure(&mut state, pending.bytes);
+        self.measure(&mut state, &pending, packet.len());
         drop(state);
         self.room.notify_all();
         let answer = Ok(Answer { kind: packet[0], body: packet.slice(5..) });
@@ -331,22 +362,16 @@ impl Shared {
         Ok(())
     }
 
-    /// Only what is acknowledged while a sender waits says how fast the link is.
-    fn measure(&self, state: &mut State, bytes: usize) {
-        if state.waiting == 0 {
-            state.measured_since = None;
+    fn measure(&self, state: &mut State, pending: &Pending, answered: usize) {
+        let bytes = pending.bytes + answered;
+        state.delivered += bytes as u64;
+        if bytes < TELLING_BYTES {
             return;
         }
-        let since = *state.measured_since.get_or_insert_with(|| {
-            state.measured_bytes = 0;
-            Instant::now()
-        });
-        state.measured_bytes += bytes;
-        let seconds = since.elapsed().as_secs_f64();
-        if seconds > 0.1 {
-            self.rate.store((state.measured_bytes as f64 / seconds) as u64, Ordering::Relaxed);
-            state.measured_since = None;
-        }
+        let now = state.last_arrival;
+        let seconds = now.duration_since(pending.sent_at).as_secs_f64().max(1e-6);
+        state.rate.add((state.delivered - pending.delivered) as f64 / seconds, now);
+        self.rate.store(state.rate.get() as u64, Ordering::Relaxed);
     }
 
     fn die(&self, reason: &str) {

@@ -31,17 +31,18 @@ pub const SMALL_FILE_BYTES: u64 = 256 * 1024;
 #[derive(Debug)]
 pub struct Block {
     buffer: Vec<u8>,
+    start: usize,
 }
 
 impl Block {
-    /// Free bytes in front of the data.
+    /// Free bytes in front of the data of a block that is made here.
     pub const HEADROOM: usize = 64;
 
     /// An empty block with room for `capacity` data bytes.
     pub fn with_capacity(capacity: usize) -> Block {
         let mut buffer = Vec::with_capacity(Self::HEADROOM + capacity);
         buffer.resize(Self::HEADROOM, 0);
-        Block { buffer }
+        Block { buffer, start: Self::HEADROOM }
     }
 
     /// A block with a copy of `data`.
@@ -51,9 +52,14 @@ impl Block {
         block
     }
 
+    /// The bytes of `buffer` from `start` on, which are not copied.
+    pub fn within(buffer: Vec<u8>, start: usize) -> Block {
+        Block { start: start.min(buffer.len()), buffer }
+    }
+
     /// The data.
     pub fn data(&self) -> &[u8] {
-        &self.buffer[Self::HEADROOM..]
+        &self.buffer[self.start..]
     }
 
     /// The whole buffer, headroom included; data may be appended, and must not be cut below the headroom.
@@ -61,9 +67,15 @@ impl Block {
         &mut self.buffer
     }
 
-    /// Gives the buffer up: [`Block::HEADROOM`] free bytes, then the data.
-    pub fn into_buffer(self) -> Vec<u8> {
-        self.buffer
+    /// Gives the buffer up with `header` right in front of the data, and says where it begins.
+    pub fn headed(mut self, header: &[u8]) -> (Vec<u8>, usize) {
+        match self.start.checked_sub(header.len()) {
+            Some(start) => {
+                self.buffer[start..self.start].copy_from_slice(header);
+                (self.buffer, start)
+            }
+            None => ([header, self.data()].concat(), 0),
+        }
     }
 }
 

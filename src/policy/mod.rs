@@ -4,7 +4,7 @@ pub mod acl;
 pub mod mode;
 mod rules;
 
-pub use rules::{Decision, Explanation, Policy, PolicyError, chmod_rules, chown_rule};
+pub use rules::{Decision, Explanation, Policy, PolicyError, chmod_rules, chown_rules};
 
 use serde::{Deserialize, Serialize};
 

@@ -52,6 +52,7 @@ impl PolicyError {
 struct Rule {
     text: String,
     pattern: Gitignore,
+    directories: bool,
     mode: Option<Mode>,
     owner: Option<String>,
     group: Option<String>,
@@ -182,9 +183,10 @@ impl fmt::Display for Explanation {
 }
 
 impl Rule {
-    /// A pattern for directories (with a trailing slash) is for the directory alone: what it holds has rules of its own.
+    /// Files and directories apart: a mode that is right for one is wrong for the other. A pattern with a trailing slash
+    /// is for the directory alone; what it holds has rules of its own.
     fn matches(&self, path: &RelPath, directory: bool) -> bool {
-        self.pattern.matched(path.as_path(), directory).is_ignore()
+        self.directories == directory && self.pattern.matched(path.as_path(), directory).is_ignore()
     }
 }
 
@@ -221,7 +223,8 @@ fn compile(number: usize, spec: &RuleSpec) -> Result<Rule, PolicyError> {
         }
     }
     let (owner, group) = (spec.owner.clone(), spec.group.clone());
-    Ok(Rule { text: pattern(), pattern: glob, mode, owner, group, acl, never_execute })
+    let directories = spec.pattern.ends_with('/');
+    Ok(Rule { text: pattern(), pattern: glob, directories, mode, owner, group, acl, never_execute })
 }
 
 fn glob(pattern: &str) -> Result<Gitignore, String> {
@@ -267,26 +270,21 @@ pub fn chmod_rules(text: &str) -> Result<Vec<RuleSpec>, InvalidMode> {
         Some(clauses.fold(first, |text, part| text + "," + &part))
     };
     let rule = |pattern: &str, mode| RuleSpec { pattern: pattern.into(), mode: Some(mode), ..RuleSpec::default() };
-    // Files come first: the later rule for directories wins for them.
-    let mut rules = Vec::new();
-    match (joined(&files), joined(&directories)) {
-        (Some(mode), None) => {
-            rules.push(rule("**", mode));
-            rules.push(RuleSpec { pattern: "**/".into(), ..RuleSpec::default() });
-        }
-        (files, directories) => {
-            rules.extend(files.map(|mode| rule("**", mode)));
-            rules.extend(directories.map(|mode| rule("**/", mode)));
-        }
-    }
-    Ok(rules)
+    let files = joined(&files).map(|mode| rule("**", mode));
+    let directories = joined(&directories).map(|mode| rule("**/", mode));
+    Ok(files.into_iter().chain(directories).collect())
 }
 
-/// A rule for rsync's `--chown`: `USER:GROUP`, `USER` or `:GROUP`.
-pub fn chown_rule(text: &str) -> RuleSpec {
+/// Rules for rsync's `--chown`: `USER:GROUP`, `USER` or `:GROUP`, for files and for directories.
+pub fn chown_rules(text: &str) -> [RuleSpec; 2] {
     let (user, group) = text.split_once(':').unwrap_or((text, ""));
     let name = |name: &str| (!name.is_empty()).then(|| name.to_owned());
-    RuleSpec { pattern: "**".into(), owner: name(user), group: name(group), ..RuleSpec::default() }
+    ["**", "**/"].map(|pattern| RuleSpec {
+        pattern: pattern.into(),
+        owner: name(user),
+        group: name(group),
+        ..RuleSpec::default()
+    })
 }
 
 #[cfg(test)]
@@ -323,6 +321,8 @@ mod tests {
             ("dataset/", 0o755, 0o770),
             ("dataset/file", 0o644, 0o644),
             ("dataset", 0o644, 0o644),
+            ("shared/a/", 0o755, 0o755),
+            ("x.sh/", 0o644, 0o644),
             ("run/logs/", 0o755, 0o1774),
             ("inference/x.log", 0o600, 0o640),
             ("inference/deep/x.log", 0o600, 0o600),
@@ -345,11 +345,11 @@ mod tests {
 
     #[test]
     fn s03_s04_owner_group_or_both() {
-        let decision = decide(&[chown_rule("alice:ai_team")], "model.log", 0o644);
+        let decision = decide(&chown_rules("alice:ai_team"), "model.log", 0o644);
         assert_eq!((decision.owner.as_deref(), decision.group.as_deref()), (Some("alice"), Some("ai_team")));
-        let decision = decide(&[chown_rule(":researchers")], "data/", 0o755);
+        let decision = decide(&chown_rules(":researchers"), "data/", 0o755);
         assert_eq!((decision.owner, decision.group.as_deref()), (None, Some("researchers")));
-        assert_eq!(decide(&[chown_rule("bob")], "x", 0o644).group, None);
+        assert_eq!(decide(&chown_rules("bob"), "x", 0o644).group, None);
     }
 
     #[test]
@@ -392,7 +392,7 @@ mod tests {
     fn s12_a_rule_grants_by_acl_and_says_why() {
         let acl = vec!["group:ops:rwx".into(), "default:group:ops:rwx".into()];
         let rules =
-            [rule("**", "700"), RuleSpec { acl: Some(acl), group: Some("ops".into()), ..rule("logs/", "1774") }];
+            [rule("**/", "700"), RuleSpec { acl: Some(acl), group: Some("ops".into()), ..rule("logs/", "1774") }];
         let policy = Policy::compile_with_acl(&PolicySpec { rules: rules.to_vec() }).unwrap();
         let refused = Policy::compile(&PolicySpec { rules: rules.to_vec() }).unwrap_err();
         assert!(matches!(refused, PolicyError::AclUnsupported { rule: 2, .. }));
@@ -401,7 +401,7 @@ mod tests {
         assert_eq!(
             explained.to_string(),
             "mode 1774, group ops, acl group:ops:rwx,default:group:ops:rwx; by rule 2 ('logs/'); \
-             rule 1 ('**') matches too, but comes earlier"
+             rule 1 ('**/') matches too, but comes earlier"
         );
         let default = Policy::default().explain(&RelPath::new("x").unwrap(), false, 0o4755);
         assert_eq!(default.to_string(), "mode 0755; no rule matches: the sender's mode without special bits");

@@ -20,6 +20,7 @@ use crate::path::RelPath;
 use crate::policy::PolicySpec;
 use crate::root::{Follow, Metadata, Root, RootError};
 use crate::wire::buffer::{Reader, Short, Writer};
+use crate::wire::extension::Message;
 use crate::wire::sftp::{Attributes, DATA_MAX, Frames, FramingError, Status, VERSION, open, packet};
 
 /// What a session may do, and for whom.
@@ -155,7 +156,7 @@ impl Session {
     pub fn feed(&mut self, bytes: &[u8]) -> Result<(), FramingError> {
         self.frames.push(bytes);
         while let Some(packet) = self.frames.next_packet()? {
-            self.dispatch(&packet)?;
+            self.dispatch(packet)?;
         }
         Ok(())
     }
@@ -165,9 +166,9 @@ impl Session {
         self.handles.clear();
     }
 
-    fn dispatch(&mut self, bytes: &[u8]) -> Result<(), FramingError> {
+    fn dispatch(&mut self, bytes: Vec<u8>) -> Result<(), FramingError> {
         let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-        let mut reader = Reader(bytes);
+        let mut reader = Reader(&bytes);
         let (Ok(kind), Ok(id)) = (reader.u8(), reader.u32()) else { return Err(FramingError(length)) };
         if !self.begun {
             if kind != packet::INIT || id < VERSION {
@@ -184,7 +185,7 @@ impl Session {
                 Some((_, _, handler, writes)) => self.gate(*handler, *writes, id, &mut reader),
                 None => {
                     let taken = self.extensions.as_ref();
-                    if taken.is_some_and(|agent| agent.handle(name, id, reader.0.to_vec(), &self.output)) {
+                    if taken.is_some_and(|agent| agent.handle(id, Message::new(bytes, 5), &self.output)) {
                         return Ok(());
                     }
                     Err(Failed(Status::Unsupported))

@@ -20,6 +20,10 @@ mod worker;
 
 use queue::Queue;
 
+/// So much content, or so many files, are worth a worker more.
+const WORKER_BYTES: u64 = 4 << 20;
+const WORKER_FILES: usize = 128;
+
 /// How a run is done.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -207,7 +211,9 @@ fn transfer(
     Counters::add(&counters.total_files, queue.files() as u64);
     Counters::add(&counters.total_bytes, queue.bytes());
     monitor.event(Event::Phase(Phase::Transferring));
-    let workers = options.workers.clamp(1, queue.files().max(1));
+    // A worker more than there is work for would cost a connection and do nothing.
+    let worth = queue.bytes() / WORKER_BYTES + (queue.files() / WORKER_FILES) as u64 + 1;
+    let workers = options.workers.clamp(1, queue.files().max(1)).min(usize::try_from(worth).unwrap_or(usize::MAX));
     let shared =
         Shared { tree, queue, retries: options.retries, monitor, stop, outcome: Mutex::new(Outcome::default()) };
     if shared.queue.files() > 0 {

@@ -162,6 +162,35 @@ impl<'a> Fields<'a> {
     }
 }
 
+/// A request's message within the packet it came in, so that its content need not be copied out.
+#[derive(Debug, Default)]
+pub struct Message {
+    packet: Vec<u8>,
+    start: usize,
+}
+
+impl Message {
+    /// The bytes of `packet` from `start` on.
+    pub fn new(packet: Vec<u8>, start: usize) -> Message {
+        Message { start: start.min(packet.len()), packet }
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.packet[self.start..]
+    }
+
+    /// Leaves the first `count` bytes out.
+    pub fn skip(self, count: usize) -> Message {
+        Message { start: (self.start + count).min(self.packet.len()), ..self }
+    }
+
+    /// The whole packet, and where the bytes start.
+    pub fn into_parts(self) -> (Vec<u8>, usize) {
+        (self.packet, self.start)
+    }
+}
+
 /// Appends a length and bytes.
 pub fn put_string(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend_from_slice(&(bytes.len() as u32).to_be_bytes());

@@ -1,6 +1,8 @@
 //! SFTP version 3 (draft-ietf-secsh-filexfer-02): packet types, attributes, status codes and framing. Paths and
 //! handles are bytes.
 
+use std::collections::VecDeque;
+
 use super::buffer::{Reader, Short, Writer};
 
 /// Packet types of the draft, without their `SSH_FXP_`.
@@ -174,36 +176,71 @@ impl Attributes {
 #[error("a packet of {0} bytes is not acceptable")]
 pub struct FramingError(pub u32);
 
-/// Puts packets together from bytes in any pieces.
+/// Puts packets together from bytes in any pieces. A byte is copied once, into the packet that it belongs to.
 #[derive(Debug, Default)]
 pub struct Frames {
-    held: Vec<u8>,
-    at: usize,
+    /// The length and the type of the packet that is being received, as far as they are there.
+    head: Vec<u8>,
+    /// What of it is there.
+    packet: Vec<u8>,
+    /// Its length; 0 before that is known.
+    length: usize,
+    ready: VecDeque<Vec<u8>>,
+    broken: Option<FramingError>,
 }
+
+const HEAD: usize = 5;
 
 impl Frames {
     /// Takes bytes.
-    pub fn push(&mut self, bytes: &[u8]) {
-        self.held.drain(..std::mem::take(&mut self.at));
-        self.held.extend_from_slice(bytes);
+    pub fn push(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() && self.broken.is_none() {
+            if self.length == 0 {
+                let (head, rest) = bytes.split_at(bytes.len().min(HEAD - self.head.len()));
+                self.head.extend_from_slice(head);
+                bytes = rest;
+                self.begin();
+                continue;
+            }
+            let (more, rest) = bytes.split_at(bytes.len().min(self.length - self.packet.len()));
+            self.packet.extend_from_slice(more);
+            bytes = rest;
+            self.complete();
+        }
     }
 
-    /// The next whole packet, without its length. A bad length is refused before anything is held for it.
+    /// Looks at the length before anything is allocated for it.
+    fn begin(&mut self) {
+        let Some(length) = self.head.first_chunk().map(|length| u32::from_be_bytes(*length)) else { return };
+        let kind = self.head.get(4);
+        let most = if kind.is_none_or(|kind| *kind == packet::EXTENDED) { AGENT_PACKET_MAX } else { PACKET_MAX };
+        if length == 0 || length as usize > most {
+            self.broken = Some(FramingError(length));
+        } else if let Some(kind) = kind {
+            self.length = length as usize;
+            self.packet.reserve_exact(self.length);
+            self.packet.push(*kind);
+            self.complete();
+        }
+    }
+
+    fn complete(&mut self) {
+        if self.packet.len() == self.length {
+            self.ready.push_back(std::mem::take(&mut self.packet));
+            self.head.clear();
+            self.length = 0;
+        }
+    }
+
+    /// The next whole packet, without its length.
     ///
     /// # Errors
     /// [`FramingError`]: the stream is out of step for good.
     pub fn next_packet(&mut self) -> Result<Option<Vec<u8>>, FramingError> {
-        let mut reader = Reader(&self.held[self.at..]);
-        let Ok(length) = reader.u32() else { return Ok(None) };
-        let extended = reader.0.first().is_none_or(|kind| *kind == packet::EXTENDED);
-        let most = if extended { AGENT_PACKET_MAX } else { PACKET_MAX };
-        if length == 0 || length as usize > most {
-            return Err(FramingError(length));
+        match (self.ready.pop_front(), self.broken) {
+            (None, Some(error)) => Err(error),
+            (packet, _) => Ok(packet),
         }
-        let Ok(body) = reader.bytes(length as usize) else { return Ok(None) };
-        let body = body.to_vec();
-        self.at += 4 + body.len();
-        Ok(Some(body))
     }
 }
 

@@ -194,7 +194,7 @@ impl Tour<'_> {
         let spec: PolicySpec = toml::from_str(sample::POLICY).map_err(|error| Failure::usage(error.to_string()))?;
         let policy = Policy::compile(&spec).map_err(|error| Failure::usage(chain(&error)))?;
         let root = self.place.path(&self.copy());
-        let mut found: BTreeMap<usize, (u32, u64, String)> = BTreeMap::new();
+        let mut found: BTreeMap<usize, (u32, u64, String, PathBuf)> = BTreeMap::new();
         for entry in walkdir::WalkDir::new(&root).min_depth(1).into_iter().flatten() {
             let below = entry.path().strip_prefix(&root).unwrap_or(entry.path());
             let Ok(path) = RelPath::new(below.as_os_str().as_encoded_bytes()) else { continue };
@@ -210,16 +210,18 @@ impl Tour<'_> {
                 let message = format!("'{path}' has mode {mode:04o}, but the policy says {:04o}", decision.mode);
                 return Err(Failure::Plain { exit: Exit::Incomplete, message });
             }
-            found.entry(rule).or_insert_with(|| (mode, 0, path.to_string())).1 += 1;
+            found.entry(rule).or_insert_with(|| (mode, 0, path.to_string(), below.to_owned())).1 += 1;
         }
-        for (mode, count, first) in found.values() {
+        for (mode, count, shown, first) in found.values() {
             let more = if *count > 1 { format!(" and {} more", count - 1) } else { String::new() };
-            say(&format!("   {mode:04o}  {first}{more}\n"))?;
+            let source = self.place.at.join(&self.source).join(first);
+            let before = fs::symlink_metadata(&source).map_err(Failure::io("looking at", &source))?;
+            say(&format!("   {:04o} -> {mode:04o}  {shown}{more}\n", before.permissions().mode() & 0o7777))?;
         }
         if found.is_empty() {
             return say("   No rule of this policy speaks of these files: they keep their modes.\n");
         }
-        let first = found.values().next().map_or("", |(_, _, path)| path);
+        let first = found.values().next().map_or("", |(_, _, path, _)| path);
         say(&format!(
             "   No file was ever open wider than that, not even while it arrived. Which rule decides, and why:\n   \
              $ lockstep policy explain --policy-file policy.toml {first}\n"

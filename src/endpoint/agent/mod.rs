@@ -1,8 +1,7 @@
 //! A target or a source that a lockstep at the other end serves (`docs/protocol.md`), over one or more connections.
 
-use std::sync::Arc;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
 
@@ -21,11 +20,19 @@ mod writer;
 pub use source::AgentSource;
 pub use target::AgentTarget;
 
-/// The connections to one agent: the first carries what is done once, all of them carry content.
+/// Opens the connection with this number, or says that there is none.
+type Opener = Box<dyn Fn(usize) -> Option<Client> + Send + Sync>;
+/// A connection that was asked for; `None` inside when it could not be had.
+type Slot = Mutex<Option<Option<Arc<Client>>>>;
+
+/// The connections to one agent: the first carries what is done once, all of them carry content. Further ones are made
+/// when a worker first needs them: a run with nothing to send makes none.
 pub struct Lanes {
-    clients: Vec<Client>,
-    /// Those of `clients` that attached to the run.
-    attached: OnceLock<Vec<usize>>,
+    first: Arc<Client>,
+    further: Vec<Slot>,
+    open: Opener,
+    /// What lets further connections work on the same run.
+    token: OnceLock<Vec<u8>>,
     turn: AtomicUsize,
     root: Vec<u8>,
     compress: CompressOptions,
@@ -38,7 +45,7 @@ impl Lanes {
     /// # Errors
     /// When no agent of this version answers the first.
     pub fn connect(
-        remote: &dyn Remote,
+        remote: Arc<dyn Remote>,
         way: &Way,
         first: Arc<dyn Link>,
         count: usize,
@@ -46,35 +53,38 @@ impl Lanes {
         compress: CompressOptions,
     ) -> Result<Lanes, Error> {
         let host = remote.describe();
-        let mut clients = vec![Client::connect(first, &host, ClientOptions::default())?];
-        for number in 1..count {
-            let Ok(link) = remote.open(way, number) else { break };
-            let Ok(client) = Client::connect(link, &host, ClientOptions::default()) else { break };
-            clients.push(client);
-        }
-        Lanes::over(clients, root, compress)
+        let first = Client::connect(first, &host, ClientOptions::default())?;
+        let way = way.clone();
+        let open = move |number| {
+            let link = remote.open(&way, number).ok()?;
+            Client::connect(link, &remote.describe(), ClientOptions::default()).ok()
+        };
+        Lanes::over(first, count, Box::new(open), root, compress)
     }
 
-    /// Over connections that are there already (at least one).
+    /// Over a connection that is there already, and `open` for up to `count` in all.
     ///
     /// # Errors
     /// When no agent of this version answers.
-    pub fn over(clients: Vec<Client>, root: &[u8], compress: CompressOptions) -> Result<Lanes, Error> {
-        let Some(first) = clients.first() else { return Err(Error::Usage("no connection".to_owned())) };
+    pub fn over(
+        first: Client,
+        count: usize,
+        open: Opener,
+        root: &[u8],
+        compress: CompressOptions,
+    ) -> Result<Lanes, Error> {
         if !first.has("hello@lockstep.internal", extension::VERSION) {
             return Err(first.protocol("it is no lockstep agent of protocol version 1"));
         }
-        let (attached, turn) = (OnceLock::new(), AtomicUsize::new(0));
-        Ok(Lanes { clients, attached, turn, root: root.to_vec(), compress })
+        // An agent that sshd started has a process of its own for each connection: they cannot share a run.
+        let shared = first.has("attach@lockstep.internal", extension::VERSION);
+        let further = (1..count).filter(|_| shared).map(|_| Slot::default()).collect();
+        let (token, turn) = (OnceLock::new(), AtomicUsize::new(0));
+        Ok(Lanes { first: Arc::new(first), further, open, token, turn, root: root.to_vec(), compress })
     }
 
     fn control(&self) -> &Client {
-        &self.clients[0]
-    }
-
-    /// Bytes over all connections, both directions.
-    fn wire_bytes(&self) -> u64 {
-        self.clients.iter().map(Client::wire_bytes).map(|(sent, received)| sent + received).sum()
+        &self.first
     }
 
     fn describe(&self) -> String {
@@ -95,23 +105,31 @@ impl Lanes {
         self.call(packet)
     }
 
-    /// Attaches the further connections to the run.
-    fn attach(&self, token: &[u8]) {
-        let mut usable = vec![0];
-        for (number, client) in self.clients.iter().enumerate().skip(1).filter(|_| token.len() == 16) {
-            let mut packet = extension::request("attach");
-            packet.extend_from_slice(token);
-            if client.call(packet, false).and_then(|answer| body(client, answer)).is_ok() {
-                usable.push(number);
-            }
-        }
-        let _ = self.attached.set(usable);
+    /// The connection for the next worker. May take as long as it takes to log in.
+    fn lane(&self) -> Arc<Client> {
+        let number = self.turn.fetch_add(1, Ordering::Relaxed) % (self.further.len() + 1);
+        let Some(slot) = number.checked_sub(1).map(|at| &self.further[at]) else { return Arc::clone(&self.first) };
+        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let client = slot.get_or_insert_with(|| self.attached(number).map(Arc::new));
+        Arc::clone(client.as_ref().unwrap_or(&self.first))
     }
 
-    /// The connection for the next worker.
-    fn lane(&self) -> &Client {
-        let usable = self.attached.get().map_or(&[0][..], Vec::as_slice);
-        &self.clients[usable[self.turn.fetch_add(1, Ordering::Relaxed) % usable.len()]]
+    fn attached(&self, number: usize) -> Option<Client> {
+        let token = self.token.get().filter(|token| token.len() == 16)?;
+        let client = (self.open)(number)?;
+        let mut packet = extension::request("attach");
+        packet.extend_from_slice(token);
+        client.call(packet, false).and_then(|answer| body(&client, answer)).ok()?;
+        Some(client)
+    }
+
+    /// Bytes sent and received over all connections.
+    fn wire_bytes(&self) -> (u64, u64) {
+        let further = self.further.iter().filter_map(|slot| {
+            let slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+            slot.as_ref()?.as_ref().map(|client| client.wire_bytes())
+        });
+        further.fold(self.first.wire_bytes(), |sum, one| (sum.0 + one.0, sum.1 + one.1))
     }
 
     fn malformed(&self, error: WireError) -> Error {

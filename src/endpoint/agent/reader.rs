@@ -1,25 +1,32 @@
 //! Content from an agent: one stream, with several requests for what comes next in flight.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::body;
-use crate::codec::CompressOptions;
+use crate::codec::{self, CompressOptions};
 use crate::endpoint::client::{Client, Completion};
 use crate::endpoint::{Block, Error, Fetch, Produced, Reader};
 use crate::wire::extension::{self, FILES_MAX, Fields, WireError};
 
 /// Requests in flight on one stream.
 const DEPTH: u64 = 8;
+/// Of so many bundles one is asked for compressed, to see whether that pays.
+const PROBE: u64 = 32;
+/// Bytes a second that the other end is taken to compress.
+const COMPRESS_RATE: f64 = 400e6;
 /// Files asked for ahead.
 const AHEAD: usize = 512;
 
 /// The reader of one worker.
-pub(super) struct AgentReader<'a> {
-    client: &'a Client,
+pub(super) struct AgentReader {
+    client: Arc<Client>,
     stream: u32,
-    level: u8,
+    compress: CompressOptions,
+    /// What the last probe was compressed to, as a fraction.
+    ratio: f64,
     sender: Sender<Completion>,
     receiver: Receiver<Completion>,
     waiting: Vec<Fetch>,
@@ -30,14 +37,14 @@ pub(super) struct AgentReader<'a> {
     ready: VecDeque<Produced>,
 }
 
-impl<'a> AgentReader<'a> {
-    pub(super) fn new(client: &'a Client, stream: u32, compress: CompressOptions) -> Self {
+impl AgentReader {
+    pub(super) fn new(client: Arc<Client>, stream: u32, compress: CompressOptions) -> Self {
         let (sender, receiver) = unbounded();
-        let level = if compress.enabled { compress.level.unwrap_or(0).clamp(0, 19) as u8 } else { 0 };
         AgentReader {
             client,
             stream,
-            level,
+            compress,
+            ratio: 1.0,
             sender,
             receiver,
             waiting: Vec::new(),
@@ -46,6 +53,16 @@ impl<'a> AgentReader<'a> {
             given: 0,
             early: BTreeMap::new(),
             ready: VecDeque::new(),
+        }
+    }
+
+    /// The level to ask for the next bundle in.
+    fn level(&self) -> u8 {
+        match self.compress {
+            CompressOptions { enabled: false, .. } => 0,
+            CompressOptions { level: Some(level), .. } => level.clamp(0, 19) as u8,
+            _ if self.asked.is_multiple_of(PROBE) => 1,
+            _ => u8::from(self.ratio < 0.95 && codec::pays(self.ratio, COMPRESS_RATE, self.client.link_rate())),
         }
     }
 
@@ -75,10 +92,13 @@ impl<'a> AgentReader<'a> {
             }
             let completion = self.client.wait(&self.receiver, true)?;
             let answer = completion.answer.map_err(|lost| self.client.lost(lost))?;
-            let reply = body(self.client, answer)?;
+            let reply = body(&self.client, answer)?;
             if completion.tag != u64::MAX {
                 let mut raw = Vec::new();
                 Fields(&reply).frame(&mut raw).map_err(|error| self.client.protocol(error.to_string()))?;
+                if completion.tag.is_multiple_of(PROBE) && !raw.is_empty() {
+                    self.ratio = reply.len() as f64 / raw.len() as f64;
+                }
                 self.early.insert(completion.tag, raw);
             }
         }
@@ -118,7 +138,7 @@ impl<'a> AgentReader<'a> {
     }
 }
 
-impl Reader for AgentReader<'_> {
+impl Reader for AgentReader {
     fn wants_more(&self) -> bool {
         self.wanted.len() < AHEAD
     }
@@ -140,7 +160,7 @@ impl Reader for AgentReader<'_> {
             while self.asked - self.given < DEPTH {
                 let mut packet = extension::request("next");
                 packet.extend_from_slice(&self.stream.to_be_bytes());
-                packet.push(self.level);
+                packet.push(self.level());
                 self.client.submit(packet, 0, self.asked, &self.sender)?;
                 self.asked += 1;
             }

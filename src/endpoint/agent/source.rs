@@ -58,7 +58,7 @@ impl Source for AgentSource {
         let bad = |error| self.lanes.malformed(error);
         let reply = self.lanes.start("scan", options)?;
         let mut fields = Fields(&reply);
-        self.lanes.attach(fields.string().map_err(bad)?);
+        let _ = self.lanes.token.set(fields.string().map_err(bad)?.to_vec());
         let (count, told) = (fields.u32().map_err(bad)? as usize, fields.u32().map_err(bad)? as usize);
         let (mut entries, mut problems) = (Vec::new(), Vec::new());
         while entries.len() < count {
@@ -80,6 +80,7 @@ impl Source for AgentSource {
     fn remember(&self, _: &Tree, _: &[(u32, Digest)]) {}
 
     fn wire_bytes(&self) -> u64 {
-        self.lanes.wire_bytes()
+        let (sent, received) = self.lanes.wire_bytes();
+        sent + received
     }
 }

@@ -6,7 +6,7 @@ use super::writer::AgentWriter;
 use super::{Lanes, json};
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::manifest::Tree;
-use crate::monitor::Monitor;
+use crate::monitor::{Counters, Monitor};
 use crate::plan::Plan;
 use crate::wire::extension::{self, CHUNK_BYTES, Fields, WireError};
 
@@ -98,7 +98,7 @@ impl Target for AgentTarget {
     fn begin(&self, options: &BeginOptions, _: &dyn Monitor) -> Result<(), Error> {
         let reply = self.lanes.start("begin", options)?;
         let token = Fields(&reply).string().map_err(|error| self.lanes.malformed(error))?;
-        self.lanes.attach(token);
+        let _ = self.lanes.token.set(token.to_vec());
         Ok(())
     }
 
@@ -111,10 +111,11 @@ impl Target for AgentTarget {
         Ok(Box::new(AgentWriter::new(self.lanes.lane(), self.lanes.compress)))
     }
 
-    fn commit(&self, options: &CommitOptions, _: &dyn Monitor) -> Result<Committed, Error> {
+    fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
         let mut packet = extension::request("commit");
         extension::put_string(&mut packet, &json(options)?);
         let reply = self.lanes.call(packet)?;
+        Counters::add(&monitor.counters().wire_bytes, self.lanes.wire_bytes().0);
         let text = Fields(&reply).string().map_err(|error| self.lanes.malformed(error))?;
         serde_json::from_slice(text).map_err(|error| self.lanes.control().protocol(error.to_string()))
     }
@@ -129,6 +130,7 @@ impl Target for AgentTarget {
     }
 
     fn wire_bytes(&self) -> u64 {
-        self.lanes.wire_bytes()
+        let (sent, received) = self.lanes.wire_bytes();
+        sent + received
     }
 }

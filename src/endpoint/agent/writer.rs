@@ -1,6 +1,7 @@
 //! Content to an agent: small files gathered into one message, blocks of large ones sent as they are or compressed.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
@@ -12,8 +13,8 @@ use crate::manifest::Digest;
 use crate::wire::extension::{self, FILES_MAX, Fields, WireError};
 
 /// The writer of one worker.
-pub(super) struct AgentWriter<'a> {
-    client: &'a Client,
+pub(super) struct AgentWriter {
+    client: Arc<Client>,
     chooser: Chooser,
     sender: Sender<Completion>,
     receiver: Receiver<Completion>,
@@ -26,8 +27,8 @@ pub(super) struct AgentWriter<'a> {
     done: Vec<Staged>,
 }
 
-impl<'a> AgentWriter<'a> {
-    pub(super) fn new(client: &'a Client, compress: CompressOptions) -> Self {
+impl AgentWriter {
+    pub(super) fn new(client: Arc<Client>, compress: CompressOptions) -> Self {
         let (sender, receiver) = unbounded();
         AgentWriter {
             client,
@@ -74,7 +75,7 @@ impl<'a> AgentWriter<'a> {
     fn settle(&mut self, completion: Completion) -> Result<(), Error> {
         self.outstanding -= 1;
         let answer = completion.answer.map_err(|lost| self.client.lost(lost))?;
-        let reply = body(self.client, answer)?;
+        let reply = body(&self.client, answer)?;
         let Some(files) = self.files.remove(&completion.tag) else { return Ok(()) };
         let failures = read_failures(&reply, files.len()).map_err(|error| self.client.protocol(error.to_string()))?;
         let mut results: Vec<Result<(), WriteFailure>> = vec![Ok(()); files.len()];
@@ -106,7 +107,7 @@ fn read_failures(reply: &[u8], files: usize) -> Result<Vec<(usize, WriteFailure)
     Ok(failures)
 }
 
-impl Writer for AgentWriter<'_> {
+impl Writer for AgentWriter {
     fn put(&mut self, index: u32, block: Block, digest: Digest) -> Result<(), Error> {
         let data = block.data();
         if self.contents.len() + data.len() > BLOCK_BYTES || self.batch.len() >= FILES_MAX {
@@ -138,9 +139,7 @@ impl Writer for AgentWriter<'_> {
         header.push(0);
         header.extend_from_slice(&length.to_be_bytes());
         // The header goes into the room in front of the data, which is not copied.
-        let start = Block::HEADROOM - header.len();
-        let mut buffer = block.into_buffer();
-        buffer[start..Block::HEADROOM].copy_from_slice(&header);
+        let (buffer, start) = block.headed(&header);
         self.submit(buffer, start, Vec::new())
     }
 

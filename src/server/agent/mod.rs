@@ -14,7 +14,7 @@ use crate::endpoint::{BeginOptions, CommitOptions, Error, ScanOptions, Source, T
 use crate::manifest::{Entry, Tree};
 use crate::monitor::{Severity, Silent};
 use crate::plan::Plan;
-use crate::wire::extension::{self, CHUNK_BYTES, DOMAIN, Fields, NAMES, VERSION, WireError};
+use crate::wire::extension::{self, CHUNK_BYTES, DOMAIN, Fields, Message, NAMES, VERSION, WireError};
 
 mod reading;
 mod writing;
@@ -29,8 +29,8 @@ pub trait Output: Send + Sync {
 pub trait Extensions: Send + Sync {
     /// What to advertise: names and versions.
     fn names(&self) -> Vec<(&'static str, &'static str)>;
-    /// Handles a request; `payload` is what follows the name. `false` when the name is not known here.
-    fn handle(&self, name: &[u8], id: u32, payload: Vec<u8>, output: &Arc<dyn Output>) -> bool;
+    /// Handles a request; its message is the name and what follows. `false` when the name is not known here.
+    fn handle(&self, id: u32, message: Message, output: &Arc<dyn Output>) -> bool;
 }
 
 /// A target that workers share.
@@ -56,7 +56,7 @@ const ENTRIES_MAX: usize = 64 << 20;
 struct Job {
     name: &'static str,
     id: u32,
-    payload: Vec<u8>,
+    payload: Message,
     output: Arc<dyn Output>,
 }
 
@@ -168,6 +168,8 @@ impl Run {
 /// The agent of one connection.
 pub struct Agent {
     control: Sender<Job>,
+    /// Whether further connections may work on its run.
+    shared: bool,
     run: Arc<Mutex<Option<Arc<Run>>>>,
 }
 
@@ -181,17 +183,26 @@ impl Agent {
         let _ = std::thread::Builder::new()
             .name("agent-control".to_owned())
             .spawn(move || Control::new(factory, shared).serve(&jobs));
-        Agent { control, run }
+        Agent { control, run, shared: true }
+    }
+
+    /// The only agent of its process: no other connection can find its run.
+    #[must_use]
+    pub fn alone(self) -> Agent {
+        Agent { shared: false, ..self }
     }
 }
 
 impl Extensions for Agent {
     fn names(&self) -> Vec<(&'static str, &'static str)> {
-        NAMES.iter().map(|name| (*name, VERSION)).collect()
+        let attach = |name: &&str| name.starts_with("attach@");
+        NAMES.iter().filter(|name| self.shared || !attach(name)).map(|name| (*name, VERSION)).collect()
     }
 
-    fn handle(&self, name: &[u8], id: u32, payload: Vec<u8>, output: &Arc<dyn Output>) -> bool {
-        let Some(name) = NAMES.iter().find(|known| known.as_bytes() == name) else { return false };
+    fn handle(&self, id: u32, message: Message, output: &Arc<dyn Output>) -> bool {
+        let Ok(asked) = Fields(message.bytes()).string() else { return false };
+        let Some(name) = NAMES.iter().find(|known| known.as_bytes() == asked) else { return false };
+        let payload = message.skip(4 + name.len());
         let name = name.strip_suffix(DOMAIN).unwrap_or(name);
         let job = Job { name, id, payload, output: Arc::clone(output) };
         let data = matches!(name, "put" | "open" | "write" | "hole" | "finish" | "keep" | "discard" | "fetch" | "next");
@@ -207,7 +218,7 @@ impl Agent {
     /// The index (of a file, or of a stream) decides the worker; in a `put` it is that of the first file.
     fn route(&self, job: Job) -> Result<(), Job> {
         let at = if job.name == "put" { 4 } else { 0 };
-        let index = job.payload.get(at..).and_then(|rest| Fields(rest).u32().ok()).unwrap_or(0);
+        let index = job.payload.bytes().get(at..).and_then(|rest| Fields(rest).u32().ok()).unwrap_or(0);
         let run = locked(&self.run).clone();
         let queue = run.and_then(|run| Some(locked(&run.queues).as_ref()?[index as usize % WORKERS].clone()));
         match queue {
@@ -258,7 +269,7 @@ impl Control {
     }
 
     fn answer(&mut self, job: &Job) -> Result<Vec<u8>, Failure> {
-        let mut fields = Fields(&job.payload);
+        let mut fields = Fields(job.payload.bytes());
         match job.name {
             "hello" => {
                 let hello = serde_json::json!({

@@ -33,7 +33,7 @@ fn answer<'a>(
     learned: &mut Vec<(u32, Digest)>,
     job: &Job,
 ) -> Result<Vec<u8>, Failure> {
-    let mut fields = Fields(&job.payload);
+    let mut fields = Fields(job.payload.bytes());
     let stream = fields.u32()?;
     if !matches!(job.name, "fetch" | "next") {
         return Err(Failure::order("this run is a pull"));

@@ -111,8 +111,8 @@ impl Link for Near {
             self.output.send(packet);
             return Ok(());
         }
-        let (id, name) = (fields.u32().unwrap(), fields.string().unwrap());
-        assert!(self.agent.handle(name, id, fields.0.to_vec(), &self.output));
+        let id = fields.u32().unwrap();
+        assert!(self.agent.handle(id, extension::Message::new(packet.to_vec(), 9), &self.output));
         Ok(())
     }
     fn recv(&self) -> Result<Option<Bytes>, LinkError> {
@@ -149,8 +149,9 @@ fn tree(sizes: &[u64]) -> Arc<Tree> {
 #[test]
 fn files_go_through_two_lanes_and_a_wrong_digest_fails_alone() {
     let memory = Arc::new(Memory::default());
-    let lanes =
-        Lanes::over(vec![client(&memory), client(&memory)], b"/x", CompressOptions { level: Some(1), enabled: true });
+    let another = Arc::clone(&memory);
+    let compress = CompressOptions { level: Some(1), enabled: true };
+    let lanes = Lanes::over(client(&memory), 2, Box::new(move |_| Some(client(&another))), b"/x", compress);
     let target = AgentTarget::new(lanes.unwrap());
     target.begin(&BeginOptions::default(), &Silent::default()).unwrap();
     let plan = target.diff(&tree(&[5, 5, 700_000, 100]), &Silent::default()).unwrap();
@@ -264,7 +265,8 @@ fn a_pull_lists_and_reads_every_file_and_a_lost_link_ends_it() {
     let cut = end.clone();
     let near = Near { agent: Agent::new(Arc::new(factory)), output: Arc::new(Queue(end.clone())), answers, end };
     let client = Client::connect(Arc::new(near), "files", ClientOptions::default()).unwrap();
-    let lanes = Lanes::over(vec![client], b"/x", CompressOptions { level: Some(1), enabled: true }).unwrap();
+    let lanes =
+        Lanes::over(client, 1, Box::new(|_| None), b"/x", CompressOptions { level: Some(1), enabled: true }).unwrap();
     let source = crate::endpoint::agent::AgentSource::new(lanes);
     let scan = source.scan(&ScanOptions::default(), &Silent::default()).unwrap();
     assert_eq!((scan.tree.entries(), scan.problems.len()), (listed.entries(), 1));

@@ -8,7 +8,12 @@ use crossbeam_channel::{Receiver, TryRecvError};
 use super::{Failure, Job};
 use crate::endpoint::{Block, Staged, Target, Writer};
 use crate::manifest::Tree;
-use crate::wire::extension::{FILES_MAX, Fields, RAW_MAX, WireError, put_string};
+use crate::wire::extension::{FILES_MAX, Fields, Message, RAW_MAX, WireError, put_string};
+
+/// What stands in front of the frame of a `write`.
+const INDEX_AND_OFFSET: usize = 4 + 8;
+/// What stands in front of a frame's content: how it is coded, and its length.
+const FRAME_HEAD: usize = 1 + 4;
 
 /// Files of one request whose results are still out.
 struct Group {
@@ -76,7 +81,7 @@ impl Worker<'_> {
     fn handle(&mut self, mut job: Job) -> Result<(), Failure> {
         let payload = std::mem::take(&mut job.payload);
         self.serial = self.serial.wrapping_add(1);
-        match self.apply(&job, &payload) {
+        match self.apply(&job, payload) {
             Ok(Done::Now) => job.reply(&[]),
             Ok(Done::Later(count)) => {
                 self.groups.insert(self.serial, Group { job, remaining: count, failures: 0, body: Vec::new() });
@@ -90,8 +95,8 @@ impl Worker<'_> {
         Ok(())
     }
 
-    fn apply(&mut self, job: &Job, payload: &[u8]) -> Result<Done, Refusal> {
-        let mut fields = Fields(payload);
+    fn apply(&mut self, job: &Job, payload: Message) -> Result<Done, Refusal> {
+        let mut fields = Fields(payload.bytes());
         if job.name == "put" {
             return self.put(self.serial, fields);
         }
@@ -113,8 +118,15 @@ impl Worker<'_> {
                     return Err(WireError::Range("the declared length").into());
                 }
                 let end = self.advance(index, offset, length, size)?;
-                let mut block = Block::with_capacity(length as usize);
-                fields.frame(block.buffer_mut())?;
+                let raw = fields.0.first() == Some(&0) && fields.0.len() as u64 == FRAME_HEAD as u64 + length;
+                let block = if raw {
+                    let (packet, start) = payload.skip(INDEX_AND_OFFSET + FRAME_HEAD).into_parts();
+                    Block::within(packet, start)
+                } else {
+                    let mut block = Block::with_capacity(length as usize);
+                    fields.frame(block.buffer_mut())?;
+                    block
+                };
                 self.open.insert(index, end);
                 self.writer.write(index, offset, block).map_err(Refusal::run)?;
             }
