@@ -6,6 +6,7 @@
 mod architecture;
 mod cli;
 mod pipeline;
+mod push;
 mod quickstart;
 mod serve;
 mod ssh;

@@ -27,6 +27,7 @@ pub enum Verbosity {
 pub struct Display {
     state: Arc<State>,
     ticker: Option<JoinHandle<()>>,
+    stop: Arc<AtomicBool>,
 }
 
 struct State {
@@ -61,7 +62,14 @@ impl Display {
                 }
             })
         });
-        Display { state, ticker }
+        Display { state, ticker, stop: Arc::default() }
+    }
+
+    /// The same, for a run that ends when `stop` is set.
+    #[must_use]
+    pub fn stopped_by(mut self, stop: &Arc<AtomicBool>) -> Display {
+        self.stop = Arc::clone(stop);
+        self
     }
 
     /// Ends the progress line.
@@ -164,5 +172,9 @@ impl Monitor for Display {
 
     fn counters(&self) -> &Counters {
         &self.state.counters
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
     }
 }

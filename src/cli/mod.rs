@@ -14,12 +14,16 @@ use crate::endpoint;
 use crate::error::{Escaped, Exit, chain};
 use crate::root::RootError;
 
+mod arguments;
 mod audit;
 mod completions;
 pub mod display;
+mod job;
 mod login;
+mod look;
 mod manifest;
 mod policy;
+mod push;
 mod quickstart;
 mod remote;
 pub mod report;
@@ -52,10 +56,10 @@ struct Cli {
 // variant here, a line in `Command::run`.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Send a directory to another server, verified, with the right permissions
-    Push(transfer::Push),
-    /// Fetch a directory from another server
-    Pull(transfer::Pull),
+    /// Send files and directories to another server, verified, with the right permissions
+    Push(push::Push),
+    /// Fetch files and directories from another server
+    Pull(push::Pull),
     /// Listen for SSH connections: public keys only, file transfer only
     Serve(serve::Serve),
     /// Serve SFTP, and lockstep's own protocol, on standard input and output

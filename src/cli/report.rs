@@ -165,6 +165,7 @@ pub fn summary_json(report: &SyncReport, from: &str, to: &str, verification: &st
         "manifest_sha256": report.committed.as_ref().map(|committed| committed.manifest_digest.clone()),
         "verified_files": report.verified_files,
         "verified_bytes": report.verified_bytes,
+        "transferred_bytes": report.transferred_bytes,
         "verification": verification,
         "wire_bytes": report.wire_bytes,
         "failed": report.problems.iter().filter(|problem| problem.severity == Severity::Failed).count(),

@@ -63,7 +63,7 @@ impl Stop {
     }
 
     /// The flag that the engine looks at.
-    pub(super) fn flag(&self) -> &AtomicBool {
+    pub(super) fn flag(&self) -> &Arc<AtomicBool> {
         &self.wanted
     }
 

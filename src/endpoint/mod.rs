@@ -20,6 +20,7 @@ pub mod algorithms;
 pub mod client;
 pub mod link;
 pub mod local;
+pub mod several;
 pub mod stream;
 
 /// Content travels in blocks of at most this many bytes.
