@@ -52,6 +52,9 @@ pub struct AuditRecord {
     /// The group it got.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
+    /// The ACL entries it got beyond owner, group and others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub acl: Option<String>,
     /// Why it was refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

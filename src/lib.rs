@@ -18,6 +18,7 @@ pub mod policy;
 pub mod wire;
 
 // Local I/O: blocking.
+pub mod access;
 pub mod audit;
 pub mod root;
 pub mod scan;

@@ -16,6 +16,7 @@ const LAYERS: &[&[&str]] = &[
     &["root"],
     &["audit"],
     &["scan"],
+    &["access"],
     &["staging"],
     &["endpoint"],
     &["sync"],

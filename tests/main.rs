@@ -5,8 +5,17 @@
 
 mod architecture;
 mod cli;
+mod keys;
+mod model;
 mod pipeline;
 mod push;
 mod quickstart;
+mod rogue;
+mod scenarios_permissions;
 mod serve;
+mod serve_access;
+mod serve_kit;
+mod serve_limits;
+mod serve_wire;
 mod ssh;
+mod stock;

@@ -50,14 +50,18 @@ impl Place {
     pub(super) fn source(&self, how: &How, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Failure> {
         Ok(match self {
             Place::Here(path) => Box::new(LocalSource::new(path, state_directory().as_deref())?),
-            Place::There(there) => remote::source(there, &how.ssh, how.transfers.into(), how.compress(), monitor)?,
+            Place::There(there) => {
+                remote::source(there, &how.ssh, &how.reach, how.transfers.into(), how.compress(), monitor)?
+            }
         })
     }
 
     pub(super) fn target(&self, how: &How, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Failure> {
         Ok(match self {
             Place::Here(path) => Box::new(LocalTarget::new(path, PolicySpec::default())),
-            Place::There(there) => remote::target(there, &how.ssh, how.transfers.into(), how.compress(), monitor)?,
+            Place::There(there) => {
+                remote::target(there, &how.ssh, &how.reach, how.transfers.into(), how.compress(), monitor)?
+            }
         })
     }
 
@@ -109,7 +113,7 @@ impl Place {
 
     fn found(&self, how: &How) -> Result<Found, Failure> {
         match self {
-            Place::There(there) => look(there, &how.ssh),
+            Place::There(there) => look(there, &how.ssh, &how.reach),
             Place::Here(path) => match std::fs::metadata(path) {
                 Ok(metadata) => Ok(found(&metadata)),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Found::Nothing),

@@ -2,9 +2,9 @@
 
 use super::Failure;
 use super::login::{self, Ssh};
-use super::remote::Destination;
+use super::remote::{Destination, Reach};
 use crate::endpoint::client::{Client, ClientOptions};
-use crate::endpoint::link::{Remote as _, Way};
+use crate::endpoint::link::Remote as _;
 use crate::error::Exit;
 use crate::wire::buffer::Reader;
 use crate::wire::extension::put_string;
@@ -21,12 +21,11 @@ pub(super) enum Found {
 }
 
 /// Asks over a connection of its own, by whatever speaks SFTP at the other end. Symbolic links are followed.
-pub(super) fn look(destination: &Destination, ssh: &Ssh) -> Result<Found, Failure> {
+pub(super) fn look(destination: &Destination, ssh: &Ssh, reach: &Reach) -> Result<Found, Failure> {
     let remote = login::connect(destination, ssh)?;
     let host = remote.describe();
-    let ways = [Way::LockstepSubsystem, Way::LockstepExec(ssh.remote_command.clone()), Way::SftpSubsystem];
     let mut last = None;
-    for way in ways {
+    for way in reach.ways(ssh) {
         let link = match remote.open(&way, 0) {
             Ok(link) => link,
             Err(error) if error.not_offered => continue,

@@ -19,9 +19,11 @@ mod audit;
 mod completions;
 pub mod display;
 mod job;
+mod keys;
 mod login;
 mod look;
 mod manifest;
+mod passphrase;
 mod policy;
 mod push;
 mod quickstart;
@@ -70,6 +72,9 @@ enum Command {
     /// Say which owner and permissions a path gets, and why
     #[command(subcommand)]
     Policy(policy::Command),
+    /// Make a key, have it accepted by another server, and see which keys that server has
+    #[command(subcommand)]
+    Keys(keys::Command),
     /// Check the record of what was published
     #[command(subcommand)]
     Audit(audit::Command),
@@ -90,6 +95,7 @@ impl Command {
             Command::SftpServer(command) => command.run(),
             Command::Manifest(command) => command.run(),
             Command::Policy(command) => command.run(),
+            Command::Keys(command) => command.run(),
             Command::Audit(command) => command.run(),
             Command::Quickstart(command) => command.run(),
             Command::Completions(command) => command.run(),

@@ -1,15 +1,15 @@
 //! `lockstep sftp-server`: what sshd starts as a subsystem, and what a client starts by a command.
 
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Failure;
 use crate::endpoint::Error;
-use crate::endpoint::local::{LocalSource, LocalTarget};
+use crate::endpoint::local::{LocalSource, LocalTarget, anywhere, beneath};
 use crate::error::Exit;
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
+use crate::root::Root;
 use crate::server::agent::{Agent, Factory};
 use crate::server::session::SessionConfig;
 use crate::server::stdio;
@@ -48,65 +48,38 @@ impl SftpServer {
     }
 }
 
-/// Opens the directories that a client names: below `root` where it is confined, else as the file system has them.
+/// Opens the directories that a client names: beneath `root` where it is confined, else as the file system has them.
 pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: PolicySpec) -> Factory {
     let target_root = root.clone();
+    // Whoever set up the server named the root: it is opened by name. What a client names is looked up beneath it.
+    let confined = |root: &Path, path: &[u8]| -> Result<(Arc<Root>, Option<RelPath>), Error> {
+        let path = beneath(path)?;
+        let root = Root::open(root).map_err(|error| Error::Io {
+            operation: error.operation,
+            path: error.path.display().to_string(),
+            source: error.source,
+        })?;
+        Ok((Arc::new(root), path))
+    };
     Factory {
         target: Box::new(move |path| {
             if read_only {
                 let reason = "this server only lets read".to_owned();
                 return Err(Error::Refused { by: "the server".into(), reason });
             }
-            Ok(Arc::new(LocalTarget::new(&locate(&target_root, confine, path)?, policy.clone())))
-        }),
-        source: Box::new(move |path| Ok(Arc::new(LocalSource::new(&locate(&root, confine, path)?, None)?))),
-    }
-}
-
-/// The directory that a client means.
-fn locate(root: &Path, confine: bool, path: &[u8]) -> Result<PathBuf, Error> {
-    let refused = |reason: String| Error::Refused { by: "the server".into(), reason };
-    if !confine {
-        let path = Path::new(std::ffi::OsStr::from_bytes(path));
-        return Ok(root.join(path.strip_prefix("~").unwrap_or(path)));
-    }
-    let parts: Vec<&[u8]> =
-        path.split(|&byte| byte == b'/').filter(|part| !part.is_empty() && *part != b"." && *part != b"~").collect();
-    if parts.is_empty() {
-        return Ok(root.to_owned());
-    }
-    let relative = RelPath::new(parts.join(&b'/')).map_err(|error| refused(error.to_string()))?;
-    // RACE: who may write in the root could replace a parent by a link after this look; what is opened then is opened
-    // by name. A confined user who can also make links on the server by other means should have a root of his own.
-    let mut at = root.to_owned();
-    for component in relative.components() {
-        at.push(std::ffi::OsStr::from_bytes(component));
-        match std::fs::symlink_metadata(&at) {
-            Ok(found) if found.file_type().is_symlink() => {
-                return Err(refused(format!("'{relative}' leads over a symbolic link")));
+            let policy = policy.clone();
+            if !confine {
+                return Ok(Arc::new(LocalTarget::new(&anywhere(&target_root, path), policy)));
             }
-            Ok(_) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => break,
-            Err(error) => return Err(refused(format!("'{relative}': {error}"))),
-        }
-    }
-    Ok(root.join(relative.as_path()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn h01_h02_a_confined_client_reaches_nothing_outside() {
-        let at = tempfile::tempdir().unwrap();
-        std::os::unix::fs::symlink("/etc", at.path().join("link")).unwrap();
-        for (asked, found) in [("/", ""), ("", ""), ("/a/b", "a/b"), ("a//b/", "a/b"), ("~/x", "x"), ("/etc", "etc")] {
-            let path = locate(at.path(), true, asked.as_bytes()).unwrap();
-            assert_eq!(path, at.path().join(found), "{asked}");
-        }
-        for asked in ["..", "/../etc", "a/../../b", "link", "link/ssh"] {
-            assert!(locate(at.path(), true, asked.as_bytes()).is_err(), "{asked}");
-        }
+            let (root, path) = confined(&target_root, path)?;
+            Ok(Arc::new(LocalTarget::beneath(root, path, policy)))
+        }),
+        source: Box::new(move |path| {
+            if !confine {
+                return Ok(Arc::new(LocalSource::new(&anywhere(&root, path), None)?));
+            }
+            let (root, path) = confined(&root, path)?;
+            Ok(Arc::new(LocalSource::beneath(root, path, None)?))
+        }),
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::arguments::Route;
 use super::display::{Display, Verbosity};
 use super::stop::Stop;
-use super::{Failure, login, report};
+use super::{Failure, login, remote, report};
 use crate::codec::CompressOptions;
 use crate::config::{Bandwidth, Config, DEFAULT_PATH};
 use crate::endpoint::{BeginOptions, Links, ScanOptions};
@@ -92,6 +92,8 @@ pub(super) struct How {
     /// Compress with this zstd level (-7 to 19) instead of the one that suits the link
     #[arg(long, value_name = "LEVEL", allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-7..=19))]
     compress_level: Option<i32>,
+    #[command(flatten)]
+    pub(super) reach: remote::Reach,
     #[command(flatten)]
     pub(super) ssh: login::Ssh,
 }
@@ -191,6 +193,7 @@ impl How {
             scan: ScanOptions { filter: filter.clone(), hash_all: self.checksum, links: self.links },
             begin: BeginOptions {
                 policy: self.policy()?,
+                peer: false,
                 filter,
                 checksum: self.checksum,
                 last: Vec::new(),

@@ -16,6 +16,8 @@ pub struct Desired {
     pub owner: Option<Arc<str>>,
     /// Group likewise.
     pub group: Option<Arc<str>>,
+    /// What is there has another ACL than it is to have.
+    pub acl_differs: bool,
 }
 
 /// What has to be done to make `target` like `source`. `desired` gives the permissions of the source's entries by index.
@@ -75,7 +77,7 @@ fn compared(
         content,
         size,
         time: compare.times && !hard_link && !link && !same_time,
-        mode: !hard_link && !link && want.mode != old.mode,
+        mode: !hard_link && !link && (want.mode != old.mode || want.acl_differs),
         owner: !hard_link && want.owner.is_some_and(|owner| owner != old.owner),
         group: !hard_link && want.group.is_some_and(|group| group != old.group),
     };
@@ -147,7 +149,7 @@ mod tests {
     }
 
     fn as_sent(_: usize, entry: &Entry) -> Desired {
-        Desired { mode: entry.mode, owner: None, group: None }
+        Desired { mode: entry.mode, owner: None, group: None, acl_differs: false }
     }
 
     fn plan(source: Vec<Entry>, target: Vec<Entry>, compare: Compare) -> Plan {
@@ -202,7 +204,10 @@ mod tests {
     #[test]
     fn permissions_that_a_policy_wants_are_compared_with_what_is_there() {
         let tree = Tree::new(vec![file("f", 1, Some(1), 1)]).unwrap();
-        let want = |mode, owner: Option<&str>| Desired { mode, owner: owner.map(Into::into), group: None };
+        let want =
+            |mode, owner: Option<&str>| Desired { mode, owner: owner.map(Into::into), group: None, acl_differs: false };
+        let acl = diff(&tree, &tree, &|_, _| Desired { acl_differs: true, ..want(0o644, None) }, Compare::default());
+        assert!(acl.actions[0].change == Change::MetadataOnly && acl.actions[0].differences.mode);
         assert_eq!(diff(&tree, &tree, &|_, _| want(0o644, Some("u")), Compare::default()).actions, []);
         let result = diff(&tree, &tree, &|_, _| want(0o600, Some("trainer")), Compare::default());
         let action = &result.actions[0];

@@ -156,7 +156,8 @@ mod tests {
 
     fn published(source: &[&str], target: &[&str], delete: bool, failed: &[&str]) -> Vec<String> {
         let (source, target) = (tree(source, 2), tree(target, 1));
-        let desired = |_: usize, entry: &Entry| Desired { mode: entry.mode, owner: None, group: None };
+        let desired =
+            |_: usize, entry: &Entry| Desired { mode: entry.mode, owner: None, group: None, acl_differs: false };
         let plan = diff(&source, &target, &desired, Compare::default());
         let publication = Publication {
             source: &source,

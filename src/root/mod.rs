@@ -90,6 +90,15 @@ impl Root {
         Ok(root)
     }
 
+    /// The same directory once more.
+    ///
+    /// # Errors
+    /// When it may not be opened any more, or there are too many descriptors.
+    pub fn reopen(&self) -> Result<Root> {
+        let directory = self.open_dir(None, Follow::Never)?;
+        Ok(Root { directory, shown: self.shown.clone(), walk: AtomicBool::new(self.walk.load(Ordering::Relaxed)) })
+    }
+
     /// A directory beneath as a root of its own. Follows no link.
     ///
     /// # Errors

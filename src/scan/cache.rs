@@ -3,12 +3,16 @@
 //! A record holds as long as device, inode, size, time of modification and time of change are what they were. A file whose
 //! time of change was within the clock's granularity of the moment it was looked at is not recorded: it may have been
 //! changed since without its times showing it. The cache is a help, never needed: when it cannot be opened, files are hashed.
+//!
+//! A source's lies in a database under the state directory, since several runs may read one tree at once; a target's is a
+//! table beside its manifest, written whole by the one run that holds the lock.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use sha2::{Digest as _, Sha256};
 
 use crate::manifest::{Digest, Timestamp};
 use crate::root::Metadata;
@@ -26,11 +30,73 @@ struct Record {
     digest: Digest,
 }
 
+/// Digests by device and inode.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DigestTable(HashMap<(u64, u64), Record>);
+
+/// A table as bytes: this line, the records, the SHA-256 of all before.
+const MAGIC: &[u8] = b"lockstep-digests 1\n";
+const RECORD_BYTES: usize = 16 + 64;
+
+impl DigestTable {
+    /// The digest of the file that `metadata` was taken of, where it is known.
+    pub fn get(&self, metadata: &Metadata) -> Option<Digest> {
+        let record = self.0.get(&(metadata.device, metadata.inode))?;
+        let same = (record.size, record.mtime, record.ctime) == (metadata.size, metadata.mtime, metadata.ctime);
+        same.then_some(record.digest)
+    }
+
+    /// Adds a digest, with what stat said of the file after it was read. The caller sees to it that the file is settled:
+    /// [`settled_after`].
+    pub fn insert(&mut self, metadata: &Metadata, digest: Digest) {
+        let record = Record { size: metadata.size, mtime: metadata.mtime, ctime: metadata.ctime, digest };
+        self.0.insert((metadata.device, metadata.inode), record);
+    }
+
+    /// How many digests it holds.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The whole table as bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(MAGIC.len() + self.0.len() * RECORD_BYTES + 32);
+        bytes.extend_from_slice(MAGIC);
+        for ((device, inode), record) in &self.0 {
+            bytes.extend_from_slice(&device.to_le_bytes());
+            bytes.extend_from_slice(&inode.to_le_bytes());
+            bytes.extend_from_slice(&encode(record));
+        }
+        let digest = Sha256::digest(&bytes);
+        bytes.extend_from_slice(&digest);
+        bytes
+    }
+
+    /// Reads it back; bytes that are damaged give `None`.
+    pub fn from_bytes(bytes: &[u8]) -> Option<DigestTable> {
+        let (body, digest) = bytes.split_at_checked(bytes.len().checked_sub(32)?)?;
+        let records = body.strip_prefix(MAGIC).filter(|records| records.len() % RECORD_BYTES == 0)?;
+        if Sha256::digest(body)[..] != *digest {
+            return None;
+        }
+        let record = |bytes: &[u8]| {
+            let number = |at: usize| Some(u64::from_le_bytes(bytes[at..at + 8].try_into().ok()?));
+            Some(((number(0)?, number(8)?), decode(&bytes[16..])?))
+        };
+        records.chunks_exact(RECORD_BYTES).map(record).collect::<Option<HashMap<_, _>>>().map(DigestTable)
+    }
+}
+
 /// The digests of one root's files. Loaded whole; written at the end.
 #[derive(Debug)]
 pub struct DigestCache {
     file: PathBuf,
-    records: HashMap<(u64, u64), Record>,
+    table: DigestTable,
 }
 
 /// A cache that could not be written. The run is not worse for it; the next one hashes again.
@@ -47,24 +113,22 @@ impl DigestCache {
     /// Reads what is there. A cache that is damaged, in use or not there is empty.
     pub fn load(file: &Path) -> DigestCache {
         let records = if file.exists() { read(file).unwrap_or_default() } else { HashMap::new() };
-        DigestCache { file: file.to_owned(), records }
+        DigestCache { file: file.to_owned(), table: DigestTable(records) }
     }
 
-    /// The digest of the file that `metadata` was taken of, where it is known.
-    pub fn get(&self, metadata: &Metadata) -> Option<Digest> {
-        let record = self.records.get(&(metadata.device, metadata.inode))?;
-        let same = (record.size, record.mtime, record.ctime) == (metadata.size, metadata.mtime, metadata.ctime);
-        same.then_some(record.digest)
+    /// What it holds.
+    pub fn table(&self) -> &DigestTable {
+        &self.table
     }
 
     /// How many digests it holds.
     pub fn len(&self) -> usize {
-        self.records.len()
+        self.table.len()
     }
 
     /// Whether it holds none.
     pub fn is_empty(&self) -> bool {
-        self.records.is_empty()
+        self.table.is_empty()
     }
 
     /// Adds the digests of files, with what stat said of them after they were read, and drops those of `gone` inodes.
@@ -84,7 +148,9 @@ impl DigestCache {
             {
                 let mut table = transaction.open_table(TABLE)?;
                 for (metadata, digest) in &trusted {
-                    table.insert((metadata.device, metadata.inode), encode(metadata, digest).as_slice())?;
+                    let (size, mtime, ctime) = (metadata.size, metadata.mtime, metadata.ctime);
+                    let record = Record { size, mtime, ctime, digest: *digest };
+                    table.insert((metadata.device, metadata.inode), encode(&record).as_slice())?;
                 }
             }
             transaction.commit()?;
@@ -92,19 +158,22 @@ impl DigestCache {
         };
         write().map_err(wrong)?;
         for (metadata, digest) in trusted {
-            let record = Record { size: metadata.size, mtime: metadata.mtime, ctime: metadata.ctime, digest: *digest };
-            self.records.insert((metadata.device, metadata.inode), record);
+            self.table.insert(metadata, *digest);
         }
         Ok(())
     }
 }
 
 /// Whether the file's last change lies far enough back that a further one would show.
-fn is_settled(metadata: &Metadata, now: SystemTime) -> bool {
+pub fn is_settled(metadata: &Metadata, now: SystemTime) -> bool {
+    settled_after(metadata).is_none_or(|settled| now > settled)
+}
+
+/// The moment from which on a further change would show; `None` for times before 1970.
+pub fn settled_after(metadata: &Metadata) -> Option<SystemTime> {
     let last = metadata.mtime.max(metadata.ctime);
-    let Ok(seconds) = u64::try_from(last.seconds) else { return true };
-    let changed = UNIX_EPOCH + Duration::new(seconds, last.nanoseconds);
-    now.duration_since(changed).is_ok_and(|age| age > GRANULARITY)
+    let seconds = u64::try_from(last.seconds).ok()?;
+    UNIX_EPOCH.checked_add(Duration::new(seconds, last.nanoseconds))?.checked_add(GRANULARITY)
 }
 
 /// Opens the database; a damaged one is replaced, since it holds nothing that cannot be computed again.
@@ -132,14 +201,14 @@ fn read(file: &Path) -> Result<HashMap<(u64, u64), Record>, redb::Error> {
     Ok(records)
 }
 
-fn encode(metadata: &Metadata, digest: &Digest) -> [u8; 64] {
+fn encode(record: &Record) -> [u8; 64] {
     let mut bytes = [0; 64];
-    bytes[..8].copy_from_slice(&metadata.size.to_le_bytes());
-    for (at, time) in [(8, metadata.mtime), (20, metadata.ctime)] {
+    bytes[..8].copy_from_slice(&record.size.to_le_bytes());
+    for (at, time) in [(8, record.mtime), (20, record.ctime)] {
         bytes[at..at + 8].copy_from_slice(&time.seconds.to_le_bytes());
         bytes[at + 8..at + 12].copy_from_slice(&time.nanoseconds.to_le_bytes());
     }
-    bytes[32..].copy_from_slice(&digest.0);
+    bytes[32..].copy_from_slice(&record.digest.0);
     bytes
 }
 
@@ -176,13 +245,13 @@ mod tests {
         let before = metadata_of(&file);
         DigestCache::load(&database).store(&[(before, Digest([1; 32]))]).unwrap();
         let cache = DigestCache::load(&database);
-        assert_eq!(cache.get(&metadata_of(&file)), Some(Digest([1; 32])));
+        assert_eq!(cache.table().get(&metadata_of(&file)), Some(Digest([1; 32])));
         // Same size, same time of modification: the time of change tells.
         let times = std::fs::FileTimes::new().set_modified(std::fs::metadata(&file).unwrap().modified().unwrap());
         std::fs::write(&file, "two").unwrap();
         std::fs::File::options().write(true).open(&file).unwrap().set_times(times).unwrap();
         assert_eq!(metadata_of(&file).mtime, before.mtime);
-        assert_eq!(cache.get(&metadata_of(&file)), None);
+        assert_eq!(cache.table().get(&metadata_of(&file)), None);
     }
 
     #[test]
@@ -193,6 +262,25 @@ mod tests {
         let mut cache = DigestCache::load(&database);
         cache.store(&[(metadata_of(&file), Digest([1; 32]))]).unwrap();
         assert!(cache.is_empty() && DigestCache::load(&database).is_empty());
+    }
+
+    #[test]
+    fn a_table_is_read_back_and_damage_anywhere_empties_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut table = DigestTable::default();
+        for number in 0..3_u8 {
+            let file = directory.path().join(number.to_string());
+            std::fs::write(&file, [number]).unwrap();
+            table.insert(&metadata_of(&file), Digest([number; 32]));
+        }
+        let bytes = table.to_bytes();
+        assert_eq!(DigestTable::from_bytes(&bytes), Some(table));
+        for at in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 1;
+            assert_eq!(DigestTable::from_bytes(&damaged), None, "{at}");
+            assert_eq!(DigestTable::from_bytes(&bytes[..at]), None, "{at}");
+        }
     }
 
     #[test]

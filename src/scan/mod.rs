@@ -15,7 +15,7 @@ use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 pub mod cache;
 pub mod names;
 
-use cache::DigestCache;
+use cache::DigestTable;
 use names::Names;
 
 /// What happens to symbolic links.
@@ -98,7 +98,7 @@ struct Found {
 pub fn scan(
     root: &Root,
     rule: &ScanRule,
-    cache: Option<&DigestCache>,
+    known: Option<&DigestTable>,
     monitor: &dyn Monitor,
 ) -> Result<Scanned, ScanError> {
     root.open_dir(None, Follow::Never)?;
@@ -124,10 +124,10 @@ pub fn scan(
     all.entries.sort_unstable_by(|a, b| a.0.path.cmp(&b.0.path));
     all.problems.sort_by(|a, b| a.path.cmp(&b.path));
     join_hard_links(&mut all.entries);
-    if let Some(cache) = cache {
+    if let Some(known) = known {
         for (entry, metadata) in &mut all.entries {
             if let Content::File { digest, .. } = &mut entry.content {
-                *digest = cache.get(metadata);
+                *digest = known.get(metadata);
             }
         }
     }
@@ -276,7 +276,7 @@ fn content(shared: &Shared<'_>, path: &RelPath, metadata: &Metadata, found: &mut
 }
 
 /// Whether a link's target, taken by its text, does not lead above the root.
-fn stays_inside(path: &RelPath, target: &[u8]) -> bool {
+pub(crate) fn stays_inside(path: &RelPath, target: &[u8]) -> bool {
     if target.starts_with(b"/") {
         return false;
     }

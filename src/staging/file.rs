@@ -4,15 +4,14 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use rustix::fs::{Gid, Mode, OFlags, Timespec, Timestamps, Uid};
-use rustix::io::Errno;
+use rustix::fs::OFlags;
 use sha2::{Digest as _, Sha256};
 
+use crate::access::{AclLists, Inode};
 use crate::manifest::{Digest, Timestamp};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 
-const ACCESS_ACL: &str = "system.posix_acl_access";
 const EXECUTE_BITS: u32 = 0o111;
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
@@ -60,8 +59,8 @@ pub struct Permissions {
     pub uid: Option<u32>,
     /// Group; `None` leaves it.
     pub gid: Option<u32>,
-    /// The value of `system.posix_acl_access`; `None` removes what was inherited.
-    pub acl: Option<Vec<u8>>,
+    /// Exactly these ACLs, none where they are empty; `None` leaves what is there.
+    pub acl: Option<AclLists>,
     /// Time of last modification.
     pub mtime: Timestamp,
 }
@@ -102,7 +101,7 @@ impl StagedFile {
             return Err(StageError::NotResumable { expected: resume_at });
         }
         file.set_len(resume_at).map_err(failed("cut the staged file"))?;
-        let hash = hash_of(&file, resume_at)?;
+        let hash = hash_start(&file, resume_at)?;
         Ok(StagedFile { file, hash, written: resume_at, size, resumed: true })
     }
 
@@ -155,51 +154,50 @@ impl StagedFile {
             return Err(StageError::Mismatch { found, announced });
         }
         if verify_disk || self.resumed || wanted.mode & EXECUTE_BITS != 0 {
-            let found = Digest(hash_of(&self.file, self.size)?.finalize().into());
+            let found = hash_of(&self.file, self.size)?;
             if found != announced {
                 return Err(StageError::Mismatch { found, announced });
             }
         }
-        apply(&self.file, wanted)
+        apply(&self.file.into(), wanted)
     }
 }
 
-fn hash_of(file: &File, length: u64) -> Result<Sha256, StageError> {
+/// The SHA-256 of a file's first `length` bytes as they lie on the disk.
+///
+/// # Errors
+/// When there are fewer, or they cannot be read.
+pub fn hash_of(file: &File, length: u64) -> Result<Digest, StageError> {
+    Ok(Digest(hash_start(file, length)?.finalize().into()))
+}
+
+fn hash_start(file: &File, length: u64) -> Result<Sha256, StageError> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 256 * 1024];
     let mut at = 0;
     while at < length {
         let step = (length - at).min(buffer.len() as u64) as usize;
-        file.read_exact_at(&mut buffer[..step], at).map_err(failed("read the staged file back"))?;
+        file.read_exact_at(&mut buffer[..step], at).map_err(failed("read the file back"))?;
         hash.update(&buffer[..step]);
         at += step as u64;
     }
     Ok(hash)
 }
 
-/// Owner, ACL, mode, times, in this order: chown drops set-user-ID, and a default ACL of the directory above would
-/// widen what chmod gives.
+/// Owner, ACL, mode, times, in this order: chown drops set-user-ID, and an ACL that was inherited would be woken up by
+/// chmod, which widens its mask.
 ///
 /// # Errors
 /// What the file system says.
-pub fn apply(file: &impl std::os::fd::AsFd, wanted: &Permissions) -> Result<(), StageError> {
-    let errno = |operation: &'static str| move |errno: Errno| StageError::Io { operation, source: errno.into() };
+pub fn apply(inode: &Inode, wanted: &Permissions) -> Result<(), StageError> {
     if wanted.uid.is_some() || wanted.gid.is_some() {
-        let (uid, gid) = (wanted.uid.map(Uid::from_raw), wanted.gid.map(Gid::from_raw));
-        rustix::fs::fchown(file, uid, gid).map_err(errno("set the owner"))?;
+        inode.set_owner(wanted.uid, wanted.gid).map_err(failed("set the owner"))?;
     }
-    match &wanted.acl {
-        Some(acl) => rustix::fs::fsetxattr(file, ACCESS_ACL, acl, rustix::fs::XattrFlags::empty())
-            .map_err(errno("set the ACL"))?,
-        None => match rustix::fs::fremovexattr(file, ACCESS_ACL) {
-            Ok(()) | Err(Errno::NODATA | Errno::NOTSUP) => {}
-            Err(error) => return Err(errno("remove the ACL")(error)),
-        },
+    if let Some(lists) = &wanted.acl {
+        inode.set_acls(lists).map_err(failed("set the ACL"))?;
     }
-    rustix::fs::fchmod(file, Mode::from_raw_mode(wanted.mode)).map_err(errno("set the mode"))?;
-    let time = Timespec { tv_sec: wanted.mtime.seconds, tv_nsec: wanted.mtime.nanoseconds.into() };
-    let times = Timestamps { last_access: time, last_modification: time };
-    rustix::fs::futimens(file, &times).map_err(errno("set the times"))
+    inode.set_mode(wanted.mode).map_err(failed("set the mode"))?;
+    inode.set_mtime(wanted.mtime).map_err(failed("set the times"))
 }
 
 #[cfg(test)]
@@ -207,8 +205,13 @@ mod tests {
     use super::*;
     use std::os::unix::fs::{MetadataExt, symlink};
 
-    const WANTED: Permissions =
-        Permissions { mode: 0o640, uid: None, gid: None, acl: None, mtime: Timestamp { seconds: 7, nanoseconds: 9 } };
+    const WANTED: Permissions = Permissions {
+        mode: 0o640,
+        uid: None,
+        gid: None,
+        acl: Some(AclLists { access: None, default: None }),
+        mtime: Timestamp { seconds: 7, nanoseconds: 9 },
+    };
 
     fn area() -> (tempfile::TempDir, Root, RelPath) {
         let at = tempfile::tempdir().unwrap();

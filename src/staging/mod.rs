@@ -8,7 +8,7 @@ mod ids;
 mod journal;
 mod lock;
 
-pub use file::{Permissions, StageError, StagedFile, apply};
+pub use file::{Permissions, StageError, StagedFile, apply, hash_of};
 pub use ids::Ids;
 pub use journal::Journal;
 pub use lock::{LockError, RootLock};

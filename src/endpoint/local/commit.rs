@@ -4,17 +4,18 @@
 //! then on the run can only go forward: each step is done again without harm by whoever comes next.
 
 use std::collections::{BTreeSet, HashSet};
-use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{OFlags, RenameFlags};
+use rustix::fs::RenameFlags;
 use sha2::{Digest as _, Sha256};
 
-use super::target::{MANIFEST, Run, STAGING, State, io, rel, stage_failure};
+use super::metadata::{Acls, apply_directory, apply_entry};
+use super::target::{MANIFEST, Run, STAGING, State, io, rel};
 use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::{CommitOptions, Committed, Error};
+use crate::error::Escaped;
 use crate::manifest::{Content, Digest, Entry, Manifest, Timestamp, Tree, format};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
@@ -22,11 +23,12 @@ use crate::plan::publish::{Publication, Step, steps};
 use crate::plan::{Change, Need};
 use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::scan::names::Names;
-use crate::staging::{Permissions, apply};
+use crate::staging::Permissions;
 
 const RECORD: &str = "commit";
 const NEW_MANIFEST: &str = "manifest";
-const DEFAULT_ACL: &str = "system.posix_acl_default";
+/// The ACLs of what gets its permissions after it was published.
+const ACLS: &str = "acls";
 
 /// The manifest of `root` and the SHA-256 of its file (zeros where there is none); one that is damaged is told, and counts as absent: nothing is believed then.
 pub(super) fn read_manifest(root: &Root, monitor: &dyn Monitor) -> Result<(Manifest, Digest), Error> {
@@ -66,7 +68,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     };
     let steps = steps(&publication);
     let changed = !steps.is_empty();
-    if !changed && run.rename_to.is_none() && state.old_manifest.generation > 0 {
+    if !changed && run.birth.is_none() && state.old_manifest.generation > 0 {
         run.root.remove_tree(&rel(STAGING)?).map_err(io)?;
         return Ok(Committed {
             generation: state.old_manifest.generation,
@@ -78,6 +80,8 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let text = format::encode(&manifest);
     // DURABILITY: all content and permissions first; only then the record that makes them the truth.
     run.root.sync_filesystem().map_err(io)?;
+    let acls = late_acls(run, &source, &steps)?;
+    store(staging, ACLS, acls.encode().as_bytes())?;
     store(staging, NEW_MANIFEST, &text)?;
     store(staging, RECORD, record(&steps).as_bytes())?;
     staging.sync_dir(None).map_err(io)?;
@@ -87,13 +91,13 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         manifest_digest: Digest(Sha256::digest(&text).into()).to_string(),
         ..Committed::default()
     };
-    committed.problems = execute(&run.root, staging, &steps, &manifest.tree)?;
+    committed.problems = execute(&run.root, staging, &steps, &manifest.tree, &acls)?;
     committed.published = state.plan.actions.iter().filter(|action| !failed.contains(&action.index)).count() as u64;
     committed.removed = steps.iter().filter(|step| is_removal(step)).count() as u64;
     audit(run, state, &steps, &failed, &manifest)?;
     finish(&run.root)?;
-    if let Some(path) = &run.rename_to {
-        appear(&run.root, path)?;
+    if let Some(birth) = &run.birth {
+        birth.appear(&run.root)?;
     }
     monitor.event(Event::Detail(&format!("generation {} is published", committed.generation)));
     Ok(committed)
@@ -149,11 +153,14 @@ fn settle(run: &Run, staging: &Root, state: &mut State, options: &CommitOptions)
         }
     }
     for entry in directories.iter().rev() {
-        let path = run.staged_path(&entry.path)?;
+        let path = run.staged_directory(&entry.path)?;
         // The top-most new directory gets its mode after the rename: without the right to write it cannot be moved.
         if path.depth() > 2 && staging.stat(&path, Follow::Never).is_ok() {
             let private = Permissions { mode: 0o700, ..run.permissions(entry)? };
-            let above_is_new = entry.path.parent().is_some_and(|parent| state.target.get(&parent).is_none());
+            let above_is_new = entry
+                .path
+                .parent()
+                .is_some_and(|parent| state.target.get(&parent).is_none_or(|there| !there.is_directory()));
             let wanted = if above_is_new { run.permissions(entry)? } else { private };
             apply_directory(staging, &path, &wanted)?;
         }
@@ -165,19 +172,6 @@ fn staged_in_root(path: &RelPath) -> Result<RelPath, Error> {
     rel(STAGING)?
         .join(path.as_bytes())
         .map_err(|error| Error::Refused { by: "the staging directory".into(), reason: error.to_string() })
-}
-
-fn apply_directory(root: &Root, path: &RelPath, wanted: &Permissions) -> Result<(), Error> {
-    let directory = root.open_dir(Some(path), Follow::Never).map_err(io)?;
-    // A default ACL that was inherited would widen what is made in the directory later.
-    match rustix::fs::fremovexattr(&directory, DEFAULT_ACL) {
-        Ok(()) | Err(rustix::io::Errno::NODATA | rustix::io::Errno::NOTSUP) => {}
-        Err(errno) => {
-            let path = root.shown().join(path.as_path()).display().to_string();
-            return Err(Error::Io { operation: "remove the default ACL of", path, source: errno.into() });
-        }
-    }
-    apply(&directory, wanted).map_err(|error| stage_failure(&error, root))
 }
 
 /// What the root holds once the steps are done, as far as this and earlier runs vouch for it.
@@ -308,8 +302,29 @@ fn parse_record(text: &str) -> Option<Vec<Step>> {
         .collect()
 }
 
+/// The ACLs of paths that get their permissions after they are published: those that are there already, and directories
+/// in which something happens.
+fn late_acls(run: &Run, source: &Tree, steps: &[Step]) -> Result<Acls, Error> {
+    let mut acls = Acls::default();
+    for step in steps {
+        let own = matches!(step, Step::ApplyMetadata(_) | Step::NewDirectory(_)).then(|| step.path().clone());
+        for path in own.into_iter().chain(step.path().parent()) {
+            if let Some(entry) = source.get(&path) {
+                acls.add(run, entry)?;
+            }
+        }
+    }
+    Ok(acls)
+}
+
 /// Does the steps that are not done yet. Those that the state of the target forbids are told and left.
-fn execute(root: &Root, staging: &Root, steps: &[Step], tree: &Tree) -> Result<Vec<(String, String)>, Error> {
+fn execute(
+    root: &Root,
+    staging: &Root,
+    steps: &[Step],
+    tree: &Tree,
+    acls: &Acls,
+) -> Result<Vec<(String, String)>, Error> {
     let mut problems = Vec::new();
     let mut touched: BTreeSet<RelPath> = BTreeSet::new();
     for step in steps {
@@ -317,7 +332,7 @@ fn execute(root: &Root, staging: &Root, steps: &[Step], tree: &Tree) -> Result<V
         touched.extend(path.parent());
         let result = match step {
             Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path),
-            Step::ApplyMetadata(_) => tree.get(path).map_or(Ok(()), |entry| apply_entry(root, entry)),
+            Step::ApplyMetadata(_) => tree.get(path).map_or(Ok(()), |entry| apply_entry(root, entry, acls)),
             Step::RemoveFile(_) => gone(root.unlink(path).map_err(io)),
             Step::RemoveDirectory(_) => gone(root.rmdir(path).map_err(io)),
         };
@@ -332,7 +347,7 @@ fn execute(root: &Root, staging: &Root, steps: &[Step], tree: &Tree) -> Result<V
     // What happened in a directory moved its time; and new ones still have the mode they were staged with.
     for path in touched.iter().rev() {
         if let Some(entry) = tree.get(path).filter(|entry| entry.is_directory())
-            && let Err(error) = apply_entry(root, entry)
+            && let Err(error) = apply_entry(root, entry, acls)
         {
             problems.push((path.to_string(), crate::error::chain(&error)));
         }
@@ -361,32 +376,6 @@ fn publish_one(root: &Root, staging: &Root, path: &RelPath) -> Result<(), Error>
     root.stat(path, Follow::Never).map(drop).map_err(io)
 }
 
-fn apply_entry(root: &Root, entry: &Entry) -> Result<(), Error> {
-    let user = crate::scan::names::user_id(&entry.owner).ok();
-    let group = crate::scan::names::group_id(&entry.group).ok();
-    let now = root.stat(&entry.path, Follow::Never).map_err(io)?;
-    let wanted = Permissions {
-        mode: entry.mode,
-        uid: user.filter(|&uid| uid != now.uid),
-        gid: group.filter(|&gid| gid != now.gid),
-        acl: None,
-        mtime: entry.mtime,
-    };
-    let stage_error = |error| stage_failure(&error, root);
-    match entry.content {
-        Content::Symlink { .. } => Ok(()),
-        Content::Directory => {
-            let directory = root.open_dir(Some(&entry.path), Follow::Never).map_err(io)?;
-            apply(&directory, &wanted).map_err(stage_error)
-        }
-        _ => {
-            let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
-            let file: File = root.open_with(&entry.path, Follow::Never, flags, 0).map_err(io)?;
-            apply(&file, &wanted).map_err(stage_error)
-        }
-    }
-}
-
 fn audit(run: &Run, state: &State, steps: &[Step], failed: &HashSet<u32>, manifest: &Manifest) -> Result<(), Error> {
     let wrong = |error: crate::audit::AuditError| Error::Refused {
         by: "the audit log".into(),
@@ -396,8 +385,10 @@ fn audit(run: &Run, state: &State, steps: &[Step], failed: &HashSet<u32>, manife
         AuditRecord { actor: run.options.actor.clone(), source: run.options.source.clone(), ..AuditRecord::default() };
     let mut records = Vec::new();
     for action in state.plan.actions.iter().filter(|action| !failed.contains(&action.index)) {
-        let Some(entry) = manifest.tree.get(&state.source.entries()[action.index as usize].path) else { continue };
+        let sent = &state.source.entries()[action.index as usize];
+        let Some(entry) = manifest.tree.get(&sent.path) else { continue };
         let file = entry.file();
+        let decision = run.decision(sent);
         records.push(AuditRecord {
             action: if action.change == Change::MetadataOnly { "metadata" } else { "publish" }.into(),
             path: entry.path.to_string(),
@@ -406,8 +397,15 @@ fn audit(run: &Run, state: &State, steps: &[Step], failed: &HashSet<u32>, manife
             mode: Some(format!("{:04o}", entry.mode)),
             owner: Some(entry.owner.to_string()),
             group: Some(entry.group.to_string()),
+            acl: decision.acl.filter(|acl| !acl.is_empty()).map(|acl| Escaped(acl.to_string().as_bytes()).to_string()),
             ..base.clone()
         });
+        let link = matches!(sent.content, Content::Symlink { .. } | Content::HardLink { .. });
+        if !decision.withheld.is_empty() && !link {
+            let reason = format!("not given: {}; the policy here does not grant it", decision.withheld.join(", "));
+            let (action, path) = ("refuse".into(), sent.path.to_string());
+            records.push(AuditRecord { action, path, reason: Some(reason), ..base.clone() });
+        }
     }
     for step in steps.iter().filter(|step| is_removal(step)) {
         records.push(AuditRecord { action: "remove".into(), path: step.path().to_string(), ..base.clone() });
@@ -428,23 +426,6 @@ fn finish(root: &Root) -> Result<(), Error> {
     }
     root.sync_dir(Some(&rel(super::target::STATE)?)).map_err(io)?;
     root.remove_tree(&path).map_err(io)
-}
-
-/// Gives a root that was made under its hidden name its own.
-fn appear(root: &Root, path: &std::path::Path) -> Result<(), Error> {
-    let failed = |operation: &'static str| {
-        let path = path.display().to_string();
-        move |source: std::io::Error| Error::Io { operation, path, source }
-    };
-    let mode = rustix::fs::Mode::from_raw_mode(0o755);
-    let directory = root.open_dir(None, Follow::Never).map_err(io)?;
-    rustix::fs::fchmod(&directory, mode).map_err(|errno| failed("set the mode of")(errno.into()))?;
-    let flags = RenameFlags::NOREPLACE;
-    let cwd = rustix::fs::CWD;
-    rustix::fs::renameat_with(cwd, root.shown(), cwd, path, flags)
-        .map_err(|errno| failed("give the new tree its name")(errno.into()))?;
-    let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(std::path::Path::new("."));
-    File::open(above).and_then(|above| above.sync_all()).map_err(failed("store the name of"))
 }
 
 /// Finishes what an interrupted run had begun to publish. Says whether there was something to finish.
@@ -478,7 +459,9 @@ pub(super) fn recover(root: &Root) -> Result<bool, Error> {
         };
         let manifest = format::decode(&text).map_err(|_| damaged("the manifest"))?;
         let steps = std::str::from_utf8(&record).ok().and_then(parse_record).ok_or_else(|| damaged("the record"))?;
-        execute(root, &staging, &steps, &manifest.tree)?;
+        let acls = read(ACLS)?.and_then(|bytes| Acls::parse(std::str::from_utf8(&bytes).ok()?));
+        let acls = acls.ok_or_else(|| damaged("the list of ACLs"))?;
+        execute(root, &staging, &steps, &manifest.tree, &acls)?;
     }
     finish(root)?;
     Ok(true)

@@ -9,12 +9,14 @@ use std::sync::{Arc, Mutex};
 use rustix::fs::{Advice, SeekFrom as Sparse};
 use sha2::{Digest as _, Sha256};
 
+use super::place::Place;
 use crate::endpoint::{
     BLOCK_BYTES, Block, Error, Fetch, Links, Produced, Reader, SMALL_FILE_BYTES, Scan, ScanOptions, Source,
 };
 use crate::filter::Filter;
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::monitor::{Event, Monitor};
+use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::scan::cache::DigestCache;
 use crate::scan::{self, LinkRule, ScanRule};
@@ -38,7 +40,23 @@ impl LocalSource {
     /// # Errors
     /// When `root` is not a directory that can be opened.
     pub fn new(root: &Path, state_directory: Option<&Path>) -> Result<LocalSource, Error> {
-        let root = Root::open(root).map_err(failed)?;
+        LocalSource::at(&Place::Named(root.to_owned()), state_directory)
+    }
+
+    /// The directory at `path` below `root` (`None` is `root` itself), for a client that may reach nothing else.
+    ///
+    /// # Errors
+    /// As [`LocalSource::new`]; also where `path` leads over a symbolic link.
+    pub fn beneath(
+        root: Arc<Root>,
+        path: Option<RelPath>,
+        state_directory: Option<&Path>,
+    ) -> Result<LocalSource, Error> {
+        LocalSource::at(&Place::Beneath(root, path), state_directory)
+    }
+
+    fn at(place: &Place, state_directory: Option<&Path>) -> Result<LocalSource, Error> {
+        let root = place.open().map_err(failed)?;
         let cache_file = match state_directory {
             None => None,
             Some(directory) => {
@@ -70,10 +88,14 @@ impl Source for LocalSource {
         };
         let rule = ScanRule { filter, links, ignore_files: true, report_special: true };
         let cache = self.cache_file.as_deref().filter(|_| !options.hash_all).map(DigestCache::load);
-        let scanned = scan::scan(&self.root, &rule, cache.as_ref(), monitor).map_err(|error| match error {
-            scan::ScanError::Root(error) => failed(error),
-            scan::ScanError::Changed(_) => Error::Refused { by: self.describe(), reason: crate::error::chain(&error) },
-        })?;
+        let scanned = scan::scan(&self.root, &rule, cache.as_ref().map(DigestCache::table), monitor).map_err(
+            |error| match error {
+                scan::ScanError::Root(error) => failed(error),
+                scan::ScanError::Changed(_) => {
+                    Error::Refused { by: self.describe(), reason: crate::error::chain(&error) }
+                }
+            },
+        )?;
         if let Some(cache) = &cache {
             monitor.event(Event::Detail(&format!("{}: {} digests are known", self.describe(), cache.len())));
         }

@@ -4,21 +4,24 @@
 //! hidden name beside its own and gets its name in the last step, so that a new tree appears whole.
 
 use std::collections::{HashMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use super::commit;
+use super::place::{Birth, Place};
 use super::writer::LocalWriter;
+use super::{commit, metadata};
+use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Content, Digest, Entry, Manifest, Tree};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::plan::{Change, Compare, Desired, Need, Plan, diff};
-use crate::policy::{Policy, PolicySpec, merge};
+use crate::policy::acl::Principal;
+use crate::policy::{Decision, Policy, PolicySpec};
 use crate::root::{Follow, Root, RootError};
-use crate::scan::names::Names;
+use crate::scan::names::{Names, UnknownName};
 use crate::scan::{self, LinkRule, ScanRule};
 use crate::staging::{Ids, Journal, LockError, Permissions, RootLock, StageError};
 
@@ -26,11 +29,12 @@ pub(super) const STATE: &str = ".lockstep";
 pub(super) const MANIFEST: &str = ".lockstep/manifest";
 pub(super) const STAGING: &str = ".lockstep/staging/current";
 /// Names that are published last and removed first wherever they occur.
-const POINTERS: [&str; 5] = ["latest", "latest_checkpointed_iteration.txt", "_SUCCESS", ".metadata", "*.index.json"];
+pub(in crate::endpoint) const POINTERS: [&str; 5] =
+    ["latest", "latest_checkpointed_iteration.txt", "_SUCCESS", ".metadata", "*.index.json"];
 
 /// A directory of this machine as a target.
 pub struct LocalTarget {
-    path: PathBuf,
+    place: Place,
     policy: PolicySpec,
     run: Mutex<Option<Arc<Run>>>,
 }
@@ -38,8 +42,8 @@ pub struct LocalTarget {
 /// One run, from `begin` to `commit` or `abort`.
 pub(super) struct Run {
     pub(super) root: Root,
-    /// The final path, while the root lies under its hidden name.
-    pub(super) rename_to: Option<PathBuf>,
+    /// While the root lies under its hidden name.
+    pub(super) birth: Option<Birth>,
     pub(super) staging: Option<Root>,
     pub(super) options: BeginOptions,
     policy: Policy,
@@ -76,7 +80,13 @@ pub(super) fn rel(path: &str) -> Result<RelPath, Error> {
 impl LocalTarget {
     /// The directory at `path`, which need not be there yet. `policy` is the receiver's: it wins over a sender's.
     pub fn new(path: &Path, policy: PolicySpec) -> LocalTarget {
-        LocalTarget { path: path.to_owned(), policy, run: Mutex::new(None) }
+        LocalTarget { place: Place::Named(path.to_owned()), policy, run: Mutex::new(None) }
+    }
+
+    /// The directory at `path` below `root` (`None` is `root` itself), for a client that may reach nothing else: no
+    /// name is looked up outside `root`, and no link is followed.
+    pub fn beneath(root: Arc<Root>, path: Option<RelPath>, policy: PolicySpec) -> LocalTarget {
+        LocalTarget { place: Place::Beneath(root, path), policy, run: Mutex::new(None) }
     }
 
     fn run(&self) -> Result<Arc<Run>, Error> {
@@ -84,53 +94,38 @@ impl LocalTarget {
         run.clone().ok_or_else(|| Error::Usage("no run has begun at this target".into()))
     }
 
-    fn io_error(&self, operation: &'static str, source: std::io::Error) -> Error {
-        Error::Io { operation, path: self.path.display().to_string(), source }
-    }
-
-    /// Opens the root, or the hidden one that will be it.
-    fn open_root(&self, dry_run: bool) -> Result<Option<(Root, Option<PathBuf>)>, Error> {
-        match std::fs::metadata(&self.path) {
-            Ok(_) => return Ok(Some((Root::open(&self.path).map_err(io)?, None))),
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(self.io_error("look at", error));
-            }
+    /// Opens the root, or the hidden one that will be it. `None` is a dry run on nothing.
+    fn open_root(&self, dry_run: bool) -> Result<Option<(Root, Option<Birth>)>, Error> {
+        match self.place.open() {
+            Ok(root) => return Ok(Some((root, None))),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
             Err(_) if dry_run => return Ok(None),
             Err(_) => {}
         }
-        let (Some(parent), Some(name)) = (self.path.parent(), self.path.file_name()) else {
-            return Err(Error::Usage(format!("'{}' cannot be a target", self.path.display())));
-        };
-        let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-        std::fs::create_dir_all(parent).map_err(|error| self.io_error("make the directory above", error))?;
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(".lockstep");
-        let hidden = parent.join(hidden);
-        let mode = rustix::fs::Mode::from_raw_mode(0o700);
-        match rustix::fs::mkdir(&hidden, mode) {
-            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-            Err(errno) => return Err(self.io_error("make the directory", errno.into())),
-        }
-        Ok(Some((Root::open(&hidden).map_err(io)?, Some(self.path.clone()))))
+        let (root, birth) = self.place.bear()?;
+        metadata::disinherit(&root)?;
+        Ok(Some((root, Some(birth))))
     }
 }
 
 impl Target for LocalTarget {
     fn describe(&self) -> String {
-        crate::error::Escaped(self.path.as_os_str().as_encoded_bytes()).to_string()
+        crate::error::Escaped(self.place.shown().as_os_str().as_encoded_bytes()).to_string()
     }
 
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
         let usage = |error: &dyn std::error::Error| Error::Usage(crate::error::chain(error));
-        let policy = Policy::compile(&merge(&self.policy, &options.policy)).map_err(|error| usage(&error))?;
+        let policy = Policy::of_both(&self.policy, &options.policy, options.peer).map_err(|error| usage(&error))?;
         let rules = POINTERS.iter().map(|&name| name.to_owned()).chain(options.last.iter().cloned()).collect();
         let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
-        let Some((root, rename_to)) = self.open_root(options.dry_run)? else {
+        let Some((root, birth)) = self.open_root(options.dry_run)? else {
             // A dry run on nothing: compared with an empty directory that is never written to.
             *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
             return Ok(());
         };
+        if policy.grants_by_acl() {
+            metadata::check_support(&root)?;
+        }
         let mut lock = None;
         let mut staging = None;
         if !options.dry_run {
@@ -152,7 +147,7 @@ impl Target for LocalTarget {
         }
         let run = Run {
             root,
-            rename_to,
+            birth,
             staging,
             options: options.clone(),
             policy,
@@ -169,7 +164,12 @@ impl Target for LocalTarget {
         match self.run() {
             Ok(run) => run.diff(source, monitor),
             Err(_) => {
-                let desired = |_: usize, entry: &Entry| Desired { mode: entry.mode & 0o777, owner: None, group: None };
+                let desired = |_: usize, entry: &Entry| Desired {
+                    mode: entry.mode & 0o777,
+                    owner: None,
+                    group: None,
+                    acl_differs: false,
+                };
                 Ok(diff(source, &Tree::default(), &desired, Compare::default()))
             }
         }
@@ -207,27 +207,51 @@ impl Run {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Where the content of a path is staged. Pointers lie apart: they are published by themselves.
+    /// Where a file or link is staged. Pointers lie apart: they are published by themselves.
     pub(super) fn staged_path(&self, path: &RelPath) -> Result<RelPath, Error> {
-        let tree: &[u8] = if self.is_last(path) { b"last/" } else { b"tree/" };
-        let staged = RelPath::new([tree, path.as_bytes()].concat());
-        staged.map_err(|error| Error::Refused { by: "the staging directory".into(), reason: error.to_string() })
+        staged_in(if self.is_last(path) { b"last/" } else { b"tree/" }, path)
+    }
+
+    /// Where a directory is staged, which is never a pointer, whatever its name.
+    pub(super) fn staged_directory(&self, path: &RelPath) -> Result<RelPath, Error> {
+        staged_in(b"tree/", path)
     }
 
     pub(super) fn is_last(&self, path: &RelPath) -> bool {
         !self.last.admits(path, false)
     }
 
-    /// The permissions that an entry gets.
+    /// The permissions that an entry gets when it is new.
     pub(super) fn permissions(&self, entry: &Entry) -> Result<Permissions, Error> {
-        let decision = self.policy.decide(&entry.path, entry.is_directory(), entry.mode);
-        let refused = |error: &dyn std::error::Error| Error::Refused {
-            by: "the policy".into(),
-            reason: format!("{}: {error}", entry.path),
+        Ok(self.decided(entry)?.0)
+    }
+
+    pub(super) fn decision(&self, entry: &Entry) -> Decision {
+        self.policy.decide(&entry.path, entry.is_directory(), entry.mode)
+    }
+
+    /// The same, and whether a rule says so.
+    pub(super) fn decided(&self, entry: &Entry) -> Result<(Permissions, bool), Error> {
+        let directory = entry.is_directory();
+        let decision = self.decision(entry);
+        let (mode, ruled) = (decision.mode, decision.rule.is_some());
+        let resolve = |who: Principal, name: &str| match who {
+            Principal::User => self.ids.user(name),
+            Principal::Group => self.ids.group(name),
         };
-        let uid = decision.owner.map(|name| self.ids.user(&name)).transpose().map_err(|error| refused(&error))?;
-        let gid = decision.group.map(|name| self.ids.group(&name)).transpose().map_err(|error| refused(&error))?;
-        Ok(Permissions { mode: decision.mode, uid, gid, acl: None, mtime: entry.mtime })
+        let permissions = || -> Result<Permissions, UnknownName> {
+            let uid = decision.owner.map(|name| self.ids.user(&name)).transpose()?;
+            let gid = decision.group.map(|name| self.ids.group(&name)).transpose()?;
+            let mut lists = AclLists::default();
+            if let Some(acl) = decision.acl {
+                lists.access = acl.access_xattr(mode, directory, resolve)?;
+                lists.default = if directory { acl.default_xattr(mode, resolve)? } else { None };
+            }
+            Ok(Permissions { mode, uid, gid, acl: Some(lists), mtime: entry.mtime })
+        };
+        let permissions = permissions()
+            .map_err(|error| Error::Refused { by: "the policy".into(), reason: format!("{}: {error}", entry.path) })?;
+        Ok((permissions, ruled))
     }
 
     fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {
@@ -261,11 +285,18 @@ impl Run {
         let mut names = Names::default();
         let mut wanted = Vec::with_capacity(source.entries().len());
         for entry in source.entries() {
-            let permissions = self.permissions(entry)?;
+            let (permissions, ruled) = self.decided(entry)?;
+            let there = target.get(&entry.path).filter(|there| there.is_directory() == entry.is_directory());
+            let comparable = there.is_some_and(|there| there.is_directory() || there.file().is_some());
+            let acl_differs = match permissions.acl {
+                Some(lists) if ruled && comparable => metadata::acl_differs(&self.root, &entry.path, &lists),
+                _ => false,
+            };
             wanted.push(Desired {
                 mode: permissions.mode,
                 owner: permissions.uid.map(|uid| names.user(uid)),
                 group: permissions.gid.map(|gid| names.group(gid)),
+                acl_differs,
             });
         }
         let compare = Compare { checksum: self.options.checksum, ..Compare::default() };
@@ -308,10 +339,9 @@ impl Run {
             if action.change == Change::MetadataOnly && action.need == Need::Nothing {
                 continue;
             }
-            let staged = self.staged_path(&entry.path)?;
             if entry.is_directory() {
-                directories.push(staged);
-            } else if let Some(parent) = staged.parent()
+                directories.push(self.staged_directory(&entry.path)?);
+            } else if let Some(parent) = self.staged_path(&entry.path)?.parent()
                 && directories.last() != Some(&parent)
             {
                 directories.push(parent);
@@ -335,6 +365,11 @@ impl Run {
         }
         Ok(())
     }
+}
+
+fn staged_in(tree: &[u8], path: &RelPath) -> Result<RelPath, Error> {
+    let staged = RelPath::new([tree, path.as_bytes()].concat());
+    staged.map_err(|error| Error::Refused { by: "the staging directory".into(), reason: error.to_string() })
 }
 
 pub(super) fn stage_failure(error: &StageError, staging: &Root) -> Error {

@@ -1,0 +1,159 @@
+//! Owner, ACL, mode and time of what is there already, and of directories that are about to be.
+
+use std::collections::HashMap;
+
+use super::target::{Run, io, stage_failure};
+use crate::access::{AclLists, Inode};
+use crate::endpoint::Error;
+use crate::manifest::{Content, Digest, Entry};
+use crate::path::RelPath;
+use crate::root::{FileKind, Follow, Root};
+use crate::scan::names;
+use crate::staging::{Permissions, apply, hash_of};
+
+/// The ACLs that rules give to paths whose permissions are set after they are published. They are no part of the
+/// manifest, and whoever finishes an interrupted run has to know them.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Acls(HashMap<RelPath, AclLists>);
+
+impl Acls {
+    /// Remembers what the rules say of an entry; nothing where no rule matches.
+    pub(super) fn add(&mut self, run: &Run, entry: &Entry) -> Result<(), Error> {
+        if self.0.contains_key(&entry.path) || matches!(entry.content, Content::Symlink { .. }) {
+            return Ok(());
+        }
+        if let (permissions, true) = run.decided(entry)? {
+            self.0.insert(entry.path.clone(), permissions.acl.unwrap_or_default());
+        }
+        Ok(())
+    }
+
+    /// One path a line: its bytes, the access list and the default list in hexadecimal, `-` for none.
+    pub(super) fn encode(&self) -> String {
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let list = |list: &Option<Vec<u8>>| list.as_deref().map_or_else(|| "-".to_owned(), hex);
+        let line = |(path, lists): (&RelPath, &AclLists)| {
+            format!("{} {} {}\n", hex(path.as_bytes()), list(&lists.access), list(&lists.default))
+        };
+        self.0.iter().map(line).collect()
+    }
+
+    pub(super) fn parse(text: &str) -> Option<Acls> {
+        let bytes = |hex: &str| -> Option<Vec<u8>> {
+            (0..hex.len().div_ceil(2)).map(|at| u8::from_str_radix(hex.get(2 * at..2 * at + 2)?, 16).ok()).collect()
+        };
+        let list = |field: &str| if field == "-" { Some(None) } else { bytes(field).map(Some) };
+        let line = |line: &str| {
+            let mut fields = line.split(' ');
+            let path = RelPath::new(bytes(fields.next()?)?).ok()?;
+            let lists = AclLists { access: list(fields.next()?)?, default: list(fields.next()?)? };
+            fields.next().is_none().then_some((path, lists))
+        };
+        text.lines().map(line).collect::<Option<_>>().map(Acls)
+    }
+}
+
+/// Gives a staged directory its permissions; what it inherited goes.
+pub(super) fn apply_directory(root: &Root, path: &RelPath, wanted: &Permissions) -> Result<(), Error> {
+    let inode = Inode::open(root, Some(path)).map_err(io)?;
+    apply(&inode, wanted).map_err(|error| stage_failure(&error, root))
+}
+
+/// Whether what has the name has other ACLs than its rule says. One that cannot be read counts as another: setting it
+/// will say why.
+pub(super) fn acl_differs(root: &Root, path: &RelPath, wanted: &AclLists) -> bool {
+    Inode::open(root, Some(path)).ok().and_then(|inode| inode.acls().ok()).is_none_or(|found| found != *wanted)
+}
+
+fn failed(root: &Root, path: &RelPath, operation: &'static str, source: std::io::Error) -> Error {
+    Error::Io { operation, path: root.shown().join(path.as_path()).display().to_string(), source }
+}
+
+/// Gives what is published already the entry's permissions and time.
+///
+/// ACLs are what a rule says of them. Where none does they stay, unless the mode changes: it would be the new mask of
+/// what they grant, and nobody has said that this is meant.
+pub(super) fn apply_entry(root: &Root, entry: &Entry, acls: &Acls) -> Result<(), Error> {
+    if matches!(entry.content, Content::Symlink { .. }) {
+        return Ok(());
+    }
+    let path = &entry.path;
+    let before = root.stat(path, Follow::Never).map_err(io)?;
+    if !matches!(before.kind, FileKind::Regular | FileKind::Directory) {
+        let source = std::io::Error::other(format!("it is a {} now; run again", before.kind.name()));
+        return Err(failed(root, path, "set the permissions of", source));
+    }
+    let inode = Inode::open(root, Some(path)).map_err(io)?;
+    let now = inode.metadata().map_err(|source| failed(root, path, "look at", source))?;
+    let ruled = acls.0.get(path).cloned();
+    let wanted = Permissions {
+        mode: entry.mode,
+        uid: names::user_id(&entry.owner).ok().filter(|&uid| uid != now.uid),
+        gid: names::group_id(&entry.group).ok().filter(|&gid| gid != now.gid),
+        acl: ruled.or_else(|| (now.mode != entry.mode).then(AclLists::default)),
+        mtime: entry.mtime,
+    };
+    let gains_execute = entry.mode & 0o111 & !now.mode != 0;
+    if let Content::File { size, digest: Some(digest) } = entry.content
+        && gains_execute
+    {
+        verify(root, path, &inode, size, digest)?;
+    }
+    apply(&inode, &wanted).map_err(|error| stage_failure(&error, root))
+}
+
+/// Reads what lies on the disk: nothing becomes executable on the word of a size and a time.
+fn verify(root: &Root, path: &RelPath, inode: &Inode, size: u64, listed: Digest) -> Result<(), Error> {
+    let unverified = |reason: String| {
+        let reason = format!("it may be executed only when its content is verified, and {reason}; push it again");
+        failed(root, path, "set the mode of", std::io::Error::other(reason))
+    };
+    let file = inode.readable().ok_or_else(|| unverified("it cannot be read".into()))?;
+    let found = hash_of(file, size).map_err(|error| unverified(crate::error::chain(&error)))?;
+    if found == listed { Ok(()) } else { Err(unverified(format!("its SHA-256 is {found}, not {listed}"))) }
+}
+
+/// Removes the ACLs that a new root inherited from the directory it is in.
+pub(super) fn disinherit(root: &Root) -> Result<(), Error> {
+    let inode = Inode::open(root, None).map_err(io)?;
+    let path = root.shown().display().to_string();
+    inode.set_acls(&AclLists::default()).map_err(|source| Error::Io {
+        operation: "remove the inherited ACL of",
+        path,
+        source,
+    })
+}
+
+/// Refuses rules with ACL entries where they could not be set, before anything is sent.
+pub(super) fn check_support(root: &Root) -> Result<(), Error> {
+    let shown = || root.shown().display().to_string();
+    let keeps = Inode::open(root, None).map_err(io)?.keeps_acls().map_err(|source| Error::Io {
+        operation: "read the ACL of",
+        path: shown(),
+        source,
+    })?;
+    if keeps {
+        return Ok(());
+    }
+    let reason = "the policy has ACL entries, and its file system keeps none; mount it with ACLs, or leave 'acl' out";
+    Err(Error::Refused { by: format!("'{}'", shown()), reason: reason.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::target::rel;
+    use super::*;
+
+    #[test]
+    fn acls_are_read_as_they_were_written() {
+        let lists = AclLists { access: Some(vec![2, 0, 255]), default: None };
+        let acls = Acls(HashMap::from([
+            (rel("a b\n").unwrap(), lists),
+            (rel("d/e").unwrap(), AclLists { access: None, default: Some(vec![]) }),
+        ]));
+        assert_eq!(Acls::parse(&acls.encode()), Some(acls));
+        for damaged in ["61", "61 -", "6 - -", "61 - - -", "2e2e - -", "zz - -", "61 0 -"] {
+            assert_eq!(Acls::parse(damaged), None, "{damaged}");
+        }
+    }
+}
