@@ -252,3 +252,103 @@ fn the_second_signal_ends_a_run_at_once() {
     first.kill().unwrap();
     first.wait().unwrap();
 }
+
+const TREES: &str = "
+mkdir -p new/sub new/keep new/added new/mode_dir old/sub old/keep old/gone/deep old/mode_dir
+mk() { printf %s \"$2\" > $1; touch -d $3 $1; }
+both() { mk new/$1 $2 $3; mk old/$1 $4 $5; }
+both same x 2026-01-01 x 2026-01-01
+both size longer 2026-01-02 s 2026-01-01
+both size_only longer 2026-01-01 s 2026-01-01
+both content ab 2026-01-02 xy 2026-01-01
+both mode m 2026-01-01 m 2026-01-01; chmod 600 new/mode
+both time t 2026-01-02 t 2026-01-01
+both mode_and_content ab 2026-01-02 xy 2026-01-01; chmod 755 new/mode_and_content
+mk new/added_file n 2026-01-01; mk new/added/f n 2026-01-01
+mk old/gone/deep/f g 2026-01-01; mk old/gone_file g 2026-01-01
+ln -s same new/added_link; ln -s same new/link; ln -s other old/link; ln -s same new/same_link; ln -s same old/same_link
+mk new/was_link f 2026-01-01; ln -s same old/was_link
+ln -s same new/was_file; mk old/was_file f 2026-01-01
+mkdir new/was_file_too; mk new/was_file_too/f x 2026-01-01; mk old/was_file_too f 2026-01-01
+chmod 700 new/mode_dir
+touch -h -d 2026-01-01 new/*link new/was_file old/*link old/keep new/keep old/mode_dir new/mode_dir old/sub new/added
+touch -d 2026-01-03 new/sub
+cp -a old theirs
+touch -d 2026-01-05 new theirs old
+";
+
+/// The lines of `--itemize-changes`, sorted by path.
+fn itemized(output: &Output) -> Vec<String> {
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    lines.sort_by_key(|line| line[11..].trim().to_owned());
+    lines
+}
+
+#[test]
+fn changes_are_itemized_as_rsync_does() {
+    let at = tempfile::tempdir().unwrap();
+    let at = at.path();
+    let made = Command::new("sh").args(["-ec", TREES]).current_dir(at).status().unwrap();
+    assert!(made.success());
+    ends(&run(at, &["push", "old", "ours"]), 0, "published");
+    // The directory itself is no path of a tree, and has no line.
+    let rsync = |more: &[&str]| {
+        let output = Command::new("rsync").current_dir(at).args(["-rlptHci", "--delete"]).args(more).output();
+        let output = output.expect("rsync is not installed: Debian package rsync");
+        assert!(output.status.success(), "{}", said(&output));
+        output
+    };
+    let theirs = itemized(&rsync(&["new/", "theirs/"]));
+    assert!(theirs.len() > 20, "{theirs:#?}");
+    // A dry run reads no content: the two files that only reading tells apart have no letter for it.
+    let dry = itemized(&run(at, &["push", "-n", "-q", "-i", "--delete", "new", "ours"]));
+    let unread = ["content", "mode_and_content"];
+    let known = |lines: &[String]| {
+        let known = lines.iter().filter(|line| !unread.contains(&line[11..].trim()));
+        known.cloned().collect::<Vec<_>>()
+    };
+    assert_eq!((known(&dry), dry.len()), (known(&theirs), theirs.len()));
+    let ours = run(at, &["push", "-q", "-i", "-c", "--delete", "new", "ours"]);
+    assert_eq!(itemized(&ours), theirs);
+    // What rsync still sees is the directory itself, and times of links, which are not kept.
+    let mut left = itemized(&rsync(&["-n", "--exclude=.lockstep", "new/", "ours/"]));
+    left.retain(|line| !line.starts_with(".L..t") && !line.ends_with(" ./"));
+    assert_eq!(left, [] as [&str; 0]);
+    assert!(run(at, &["push", "-q", "-i", "new", "ours"]).stdout.is_empty());
+}
+
+#[test]
+fn with_json_every_line_is_an_object_and_nothing_else_is_said() {
+    let at = tempfile::tempdir().unwrap();
+    write(at.path(), "data/f", "content");
+    write(at.path(), "data/escape\u{1b}[31m", "x");
+    let output = run(at.path(), &["push", "--json", "-v", "-i", "data", "target"]);
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    assert!(output.stderr.is_empty(), "{}", said(&output));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let events: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let named = |name: &str| events.iter().filter(|event| event["event"] == name).count();
+    assert_eq!((named("change"), named("summary")), (2, 1));
+    assert!(named("phase") >= 4, "{text}");
+    let documented = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/format.md")).unwrap();
+    for event in &events {
+        let name = event["event"].as_str().unwrap();
+        assert!(documented.contains(&format!("`{name}`")), "docs/format.md does not speak of {name}");
+        for key in event.as_object().unwrap().keys() {
+            assert!(documented.contains(&format!("`{key}`")), "docs/format.md does not speak of {key}");
+        }
+    }
+    assert!(!text.contains('\u{1b}'));
+}
+
+#[test]
+fn without_a_terminal_nothing_steers_one() {
+    let at = tempfile::tempdir().unwrap();
+    write(at.path(), "data/escape\u{1b}[31m", "x");
+    std::os::unix::fs::symlink("/etc/\u{1b}]0;", at.path().join("data/link")).unwrap();
+    let output = run(at.path(), &["push", "-v", "-i", "data", "target"]);
+    ends(&output, 0, "skipped: link");
+    assert!(!said(&output).contains(['\u{1b}', '\r']), "{}", said(&output));
+    assert!(said(&run(at.path(), &["push", "-q", "data", "target2"])).is_empty());
+}

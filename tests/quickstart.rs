@@ -52,7 +52,7 @@ fn s29_the_tour_shows_and_proves_everything_and_leaves_nothing() {
         "-> 0755  train.sh",
         "-> 0750  train.py",
         "-> 0744  update.bin",
-        "dataset/part-042.jsonl\n   Only that file was sent",
+        "<fcst...... dataset/part-042.jsonl\n   Only that file was sent",
         "309 files: OK",
         ": differs: SHA-256",
         "exit 1",

@@ -29,6 +29,8 @@ pub(super) struct Route {
     pub(super) target: Box<dyn Target>,
     /// The names in the target that take part; `None` for all of it.
     pub(super) only: Option<Vec<Vec<u8>>>,
+    /// The target is on another machine.
+    pub(super) sending: bool,
     /// What a single file is called in the target.
     pub(super) called: Option<RelPath>,
 }
@@ -209,18 +211,19 @@ pub(super) fn route(
     let target = Place::parse(target)?;
     let places: Vec<Place> = sources.iter().map(|source| Place::parse(source)).collect::<Result<_, _>>()?;
     let shown = shown_list(sources);
+    let sending = matches!(target, Place::There(_));
     let [place] = places.as_slice() else {
         let all: Result<Vec<Named>, Failure> = places.iter().map(named).collect();
         let (source, only) = join(all?, shown, how, monitor)?;
-        return Ok(Route { source, target: target.target(how, monitor)?, only, called: None });
+        return Ok(Route { source, target: target.target(how, monitor)?, only, sending, called: None });
     };
     if let Some(source) = whole(place, how, scan, monitor)? {
-        return Ok(Route { source, target: target.target(how, monitor)?, only: None, called: None });
+        return Ok(Route { source, target: target.target(how, monitor)?, only: None, sending, called: None });
     }
     let (file, target) = place_of_file(named(place)?, &target, how)?;
     let called = Some(file.called.clone());
     let (source, only) = join(vec![file], shown, how, monitor)?;
-    Ok(Route { source, target: target.target(how, monitor)?, only, called })
+    Ok(Route { source, target: target.target(how, monitor)?, only, sending, called })
 }
 
 /// A directory as a source; `None` when the place is a file.

@@ -65,8 +65,10 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
 fn to_one(job: &Job, target: &str, how: &How, options: Options, stop: &Stop) -> Result<Exit, Failure> {
     let mut display = how.display(stop);
     let source = Place::Here(job.source.clone()).source(how, &display)?;
-    let target = Place::parse(OsStr::new(target))?.target(how, &display)?;
-    how.run(&Route { source, target, only: None, called: None }, options, true, &mut display, stop)
+    let place = Place::parse(OsStr::new(target))?;
+    let sending = matches!(place, Place::There(_));
+    let target = place.target(how, &display)?;
+    how.run(&Route { source, target, only: None, sending, called: None }, options, &mut display, stop)
 }
 
 /// What this version does not do for a job is refused, and so are options that the job decides itself.

@@ -55,7 +55,7 @@ impl Push {
                     Place::must_be_here(source, "push sends what lies on this machine (pull fetches)")?;
                 }
                 self.how.needs_no_config()?;
-                transfer(sources, target, &self.how, true)
+                transfer(sources, target, &self.how)
             }
         }
     }
@@ -67,17 +67,17 @@ impl Pull {
             [sources @ .., target] if !sources.is_empty() => {
                 Place::must_be_here(target, "pull fetches to this machine (push sends)")?;
                 self.how.needs_no_config()?;
-                transfer(sources, target, &self.how, false)
+                transfer(sources, target, &self.how)
             }
             _ => Err(Failure::usage("pull needs SRC and DEST")),
         }
     }
 }
 
-fn transfer(sources: &[OsString], target: &OsString, how: &How, sending: bool) -> Result<Exit, Failure> {
+fn transfer(sources: &[OsString], target: &OsString, how: &How) -> Result<Exit, Failure> {
     let stop = Stop::on_signals()?;
     let options = how.options()?;
     let mut display = how.display(&stop);
     let route = route(sources, target, how, &options.scan, &display)?;
-    how.run(&route, options, sending, &mut display, &stop)
+    how.run(&route, options, &mut display, &stop)
 }

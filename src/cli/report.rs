@@ -132,8 +132,9 @@ pub fn summary(
         let rate = report.verified_bytes as f64 / seconds.max(0.001);
         write!(
             out,
-            "  {} files, {} transferred and verified ({verification}), {}/s",
+            "  {} {}, {} transferred and verified ({verification}), {}/s",
             HumanCount(report.verified_files),
+            if report.verified_files == 1 { "file" } else { "files" },
             BinaryBytes(report.verified_bytes),
             BinaryBytes(rate as u64),
         )?;

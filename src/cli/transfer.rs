@@ -18,7 +18,7 @@ use crate::sync::{self, Options};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct How {
-    /// Show what would be done; change nothing
+    /// Show what would be done; change nothing, read no file's content
     #[arg(short = 'n', long)]
     pub(super) dry_run: bool,
     /// Say what is chosen and why
@@ -30,7 +30,7 @@ pub(super) struct How {
     /// One JSON object a line on standard output
     #[arg(long)]
     pub(super) json: bool,
-    /// A line for each path that changes, as rsync writes it
+    /// A line for each path that changes, as rsync --checksum writes it
     #[arg(short, long)]
     pub(super) itemize_changes: bool,
     /// Remove at the target what the source does not have
@@ -253,7 +253,6 @@ impl How {
         &self,
         route: &Route,
         mut options: Options,
-        sending: bool,
         display: &mut Display,
         stop: &Stop,
     ) -> Result<Exit, Failure> {
@@ -276,11 +275,11 @@ impl How {
         let verification = route.target.verification();
         let written = (|| {
             if self.json {
-                report::changes_json(&result, options.delete, sending, &mut out)?;
+                report::changes_json(&result, options.delete, route.sending, &mut out)?;
                 writeln!(out, "{}", report::summary_json(&result, &from, &to, &verification))?;
             } else {
                 if self.itemize_changes {
-                    report::itemize(&result, options.delete, sending, &mut out)?;
+                    report::itemize(&result, options.delete, route.sending, &mut out)?;
                 }
                 if !self.quiet {
                     report::summary(&result, &from, &to, &verification, &mut out)?;

@@ -3,7 +3,7 @@
 //! scan source, compare at the target, check that it is safe, stage, verify, publish. The engine is blocking; each of
 //! its worker threads owns a reader and a writer, and a block of content passes from one to the other untouched.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +13,7 @@ use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, ScanOptions
 use crate::manifest::{Digest, Tree};
 use crate::monitor::{Counters, Event, Monitor, Phase, Problem, Severity};
 use crate::plan::safety::{self, DeleteLimit};
-use crate::plan::{Need, Plan};
+use crate::plan::{Change, Need, Plan};
 
 mod pace;
 mod queue;
@@ -102,6 +102,8 @@ impl Shared<'_> {
 #[derive(Default)]
 struct Outcome {
     digests: Vec<(u32, Digest)>,
+    /// Files of which nothing was sent, because the target has the content.
+    same: HashSet<u32>,
     failed: HashMap<u32, String>,
     verified_files: u64,
     verified_bytes: u64,
@@ -168,15 +170,15 @@ fn run_begun(
     let tree = Arc::new(scan.tree);
     let mut problems = scan.problems;
     monitor.event(Event::Phase(Phase::Comparing));
-    let plan = target.diff(&tree, monitor)?;
+    let mut plan = target.diff(&tree, monitor)?;
     check(stop)?;
     if options.delete {
         safety::check_removals(&tree, &plan, options.max_delete)
             .map_err(|refusal| Error::Refused { by: "the safety checks".into(), reason: refusal.to_string() })?;
     }
-    let report = |committed, problems: Vec<Problem>, outcome: Outcome, held_back| SyncReport {
+    let report = |plan, committed, problems: Vec<Problem>, outcome: Outcome, held_back| SyncReport {
         tree: with_digests(&tree, &outcome.digests),
-        plan: plan.clone(),
+        plan,
         committed,
         problems,
         verified_files: outcome.verified_files,
@@ -187,7 +189,8 @@ fn run_begun(
         elapsed: started.elapsed(),
     };
     if options.begin.dry_run {
-        return Ok(report(None, problems, Outcome::default(), false));
+        compared(&mut plan, &Outcome::default());
+        return Ok(report(plan, None, problems, Outcome::default(), false));
     }
 
     let outcome = transfer(source, target, options, monitor, stop, &tree, &plan)?;
@@ -219,7 +222,24 @@ fn run_begun(
         problems.push(problem);
     }
     monitor.event(Event::Phase(Phase::Done));
-    Ok(report(Some(committed), problems, outcome, held_back))
+    compared(&mut plan, &outcome);
+    Ok(report(plan, Some(committed), problems, outcome, held_back))
+}
+
+/// What the comparisons that the target asked for have shown, for the report. A dry run reads nothing, and shows
+/// nothing of files that only reading would tell.
+fn compared(plan: &mut Plan, outcome: &Outcome) {
+    let sent: HashSet<u32> =
+        outcome.digests.iter().map(|&(index, _)| index).filter(|index| !outcome.same.contains(index)).collect();
+    plan.actions.retain_mut(|action| {
+        if !matches!(action.need, Need::Compare { .. }) {
+            return true;
+        }
+        if sent.contains(&action.index) {
+            (action.change, action.differences.content) = (Change::Modified, true);
+        }
+        action.differences.any() || outcome.failed.contains_key(&action.index)
+    });
 }
 
 fn with_digests(tree: &Arc<Tree>, digests: &[(u32, Digest)]) -> Arc<Tree> {

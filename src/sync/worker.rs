@@ -111,6 +111,7 @@ impl Worker<'_, '_> {
                 self.writer.finish(index, digest)
             }
             Produced::Same { index, digest } => {
+                lock(&self.shared.outcome).same.insert(index);
                 Counters::add(&counters.done_bytes, self.size_of(index));
                 self.pushed.remove(&index);
                 self.finished.insert(index, digest);

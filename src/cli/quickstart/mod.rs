@@ -128,14 +128,15 @@ impl Tour<'_> {
         };
         say(&format!(
             "lockstep, shown on this machine in '{}', with {what}.\n\
-             \n1. A key, and a server that lets only that key in\n\
+             \n1. A key, a server that lets only that key in, and the server's key, known from now on\n\
              \x20  $ lockstep keys generate key\n\
-             \x20  $ lockstep serve --listen 127.0.0.1:{} --user {USER} --root server \\\n\
+             \x20  $ lockstep serve --listen 127.0.0.1:{port} --user {USER} --root server \\\n\
              \x20      --authorized-keys key.pub --host-key host_key --policy-file policy.toml\n\
-             \x20  Public keys only, no shell, nothing but files below 'server'. Below, -P, --identity and\n\
-             \x20  --known-hosts, which name the port and the keys, are left out of what is shown.\n",
+             \x20  $ lockstep keys scan-host --add 127.0.0.1\n\
+             \x20  Public keys only, no shell, nothing but files below 'server'. The options that name this port\n\
+             \x20  and these keys (-P, --identity, --known-hosts) are left out of what is shown from here on.\n",
             shown(&self.place.at),
-            self.server.port
+            port = self.server.port
         ))
     }
 
@@ -145,7 +146,7 @@ impl Tour<'_> {
         let source = self.source.to_str().ok_or_else(|| {
             Failure::usage(format!("'{}' is not UTF-8; name a directory that is", shown(&self.source)))
         })?;
-        let login = ["-P", &self.server.port, "--identity", "key", "--known-hosts", "known_hosts"];
+        let login = ["-P", &self.server.port, "-F", "none", "--identity", "key", "--known-hosts", "known_hosts"];
         let ran = self.place.lockstep(&[&["push", "--json"], &login[..], &["--", source, &target]].concat(), false)?;
         let (mut changed, mut summary) = (Vec::new(), Value::Null);
         for event in ran.stdout.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {

@@ -11,7 +11,6 @@ use std::time::Duration;
 use crate::cli::stop::Stop;
 use crate::cli::{Failure, shown};
 use crate::error::Exit;
-use crate::server::host_key;
 
 /// The name that the client logs in with.
 pub(super) const USER: &str = "sync";
@@ -124,11 +123,18 @@ impl Place {
         }
     }
 
+    /// Runs a command of ours that has to end well.
+    fn must(&self, arguments: &[&str]) -> Result<(), Failure> {
+        let ran = self.lockstep(arguments, true)?;
+        match ran.code() {
+            Some(0) => Ok(()),
+            _ => Err(super::wrong(&format!("lockstep {}", arguments.join(" ")), &ran)),
+        }
+    }
+
     /// Makes the client's key, starts the server, and makes its key known.
     pub(super) fn serve(&self) -> Result<Server, Failure> {
-        let key = host_key::load_or_create(&self.path("key")).map_err(|error| Failure::plain(Exit::Io, &error))?;
-        let public = key.public_key().to_openssh().map_err(|error| Failure::plain(Exit::Io, &error))?;
-        self.write("key.pub", &format!("{public}\n"))?;
+        self.must(&["keys", "generate", "--comment", "quickstart", "key"])?;
         let mut command = self.command(&self.program);
         command.args([
             "serve",
@@ -150,10 +156,8 @@ impl Place {
             exit: Exit::Io,
             message: format!("the server did not start: {}", server.said()),
         })?;
-        let host_key = host_key::load_or_create(&self.path("host_key"));
-        let host_key = host_key.map_err(|error| Failure::plain(Exit::Io, &error))?;
-        let public = host_key.public_key().to_openssh().map_err(|error| Failure::plain(Exit::Io, &error))?;
-        self.write("known_hosts", &format!("[127.0.0.1]:{} {public}\n", server.port))?;
+        let known = ["-P", &server.port, "-F", "none", "--known-hosts", "known_hosts"];
+        self.must(&[&["keys", "scan-host", "--add", "127.0.0.1"], &known[..]].concat())?;
         Ok(server)
     }
 }
