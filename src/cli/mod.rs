@@ -75,7 +75,7 @@ enum Command {
     /// Make a key, have it accepted by another server, and see which keys that server has
     #[command(subcommand)]
     Keys(keys::Command),
-    /// Check the record of what was published
+    /// Show and check the record of what was published
     #[command(subcommand)]
     Audit(audit::Command),
     /// See on this machine what lockstep does: nothing to set up, nothing left behind
