@@ -4,10 +4,13 @@
 #![allow(clippy::unwrap_used)]
 
 mod architecture;
+mod certificates;
 mod cli;
 mod keys;
 mod model;
 mod pipeline;
+mod pipes;
+mod policy;
 mod push;
 mod quickstart;
 mod rogue;
@@ -19,3 +22,4 @@ mod serve_limits;
 mod serve_wire;
 mod ssh;
 mod stock;
+mod stock_faults;

@@ -4,11 +4,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use lockstep::codec::CompressOptions;
+use lockstep::endpoint::link::{Remote, Way};
 use lockstep::endpoint::local::{LocalSource, LocalTarget};
 use lockstep::endpoint::memory::{Memory, Node};
-use lockstep::endpoint::{BeginOptions, Error, Links, ScanOptions, Source, Target};
+use lockstep::endpoint::{BeginOptions, Error, Links, ScanOptions, Source, Target, agent, stock};
 use lockstep::manifest::{Content, Entry, Timestamp};
 use lockstep::monitor::Silent;
 use lockstep::path::RelPath;
@@ -16,6 +19,8 @@ use lockstep::plan::safety::DeleteLimit;
 use lockstep::policy::PolicySpec;
 use lockstep::sync::{Options, SyncReport, run};
 use proptest::prelude::*;
+
+use crate::pipes::Pipes;
 
 fn options(checksum: bool) -> Options {
     Options {
@@ -206,22 +211,100 @@ proptest! {
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() })]
-
-    /// What holds for trees in memory holds for directories: two pushes of unlike trees to one place.
-    #[test]
-    fn a_directory_becomes_like_any_tree_it_is_given(first in nodes(), second in nodes()) {
-        let at = tempfile::tempdir().unwrap();
-        for (number, nodes) in [first, second].iter().enumerate() {
-            let from = at.path().join(format!("source-{number}"));
-            fs::create_dir(&from).unwrap();
-            lay_out(&from, nodes);
-            let source = LocalSource::new(&from, None).unwrap();
-            let target = LocalTarget::new(&at.path().join("target"), PolicySpec::default());
-            let report = sync(&source, &target, false).unwrap();
-            prop_assert!(report.is_complete(), "{:?}", report.problems);
-            prop_assert_eq!(found(&at.path().join("target"), nodes), found(&from, nodes), "push {}", number);
+/// The kinds of target, for a directory of this machine.
+fn target(kind: usize, at: &Path) -> Box<dyn Target> {
+    let root = at.as_os_str().as_encoded_bytes();
+    let host: Arc<dyn Remote> = Arc::new(Pipes);
+    let open = |way: &Way| host.open(way, 0).unwrap();
+    let compress = CompressOptions { level: Some(1), enabled: true };
+    match kind {
+        0 => Box::new(LocalTarget::new(at, PolicySpec::default())),
+        1 => {
+            let way = Way::LockstepExec(String::new());
+            let lanes = agent::Lanes::connect(Arc::clone(&host), &way, open(&way), 1, root, compress);
+            Box::new(agent::AgentTarget::new(lanes.unwrap()))
         }
+        _ => {
+            let verify = if kind == 2 { stock::Verify::Auto } else { stock::Verify::ReadBack };
+            let lanes = stock::Lanes::connect(Arc::clone(&host), open(&Way::SftpSubsystem), 1, root, verify);
+            Box::new(stock::StockTarget::new(lanes.unwrap()))
+        }
+    }
+}
+
+/// The kinds of source, likewise.
+fn source(kind: usize, at: &Path) -> Box<dyn Source> {
+    let root = at.as_os_str().as_encoded_bytes();
+    let host: Arc<dyn Remote> = Arc::new(Pipes);
+    let open = |way: &Way| host.open(way, 0).unwrap();
+    let compress = CompressOptions { level: None, enabled: true };
+    match kind {
+        0 => Box::new(LocalSource::new(at, None).unwrap()),
+        1 => {
+            let way = Way::LockstepExec(String::new());
+            let lanes = agent::Lanes::connect(Arc::clone(&host), &way, open(&way), 1, root, compress);
+            Box::new(agent::AgentSource::new(lanes.unwrap()))
+        }
+        _ => {
+            let verify = if kind == 2 { stock::Verify::Auto } else { stock::Verify::ReadBack };
+            let lanes = stock::Lanes::connect(Arc::clone(&host), open(&Way::SftpSubsystem), 1, root, verify);
+            Box::new(stock::StockSource::new(lanes.unwrap()))
+        }
+    }
+}
+
+/// Two unlike trees pushed to one place, one after the other, and a third run that has nothing to do.
+fn conform(
+    make: impl Fn(&Path, &Path) -> (Box<dyn Source>, Box<dyn Target>),
+    trees: [Vec<Node>; 2],
+    whole_seconds: bool,
+) {
+    let at = tempfile::tempdir().unwrap();
+    let to = at.path().join("target");
+    for (number, nodes) in trees.iter().enumerate() {
+        let from = at.path().join(format!("source-{number}"));
+        fs::create_dir(&from).unwrap();
+        lay_out(&from, nodes);
+        for again in [false, true] {
+            let (source, target) = make(&from, &to);
+            let report = sync(&*source, &*target, false).unwrap();
+            assert!(report.is_complete(), "{:?}", report.problems);
+            assert!(!again || report.plan.actions.is_empty() && report.plan.removals.is_empty(), "{:?}", report.plan);
+        }
+        let mut expected = found(&from, nodes);
+        for node in expected.iter_mut().filter(|_| whole_seconds) {
+            node.entry.mtime.nanoseconds = 0;
+        }
+        assert_eq!(found(&to, nodes), expected, "push {number}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// What holds for trees in memory holds for directories, whatever stands between.
+    #[test]
+    fn a_directory_of_this_machine_becomes_like_any_tree(first in nodes(), second in nodes()) {
+        conform(|from, to| (source(0, from), target(0, to)), [first, second], false);
+    }
+
+    #[test]
+    fn an_agents_directory_becomes_like_any_tree(first in nodes(), second in nodes()) {
+        conform(|from, to| (source(0, from), target(1, to)), [first, second], false);
+    }
+
+    #[test]
+    fn a_stock_servers_directory_becomes_like_any_tree(first in nodes(), second in nodes(), reads_back in any::<bool>()) {
+        conform(|from, to| (source(0, from), target(2 + usize::from(reads_back), to)), [first, second], true);
+    }
+
+    #[test]
+    fn a_directory_becomes_like_any_tree_of_an_agent(first in nodes(), second in nodes()) {
+        conform(|from, to| (source(1, from), target(0, to)), [first, second], false);
+    }
+
+    #[test]
+    fn a_directory_becomes_like_any_tree_of_a_stock_server(first in nodes(), second in nodes(), reads in any::<bool>()) {
+        conform(|from, to| (source(2 + usize::from(reads), from), target(0, to)), [first, second], true);
     }
 }

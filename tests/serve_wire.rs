@@ -19,6 +19,7 @@ const USERAUTH_PK_OK: u8 = 60;
 const CHANNEL_OPEN: u8 = 90;
 const CHANNEL_OPEN_CONFIRMATION: u8 = 91;
 const CHANNEL_OPEN_FAILURE: u8 = 92;
+const CHANNEL_DATA: u8 = 94;
 const CHANNEL_REQUEST: u8 = 98;
 const CHANNEL_FAILURE: u8 = 100;
 
@@ -386,4 +387,20 @@ fn requests_that_no_stock_client_makes_are_refused_too() {
         assert_eq!(request(kind, more), CHANNEL_FAILURE, "{kind}");
     }
     until("the log", || served.log().contains("port forwarding") && served.log().contains("X11 forwarding"));
+}
+
+/// What nobody reads must not hold the connection's place for good.
+#[test]
+fn a_channel_without_a_session_does_not_take_all_it_is_given() {
+    let served = Served::start("", "connections = 1\nidle_timeout = '1s'");
+    let sync = Key::read(&served, "sync.key");
+    let mut wire = Wire::secured(&served);
+    assert_eq!(wire.log_in("sync", &sync, Some(&sync)), Some(USERAUTH_SUCCESS));
+    assert_eq!(wire.open_channel("session", &[]), Some(CHANNEL_OPEN_CONFIRMATION));
+    for channel in 0..3_u32 {
+        let data = [&[CHANNEL_DATA][..], &channel.to_be_bytes(), &string(b"x")].concat();
+        (0..6000).for_each(|_| wire.send(&data));
+    }
+    served.wait_for("nothing was done for too long");
+    until("the place", || served.sftp("sync", "sync", "ls\n").status.success());
 }

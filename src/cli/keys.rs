@@ -120,23 +120,17 @@ impl Enroll {
         let key = self.ssh.resolve(user.as_deref(), &host)?.options.identity_files.into_iter().next();
         let key = key.ok_or_else(|| Failure::usage("no key to enroll; make one with: lockstep keys generate"))?;
         let public = key_file::public_half(&key).map_err(Failure::usage)?;
-        let line = match &self.restrict {
-            None => public_line(&public),
-            Some(directory) => {
-                format!("{} {}", restriction(directory, &self.ssh.remote_command)?, public_line(&public))
-            }
-        };
-        let fingerprint = public.fingerprint(HashAlg::Sha256);
+        let name = format!("{}: {}", others.describe(), public.fingerprint(HashAlg::Sha256));
+
         let alone = SshOptions { identity_files: vec![key.clone()], identities_only: true, ..others.clone() };
-        let name = others.describe();
-        let remote = SshRemote::new(alone.clone()).map_err(failed)?;
-        match remote.log_in() {
+        let alone = SshRemote::new(alone).map_err(failed)?;
+        match alone.log_in() {
             Ok(()) if self.restrict.is_none() => {
-                eprintln!("{name} accepts {fingerprint} already");
+                eprintln!("{name} is accepted already");
                 return Ok(Exit::Done);
             }
             // A host that is not trusted, or not there, takes no key at all.
-            Err(error) if !remote.was_refused() => return Err(failed(error)),
+            Err(error) if !alone.was_refused() => return Err(failed(error)),
             _ => {}
         }
         others.identity_files.retain(|file| *file != key);
@@ -144,52 +138,59 @@ impl Enroll {
             // The key may be there without the restriction; then it can see to its own.
             others.identity_files.push(key.clone());
         }
+        self.add(&name, &key, &public, &others)?;
+        prove(&alone, &name)
+    }
+
+    /// Adds the line through a login that works.
+    fn add(&self, name: &str, key: &Path, public: &PublicKey, others: &SshOptions) -> Result<(), Failure> {
+        let line = match &self.restrict {
+            None => public_line(public),
+            Some(directory) => {
+                format!("{} {}", restriction(directory, &self.ssh.remote_command)?, public_line(public))
+            }
+        };
         let blob = public_line(&PublicKey::from(public.key_data().clone()));
-        let blob = blob.split(' ').nth(1).unwrap_or_default();
         let remote = SshRemote::new(others.clone()).map_err(failed)?;
-        let enrolled = remote.enroll(&line, blob).map_err(|error| match remote.was_refused() {
-            true => by_hand(&error, &key, &line, &others),
+        let enrolled = remote.enroll(&line, blob.split(' ').nth(1).unwrap_or_default());
+        let enrolled = enrolled.map_err(|error| match remote.was_refused() {
+            true => by_hand(&error, key, &line, others),
             false => failed(error),
         });
         match enrolled? {
-            Enrolled::Added(file) => eprintln!("{name}: added {fingerprint} to {file}"),
-            Enrolled::There(file) => eprintln!("{name}: {fingerprint} is in {file} already"),
+            Enrolled::Added(file) => eprintln!("{name} was added to {file}"),
+            Enrolled::There(file) => eprintln!("{name} is in {file} already"),
             Enrolled::Otherwise(file) => {
                 let message = format!(
-                    "{name}: {fingerprint} is in {file} already, with other options in front; remove that line there, \
-                     then try again"
+                    "{name} is in {file} already, with other options in front; remove that line there, then try again"
                 );
                 return Err(Failure::Plain { exit: Exit::Incomplete, message });
             }
             Enrolled::Confined => {
                 let message = format!(
-                    "{name}: the account sees only its own directory there, so that its keys are kept out of its reach; \
-                     whoever runs that server adds this line to its file of keys (for 'lockstep serve', the one that \
-                     --authorized-keys names):\n{line}"
+                    "{name} was not added: the account sees only its own directory there, so that its keys are kept out \
+                     of its reach; whoever runs that server adds this line to its file of keys (for 'lockstep serve', \
+                     the one that --authorized-keys names):\n{line}"
                 );
                 return Err(Failure::Plain { exit: Exit::Trust, message });
             }
         }
-        self.prove(&alone, &name)
+        Ok(())
     }
+}
 
-    /// Logs in with the new key.
-    fn prove(&self, alone: &SshOptions, name: &str) -> Result<Exit, Failure> {
-        match SshRemote::new(alone.clone()).and_then(|remote| remote.log_in()) {
-            Ok(()) => {
-                eprintln!("{name}: the key logs in");
-                Ok(Exit::Done)
-            }
-            Err(error) => {
-                let message = format!(
-                    "{}; the line is in its authorized_keys: does sshd look there (AuthorizedKeysFile), and may others \
-                     write the file, .ssh or the home directory (StrictModes)?",
-                    error.message
-                );
-                Err(Failure::Plain { exit: error.exit, message })
-            }
-        }
-    }
+/// Logs in with the new key.
+fn prove(alone: &SshRemote, name: &str) -> Result<Exit, Failure> {
+    alone.log_in().map_err(|error| {
+        let message = format!(
+            "{}; the line is in its authorized_keys: does sshd look there (AuthorizedKeysFile), and may others write \
+             the file, .ssh or the home directory (StrictModes)?",
+            error.message
+        );
+        Failure::Plain { exit: error.exit, message }
+    })?;
+    eprintln!("{name} logs in");
+    Ok(Exit::Done)
 }
 
 /// The options that let a key transfer files below a directory, and nothing else.
@@ -206,9 +207,11 @@ fn by_hand(error: &ConnectError, key: &Path, line: &str, options: &SshOptions) -
     let SshOptions { host, port, user, .. } = options;
     let public = if key.extension().is_some_and(|end| end == "pub") { key.to_owned() } else { key_file::beside(key) };
     let port = if *port == 22 { String::new() } else { format!("-p {port} ") };
+    let jumps = options.jumps();
+    let jump = if jumps.is_empty() { jumps } else { format!("-o ProxyJump={} ", quote(&jumps)) };
     let message = format!(
         "{}\nNo login to {user}@{host} works yet. Somebody who can write ~{user}/.ssh/authorized_keys there adds this \
-         line:\n{line}\nor, where a password still works:\n  ssh-copy-id -i {} {port}{}",
+         line:\n{line}\nor, where a password still works:\n  ssh-copy-id -i {} {jump}{port}{}",
         error.message,
         quote(&shown(&public).to_string()),
         quote(&format!("{user}@{host}")),

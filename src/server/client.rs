@@ -1,6 +1,6 @@
 //! One client: which keys are accepted, which channels and requests. Files may be moved; everything else is refused.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use russh::keys::ssh_key::public::KeyData;
@@ -25,8 +25,6 @@ pub(super) struct Client {
     live: Arc<Live>,
     permit: Arc<Permit>,
     start: Option<Arc<SessionStart>>,
-    /// Channels that are open and have no session yet.
-    channels: HashMap<ChannelId, Channel<Msg>>,
     /// One more than there are sessions.
     running: Arc<()>,
     /// Requests that were refused, to say it once.
@@ -51,8 +49,7 @@ impl FedSession for Held {
 
 impl Client {
     pub(super) fn new(server: Arc<Server>, live: Arc<Live>, permit: Arc<Permit>) -> Client {
-        let (channels, running, said) = (HashMap::new(), Arc::new(()), HashSet::new());
-        Client { server, live, permit, start: None, channels, running, said }
+        Client { server, live, permit, start: None, running: Arc::new(()), said: HashSet::new() }
     }
 
     fn refuse(&self, name: &str, what: &str, reason: &str) -> Auth {
@@ -119,7 +116,7 @@ impl Client {
     }
 
     async fn begin(&mut self, id: ChannelId, session: &mut Session) -> Result<(), russh::Error> {
-        let (Some(channel), Some(start)) = (self.channels.remove(&id), self.start.clone()) else {
+        let (Some(channel), Some(start)) = (self.live.take(id), self.start.clone()) else {
             return session.channel_failure(id);
         };
         if self.server.stopping() {
@@ -205,9 +202,9 @@ impl Handler for Client {
         reply: ChannelOpenHandle,
         _session: &mut Session,
     ) -> Result<(), Self::Error> {
-        let open = self.channels.len() + Arc::strong_count(&self.running) - 1;
+        let open = self.live.waiting() + Arc::strong_count(&self.running) - 1;
         if self.start.is_some() && open < self.server.settings().limits.channels.get() {
-            self.channels.insert(channel.id(), channel);
+            self.live.opened(channel);
             reply.accept().await;
         } else {
             self.not_allowed("a channel", "too many in one connection");
@@ -244,7 +241,7 @@ impl Handler for Client {
     }
 
     async fn channel_close(&mut self, channel: ChannelId, _session: &mut Session) -> Result<(), Self::Error> {
-        self.channels.remove(&channel);
+        drop(self.live.take(channel));
         Ok(())
     }
 

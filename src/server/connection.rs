@@ -35,7 +35,7 @@ pub(super) async fn serve(server: Arc<Server>, socket: TcpStream, peer: SocketAd
     };
     tokio::pin!(running);
     let (ended, why) = tokio::select! {
-        ended = &mut running => (true, ended.err().map(|error| error.to_string())),
+        ended = &mut running => (true, ended.err().filter(|error| !hung_up(error)).map(|error| error.to_string())),
         () = late(&live, settings.limits.login_grace) => (false, Some("no login in time".to_owned())),
         () = idle(&server, &live) => (false, Some("nothing was done for too long".to_owned())),
         reason = live.ended() => (false, Some(reason)),
@@ -55,6 +55,11 @@ pub(super) async fn serve(server: Arc<Server>, socket: TcpStream, peer: SocketAd
     drop((registered, permit));
     super::hearsay::forget(&live);
     report(&server, &live, refusal.borrow().clone().or(why));
+}
+
+/// The client closed the connection without a word, as most do.
+fn hung_up(error: &russh::Error) -> bool {
+    matches!(error, russh::Error::IO(error) if error.kind() == std::io::ErrorKind::UnexpectedEof)
 }
 
 async fn late(live: &Live, grace: Duration) {

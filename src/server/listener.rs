@@ -173,6 +173,7 @@ pub struct Listener {
     sockets: Vec<(TcpListener, SocketAddr)>,
     config: ServeConfig,
     settings: Arc<Settings>,
+    problems: Vec<String>,
     recorder: Recorder,
     key: PrivateKey,
     /// `SHA256:…` of the host key.
@@ -185,7 +186,8 @@ pub struct Listener {
 /// [`ServeError`].
 pub async fn bind(config: ServeConfig) -> Result<Listener, ServeError> {
     let key = host_key::load_or_create(&config.host_key)?;
-    let settings = Arc::new(prepare(&config, &key)?);
+    let (settings, problems) = prepare(&config, &key)?;
+    let settings = Arc::new(settings);
     let recorder = config.audit.as_deref().map_or_else(|| Ok(Recorder::default()), Recorder::open)?;
     let fingerprint = key.public_key().fingerprint(HashAlg::Sha256).to_string();
     let mut sockets = Vec::new();
@@ -195,19 +197,17 @@ pub async fn bind(config: ServeConfig) -> Result<Listener, ServeError> {
         let bound = socket.local_addr().map_err(listen)?;
         sockets.push((socket, bound));
     }
-    Ok(Listener { sockets, config, settings, recorder, key, fingerprint })
+    Ok(Listener { sockets, config, settings, problems, recorder, key, fingerprint })
 }
 
-/// Checks what can be checked before anybody comes, and says what will refuse people later.
-fn prepare(config: &ServeConfig, key: &PrivateKey) -> Result<Settings, ServeError> {
+/// Checks what can be checked before anybody comes; beside the settings comes what will refuse people later.
+fn prepare(config: &ServeConfig, key: &PrivateKey) -> Result<(Settings, Vec<String>), ServeError> {
     if let Some(user) = config.users.iter().find(|user| !user.root.is_dir()) {
         let reason = format!("root {} is not a directory; make it first", user.root.display());
         return Err(ServeError::User { user: user.name.clone(), reason });
     }
     let access = Access::new(&config.users, config.revoked_keys.clone());
-    for problem in access.look().map_err(ServeError::Revoked)? {
-        tracing::warn!("{problem}");
-    }
+    let problems = access.look().map_err(ServeError::Revoked)?;
     let mut methods = MethodSet::empty();
     methods.push(MethodKind::PublicKey);
     let limits = config.limits.clone();
@@ -244,7 +244,7 @@ fn prepare(config: &ServeConfig, key: &PrivateKey) -> Result<Settings, ServeErro
             .collect::<Result<_, _>>()?,
         window_size: 32 << 20,
         maximum_packet_size: 256 << 10,
-        channel_buffer_size: 4096,
+        channel_buffer_size: 1024,
         event_buffer_size: 256,
         // OpenSSH's clients ask for "none" first, which is no try.
         max_auth_attempts: limits.auth_tries.get() + 1,
@@ -255,7 +255,11 @@ fn prepare(config: &ServeConfig, key: &PrivateKey) -> Result<Settings, ServeErro
         preferred,
         ..Config::default()
     };
-    Ok(Settings { access, limits, protocol: Arc::new(protocol), offered })
+    Ok((Settings { access, limits, protocol: Arc::new(protocol), offered }, problems))
+}
+
+fn warn(problems: &[String]) {
+    problems.iter().for_each(|problem| tracing::warn!("{problem}"));
 }
 
 /// Binds and serves until `shutdown` holds true.
@@ -284,6 +288,7 @@ impl Listener {
 
     /// What is to run, and how it is reloaded meanwhile.
     pub fn start(self, factory: SessionFactory) -> (Running, Reloader) {
+        warn(&self.problems);
         let server = Arc::new(Server {
             limits: Limits::new(self.settings.limits.clone()),
             settings: RwLock::new(self.settings),
@@ -413,7 +418,8 @@ impl Reloader {
     /// # Errors
     /// [`ServeError`]; then everything stays as it was.
     pub async fn reload(&self, config: ServeConfig) -> Result<(), ServeError> {
-        let settings = prepare(&config, &self.key)?;
+        let (settings, problems) = prepare(&config, &self.key)?;
+        warn(&problems);
         let fixed = |config: &ServeConfig| (config.listen.clone(), config.host_key.clone(), config.audit.clone());
         if fixed(&config) != fixed(&self.config) {
             tracing::warn!("a change of listen, host_key or audit takes effect at the next start");

@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use russh::server::Msg;
+use russh::{Channel, ChannelId};
 use tokio::sync::watch;
 
 use super::access::{Proof, ServeUser};
@@ -32,6 +34,8 @@ pub(super) struct Live {
     pub(super) peer: SocketAddr,
     /// Set by the key that signed, and by nothing else.
     pub(super) login: OnceLock<Login>,
+    /// Channels that are open and have no session yet.
+    waiting: Mutex<HashMap<ChannelId, Channel<Msg>>>,
     sessions: Mutex<Vec<Weak<Shared>>>,
     /// When it began, logged in, or a session of it began or ended.
     last: Mutex<Instant>,
@@ -49,6 +53,7 @@ impl Live {
         Live {
             peer,
             login: OnceLock::new(),
+            waiting: Mutex::default(),
             sessions: Mutex::default(),
             last: Mutex::new(Instant::now()),
             refusals: Mutex::default(),
@@ -74,8 +79,24 @@ impl Live {
         }
     }
 
-    /// Stops the work of its sessions.
+    /// A channel was opened.
+    pub(super) fn opened(&self, channel: Channel<Msg>) {
+        locked(&self.waiting).insert(channel.id(), channel);
+    }
+
+    /// Takes a channel that waits for its session.
+    pub(super) fn take(&self, id: ChannelId) -> Option<Channel<Msg>> {
+        locked(&self.waiting).remove(&id)
+    }
+
+    /// How many channels wait for a session.
+    pub(super) fn waiting(&self) -> usize {
+        locked(&self.waiting).len()
+    }
+
+    /// Stops the work of its sessions. The library waits for whoever should read a channel: nobody is left to.
     pub(super) fn abandon(&self) {
+        locked(&self.waiting).clear();
         locked(&self.sessions).iter().filter_map(Weak::upgrade).for_each(|session| session.abandon());
     }
 

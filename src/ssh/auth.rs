@@ -67,9 +67,9 @@ impl<'a> Login<'a> {
     }
 
     fn refused(&self) -> String {
-        let SshOptions { host, port, user, .. } = self.options;
-        let port = if *port == 22 { String::new() } else { format!("-P {port} ") };
-        let enroll = format!("lockstep keys enroll {port}{}", super::quote(&format!("{user}@{host}")));
+        let SshOptions { host, user, .. } = self.options;
+        let account = super::quote(&format!("{user}@{host}"));
+        let enroll = format!("lockstep keys enroll {}{account}", self.options.arguments());
         if self.tried.is_empty() {
             return format!(
                 "no key to log in with; name one with --identity, or make one with: lockstep keys generate; then: {enroll}"

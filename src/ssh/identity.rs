@@ -26,7 +26,6 @@ pub(super) struct Identity {
     /// Unknown for a locked file in a format that hides it.
     pub(super) public: Option<PublicKey>,
     pub(super) content: Content,
-    pub(super) certificates: Vec<Certificate>,
 }
 
 /// What there is of a key.
@@ -43,78 +42,70 @@ pub(super) enum Content {
 #[derive(Default)]
 pub(super) struct Identities {
     pub(super) files: Vec<Identity>,
-    /// Certificates named apart from keys.
-    pub(super) certificates: Vec<Certificate>,
+    certificates: Vec<Certificate>,
     pub(super) notes: Vec<String>,
 }
 
 impl Identities {
-    /// Reads key files and certificate files.
+    /// Reads key files with the certificates beside them, and certificate files.
     ///
     /// # Errors
     /// A private key that others can read.
     pub(super) fn read(keys: &[PathBuf], certificates: &[PathBuf]) -> Result<Identities, String> {
         let mut found = Identities::default();
-        for path in certificates {
-            match read_text(path).and_then(|(text, _)| usable_certificate(&text)) {
-                Ok(certificate) => found.certificates.push(certificate),
-                Err(reason) => found.notes.push(format!("'{}': {reason}", shown(path))),
-            }
-        }
         for path in keys {
             match read_text(path) {
-                Ok((text, mode)) => match found.identity(path, text, mode)? {
-                    Ok(identity) => found.files.push(identity),
-                    Err(reason) => found.notes.push(format!("'{}': {reason}", shown(path))),
-                },
-                Err(reason) => found.notes.push(format!("'{}': {reason}", shown(path))),
+                Ok((text, mode)) => found.identity(path, text, mode)?,
+                Err(error) => found.note(path, &error),
             }
+            let beside = certificate_beside(path);
+            if beside.exists() {
+                found.certificate(&beside);
+            }
+        }
+        for path in certificates {
+            found.certificate(path);
         }
         Ok(found)
     }
 
-    /// The outer error ends the login, the inner one leaves the file out.
-    fn identity(&mut self, path: &Path, text: String, mode: u32) -> Result<Result<Identity, String>, String> {
+    fn note(&mut self, path: &Path, reason: &dyn std::fmt::Display) {
+        self.notes.push(format!("'{}': {reason}", shown(path)));
+    }
+
+    fn certificate(&mut self, path: &Path) {
+        match read_text(path).map_err(|error| error.to_string()).and_then(|(text, _)| usable_certificate(&text)) {
+            // One that is named twice is offered once.
+            Ok(certificate) if self.certificates.contains(&certificate) => {}
+            Ok(certificate) => self.certificates.push(certificate),
+            Err(reason) => self.note(path, &reason),
+        }
+    }
+
+    fn identity(&mut self, path: &Path, text: String, mode: u32) -> Result<(), String> {
         let (public, content) = if let Ok(public) = PublicKey::from_openssh(text.trim()) {
             (Some(public), Content::Public)
         } else {
-            refuse_exposed(path, mode)?;
             match russh::keys::decode_secret_key(&text, None) {
                 Ok(key) => (Some(key.public_key().clone()), Content::Open(Arc::new(key))),
                 Err(russh::keys::Error::KeyIsEncrypted) => (locked_public(path, &text), Content::Locked(text)),
                 Err(_) if text.contains("ENCRYPTED") => (locked_public(path, &text), Content::Locked(text)),
-                Err(error) => return Ok(Err(error.to_string())),
+                Err(error) => {
+                    self.note(path, &error);
+                    return Ok(());
+                }
             }
         };
-        let mut beside = path.with_extension("").into_os_string();
-        if path.extension().is_none_or(|extension| extension != "pub") {
-            beside = path.as_os_str().to_owned();
+        if !matches!(content, Content::Public) {
+            refuse_exposed(path, mode)?;
         }
-        beside.push("-cert.pub");
-        let mut certificates: Vec<Certificate> = match read_text(Path::new(&beside)) {
-            Ok((text, _)) => match usable_certificate(&text) {
-                Ok(certificate) => vec![certificate],
-                Err(reason) => {
-                    self.notes.push(format!("'{}': {reason}", shown(Path::new(&beside))));
-                    Vec::new()
-                }
-            },
-            Err(_) => Vec::new(),
-        };
-        if let Some(public) = &public {
-            certificates.retain(|certificate| certificate.public_key() == public.key_data());
-        }
-        Ok(Ok(Identity { path: path.to_owned(), public, content, certificates }))
+        self.files.push(Identity { path: path.to_owned(), public, content });
+        Ok(())
     }
 
-    /// The certificates for this key: those beside key files, and those that were named.
+    /// The certificates for this key.
     pub(super) fn certificates_of<'a>(&'a self, key: &'a KeyData) -> impl Iterator<Item = &'a Certificate> {
-        let beside = self.files.iter().flat_map(|identity| &identity.certificates);
-        let all: Vec<&Certificate> =
-            beside.chain(&self.certificates).filter(|found| found.public_key() == key).collect();
-        // One that stands in two places is offered once.
-        let unique: Vec<_> = all.iter().enumerate().filter(|(at, found)| !all[..*at].contains(found)).collect();
-        unique.into_iter().map(|(_, found)| *found).collect::<Vec<_>>().into_iter()
+        self.certificates.iter().filter(move |certificate| certificate.public_key() == key)
     }
 
     /// Whether a file names this key.
@@ -137,20 +128,25 @@ fn refuse_exposed(path: &Path, mode: u32) -> Result<(), String> {
 }
 
 /// A file's text and mode. Nothing else is waited for: a FIFO is refused.
-fn read_text(path: &Path) -> Result<(String, u32), String> {
-    let open = || -> io::Result<(String, u32)> {
-        let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
-        let file: File = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
-        // RACE: none; the descriptor that is checked is the one that is read.
-        let metadata = file.metadata()?;
-        if !metadata.is_file() {
-            return Err(io::Error::other("not a regular file"));
-        }
-        let mut text = String::new();
-        file.take(MAX_BYTES).read_to_string(&mut text)?;
-        Ok((text, metadata.mode()))
-    };
-    open().map_err(|error| error.to_string())
+fn read_text(path: &Path) -> io::Result<(String, u32)> {
+    let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    let file: File = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    // RACE: none; the descriptor that is checked is the one that is read.
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(io::Error::other("not a regular file"));
+    }
+    let mut text = String::new();
+    file.take(MAX_BYTES).read_to_string(&mut text)?;
+    Ok((text, metadata.mode()))
+}
+
+/// `key-cert.pub`, beside `key` and `key.pub`.
+fn certificate_beside(path: &Path) -> PathBuf {
+    let is_public = path.extension().is_some_and(|end| end == "pub");
+    let mut name = if is_public { path.with_extension("") } else { path.to_owned() }.into_os_string();
+    name.push("-cert.pub");
+    PathBuf::from(name)
 }
 
 /// The public half of a locked file: OpenSSH's format shows it, others have it beside them.

@@ -67,6 +67,10 @@ pub fn public_half(path: &Path) -> Result<PublicKey, String> {
         let mut text = String::new();
         match File::open(&file).and_then(|file| file.take(identity::MAX_BYTES).read_to_string(&mut text)) {
             Ok(_) => match PublicKey::from_openssh(text.trim()) {
+                Ok(key) if text.trim().contains(char::is_control) => {
+                    let kind = key.algorithm();
+                    reasons.push(format!("'{}': a {kind} key with control characters in its comment", shown(&file)));
+                }
                 Ok(key) => return Ok(key),
                 Err(_) => match PrivateKey::from_openssh(&text) {
                     Ok(key) => return Ok(key.public_key().clone()),

@@ -4,8 +4,8 @@
 //! and cannot be read, or a `@revoked` line that cannot be understood, refuses: what is not known must not pass for
 //! nothing known.
 
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -18,6 +18,9 @@ use russh::keys::{Algorithm, Certificate, PublicKey};
 use super::options::SshOptions;
 use super::pattern::wild;
 use super::{quote, sha1, shown};
+
+/// Shorter RSA keys are not believed, on file or not.
+const MIN_RSA_BITS: u32 = 2048;
 
 /// A key that a file holds for the host.
 #[derive(Debug)]
@@ -65,6 +68,8 @@ pub(super) struct KnownHost {
     scan: String,
     files: Vec<PathBuf>,
     trusted: Vec<Known>,
+    /// Keys of the host for whatever port: they may be its own, but need not be.
+    portless: Vec<Known>,
     revoked: Vec<Known>,
     authorities: Vec<Known>,
 }
@@ -78,13 +83,13 @@ pub(super) fn name(host: &str, port: u16) -> String {
 impl KnownHost {
     fn new(options: &SshOptions) -> KnownHost {
         let SshOptions { host, port, host_key_alias, known_hosts, .. } = options;
-        let port_option = if *port == 22 { String::new() } else { format!("-P {port} ") };
         KnownHost {
             name: host_key_alias.as_ref().map_or_else(|| name(host, *port), |alias| alias.to_ascii_lowercase()),
             host: host_key_alias.as_ref().unwrap_or(host).to_ascii_lowercase(),
-            scan: format!("{port_option}{}", quote(host)),
+            scan: format!("{}{}", options.arguments(), quote(host)),
             files: known_hosts.clone(),
             trusted: Vec::new(),
+            portless: Vec::new(),
             revoked: Vec::new(),
             authorities: Vec::new(),
         }
@@ -97,7 +102,7 @@ impl KnownHost {
     pub(super) fn read(options: &SshOptions) -> Result<KnownHost, String> {
         let mut known = KnownHost::new(options);
         for file in known.files.clone() {
-            match std::fs::read(&file) {
+            match contents(&file) {
                 Ok(bytes) => known.add(&file, &bytes)?,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(format!("cannot read the known hosts in '{}': {error}", shown(&file))),
@@ -133,12 +138,15 @@ impl KnownHost {
                     continue;
                 }
             };
-            if !matches(entry.host_patterns(), &self.name) {
+            let is_exact = matches(entry.host_patterns(), &self.name);
+            // As OpenSSH does: a line without a port is for other ports too, when none is for this one.
+            if !is_exact && !matches(entry.host_patterns(), &self.host) {
                 continue;
             }
             let known = Known { key: entry.public_key().clone(), file: file.to_owned(), line: number };
             match entry.marker() {
-                None => self.trusted.push(known),
+                None if is_exact => self.trusted.push(known),
+                None => self.portless.push(known),
                 Some(Marker::Revoked) => self.revoked.push(known),
                 Some(Marker::CertAuthority) => self.authorities.push(known),
             }
@@ -148,7 +156,8 @@ impl KnownHost {
 
     /// Names of the key types on file, so that the host is asked for a key that can be compared.
     pub(super) fn algorithms(&self) -> Vec<String> {
-        self.trusted.iter().map(|known| plain_type(&known.key)).collect()
+        let on_file = if self.trusted.is_empty() { &self.portless } else { &self.trusted };
+        on_file.iter().map(|known| plain_type(&known.key)).collect()
     }
 
     /// Whether a certificate of the host could be believed.
@@ -185,7 +194,11 @@ impl KnownHost {
         if let Some(reason) = self.revocation(offered.key_data(), "that the host offers") {
             return Verdict::Refused(reason);
         }
-        if self.trusted.iter().any(|known| known.key.key_data() == offered.key_data()) {
+        if let Some(reason) = too_short(offered.key_data()) {
+            return Verdict::Refused(format!("{}: refused: the host's {reason}", self.name));
+        }
+        let is_on_file = |known: &[Known]| known.iter().any(|known| known.key.key_data() == offered.key_data());
+        if is_on_file(&self.trusted) || (self.trusted.is_empty() && is_on_file(&self.portless)) {
             return Verdict::Trusted;
         }
         let alike = self.trusted.iter().find(|known| plain_type(&known.key) == kind);
@@ -278,6 +291,11 @@ impl KnownHost {
         if matches!(offered.signature().algorithm(), Algorithm::Rsa { hash: None } | Algorithm::Dsa) {
             return Some("it is signed with SHA-1".into());
         }
+        for (key, whose) in [(offered.public_key(), "its"), (offered.signature_key(), "its authority's")] {
+            if let Some(reason) = too_short(key) {
+                return Some(format!("{whose} {reason}"));
+            }
+        }
         if now < offered.valid_after() {
             return Some("it is not valid yet; is the clock right?".into());
         }
@@ -309,6 +327,26 @@ impl KnownHost {
         let file = self.first_file().ok_or_else(|| format!("{}: no file to add the host key to", self.name))?;
         append(file, &self.line(key)).map_err(|error| format!("cannot add the host key to '{}': {error}", shown(file)))
     }
+}
+
+fn too_short(key: &KeyData) -> Option<String> {
+    let KeyData::Rsa(rsa) = key else { return None };
+    let bits = rsa.key_size();
+    (bits < MIN_RSA_BITS).then(|| format!("RSA key has only {bits} bits; its owner has to make a new one"))
+}
+
+/// A file that others may write would let them decide who is trusted.
+fn contents(path: &Path) -> io::Result<Vec<u8>> {
+    let mut file = std::fs::File::open(path)?;
+    // RACE: none; the descriptor that is checked is the one that is read.
+    let metadata = file.metadata()?;
+    if metadata.is_file() && metadata.mode() & 0o022 != 0 {
+        let mode = metadata.mode() & 0o7777;
+        return Err(io::Error::other(format!("others may write it (mode {mode:04o}); run chmod go-w on it")));
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Appends a line, below one that lacks its end too; makes the file and its directory for the user alone.
@@ -378,7 +416,11 @@ mod tests {
             (format!("h1 {A}"), "h1", 22, "ok"),
             (format!("h1 {A}"), "H1", 22, "ok"),
             (format!("\t h1,h2\t{A} comment # more"), "h2", 22, "ok"),
-            (format!("h1 {A}"), "h1", 2222, "unknown"),
+            (format!("h1 {A}"), "h1", 2222, "ok"),
+            (format!("h1 {B}"), "h1", 2222, "unknown"),
+            (format!("h1 {A}\n[h1]:2222 {B}"), "h1", 2222, "CHANGED"),
+            (format!("h1 {B}\n[h1]:2222 {A}"), "h1", 2222, "ok"),
+            (format!("[h1]:2222 {A}\n@revoked h1 {A}"), "h1", 2222, "REVOKED"),
             (format!("[h1]:2222 {A}"), "h1", 2222, "ok"),
             (format!("[h1]:2222 {A}"), "h1", 22, "unknown"),
             (format!("*.x,!bad.x {A}"), "a.x", 22, "ok"),
@@ -427,9 +469,34 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_read_refuses() {
+    fn h57_short_rsa_keys_are_refused_even_when_they_are_on_file() {
+        let directory = tempfile::tempdir().unwrap();
+        for (bits, good) in [("1024", false), ("2048", true)] {
+            let file = directory.path().join(bits);
+            let mut command = std::process::Command::new("ssh-keygen");
+            let run = command.args(["-q", "-t", "rsa", "-N", "", "-b", bits, "-f"]).arg(&file).status().unwrap();
+            assert!(run.success());
+            let key = std::fs::read_to_string(directory.path().join(format!("{bits}.pub"))).unwrap();
+            let verdict = verdict(&format!("h1 {key}"), "h1", 22, key.trim());
+            assert_eq!(verdict.is_ok(), good, "{verdict:?}");
+            assert!(good || verdict.unwrap_err().contains("only 1024 bits"));
+        }
+    }
+
+    #[test]
+    fn h50_a_file_that_cannot_be_read_or_that_others_may_write_refuses() {
+        use std::os::unix::fs::PermissionsExt as _;
         let directory = tempfile::tempdir().unwrap();
         let read = |path: PathBuf| KnownHost::read(&options("h1", 22, path));
+        let file = directory.path().join("kh");
+        std::fs::write(&file, format!("h1 {A}\n")).unwrap();
+        for (mode, good) in [(0o644, true), (0o664, false), (0o602, false)] {
+            std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+            let known = read(file.clone());
+            assert_eq!(known.is_ok(), good, "{mode:o}");
+            assert!(good || known.unwrap_err().contains("chmod go-w"));
+        }
+        assert!(read("/dev/null".into()).is_ok());
         assert!(read(directory.path().join("none")).is_ok());
         assert!(read(directory.path().to_owned()).unwrap_err().contains("cannot read"));
     }

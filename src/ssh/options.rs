@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::quote;
 use crate::error::Escaped;
 
 /// Gives the passphrase of a key file, or `None` when there is nobody to ask.
@@ -109,6 +110,32 @@ impl SshOptions {
         let SshOptions { host, port, user, .. } = self;
         let (user, host) = (Escaped(user.as_bytes()), Escaped(host.as_bytes()));
         if self.host.contains(':') { format!("{user}@[{host}]:{port}") } else { format!("{user}@{host}:{port}") }
+    }
+
+    /// The hosts on the way, as `-J` takes them; empty for none.
+    pub fn jumps(&self) -> String {
+        let Some(jump) = &self.jump else { return String::new() };
+        let before = jump.jumps();
+        if before.is_empty() { jump.describe() } else { format!("{before},{}", jump.describe()) }
+    }
+
+    /// Arguments of a command of ours that takes the same way, each with a blank behind it.
+    pub(super) fn arguments(&self) -> String {
+        let jumps = self.jumps();
+        let mut arguments = Vec::new();
+        if !jumps.is_empty() {
+            arguments.push(format!("-J {} ", quote(&jumps)));
+        }
+        if let Some(command) = &self.proxy_command {
+            arguments.push(format!("-o {} ", quote(&format!("ProxyCommand={command}"))));
+        }
+        if let Some(alias) = &self.host_key_alias {
+            arguments.push(format!("-o {} ", quote(&format!("HostKeyAlias={alias}"))));
+        }
+        if self.port != 22 {
+            arguments.push(format!("-P {} ", self.port));
+        }
+        arguments.concat()
     }
 
     /// Whether this can be a host to connect to; the reason if not.

@@ -30,9 +30,11 @@ impl Drop for Sshd {
 }
 
 fn keygen(path: &Path, passphrase: &str) {
-    let kind = if path.ends_with("rsa") { "rsa" } else { "ed25519" };
+    let kind: &[&str] = if path.ends_with("rsa") { &["rsa", "-b", "2048"] } else { &["ed25519"] };
     let run = Command::new("ssh-keygen")
-        .args(["-q", "-t", kind, "-N", passphrase, "-f"])
+        .args(["-q", "-N", passphrase, "-t"])
+        .args(kind)
+        .arg("-f")
         .arg(path)
         .stdin(Stdio::null())
         .status()

@@ -3,7 +3,7 @@
 //! When everything is staged, proven and on stable storage, the steps and the new manifest are written down and stored; from
 //! then on the run can only go forward: each step is done again without harm by whoever comes next.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::{ErrorKind, Read, Write};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rustix::fs::RenameFlags;
 use sha2::{Digest as _, Sha256};
 
-use super::metadata::{Acls, apply_directory, apply_entry};
+use super::metadata::{Acls, Existing, apply_directory};
 use super::target::{MANIFEST, Run, STAGING, State, io, rel};
 use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::{CommitOptions, Committed, Error};
@@ -152,16 +152,24 @@ fn settle(run: &Run, staging: &Root, state: &mut State, options: &CommitOptions)
             _ => {}
         }
     }
+    let awaits_pointer: HashSet<RelPath> = source
+        .entries()
+        .iter()
+        .filter(|entry| !entry.is_directory() && run.is_last(&entry.path))
+        .filter_map(|entry| entry.path.parent())
+        .collect();
     for entry in directories.iter().rev() {
         let path = run.staged_directory(&entry.path)?;
-        // The top-most new directory gets its mode after the rename: without the right to write it cannot be moved.
+        // The top-most new directory gets its mode after the rename: without the right to write it cannot be moved. One
+        // that a pointer is yet to be put into gets it after that.
         if path.depth() > 2 && staging.stat(&path, Follow::Never).is_ok() {
             let private = Permissions { mode: 0o700, ..run.permissions(entry)? };
             let above_is_new = entry
                 .path
                 .parent()
                 .is_some_and(|parent| state.target.get(&parent).is_none_or(|there| !there.is_directory()));
-            let wanted = if above_is_new { run.permissions(entry)? } else { private };
+            let last = above_is_new && !awaits_pointer.contains(&entry.path);
+            let wanted = if last { run.permissions(entry)? } else { private };
             apply_directory(staging, &path, &wanted)?;
         }
     }
@@ -325,16 +333,28 @@ fn execute(
     tree: &Tree,
     acls: &Acls,
 ) -> Result<Vec<(String, String)>, Error> {
+    let existing = Existing::new(root, staging, tree, acls);
     let mut problems = Vec::new();
     let mut touched: BTreeSet<RelPath> = BTreeSet::new();
+    let mut opened: BTreeMap<RelPath, u32> = BTreeMap::new();
     for step in steps {
         let path = step.path();
         touched.extend(path.parent());
-        let result = match step {
+        let take = || match step {
             Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path),
-            Step::ApplyMetadata(_) => tree.get(path).map_or(Ok(()), |entry| apply_entry(root, entry, acls)),
+            Step::ApplyMetadata(_) => tree.get(path).map_or(Ok(()), |entry| existing.apply(entry)),
             Step::RemoveFile(_) => gone(root.unlink(path).map_err(io)),
             Step::RemoveDirectory(_) => gone(root.rmdir(path).map_err(io)),
+        };
+        let result = match (take(), path.parent()) {
+            (Err(error), Some(above)) if denied(&error) => match open_up(root, &above) {
+                Some(mode) => {
+                    opened.entry(above).or_insert(mode);
+                    take()
+                }
+                None => Err(error),
+            },
+            (result, _) => result,
         };
         match result {
             Ok(()) if matches!(step, Step::NewDirectory(_)) => {
@@ -344,15 +364,46 @@ fn execute(
             Err(error) => problems.push((path.to_string(), crate::error::chain(&error))),
         }
     }
+    for (path, mode) in opened.iter().rev() {
+        let closed = root.open_dir(Some(path), Follow::Never).map_err(io).and_then(|directory| {
+            let mode = rustix::fs::Mode::from_raw_mode(*mode);
+            rustix::fs::fchmod(&directory, mode).map_err(|errno| Error::Io {
+                operation: "give its mode back to",
+                path: root.shown().join(path.as_path()).display().to_string(),
+                source: errno.into(),
+            })
+        });
+        match closed {
+            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {}
+            Err(error) => problems.push((path.to_string(), crate::error::chain(&error))),
+            Ok(()) => {}
+        }
+    }
     // What happened in a directory moved its time; and new ones still have the mode they were staged with.
     for path in touched.iter().rev() {
         if let Some(entry) = tree.get(path).filter(|entry| entry.is_directory())
-            && let Err(error) = apply_entry(root, entry, acls)
+            && let Err(error) = existing.apply(entry)
         {
             problems.push((path.to_string(), crate::error::chain(&error)));
         }
     }
     Ok(problems)
+}
+
+fn denied(error: &Error) -> bool {
+    matches!(error, Error::Io { source, .. } if source.kind() == ErrorKind::PermissionDenied)
+}
+
+/// Lets us write in a directory that is ours and does not; gives the mode it had. `None` when that is not the cause.
+fn open_up(root: &Root, path: &RelPath) -> Option<u32> {
+    let directory = root.open_dir(Some(path), Follow::Never).ok()?;
+    let found = Metadata::of(&directory).ok()?;
+    let ours = found.uid == rustix::process::geteuid().as_raw();
+    if !ours || found.mode & 0o300 == 0o300 {
+        return None;
+    }
+    rustix::fs::fchmod(&directory, rustix::fs::Mode::from_raw_mode(found.mode | 0o700)).ok()?;
+    Some(found.mode)
 }
 
 fn gone(result: Result<(), Error>) -> Result<(), Error> {

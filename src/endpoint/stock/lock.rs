@@ -11,12 +11,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use super::at;
 use super::read::read_whole;
 use super::session::{self, Reply, Session, about, extended};
 use crate::endpoint::Error;
 use crate::error::Escaped;
+use crate::manifest::Digest;
 use crate::wire::sftp::{open, packet};
 
 const LOCK: &str = "lock.sftp";
@@ -96,6 +98,7 @@ impl Holder {
 pub(super) struct Lock {
     session: Arc<Session>,
     path: Vec<u8>,
+    digest: Digest,
     token: String,
     stop: Sender<()>,
 }
@@ -119,7 +122,7 @@ impl Lock {
     ) -> Result<Lock, Error> {
         let holder = Holder::new(actor);
         let path = at(state, LOCK);
-        let aside = at(state, &format!("{LOCK}.{}", holder.token));
+        let aside = at(state, format!("{LOCK}.{}", holder.token));
         let text = serde_json::to_vec(&holder).map_err(|error| Error::Usage(error.to_string()))?;
         let start = Instant::now();
         let handle = loop {
@@ -136,8 +139,19 @@ impl Lock {
             }
         };
         HELD.lock().unwrap_or_else(PoisonError::into_inner).insert(holder.token.clone());
+        let digest = Digest(Sha256::digest(&text).into());
         let stop = keep_alive(Arc::clone(session), handle, text);
-        Ok(Lock { session: Arc::clone(session), path, token: holder.token, stop })
+        Ok(Lock { session: Arc::clone(session), path, digest, token: holder.token, stop })
+    }
+
+    /// Where it lies.
+    pub(super) fn path(&self) -> &[u8] {
+        &self.path
+    }
+
+    /// SHA-256 of its text, which no other file has.
+    pub(super) fn digest(&self) -> Digest {
+        self.digest
     }
 
     /// Makes sure that nobody has taken the lock over, as could happen when this machine slept.

@@ -16,6 +16,7 @@ use crate::manifest::Timestamp;
 use crate::path::RelPath;
 use crate::wire::sftp::{Attributes, packet};
 
+mod audit;
 mod execute;
 mod list;
 mod lock;
@@ -39,6 +40,9 @@ use session::{Reply, Session};
 
 /// A stock server may take its time to bring a large file to the disk.
 const TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Connections that log in at once: sshd drops some of those beyond its MaxStartups, ten.
+const LOGINS: usize = 4;
 
 /// How it is proven what a stock server holds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -76,12 +80,16 @@ impl Lanes {
     ) -> Result<Lanes, Error> {
         let host = remote.describe();
         let options = ClientOptions { timeout: TIMEOUT, ..ClientOptions::default() };
-        let mut sessions = vec![Arc::new(Session::new(Client::connect(first, &host, options)?)?)];
-        for number in 1..count {
-            let Ok(link) = remote.open(&Way::SftpSubsystem, number) else { break };
-            let Ok(client) = Client::connect(link, &host, options) else { break };
-            let Ok(session) = Session::new(client) else { break };
-            sessions.push(Arc::new(session));
+        let session = |link| Ok::<_, Error>(Arc::new(Session::new(Client::connect(link, &host, options)?)?));
+        // What is no SFTP server is not connected to again and again.
+        let mut sessions = vec![session(first)?];
+        let more = |number| remote.open(&Way::SftpSubsystem, number).ok().and_then(|link| session(link).ok());
+        let numbers: Vec<usize> = (1..count).collect();
+        for numbers in numbers.chunks(LOGINS) {
+            std::thread::scope(|scope| {
+                let threads: Vec<_> = numbers.iter().map(|&number| scope.spawn(move || more(number))).collect();
+                sessions.extend(threads.into_iter().filter_map(|thread| thread.join().ok().flatten()));
+            });
         }
         let root = absolute(&sessions[0], root)?;
         Ok(Lanes { remote, sessions, turn: AtomicUsize::new(0), root, verify })
@@ -157,8 +165,8 @@ fn below(root: &[u8], path: &RelPath) -> Vec<u8> {
 }
 
 /// `root/name` for a name of our own.
-fn at(root: &[u8], name: &str) -> Vec<u8> {
-    [root, b"/", name.as_bytes()].concat()
+fn at(root: &[u8], name: impl AsRef<[u8]>) -> Vec<u8> {
+    [root, b"/", name.as_ref()].concat()
 }
 
 const KIND_MASK: u32 = 0o170_000;

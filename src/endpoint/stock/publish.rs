@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use sha2::{Digest as _, Sha256};
 
@@ -15,21 +14,21 @@ use super::list::list;
 use super::names::Names;
 use super::read::read_whole;
 use super::record::{Record, Recorded};
-use super::session::{self, Session, about, extended, with_attributes};
+use super::session::{self, Reply, Session, about, extended, with_attributes};
 use super::shell::Job;
 use super::stage::{replace, store};
 use super::target::{MANIFEST, Run, STATE, State};
 use super::writer::grant;
-use super::{at, below};
+use super::{DIRECTORY, at, audit, below, kind_of};
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
 use crate::filter::{Filter, FilterSpec};
-use crate::manifest::{Content, Digest, Entry, Manifest, Timestamp, Tree, format};
+use crate::manifest::{Content, Digest, Entry, Manifest, Tree, format};
 use crate::monitor::{Event, Monitor, Silent};
 use crate::path::RelPath;
 use crate::plan::outcome::{Outcome, entries_after};
 use crate::plan::publish::{Publication, Step, steps};
-use crate::plan::{Change, Need};
+use crate::plan::{Action, Change, Need};
 use crate::scan::{LinkRule, ScanRule};
 use crate::wire::sftp::{Attributes, packet};
 
@@ -91,6 +90,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         committed.manifest_digest = state.old_digest.to_string();
         return Ok(committed);
     }
+    check_parents(run, &steps)?;
     let manifest = new_manifest(run, state, options, &failed)?;
     let text = format::encode(&manifest);
     // DURABILITY: all content and permissions first; only then the record that makes them the truth.
@@ -104,12 +104,41 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     committed.problems.extend(execute(run, &record.steps, &manifest.tree, false)?);
     committed.published = state.plan.actions.iter().filter(|action| !failed.contains(&action.index)).count() as u64;
     committed.removed = record.steps.iter().filter(|recorded| recorded.is_removal()).count() as u64;
+    audit::append(run, state, &record.steps, &failed, &manifest)?;
     finish(run)?;
     if let Some(path) = &run.rename_to {
         appear(run, path)?;
     }
     monitor.event(Event::Detail(&format!("generation {} is published", committed.generation)));
     Ok(committed)
+}
+
+/// Makes sure that what the steps go through are directories still.
+///
+/// RACE: SFTP cannot hold a directory fast. Whoever may write in the target, and puts a link in the place of a directory
+/// between this and a step, leads the step to where the link points.
+fn check_parents(run: &Run, steps: &[Recorded]) -> Result<(), Error> {
+    let new: HashSet<&RelPath> = steps
+        .iter()
+        .filter(|recorded| matches!(recorded.step, Step::NewDirectory(_)))
+        .map(|recorded| recorded.step.path())
+        .collect();
+    let above: BTreeSet<RelPath> = steps
+        .iter()
+        .flat_map(|recorded| recorded.step.path().ancestors().take_while(|above| !new.contains(above)))
+        .collect();
+    let found = run.session.batch(above.iter().map(|path| about(packet::LSTAT, &below(&run.root, path))))?;
+    for (path, found) in above.iter().zip(found) {
+        if let Reply::Attributes(found) = found
+            && kind_of(&found) != Some(DIRECTORY)
+        {
+            return Err(Error::Refused {
+                by: run.session.client.host().to_owned(),
+                reason: format!("'{path}' was a directory and is none any more; nothing was published, run again"),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Makes the links, gives new directories their permissions, and says which entries are not to be published.
@@ -176,6 +205,9 @@ fn settle(
             problems.push((entry.path.to_string(), format!("make the link: {refusal}")));
         }
     }
+    // What was only asked about, and is as it was.
+    let kept = |action: &Action| state.kept.contains_key(&action.index) && !action.differences.any();
+    state.plan.actions.retain(|action| !kept(action) || failed.contains(&action.index));
     directories(run, state)?;
     Ok(failed)
 }
@@ -198,7 +230,7 @@ fn directories(run: &Run, state: &State) -> Result<(), Error> {
         if entry.path.parent().is_none_or(|parent| !new(&parent)) || holds_pointer.contains(&entry.path) {
             wanted.mode = 0o700;
         }
-        let path = run.staged_path(&entry.path);
+        let path = run.staged_directory(&entry.path);
         packets.push(grant(packet::SETSTAT, &path, &wanted));
         paths.push(path);
     }
@@ -251,11 +283,10 @@ fn new_manifest(run: &Run, state: &State, options: &CommitOptions, failed: &Hash
         Ok(entry)
     };
     let entries = entries_after(&outcome, &mut published)?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let created = Timestamp { seconds: now.as_secs() as i64, nanoseconds: now.subsec_nanos() };
     let tree =
         Tree::new(entries).map_err(|error| Error::Refused { by: "the manifest".into(), reason: error.to_string() })?;
-    Ok(Manifest { generation: state.old_manifest.generation + 1, created, tree })
+    // Files that are younger than this may change without their time showing it.
+    Ok(Manifest { generation: state.old_manifest.generation + 1, created: run.started, tree })
 }
 
 /// One `sync -f` by a command where there is one; without, each file was brought to the disk when it was written.
@@ -286,7 +317,7 @@ fn finish(run: &Run) -> Result<(), Error> {
 }
 
 /// Removes the staging area with everything in it.
-fn clear(run: &Run) -> Result<(), Error> {
+pub(super) fn clear(run: &Run) -> Result<(), Error> {
     let session = &run.session;
     let filter = Filter::compile(&FilterSpec::default()).map_err(|error| Error::Usage(error.to_string()))?;
     let rule = ScanRule { filter, links: LinkRule::All, ignore_files: false, report_special: false };
@@ -340,6 +371,7 @@ pub(super) fn recover(run: &Run) -> Result<bool, Error> {
     let due = new.ok().filter(|_| record.base == digest);
     if let Some(text) = &due {
         let manifest = format::decode(text).map_err(|_| damaged("the manifest"))?;
+        check_parents(run, &record.steps)?;
         execute(run, &record.steps, &manifest.tree, true)?;
         finish(run)?;
     } else {

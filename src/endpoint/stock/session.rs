@@ -34,6 +34,8 @@ pub(super) struct Offers {
     pub(super) lsetstat: bool,
     /// Names of users and groups by number.
     pub(super) names: bool,
+    /// How much room a file system has.
+    statvfs: bool,
 }
 
 /// One session.
@@ -165,6 +167,7 @@ impl Session {
             fsync: has("fsync@openssh.com"),
             lsetstat: has("lsetstat@openssh.com"),
             names: has("users-groups-by-id@openssh.com"),
+            statvfs: client.has("statvfs@openssh.com", "2"),
         };
         let limits = has("limits@openssh.com");
         let mut session = Session { client, offers, read_max: 0, write_max: 0, handles: 0 };
@@ -264,6 +267,26 @@ impl Session {
             Reply::Refused(refusal) => Ok(Err(refusal)),
             _ => Err(self.odd()),
         }
+    }
+
+    /// Bytes that can still be stored where `path` lies; `None` where the server does not say. 0 when no file can be made.
+    ///
+    /// # Errors
+    /// When the connection ends.
+    pub(super) fn room(&self, path: &[u8]) -> Result<Option<u64>, Error> {
+        if !self.offers.statvfs {
+            return Ok(None);
+        }
+        let Reply::Extended(body) = self.call(extended("statvfs@openssh.com", &[path]))? else { return Ok(None) };
+        let mut reader = Reader(&body);
+        let mut fields = [0; 8];
+        for field in &mut fields {
+            *field = reader.u64().map_err(|_| self.client.protocol("a short answer to statvfs@openssh.com"))?;
+        }
+        let [_, block, blocks, _, available, files, _, files_available] = fields;
+        // File systems without a table of files say 0 of 0.
+        let full = (blocks > 0 && available == 0) || (files > 0 && files_available == 0);
+        Ok(Some(if full { 0 } else { block.saturating_mul(available) }))
     }
 
     /// The answer is of a kind that its request does not have.

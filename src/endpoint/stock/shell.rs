@@ -15,7 +15,7 @@ use crate::manifest::Digest;
 
 /// The outer quotes keep whatever login shell there is from looking at the text: there is no quote, no backslash before
 /// one and no `!` in it. `head` gives each job exactly its input.
-const SCRIPT: &str = r#"sh -c 't=; for p in openssl sha256sum xargs getent sync; do command -v $p >/dev/null 2>&1 && t=$t,$p; done; printf "\nlockstep:%s\n" "$t,"; while read -r c n; do case $c in openssl) head -c "$n" | xargs -0 openssl dgst -sha256 -r;; sha256sum) head -c "$n" | xargs -0 sha256sum --;; users) head -c "$n" | xargs -0 getent passwd;; groups) head -c "$n" | xargs -0 getent group;; sync) head -c "$n" | xargs -0 sync -f || sync;; *) false;; esac 2>/dev/null; printf "\nlockstep:%s\n" "$?"; done'"#;
+const SCRIPT: &str = r#"sh -c 't=; for p in openssl sha256sum xargs getent sync setfacl; do command -v $p >/dev/null 2>&1 && t=$t,$p; done; printf "\nlockstep:%s\n" "$t,"; while read -r c n; do case $c in openssl) head -c "$n" | xargs -0 openssl dgst -sha256 -r;; sha256sum) head -c "$n" | xargs -0 sha256sum --;; users) head -c "$n" | xargs -0 getent passwd;; groups) head -c "$n" | xargs -0 getent group;; sync) head -c "$n" | xargs -0 sync -f || sync;; acl) head -c "$n" | xargs -0 setfacl -b -k --;; *) false;; esac 2>/dev/null; printf "\nlockstep:%s\n" "$?"; done'"#;
 const MARK: &[u8] = b"\nlockstep:";
 /// A login shell may take its time.
 const START: Duration = Duration::from_secs(20);
@@ -35,6 +35,8 @@ pub(super) enum Job {
     Groups,
     /// Brings the file systems of paths to stable storage.
     Sync,
+    /// Takes ACLs and default ACLs away from paths.
+    NoAcl,
 }
 
 /// A command that waits for jobs.
@@ -107,6 +109,7 @@ impl Shell {
             Job::Users => ("users", "getent"),
             Job::Groups => ("groups", "getent"),
             Job::Sync => ("sync", "sync"),
+            Job::NoAcl => ("acl", "setfacl"),
         };
         if !self.has(tool) {
             return Err(format!("it has no {tool}"));

@@ -53,7 +53,7 @@ impl Source for StockSource {
         let mut tree = Tree::new(listed.entries).map_err(wrong)?;
         if !options.hash_all {
             let (manifest, _) = read_manifest(session, &self.lanes.root, monitor)?;
-            tree = vouched(tree, &manifest.tree).map_err(wrong)?;
+            tree = vouched(tree, &manifest, false).map_err(wrong)?;
         }
         let mut problems = listed.problems;
         problems.sort_by(|a, b| a.path.cmp(&b.path));

@@ -33,7 +33,7 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan) -> Result<(), E
     let mut resumed: HashSet<Vec<u8>> = HashSet::new();
     for action in &mut plan.actions {
         let entry = &source.entries()[action.index as usize];
-        let staged = run.staged_name(&entry.path);
+        let staged = run.staged_name(&entry.path, entry.is_directory());
         if let Content::File { size, .. } = entry.content
             && action.need != Need::Nothing
         {
@@ -135,7 +135,7 @@ fn make_directories(run: &Run, wanted: &BTreeSet<Vec<u8>>) -> Result<(), Error> 
 
 /// Writes a file of our own beside its name, brings it to stable storage and gives it its name.
 pub(super) fn store(session: &Session, directory: &[u8], name: &str, bytes: &[u8]) -> Result<(), Error> {
-    let (path, new) = (at(directory, name), at(directory, &format!("{name}.new")));
+    let (path, new) = (at(directory, name), at(directory, format!("{name}.new")));
     session.order(about(packet::REMOVE, &new))?.ok();
     let handle = match session.call(session::open(&new, open::WRITE | open::CREATE | open::EXCLUSIVE))? {
         Reply::Handle(handle) => handle,

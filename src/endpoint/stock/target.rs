@@ -6,24 +6,24 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::list::list;
 use super::lock::Lock;
 use super::names::{Ids, Names};
 use super::prove::Prover;
 use super::session::{self, Session};
-use super::shell::Shell;
+use super::shell::{Job, Shell};
 use super::writer::StockWriter;
 use super::{DIRECTORY, Lanes, Verify, at, kind_of, publish, stage, whole_seconds};
 use crate::endpoint::local::POINTERS;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::error::Escaped;
 use crate::filter::{Filter, FilterSpec};
-use crate::manifest::{Content, Digest, Entry, Manifest, Timestamp, Tree};
+use crate::manifest::{Content, Digest, Entry, InvalidTree, Manifest, Timestamp, Tree};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
-use crate::plan::{Compare, Desired, Plan, diff};
+use crate::plan::{Action, Change, Compare, Desired, Differences, Need, Plan, diff};
 use crate::policy::Policy;
 use crate::scan::{LinkRule, ScanRule};
 use crate::wire::sftp::packet;
@@ -40,7 +40,12 @@ const PROVERS: usize = 4;
 pub struct StockTarget {
     lanes: Lanes,
     run: Mutex<Option<Arc<Run>>>,
+    /// How what arrives is proven in the run, or was in the last.
+    proof: Mutex<&'static str>,
 }
+
+const BY_COMMAND: &str = "SHA-256 of what lies there, hashed by a command there";
+const BY_READING: &str = "SHA-256 of what lies there, read back";
 
 /// Where a run works.
 struct Place {
@@ -57,6 +62,8 @@ pub(super) struct Run {
     /// Where things are staged.
     pub(super) staging: Vec<u8>,
     pub(super) options: BeginOptions,
+    /// Before anything was listed at either side.
+    pub(super) started: Timestamp,
     policy: Policy,
     pub(super) ids: Ids,
     pub(super) last: Filter,
@@ -80,6 +87,8 @@ pub(super) struct State {
     pub(super) staged: HashMap<u32, Digest>,
     /// Files whose content was found at the target.
     pub(super) kept: HashMap<u32, Digest>,
+    /// The disk is full: staging is given up.
+    pub(super) full: bool,
 }
 
 /// What a path gets.
@@ -98,7 +107,7 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl StockTarget {
     /// The directory that `lanes` lead to, which need not be there yet.
     pub fn new(lanes: Lanes) -> StockTarget {
-        StockTarget { lanes, run: Mutex::new(None) }
+        StockTarget { lanes, run: Mutex::new(None), proof: Mutex::new(BY_READING) }
     }
 
     fn run(&self) -> Result<Arc<Run>, Error> {
@@ -153,6 +162,8 @@ impl Target for StockTarget {
     }
 
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let started = Timestamp { seconds: now.as_secs() as i64, nanoseconds: now.subsec_nanos() };
         let usage = |error: &dyn std::error::Error| Error::Usage(crate::error::chain(error));
         let policy = Policy::compile(&options.policy).map_err(|error| usage(&error))?;
         if policy.grants_by_acl() {
@@ -170,15 +181,14 @@ impl Target for StockTarget {
         };
         let session = Arc::clone(&self.lanes.sessions[0]);
         let mut lock = None;
-        let mut shell = None;
         let mut provers = Vec::new();
-        if self.lanes.verify != Verify::ReadBack {
-            shell = self.start_shell(monitor)?;
-        }
         if !options.dry_run {
             make_private(&session, &at(&root, STATE))?;
             let wait = Duration::from_secs(options.wait_seconds);
             lock = Some(Lock::take(&session, &at(&root, STATE), self.describe(), &options.actor, wait)?);
+        }
+        let shell = self.start_shell(lock.as_ref(), monitor)?;
+        if !options.dry_run {
             let verify = if shell.is_some() { self.lanes.verify } else { Verify::ReadBack };
             for _ in 0..self.lanes.sessions.len().min(PROVERS) {
                 provers.push(Prover::start(Arc::clone(&self.lanes.remote), self.lanes.lane(), verify)?);
@@ -190,6 +200,7 @@ impl Target for StockTarget {
             root,
             rename_to,
             options: options.clone(),
+            started,
             policy,
             ids: Ids::default(),
             last,
@@ -235,14 +246,16 @@ impl Target for StockTarget {
 
     fn abort(&self) {
         if let Some(run) = locked(&self.run).take() {
+            if run.state().full {
+                // What is staged would only keep the disk full. It was the run's error already.
+                let _ = publish::clear(&run);
+            }
             *locked(&run.lock) = None;
         }
     }
 
     fn verification(&self) -> String {
-        let shell = locked(&self.run).as_ref().is_some_and(|run| locked(&run.shell).is_some());
-        let _ = shell;
-        "SHA-256 of what lies at the other end".into()
+        (*locked(&self.proof)).into()
     }
 
     fn wire_bytes(&self) -> u64 {
@@ -251,23 +264,33 @@ impl Target for StockTarget {
 }
 
 impl StockTarget {
-    fn start_shell(&self, monitor: &dyn Monitor) -> Result<Option<Shell>, Error> {
-        let told =
-            |text: &str| monitor.event(Event::Detail(&format!("{}: {text}", self.lanes.control().client.host())));
-        let started = Shell::start(&*self.lanes.remote).and_then(|shell| {
-            if shell.hashing().is_some() { Ok(shell) } else { Err("it has no openssl and no sha256sum".into()) }
+    /// A command that hashes, where the account has one and it sees the same files: it is tried on the lock, whose text is
+    /// known.
+    fn start_shell(&self, lock: Option<&Lock>, monitor: &dyn Monitor) -> Result<Option<Shell>, Error> {
+        if self.lanes.verify == Verify::ReadBack {
+            return Ok(None);
+        }
+        let host = self.lanes.control().client.host();
+        let tried = Shell::start(&*self.lanes.remote).and_then(|mut shell| match lock {
+            Some(lock) if shell.hash(&[lock.path()])? != [Some(lock.digest())] => {
+                Err("it does not see what the SFTP server sees, or has no openssl and no sha256sum".into())
+            }
+            _ => Ok(shell),
         });
-        match started {
+        match tried {
             Ok(shell) => {
-                told("what arrives is hashed there, by a command");
+                monitor.event(Event::Detail(&format!("{host}: what arrives is hashed there, by a command")));
+                *locked(&self.proof) = BY_COMMAND;
                 Ok(Some(shell))
             }
             Err(reason) if self.lanes.verify == Verify::Exec => Err(Error::Usage(format!(
-                "{} runs no command that hashes ({reason}); --verify read-back proves by reading back",
-                self.lanes.control().client.host()
+                "{host} runs no command that hashes ({reason}); --verify=read-back proves by reading back"
             ))),
             Err(reason) => {
-                told(&format!("it runs no command that hashes ({reason}); what arrives is read back"));
+                monitor.event(Event::Detail(&format!(
+                    "{host}: it runs no command that hashes ({reason}); what arrives is read back"
+                )));
+                *locked(&self.proof) = BY_READING;
                 Ok(None)
             }
         }
@@ -294,6 +317,15 @@ impl StockTarget {
             )));
             make_private(session, &run.staging)?;
         }
+        // A default ACL of the directory above would be inherited, and wake up when a file gets its mode. Without a
+        // command nobody can take it away: `docs/security.md` says so.
+        if let Some(shell) = run.shell().as_mut() {
+            let hidden = run.rename_to.as_ref().map(|_| run.root.as_slice());
+            let paths: Vec<&[u8]> = hidden.into_iter().chain([run.staging.as_slice()]).collect();
+            if let Err(reason) = shell.run(Job::NoAcl, &paths) {
+                monitor.event(Event::Detail(&format!("{}: default ACLs are left: {reason}", self.describe())));
+            }
+        }
         Ok(())
     }
 }
@@ -311,16 +343,21 @@ impl Run {
         !self.last.admits(path, false)
     }
 
-    /// Where the content of a path is staged, below the staging area. Pointers lie apart: they are published by
-    /// themselves.
-    pub(super) fn staged_name(&self, path: &RelPath) -> Vec<u8> {
-        let tree: &[u8] = if self.is_last(path) { b"last/" } else { b"tree/" };
+    /// Where a path is staged, below the staging area. Pointers lie apart: they are published by themselves. A directory
+    /// is never one, whatever its name.
+    pub(super) fn staged_name(&self, path: &RelPath, directory: bool) -> Vec<u8> {
+        let tree: &[u8] = if !directory && self.is_last(path) { b"last/" } else { b"tree/" };
         [tree, path.as_bytes()].concat()
     }
 
-    /// The same, as the server knows it.
+    /// The same of a file or link, as the server knows it.
     pub(super) fn staged_path(&self, path: &RelPath) -> Vec<u8> {
-        [&self.staging[..], b"/", &self.staged_name(path)].concat()
+        at(&self.staging, self.staged_name(path, false))
+    }
+
+    /// The same of a directory.
+    pub(super) fn staged_directory(&self, path: &RelPath) -> Vec<u8> {
+        at(&self.staging, self.staged_name(path, true))
     }
 
     /// The permissions that an entry gets.
@@ -361,10 +398,11 @@ impl Run {
         let mut entries = listed.entries;
         entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
         let target = Tree::new(entries).map_err(|error| target_problem(error.to_string()))?;
-        let target = vouched(target, &old_manifest.tree).map_err(|error| target_problem(error.to_string()))?;
+        let target = vouched(target, &old_manifest, true).map_err(|error| target_problem(error.to_string()))?;
         let wanted = self.desired(&source)?;
         let compare = Compare { checksum: self.options.checksum, whole_seconds: true, ..Compare::default() };
         let mut plan = diff(&source, &target, &|index, _| wanted[index].clone(), compare);
+        ask_for_recent(&source, &target, &old_manifest, &mut plan);
         if !self.options.dry_run {
             stage::prepare(self, &source, &mut plan)?;
         }
@@ -399,15 +437,44 @@ fn as_held(source: &Tree) -> Result<Tree, Error> {
     Tree::new(entries).map_err(|error| Error::Usage(error.to_string()))
 }
 
+/// Whether a file may have changed without its time showing it: it is as young as the manifest, and the time is known
+/// to the second. (What git calls racily clean.)
+fn is_recent(entry: &Entry, manifest: &Manifest) -> bool {
+    entry.mtime.seconds >= manifest.created.seconds
+}
+
+/// Has the source hash files whose time proves nothing yet.
+fn ask_for_recent(source: &Tree, target: &Tree, manifest: &Manifest, plan: &mut Plan) {
+    for (index, entry) in source.entries().iter().enumerate().filter(|(_, entry)| is_recent(entry, manifest)) {
+        let Some((size, None)) = entry.file() else { continue };
+        let Some((old_size, Some(digest))) = target.get(&entry.path).and_then(Entry::file) else { continue };
+        if size != old_size {
+            continue;
+        }
+        let need = Need::Compare { digest };
+        let index = index as u32;
+        match plan.actions.binary_search_by_key(&index, |action| action.index) {
+            Ok(at) if plan.actions[at].need == Need::Nothing => plan.actions[at].need = need,
+            Ok(_) => {}
+            Err(at) => {
+                let differences = Differences::default();
+                plan.actions.insert(at, Action { index, change: Change::MetadataOnly, differences, need });
+            }
+        }
+    }
+}
+
 /// What was listed, with what the manifest knows of it: digests of files that still have their size and time, and
-/// which names are of one file, which SFTP does not say.
-pub(super) fn vouched(listed: Tree, manifest: &Tree) -> Result<Tree, crate::manifest::InvalidTree> {
+/// which names are of one file, which SFTP does not say. `recent` says whether that holds for files of which time
+/// proves nothing yet.
+pub(super) fn vouched(listed: Tree, manifest: &Manifest, recent: bool) -> Result<Tree, InvalidTree> {
     let same = |now: &Entry, then: &Entry| match (&now.content, &then.content) {
         (Content::File { size, .. }, Content::File { size: listed, .. }) => {
-            size == listed && now.mtime.seconds == then.mtime.seconds
+            size == listed && now.mtime.seconds == then.mtime.seconds && (recent || !is_recent(now, manifest))
         }
         _ => false,
     };
+    let manifest = &manifest.tree;
     let mut entries = listed.entries().to_vec();
     for entry in &mut entries {
         let Some(then) = manifest.get(&entry.path) else { continue };

@@ -14,6 +14,7 @@ use super::session::{self, Refusal, Reply, Session, about, extended, with_attrib
 use super::target::{Permissions, Run};
 use crate::endpoint::client::Completion;
 use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
+use crate::error::Escaped;
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::wire::sftp::{Attributes, Status, open, packet};
 
@@ -24,6 +25,8 @@ const QUEUED: usize = 16 << 20;
 /// Digests are asked for when so many files wait for them, or so many bytes.
 const PROVE_FILES: usize = 512;
 const PROVE_BYTES: u64 = 64 << 20;
+/// A write that fails where less than this is free failed for want of room.
+const LITTLE_ROOM: u64 = 1 << 20;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Op {
@@ -172,7 +175,11 @@ impl StockWriter {
             (Op::Open, Reply::Refused(refusal)) => self.not_opened(number, &refusal)?,
             (Op::Clear, Reply::Done | Reply::Refused(_)) | (_, Reply::Done) => {}
             (Op::Write | Op::Close, Reply::Refused(refusal)) => {
+                let first = file.failure.is_none();
                 file.failure.get_or_insert(refused("write", &refusal));
+                if first && refusal.status == Status::Failure {
+                    self.check_room()?;
+                }
             }
             (Op::Grant, Reply::Refused(refusal)) => {
                 file.failure.get_or_insert(refused("set its owner, mode and time", &refusal));
@@ -180,6 +187,19 @@ impl StockWriter {
             _ => return Err(self.session.odd()),
         }
         self.step(number)
+    }
+
+    /// SFTP has no status for a full disk: it is looked for where a write failed. Then the run ends, and what it staged
+    /// is removed.
+    fn check_room(&self) -> Result<(), Error> {
+        let Some(room) = self.session.room(&self.run.staging)?.filter(|room| *room < LITTLE_ROOM) else {
+            return Ok(());
+        };
+        self.run.state().full = true;
+        let missing = format!("the file system is full: {room} bytes are left; make room there, then run again");
+        let source = std::io::Error::new(std::io::ErrorKind::StorageFull, missing);
+        let path = format!("{}:{}", self.session.client.host(), Escaped(&self.run.root));
+        Err(Error::Io { operation: "stage in", path, source })
     }
 
     /// Takes a file on when everything that was asked for it is answered.
@@ -216,12 +236,13 @@ impl StockWriter {
             self.send(number, Op::Clear, about(packet::REMOVE, &path))?;
             return self.send(number, Op::Open, session::open(&path, open::WRITE | open::CREATE | open::EXCLUSIVE));
         }
-        file.failure = Some(WriteFailure { retry: file.resumed, ..refused("make the staged file", refusal) });
+        let resumed = file.resumed;
+        file.failure = Some(WriteFailure { retry: resumed, ..refused("make the staged file", refusal) });
         self.queued -= file.queued.drain(..).map(|(_, block)| block.data().len()).sum::<usize>();
         if file.digest.is_some() {
             file.closing = true;
         }
-        Ok(())
+        if resumed { Ok(()) } else { self.check_room() }
     }
 
     /// Sends what waited for the handle.

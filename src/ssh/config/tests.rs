@@ -178,6 +178,9 @@ fn s26_hosts_are_jumped_through_in_order() {
                 HostName drei\nHost plain\n ProxyJump none\nHost *\n IdentityFile /k\n";
     let inner = resolved(text, "inner", &["User=me2"]).unwrap().options;
     assert_eq!(way(&inner), ["me@zero:22", "z@one:22", "two@[::2]:22", "me@drei:33", "me2@inner:22"]);
+    // What is suggested takes the same way.
+    let jumps = "me@zero:22,z@one:22,two@[::2]:22,me@drei:33";
+    assert_eq!(inner.arguments(), format!("-J '{jumps}' "));
     assert_eq!(inner.jump.unwrap().identity_files, [Path::new("/k")]);
     let plain = resolved(text, "plain", &[]).unwrap().options;
     assert_eq!(way(&plain), ["me@plain:22"]);
