@@ -139,8 +139,11 @@ pub fn summary(
             BinaryBytes(rate as u64),
         )?;
         if report.wire_bytes > 0 {
-            let ratio = report.wire_bytes as f64 / report.verified_bytes.max(1) as f64;
-            write!(out, "; {} on the wire ({ratio:.2})", BinaryBytes(report.wire_bytes))?;
+            write!(out, "; {} on the wire", BinaryBytes(report.wire_bytes))?;
+            // Of a few bytes the ratio only tells what a greeting costs.
+            if report.transferred_bytes >= 64 * 1024 {
+                write!(out, " ({:.2})", report.wire_bytes as f64 / report.transferred_bytes as f64)?;
+            }
         }
         writeln!(out)?;
     }
