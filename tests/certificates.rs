@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use crate::serve_kit::{self, Served, write};
 use crate::ssh::{Agent, Sshd, done, ends, keygen, public, user};
 
 /// An authority `ca`, a host certificate with these options of ssh-keygen, and one for `user` that is good.
@@ -135,4 +136,41 @@ fn user_certificates_that_cannot_be_good_are_told() {
         keygen(sshd.at.path(), &[&["-s", "ca", "-I", "i"], options, &["user.pub"]].concat());
         ends(&sshd.push(&["-P", &port, "--known-hosts", "known", "--identity", "user"]), 3, &[reason, "user-cert.pub"]);
     }
+}
+
+#[test]
+fn s27_both_ends_ours_and_neither_knows_the_others_key() {
+    let served = Served::with(
+        &["sync"],
+        |at| {
+            keygen(at, &["-t", "ed25519", "-N", "", "-f", "ca"]);
+            keygen(at, &["-t", "ed25519", "-N", "", "-f", "host"]);
+            keygen(at, &[&["-s", "ca", "-I", "the host"], GOOD_HOST, &["host.pub"]].concat());
+            keygen(at, &["-s", "ca", "-I", "the user", "-n", "sync", "sync.key.pub"]);
+            fs::write(at.join("sync.keys"), format!("cert-authority {}\n", public(&at.join("ca.pub")))).unwrap();
+            format!("host_certificate = '{}'", at.join("host-cert.pub").display())
+        },
+        "",
+        |at| serve_kit::user(at, "sync", ""),
+    );
+    let authority = public(&served.path("ca.pub"));
+    write(&served.path("known"), &format!("@cert-authority [127.0.0.*]:* {authority}\n"));
+    fs::create_dir(served.path("tree")).unwrap();
+    fs::write(served.path("tree/file"), "content").unwrap();
+    let push = |more: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_lockstep"))
+            .current_dir(served.at())
+            .args(["push", "tree", "sync@127.0.0.1:/copy", "-F", "none", "--identity", "sync.key"])
+            .args(["--known-hosts", "known", "-P", &served.port.to_string()])
+            .args(more)
+            .env("XDG_STATE_HOME", served.path("state"))
+            .env_remove("SSH_AUTH_SOCK")
+            .output()
+            .unwrap()
+    };
+    done(&push(&[]));
+    assert!(served.path("sync/copy/file").exists());
+    ends(&push(&["-o", "HostKeyAlias=elsewhere"]), 3, &["unknown host key"]);
+    fs::remove_file(served.path("sync.key-cert.pub")).unwrap();
+    ends(&push(&[]), 3, &["no key was accepted"]);
 }

@@ -6,6 +6,8 @@
 mod architecture;
 mod certificates;
 mod cli;
+mod faults;
+mod interop;
 mod keys;
 mod model;
 mod pipeline;
@@ -20,6 +22,8 @@ mod serve_access;
 mod serve_kit;
 mod serve_limits;
 mod serve_wire;
+mod sftp_side_by_side;
 mod ssh;
 mod stock;
 mod stock_faults;
+mod wire;

@@ -78,11 +78,6 @@ fn refuse(job: &Job, how: &How) -> Result<(), String> {
             "{option} is for the job to say: change it in the configuration, or push with SRC and DEST"
         ));
     }
-    if let Some(unit) = &job.unit {
-        return Err(format!(
-            "unit = '{unit}' is not supported by push yet; take it out, or push a unit with SRC and DEST"
-        ));
-    }
     if let Ready::Layout(layout) = job.ready {
         return Err(format!(
             "ready as {layout:?} writes it is not supported by push yet; name a marker file, or leave it out"
@@ -104,6 +99,7 @@ fn options(config: &Config, job: &Job, how: &How) -> Result<Options, Failure> {
         options.begin.policy = config.policy(name).map_err(|error| Failure::usage(chain(&error)))?;
     }
     options.begin.last.clone_from(&job.last);
+    options.begin.units = job.unit.iter().cloned().collect();
     options.delete = job.delete == Delete::Mirror;
     options.max_delete = job.max_delete;
     options.bandwidth = match how.bwlimit {

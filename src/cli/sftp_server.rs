@@ -10,7 +10,7 @@ use crate::error::Exit;
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
 use crate::root::Root;
-use crate::server::agent::{Agent, Factory};
+use crate::server::agent::{Agent, Extensions, Factory};
 use crate::server::session::SessionConfig;
 use crate::server::stdio;
 
@@ -41,9 +41,12 @@ impl SftpServer {
             policy: policy.clone(),
             actor: super::transfer::actor(),
         };
-        let agent = Agent::new(Arc::new(factory(root, confine, self.read_only, policy))).alone();
-        stdio::run(config, Some(Arc::new(agent)))
-            .map_err(|error| Failure::Plain { exit: Exit::Io, message: format!("the session ended: {error}") })?;
+        let agent = Arc::new(Agent::new(Arc::new(factory(root, confine, self.read_only, policy))).alone());
+        let ended = stdio::run(config, Some(Arc::clone(&agent) as Arc<dyn Extensions>));
+        if let Some(agent) = Arc::into_inner(agent) {
+            agent.finish();
+        }
+        ended.map_err(|error| Failure::Plain { exit: Exit::Io, message: format!("the session ended: {error}") })?;
         Ok(Exit::Done)
     }
 }

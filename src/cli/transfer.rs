@@ -70,6 +70,12 @@ pub(super) struct How {
     /// A named policy of the configuration: owner and permissions of what arrives
     #[arg(long, value_name = "NAME", conflicts_with = "policy_file")]
     pub(super) policy: Option<String>,
+    /// Publish directories that match whole or not at all, also where they are there already (checkpoint-*/)
+    #[arg(long, value_name = "GLOB")]
+    pub(super) unit: Vec<String>,
+    /// Start although the target seems to lack the room (sparse files, a file system that compresses)
+    #[arg(long)]
+    ignore_free_space: bool,
     /// Hash again what lies on the target's disk before it is published
     #[arg(long)]
     verify_disk: bool,
@@ -174,6 +180,7 @@ impl How {
             (!self.exclude.is_empty(), "--exclude"),
             (!self.include.is_empty(), "--include"),
             (self.files_from.is_some(), "--files-from"),
+            (!self.unit.is_empty(), "--unit"),
             (self.chmod.is_some(), "--chmod"),
             (self.chown.is_some(), "--chown"),
             (self.policy.is_some(), "--policy"),
@@ -197,6 +204,8 @@ impl How {
                 filter,
                 checksum: self.checksum,
                 last: Vec::new(),
+                units: self.unit.clone(),
+                ignore_free_space: self.ignore_free_space,
                 verify_disk: self.verify_disk,
                 wait_seconds: self.wait,
                 dry_run: self.dry_run,

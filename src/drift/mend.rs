@@ -60,7 +60,7 @@ pub struct Mending<'a> {
 pub struct Mended {
     /// What was found.
     pub drift: Drift,
-    /// Why nothing was changed; `None` when all is as its rule says now.
+    /// Why it is not as its rule says; `None` when it is now.
     pub refused: Option<String>,
 }
 
@@ -149,7 +149,8 @@ fn one(root: &Root, drift: &Drift, manifest: Option<&Manifest>, dry_run: bool) -
 
 /// Only what was published may run: the file has to have the SHA-256 of the manifest.
 fn verify(inode: &Inode, path: &RelPath, manifest: Option<&Manifest>) -> Result<(), String> {
-    let unverified = |why: &str| Err(format!("it may be executed only when its content is verified, and {why}"));
+    let unverified =
+        |why: &str| Err(format!("it may get execute or set-ID bits only when its content is verified, and {why}"));
     let Some(manifest) = manifest else {
         return unverified("this tree has no manifest; push it, so that there is one");
     };

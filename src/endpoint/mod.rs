@@ -234,6 +234,12 @@ pub struct BeginOptions {
     pub checksum: bool,
     /// Paths that are published last, as globs (markers, pointers).
     pub last: Vec<String>,
+    /// Directories that are published whole or not at all, also where they are there already, as globs.
+    #[serde(default)]
+    pub units: Vec<String>,
+    /// Start although there seems to be no room (sparse files, a file system that compresses).
+    #[serde(default)]
+    pub ignore_free_space: bool,
     /// Hash what lies on the disk before publishing, not only the stream.
     pub verify_disk: bool,
     /// How long to wait for another run on the same root, in seconds.
@@ -253,6 +259,9 @@ pub struct CommitOptions {
     pub delete: bool,
     /// Indices of entries that failed at the source and are not to be published.
     pub failed: Vec<u32>,
+    /// Paths that could not even be listed at the source: what they belong to is not whole.
+    #[serde(default)]
+    pub unreadable: Vec<Vec<u8>>,
 }
 
 /// What was published.

@@ -49,6 +49,26 @@ pub fn diff(source: &Tree, target: &Tree, desired: &dyn Fn(usize, &Entry) -> Des
     plan
 }
 
+/// Has the content of files compared that a plan would leave for their size and time alone: `doubtful` are indices of
+/// `target`'s files whose digest is known, but was never compared with that of a source.
+pub fn require_proof(plan: &mut Plan, source: &Tree, target: &Tree, doubtful: &[usize]) {
+    for entry in doubtful.iter().map(|&at| &target.entries()[at]) {
+        let (Some((size, Some(digest))), Some(index)) = (entry.file(), source.position(&entry.path)) else { continue };
+        if source.entries()[index].file() != Some((size, None)) {
+            continue;
+        }
+        let need = Need::Compare { digest };
+        match plan.actions.binary_search_by_key(&(index as u32), |action| action.index) {
+            Ok(at) if plan.actions[at].need == Need::Nothing => plan.actions[at].need = need,
+            Ok(_) => {}
+            Err(at) => {
+                let (change, differences) = (Change::MetadataOnly, Differences::default());
+                plan.actions.insert(at, Action { index: index as u32, change, differences, need });
+            }
+        }
+    }
+}
+
 fn added(index: usize, entry: &Entry) -> Action {
     let file = entry.file().is_some();
     Action {
@@ -189,6 +209,24 @@ mod tests {
             let plan = plan(vec![file("f", size, digest, time)], vec![file("f", old_size, old, old_time)], compare);
             assert_eq!(plan.actions.first().map(|action| action.need), expected, "{name}");
         }
+    }
+
+    #[test]
+    fn what_was_never_compared_is_not_believed_for_its_size_and_time() {
+        let source = Tree::new(vec![
+            file("a", 9, None, 1),
+            file("b", 9, None, 2),
+            file("c", 9, Some(1), 1),
+            file("d", 8, None, 1),
+        ]);
+        let target = ["a", "b", "c", "d"].map(|name| file(name, 9, Some(1), 1)).to_vec();
+        let (source, target) = (source.unwrap(), Tree::new(target).unwrap());
+        let mut plan = diff(&source, &target, &as_sent, Compare::default());
+        let needs = |plan: &Plan| -> Vec<_> { plan.actions.iter().map(|action| (action.index, action.need)).collect() };
+        let (ask, whole) = (Need::Compare { digest: Digest([1; 32]) }, Need::Content { resume_at: 0 });
+        assert_eq!(needs(&plan), [(1, ask), (3, whole)]);
+        require_proof(&mut plan, &source, &target, &[0, 1, 2, 3]);
+        assert_eq!(needs(&plan), [(0, ask), (1, ask), (3, whole)]);
     }
 
     #[test]

@@ -11,7 +11,7 @@ pub mod outcome;
 pub mod publish;
 pub mod safety;
 
-pub use diff::{Desired, diff};
+pub use diff::{Desired, diff, require_proof};
 
 /// How a path differs between source and target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

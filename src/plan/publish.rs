@@ -1,7 +1,7 @@
 //! The steps that make what is staged visible, in an order in which a reader never sees a pointer to something that is
 //! not there.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use super::{Action, Change, Plan};
 use crate::manifest::{Content, Entry, Tree};
@@ -14,6 +14,8 @@ pub enum Step {
     Replace(RelPath),
     /// Rename the staged directory, with everything in it, to a name that is free.
     NewDirectory(RelPath),
+    /// Exchange a directory for the staged one, which holds all that is to be in it.
+    Exchange(RelPath),
     /// Change owner, mode and times of what is there and keeps its content.
     ApplyMetadata(RelPath),
     /// Remove what is not a directory.
@@ -28,6 +30,7 @@ impl Step {
         match self {
             Step::Replace(path)
             | Step::NewDirectory(path)
+            | Step::Exchange(path)
             | Step::ApplyMetadata(path)
             | Step::RemoveFile(path)
             | Step::RemoveDirectory(path) => path,
@@ -49,6 +52,23 @@ pub struct Publication<'a> {
     pub failed: &'a dyn Fn(u32) -> bool,
     /// Whether a path is a marker or pointer: published last, removed first.
     pub last: &'a dyn Fn(&RelPath) -> bool,
+    /// The directory that is published whole and that a path lies in, or is when it is a directory.
+    pub unit: &'a dyn Fn(&RelPath, bool) -> Option<RelPath>,
+}
+
+/// The units that are there already and get other content: each is exchanged for a new directory in one step.
+pub fn exchanged(publication: &Publication<'_>) -> BTreeSet<RelPath> {
+    let Publication { source, target, plan, delete, failed, unit, .. } = publication;
+    let is_directory = |tree: &Tree, path: &RelPath| tree.get(path).is_some_and(Entry::is_directory);
+    let changed = plan
+        .actions
+        .iter()
+        .filter(|action| action.change != Change::MetadataOnly && !failed(action.index))
+        .map(|action| &source.entries()[action.index as usize])
+        .map(|entry| (&entry.path, entry.is_directory()));
+    let removed = plan.removals.iter().filter(|_| *delete).map(|removal| (&removal.path, removal.directory));
+    let units = changed.chain(removed).filter_map(|(path, directory)| unit(path, directory));
+    units.filter(|unit| is_directory(source, unit) && is_directory(target, unit)).collect()
 }
 
 /// Puts the steps in order: pointers that go, what stands in the way, new content, removals from the leaves up, metadata of
@@ -57,7 +77,11 @@ pub struct Publication<'a> {
 /// A directory that is new is published by one step with everything below it, unless it holds a pointer: then the
 /// pointer alone follows at the end.
 pub fn steps(publication: &Publication<'_>) -> Vec<Step> {
-    let Publication { source, target, plan, delete, failed, last } = publication;
+    let Publication { source, target, plan, delete, failed, last, .. } = publication;
+    let exchanged = exchanged(publication);
+    let whole = |path: &RelPath| {
+        !exchanged.is_empty() && (exchanged.contains(path) || path.ancestors().any(|above| exchanged.contains(&above)))
+    };
     let entry_of = |action: &Action| -> &Entry { &source.entries()[action.index as usize] };
     let actions: Vec<&Action> = plan.actions.iter().filter(|action| !failed(action.index)).collect();
 
@@ -68,8 +92,12 @@ pub fn steps(publication: &Publication<'_>) -> Vec<Step> {
     let mut covered: Option<&RelPath> = None;
     let mut in_the_way: HashSet<&RelPath> = HashSet::new();
 
+    content.extend(exchanged.iter().map(|unit| Step::Exchange(unit.clone())));
     for action in &actions {
         let entry = entry_of(action);
+        if whole(&entry.path) {
+            continue;
+        }
         let old = target.get(&entry.path);
         let kind_changes = old.is_some_and(|old| old.is_directory() != entry.is_directory());
         if kind_changes && entry.is_directory() {
@@ -79,6 +107,10 @@ pub fn steps(publication: &Publication<'_>) -> Vec<Step> {
             in_the_way.insert(&entry.path);
         }
         if action.change == Change::MetadataOnly {
+            // Compared and found to be the same in everything.
+            if !action.differences.any() {
+                continue;
+            }
             let step = Step::ApplyMetadata(entry.path.clone());
             if entry.is_directory() {
                 directories.push(step)
@@ -110,7 +142,7 @@ pub fn steps(publication: &Publication<'_>) -> Vec<Step> {
     let mut removals = Vec::new();
     for removal in plan.removals.iter().rev() {
         let forced = removal.path.ancestors().any(|above| in_the_way.contains(&above));
-        if !forced && !delete {
+        if !forced && !delete || whole(&removal.path) {
             continue;
         }
         let step = match removal.directory {
@@ -166,10 +198,15 @@ mod tests {
             delete,
             failed: &|index| failed.contains(&source.entries()[index as usize].path.to_string().as_str()),
             last: &|path| path.name() == b"latest",
+            unit: &|path, directory| {
+                let own = directory.then(|| path.clone());
+                path.ancestors().chain(own).find(|above| above.name().starts_with(b"unit"))
+            },
         };
         let name = |step: &Step| match step {
             Step::Replace(path) => format!("replace {path}"),
             Step::NewDirectory(path) => format!("new {path}"),
+            Step::Exchange(path) => format!("exchange {path}"),
             Step::ApplyMetadata(path) => format!("apply {path}"),
             Step::RemoveFile(path) => format!("rm {path}"),
             Step::RemoveDirectory(path) => format!("rmdir {path}"),
@@ -191,6 +228,17 @@ mod tests {
         let target = ["old/", "old/a/", "old/a/f", "latest"];
         assert_eq!(published(&[], &target, true, &[]), ["rm latest", "rm old/a/f", "rmdir old/a", "rmdir old"]);
         assert_eq!(published(&[], &target, false, &[]), [""; 0]);
+    }
+
+    #[test]
+    fn a_unit_that_is_there_is_exchanged_in_one_step() {
+        let (source, target) = (["unit1/", "unit1/a", "unit2/", "unit2/f", "z"], ["unit1/", "unit1/b", "z"]);
+        let steps = published(&source, &target, true, &[]);
+        assert_eq!(steps, ["exchange unit1", "new unit2", "replace z"]);
+        // What only goes is a change too, but only where it is asked for.
+        let (source, target) = (["unit1/"], ["unit1/", "unit1/b"]);
+        assert_eq!(published(&source, &target, true, &[]), ["exchange unit1"]);
+        assert_eq!(published(&source, &target, false, &[]), ["apply unit1"]);
     }
 
     #[test]

@@ -47,7 +47,7 @@ impl DigestTable {
     }
 
     /// Adds a digest, with what stat said of the file after it was read. The caller sees to it that the file is settled:
-    /// [`settled_after`].
+    /// [`is_settled`], [`is_dated`].
     pub fn insert(&mut self, metadata: &Metadata, digest: Digest) {
         let record = Record { size: metadata.size, mtime: metadata.mtime, ctime: metadata.ctime, digest };
         self.0.insert((metadata.device, metadata.inode), record);
@@ -131,13 +131,12 @@ impl DigestCache {
         self.table.is_empty()
     }
 
-    /// Adds the digests of files, with what stat said of them after they were read, and drops those of `gone` inodes.
+    /// Adds the digests of files that were read after `looked`, when stat said this of them.
     ///
     /// # Errors
     /// [`CacheError`] when the database cannot be written, or another process has it open.
-    pub fn store(&mut self, known: &[(Metadata, Digest)]) -> Result<(), CacheError> {
-        let now = SystemTime::now();
-        let trusted: Vec<_> = known.iter().filter(|(metadata, _)| is_settled(metadata, now)).collect();
+    pub fn store(&mut self, known: &[(Metadata, Digest)], looked: SystemTime) -> Result<(), CacheError> {
+        let trusted: Vec<_> = known.iter().filter(|(metadata, _)| is_settled(metadata, looked)).collect();
         if trusted.is_empty() {
             return Ok(());
         }
@@ -164,16 +163,24 @@ impl DigestCache {
     }
 }
 
-/// Whether the file's last change lies far enough back that a further one would show.
-pub fn is_settled(metadata: &Metadata, now: SystemTime) -> bool {
-    settled_after(metadata).is_none_or(|settled| now > settled)
+/// Whether a file that was looked at then had not changed for so long that a further change would have another time.
+pub fn is_settled(metadata: &Metadata, looked: SystemTime) -> bool {
+    system_time(metadata.ctime).is_none_or(|changed| looked.duration_since(changed).is_ok_and(|age| age > GRANULARITY))
 }
 
-/// The moment from which on a further change would show; `None` for times before 1970.
-pub fn settled_after(metadata: &Metadata) -> Option<SystemTime> {
-    let last = metadata.mtime.max(metadata.ctime);
-    let seconds = u64::try_from(last.seconds).ok()?;
-    UNIX_EPOCH.checked_add(Duration::new(seconds, last.nanoseconds))?.checked_add(GRANULARITY)
+/// Whether a file has a time of modification that no write near its time of change can have given it: then a write shows
+/// although the inode changed only now.
+pub fn is_dated(metadata: &Metadata) -> bool {
+    let (Some(modified), Some(changed)) = (system_time(metadata.mtime), system_time(metadata.ctime)) else {
+        return true;
+    };
+    let apart = changed.duration_since(modified).or_else(|_| modified.duration_since(changed));
+    apart.is_ok_and(|apart| apart > GRANULARITY)
+}
+
+/// `None` for times before 1970.
+fn system_time(time: Timestamp) -> Option<SystemTime> {
+    UNIX_EPOCH.checked_add(Duration::new(u64::try_from(time.seconds).ok()?, time.nanoseconds))
 }
 
 /// Opens the database; a damaged one is replaced, since it holds nothing that cannot be computed again.
@@ -243,7 +250,7 @@ mod tests {
         std::fs::write(&file, "one").unwrap();
         std::thread::sleep(GRANULARITY * 2);
         let before = metadata_of(&file);
-        DigestCache::load(&database).store(&[(before, Digest([1; 32]))]).unwrap();
+        DigestCache::load(&database).store(&[(before, Digest([1; 32]))], SystemTime::now()).unwrap();
         let cache = DigestCache::load(&database);
         assert_eq!(cache.table().get(&metadata_of(&file)), Some(Digest([1; 32])));
         // Same size, same time of modification: the time of change tells.
@@ -255,12 +262,17 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_has_just_changed_is_not_recorded() {
+    fn a_file_that_had_just_changed_is_not_recorded() {
         let directory = tempfile::tempdir().unwrap();
         let (file, database) = (directory.path().join("f"), directory.path().join("d.redb"));
         std::fs::write(&file, "one").unwrap();
+        let found = metadata_of(&file);
+        assert!(!is_dated(&found));
+        let old = Metadata { mtime: Timestamp::default(), ..found };
+        let ahead = Metadata { mtime: Timestamp { seconds: i64::MAX / 2, nanoseconds: 0 }, ..found };
+        assert!(is_dated(&old) && is_dated(&ahead) && !is_settled(&old, SystemTime::UNIX_EPOCH));
         let mut cache = DigestCache::load(&database);
-        cache.store(&[(metadata_of(&file), Digest([1; 32]))]).unwrap();
+        cache.store(&[(metadata_of(&file), Digest([1; 32]))], SystemTime::now()).unwrap();
         assert!(cache.is_empty() && DigestCache::load(&database).is_empty());
     }
 
@@ -291,7 +303,7 @@ mod tests {
         std::fs::write(&file, "one").unwrap();
         std::thread::sleep(GRANULARITY * 2);
         let mut cache = DigestCache::load(&database);
-        cache.store(&[(metadata_of(&file), Digest([1; 32]))]).unwrap();
+        cache.store(&[(metadata_of(&file), Digest([1; 32]))], SystemTime::now()).unwrap();
         assert_eq!(DigestCache::load(&database).len(), 1);
     }
 }

@@ -141,11 +141,11 @@ impl StagedFile {
     }
 
     /// Proves the content and then gives the permissions. With `verify_disk`, and for every file that gets an execute
-    /// bit or was resumed, what lies on the disk is hashed too.
+    /// bit or was resumed, what lies on the disk is hashed too. Answers what it is now.
     ///
     /// # Errors
     /// [`StageError::Mismatch`] and [`StageError::Short`]: the caller removes the staged file.
-    pub fn finish(self, announced: Digest, wanted: &Permissions, verify_disk: bool) -> Result<(), StageError> {
+    pub fn finish(self, announced: Digest, wanted: &Permissions, verify_disk: bool) -> Result<Metadata, StageError> {
         if self.written != self.size {
             return Err(StageError::Short { written: self.written, size: self.size });
         }
@@ -159,7 +159,9 @@ impl StagedFile {
                 return Err(StageError::Mismatch { found, announced });
             }
         }
-        apply(&self.file.into(), wanted)
+        let inode = self.file.into();
+        apply(&inode, wanted)?;
+        inode.metadata().map_err(failed("look at the staged file"))
     }
 }
 

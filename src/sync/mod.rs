@@ -196,6 +196,10 @@ fn run_begun(
     let outcome = transfer(source, target, options, monitor, stop, &tree, &plan)?;
     source.remember(&tree, &outcome.digests);
     check(stop)?;
+    let not_listed = problems.iter().filter(|problem| problem.severity == Severity::Failed);
+    let unreadable =
+        not_listed.map(|problem| problem.path.as_ref().map_or_else(Vec::new, |path| path.as_bytes().to_vec()));
+    let unreadable = unreadable.collect();
     let mut failed: Vec<u32> = outcome.failed.keys().copied().collect();
     failed.sort_unstable();
     for index in &failed {
@@ -211,7 +215,8 @@ fn run_begun(
         monitor.event(Event::Warning("nothing was deleted at the target, because some paths failed"));
     }
     monitor.event(Event::Phase(Phase::Publishing));
-    let committed = target.commit(&CommitOptions { delete: options.delete && !any_failed, failed }, monitor)?;
+    let committed =
+        target.commit(&CommitOptions { delete: options.delete && !any_failed, failed, unreadable }, monitor)?;
     for (path, message) in &committed.problems {
         let problem = Problem {
             path: crate::path::RelPath::new(path.as_bytes()).ok(),

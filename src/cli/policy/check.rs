@@ -116,7 +116,9 @@ fn summary(findings: &Findings, subject: Option<&Subject>) -> Vec<String> {
     if !findings.drift.is_empty() {
         parts.push(format!("{} differ from the rules", findings.drift.len()));
     }
+    // The root and what is above it are findings too, but are no entries.
     let hidden: u64 = findings.unreadable.iter().map(|unreadable| 1 + unreadable.beneath).sum();
+    let hidden = if hidden == 0 { 0 } else { hidden.min(findings.entries).max(1) };
     if let (1.., Some(subject)) = (hidden, subject) {
         parts.push(format!("{hidden} cannot be read by {}", Escaped(subject.shown.as_bytes())));
     }

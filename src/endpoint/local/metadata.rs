@@ -9,7 +9,7 @@ use crate::access::{AclLists, Inode};
 use crate::endpoint::Error;
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::path::RelPath;
-use crate::root::{FileKind, Follow, Root};
+use crate::root::{FileKind, Root};
 use crate::scan::names;
 use crate::staging::{Permissions, apply, hash_of};
 
@@ -105,11 +105,6 @@ impl<'a> Existing<'a> {
             return Ok(());
         }
         let (root, path) = (self.root, &entry.path);
-        let before = root.stat(path, Follow::Never).map_err(io)?;
-        if !matches!(before.kind, FileKind::Regular | FileKind::Directory) {
-            let source = std::io::Error::other(format!("it is a {} now; run again", before.kind.name()));
-            return Err(failed(root, path, "set the permissions of", source));
-        }
         let mut inode = Inode::open(root, Some(path)).map_err(io)?;
         let now = inode.metadata().map_err(|source| failed(root, path, "look at", source))?;
         let others = self.names.get(path).map_or(&[][..], Vec::as_slice);

@@ -1,10 +1,15 @@
 //! A side of a run that lies on this machine.
 
 mod commit;
+mod fold;
+mod known;
 mod metadata;
 mod place;
+mod publish;
+mod room;
 mod source;
 mod target;
+mod unit;
 mod writer;
 
 pub use place::{anywhere, beneath};

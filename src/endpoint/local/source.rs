@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{Advice, SeekFrom as Sparse};
 use sha2::{Digest as _, Sha256};
@@ -30,8 +31,8 @@ pub struct LocalSource {
     root: Root,
     /// Where digests are kept between runs.
     cache_file: Option<PathBuf>,
-    /// What stat said of each entry of the last scan.
-    metadata: Mutex<Vec<Metadata>>,
+    /// What stat said of each entry of the last scan, and when that was over.
+    scanned: Mutex<(Vec<Metadata>, SystemTime)>,
 }
 
 impl LocalSource {
@@ -65,7 +66,7 @@ impl LocalSource {
                 made.then(|| directory.join(format!("digests-{:x}-{:x}.redb", at.device, at.inode)))
             }
         };
-        Ok(LocalSource { root, cache_file, metadata: Mutex::new(Vec::new()) })
+        Ok(LocalSource { root, cache_file, scanned: Mutex::new((Vec::new(), UNIX_EPOCH)) })
     }
 }
 
@@ -99,7 +100,8 @@ impl Source for LocalSource {
         if let Some(cache) = &cache {
             monitor.event(Event::Detail(&format!("{}: {} digests are known", self.describe(), cache.len())));
         }
-        *self.metadata.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = scanned.metadata;
+        let seen = (scanned.metadata, SystemTime::now());
+        *self.scanned.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = seen;
         Ok(Scan { tree: scanned.tree, problems: scanned.problems })
     }
 
@@ -109,11 +111,11 @@ impl Source for LocalSource {
 
     fn remember(&self, _: &Tree, digests: &[(u32, Digest)]) {
         let Some(file) = &self.cache_file else { return };
-        let metadata = self.metadata.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let scanned = self.scanned.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let known: Vec<_> =
-            digests.iter().filter_map(|&(index, digest)| Some((*metadata.get(index as usize)?, digest))).collect();
+            digests.iter().filter_map(|&(index, digest)| Some((*scanned.0.get(index as usize)?, digest))).collect();
         // A cache that cannot be written makes the next run slower, not wrong.
-        let _ = DigestCache::load(file).store(&known);
+        let _ = DigestCache::load(file).store(&known, scanned.1);
     }
 }
 

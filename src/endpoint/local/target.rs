@@ -6,21 +6,21 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::place::{Birth, Place};
 use super::writer::LocalWriter;
-use super::{commit, metadata};
+use super::{commit, fold, known, metadata, publish, room};
 use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Content, Digest, Entry, Manifest, Tree};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
-use crate::plan::{Change, Compare, Desired, Need, Plan, diff};
+use crate::plan::{Change, Compare, Desired, Need, Plan, diff, require_proof};
 use crate::policy::acl::Principal;
 use crate::policy::{Decision, Policy, PolicySpec};
-use crate::root::{Follow, Root, RootError};
+use crate::root::{Follow, Metadata, Root, RootError};
 use crate::scan::names::{Names, UnknownName};
 use crate::scan::{self, LinkRule, ScanRule};
 use crate::staging::{Ids, Journal, LockError, Permissions, RootLock, StageError};
@@ -28,6 +28,8 @@ use crate::staging::{Ids, Journal, LockError, Permissions, RootLock, StageError}
 pub(super) const STATE: &str = ".lockstep";
 pub(super) const MANIFEST: &str = ".lockstep/manifest";
 pub(super) const STAGING: &str = ".lockstep/staging/current";
+/// Clocks of machines that exchange data differ by less.
+const CLOCK_TOLERANCE_SECONDS: i64 = 60;
 /// Names that are published last and removed first wherever they occur.
 pub(in crate::endpoint) const POINTERS: [&str; 5] =
     ["latest", "latest_checkpointed_iteration.txt", "_SUCCESS", ".metadata", "*.index.json"];
@@ -48,7 +50,8 @@ pub(super) struct Run {
     pub(super) options: BeginOptions,
     policy: Policy,
     ids: Ids,
-    pub(super) last: Filter,
+    last: Filter,
+    units: Filter,
     state: Mutex<State>,
     _lock: Option<RootLock>,
 }
@@ -57,16 +60,24 @@ pub(super) struct Run {
 pub(super) struct State {
     pub(super) source: Arc<Tree>,
     pub(super) target: Tree,
+    /// What stat said of the target's entries.
+    pub(super) metadata: Vec<Metadata>,
     pub(super) plan: Plan,
     pub(super) old_manifest: Manifest,
     /// SHA-256 of the old manifest's file.
     pub(super) old_digest: Digest,
-    /// Files whose content is staged and proven.
-    pub(super) staged: HashMap<u32, Digest>,
+    /// Files whose content is staged and proven, and what they are there.
+    pub(super) staged: HashMap<u32, (Digest, Metadata)>,
     /// Files whose content was found at the target.
     pub(super) kept: HashMap<u32, Digest>,
+    /// Files lie there that the manifest does not list as they are, and the source has.
+    pub(super) adopts: bool,
+    /// What the plan stores.
+    pub(super) need: room::Need,
     /// The disk is full: staging is given up.
     pub(super) full: bool,
+    /// What is to be published is written down: staging is needed until that is done.
+    pub(super) recorded: bool,
 }
 
 pub(super) fn io(error: RootError) -> Error {
@@ -118,6 +129,8 @@ impl Target for LocalTarget {
         let policy = Policy::of_both(&self.policy, &options.policy, options.peer).map_err(|error| usage(&error))?;
         let rules = POINTERS.iter().map(|&name| name.to_owned()).chain(options.last.iter().cloned()).collect();
         let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
+        let units = FilterSpec { rules: options.units.clone(), only: None };
+        let units = Filter::compile(&units).map_err(|error| usage(&error))?;
         let Some((root, birth)) = self.open_root(options.dry_run)? else {
             // A dry run on nothing: compared with an empty directory that is never written to.
             *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
@@ -136,7 +149,7 @@ impl Target for LocalTarget {
                 other => Error::Usage(crate::error::chain(&other)),
             })?);
             let path = rel(STAGING)?;
-            if commit::recover(&root)? {
+            if publish::recover(&root)? {
                 monitor.event(Event::Warning(&format!(
                     "{}: an earlier run was interrupted while it published; it was finished first",
                     self.describe()
@@ -153,6 +166,7 @@ impl Target for LocalTarget {
             policy,
             ids: Ids::default(),
             last,
+            units,
             state: Mutex::default(),
             _lock: lock,
         };
@@ -162,7 +176,7 @@ impl Target for LocalTarget {
 
     fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {
         match self.run() {
-            Ok(run) => run.diff(source, monitor),
+            Ok(run) => run.diff(source, monitor).inspect_err(|error| run.note(error)),
             Err(_) => {
                 let desired = |_: usize, entry: &Entry| Desired {
                     mode: entry.mode & 0o777,
@@ -181,17 +195,22 @@ impl Target for LocalTarget {
 
     fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
         let run = self.run()?;
-        let committed = commit::commit(&run, options, monitor)?;
-        *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
-        Ok(committed)
+        let committed = commit::commit(&run, options, monitor);
+        match &committed {
+            Ok(_) => *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None,
+            Err(error) => {
+                run.note(error);
+                self.abort();
+            }
+        }
+        committed
     }
 
     fn abort(&self) {
         let run = self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        if let Some(run) = run
-            && run.state().full
-            && let Ok(path) = rel(STAGING)
-        {
+        let Some(run) = run else { return };
+        let given_up = matches!(&*run.state(), State { full: true, recorded: false, .. });
+        if given_up && let Ok(path) = rel(STAGING) {
             // What is staged would only keep the disk full.
             let _ = run.root.remove_tree(&path);
         }
@@ -207,6 +226,11 @@ impl Run {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    /// What is staged is given up when the disk is full: it would only keep it full.
+    fn note(&self, error: &Error) {
+        self.state().full |= matches!(error, Error::Io { source, .. } if is_full(source));
+    }
+
     /// Where a file or link is staged. Pointers lie apart: they are published by themselves.
     pub(super) fn staged_path(&self, path: &RelPath) -> Result<RelPath, Error> {
         staged_in(if self.is_last(path) { b"last/" } else { b"tree/" }, path)
@@ -217,8 +241,18 @@ impl Run {
         staged_in(b"tree/", path)
     }
 
+    /// Whether a path is published by itself at the end. What lies in a unit is published with it.
     pub(super) fn is_last(&self, path: &RelPath) -> bool {
-        !self.last.admits(path, false)
+        !self.last.admits(path, false) && self.unit_of(path, false).is_none()
+    }
+
+    /// The directory that is published whole and that a path lies in, or is.
+    pub(super) fn unit_of(&self, path: &RelPath, directory: bool) -> Option<RelPath> {
+        if self.options.units.is_empty() {
+            return None;
+        }
+        let own = directory.then(|| path.clone());
+        path.ancestors().chain(own).find(|above| !self.units.admits(above, true))
     }
 
     /// The permissions that an entry gets when it is new.
@@ -273,14 +307,23 @@ impl Run {
         }
         let mut target = scanned.tree;
         let (old_manifest, old_digest) = commit::read_manifest(&self.root, monitor)?;
-        let known: Vec<(usize, Digest)> = target
-            .entries()
-            .iter()
-            .enumerate()
-            .filter_map(|(index, entry)| Some((index, known_digest(entry, old_manifest.tree.get(&entry.path)?)?)))
-            .collect();
-        for (index, digest) in known {
-            target.set_digest(index, digest);
+        warn_of_the_future(&old_manifest, &self.root, monitor);
+        let look = known::Look {
+            root: &self.root,
+            source,
+            listed: &old_manifest.tree,
+            metadata: &scanned.metadata,
+            hash_all: self.options.checksum,
+            dry_run: self.options.dry_run,
+        };
+        let doubtful = known::complete(&look, &mut target, monitor);
+        if let Some(staging) = &self.staging
+            && fold::folds_case(staging).map_err(io)?
+            && let Some((first, second)) = fold::collision(source, &target)
+        {
+            let reason =
+                format!("the file system there takes '{first}' and '{second}' for one name; rename one of them");
+            return Err(Error::Refused { by: "the receiver".into(), reason });
         }
         let mut names = Names::default();
         let mut wanted = Vec::with_capacity(source.entries().len());
@@ -301,13 +344,26 @@ impl Run {
         }
         let compare = Compare { checksum: self.options.checksum, ..Compare::default() };
         let mut plan = diff(source, &target, &|index, _| wanted[index].clone(), compare);
+        require_proof(&mut plan, source, &target, &doubtful);
         if let Some(staging) = &self.staging {
             self.prepare(staging, source, &mut plan)?;
+        }
+        let need = needed(source, &plan);
+        if !self.options.ignore_free_space
+            && let Err(error) = room::check(&self.root, need)
+        {
+            if !self.options.dry_run {
+                return Err(error);
+            }
+            monitor.event(Event::Warning(&crate::error::chain(&error)));
         }
         let mut state = self.state();
         *state = State {
             source: Arc::clone(source),
+            adopts: doubtful.iter().any(|&at| source.get(&target.entries()[at].path).is_some()),
             target,
+            metadata: scanned.metadata,
+            need,
             plan: plan.clone(),
             old_manifest,
             old_digest,
@@ -328,11 +384,11 @@ impl Run {
             if let Content::File { size, .. } = entry.content
                 && action.need != Need::Nothing
             {
-                if let Need::Content { resume_at } = &mut action.need {
-                    *resume_at = before.resume_at(staging, &entry.path, size, entry.mtime);
-                    if *resume_at > 0 {
-                        resumed.insert(self.staged_path(&entry.path)?);
-                    }
+                // That something is staged of a file that was to be compared says that it was found to differ.
+                let resume_at = before.resume_at(staging, &entry.path, size, entry.mtime);
+                if resume_at > 0 {
+                    action.need = Need::Content { resume_at };
+                    resumed.insert(self.staged_path(&entry.path)?);
                 }
                 files.push((entry.path.clone(), size, entry.mtime));
             }
@@ -372,16 +428,43 @@ fn staged_in(tree: &[u8], path: &RelPath) -> Result<RelPath, Error> {
     staged.map_err(|error| Error::Refused { by: "the staging directory".into(), reason: error.to_string() })
 }
 
+/// What is not staged yet.
+fn needed(source: &Tree, plan: &Plan) -> room::Need {
+    let mut need = room::Need::default();
+    for action in plan.actions.iter().filter(|action| action.change != Change::MetadataOnly) {
+        let size = source.entries()[action.index as usize].file().map_or(0, |(size, _)| size);
+        let (bytes, inodes) = match action.need {
+            Need::Content { resume_at } => (size.saturating_sub(resume_at), u64::from(resume_at == 0)),
+            Need::Nothing => (0, 1),
+            // It may turn out to be there.
+            Need::Compare { .. } => (0, 0),
+        };
+        need.bytes = need.bytes.saturating_add(bytes);
+        need.inodes += inodes;
+    }
+    need
+}
+
+pub(super) fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+}
+
 pub(super) fn stage_failure(error: &StageError, staging: &Root) -> Error {
     let kind = if error.storage_full() { std::io::ErrorKind::StorageFull } else { std::io::ErrorKind::Other };
     let source = std::io::Error::new(kind, crate::error::chain(error));
     Error::Io { operation: "stage in", path: staging.shown().display().to_string(), source }
 }
 
-/// The digest that the manifest vouches for, when the file still has the size and time it had then.
-fn known_digest(entry: &Entry, listed: &Entry) -> Option<Digest> {
-    let ((size, _), (listed_size, digest)) = (entry.file()?, listed.file()?);
-    if size == listed_size && entry.mtime == listed.mtime { digest } else { None }
+/// A clock that was put back makes new files look older than old ones. Nothing is decided by it; it is told.
+fn warn_of_the_future(manifest: &Manifest, root: &Root, monitor: &dyn Monitor) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() as i64;
+    let ahead = manifest.created.seconds.saturating_sub(now);
+    if ahead > CLOCK_TOLERANCE_SECONDS {
+        monitor.event(Event::Warning(&format!(
+            "{}: the last manifest was written {ahead} seconds in the future; is the clock of this machine right?",
+            root.shown().display()
+        )));
+    }
 }
 
 /// Removes every staged file that is not gone on with.

@@ -3,24 +3,39 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::target::{Run, stage_failure};
+use super::room::{self, Need};
+use super::target::Run;
 use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
-use crate::manifest::{Content, Digest, Entry};
-use crate::root::Root;
+use crate::manifest::{Content, Digest, Entry, Tree};
+use crate::path::RelPath;
+use crate::root::{Root, RootError};
 use crate::staging::{StageError, StagedFile};
 
 /// Writes what it is given at once: a completion is there as soon as a call has returned.
 pub(super) struct LocalWriter {
     run: Arc<Run>,
+    source: Arc<Tree>,
+    /// The directory that the last file was staged in: the next one is likely to lie beside it.
+    beside: Option<(RelPath, Root)>,
     open: HashMap<u32, StagedFile>,
     /// Files that failed before their end; what else comes for them is dropped.
     broken: HashMap<u32, WriteFailure>,
     done: Vec<Staged>,
 }
 
+fn full(error: &StageError, staging: &Root, need: Need) -> Error {
+    let text = format!("{}; {}", crate::error::chain(error), room::filled(staging, need));
+    Error::Io {
+        operation: "stage in",
+        path: staging.shown().display().to_string(),
+        source: std::io::Error::new(std::io::ErrorKind::StorageFull, text),
+    }
+}
+
 impl LocalWriter {
     pub(super) fn new(run: Arc<Run>) -> LocalWriter {
-        LocalWriter { run, open: HashMap::new(), broken: HashMap::new(), done: Vec::new() }
+        let source = Arc::clone(&run.state().source);
+        LocalWriter { run, source, beside: None, open: HashMap::new(), broken: HashMap::new(), done: Vec::new() }
     }
 
     fn staging(&self) -> Result<&Root, Error> {
@@ -28,10 +43,9 @@ impl LocalWriter {
     }
 
     /// The regular file at `index`, with its size.
-    fn entry(&self, index: u32) -> Result<(Entry, u64), Error> {
-        let source = Arc::clone(&self.run.state().source);
-        match source.entries().get(index as usize) {
-            Some(entry) if let Content::File { size, .. } = entry.content => Ok((entry.clone(), size)),
+    fn entry(&self, index: u32) -> Result<(&Entry, u64), Error> {
+        match self.source.entries().get(index as usize) {
+            Some(entry) if let Content::File { size, .. } = entry.content => Ok((entry, size)),
             _ => Err(Error::Refused { by: "the receiver".into(), reason: format!("entry {index} is no regular file") }),
         }
     }
@@ -39,8 +53,9 @@ impl LocalWriter {
     /// A full disk ends the run; anything else is this file's failure.
     fn failure(&self, error: &StageError) -> Result<WriteFailure, Error> {
         if error.storage_full() {
-            self.run.state().full = true;
-            return Err(stage_failure(error, self.staging()?));
+            let mut state = self.run.state();
+            state.full = true;
+            return Err(full(error, self.staging()?, state.need));
         }
         Ok(WriteFailure { message: crate::error::chain(error), retry: error.retry() })
     }
@@ -57,17 +72,37 @@ impl LocalWriter {
         self.staging()?.remove_tree(&path).map_err(super::target::io)
     }
 
+    /// The staging directory that holds `path`, and its name there.
+    fn beside(&mut self, path: &RelPath) -> Result<(&Root, RelPath), RootError> {
+        let staging = self.run.staging.as_ref().unwrap_or(&self.run.root);
+        // A staged path has at least the name of the staged tree above it.
+        let above = path.parent().unwrap_or_else(|| path.clone());
+        let name = RelPath::new(path.name()).unwrap_or_else(|_| path.clone());
+        let kept = match self.beside.take() {
+            Some((directory, root)) if directory == above => (directory, root),
+            _ => {
+                let root = staging.subroot(&above)?;
+                (above, root)
+            }
+        };
+        Ok((&self.beside.insert(kept).1, name))
+    }
+
     fn start(&mut self, index: u32, resume_at: u64) -> Result<Result<StagedFile, StageError>, Error> {
         let (entry, size) = self.entry(index)?;
         let path = self.run.staged_path(&entry.path)?;
-        let staging = self.staging()?;
+        self.staging()?;
+        let (directory, name) = match self.beside(&path) {
+            Ok(found) => found,
+            Err(error) => return Ok(Err(error.into())),
+        };
         if resume_at > 0 {
-            return Ok(StagedFile::resume(staging, &path, size, resume_at));
+            return Ok(StagedFile::resume(directory, &name, size, resume_at));
         }
-        Ok(match StagedFile::create(staging, &path, size) {
+        Ok(match StagedFile::create(directory, &name, size) {
             Err(StageError::Root(error)) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                staging.remove_tree(&path).map_err(super::target::io)?;
-                StagedFile::create(staging, &path, size)
+                directory.remove_tree(&name).map_err(super::target::io)?;
+                StagedFile::create(directory, &name, size)
             }
             other => other,
         })
@@ -75,14 +110,14 @@ impl LocalWriter {
 
     fn conclude(&mut self, index: u32, file: StagedFile, digest: Digest) -> Result<(), Error> {
         let (entry, _) = self.entry(index)?;
-        let wanted = self.run.permissions(&entry)?;
+        let wanted = self.run.permissions(entry)?;
         let result = match file.finish(digest, &wanted, self.run.options.verify_disk) {
-            Ok(()) => {
-                self.run.state().staged.insert(index, digest);
+            Ok(metadata) => {
+                self.run.state().staged.insert(index, (digest, metadata));
                 Ok(())
             }
             Err(error) => {
-                self.remove_staged(&entry)?;
+                self.remove_staged(entry)?;
                 Err(self.failure(&error)?)
             }
         };
@@ -156,7 +191,7 @@ impl Writer for LocalWriter {
         self.open.remove(&index);
         self.broken.remove(&index);
         let (entry, _) = self.entry(index)?;
-        self.remove_staged(&entry)
+        self.remove_staged(entry)
     }
 
     fn completions(&mut self, _wait: bool) -> Result<Vec<Staged>, Error> {

@@ -69,6 +69,11 @@ fn perform(run: &Run, steps: &[&Recorded], tree: &Tree, again: bool, problems: &
                 continue;
             }
             Step::NewDirectory(_) => session::request(packet::RENAME).string(&staged(recorded)).string(&path).finish(),
+            // SFTP cannot do it, and no run asks for it.
+            Step::Exchange(path) => {
+                problems.push((path.to_string(), "cannot be exchanged over SFTP".into()));
+                continue;
+            }
             Step::ApplyMetadata(path) => {
                 metadata.extend(tree.get(path).cloned());
                 continue;

@@ -67,7 +67,10 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         return Err(Error::Usage("a dry run publishes nothing".into()));
     }
     let mut committed = Committed::default();
-    let failed = settle(run, state, options, &mut committed.problems)?;
+    let mut failed = settle(run, state, options, &mut committed.problems)?;
+    if !failed.is_empty() || !options.unreadable.is_empty() {
+        hold_pointers_back(run, state, &mut failed, &mut committed.problems);
+    }
     let source = Arc::clone(&state.source);
     let publication = Publication {
         source: &source,
@@ -76,6 +79,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         delete: options.delete,
         failed: &|index| failed.contains(&index),
         last: &|path| run.is_last(path),
+        unit: &|_, _| None,
     };
     let steps: Vec<Recorded> = steps(&publication)
         .into_iter()
@@ -210,6 +214,17 @@ fn settle(
     state.plan.actions.retain(|action| !kept(action) || failed.contains(&action.index));
     directories(run, state)?;
     Ok(failed)
+}
+
+/// A marker or pointer may say of just that which failed that it is there.
+fn hold_pointers_back(run: &Run, state: &State, failed: &mut HashSet<u32>, problems: &mut Vec<(String, String)>) {
+    for action in &state.plan.actions {
+        let entry = &state.source.entries()[action.index as usize];
+        if !entry.is_directory() && run.is_last(&entry.path) && failed.insert(action.index) {
+            let reason = "is held back, since other paths failed: it may say that they are there";
+            problems.push((entry.path.to_string(), reason.into()));
+        }
+    }
 }
 
 /// Gives staged directories their permissions, from the leaves up.

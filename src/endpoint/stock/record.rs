@@ -23,7 +23,7 @@ impl Recorded {
     /// What failed.
     pub(super) fn describe(&self, reason: &str) -> String {
         let what = match self.step {
-            Step::Replace(_) | Step::NewDirectory(_) => "give it its name",
+            Step::Replace(_) | Step::NewDirectory(_) | Step::Exchange(_) => "give it its name",
             Step::ApplyMetadata(_) => "set its owner, mode and time",
             Step::RemoveFile(_) | Step::RemoveDirectory(_) => "remove it",
         };
@@ -47,6 +47,7 @@ impl Record {
                 Step::Replace(_) if *pointer => 'P',
                 Step::Replace(_) => 'R',
                 Step::NewDirectory(_) => 'N',
+                Step::Exchange(_) => 'X',
                 Step::ApplyMetadata(_) => 'A',
                 Step::RemoveFile(_) => 'F',
                 Step::RemoveDirectory(_) => 'D',

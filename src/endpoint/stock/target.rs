@@ -171,6 +171,11 @@ impl Target for StockTarget {
                           install lockstep there";
             return Err(Error::Refused { by: self.describe(), reason: reason.into() });
         }
+        if !options.units.is_empty() {
+            let reason = "SFTP cannot exchange a directory that is there for another in one step; a directory that is new \
+                          appears in one step without --unit, for others install lockstep there";
+            return Err(Error::Refused { by: self.describe(), reason: reason.into() });
+        }
         let rules = POINTERS.iter().map(|&name| name.to_owned()).chain(options.last.iter().cloned()).collect();
         let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
         monitor.event(Event::Detail(&format!("{}: {}", self.describe(), self.lanes.limits())));

@@ -171,6 +171,7 @@ pub struct Agent {
     /// Whether further connections may work on its run.
     shared: bool,
     run: Arc<Mutex<Option<Arc<Run>>>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Agent {
@@ -180,10 +181,19 @@ impl Agent {
         let run = Arc::new(Mutex::new(None));
         let shared = Arc::clone(&run);
         // Without the thread the channel is closed, and every request is refused.
-        let _ = std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("agent-control".to_owned())
             .spawn(move || Control::new(factory, shared).serve(&jobs));
-        Agent { control, run, shared: true }
+        Agent { control, run, shared: true, thread: thread.ok() }
+    }
+
+    /// Waits until what has arrived is stored and the run is given up. A process that ended before would lose what the
+    /// next run could go on from, and would leave a full disk full.
+    pub fn finish(self) {
+        drop(self.control);
+        if let Some(thread) = self.thread {
+            let _ = thread.join();
+        }
     }
 
     /// The only agent of its process: no other connection can find its run.

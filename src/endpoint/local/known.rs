@@ -1,0 +1,227 @@
+//! What a target knows of its own files: the digests of those that it hashed or received, in `.lockstep/digests`.
+//!
+//! A digest holds as long as inode, size and times are what they were, the time of change too, which nobody can put back.
+//! Every other file that may be what the source has is hashed where it lies instead of being sent: a tree that was filled
+//! by other means is adopted, and an edit that kept size and time shows.
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::SystemTime;
+
+use rustix::fs::RenameFlags;
+use sha2::{Digest as _, Sha256};
+
+use super::target::{io, rel};
+use crate::endpoint::Error;
+use crate::manifest::{Digest, Entry, Tree};
+use crate::monitor::{Event, Monitor};
+use crate::path::RelPath;
+use crate::root::{FileKind, Follow, Metadata, Root};
+use crate::scan::cache::{DigestTable, is_dated, is_settled};
+
+const TABLE: &str = ".lockstep/digests";
+const NEW_TABLE: &str = ".lockstep/digests.new";
+/// What is hashed between two times that the table is stored: so much is lost when the machine stops.
+const BATCH_BYTES: u64 = 64 << 30;
+const BUFFER_BYTES: usize = 512 * 1024;
+
+/// The table of `root`. One that is absent, damaged or not to be read is empty: files are hashed again then.
+pub(super) fn load(root: &Root) -> DigestTable {
+    let mut bytes = Vec::new();
+    let read = |bytes: &mut Vec<u8>| -> Option<()> {
+        let mut file = root.open_read(&rel(TABLE).ok()?, Follow::Never).ok()?;
+        let regular = Metadata::of(&file).ok()?.kind == FileKind::Regular;
+        regular.then(|| file.read_to_end(bytes).ok())?.map(drop)
+    };
+    read(&mut bytes).and_then(|()| DigestTable::from_bytes(&bytes)).unwrap_or_default()
+}
+
+/// Replaces the table of `root`. It is not brought to stable storage: a torn one is seen by its own digest.
+fn store(root: &Root, table: &DigestTable) -> Result<(), Error> {
+    let (name, new) = (rel(TABLE)?, rel(NEW_TABLE)?);
+    root.remove_tree(&new).map_err(io)?;
+    let mut file = root.create_new(&new, 0o600).map_err(io)?;
+    file.write_all(&table.to_bytes()).map_err(|source| Error::Io {
+        operation: "write",
+        path: root.shown().join(TABLE).display().to_string(),
+        source,
+    })?;
+    root.rename(&new, &name, RenameFlags::empty()).map_err(io)
+}
+
+/// Stores the table; that it could not be makes the next run slower, not wrong.
+fn keep(root: &Root, table: &DigestTable, monitor: &dyn Monitor) {
+    if let Err(error) = store(root, table) {
+        let reason = crate::error::chain(&error);
+        monitor.event(Event::Detail(&format!("what was hashed is not remembered: {reason}")));
+    }
+}
+
+/// How the files of a target are looked at.
+pub(super) struct Look<'a> {
+    pub(super) root: &'a Root,
+    /// What the source has.
+    pub(super) source: &'a Tree,
+    /// What earlier runs vouch for.
+    pub(super) listed: &'a Tree,
+    /// What stat said of the target's entries, by their index.
+    pub(super) metadata: &'a [Metadata],
+    /// Believe no digest that was computed before.
+    pub(super) hash_all: bool,
+    /// Change nothing, not even the table.
+    pub(super) dry_run: bool,
+}
+
+/// Gives the files of `target` their digests: what is known, and for those that may be what the source has, by hashing.
+/// Answers the indices of those that no earlier run vouches for: their digest says what they are, not that it is right.
+pub(super) fn complete(look: &Look<'_>, target: &mut Tree, monitor: &dyn Monitor) -> Vec<usize> {
+    find(look, target, monitor);
+    let entries = target.entries().iter().enumerate();
+    let known = entries.filter_map(|(index, entry)| Some((index, entry, entry.file()?.1?)));
+    let vouched = |entry: &Entry, digest: Digest| {
+        let listed = look.listed.get(&entry.path);
+        listed.is_some_and(|listed| {
+            let size = entry.file().map(|(size, _)| size);
+            listed.file() == size.map(|size| (size, Some(digest))) && listed.mtime == entry.mtime
+        })
+    };
+    known.filter(|&(_, entry, digest)| !vouched(entry, digest)).map(|(index, ..)| index).collect()
+}
+
+fn find(look: &Look<'_>, target: &mut Tree, monitor: &dyn Monitor) {
+    let mut table = if look.hash_all { DigestTable::default() } else { load(look.root) };
+    let mut unknown = Vec::new();
+    for (index, metadata) in look.metadata.iter().enumerate() {
+        let entry = &target.entries()[index];
+        let Some((size, _)) = entry.file() else { continue };
+        if let Some(digest) = table.get(metadata) {
+            target.set_digest(index, digest);
+        } else if look.source.get(&entry.path).and_then(|entry| entry.file()).is_some_and(|there| there.0 == size) {
+            unknown.push((index, size));
+        }
+    }
+    if unknown.is_empty() {
+        return;
+    }
+    let bytes: u64 = unknown.iter().map(|file| file.1).sum();
+    let count = unknown.len();
+    monitor.event(Event::Detail(&format!(
+        "{count} files ({bytes} bytes) lie at the target already, and are hashed there to see whether they are the source's"
+    )));
+    let mut rest = &unknown[..];
+    while !rest.is_empty() {
+        let mut sum = 0_u64;
+        let within = rest.iter().take_while(|file| {
+            let first = sum == 0;
+            sum = sum.saturating_add(file.1);
+            first || sum <= BATCH_BYTES
+        });
+        let (batch, later) = rest.split_at(within.count().max(1));
+        rest = later;
+        let looked = SystemTime::now();
+        for (index, digest) in hash(look, target, batch) {
+            target.set_digest(index, digest);
+            if is_settled(&look.metadata[index], looked) {
+                table.insert(&look.metadata[index], digest);
+            }
+        }
+        if !look.dry_run {
+            keep(look.root, &table, monitor);
+        }
+    }
+}
+
+/// Hashes files by several threads. One that cannot be read, or is not what the scan saw, has no digest.
+fn hash(look: &Look<'_>, target: &Tree, files: &[(usize, u64)]) -> Vec<(usize, Digest)> {
+    let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::with_capacity(files.len())));
+    let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 8));
+    std::thread::scope(|scope| {
+        for _ in 0..cores.min(files.len()) {
+            scope.spawn(|| {
+                let mut buffer = vec![0; BUFFER_BYTES];
+                while let Some(&(index, _)) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let path = &target.entries()[index].path;
+                    if let Some(digest) = hash_one(look.root, path, &look.metadata[index], &mut buffer) {
+                        found.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push((index, digest));
+                    }
+                }
+            });
+        }
+    });
+    found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+fn hash_one(root: &Root, path: &RelPath, seen: &Metadata, buffer: &mut [u8]) -> Option<Digest> {
+    let mut file = root.open_read(path, Follow::Never).ok()?;
+    // RACE: another file, even a FIFO, may have got the name since the scan: nothing else is read.
+    if !Metadata::of(&file).ok()?.same_content(seen) {
+        return None;
+    }
+    let mut hash = Sha256::new();
+    loop {
+        match file.read(buffer) {
+            Ok(0) => break,
+            Ok(read) => hash.update(&buffer[..read]),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(_) => return None,
+        }
+    }
+    Metadata::of(&file).ok()?.same_content(seen).then(|| Digest(hash.finalize().into()))
+}
+
+/// The table after a run, as it is put together.
+pub(super) struct Files<'a> {
+    root: &'a Root,
+    /// What is published.
+    tree: &'a Tree,
+    table: DigestTable,
+    /// The directory that was last looked into.
+    beside: Option<(RelPath, Root)>,
+}
+
+impl<'a> Files<'a> {
+    pub(super) fn new(root: &'a Root, tree: &'a Tree) -> Files<'a> {
+        Files { root, tree, table: DigestTable::default(), beside: None }
+    }
+
+    /// A file of the target that a run left as it was, as the scan saw it.
+    pub(super) fn unchanged(&mut self, entry: &Entry, metadata: &Metadata) {
+        if let Some((_, Some(digest))) = entry.file() {
+            self.table.insert(metadata, digest);
+        }
+    }
+
+    /// A file that is published, with what stat said of it when it had got its content and permissions.
+    pub(super) fn published(&mut self, index: usize, metadata: &Metadata) {
+        let entry = &self.tree.entries()[index];
+        let Some((size, Some(digest))) = entry.file() else { return };
+        // RACE: who writes to a file right after it was published gives it another time than it is listed with. Only one
+        // who puts that time back within the same tick of the clock is not noticed, until the file changes again.
+        let as_published = metadata.kind == FileKind::Regular && metadata.size == size && metadata.mtime == entry.mtime;
+        if as_published && is_dated(metadata) {
+            self.table.insert(metadata, digest);
+        }
+    }
+
+    /// The same, where its inode changed since: it is looked at again.
+    pub(super) fn look(&mut self, index: usize) {
+        let path = &self.tree.entries()[index].path;
+        if let Some(metadata) = self.stat(path) {
+            self.published(index, &metadata);
+        }
+    }
+
+    fn stat(&mut self, path: &RelPath) -> Option<Metadata> {
+        let Some(above) = path.parent() else { return self.root.stat(path, Follow::Never).ok() };
+        if self.beside.as_ref().is_none_or(|(directory, _)| *directory != above) {
+            self.beside = Some((above.clone(), self.root.subroot(&above).ok()?));
+        }
+        let (_, directory) = self.beside.as_ref()?;
+        directory.stat(&RelPath::new(path.name()).ok()?, Follow::Never).ok()
+    }
+
+    pub(super) fn store(&self, monitor: &dyn Monitor) {
+        keep(self.root, &self.table, monitor);
+    }
+}

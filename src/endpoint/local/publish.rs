@@ -1,0 +1,464 @@
+//! Carries out what a commit has written down, and finishes what an interrupted run had begun to publish.
+//!
+//! What always holds: once the record is stored a run can only go forward. Each step is done again without harm, by
+//! this run or by the next one, and the manifest that is put in force lists nothing that a step did not bring about.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::io::{ErrorKind, Read as _, Write as _};
+
+use rustix::fs::{Mode, RenameFlags};
+use rustix::io::Errno;
+
+use super::metadata::{Acls, Existing};
+use super::target::{MANIFEST, STAGING, STATE, io, rel};
+use crate::audit::{AuditLog, AuditRecord};
+use crate::endpoint::Error;
+use crate::manifest::{Content, Entry, Manifest, Tree, format};
+use crate::path::RelPath;
+use crate::plan::publish::Step;
+use crate::root::{Follow, Metadata, Root};
+
+const RECORD: &str = "commit";
+const NEW_MANIFEST: &str = "manifest";
+/// The ACLs of what gets its permissions after it was published.
+const ACLS: &str = "acls";
+
+/// What is to be published, for whom.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Record {
+    /// Who pushed: `user@host`, for the audit log.
+    pub(super) actor: String,
+    /// Where the content came from.
+    pub(super) source: String,
+    /// In their order.
+    pub(super) steps: Vec<Step>,
+    /// What a sender asked for and does not get, for the audit log.
+    pub(super) withheld: BTreeMap<RelPath, String>,
+    /// The ACLs that rules give, for the audit log.
+    pub(super) acls: BTreeMap<RelPath, String>,
+    /// The inodes of directories that are exchanged whole, to know afterwards which of the two is the new one.
+    pub(super) inodes: BTreeMap<RelPath, u64>,
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    (0..text.len().div_ceil(2)).map(|at| u8::from_str_radix(text.get(2 * at..2 * at + 2)?, 16).ok()).collect()
+}
+
+impl Record {
+    /// One step a line: a letter and the path's bytes in hexadecimal; before them who it is done for, after them what else
+    /// the audit log is to be told of a path.
+    fn encode(&self) -> String {
+        let mut text = format!("{}\n{}\n", hex(self.actor.as_bytes()), hex(self.source.as_bytes()));
+        for step in &self.steps {
+            let letter = match step {
+                Step::Replace(_) => 'R',
+                Step::NewDirectory(_) => 'N',
+                Step::Exchange(_) => 'X',
+                Step::ApplyMetadata(_) => 'A',
+                Step::RemoveFile(_) => 'F',
+                Step::RemoveDirectory(_) => 'D',
+            };
+            text.push(letter);
+            text.push_str(&hex(step.path().as_bytes()));
+            if let Some(inode) = self.inodes.get(step.path()) {
+                text.push_str(&format!(" {inode:x}"));
+            }
+            text.push('\n');
+        }
+        for (letter, notes) in [('W', &self.withheld), ('L', &self.acls)] {
+            for (path, note) in notes {
+                text.push_str(&format!("{letter}{} {}\n", hex(path.as_bytes()), hex(note.as_bytes())));
+            }
+        }
+        text
+    }
+
+    fn parse(text: &str) -> Option<Record> {
+        let mut lines = text.strip_suffix('\n')?.split('\n');
+        let mut name = || String::from_utf8(unhex(lines.next()?)?).ok();
+        let mut record = Record { actor: name()?, source: name()?, ..Record::default() };
+        for line in lines {
+            let (letter, rest) = line.split_at_checked(1)?;
+            let (path, more) = rest.split_once(' ').map_or((rest, None), |(path, more)| (path, Some(more)));
+            let path = RelPath::new(unhex(path)?).ok()?;
+            if matches!(letter, "W" | "L") {
+                let notes = if letter == "W" { &mut record.withheld } else { &mut record.acls };
+                notes.insert(path, String::from_utf8(unhex(more?)?).ok()?);
+                continue;
+            }
+            if let Some(inode) = more {
+                record.inodes.insert(path.clone(), u64::from_str_radix(inode, 16).ok()?);
+            }
+            record.steps.push(match letter {
+                "R" => Step::Replace(path),
+                "N" => Step::NewDirectory(path),
+                "X" => Step::Exchange(path),
+                "A" => Step::ApplyMetadata(path),
+                "F" => Step::RemoveFile(path),
+                "D" => Step::RemoveDirectory(path),
+                _ => return None,
+            });
+        }
+        Some(record)
+    }
+}
+
+/// Stores what is to be published; from then on the run goes forward only.
+pub(super) fn write_down(
+    root: &Root,
+    staging: &Root,
+    record: &Record,
+    manifest: &[u8],
+    acls: &Acls,
+) -> Result<(), Error> {
+    // DURABILITY: all content and permissions first, then the manifest; only then the record that makes them the truth.
+    root.sync_filesystem().map_err(io)?;
+    store(staging, ACLS, acls.encode().as_bytes())?;
+    store(staging, NEW_MANIFEST, manifest)?;
+    staging.sync_dir(None).map_err(io)?;
+    store(staging, RECORD, record.encode().as_bytes())?;
+    staging.sync_dir(None).map_err(io)
+}
+
+/// What became of a record.
+pub(super) struct Published {
+    /// What is in force now.
+    pub(super) manifest: Manifest,
+    /// Its text.
+    pub(super) text: Vec<u8>,
+    /// Paths that could not be published, and why.
+    pub(super) problems: Vec<(RelPath, String)>,
+}
+
+/// Does what was written down, puts the manifest in force and clears the staging area.
+pub(super) fn carry_out(
+    root: &Root,
+    staging: &Root,
+    record: &Record,
+    mut manifest: Manifest,
+    mut text: Vec<u8>,
+    acls: &Acls,
+) -> Result<Published, Error> {
+    let problems = execute(root, staging, record, &manifest.tree, acls)?;
+    if !problems.is_empty() {
+        manifest.tree = amend(root, manifest.tree, record, &problems)?;
+        text = format::encode(&manifest);
+        store(staging, NEW_MANIFEST, &text)?;
+    }
+    audit(root, record, &manifest.tree, &problems)?;
+    finish(root)?;
+    Ok(Published { manifest, text, problems })
+}
+
+fn store(staging: &Root, name: &str, bytes: &[u8]) -> Result<(), Error> {
+    let path = rel(&format!("{name}.new"))?;
+    staging.remove_tree(&path).map_err(io)?;
+    let mut file = staging.create_new(&path, 0o600).map_err(io)?;
+    let shown = staging.shown().join(name).display().to_string();
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|source| Error::Io {
+        operation: "write",
+        path: shown,
+        source,
+    })?;
+    staging.rename(&path, &rel(name)?, RenameFlags::empty()).map_err(io)
+}
+
+/// Whether nothing else can be expected to work either: the disk, not the path, is at fault.
+fn ends_the_run(error: &Error) -> bool {
+    let Error::Io { source, .. } = error else { return false };
+    let full =
+        matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::ReadOnlyFilesystem);
+    let errno = source.raw_os_error().map(Errno::from_raw_os_error);
+    full || matches!(errno, Some(Errno::IO | Errno::NOMEM | Errno::MFILE | Errno::NFILE))
+}
+
+/// Does the steps that are not done yet. Those that the state of the target forbids are told and left.
+fn execute(
+    root: &Root,
+    staging: &Root,
+    record: &Record,
+    tree: &Tree,
+    acls: &Acls,
+) -> Result<Vec<(RelPath, String)>, Error> {
+    let existing = Existing::new(root, staging, tree, acls);
+    let mut problems = Vec::new();
+    let mut touched: BTreeSet<RelPath> = BTreeSet::new();
+    let mut opened: BTreeMap<RelPath, u32> = BTreeMap::new();
+    let mut note = |path: &RelPath, result: Result<(), Error>| match result {
+        Err(error) if ends_the_run(&error) => Err(error),
+        Err(error) => {
+            problems.push((path.clone(), crate::error::chain(&error)));
+            Ok(false)
+        }
+        Ok(()) => Ok(true),
+    };
+    for step in &record.steps {
+        let path = step.path();
+        touched.extend(path.parent());
+        let take = || match step {
+            Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path),
+            Step::Exchange(_) => exchange(root, staging, path, record.inodes.get(path).copied()),
+            Step::ApplyMetadata(_) => tree.get(path).map_or(Ok(()), |entry| existing.apply(entry)),
+            Step::RemoveFile(_) => gone(root.unlink(path).map_err(io)),
+            Step::RemoveDirectory(_) => gone(root.rmdir(path).map_err(io)),
+        };
+        let result = match (take(), path.parent()) {
+            (Err(error), Some(above)) if denied(&error) => match open_up(root, &above) {
+                Some(mode) => {
+                    opened.entry(above).or_insert(mode);
+                    take()
+                }
+                None => Err(error),
+            },
+            (result, _) => result,
+        };
+        if note(path, result)? && matches!(step, Step::NewDirectory(_) | Step::Exchange(_)) {
+            touched.insert(path.clone());
+        }
+    }
+    for (path, mode) in opened.iter().rev() {
+        note(path, gone(close_again(root, path, *mode)))?;
+    }
+    // What happened in a directory moved its time; and new ones still have the mode they were staged with.
+    for path in touched.iter().rev() {
+        if let Some(entry) = tree.get(path).filter(|entry| entry.is_directory()) {
+            note(path, existing.apply(entry))?;
+        }
+    }
+    Ok(problems)
+}
+
+fn denied(error: &Error) -> bool {
+    matches!(error, Error::Io { source, .. } if source.kind() == ErrorKind::PermissionDenied)
+}
+
+/// Lets us write in a directory that is ours and does not; gives the mode it had. `None` when that is not the cause.
+fn open_up(root: &Root, path: &RelPath) -> Option<u32> {
+    let directory = root.open_dir(Some(path), Follow::Never).ok()?;
+    let found = Metadata::of(&directory).ok()?;
+    let ours = found.uid == rustix::process::geteuid().as_raw();
+    if !ours || found.mode & 0o300 == 0o300 {
+        return None;
+    }
+    rustix::fs::fchmod(&directory, Mode::from_raw_mode(found.mode | 0o700)).ok()?;
+    Some(found.mode)
+}
+
+fn close_again(root: &Root, path: &RelPath, mode: u32) -> Result<(), Error> {
+    let directory = root.open_dir(Some(path), Follow::Never).map_err(io)?;
+    rustix::fs::fchmod(&directory, Mode::from_raw_mode(mode)).map_err(|errno| Error::Io {
+        operation: "give its mode back to",
+        path: root.shown().join(path.as_path()).display().to_string(),
+        source: errno.into(),
+    })
+}
+
+/// What is not there needs no removing; what has another kind than before was put in its place by a later step, when
+/// steps are done again.
+fn gone(result: Result<(), Error>) -> Result<(), Error> {
+    match result {
+        Err(Error::Io { source, .. })
+            if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::IsADirectory) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// Renames the staged thing to its place; when it is not staged any more that was done before.
+fn publish_one(root: &Root, staging: &Root, path: &RelPath) -> Result<(), Error> {
+    for tree in [&b"tree/"[..], b"last/"] {
+        let staged = RelPath::new([tree, path.as_bytes()].concat());
+        let Ok(staged) = staged else { continue };
+        match staging.stat(&staged, Follow::Never) {
+            Ok(_) => return staging.rename_to(&staged, root, path, RenameFlags::empty()).map_err(io),
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(io(error)),
+        }
+    }
+    root.stat(path, Follow::Never).map(drop).map_err(io)
+}
+
+/// Exchanges a directory for the one that is staged, unless that was done before: then the old one is staged.
+fn exchange(root: &Root, staging: &Root, path: &RelPath, new: Option<u64>) -> Result<(), Error> {
+    let staged = rel("tree")?.join(path.as_bytes()).map_err(|error| Error::Usage(error.to_string()))?;
+    let found = root.stat(path, Follow::Never).map_err(io)?;
+    if Some(found.inode) == new {
+        return Ok(());
+    }
+    staging.rename_to(&staged, root, path, RenameFlags::EXCHANGE).map_err(io)
+}
+
+/// The manifest without what problems kept from being: the old entries where the old things are still there.
+fn amend(root: &Root, tree: Tree, record: &Record, problems: &[(RelPath, String)]) -> Result<Tree, Error> {
+    let metadata: HashSet<&RelPath> =
+        record.steps.iter().filter(|step| matches!(step, Step::ApplyMetadata(_))).map(Step::path).collect();
+    let content: HashSet<&RelPath> =
+        record.steps.iter().map(Step::path).filter(|path| !metadata.contains(path)).collect();
+    let failed: HashSet<&RelPath> =
+        problems.iter().map(|(path, _)| path).filter(|path| content.contains(path)).collect();
+    let concerned = |path: &RelPath| failed.contains(path) || path.ancestors().any(|above| failed.contains(&above));
+    let old = read(root, MANIFEST)?.and_then(|text| format::decode(&text).ok()).unwrap_or_default();
+    let mut entries: Vec<Entry> = tree.into_entries().into_iter().filter(|entry| !concerned(&entry.path)).collect();
+    let still = old.tree.into_entries().into_iter().filter(|entry| concerned(&entry.path));
+    entries.extend(still.filter(|entry| root.stat(&entry.path, Follow::Never).is_ok()));
+    let files: HashSet<RelPath> =
+        entries.iter().filter(|entry| entry.file().is_some()).map(|entry| entry.path.clone()).collect();
+    entries.retain(|entry| !matches!(&entry.content, Content::HardLink { first } if !files.contains(first)));
+    Tree::new(entries).map_err(|error| Error::Refused { by: "the manifest".into(), reason: error.to_string() })
+}
+
+/// Tells the audit log. A run that was interrupted between this and its end tells it once more when it is finished.
+fn audit(root: &Root, record: &Record, tree: &Tree, problems: &[(RelPath, String)]) -> Result<(), Error> {
+    let wrong = |error: crate::audit::AuditError| Error::Refused {
+        by: "the audit log".into(),
+        reason: crate::error::chain(&error),
+    };
+    let base = AuditRecord { actor: record.actor.clone(), source: record.source.clone(), ..AuditRecord::default() };
+    let failed: HashSet<&RelPath> = problems.iter().map(|(path, _)| path).collect();
+    let mut records = Vec::new();
+    for step in record.steps.iter().filter(|step| !failed.contains(step.path())) {
+        let action = match step {
+            Step::RemoveFile(_) | Step::RemoveDirectory(_) => {
+                records.push(AuditRecord { action: "remove".into(), path: step.path().to_string(), ..base.clone() });
+                continue;
+            }
+            Step::ApplyMetadata(_) => "metadata",
+            Step::Replace(_) | Step::NewDirectory(_) | Step::Exchange(_) => "publish",
+        };
+        let whole = matches!(step, Step::NewDirectory(_) | Step::Exchange(_));
+        let from = tree.entries().partition_point(|entry| entry.path < *step.path());
+        let within = tree.entries()[from..].iter().take_while(|entry| entry.path.is_within(step.path()));
+        for entry in within.take(if whole { usize::MAX } else { 1 }) {
+            let file = entry.file();
+            records.push(AuditRecord {
+                action: action.into(),
+                path: entry.path.to_string(),
+                size: file.map(|(size, _)| size),
+                sha256: file.and_then(|(_, digest)| digest).map(|digest| digest.to_string()),
+                mode: Some(format!("{:04o}", entry.mode)),
+                owner: Some(entry.owner.to_string()),
+                group: Some(entry.group.to_string()),
+                acl: record.acls.get(&entry.path).cloned(),
+                ..base.clone()
+            });
+            if let Some(what) = record.withheld.get(&entry.path) {
+                let reason = Some(format!("not given: {what}; the policy here does not grant it"));
+                records.push(AuditRecord {
+                    action: "refuse".into(),
+                    path: entry.path.to_string(),
+                    reason,
+                    ..base.clone()
+                });
+            }
+        }
+    }
+    AuditLog::open(root).map_err(wrong)?.append(&records).map_err(wrong)?;
+    Ok(())
+}
+
+/// Puts the new manifest in force and clears the staging area, in an order that a crash does not hurt.
+fn finish(root: &Root) -> Result<(), Error> {
+    let path = rel(STAGING)?;
+    let staging = root.subroot(&path).map_err(io)?;
+    // DURABILITY: what was renamed first, then the manifest that lists it, then the record that would do it again.
+    root.sync_filesystem().map_err(io)?;
+    match staging.rename_to(&rel(NEW_MANIFEST)?, root, &rel(MANIFEST)?, RenameFlags::empty()) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(io(error)),
+    }
+    root.sync_dir(Some(&rel(STATE)?)).map_err(io)?;
+    root.remove_tree(&path).map_err(io)
+}
+
+/// The content of a file; `None` where there is none.
+pub(super) fn read(root: &Root, name: &str) -> Result<Option<Vec<u8>>, Error> {
+    let mut bytes = Vec::new();
+    match root.open_read(&rel(name)?, Follow::Never) {
+        Ok(mut file) => {
+            let path = root.shown().join(name).display().to_string();
+            file.read_to_end(&mut bytes).map_err(|source| Error::Io { operation: "read", path, source })?;
+            Ok(Some(bytes))
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(io(error)),
+    }
+}
+
+/// Finishes what an interrupted run had begun to publish. Says whether there was something to finish.
+pub(super) fn recover(root: &Root) -> Result<bool, Error> {
+    let staging = match root.subroot(&rel(STAGING)?) {
+        Ok(staging) => staging,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(io(error)),
+    };
+    let Some(record) = read(&staging, RECORD)? else { return Ok(false) };
+    let Some(text) = read(&staging, NEW_MANIFEST)? else {
+        // It was put in force already: only the clearing was cut off.
+        finish(root)?;
+        return Ok(true);
+    };
+    let damaged = |what: &str| Error::Refused {
+        by: root.shown().display().to_string(),
+        reason: format!(
+            "{what} of an interrupted run is damaged; look at {}, then remove it",
+            staging.shown().display()
+        ),
+    };
+    let manifest = format::decode(&text).map_err(|_| damaged("the manifest"))?;
+    let record = std::str::from_utf8(&record).ok().and_then(Record::parse).ok_or_else(|| damaged("the record"))?;
+    let acls = read(&staging, ACLS)?.and_then(|bytes| Acls::parse(std::str::from_utf8(&bytes).ok()?));
+    let acls = acls.ok_or_else(|| damaged("the list of ACLs"))?;
+    carry_out(root, &staging, &record, manifest, text, &acls)?;
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_read_back_and_a_damaged_one_is_not() {
+        let path = |path: &[u8]| RelPath::new(path).unwrap();
+        let steps = vec![
+            Step::RemoveFile(path(b"a\n \xff")),
+            Step::Replace(path(b"b")),
+            Step::NewDirectory(path(b"c/d")),
+            Step::Exchange(path(b"e")),
+            Step::ApplyMetadata(path(b"f")),
+            Step::RemoveDirectory(path(b"g")),
+        ];
+        let inodes = BTreeMap::from([(path(b"e"), u64::MAX)]);
+        let note = |text: &str| BTreeMap::from([(RelPath::new("b \n/c").unwrap(), text.to_owned())]);
+        let (withheld, acls) = (note("the special bits of mode 4755"), note("user:ops:r--"));
+        let record = Record { actor: "ana@gpu01".into(), source: String::new(), steps, withheld, acls, inodes };
+        assert_eq!(Record::parse(&record.encode()), Some(record));
+        for damaged in ["", "\n", "61\n62", "61\n\nR2e2e\n", "61\n\nR6\n", "61\n\nZ61\n", "61\n\nX61 g\n", "6\n\n"] {
+            assert_eq!(Record::parse(damaged), None, "{damaged:?}");
+        }
+    }
+
+    #[test]
+    fn h32_an_exchange_that_is_done_again_leaves_the_new_directory_in_place() {
+        let at = tempfile::tempdir().unwrap();
+        let root = Root::open(at.path()).unwrap();
+        let (unit, staged) = (RelPath::new("unit").unwrap(), RelPath::new("staging/tree/unit").unwrap());
+        for (path, name) in [(&unit, "old"), (&staged, "new")] {
+            root.mkdir_all(path, 0o700).unwrap();
+            root.mkdir(&path.join(name).unwrap(), 0o700).unwrap();
+        }
+        let new = root.stat(&staged, Follow::Never).unwrap().inode;
+        let staging = root.subroot(&RelPath::new("staging").unwrap()).unwrap();
+        for _ in 0..3 {
+            exchange(&root, &staging, &unit, Some(new)).unwrap();
+            assert_eq!(root.names(Some(&unit), Follow::Never).unwrap(), [b"new".to_vec()]);
+            assert_eq!(root.names(Some(&staged), Follow::Never).unwrap(), [b"old".to_vec()]);
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Whether a target has room for what is to come.
+
+use std::io::ErrorKind;
+
+use super::target::io;
+use crate::endpoint::Error;
+use crate::root::Root;
+
+/// What a run is about to store.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Need {
+    pub(super) bytes: u64,
+    pub(super) inodes: u64,
+}
+
+/// `1.5 GB`: powers of 1000, as disks are sold.
+fn shown(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["bytes", "kB", "MB", "GB", "TB", "PB"];
+    let (mut value, mut unit) = (bytes as f64, 0);
+    while value >= 999.95 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} bytes") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+/// Refuses what cannot fit, before a byte of it is sent. What is free may be used by others meanwhile, and quotas are
+/// not seen here: a disk that fills up later ends the run just as well.
+pub(super) fn check(root: &Root, need: Need) -> Result<(), Error> {
+    let free = root.free_space().map_err(io)?;
+    let few_inodes = free.inodes.filter(|&inodes| need.inodes > inodes);
+    let reason = if need.bytes > free.bytes {
+        format!(
+            "{} are needed and {} are free; make room, or use --ignore-free-space where files are sparse or the file \
+             system compresses",
+            shown(need.bytes),
+            shown(free.bytes)
+        )
+    } else if let Some(inodes) = few_inodes {
+        format!("{} inodes are needed and {inodes} are free; make room", need.inodes)
+    } else {
+        return Ok(());
+    };
+    let source = std::io::Error::new(ErrorKind::StorageFull, reason);
+    Err(Error::Io { operation: "make room in", path: root.shown().display().to_string(), source })
+}
+
+/// What to say when a disk has filled up: how much the run needs in all, and what is free now.
+pub(super) fn filled(root: &Root, need: Need) -> String {
+    match root.free_space() {
+        Ok(free) => format!("the run stores {} in all, and {} are free", shown(need.bytes), shown(free.bytes)),
+        Err(_) => format!("the run stores {} in all", shown(need.bytes)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn h30_what_cannot_fit_is_refused_with_numbers() {
+        let at = tempfile::tempdir().unwrap();
+        let root = Root::open(at.path()).unwrap();
+        check(&root, Need { bytes: 1, inodes: 1 }).unwrap();
+        let error = check(&root, Need { bytes: u64::MAX - 1, inodes: 0 }).unwrap_err();
+        assert_eq!(error.exit(), crate::error::Exit::Io);
+        let text = crate::error::chain(&error);
+        assert!(text.contains("18446.7 PB are needed") && text.contains("are free"), "{text}");
+        if root.free_space().unwrap().inodes.is_some() {
+            assert!(check(&root, Need { bytes: 0, inodes: u64::MAX }).is_err());
+        }
+    }
+
+    #[test]
+    fn sizes_are_shown_in_units() {
+        let cases = [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_950, "1.0 MB")];
+        for (bytes, text) in cases {
+            assert_eq!(shown(bytes), text);
+        }
+    }
+}
