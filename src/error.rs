@@ -22,6 +22,12 @@ pub enum Exit {
     Io = 5,
     /// Try again: the target is locked, or the connection was lost.
     TryAgain = 75,
+    /// Stopped by SIGHUP; as shells count, 128 and the signal. What was staged is kept.
+    HungUp = 129,
+    /// Stopped by SIGINT (Ctrl-C).
+    Interrupted = 130,
+    /// Stopped by SIGTERM.
+    Terminated = 143,
 }
 
 impl Exit {

@@ -21,7 +21,7 @@ pub struct Counters {
     pub done_bytes: AtomicU64,
     /// Content bytes sent or received, before compression.
     pub transferred_bytes: AtomicU64,
-    /// The same after compression, with the messages around them.
+    /// What went over the wire, both directions, with the messages around the content; 0 where there is no wire.
     pub wire_bytes: AtomicU64,
 }
 
@@ -89,6 +89,10 @@ pub trait Monitor: Send + Sync {
     fn event(&self, event: Event<'_>);
     /// The sums of this run.
     fn counters(&self) -> &Counters;
+    /// Whether the user wants the run to end: long walks end early then, and what they found is not used.
+    fn stopped(&self) -> bool {
+        false
+    }
 }
 
 /// Says nothing, counts.

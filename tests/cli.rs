@@ -162,3 +162,48 @@ fn a_log_that_is_not_there_is_not_good() {
     let at = tempfile::tempdir().unwrap();
     lockstep(&["audit", "verify", "."], at.path()).code(1).stderr(contains("no audit log"));
 }
+
+#[test]
+fn two_manifests_are_compared_path_by_path() {
+    let at = tree();
+    let create = |name: &str| lockstep(&["manifest", "create", "data", "-o", name], at.path()).code(0);
+    create("before");
+    lockstep(&["manifest", "diff", "before", "before"], at.path()).code(0).stdout(contains("all of them the same"));
+    flip(&at.path().join("data/sub/large.bin"));
+    fs::write(at.path().join("data/new"), "").unwrap();
+    fs::remove_dir(at.path().join("data/sub/empty")).unwrap();
+    fs::remove_file(at.path().join("data/link")).unwrap();
+    std::os::unix::fs::symlink("new", at.path().join("data/link")).unwrap();
+    std::fs::set_permissions(at.path().join("data/new\nline\\"), std::os::unix::fs::PermissionsExt::from_mode(0o600))
+        .unwrap();
+    create("after");
+    let diff = |more: &[&str]| lockstep(&[&["manifest", "diff", "before", "after"], more].concat(), at.path());
+    let stdout = "link: points to 'a b' -> 'new'\nnew: only in 'after'\nnew\\nline\\\\: mode 0644 -> 0600\n\
+        sub/empty: only in 'before'\nsub/large.bin: content, time\n";
+    diff(&[]).code(1).stdout(stdout).stderr("lockstep: 'before' and 'after' differ in 5 paths\n");
+    diff(&["--content"]).code(1).stderr(contains("differ in 4 paths"));
+    flip(&at.path().join("after"));
+    diff(&[]).code(1).stdout("").stderr(contains("'after'"));
+    lockstep(&["manifest", "diff", "before", "missing"], at.path()).code(5);
+    lockstep(&["manifest", "diff", "before", "data"], at.path()).code(2).stderr(contains("no manifest"));
+}
+
+#[test]
+fn s13_the_record_says_who_did_what_when_and_from_where() {
+    let at = tree();
+    let push = || lockstep(&["push", "data", "target"], at.path()).code(0);
+    push();
+    flip(&at.path().join("data/sub/large.bin"));
+    push();
+    let show = |more: &[&str]| lockstep(&[&["audit", "show", "target"], more].concat(), at.path());
+    let line = r"(?m)^\d{4}-\d\d-\d\dT[0-9:]{8}Z publish sub/large.bin 700000 bytes sha256:[0-9a-f]{64} mode 0644 \S+:\S+ by \S+@\S+ from data$";
+    show(&[]).code(0).stdout(predicates::str::is_match(line).unwrap().count(2));
+    show(&["--path", "sub/"]).code(0).stdout(predicates::str::is_match("(?m)^").unwrap().count(5));
+    show(&["--path", r"new\nline\\"]).code(0).stdout(contains(r" publish new\nline\\ 3 bytes"));
+    show(&["--path", "su"]).code(0).stdout("");
+    show(&["-n", "1", "--json"]).code(0).stdout(predicates::str::is_match(r#"\A\{"sequence":.*\}\n\z"#).unwrap());
+    let log = at.path().join("target").join(lockstep::audit::LOG);
+    fs::write(&log, fs::read_to_string(&log).unwrap().replacen("sub/large", "sub/other", 1)).unwrap();
+    show(&[]).code(1).stdout(contains("sub/other")).stderr(contains("edited"));
+    lockstep(&["audit", "show", "data"], at.path()).code(1).stderr(contains("no audit log"));
+}

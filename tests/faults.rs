@@ -328,6 +328,7 @@ fn options() -> Options {
         max_delete: DeleteLimit::Unlimited,
         workers: 1,
         retries: 2,
+        bandwidth: None,
     }
 }
 

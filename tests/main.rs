@@ -13,6 +13,7 @@ mod model;
 mod pipeline;
 mod pipes;
 mod policy;
+mod push;
 mod quickstart;
 mod rogue;
 mod scenarios_permissions;

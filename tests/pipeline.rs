@@ -24,6 +24,7 @@ fn options() -> Options {
         max_delete: DeleteLimit::Unlimited,
         workers: 2,
         retries: 2,
+        bandwidth: None,
     }
 }
 

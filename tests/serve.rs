@@ -5,14 +5,14 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
-struct Server {
+pub(crate) struct Server {
     child: Child,
     port: String,
-    at: tempfile::TempDir,
+    pub(crate) at: tempfile::TempDir,
 }
 
 impl Server {
-    fn start(more: &[&str]) -> Server {
+    pub(crate) fn start(more: &[&str]) -> Server {
         let at = tempfile::tempdir().unwrap();
         let path = |name: &str| at.path().join(name).display().to_string();
         for key in ["user", "other"] {
@@ -49,7 +49,7 @@ impl Server {
             .unwrap()
     }
 
-    fn lockstep(&self, arguments: &[&str], key: &str) -> Output {
+    pub(crate) fn lockstep(&self, arguments: &[&str], key: &str) -> Output {
         let login = ["-P", &self.port, "--identity", key, "--known-hosts", "known"];
         self.run(env!("CARGO_BIN_EXE_lockstep"), &[arguments, &login].concat())
     }

@@ -207,5 +207,6 @@ pub(super) fn options() -> Options {
         max_delete: DeleteLimit::Unlimited,
         workers: 2,
         retries: 2,
+        bandwidth: None,
     }
 }

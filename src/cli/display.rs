@@ -45,6 +45,7 @@ pub enum Verbosity {
 pub struct Display {
     state: Arc<State>,
     ticker: Option<JoinHandle<()>>,
+    stop: Arc<AtomicBool>,
 }
 
 struct State {
@@ -52,9 +53,32 @@ struct State {
     verbosity: Verbosity,
     json: bool,
     progress: bool,
-    phase: Mutex<(Phase, Instant)>,
+    phase: Mutex<Phase>,
+    rate: Mutex<Rate>,
     line: Mutex<()>,
     done: AtomicBool,
+}
+
+/// How fast it goes, over the last few seconds.
+struct Rate {
+    at: Instant,
+    bytes: u64,
+    smooth: f64,
+}
+
+impl Rate {
+    /// Bytes a second, now that `bytes` are done.
+    fn update(&mut self, bytes: u64) -> f64 {
+        let seconds = self.at.elapsed().as_secs_f64();
+        if seconds > 0.0 {
+            let now = bytes.saturating_sub(self.bytes) as f64 / seconds;
+            // What was measured three seconds ago counts for a third.
+            let weight = if self.smooth == 0.0 { 1.0 } else { 1.0 - (-seconds / 3.0).exp() };
+            self.smooth += (now - self.smooth) * weight;
+            (self.at, self.bytes) = (Instant::now(), bytes);
+        }
+        self.smooth
+    }
 }
 
 impl Display {
@@ -66,26 +90,40 @@ impl Display {
             verbosity,
             json,
             progress,
-            phase: Mutex::new((Phase::Connecting, Instant::now())),
+            phase: Mutex::new(Phase::Connecting),
+            rate: Mutex::new(Rate { at: Instant::now(), bytes: 0, smooth: 0.0 }),
             line: Mutex::new(()),
             done: AtomicBool::new(false),
         });
-        let ticker = progress.then(|| {
+        let every = if json { Duration::from_secs(1) } else { Duration::from_millis(200) };
+        let ticker = (progress || json).then(|| {
             let state = Arc::clone(&state);
             std::thread::spawn(move || {
                 while !state.done.load(Ordering::Relaxed) {
-                    state.draw();
-                    std::thread::sleep(Duration::from_millis(200));
+                    if json {
+                        state.tell_progress()
+                    } else {
+                        state.draw()
+                    }
+                    std::thread::park_timeout(every);
                 }
             })
         });
-        Display { state, ticker }
+        Display { state, ticker, stop: Arc::default() }
+    }
+
+    /// The same, for a run that ends when `stop` is set.
+    #[must_use]
+    pub fn stopped_by(mut self, stop: &Arc<AtomicBool>) -> Display {
+        self.stop = Arc::clone(stop);
+        self
     }
 
     /// Ends the progress line.
     pub fn finish(&mut self) {
         self.state.done.store(true, Ordering::Relaxed);
         if let Some(ticker) = self.ticker.take() {
+            ticker.thread().unpark();
             let _ = ticker.join();
             self.state.clear();
         }
@@ -116,38 +154,79 @@ impl State {
         let _ = writeln!(std::io::stdout(), "{value}");
     }
 
-    fn draw(&self) {
-        let (phase, since) = *self.phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    fn phase(&self) -> Phase {
+        *self.phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// What is going on, in a line.
+    fn text(&self) -> Option<String> {
         let get = Counters::get;
-        let text = match phase {
+        Some(match self.phase() {
             Phase::Connecting => "connecting".to_owned(),
             Phase::Scanning => format!("scanning: {} entries", HumanCount(get(&self.counters.scanned_entries))),
-            Phase::Comparing => "comparing with the target".to_owned(),
-            Phase::Transferring => {
-                let (done, total) = (get(&self.counters.done_bytes), get(&self.counters.total_bytes));
-                let seconds = since.elapsed().as_secs_f64().max(0.001);
-                let rate = done as f64 / seconds;
-                let left = if rate > 0.0 { total.saturating_sub(done) as f64 / rate } else { 0.0 };
-                format!(
-                    "{} of {}, {} of {} files, {}/s, {} left",
-                    BinaryBytes(done),
-                    BinaryBytes(total),
-                    HumanCount(get(&self.counters.done_files)),
-                    HumanCount(get(&self.counters.total_files)),
-                    BinaryBytes(rate as u64),
-                    HumanDuration(Duration::from_secs_f64(left)),
-                )
+            Phase::Comparing => {
+                format!("comparing {} entries with the target", HumanCount(get(&self.counters.scanned_entries)))
             }
-            Phase::Verifying => "verifying".to_owned(),
-            Phase::Publishing => "publishing".to_owned(),
-            Phase::Done => return,
-        };
+            Phase::Transferring => self.transferring(),
+            Phase::Verifying => format!("verifying {} files", HumanCount(get(&self.counters.total_files))),
+            Phase::Publishing => {
+                format!("publishing: {} files are verified", HumanCount(get(&self.counters.done_files)))
+            }
+            Phase::Done => return None,
+        })
+    }
+
+    fn transferring(&self) -> String {
+        let get = Counters::get;
+        let (done, total) = (get(&self.counters.done_bytes), get(&self.counters.total_bytes));
+        let rate = self.rate.lock().unwrap_or_else(std::sync::PoisonError::into_inner).update(done);
+        let mut text = format!(
+            "{} of {} ({} %), {} of {} files",
+            BinaryBytes(done),
+            BinaryBytes(total),
+            (done.min(total) * 100).checked_div(total).unwrap_or(100),
+            HumanCount(get(&self.counters.done_files)),
+            HumanCount(get(&self.counters.total_files)),
+        );
+        if rate >= 1.0 {
+            let left = Duration::from_secs_f64((total.saturating_sub(done) as f64 / rate).min(1e9));
+            text += &format!(", {}/s, {} left", BinaryBytes(rate as u64), HumanDuration(left));
+        }
+        let (sent, wire) = (get(&self.counters.transferred_bytes), get(&self.counters.wire_bytes));
+        if wire > 0 && sent > 0 {
+            text += &format!(", {:.2} on the wire", wire as f64 / sent as f64);
+        }
+        text
+    }
+
+    fn draw(&self) {
+        let Some(mut text) = self.text() else { return };
+        // A line that wraps cannot be taken back.
+        if let Ok(size) = rustix::termios::tcgetwinsize(std::io::stderr())
+            && size.ws_col > 1
+        {
+            text = text.chars().take(usize::from(size.ws_col) - 1).collect();
+        }
         let _guard = self.line.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if PAUSED.load(Ordering::SeqCst) > 0 {
             return;
         }
         let _ = write!(std::io::stderr(), "\r\x1b[K{text}");
         let _ = std::io::stderr().flush();
+    }
+
+    fn tell_progress(&self) {
+        if self.phase() == Phase::Transferring {
+            let get = Counters::get;
+            self.tell(&json!({
+                "event": "progress",
+                "done_bytes": get(&self.counters.done_bytes),
+                "total_bytes": get(&self.counters.total_bytes),
+                "done_files": get(&self.counters.done_files),
+                "total_files": get(&self.counters.total_files),
+                "wire_bytes": get(&self.counters.wire_bytes),
+            }));
+        }
     }
 
     fn problem(&self, problem: &Problem) {
@@ -169,7 +248,12 @@ impl Monitor for Display {
         let state = &self.state;
         match event {
             Event::Phase(phase) => {
-                *state.phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = (phase, Instant::now());
+                *state.phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = phase;
+                if phase == Phase::Transferring {
+                    let now = Instant::now();
+                    *state.rate.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+                        Rate { at: now, bytes: Counters::get(&state.counters.done_bytes), smooth: 0.0 };
+                }
                 if state.json {
                     state.tell(&json!({"event": "phase", "phase": format!("{phase:?}").to_lowercase()}));
                 }
@@ -185,5 +269,9 @@ impl Monitor for Display {
 
     fn counters(&self) -> &Counters {
         &self.state.counters
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
     }
 }

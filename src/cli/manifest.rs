@@ -21,6 +21,8 @@ use crate::monitor::Severity;
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
 
+mod diff;
+
 /// Where a target keeps the manifest of what was published.
 const PUBLISHED: &str = ".lockstep/manifest";
 
@@ -33,6 +35,11 @@ pub(super) enum Command {
         /// A manifest, or a directory that was published to
         path: PathBuf,
     },
+    /// Say what differs between two manifests, or what was published to two directories
+    ///
+    /// Reads the lists alone: whether a directory still holds what its list says is for 'manifest verify'. Each path that
+    /// differs is a line on standard output, and the exit code is then 1.
+    Diff(diff::Diff),
     /// Read every file of a directory and compare it with a list
     ///
     /// Each file that differs, is missing, is not listed or cannot be read is a line on standard output, and the exit
@@ -47,6 +54,7 @@ impl Command {
         match self {
             Command::Create(create) => create.run(),
             Command::Show { path } => show(&path),
+            Command::Diff(diff) => diff.run(),
             Command::Verify(verify) => verify.run(),
         }
     }

@@ -14,19 +14,24 @@ use crate::endpoint;
 use crate::error::{Escaped, Exit, chain};
 use crate::root::RootError;
 
+mod arguments;
 mod audit;
 mod completions;
 pub mod display;
+mod job;
 mod keys;
 mod login;
+mod look;
 mod manifest;
 mod passphrase;
 mod policy;
+mod push;
 mod quickstart;
 mod remote;
 pub mod report;
 mod serve;
 mod sftp_server;
+mod stop;
 mod transfer;
 
 const EXIT_CODES: &str = "\
@@ -38,6 +43,7 @@ Exit codes:
   4   incomplete: some paths or targets failed
   5   input or output error
   75  try again: the target is in use, or the connection was lost
+  130 stopped by Ctrl-C (143 by SIGTERM, 129 by SIGHUP); the same command goes on from there
 Anything but 0 means: do not rely on the data.";
 
 /// Keeps datasets and checkpoints in step between training servers, and proves that what arrived is what was sent.
@@ -52,10 +58,10 @@ struct Cli {
 // variant here, a line in `Command::run`.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Send a directory to another server, verified, with the right permissions
-    Push(transfer::Push),
-    /// Fetch a directory from another server
-    Pull(transfer::Pull),
+    /// Send files and directories to another server, verified, with the right permissions
+    Push(push::Push),
+    /// Fetch files and directories from another server
+    Pull(push::Pull),
     /// Listen for SSH connections: public keys only, file transfer only
     Serve(serve::Serve),
     /// Serve SFTP, and lockstep's own protocol, on standard input and output
@@ -69,10 +75,10 @@ enum Command {
     /// Make a key, have it accepted by another server, and see which keys that server has
     #[command(subcommand)]
     Keys(keys::Command),
-    /// Check the record of what was published
+    /// Show and check the record of what was published
     #[command(subcommand)]
     Audit(audit::Command),
-    /// See push, verify, policy and check at work on this machine, with nothing to configure
+    /// See on this machine what lockstep does: nothing to set up, nothing left behind
     Quickstart(quickstart::Quickstart),
     /// Print a completion script for a shell
     Completions(completions::Completions),
@@ -117,6 +123,10 @@ enum Failure {
 }
 
 impl Failure {
+    fn plain(exit: Exit, error: &dyn std::error::Error) -> Failure {
+        Failure::Plain { exit, message: chain(error) }
+    }
+
     fn usage(message: impl Into<String>) -> Failure {
         Failure::Plain { exit: Exit::Usage, message: message.into() }
     }

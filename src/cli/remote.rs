@@ -74,7 +74,7 @@ enum Proof {
 
 impl Reach {
     /// The ways to try, in this order.
-    fn ways(&self, ssh: &Ssh) -> Vec<Way> {
+    pub(super) fn ways(&self, ssh: &Ssh) -> Vec<Way> {
         let exec = || Way::LockstepExec(ssh.remote_command.clone());
         match self.remote {
             Ways::Auto => vec![Way::LockstepSubsystem, exec(), Way::SftpSubsystem],

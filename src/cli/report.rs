@@ -46,14 +46,16 @@ fn letters(action: &Action, entry: &Entry, sending: bool) -> String {
     .collect()
 }
 
-/// Writes a line for each path that changed (or would).
-///
-/// # Errors
-/// When `out` cannot be written.
-pub fn itemize(report: &SyncReport, deleting: bool, sending: bool, out: &mut impl Write) -> std::io::Result<()> {
+/// Each path that changed (or would): its letters, its name, and what comes after the name in a line for people.
+fn changes(
+    report: &SyncReport,
+    deleting: bool,
+    sending: bool,
+    mut tell: impl FnMut(&str, &str, &str) -> std::io::Result<()>,
+) -> std::io::Result<()> {
     if deleting && !report.deletion_held_back {
         for removal in &report.plan.removals {
-            writeln!(out, "*deleting   {}{}", removal.path, if removal.directory { "/" } else { "" })?;
+            tell("*deleting  ", &removal.path.to_string(), if removal.directory { "/" } else { "" })?;
         }
     }
     for action in &report.plan.actions {
@@ -64,9 +66,27 @@ pub fn itemize(report: &SyncReport, deleting: bool, sending: bool, out: &mut imp
             Content::HardLink { first } => format!(" => {first}"),
             Content::File { .. } => String::new(),
         };
-        writeln!(out, "{} {}{tail}", letters(action, entry, sending), entry.path)?;
+        tell(&letters(action, entry, sending), &entry.path.to_string(), &tail)?;
     }
     Ok(())
+}
+
+/// Writes a line for each path that changed (or would).
+///
+/// # Errors
+/// When `out` cannot be written.
+pub fn itemize(report: &SyncReport, deleting: bool, sending: bool, out: &mut impl Write) -> std::io::Result<()> {
+    changes(report, deleting, sending, |letters, path, tail| writeln!(out, "{letters} {path}{tail}"))
+}
+
+/// The same as one JSON object for each path.
+///
+/// # Errors
+/// When `out` cannot be written.
+pub fn changes_json(report: &SyncReport, deleting: bool, sending: bool, out: &mut impl Write) -> std::io::Result<()> {
+    changes(report, deleting, sending, |letters, path, _| {
+        writeln!(out, "{}", json!({"event": "change", "change": letters.trim_end(), "path": path}))
+    })
 }
 
 /// The summary in a few lines.
@@ -112,14 +132,18 @@ pub fn summary(
         let rate = report.verified_bytes as f64 / seconds.max(0.001);
         write!(
             out,
-            "  {} files, {} transferred and verified ({verification}), {}/s",
+            "  {} {}, {} transferred and verified ({verification}), {}/s",
             HumanCount(report.verified_files),
+            if report.verified_files == 1 { "file" } else { "files" },
             BinaryBytes(report.verified_bytes),
             BinaryBytes(rate as u64),
         )?;
         if report.wire_bytes > 0 {
-            let ratio = report.wire_bytes as f64 / report.verified_bytes.max(1) as f64;
-            write!(out, "; {} on the wire ({ratio:.2})", BinaryBytes(report.wire_bytes))?;
+            write!(out, "; {} on the wire", BinaryBytes(report.wire_bytes))?;
+            // Of a few bytes the ratio only tells what a greeting costs.
+            if report.transferred_bytes >= 64 * 1024 {
+                write!(out, " ({:.2})", report.wire_bytes as f64 / report.transferred_bytes as f64)?;
+            }
         }
         writeln!(out)?;
     }
@@ -145,6 +169,7 @@ pub fn summary_json(report: &SyncReport, from: &str, to: &str, verification: &st
         "manifest_sha256": report.committed.as_ref().map(|committed| committed.manifest_digest.clone()),
         "verified_files": report.verified_files,
         "verified_bytes": report.verified_bytes,
+        "transferred_bytes": report.transferred_bytes,
         "verification": verification,
         "wire_bytes": report.wire_bytes,
         "failed": report.problems.iter().filter(|problem| problem.severity == Severity::Failed).count(),

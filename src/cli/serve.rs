@@ -28,6 +28,9 @@ pub(super) struct Serve {
     /// Write the port that is listened on to this file, once it is; for port 0
     #[arg(long, value_name = "FILE")]
     port_file: Option<PathBuf>,
+    /// End when the process that started this one ends
+    #[arg(long)]
+    die_with_parent: bool,
     #[command(flatten)]
     one: Option<OneUser>,
 }
@@ -145,6 +148,11 @@ fn session(start: &SessionStart, output: Arc<dyn crate::server::agent::Output>) 
 
 impl Serve {
     pub(super) fn run(self) -> Result<Exit, Failure> {
+        if self.die_with_parent {
+            let end = Some(rustix::process::Signal::TERM);
+            rustix::process::set_parent_process_death_signal(end)
+                .map_err(|errno| Failure::usage(format!("--die-with-parent: {errno}")))?;
+        }
         log();
         raise_limit_of_files();
         let config = self.read()?;

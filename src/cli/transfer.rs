@@ -1,79 +1,53 @@
-//! `lockstep push` and `lockstep pull`: the pipeline between a directory here and one elsewhere.
+//! What push and pull share: their options, and the way through the pipeline.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 
+use super::arguments::Route;
 use super::display::{Display, Verbosity};
+use super::stop::Stop;
 use super::{Failure, login, remote, report};
 use crate::codec::CompressOptions;
-use crate::config::Config;
-use crate::endpoint::local::{LocalSource, LocalTarget};
-use crate::endpoint::{BeginOptions, Links, ScanOptions, Source, Target};
+use crate::config::{Bandwidth, Config, DEFAULT_PATH};
+use crate::endpoint::{BeginOptions, Links, ScanOptions};
 use crate::error::Exit;
 use crate::filter::FilterSpec;
 use crate::plan::safety::DeleteLimit;
 use crate::policy::{PolicySpec, chmod_rules, chown_rules};
 use crate::sync::{self, Options};
 
-/// Sends a directory.
 #[derive(Debug, clap::Args)]
-pub(super) struct Push {
-    /// The directory to send; its contents become those of the target
-    #[arg(value_name = "SRC")]
-    source: PathBuf,
-    /// Where to: [USER@]HOST:DIR, or a directory of this machine
-    #[arg(value_name = "[USER@]HOST:DEST")]
-    target: String,
-    #[command(flatten)]
-    how: How,
-}
-
-/// Fetches a directory.
-#[derive(Debug, clap::Args)]
-pub(super) struct Pull {
-    /// Where from: [USER@]HOST:DIR, or a directory of this machine
-    #[arg(value_name = "[USER@]HOST:SRC")]
-    source: String,
-    /// The directory that is to hold the same
-    #[arg(value_name = "DEST")]
-    target: PathBuf,
-    #[command(flatten)]
-    how: How,
-}
-
-#[derive(Debug, clap::Args)]
-struct How {
-    /// Show what would be done; change nothing
+pub(super) struct How {
+    /// Show what would be done; change nothing, read no file's content
     #[arg(short = 'n', long)]
-    dry_run: bool,
+    pub(super) dry_run: bool,
     /// Say what is chosen and why
     #[arg(short, long, conflicts_with = "quiet")]
-    verbose: bool,
+    pub(super) verbose: bool,
     /// Say nothing but errors
     #[arg(short, long)]
-    quiet: bool,
+    pub(super) quiet: bool,
     /// One JSON object a line on standard output
     #[arg(long)]
-    json: bool,
-    /// A line for each path that changes, as rsync writes it
+    pub(super) json: bool,
+    /// A line for each path that changes, as rsync --checksum writes it
     #[arg(short, long)]
-    itemize_changes: bool,
+    pub(super) itemize_changes: bool,
     /// Remove at the target what the source does not have
     #[arg(long)]
-    delete: bool,
+    pub(super) delete: bool,
     /// Refuse to remove more than this: a number of paths, or a part of the target (10%)
     #[arg(long, value_name = "N|N%")]
-    max_delete: Option<DeleteLimit>,
+    pub(super) max_delete: Option<DeleteLimit>,
     /// Leave out what matches, as in gitignore(5); may be given several times
     #[arg(long, value_name = "GLOB")]
-    exclude: Vec<String>,
+    pub(super) exclude: Vec<String>,
     /// Take part all the same, whatever --exclude says
     #[arg(long, value_name = "GLOB")]
-    include: Vec<String>,
+    pub(super) include: Vec<String>,
     /// Only the paths that this file lists, one a line
     #[arg(long, value_name = "FILE")]
-    files_from: Option<PathBuf>,
+    pub(super) files_from: Option<PathBuf>,
     /// Hash every file, whatever its size and time say
     #[arg(short, long)]
     checksum: bool,
@@ -82,22 +56,23 @@ struct How {
     links: Links,
     /// Modes of what arrives, as rsync's --chmod takes them (D755,F644 or go-rwx)
     #[arg(long, value_name = "MODES")]
-    chmod: Option<String>,
+    pub(super) chmod: Option<String>,
     /// Owner and group of what arrives
     #[arg(long, value_name = "USER:GROUP")]
-    chown: Option<String>,
+    pub(super) chown: Option<String>,
     /// A file of [[rule]] tables with owner and permissions of what arrives
     #[arg(long, value_name = "FILE")]
-    policy_file: Option<PathBuf>,
-    /// The configuration that --policy names a policy of
-    #[arg(long, value_name = "FILE", requires = "policy")]
-    config: Option<PathBuf>,
+    pub(super) policy_file: Option<PathBuf>,
+    /// The configuration that --policy and the NAME of a job are looked up in
+    /// [default: $LOCKSTEP_CONFIG, or /etc/lockstep/config.toml]
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
     /// A named policy of the configuration: owner and permissions of what arrives
-    #[arg(long, value_name = "NAME", requires = "config", conflicts_with = "policy_file")]
-    policy: Option<String>,
+    #[arg(long, value_name = "NAME", conflicts_with = "policy_file")]
+    pub(super) policy: Option<String>,
     /// Publish directories that match whole or not at all, also where they are there already (checkpoint-*/)
     #[arg(long, value_name = "GLOB")]
-    unit: Vec<String>,
+    pub(super) unit: Vec<String>,
     /// Start although the target seems to lack the room (sparse files, a file system that compresses)
     #[arg(long)]
     ignore_free_space: bool,
@@ -109,10 +84,14 @@ struct How {
     wait: u64,
     /// Connections, and files in work at once
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
-    transfers: u8,
+    pub(super) transfers: u8,
     /// How often a file is sent again that changed or arrived damaged
     #[arg(long, value_name = "N", default_value_t = 2)]
     retries: u32,
+    /// At most this much a second over the wire, as for rsync: 500K, 1.5m (of 1024), 2GB (of 1000); a plain number is
+    /// KiB, and 0 no limit
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub(super) bwlimit: Option<Rate>,
     /// Do not compress
     #[arg(long)]
     no_compress: bool,
@@ -120,9 +99,29 @@ struct How {
     #[arg(long, value_name = "LEVEL", allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-7..=19))]
     compress_level: Option<i32>,
     #[command(flatten)]
-    reach: remote::Reach,
+    pub(super) reach: remote::Reach,
     #[command(flatten)]
-    ssh: login::Ssh,
+    pub(super) ssh: login::Ssh,
+}
+
+/// Bytes a second; `None` for no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Rate(pub(super) Option<u64>);
+
+fn parse_rate(text: &str) -> Result<Rate, String> {
+    let plain = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    if plain && text.parse() == Ok(0.0) {
+        return Ok(Rate(None));
+    }
+    let rate = if plain { format!("{text}K").parse() } else { text.parse() };
+    rate.map(|Bandwidth(rate)| Rate(Some(rate)))
+}
+
+/// The configuration that is meant: the one given, `LOCKSTEP_CONFIG`, or the usual one.
+pub(super) fn load_config(given: Option<&Path>) -> Result<Config, Failure> {
+    let named = std::env::var_os("LOCKSTEP_CONFIG").filter(|value| !value.is_empty()).map(PathBuf::from);
+    let file = given.map(Path::to_owned).or(named).unwrap_or_else(|| PathBuf::from(DEFAULT_PATH));
+    Config::load(&file).map_err(|error| Failure::usage(crate::error::chain(&error)))
 }
 
 fn parse_links(text: &str) -> Result<Links, String> {
@@ -150,56 +149,78 @@ pub(super) fn read_policy(file: Option<&Path>) -> Result<PolicySpec, Failure> {
 }
 
 /// Where digests of sources are kept between runs.
-fn state_directory() -> Option<PathBuf> {
+pub(super) fn state_directory() -> Option<PathBuf> {
     let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     state.or_else(|| Some(std::env::home_dir()?.join(".local/state"))).map(|path| path.join("lockstep"))
 }
 
-impl Push {
-    pub(super) fn run(self) -> Result<Exit, Failure> {
-        let mut display = self.how.display();
-        let source = LocalSource::new(&self.source, state_directory().as_deref())?;
-        let target: Box<dyn Target> = match remote::Destination::parse(&self.target)? {
-            None => Box::new(LocalTarget::new(Path::new(&self.target), PolicySpec::default())),
-            Some(destination) => {
-                let How { ssh, reach, transfers, .. } = &self.how;
-                remote::target(&destination, ssh, reach, (*transfers).into(), self.how.compress(), &display)?
-            }
-        };
-        self.how.run(&source, &*target, true, &mut display)
-    }
-}
-
-impl Pull {
-    pub(super) fn run(self) -> Result<Exit, Failure> {
-        let mut display = self.how.display();
-        let source: Box<dyn Source> = match remote::Destination::parse(&self.source)? {
-            None => Box::new(LocalSource::new(Path::new(&self.source), state_directory().as_deref())?),
-            Some(destination) => {
-                let How { ssh, reach, transfers, .. } = &self.how;
-                remote::source(&destination, ssh, reach, (*transfers).into(), self.how.compress(), &display)?
-            }
-        };
-        let target = LocalTarget::new(&self.target, PolicySpec::default());
-        self.how.run(&*source, &target, false, &mut display)
-    }
-}
-
 impl How {
-    fn display(&self) -> Display {
+    pub(super) fn display(&self, stop: &Stop) -> Display {
         let verbosity = match (self.quiet, self.verbose) {
             (true, _) => Verbosity::Quiet,
             (_, true) => Verbosity::Verbose,
             _ => Verbosity::Normal,
         };
-        Display::new(verbosity, self.json)
+        Display::new(verbosity, self.json).stopped_by(stop.flag())
     }
 
-    fn compress(&self) -> CompressOptions {
+    /// A configuration that nothing would be looked up in is a mistake.
+    pub(super) fn needs_no_config(&self) -> Result<(), Failure> {
+        if self.config.is_some() && self.policy.is_none() {
+            return Err(Failure::usage("--config is for --policy, or for the NAME of a job alone"));
+        }
+        Ok(())
+    }
+
+    /// An option that was given although a job says the same thing.
+    pub(super) fn decided_by_a_job(&self) -> Option<&'static str> {
+        let given = [
+            (self.delete, "--delete"),
+            (self.max_delete.is_some(), "--max-delete"),
+            (!self.exclude.is_empty(), "--exclude"),
+            (!self.include.is_empty(), "--include"),
+            (self.files_from.is_some(), "--files-from"),
+            (!self.unit.is_empty(), "--unit"),
+            (self.chmod.is_some(), "--chmod"),
+            (self.chown.is_some(), "--chown"),
+            (self.policy.is_some(), "--policy"),
+            (self.policy_file.is_some(), "--policy-file"),
+        ];
+        given.into_iter().find(|(given, _)| *given).map(|(_, option)| option)
+    }
+
+    pub(super) fn compress(&self) -> CompressOptions {
         CompressOptions { level: self.compress_level, enabled: !self.no_compress }
     }
 
-    fn options(&self, from: &str) -> Result<Options, Failure> {
+    /// What a run is to do. The source is not known yet: `begin.source` is empty.
+    pub(super) fn options(&self) -> Result<Options, Failure> {
+        let filter = self.filter()?;
+        Ok(Options {
+            scan: ScanOptions { filter: filter.clone(), hash_all: self.checksum, links: self.links },
+            begin: BeginOptions {
+                policy: self.policy()?,
+                peer: false,
+                filter,
+                checksum: self.checksum,
+                last: Vec::new(),
+                units: self.unit.clone(),
+                ignore_free_space: self.ignore_free_space,
+                verify_disk: self.verify_disk,
+                wait_seconds: self.wait,
+                dry_run: self.dry_run,
+                actor: actor(),
+                source: String::new(),
+            },
+            delete: self.delete,
+            max_delete: self.max_delete.unwrap_or_default(),
+            workers: self.transfers.into(),
+            retries: self.retries,
+            bandwidth: self.bwlimit.and_then(|Rate(rate)| rate),
+        })
+    }
+
+    fn filter(&self) -> Result<FilterSpec, Failure> {
         let only = match &self.files_from {
             None => None,
             Some(file) => {
@@ -209,13 +230,16 @@ impl How {
             }
         };
         let included = self.include.iter().map(|glob| format!("!{glob}"));
-        let filter = FilterSpec { rules: self.exclude.iter().cloned().chain(included).collect(), only };
-        let mut policy = match (&self.config, &self.policy) {
-            (Some(file), Some(name)) => {
-                let named = Config::load(file).and_then(|config| config.policy(name));
+        Ok(FilterSpec { rules: self.exclude.iter().cloned().chain(included).collect(), only })
+    }
+
+    fn policy(&self) -> Result<PolicySpec, Failure> {
+        let mut policy = match &self.policy {
+            Some(name) => {
+                let named = load_config(self.config.as_deref())?.policy(name);
                 named.map_err(|error| Failure::usage(crate::error::chain(&error)))?
             }
-            _ => read_policy(self.policy_file.as_deref())?,
+            None => read_policy(self.policy_file.as_deref())?,
         };
         if let Some(modes) = &self.chmod {
             policy.rules.extend(chmod_rules(modes).map_err(|error| Failure::usage(format!("--chmod: {error}")))?);
@@ -230,49 +254,45 @@ impl How {
             // For what no rule matches so far.
             policy.rules.splice(0..0, wanted);
         }
-        Ok(Options {
-            scan: ScanOptions { filter: filter.clone(), hash_all: self.checksum, links: self.links },
-            begin: BeginOptions {
-                policy,
-                peer: false,
-                filter,
-                checksum: self.checksum,
-                last: Vec::new(),
-                units: self.unit.clone(),
-                ignore_free_space: self.ignore_free_space,
-                verify_disk: self.verify_disk,
-                wait_seconds: self.wait,
-                dry_run: self.dry_run,
-                actor: actor(),
-                source: from.to_owned(),
-            },
-            delete: self.delete,
-            max_delete: self.max_delete.unwrap_or_default(),
-            workers: self.transfers.into(),
-            retries: self.retries,
-        })
+        Ok(policy)
     }
 
-    fn run(
+    /// Goes the whole way, and says what was done.
+    pub(super) fn run(
         &self,
-        source: &dyn Source,
-        target: &dyn Target,
-        sending: bool,
+        route: &Route,
+        mut options: Options,
         display: &mut Display,
+        stop: &Stop,
     ) -> Result<Exit, Failure> {
-        let (from, to) = (source.describe(), target.describe());
-        let options = self.options(&from)?;
-        let result = sync::run(source, target, &options, &*display, &AtomicBool::new(false))?;
+        let from = route.source.describe();
+        let to = match (route.target.describe(), &route.called) {
+            (directory, None) => directory,
+            (directory, Some(name)) => format!("{}/{name}", directory.trim_end_matches('/')),
+        };
+        options.begin.source.clone_from(&from);
+        if let Some(only) = &route.only {
+            options.begin.filter.only = Some(only.clone());
+        }
+        let result = sync::run(&*route.source, &*route.target, &options, &*display, stop.flag());
         display.finish();
+        let result = result.map_err(|error| match stop.exit() {
+            Some(exit) => Failure::plain(exit, &error),
+            None => Failure::Endpoint(error),
+        })?;
         let mut out = std::io::stdout().lock();
+        let verification = route.target.verification();
         let written = (|| {
-            if self.itemize_changes {
-                report::itemize(&result, self.delete, sending, &mut out)?;
-            }
             if self.json {
-                writeln!(out, "{}", report::summary_json(&result, &from, &to, &target.verification()))?;
-            } else if !self.quiet {
-                report::summary(&result, &from, &to, &target.verification(), &mut out)?;
+                report::changes_json(&result, options.delete, route.sending, &mut out)?;
+                writeln!(out, "{}", report::summary_json(&result, &from, &to, &verification))?;
+            } else {
+                if self.itemize_changes {
+                    report::itemize(&result, options.delete, route.sending, &mut out)?;
+                }
+                if !self.quiet {
+                    report::summary(&result, &from, &to, &verification, &mut out)?;
+                }
             }
             out.flush()
         })();
@@ -281,5 +301,26 @@ impl How {
             _ => {}
         }
         Ok(if result.is_complete() { Exit::Done } else { Exit::Incomplete })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_those_of_rsync() {
+        for (text, rate) in [
+            ("0", None),
+            ("100", Some(102_400)),
+            ("1.5", Some(1536)),
+            ("500K", Some(512_000)),
+            ("1.5m", Some(1_572_864)),
+            ("2GB", Some(2_000_000_000)),
+            ("2 GB/s", Some(2_000_000_000)),
+        ] {
+            assert_eq!(parse_rate(text), Ok(Rate(rate)), "{text}");
+        }
+        assert!(parse_rate("fast").is_err() && parse_rate("").is_err() && parse_rate(".").is_err());
     }
 }

@@ -21,6 +21,7 @@ pub mod client;
 pub mod link;
 pub mod local;
 pub mod memory;
+pub mod several;
 pub mod stock;
 pub mod stream;
 

@@ -87,6 +87,10 @@ fn compared(
     compare: Compare,
     replaced: &HashSet<&RelPath>,
 ) -> Option<Action> {
+    if kind(&entry.content) != kind(&old.content) {
+        // What is there only has the same name.
+        return Some(added(index, entry));
+    }
     let same_time = same_time(entry.mtime, old.mtime, compare.whole_seconds);
     let (content, size, need) = content(entry, old, same_time, compare, replaced);
     let link = matches!(entry.content, Content::Symlink { .. });
@@ -110,6 +114,15 @@ fn compared(
         _ => Change::MetadataOnly,
     };
     Some(Action { index: index as u32, change, differences, need })
+}
+
+/// What an entry is on a disk: a hard link is a regular file.
+fn kind(content: &Content) -> u8 {
+    match content {
+        Content::File { .. } | Content::HardLink { .. } => 0,
+        Content::Directory => 1,
+        Content::Symlink { .. } => 2,
+    }
 }
 
 /// Whether the content differs, whether the size does, and what is needed.
@@ -234,7 +247,7 @@ mod tests {
         );
         let changed: Vec<_> = result.actions.iter().map(|action| (action.index, action.change)).collect();
         let modified = Change::Modified;
-        assert_eq!(changed, [(0, modified), (1, modified), (2, modified), (3, modified)]);
+        assert_eq!(changed, [(0, modified), (1, modified), (2, modified), (3, Change::Added)]);
         let removed: Vec<_> = result.removals.iter().map(|removal| removal.path.to_string()).collect();
         assert_eq!(removed, ["d/e", "z"]);
     }

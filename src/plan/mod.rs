@@ -16,7 +16,7 @@ pub use diff::{Desired, diff, require_proof};
 /// How a path differs between source and target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
-    /// Not at the target.
+    /// Not at the target, or of another kind there.
     Added,
     /// Other content, kind or link target.
     Modified,

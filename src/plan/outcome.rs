@@ -17,6 +17,8 @@ pub struct Outcome<'a> {
     pub removed: &'a dyn Fn(&RelPath) -> bool,
     /// Whether an entry, by its index, failed and stays as it is at the target.
     pub failed: &'a dyn Fn(u32) -> bool,
+    /// Whether a path takes part in the run. One that does not was not looked at, and its record stays.
+    pub admits: &'a dyn Fn(&RelPath, bool) -> bool,
 }
 
 /// The entries of the next manifest. `published` says how an entry of the source lies at the target.
@@ -27,13 +29,17 @@ pub fn entries_after<E>(
     outcome: &Outcome<'_>,
     published: &mut dyn FnMut(usize, &Entry) -> Result<Entry, E>,
 ) -> Result<Vec<Entry>, E> {
-    let Outcome { source, target, old, removed, failed } = outcome;
+    let Outcome { source, target, old, removed, failed, admits } = outcome;
+    let unseen = |entry: &Entry| {
+        !admits(&entry.path, entry.is_directory()) || entry.path.ancestors().any(|above| !admits(&above, true))
+    };
     let mut entries: Vec<Entry> = Vec::with_capacity(source.entries().len());
     let blocked =
         |path: &RelPath| path.ancestors().any(|above| source.get(&above).is_some_and(|entry| !entry.is_directory()));
     for entry in old.entries() {
         let replaced = source.position(&entry.path).is_some_and(|at| !failed(at as u32));
-        if !replaced && !removed(&entry.path) && !blocked(&entry.path) && still_there(target, entry) {
+        if !replaced && !removed(&entry.path) && !blocked(&entry.path) && (unseen(entry) || still_there(target, entry))
+        {
             entries.push(entry.clone());
         }
     }
@@ -89,8 +95,11 @@ mod tests {
             file("gone", 6),
             link("linked"),
             file("stays", 7),
+            entry("neighbour", Content::Directory),
+            file("neighbour/of what was pushed", 9),
         ]);
         let mut now = old.entries().to_vec();
+        now.retain(|entry| !entry.path.as_bytes().starts_with(b"neighbour"));
         now[2] = file("changed", 8);
         let target = tree(now);
         let outcome = Outcome {
@@ -99,11 +108,14 @@ mod tests {
             old: &old,
             removed: &|path| path.as_bytes() == b"gone",
             failed: &|index| index == 1,
+            admits: &|path, _| path.as_bytes() != b"neighbour",
         };
         let after = entries_after(&outcome, &mut |_, entry| Ok::<_, Infallible>(entry.clone())).unwrap();
         let after = tree(after);
         let paths: Vec<_> = after.entries().iter().map(|entry| (entry.path.to_string(), entry.file())).collect();
         let size = |name: &str, size: u64| (name.to_owned(), Some((size, Some(Digest([size as u8; 32])))));
-        assert_eq!(paths, [size("blocks", 1), size("failed", 5), size("new", 2), size("stays", 7)]);
+        let neighbour = [("neighbour".to_owned(), None), size("neighbour/of what was pushed", 9)];
+        let [directory, file] = neighbour;
+        assert_eq!(paths, [size("blocks", 1), size("failed", 5), directory, file, size("new", 2), size("stays", 7)]);
     }
 }

@@ -155,7 +155,9 @@ fn work(shared: &Shared<'_>) -> Found {
         };
         drop(queue);
         let mut below = Vec::new();
-        if let Err(error) = list(shared, &directory, &mut names, &mut found, &mut below) {
+        if !shared.monitor.stopped()
+            && let Err(error) = list(shared, &directory, &mut names, &mut found, &mut below)
+        {
             found.problems.push(failed(directory.path.clone(), &error));
         }
         let mut queue = lock(shared);

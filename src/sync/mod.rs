@@ -3,7 +3,7 @@
 //! scan source, compare at the target, check that it is safe, stage, verify, publish. The engine is blocking; each of
 //! its worker threads owns a reader and a writer, and a block of content passes from one to the other untouched.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,11 +13,13 @@ use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, ScanOptions
 use crate::manifest::{Digest, Tree};
 use crate::monitor::{Counters, Event, Monitor, Phase, Problem, Severity};
 use crate::plan::safety::{self, DeleteLimit};
-use crate::plan::{Need, Plan};
+use crate::plan::{Change, Need, Plan};
 
+mod pace;
 mod queue;
 mod worker;
 
+use pace::Pace;
 use queue::Queue;
 
 /// So much content, or so many files, are worth a worker more.
@@ -39,6 +41,8 @@ pub struct Options {
     pub workers: usize,
     /// How often a file is sent again after its content did not match or it changed while it was read.
     pub retries: u32,
+    /// At most so many bytes a second, on the wire where there is one; `None` for as fast as it goes.
+    pub bandwidth: Option<u64>,
 }
 
 /// What a run did.
@@ -56,6 +60,8 @@ pub struct SyncReport {
     pub verified_files: u64,
     /// Their bytes.
     pub verified_bytes: u64,
+    /// Bytes of content that the source had to deliver.
+    pub transferred_bytes: u64,
     /// Bytes that went over the wire, both directions, compressed; 0 where there is none.
     pub wire_bytes: u64,
     /// Whether removals were held back because of problems.
@@ -77,21 +83,49 @@ struct Shared<'a> {
     queue: Queue,
     retries: u32,
     monitor: &'a dyn Monitor,
-    /// Set when the run ends early: the user's wish, or another worker's error.
+    pace: Option<Pace>,
+    /// Bytes over the wire so far, both directions; 0 where there is none.
+    wire_bytes: &'a (dyn Fn() -> u64 + Sync),
+    /// The user's wish.
     stop: &'a AtomicBool,
+    /// Another worker met an error that ends the run.
+    broken: AtomicBool,
     outcome: Mutex<Outcome>,
+}
+
+impl Shared<'_> {
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed) || self.broken.load(Ordering::Relaxed)
+    }
 }
 
 #[derive(Default)]
 struct Outcome {
     digests: Vec<(u32, Digest)>,
+    /// Files of which nothing was sent, because the target has the content.
+    same: HashSet<u32>,
     failed: HashMap<u32, String>,
     verified_files: u64,
     verified_bytes: u64,
     error: Option<Error>,
 }
 
-/// Makes `target` like `source`. `stop` ends the run early: what is staged stays for the next one.
+/// Ends the run where the user wants it to. A monitor that says so too makes scans end early; what they found is then
+/// not looked at.
+fn check(stop: &AtomicBool) -> Result<(), Error> {
+    if !stop.load(Ordering::Relaxed) {
+        return Ok(());
+    }
+    Err(Error::Remote {
+        message: "stopped before the end; nothing of this run is visible yet, what arrived is kept, and the same \
+                  command goes on from there"
+            .into(),
+        exit: crate::error::Exit::TryAgain,
+    })
+}
+
+/// Makes `target` like `source`. `stop` ends the run before anything is published: what is staged stays for the next
+/// one. Once publishing has begun the run goes to its end.
 ///
 /// # Errors
 /// What ended the run before anything was published. Single paths that failed are in the report.
@@ -112,6 +146,7 @@ pub fn run(
     });
     begun?;
     let result = scanned.and_then(|scan| {
+        check(stop)?;
         for problem in &scan.problems {
             monitor.event(Event::Problem(problem));
         }
@@ -135,28 +170,32 @@ fn run_begun(
     let tree = Arc::new(scan.tree);
     let mut problems = scan.problems;
     monitor.event(Event::Phase(Phase::Comparing));
-    let plan = target.diff(&tree, monitor)?;
+    let mut plan = target.diff(&tree, monitor)?;
+    check(stop)?;
     if options.delete {
         safety::check_removals(&tree, &plan, options.max_delete)
             .map_err(|refusal| Error::Refused { by: "the safety checks".into(), reason: refusal.to_string() })?;
     }
-    let report = |committed, problems: Vec<Problem>, outcome: Outcome, held_back| SyncReport {
+    let report = |plan, committed, problems: Vec<Problem>, outcome: Outcome, held_back| SyncReport {
         tree: with_digests(&tree, &outcome.digests),
-        plan: plan.clone(),
+        plan,
         committed,
         problems,
         verified_files: outcome.verified_files,
         verified_bytes: outcome.verified_bytes,
+        transferred_bytes: Counters::get(&monitor.counters().transferred_bytes),
         wire_bytes: source.wire_bytes() + target.wire_bytes(),
         deletion_held_back: held_back,
         elapsed: started.elapsed(),
     };
     if options.begin.dry_run {
-        return Ok(report(None, problems, Outcome::default(), false));
+        compared(&mut plan, &Outcome::default());
+        return Ok(report(plan, None, problems, Outcome::default(), false));
     }
 
     let outcome = transfer(source, target, options, monitor, stop, &tree, &plan)?;
     source.remember(&tree, &outcome.digests);
+    check(stop)?;
     let not_listed = problems.iter().filter(|problem| problem.severity == Severity::Failed);
     let unreadable =
         not_listed.map(|problem| problem.path.as_ref().map_or_else(Vec::new, |path| path.as_bytes().to_vec()));
@@ -188,7 +227,24 @@ fn run_begun(
         problems.push(problem);
     }
     monitor.event(Event::Phase(Phase::Done));
-    Ok(report(Some(committed), problems, outcome, held_back))
+    compared(&mut plan, &outcome);
+    Ok(report(plan, Some(committed), problems, outcome, held_back))
+}
+
+/// What the comparisons that the target asked for have shown, for the report. A dry run reads nothing, and shows
+/// nothing of files that only reading would tell.
+fn compared(plan: &mut Plan, outcome: &Outcome) {
+    let sent: HashSet<u32> =
+        outcome.digests.iter().map(|&(index, _)| index).filter(|index| !outcome.same.contains(index)).collect();
+    plan.actions.retain_mut(|action| {
+        if !matches!(action.need, Need::Compare { .. }) {
+            return true;
+        }
+        if sent.contains(&action.index) {
+            (action.change, action.differences.content) = (Change::Modified, true);
+        }
+        action.differences.any() || outcome.failed.contains_key(&action.index)
+    });
 }
 
 fn with_digests(tree: &Arc<Tree>, digests: &[(u32, Digest)]) -> Arc<Tree> {
@@ -219,15 +275,25 @@ fn transfer(
     // A worker more than there is work for would cost a connection and do nothing.
     let worth = queue.bytes() / WORKER_BYTES + (queue.files() / WORKER_FILES) as u64 + 1;
     let workers = options.workers.clamp(1, queue.files().max(1)).min(usize::try_from(worth).unwrap_or(usize::MAX));
-    let shared =
-        Shared { tree, queue, retries: options.retries, monitor, stop, outcome: Mutex::new(Outcome::default()) };
+    let wire_bytes = || source.wire_bytes() + target.wire_bytes();
+    let shared = Shared {
+        tree,
+        queue,
+        retries: options.retries,
+        monitor,
+        pace: options.bandwidth.map(Pace::new),
+        wire_bytes: &wire_bytes,
+        stop,
+        broken: AtomicBool::new(false),
+        outcome: Mutex::new(Outcome::default()),
+    };
     if shared.queue.files() > 0 {
         std::thread::scope(|scope| {
             for _ in 0..workers {
                 scope.spawn(|| {
                     let result = worker::work(source, target, tree, &shared);
                     if let Err(error) = result {
-                        shared.stop.store(true, Ordering::Relaxed);
+                        shared.broken.store(true, Ordering::Relaxed);
                         // The first error is the cause; those of the other workers follow from it.
                         lock(&shared.outcome).error.get_or_insert(error);
                     }
@@ -240,13 +306,6 @@ fn transfer(
         Some(error) => {
             source.remember(tree, &outcome.digests);
             Err(error)
-        }
-        None if stop.load(Ordering::Relaxed) => {
-            source.remember(tree, &outcome.digests);
-            Err(Error::Remote {
-                message: "stopped before the end; what arrived is kept, and the same command goes on from there".into(),
-                exit: crate::error::Exit::TryAgain,
-            })
         }
         None => Ok(outcome),
     }

@@ -47,7 +47,7 @@ pub(super) fn work(
 impl Worker<'_, '_> {
     fn run(&mut self) -> Result<(), Error> {
         loop {
-            if self.shared.stop.load(Ordering::Relaxed) {
+            if self.shared.stopped() {
                 return Ok(());
             }
             while self.reader.wants_more() {
@@ -58,6 +58,7 @@ impl Worker<'_, '_> {
             match self.reader.next()? {
                 Some(produced) => {
                     self.pass_on(produced)?;
+                    self.slow_down();
                     let staged = self.writer.completions(false)?;
                     self.complete(staged);
                 }
@@ -110,6 +111,7 @@ impl Worker<'_, '_> {
                 self.writer.finish(index, digest)
             }
             Produced::Same { index, digest } => {
+                lock(&self.shared.outcome).same.insert(index);
                 Counters::add(&counters.done_bytes, self.size_of(index));
                 self.pushed.remove(&index);
                 self.finished.insert(index, digest);
@@ -123,6 +125,17 @@ impl Worker<'_, '_> {
                 self.fail(index, message, retry);
                 Ok(())
             }
+        }
+    }
+
+    /// Tells what went over the wire, and keeps to the rate that was asked for.
+    fn slow_down(&self) {
+        let counters = self.shared.monitor.counters();
+        let wire = (self.shared.wire_bytes)();
+        counters.wire_bytes.fetch_max(wire, Ordering::Relaxed);
+        if let Some(pace) = &self.shared.pace {
+            let spent = if wire > 0 { wire } else { Counters::get(&counters.transferred_bytes) };
+            pace.wait(spent, &|| self.shared.stopped());
         }
     }
 

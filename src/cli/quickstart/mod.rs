@@ -1,318 +1,381 @@
-//! `lockstep quickstart`: the main job shown on this machine, by the same commands that a user types.
+//! `lockstep quickstart`: a tour that runs the real commands on this machine and checks what each of them did.
 //!
-//! Everything lies in one temporary directory, the server listens on loopback, and the keys are made for it: nothing of
-//! the user's own configuration is read or written.
+//! Everything happens in a private temporary directory that is removed at the end. `~/.ssh` is neither read nor
+//! written; a directory that the user names is only read.
 
-use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 
-use super::{Failure, output, shown};
-use crate::error::{Escaped, Exit, chain};
-use crate::manifest::{Manifest, format};
-use crate::server::host_key;
+use indicatif::{BinaryBytes, HumanCount};
+use serde_json::Value;
 
+use super::stop::Stop;
+use super::{Failure, shown};
+use crate::audit;
+use crate::error::{Exit, chain};
+use crate::path::RelPath;
+use crate::policy::{Policy, PolicySpec};
+
+mod place;
 mod sample;
 
-/// What the first run on a real host takes.
-const NEXT: &str = "\
-A real first push takes four commands:
-   lockstep keys generate ~/.ssh/id_ed25519
-   lockstep keys scan-host --add gpu02              # compare the fingerprint, then trust it
-   lockstep keys enroll you@gpu02                   # by a login that works already, or prints the line to add
-   lockstep push checkpoint-1000 you@gpu02:/data/checkpoint-1000
-";
+use place::{Place, Ran, Server, USER};
 
-/// Shows push, verify, policy and check on this machine, with nothing to configure.
+/// See on this machine what lockstep does: nothing to set up, nothing left behind.
+///
+/// Starts a server of its own on a loopback port, pushes a sample (or DIR) to it, and shows what a push proves: only
+/// what changed is sent again, permissions are the receiver's, and a single wrong byte is noticed and mended.
 #[derive(Debug, clap::Args)]
 pub(super) struct Quickstart {
-    /// Push this directory (which is only read) instead of a sample
+    /// A directory to push instead of the sample; it is only read
     #[arg(value_name = "DIR")]
     directory: Option<PathBuf>,
-    /// Keep what was made, to look at it
+    /// Keep everything, and say where it is
     #[arg(long)]
     keep: bool,
 }
 
-/// The temporary directory, removed in the end.
-struct Scratch {
-    path: PathBuf,
-    keep: bool,
-}
-
-impl Scratch {
-    fn make(keep: bool) -> Result<Scratch, Failure> {
-        let mut tag = [0; 6];
-        let random = Path::new("/dev/urandom");
-        std::fs::File::open(random)
-            .and_then(|mut file| file.read_exact(&mut tag))
-            .map_err(Failure::io("reading", random))?;
-        let tag: String = tag.iter().map(|byte| format!("{byte:02x}")).collect();
-        let path = std::env::temp_dir().join(format!("lockstep-quickstart-{tag}"));
-        std::fs::DirBuilder::new().mode(0o700).create(&path).map_err(Failure::io("making", &path))?;
-        Ok(Scratch { path, keep })
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if !self.keep {
-            let _ = std::fs::remove_dir_all(&self.path);
-        }
-    }
-}
-
-/// The server, stopped in the end.
-struct Server {
-    child: Child,
-    address: String,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        if let Some(pid) = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw) {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        }
-        let _ = self.child.wait();
-    }
-}
-
-struct Tour {
-    scratch: Scratch,
-    program: PathBuf,
-    step: usize,
-}
-
-fn say(text: &str) -> Result<(), Failure> {
-    output(text.as_bytes())
-}
-
 impl Quickstart {
     pub(super) fn run(self) -> Result<Exit, Failure> {
-        let source = match &self.directory {
-            Some(directory) => Some(directory.canonicalize().map_err(Failure::io("looking at", directory))?),
+        let stop = Stop::on_signals()?;
+        let own = match &self.directory {
             None => None,
+            Some(directory) => Some(directory.canonicalize().map_err(Failure::io("opening", directory))?),
         };
-        let program = std::env::current_exe().map_err(Failure::io("finding", Path::new("lockstep")))?;
-        let mut tour = Tour { scratch: Scratch::make(self.keep)?, program, step: 0 };
-        say(&format!("Everything happens in {}, between this machine and itself.\n", shown(&tour.scratch.path)))?;
-        tour.run(source.as_deref())?;
-        say(&format!("\nEach step did what it says.\n\n{NEXT}"))?;
+        let place = Place::new(self.keep, stop)?;
+        let source = match own {
+            None => {
+                sample::make(&place.path("sample")).map_err(Failure::io("making", &place.path("sample")))?;
+                PathBuf::from("sample")
+            }
+            Some(directory) => directory,
+        };
+        place.write("policy.toml", sample::POLICY)?;
+        let server = place.serve()?;
+        let name = if self.directory.is_some() { "data" } else { "sample" };
+        let tour = Tour { place: &place, server: &server, sample: self.directory.is_none(), source, name };
+        tour.run().map_err(|failure| match (server.said(), &failure) {
+            (said, Failure::Plain { exit: Exit::Incomplete, message }) => {
+                Failure::Plain { exit: Exit::Incomplete, message: format!("{message}\nThe server said:\n{said}") }
+            }
+            _ => failure,
+        })?;
         if self.keep {
-            say(&format!("\nKept: {}\n", shown(&tour.scratch.path)))?;
+            say(&format!("\nKept in {}\n", shown(&place.at)))?;
         }
         Ok(Exit::Done)
     }
 }
 
-impl Tour {
-    fn run(&mut self, given: Option<&Path>) -> Result<(), Failure> {
-        let server = self.serve(given.is_none())?;
-        let port = server.address.rsplit(':').next().unwrap_or_default().to_owned();
-        self.trust(&port)?;
-        let own = self.scratch.path.join("run-7");
-        let (source, name) = match given {
-            Some(given) => (given.to_owned(), "copy"),
-            None => {
-                sample::make(&own).map_err(Failure::io("making", &own))?;
-                (own, "run-7")
-            }
-        };
-        let from = if given.is_some() { source.display().to_string() } else { "run-7".to_owned() };
-        let to = format!("demo@127.0.0.1:/{name}");
-        let target = self.scratch.path.join("server").join(name);
-        let login = ["-P", &port, "--identity", "client", "--known-hosts", "known_hosts"];
-        let push: Vec<&str> = [&["push"][..], &login, &[&from, &to]].concat();
+/// Writes to standard output; a reader that has gone ends the tour.
+fn say(text: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Failure::Output)
+}
 
-        self.title("Push: nothing is visible at the target before all of it is verified")?;
-        self.expect(&push, Exit::Done)?;
+/// The same with digests cut short, so that lines stay readable.
+fn short(text: &str) -> String {
+    let words = text.split(' ').map(|word| {
+        let digits = word.len() == 64 && word.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if digits { format!("{}…", &word[..12]) } else { word.to_owned() }
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
 
-        if given.is_none() {
-            self.title("Push again after a change: only what changed is sent")?;
-            let log = source.join("logs/train.log");
-            let mut file = std::fs::OpenOptions::new().append(true).open(&log).map_err(Failure::io("opening", &log))?;
-            file.write_all(b"step 50 loss 0.178\n").map_err(Failure::io("writing", &log))?;
-            let itemized: Vec<&str> = [&push[..1], &["-i"], &push[1..]].concat();
-            self.expect(&itemized, Exit::Done)?;
-            self.title("The receiver's policy decided over owner and mode, whatever the sender had")?;
-            self.permissions(&source, &target)?;
-        }
-
-        let inside = format!("server/{name}");
-        self.title("Check what arrived: every byte is read and compared with the manifest")?;
-        self.expect(&["manifest", "verify", &inside], Exit::Done)?;
-
-        self.title("Break one byte of it: the check refuses, and training would not start")?;
-        if let Some(broken) = self.break_one(&target)? {
-            say(&format!("   (one bit of {inside}/{} was flipped)\n", broken))?;
-            self.expect(&["manifest", "verify", &inside], Exit::BadData)?;
-            self.title("Push once more: it is noticed, sent again, and good")?;
-            self.expect(&push, Exit::Done)?;
-            self.expect(&["manifest", "verify", &inside], Exit::Done)?;
-        } else {
-            say("   (there is no file with content in it to break)\n")?;
-        }
-
-        self.title("Who sent what, when, from where: a log whose lines are chained by their hashes")?;
-        self.audit_line(&target)?;
-        self.expect(&["audit", "verify", &inside], Exit::Done)
-    }
-
-    fn title(&mut self, text: &str) -> Result<(), Failure> {
-        self.step += 1;
-        say(&format!("\n{}. {text}\n", self.step))
-    }
-
-    /// A command in the temporary directory that knows nothing of the user's configuration.
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(&self.program);
-        command
-            .args(arguments)
-            .current_dir(&self.scratch.path)
-            .env("HOME", &self.scratch.path)
-            .env("XDG_STATE_HOME", self.scratch.path.join("state"))
-            .env_remove("SSH_AUTH_SOCK")
-            .env_remove("LOCKSTEP_CONFIG")
-            .stdin(Stdio::null());
-        command
-    }
-
-    /// Runs a command and shows it with what it says.
-    fn show(&self, arguments: &[&str]) -> Result<Option<i32>, Failure> {
-        say(&format!("   $ lockstep {}\n", arguments.join(" ")))?;
-        let done = self.command(arguments).output().map_err(Failure::io("starting", &self.program))?;
-        let text = format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
-        for line in text.lines() {
-            say(&format!("   {line}\n"))?;
-        }
-        Ok(done.status.code())
-    }
-
-    fn expect(&mut self, arguments: &[&str], exit: Exit) -> Result<(), Failure> {
-        let code = self.show(arguments)?;
-        if exit != Exit::Done {
-            say(&format!("   (exit code {})\n", code.unwrap_or(-1)))?;
-        }
-        if code == Some(i32::from(exit.code())) {
-            return Ok(());
-        }
-        let ended = code.map_or_else(|| "a signal".to_owned(), |code| format!("exit code {code}"));
-        Err(self.failed(&format!("it ended with {ended} instead of {}", exit.code())))
-    }
-
-    fn serve(&mut self, with_policy: bool) -> Result<Server, Failure> {
-        self.title("A key for the client, and a server on this machine that lets only that key in")?;
-        self.make_key("client")?;
-        let path = |name: &str| self.scratch.path.join(name);
-        std::fs::create_dir(path("server")).map_err(Failure::io("making", &path("server")))?;
-        let mut arguments = vec!["serve", "--listen", "127.0.0.1:0", "--user", "demo", "--root", "server"];
-        arguments.extend(["--authorized-keys", "client.pub", "--host-key", "host"]);
-        if with_policy {
-            std::fs::write(path("policy.toml"), sample::POLICY)
-                .map_err(Failure::io("writing", &path("policy.toml")))?;
-            arguments.extend(["--policy-file", "policy.toml"]);
-        }
-        say(&format!("   $ lockstep {}\n", arguments.join(" ")))?;
-        let starting = Failure::io("starting", &self.program);
-        let mut child =
-            self.command(&arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().map_err(starting)?;
-        let said = child.stderr.take();
-        let mut server = Server { child, address: String::new() };
-        let mut first = String::new();
-        if let Some(said) = said {
-            let mut said = BufReader::new(said);
-            said.read_line(&mut first).map_err(Failure::io("reading from", &self.program))?;
-            // What it says later is of no use here, but it must be able to say it.
-            std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
-        }
-        say(&format!("   {}\n", Escaped(first.trim_end().as_bytes())))?;
-        let address = first.split("listening on ").nth(1).and_then(|rest| rest.split(',').next());
-        server.address = address.map(str::to_owned).ok_or_else(|| self.failed("the server did not start"))?;
-        Ok(server)
-    }
-
-    fn failed(&mut self, what: &str) -> Failure {
-        self.scratch.keep = true;
-        let kept = shown(&self.scratch.path);
-        Failure::Plain {
-            exit: Exit::Incomplete,
-            message: format!("step {}: {what}; what was made is kept in {kept}", self.step),
-        }
-    }
-
-    fn make_key(&self, name: &str) -> Result<(), Failure> {
-        let path = self.scratch.path.join(name);
-        let failed = |message: String| Failure::Plain { exit: Exit::Io, message };
-        let key = host_key::load_or_create(&path).map_err(|error| failed(chain(&error)))?;
-        let public = key.public_key().to_openssh().map_err(|error| failed(error.to_string()))?;
-        let file = path.with_extension("pub");
-        std::fs::write(&file, public + "\n").map_err(Failure::io("writing", &file))
-    }
-
-    /// The client knows the server's key from its file: nobody could have come between.
-    fn trust(&self, port: &str) -> Result<(), Failure> {
-        let failed = |message: String| Failure::Plain { exit: Exit::Io, message };
-        let key = host_key::load_or_create(&self.scratch.path.join("host")).map_err(|error| failed(chain(&error)))?;
-        let public = key.public_key().to_openssh().map_err(|error| failed(error.to_string()))?;
-        let file = self.scratch.path.join("known_hosts");
-        std::fs::write(&file, format!("[127.0.0.1]:{port} {public}\n")).map_err(Failure::io("writing", &file))
-    }
-
-    fn permissions(&self, source: &Path, target: &Path) -> Result<(), Failure> {
-        for name in sample::SHOWN {
-            let mode = |root: &Path| -> Result<String, Failure> {
-                let path = root.join(name);
-                let metadata = std::fs::symlink_metadata(&path).map_err(Failure::io("looking at", &path))?;
-                Ok(format!("{:04o}", metadata.mode() & 0o7777))
-            };
-            say(&format!("   {:34} {} -> {}\n", name, mode(source)?, mode(target)?))?;
-        }
-        Ok(())
-    }
-
-    /// Flips one bit of the largest file that was published, and says which it was.
-    fn break_one(&self, target: &Path) -> Result<Option<String>, Failure> {
-        let Some(entry) = manifest(target)?
-            .tree
-            .entries()
-            .iter()
-            .filter(|entry| entry.file().is_some())
-            .cloned()
-            .max_by_key(|entry| entry.file().map_or(0, |(size, _)| size))
-        else {
-            return Ok(None);
-        };
-        let Some(at) = entry.file().map(|(size, _)| size).filter(|&size| size > 0).map(|size| size / 2) else {
-            return Ok(None);
-        };
-        let path = target.join(entry.path.as_path());
-        let io = |operation| Failure::io(operation, &path);
-        let mut file = std::fs::OpenOptions::new().read(true).write(true).open(&path).map_err(io("opening"))?;
-        let mut byte = [0];
-        file.seek(SeekFrom::Start(at)).and_then(|_| file.read_exact(&mut byte)).map_err(io("reading"))?;
-        byte[0] ^= 1;
-        file.seek(SeekFrom::Start(at)).and_then(|_| file.write_all(&byte)).map_err(io("writing"))?;
-        Ok(Some(entry.path.to_string()))
-    }
-
-    /// The last line of the log that has a digest, by its fields.
-    fn audit_line(&self, target: &Path) -> Result<(), Failure> {
-        let path = target.join(".lockstep/audit.jsonl");
-        let text = std::fs::read_to_string(&path).map_err(Failure::io("reading", &path))?;
-        let lines = text.lines().rev().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-        let line = lines.into_iter().find(|line| line.get("sha256").is_some_and(serde_json::Value::is_string));
-        for field in ["time", "actor", "source", "path", "sha256", "owner", "mode"] {
-            if let Some(value) = line.as_ref().and_then(|line| line.get(field)?.as_str()) {
-                say(&format!("   {field:7} {}\n", Escaped(value.as_bytes())))?;
-            }
-        }
-        Ok(())
+/// A step that did not do what it said.
+fn wrong(step: &str, ran: &Ran) -> Failure {
+    let code = ran.code().map_or_else(|| "a signal".to_owned(), |code| format!("exit {code}"));
+    let said = format!("{}{}", ran.stdout, ran.stderr);
+    Failure::Plain {
+        exit: Exit::Incomplete,
+        message: format!("{step} did not go as it should: {code}\n{}", said.trim()),
     }
 }
 
-fn manifest(target: &Path) -> Result<Manifest, Failure> {
-    let path = target.join(".lockstep/manifest");
-    let text = std::fs::read(&path).map_err(Failure::io("reading", &path))?;
-    format::decode(&text).map_err(|error| Failure::bad_data(format!("{}: {error}", shown(&path))))
+struct Tour<'a> {
+    place: &'a Place,
+    server: &'a Server,
+    sample: bool,
+    source: PathBuf,
+    /// What the copy is called in the server's root.
+    name: &'static str,
+}
+
+impl Tour<'_> {
+    fn run(&self) -> Result<(), Failure> {
+        self.introduce()?;
+        self.first_push()?;
+        self.permissions()?;
+        self.second_push()?;
+        self.verify()?;
+        self.damage()?;
+        self.farewell()
+    }
+
+    /// What the copy is called from within the place.
+    fn copy(&self) -> String {
+        format!("server/{}", self.name)
+    }
+
+    fn introduce(&self) -> Result<(), Failure> {
+        let what = if self.sample {
+            "a sample: a checkpoint of 64 MiB, 300 small files, scripts, logs".to_owned()
+        } else {
+            format!("what '{}' holds, which is only read", shown(&self.source))
+        };
+        say(&format!(
+            "lockstep, shown on this machine in '{}', with {what}.\n\
+             \n1. A key, a server that lets only that key in, and the server's key, known from now on\n\
+             \x20  $ lockstep keys generate key\n\
+             \x20  $ lockstep serve --listen 127.0.0.1:{port} --user {USER} --root server \\\n\
+             \x20      --authorized-keys key.pub --host-key host_key --policy-file policy.toml\n\
+             \x20  $ lockstep keys scan-host --add 127.0.0.1\n\
+             \x20  Public keys only, no shell, nothing but files below 'server'. The options that name this port\n\
+             \x20  and these keys (-P, --identity, --known-hosts) are left out of what is shown from here on.\n",
+            shown(&self.place.at),
+            port = self.server.port
+        ))
+    }
+
+    /// Pushes, and gives the lines for changed paths and the summary.
+    fn push(&self, step: &str) -> Result<(Vec<String>, Value), Failure> {
+        let target = format!("{USER}@127.0.0.1:/{}", self.name);
+        let source = self.source.to_str().ok_or_else(|| {
+            Failure::usage(format!("'{}' is not UTF-8; name a directory that is", shown(&self.source)))
+        })?;
+        let login = ["-P", &self.server.port, "-F", "none", "--identity", "key", "--known-hosts", "known_hosts"];
+        let ran = self.place.lockstep(&[&["push", "--json"], &login[..], &["--", source, &target]].concat(), false)?;
+        let (mut changed, mut summary) = (Vec::new(), Value::Null);
+        for event in ran.stdout.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
+            match event["event"].as_str() {
+                Some("summary") => summary = event,
+                Some("change") => {
+                    let part = |name: &str| event[name].as_str().unwrap_or_default().to_owned();
+                    changed.push(format!("{} {}", part("change"), part("path")));
+                }
+                _ => {}
+            }
+        }
+        if ran.code() != Some(0) || summary["complete"] != true {
+            return Err(wrong(step, &ran));
+        }
+        Ok((changed, summary))
+    }
+
+    fn shown_push(&self) -> String {
+        let source = if self.sample { "sample".to_owned() } else { shown(&self.source).to_string() };
+        format!("   $ lockstep push {source} {USER}@127.0.0.1:/{}\n", self.name)
+    }
+
+    fn first_push(&self) -> Result<(), Failure> {
+        say(&format!("\n2. The first push\n{}", self.shown_push()))?;
+        let (_, summary) = self.push("the first push")?;
+        let count = |name: &str| summary[name].as_u64().unwrap_or(0);
+        let (bytes, wire) = (count("verified_bytes"), count("wire_bytes"));
+        if count("verified_files") == 0 {
+            return Err(Failure::usage(format!("'{}' holds no file to show this with", shown(&self.source))));
+        }
+        let rate = (wire * 100).checked_div(bytes).map_or_else(String::new, |part| format!(" ({part} %)"));
+        say(&format!(
+            "   {} files, {}, sent in {:.1} s; {}{rate} over the wire, compressed with zstd.\n   \
+             Each file got its name only after the server's SHA-256 of it equalled ours; all appeared at once.\n",
+            HumanCount(count("verified_files")),
+            BinaryBytes(bytes),
+            summary["seconds"].as_f64().unwrap_or(0.0),
+            BinaryBytes(wire),
+        ))
+    }
+
+    /// Compares the mode of every path of the copy with what the policy decides.
+    fn permissions(&self) -> Result<(), Failure> {
+        say("\n3. Permissions, which the server's policy decides, whatever the sender has\n")?;
+        let spec: PolicySpec = toml::from_str(sample::POLICY).map_err(|error| Failure::usage(error.to_string()))?;
+        let policy = Policy::compile(&spec).map_err(|error| Failure::usage(chain(&error)))?;
+        let root = self.place.path(&self.copy());
+        let mut found: BTreeMap<usize, (u32, u64, String, PathBuf)> = BTreeMap::new();
+        for entry in walkdir::WalkDir::new(&root).min_depth(1).into_iter().flatten() {
+            let below = entry.path().strip_prefix(&root).unwrap_or(entry.path());
+            let Ok(path) = RelPath::new(below.as_os_str().as_encoded_bytes()) else { continue };
+            let kind = entry.file_type();
+            if kind.is_symlink() || path.components().next() == Some(crate::filter::STATE_DIRECTORY) {
+                continue;
+            }
+            let metadata = entry.metadata().map_err(|error| Failure::usage(error.to_string()))?;
+            let mode = metadata.permissions().mode() & 0o7777;
+            let decision = policy.decide(&path, kind.is_dir(), mode & 0o777);
+            let Some(rule) = decision.rule else { continue };
+            if decision.mode != mode {
+                let message = format!("'{path}' has mode {mode:04o}, but the policy says {:04o}", decision.mode);
+                return Err(Failure::Plain { exit: Exit::Incomplete, message });
+            }
+            found.entry(rule).or_insert_with(|| (mode, 0, path.to_string(), below.to_owned())).1 += 1;
+        }
+        for (mode, count, shown, first) in found.values() {
+            let more = if *count > 1 { format!(" and {} more", count - 1) } else { String::new() };
+            let source = self.place.at.join(&self.source).join(first);
+            let before = fs::symlink_metadata(&source).map_err(Failure::io("looking at", &source))?;
+            say(&format!("   {:04o} -> {mode:04o}  {shown}{more}\n", before.permissions().mode() & 0o7777))?;
+        }
+        if found.is_empty() {
+            return say("   No rule of this policy speaks of these files: they keep their modes.\n");
+        }
+        let first = found.values().next().map_or("", |(_, _, path, _)| path);
+        say(&format!(
+            "   No file was ever open wider than that, not even while it arrived. Which rule decides, and why:\n   \
+             $ lockstep policy explain --policy-file policy.toml {first}\n"
+        ))?;
+        let ran = self.place.lockstep(&["policy", "explain", "--policy-file", "policy.toml", first], true)?;
+        if ran.code() == Some(0) { Ok(()) } else { Err(wrong("policy explain", &ran)) }
+    }
+
+    fn second_push(&self) -> Result<(), Failure> {
+        if !self.sample {
+            say(&format!("\n4. Pushed again\n{}", self.shown_push()))?;
+            let (_, summary) = self.push("the second push")?;
+            let files = summary["verified_files"].as_u64().unwrap_or(0);
+            return say(&format!("   {files} files had to be sent: only what changed is.\n"));
+        }
+        let path = self.place.path("sample").join(sample::CHANGED);
+        fs::OpenOptions::new()
+            .append(true)
+            .open(&path)
+            .and_then(|mut file| file.write_all(b"{\"id\": 6000, \"text\": \"one more\"}\n"))
+            .map_err(Failure::io("changing", &path))?;
+        say(&format!(
+            "\n4. One file changes, and is pushed again\n   $ echo '{{…}}' >> sample/{}\n{}",
+            sample::CHANGED,
+            self.shown_push()
+        ))?;
+        let (changed, summary) = self.push("the second push")?;
+        if summary["verified_files"] != 1 {
+            let message = format!("the second push sent {} files instead of one", summary["verified_files"]);
+            return Err(Failure::Plain { exit: Exit::Incomplete, message });
+        }
+        let line = changed.first().map_or_else(String::new, |line| format!("   {line}\n"));
+        say(&format!(
+            "{line}   Only that file was sent, {} on the wire.\n",
+            BinaryBytes(summary["wire_bytes"].as_u64().unwrap_or(0))
+        ))
+    }
+
+    /// `manifest verify`, which must end with `code`.
+    fn manifest_verify(&self, code: i32) -> Result<Ran, Failure> {
+        let ran = self.place.lockstep(&["manifest", "verify", &self.copy()], true)?;
+        if ran.code() == Some(code) { Ok(ran) } else { Err(wrong("manifest verify", &ran)) }
+    }
+
+    fn verify(&self) -> Result<(), Failure> {
+        let copy = self.copy();
+        say(&format!(
+            "\n5. The check before training: is the copy complete and unchanged?\n   $ lockstep manifest verify {copy}\n"
+        ))?;
+        let ran = self.manifest_verify(0)?;
+        say(&format!("   {}\n   Anybody can check it with stock tools too:\n", ran.stdout.trim_end()))?;
+        say(&format!(
+            "   $ lockstep manifest create {} --format sha256sum -o sums.txt\n   $ cd {copy} && sha256sum -c ../../sums.txt\n",
+            if self.sample { "sample".to_owned() } else { shown(&self.source).to_string() },
+        ))?;
+        let source = self.source.to_string_lossy();
+        let ran = self
+            .place
+            .lockstep(&["manifest", "create", "--format", "sha256sum", "-o", "sums.txt", "--", &source], true)?;
+        if ran.code() != Some(0) {
+            return Err(wrong("manifest create", &ran));
+        }
+        match self.place.other("sha256sum", &["--strict", "-c", "../../sums.txt"], &copy)? {
+            None => say("   (sha256sum is not installed here: Debian package coreutils)\n"),
+            Some(ran) if ran.code() == Some(0) => say(&format!("   {} files: OK\n", ran.stdout.lines().count())),
+            Some(ran) => Err(wrong("sha256sum", &ran)),
+        }
+    }
+
+    /// A file of the copy to damage, the largest: where it is, its path below the copy, its size.
+    fn victim(&self) -> Result<(PathBuf, RelPath, u64), Failure> {
+        let root = self.place.path(&self.copy());
+        let files = walkdir::WalkDir::new(&root).sort_by_file_name().into_iter().filter_entry(|entry| {
+            entry.depth() != 1 || entry.file_name().as_encoded_bytes() != crate::filter::STATE_DIRECTORY
+        });
+        let files = files.flatten().filter(|entry| entry.file_type().is_file());
+        let largest =
+            files.filter_map(|entry| Some((entry.metadata().ok()?.len(), entry))).max_by_key(|(size, _)| *size);
+        match largest {
+            Some((size, entry)) if size > 0 => {
+                let below = entry.path().strip_prefix(&root).unwrap_or(entry.path());
+                let path = RelPath::new(below.as_os_str().as_encoded_bytes());
+                let path = path.map_err(|error| Failure::usage(error.to_string()))?;
+                Ok((entry.into_path(), path, size))
+            }
+            _ => Err(Failure::usage("all files are empty: there is no byte to damage".to_owned())),
+        }
+    }
+
+    fn damage(&self) -> Result<(), Failure> {
+        let (copy, (file, path, size)) = (self.copy(), self.victim()?);
+        let (path, offset) = (path.to_string(), size / 2);
+        flip(&file, offset).map_err(Failure::io("changing", &file))?;
+        say(&format!(
+            "\n6. One of {} bytes goes bad: byte {offset} of {copy}/{path}\n   $ lockstep manifest verify {copy}\n",
+            HumanCount(size)
+        ))?;
+        let ran = self.manifest_verify(1)?;
+        if !ran.stdout.lines().any(|line| line.starts_with(&format!("{path}: differs"))) {
+            return Err(wrong("the check of a damaged file", &ran));
+        }
+        for line in ran.stdout.lines() {
+            say(&format!("   {}\n", short(line)))?;
+        }
+        say("   exit 1: with this check in front of it, training does not start.\n")?;
+
+        say(&format!("\n7. Pushed again, it is mended\n{}", self.shown_push()))?;
+        let (_, summary) = self.push("the push that mends")?;
+        self.manifest_verify(0)?;
+        let files = summary["verified_files"].as_u64().unwrap_or(0);
+        say(&format!(
+            "   {files} file sent; the check says good again. What happened is on record, and tampering shows:\n"
+        ))?;
+        say(&format!("   $ lockstep audit verify {copy}\n"))?;
+        let ran = self.place.lockstep(&["audit", "verify", &copy], true)?;
+        if ran.code() != Some(0) {
+            return Err(wrong("audit verify", &ran));
+        }
+        let log = self.place.path(&copy).join(audit::LOG);
+        let text = fs::read_to_string(&log).map_err(Failure::io("reading", &log))?;
+        let records = text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let last = records.into_iter().find(|record| record["path"] == path.as_str());
+        let record = last.ok_or_else(|| wrong("the record of the push", &ran))?;
+        let part = |name: &str| record[name].as_str().unwrap_or("-").to_owned();
+        say(&format!(
+            "   {}\n   {} {} {path}, SHA-256 {}, mode {}, by {}\n",
+            short(ran.stdout.trim_end()),
+            part("time"),
+            part("action"),
+            short(&part("sha256")),
+            part("mode"),
+            part("actor"),
+        ))
+    }
+
+    fn farewell(&self) -> Result<(), Failure> {
+        say("\nAll of this was checked, not only shown. A real first push takes four commands:\n\
+             \x20  $ lockstep keys generate ~/.ssh/id_ed25519        # unless you have a key\n\
+             \x20  $ lockstep keys scan-host --add gpu02             # then compare the fingerprint with the server's\n\
+             \x20  $ lockstep keys enroll you@gpu02                  # or give the key to whoever runs the server\n\
+             \x20  $ lockstep push checkpoint-1000 you@gpu02:/data/checkpoint-1000\n\
+             The other server needs sshd, or 'lockstep serve'. Before training: lockstep manifest verify DIR\n")
+    }
+}
+
+/// Changes one bit of a file, whatever its mode.
+fn flip(file: &Path, offset: u64) -> io::Result<()> {
+    let permissions = fs::metadata(file)?.permissions();
+    fs::set_permissions(file, fs::Permissions::from_mode(permissions.mode() | 0o600))?;
+    let open = fs::OpenOptions::new().read(true).write(true).open(file)?;
+    let mut byte = [0];
+    open.read_exact_at(&mut byte, offset)?;
+    byte[0] ^= 1;
+    open.write_all_at(&byte, offset)?;
+    fs::set_permissions(file, permissions)
 }

@@ -6,7 +6,7 @@ use super::writer::AgentWriter;
 use super::{Lanes, json};
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::manifest::Tree;
-use crate::monitor::{Counters, Monitor};
+use crate::monitor::Monitor;
 use crate::plan::Plan;
 use crate::wire::extension::{self, CHUNK_BYTES, Fields, WireError};
 
@@ -111,11 +111,10 @@ impl Target for AgentTarget {
         Ok(Box::new(AgentWriter::new(self.lanes.lane(), self.lanes.compress)))
     }
 
-    fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
+    fn commit(&self, options: &CommitOptions, _: &dyn Monitor) -> Result<Committed, Error> {
         let mut packet = extension::request("commit");
         extension::put_string(&mut packet, &json(options)?);
         let reply = self.lanes.call(packet)?;
-        Counters::add(&monitor.counters().wire_bytes, self.lanes.wire_bytes().0);
         let text = Fields(&reply).string().map_err(|error| self.lanes.malformed(error))?;
         serde_json::from_slice(text).map_err(|error| self.lanes.control().protocol(error.to_string()))
     }

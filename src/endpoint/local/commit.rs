@@ -17,7 +17,7 @@ use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::plan::publish::{Publication, Step, exchanged, steps};
 use crate::plan::{Change, Need};
-use crate::root::{Follow, Metadata, Root};
+use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::scan::names::Names;
 use crate::staging::Permissions;
 
@@ -283,7 +283,7 @@ fn new_manifest(run: &Run, state: &State, options: &CommitOptions, failed: &Hash
         |path: &RelPath| path.ancestors().any(|above| source.get(&above).is_some_and(|entry| !entry.is_directory()));
     for old in state.old_manifest.tree.entries() {
         let replaced = source.position(&old.path).is_some_and(|at| !failed.contains(&(at as u32)));
-        if !replaced && !gone.contains(&old.path) && !blocked(&old.path) && still_there(state, old) {
+        if !replaced && !gone.contains(&old.path) && !blocked(&old.path) && still_there(run, state, old) {
             entries.push(old.clone());
         }
     }
@@ -322,12 +322,23 @@ fn new_manifest(run: &Run, state: &State, options: &CommitOptions, failed: &Hash
     Ok(Manifest { generation: state.old_manifest.generation + 1, created, tree })
 }
 
-/// Whether a path that the source does not have is still as the old manifest says.
-fn still_there(state: &State, old: &Entry) -> bool {
-    state.target.get(&old.path).is_some_and(|now| match (&now.content, &old.content) {
-        (Content::File { size, .. }, Content::File { size: listed, .. }) => size == listed && now.mtime == old.mtime,
-        (now, listed) => now == listed,
-    })
+/// Whether a path that the source does not have is still as the old manifest says. One that the filter keeps out of this
+/// run (a neighbour of a single file that is pushed) was not scanned, and is looked at here.
+fn still_there(run: &Run, state: &State, old: &Entry) -> bool {
+    match (state.target.get(&old.path).map(|now| (&now.content, now.mtime)), &old.content) {
+        (Some((Content::File { size, .. }, mtime)), Content::File { size: listed, .. }) => {
+            size == listed && mtime == old.mtime
+        }
+        (Some((now, _)), listed) => now == listed,
+        (None, listed) => run.root.stat(&old.path, Follow::Never).is_ok_and(|now| match (now.kind, listed) {
+            (FileKind::Regular, Content::File { size, .. }) => now.size == *size && now.mtime == old.mtime,
+            (FileKind::Regular, Content::HardLink { .. }) | (FileKind::Directory, Content::Directory) => true,
+            (FileKind::Symlink, Content::Symlink { target }) => {
+                run.root.read_link(&old.path).is_ok_and(|now| now[..] == target[..])
+            }
+            _ => false,
+        }),
+    }
 }
 
 /// The ACLs of paths that get their permissions after they are published: those that are there already, and directories

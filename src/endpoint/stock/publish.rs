@@ -306,12 +306,14 @@ fn directories(run: &Run, state: &State) -> Result<(), Error> {
 fn new_manifest(run: &Run, state: &State, options: &CommitOptions, failed: &HashSet<u32>) -> Result<Manifest, Error> {
     let gone: HashSet<&RelPath> =
         state.plan.removals.iter().filter(|_| options.delete).map(|removal| &removal.path).collect();
+    let filter = Filter::compile(&run.options.filter).map_err(|error| Error::Usage(crate::error::chain(&error)))?;
     let outcome = Outcome {
         source: &state.source,
         target: &state.target,
         old: &state.old_manifest.tree,
         removed: &|path| gone.contains(path),
         failed: &|index| failed.contains(&index),
+        admits: &|path, directory| filter.admits(path, directory),
     };
     // What is made there belongs to whom the staging area belongs to.
     let own = match run.session.stat(packet::LSTAT, &run.staging)? {

@@ -1,0 +1,110 @@
+//! `lockstep push NAME`: a job of the configuration, once, to all its targets.
+
+use std::ffi::OsStr;
+
+use super::arguments::{Place, Route};
+use super::stop::Stop;
+use super::transfer::{How, Rate, load_config};
+use super::{Failure, shown};
+use crate::config::{Config, Delete, Job, Ready};
+use crate::error::{Escaped, Exit, chain};
+use crate::sync::Options;
+
+/// Runs the job called `name`. One target that fails does not keep the others from theirs.
+pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
+    let shown_name = shown(std::path::Path::new(name)).to_string();
+    let missing = || {
+        format!(
+            "'{shown_name}' alone is the name of a job; to send a directory, say where to: lockstep push {shown_name} \
+             [USER@]HOST:DEST"
+        )
+    };
+    let Some(name) = name.to_str().filter(|name| !name.contains('/')) else {
+        return Err(Failure::usage(missing()));
+    };
+    let config =
+        load_config(how.config.as_deref()).map_err(|error| Failure::usage(format!("{error}\n{}", missing())))?;
+    let job = config.job(name).map_err(|error| Failure::usage(format!("{}\n{}", chain(&error), missing())))?;
+    let wrong = |message: String| Failure::usage(format!("job '{}': {message}", Escaped(job.name.as_bytes())));
+    refuse(job, how).map_err(wrong)?;
+    let options = options(&config, job, how)?;
+    if let Ready::Marker(marker) = &job.ready
+        && !job.source.join(marker).exists()
+    {
+        let message =
+            format!("'{}' is not finished: '{}' is not in it", shown(&job.source), Escaped(marker.as_bytes()));
+        return Err(Failure::Plain { exit: Exit::Incomplete, message });
+    }
+    let stop = Stop::on_signals()?;
+    let source = OsStr::new(job.source.as_os_str());
+    Place::must_be_here(source, "a job sends what lies on this machine")?;
+    let mut failed = Vec::new();
+    for target in &job.targets {
+        stop.check()?;
+        match to_one(job, target, how, options.clone(), &stop) {
+            Ok(Exit::Done) => {}
+            Ok(exit) => failed.push(exit),
+            // Nobody else is asked after a stop.
+            Err(failure) if stop.wanted() => return Err(failure),
+            Err(failure) => {
+                eprintln!("lockstep: to {}: {}", Escaped(target.as_bytes()), chain(&failure));
+                failed.push(failure.exit());
+            }
+        }
+    }
+    match (failed.as_slice(), job.targets.len()) {
+        ([], _) => Ok(Exit::Done),
+        ([exit], 1) => Ok(*exit),
+        (_, all) => {
+            let message = format!("{} of {all} targets are not in step; the same command goes on there", failed.len());
+            Err(Failure::Plain { exit: Exit::Incomplete, message })
+        }
+    }
+}
+
+fn to_one(job: &Job, target: &str, how: &How, options: Options, stop: &Stop) -> Result<Exit, Failure> {
+    let mut display = how.display(stop);
+    let source = Place::Here(job.source.clone()).source(how, &display)?;
+    let place = Place::parse(OsStr::new(target))?;
+    let sending = matches!(place, Place::There(_));
+    let target = place.target(how, &display)?;
+    how.run(&Route { source, target, only: None, sending, called: None }, options, &mut display, stop)
+}
+
+/// What this version does not do for a job is refused, and so are options that the job decides itself.
+fn refuse(job: &Job, how: &How) -> Result<(), String> {
+    if let Some(option) = how.decided_by_a_job() {
+        return Err(format!(
+            "{option} is for the job to say: change it in the configuration, or push with SRC and DEST"
+        ));
+    }
+    if let Ready::Layout(layout) = job.ready {
+        return Err(format!(
+            "ready as {layout:?} writes it is not supported by push yet; name a marker file, or leave it out"
+        ));
+    }
+    if job.delete == Delete::Trash {
+        return Err("delete = 'trash' is not supported by push yet; say 'mirror' or 'never'".into());
+    }
+    Ok(())
+}
+
+/// The options of the command line, with what the job says.
+fn options(config: &Config, job: &Job, how: &How) -> Result<Options, Failure> {
+    let mut options = how.options()?;
+    for filter in [&mut options.scan.filter, &mut options.begin.filter] {
+        filter.rules.clone_from(&job.exclude);
+    }
+    if let Some(name) = &job.policy {
+        options.begin.policy = config.policy(name).map_err(|error| Failure::usage(chain(&error)))?;
+    }
+    options.begin.last.clone_from(&job.last);
+    options.begin.units = job.unit.iter().cloned().collect();
+    options.delete = job.delete == Delete::Mirror;
+    options.max_delete = job.max_delete;
+    options.bandwidth = match how.bwlimit {
+        Some(Rate(limit)) => limit,
+        None => job.bandwidth.map(|rate| rate.0),
+    };
+    Ok(options)
+}
