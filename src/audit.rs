@@ -18,13 +18,14 @@ use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 
 /// The log's name beneath a root.
 pub const LOG: &str = ".lockstep/audit.jsonl";
-const HEAD: &str = ".lockstep/audit.head";
+/// The name of its head beneath a root.
+pub const HEAD: &str = ".lockstep/audit.head";
 const NEW_HEAD: &str = ".lockstep/audit.head.new";
 const STATE: &str = ".lockstep";
 /// `,"hash":"` + 64 digits + `"}`.
 const SUFFIX_BYTES: usize = 9 + 64 + 2;
 /// More than the longest line can have.
-const TAIL_BYTES: u64 = 256 * 1024;
+pub const TAIL_BYTES: u64 = 256 * 1024;
 
 /// One thing that was done, or refused. Names are escaped ([`crate::error::Escaped`]) by whoever makes the record.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -33,7 +34,7 @@ pub struct AuditRecord {
     pub actor: String,
     /// Where the content came from.
     pub source: String,
-    /// `publish`, `remove`, `metadata` or `refuse`.
+    /// `publish`, `remove`, `metadata` or `refuse`; of a listener: `login`, `session` or `refuse`.
     pub action: String,
     /// The path below the root, escaped.
     pub path: String,
@@ -52,6 +53,9 @@ pub struct AuditRecord {
     /// The group it got.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
+    /// The ACL entries it got beyond owner, group and others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub acl: Option<String>,
     /// Why it was refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
@@ -79,6 +83,19 @@ pub struct Head {
     pub lines: u64,
     /// Hash of the last; zero for an empty log.
     pub hash: Digest,
+}
+
+impl Head {
+    /// What `audit.head` holds.
+    pub fn encode(&self) -> String {
+        format!("{} {}\n", self.lines, self.hash)
+    }
+
+    /// Reads it.
+    pub fn decode(text: &str) -> Option<Head> {
+        let (lines, hash) = text.trim_end().split_once(' ')?;
+        Some(Head { lines: lines.parse().ok()?, hash: Digest::from_hex(hash.as_bytes())? })
+    }
 }
 
 const EMPTY: Head = Head { lines: 0, hash: Digest([0; 32]) };
@@ -133,18 +150,7 @@ impl<'r> AuditLog<'r> {
         file.seek(SeekFrom::Start(start)).map_err(&failed)?;
         let mut tail = Vec::new();
         Read::by_ref(&mut file).take(TAIL_BYTES).read_to_end(&mut tail).map_err(&failed)?;
-        let complete = tail.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
-        if complete == 0 && start > 0 {
-            return Err(broken(root, 0, "the last line is longer than any that is written"));
-        }
-        let head = match tail[..complete].strip_suffix(b"\n") {
-            None => EMPTY,
-            Some(lines) => {
-                let last = lines.rsplit(|&byte| byte == b'\n').next().unwrap_or(lines);
-                let (links, hash) = check_line(last).map_err(|what| broken(root, 0, what))?;
-                Head { lines: links.sequence, hash }
-            }
-        };
+        let (head, complete) = head_of(&tail, start == 0).map_err(|what| broken(root, 0, what))?;
         if stored_head(root)?.is_some_and(|stored| stored.lines > head.lines) {
             return Err(broken(root, head.lines + 1, "lines were cut off at the end"));
         }
@@ -160,28 +166,52 @@ impl<'r> AuditLog<'r> {
     /// When they cannot be written; the log is then as it was, or ends in an unfinished line.
     pub fn append(&mut self, records: &[AuditRecord]) -> Result<Head, AuditError> {
         let failed = io_error(self.root);
-        let time = timestamp(SystemTime::now());
-        let mut head = self.head;
-        let mut text = Vec::with_capacity(records.len() * 512);
-        for record in records {
-            head.lines += 1;
-            let line = Line { sequence: head.lines, time: &time, record, previous: head.hash.to_string() };
-            let start = text.len();
-            serde_json::to_writer(&mut text, &line).map_err(|error| failed(error.into()))?;
-            text.pop();
-            head.hash = Digest(Sha256::digest(&text[start..]).into());
-            text.extend_from_slice(format!(",\"hash\":\"{}\"}}\n", head.hash).as_bytes());
-        }
+        let (text, head) = lines(self.head, records).map_err(|error| failed(error.into()))?;
         self.file.write_all(&text).and_then(|()| self.file.sync_data()).map_err(&failed)?;
         self.head = head;
         // DURABILITY: written after the lines; after a crash between the two the head is behind, which is no fault.
         let (path, new) = (RelPath::new(HEAD)?, RelPath::new(NEW_HEAD)?);
         self.root.remove_tree(&new)?;
         let mut file = self.root.create_new(&new, 0o600)?;
-        writeln!(file, "{} {}", head.lines, head.hash).and_then(|()| file.sync_data()).map_err(&failed)?;
+        file.write_all(head.encode().as_bytes()).and_then(|()| file.sync_data()).map_err(&failed)?;
         self.root.rename(&new, &path, RenameFlags::empty())?;
         Ok(head)
     }
+}
+
+/// The lines of `records` as they follow `head`, and the head after them.
+///
+/// # Errors
+/// When a record cannot be written as JSON.
+pub fn lines(mut head: Head, records: &[AuditRecord]) -> Result<(Vec<u8>, Head), serde_json::Error> {
+    let time = timestamp(SystemTime::now());
+    let mut text = Vec::with_capacity(records.len() * 512);
+    for record in records {
+        head.lines += 1;
+        let line = Line { sequence: head.lines, time: &time, record, previous: head.hash.to_string() };
+        let start = text.len();
+        serde_json::to_writer(&mut text, &line)?;
+        text.pop();
+        head.hash = Digest(Sha256::digest(&text[start..]).into());
+        text.extend_from_slice(format!(",\"hash\":\"{}\"}}\n", head.hash).as_bytes());
+    }
+    Ok((text, head))
+}
+
+/// The head that the end of a log says, and where in `tail` its last complete line ends. `whole` says that the tail is
+/// the whole log.
+///
+/// # Errors
+/// What is wrong with the last line.
+pub fn head_of(tail: &[u8], whole: bool) -> Result<(Head, usize), &'static str> {
+    let complete = tail.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+    if complete == 0 && !whole {
+        return Err("the last line is longer than any that is written");
+    }
+    let Some(lines) = tail[..complete].strip_suffix(b"\n") else { return Ok((EMPTY, 0)) };
+    let last = lines.rsplit(|&byte| byte == b'\n').next().unwrap_or(lines);
+    let (links, hash) = check_line(last)?;
+    Ok((Head { lines: links.sequence, hash }, complete))
 }
 
 fn check_line(line: &[u8]) -> Result<(Links, Digest), &'static str> {
@@ -203,11 +233,7 @@ fn stored_head(root: &Root) -> Result<Option<Head>, AuditError> {
         Err(error) => return Err(error.into()),
         Ok(file) => file.take(128).read_to_string(&mut text).map_err(io_error(root))?,
     };
-    let parsed = text
-        .trim_end()
-        .split_once(' ')
-        .and_then(|(lines, hash)| Some(Head { lines: lines.parse().ok()?, hash: Digest::from_hex(hash.as_bytes())? }));
-    parsed.map(Some).ok_or_else(|| broken(root, 0, "audit.head beside it cannot be read"))
+    Head::decode(&text).map(Some).ok_or_else(|| broken(root, 0, "audit.head beside it cannot be read"))
 }
 
 /// Checks every line of the log of `root`. An absent log without a head is empty.

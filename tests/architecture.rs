@@ -18,6 +18,7 @@ const LAYERS: &[&[&str]] = &[
     &["scan"],
     &["access"],
     &["staging"],
+    &["drift"],
     &["endpoint"],
     &["sync"],
     &["config"],

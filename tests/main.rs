@@ -4,10 +4,25 @@
 #![allow(clippy::unwrap_used)]
 
 mod architecture;
+mod certificates;
 mod cli;
 mod faults;
+mod interop;
+mod keys;
+mod model;
 mod pipeline;
+mod pipes;
+mod policy;
 mod quickstart;
+mod rogue;
 mod scenarios_permissions;
 mod serve;
+mod serve_access;
+mod serve_kit;
+mod serve_limits;
+mod serve_wire;
+mod sftp_side_by_side;
 mod ssh;
+mod stock;
+mod stock_faults;
+mod wire;

@@ -275,6 +275,48 @@ fn s13_what_was_published_is_in_the_audit_log() {
     lockstep::audit::verify(&lockstep::root::Root::open(&pair.target).unwrap()).unwrap();
 }
 
+/// Runs the program as somebody who is not root, for whom modes count.
+fn as_nobody(at: &Path, arguments: &[&str]) -> std::process::Output {
+    use std::os::unix::process::CommandExt;
+    const NOBODY: u32 = 65534;
+    let program = at.join("program");
+    if !program.exists() {
+        fs::copy(env!("CARGO_BIN_EXE_lockstep"), &program).unwrap();
+    }
+    let mut command = Command::new(program);
+    command.args(arguments).current_dir(at).env("HOME", at);
+    if rustix::process::geteuid().is_root() {
+        let owned = Command::new("chown").args(["-R", "65534:65534"]).arg(at).status().unwrap();
+        assert!(owned.success());
+        command.uid(NOBODY).gid(NOBODY);
+    }
+    command.output().unwrap()
+}
+
+#[test]
+fn a_directory_that_may_not_be_written_to_is_published_into_all_the_same() {
+    let pair = Pair::new();
+    pair.write("sealed/weights", b"1");
+    pair.write("sealed/_SUCCESS", b"");
+    let sealed =
+        |root: &Path, mode| fs::set_permissions(root.join("sealed"), fs::Permissions::from_mode(mode)).unwrap();
+    let mode = |root: &Path| fs::metadata(root.join("sealed")).unwrap().mode() & 0o7777;
+    sealed(&pair.source, 0o555);
+    let at = pair.source.parent().unwrap();
+    let push = || {
+        let output = as_nobody(at, &["push", "--delete", "source", "target"]);
+        let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{said}");
+        assert_eq!((pair.differences().as_str(), mode(&pair.target)), ("", 0o555), "{said}");
+    };
+    push();
+    sealed(&pair.source, 0o755);
+    pair.write("sealed/more", b"2");
+    fs::remove_file(pair.source.join("sealed/weights")).unwrap();
+    sealed(&pair.source, 0o555);
+    push();
+}
+
 fn with(change: impl FnOnce(&mut BeginOptions)) -> Options {
     let mut options = options();
     change(&mut options.begin);

@@ -1,80 +1,133 @@
-//! Push and pull through OpenSSH's server on loopback, with keys and a configuration of its own.
+//! Push and pull through OpenSSH's server on loopback, with keys and a configuration of its own: who is believed, who
+//! is let in, and by which way.
 
 use std::fs;
-use std::net::TcpListener;
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 /// An sshd that ends with the test.
-struct Sshd {
+pub(crate) struct Sshd {
     child: Child,
-    port: u16,
-    at: tempfile::TempDir,
+    pub(crate) port: u16,
+    pub(crate) at: tempfile::TempDir,
 }
 
-fn keygen(file: &Path) {
-    let status = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(file).status();
-    assert!(status.expect("ssh-keygen is not installed: Debian package openssh-client").success());
+/// Runs ssh-keygen in a directory.
+pub(crate) fn keygen(at: &Path, arguments: &[&str]) {
+    let output = Command::new("ssh-keygen").arg("-q").args(arguments).current_dir(at).stdin(Stdio::null()).output();
+    let output = output.expect("ssh-keygen is not installed: Debian package openssh-client");
+    assert!(output.status.success(), "{arguments:?}: {}", text(&output));
+}
+
+pub(crate) fn user() -> String {
+    String::from_utf8(Command::new("id").arg("-un").output().unwrap().stdout).unwrap().trim().to_owned()
+}
+
+/// Type and base64 text of a public key file.
+pub(crate) fn public(file: &Path) -> String {
+    fs::read_to_string(file).unwrap().split(' ').take(2).collect::<Vec<_>>().join(" ").trim().to_owned()
 }
 
 impl Sshd {
-    fn start() -> Sshd {
+    pub(crate) fn start() -> Sshd {
+        Sshd::with(|_| String::new())
+    }
+
+    /// With lines of configuration that come before the usual ones, and so win; made when `host` and `user` are there.
+    pub(crate) fn with(first: impl FnOnce(&Path) -> String) -> Sshd {
         let at = tempfile::tempdir().unwrap();
         let path = |name: &str| at.path().join(name);
-        keygen(&path("host"));
-        keygen(&path("user"));
+        for name in ["host", "user"] {
+            keygen(at.path(), &["-t", "ed25519", "-N", "", "-f", name]);
+        }
         fs::copy(path("user.pub"), path("authorized")).unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        // The home directory of the account, as far as SFTP can tell.
+        fs::create_dir(path("there")).unwrap();
+        let first = first(at.path());
         let show = |name: &str| path(name).display().to_string();
-        let lockstep = env!("CARGO_BIN_EXE_lockstep");
         let config = format!(
-            "Port {port}\nListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\nUsePAM no\n\
-             StrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n\
-             Subsystem lockstep {lockstep} sftp-server\nSubsystem sftp internal-sftp\n",
+            "{first}\nListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\nUsePAM no\nStrictModes no\n\
+             PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\nLogLevel VERBOSE\n\
+             Subsystem lockstep {} sftp-server\nSubsystem sftp internal-sftp -d {}\n",
             show("host"),
             show("authorized"),
+            env!("CARGO_BIN_EXE_lockstep"),
+            show("there"),
         );
         fs::write(path("config"), config).unwrap();
         fs::create_dir_all("/run/sshd").ok();
-        let child = Command::new("/usr/sbin/sshd")
-            .args(["-D", "-e", "-f"])
-            .arg(path("config"))
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("sshd is not installed: Debian package openssh-server");
-        let host_key = fs::read_to_string(path("host.pub")).unwrap();
-        let key: Vec<&str> = host_key.split(' ').take(2).collect();
-        fs::write(path("known"), format!("[127.0.0.1]:{port} {}\n", key.join(" "))).unwrap();
-        let started = Instant::now();
-        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(started.elapsed() < Duration::from_secs(20), "sshd does not listen");
-            std::thread::sleep(Duration::from_millis(20));
+        // RACE: a port that was free may be taken by another test before sshd has it; then it ends, and gets another.
+        for _ in 0..10 {
+            let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+            let mut child = Command::new("/usr/sbin/sshd")
+                .args(["-D", "-e", "-p", &port.to_string(), "-f"])
+                .arg(path("config"))
+                .stdin(Stdio::null())
+                .stderr(fs::File::create(path("log")).unwrap())
+                .spawn()
+                .expect("sshd is not installed: Debian package openssh-server");
+            let log = || fs::read_to_string(path("log")).unwrap();
+            let started = Instant::now();
+            while !log().contains("Server listening on") && child.try_wait().unwrap().is_none() {
+                assert!(started.elapsed() < Duration::from_secs(20), "sshd does not listen: {}", log());
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            if log().contains("Server listening on") {
+                fs::write(path("known"), format!("[127.0.0.1]:{port} {}\n", public(&path("host.pub")))).unwrap();
+                return Sshd { child, port, at };
+            }
+            assert!(log().contains("Address already in use"), "sshd has ended: {}", log());
         }
-        Sshd { child, port, at }
+        panic!("no port for sshd");
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap()
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.at.path().join(name)
     }
 
-    fn lockstep(&self, arguments: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_lockstep"))
-            .args(arguments)
-            .args(["-P", &self.port.to_string(), "--identity"])
-            .arg(self.path("user"))
-            .arg("--known-hosts")
-            .arg(self.path("known"))
+    /// A lockstep that knows nothing of this machine's user.
+    pub(crate) fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
+        command
+            .current_dir(self.at.path())
+            .env("HOME", self.path("home"))
             .env("XDG_STATE_HOME", self.path("state"))
             .env_remove("SSH_AUTH_SOCK")
-            .output()
-            .unwrap()
+            .stdin(Stdio::null());
+        command
     }
 
-    fn remote(&self, name: &str) -> String {
-        let user = String::from_utf8(Command::new("id").arg("-un").output().unwrap().stdout).unwrap();
-        format!("{}@127.0.0.1:{}", user.trim(), self.path(name).display())
+    pub(crate) fn run(&self, arguments: &[&str]) -> Output {
+        self.command().args(arguments).output().unwrap()
+    }
+
+    fn lockstep(&self, arguments: &[&str]) -> Output {
+        let port = self.port.to_string();
+        self.run(&[arguments, &["-P", &port, "--identity", "user", "--known-hosts", "known"]].concat())
+    }
+
+    pub(crate) fn remote(&self, name: &str) -> String {
+        format!("{}@127.0.0.1:{}", user(), self.path(name).display())
+    }
+
+    /// Pushes a small tree with these options; whether it arrived.
+    pub(crate) fn push(&self, options: &[&str]) -> Output {
+        fs::create_dir_all(self.path("small")).unwrap();
+        fs::write(self.path("small/file"), "content").unwrap();
+        fs::remove_dir_all(self.path("arrived")).ok();
+        let output = self.run(&[&["push", "small", &self.remote("arrived")], options].concat());
+        assert_eq!(output.status.success(), self.path("arrived/file").exists(), "{}", text(&output));
+        output
     }
 }
 
@@ -108,7 +161,7 @@ fn assert_same(a: &Path, b: &Path) {
     assert!(output.status.success() && different.is_empty(), "{different:#?}");
 }
 
-fn text(output: &Output) -> String {
+pub(crate) fn text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
@@ -151,6 +204,251 @@ fn h52_an_unknown_host_is_refused_and_a_wrong_key_too() {
     let refused = sshd.lockstep(&["push", &source, &sshd.remote("target")]);
     assert_eq!(refused.status.code(), Some(3), "{}", text(&refused));
     assert!(!sshd.path("target").exists());
+}
+
+#[track_caller]
+pub(crate) fn ends(output: &Output, code: i32, words: &[&str]) {
+    let text = text(output);
+    assert_eq!(output.status.code(), Some(code), "{text}");
+    for word in words {
+        assert!(text.contains(word), "'{word}' is not in: {text}");
+    }
+}
+
+#[track_caller]
+pub(crate) fn done(output: &Output) {
+    assert!(output.status.success(), "{}", text(output));
+}
+
+#[test]
+fn h53_a_changed_or_revoked_host_key_is_refused_loudly() {
+    let sshd = Sshd::start();
+    let (port, host) = (sshd.port, public(&sshd.path("host.pub")));
+    let other = public(&sshd.path("user.pub"));
+    let with = |known: String| {
+        fs::write(sshd.path("known"), known).unwrap();
+        let port = port.to_string();
+        sshd.push(&[
+            "-P",
+            &port,
+            "--identity",
+            "user",
+            "--known-hosts",
+            "known",
+            "-o",
+            "StrictHostKeyChecking=accept-new",
+        ])
+    };
+    done(&with(format!("[127.0.0.1]:{port} {host}\n")));
+    ends(&with(format!("[127.0.0.1]:{port} {other}\n")), 3, &["HOST KEY CHANGED", "known:1", "ssh-keygen -f"]);
+    let revoked = format!("[127.0.0.1]:{port} {host}\n@revoked * {host}\n");
+    ends(&with(revoked), 3, &["REVOKED HOST KEY", "known:2"]);
+    assert_eq!(fs::read_to_string(sshd.path("known")).unwrap().lines().count(), 2);
+}
+
+#[test]
+fn h52_a_new_host_is_added_where_that_is_asked_for() {
+    let sshd = Sshd::start();
+    let known = fs::read_to_string(sshd.path("known")).unwrap();
+    fs::remove_file(sshd.path("known")).unwrap();
+    let port = sshd.port.to_string();
+    let options = ["-P", &port, "--identity", "user", "--known-hosts", "known"];
+    let refusal = sshd.push(&options);
+    ends(&refusal, 3, &["unknown host key", "keys scan-host --add --fingerprint SHA256:"]);
+    assert!(!sshd.path("known").exists());
+    done(&sshd.push(&[&options[..], &["-o", "StrictHostKeyChecking=accept-new"]].concat()));
+    assert_eq!(fs::read_to_string(sshd.path("known")).unwrap(), known);
+    done(&sshd.push(&options));
+
+    // The command of the refusal adds the key, and no other one.
+    fs::remove_file(sshd.path("known")).unwrap();
+    let said = text(&refusal);
+    let command = said.split_once("add it with: lockstep ").unwrap().1.trim();
+    let words: Vec<&str> = command.split(' ').collect();
+    let wrong: Vec<&str> =
+        words.iter().map(|word| if word.starts_with("SHA256:") { "SHA256:x" } else { word }).collect();
+    ends(&sshd.run(&wrong), 3, &["no key with the fingerprint SHA256:x"]);
+    assert!(!sshd.path("known").exists());
+    done(&sshd.run(&words));
+    done(&sshd.push(&options));
+}
+
+#[test]
+fn h50_a_key_that_others_can_read_is_not_used() {
+    let sshd = Sshd::start();
+    let port = sshd.port.to_string();
+    let options = ["-P", &port, "--identity", "user", "--known-hosts", "known"];
+    fs::set_permissions(sshd.path("user"), fs::Permissions::from_mode(0o640)).unwrap();
+    ends(&sshd.push(&options), 3, &["chmod 600 user"]);
+    fs::set_permissions(sshd.path("user"), fs::Permissions::from_mode(0o400)).unwrap();
+    done(&sshd.push(&options));
+}
+
+#[test]
+fn s17_h54_a_host_that_takes_only_passwords_gets_none() {
+    let sshd = Sshd::with(|_| "PubkeyAuthentication no\nPasswordAuthentication yes".into());
+    let port = sshd.port.to_string();
+    let output = sshd.push(&["-P", &port, "--identity", "user", "--known-hosts", "known"]);
+    ends(&output, 3, &["takes no keys, only: password", "never", "PubkeyAuthentication yes"]);
+    assert!(!sshd.log().contains("password"), "{}", sshd.log());
+}
+
+#[test]
+fn s26_hosts_are_reached_through_others() {
+    let (first, second, target) = (Sshd::start(), Sshd::start(), Sshd::start());
+    // Each host has a key of its own to log in with, and one of its own to be known by.
+    let known = [&first, &second, &target].map(|sshd| fs::read_to_string(sshd.path("known")).unwrap());
+    fs::write(target.path("all"), known.concat()).unwrap();
+    let config = |name: &str, known: &str, more: &str| {
+        let host = |name: &str, sshd: &Sshd, more: &str| {
+            format!(
+                "Host {name}\n HostName 127.0.0.1\n Port {}\n IdentityFile {}\n IdentitiesOnly yes\n{more}",
+                sshd.port,
+                sshd.path("user").display()
+            )
+        };
+        let hosts = [
+            host("first", &first, ""),
+            host("second", &second, " ProxyJump first\n"),
+            host("target", &target, more),
+            format!("Host *\n User {}\n UserKnownHostsFile {}\n", user(), target.path(known).display()),
+        ];
+        fs::write(target.path(name), hosts.concat()).unwrap();
+    };
+    fs::create_dir(target.path("tree")).unwrap();
+    fs::write(target.path("tree/file"), vec![7; 3_000_000]).unwrap();
+    let arrived = |options: &[&str]| {
+        fs::remove_dir_all(target.path("arrived")).ok();
+        let to = format!("target:{}", target.path("arrived").display());
+        let output = target.run(&[&["push", "tree", &to], options].concat());
+        assert_eq!(output.status.success(), target.path("arrived/file").exists(), "{}", text(&output));
+        output
+    };
+    config("by-file", "all", " ProxyJump second\n");
+    done(&arrived(&["-F", "by-file"]));
+    // The two on the way have let somebody in; so they were passed through.
+    assert!(first.log().contains("Accepted publickey") && second.log().contains("Accepted publickey"));
+
+    config("direct", "all", "");
+    let logins = |sshd: &Sshd| sshd.log().matches("Accepted publickey").count();
+    let before = (logins(&first), logins(&second));
+    done(&arrived(&["-F", "direct", "-J", "first", "--transfers", "1"]));
+    assert_eq!((logins(&first), logins(&second)), (before.0 + 1, before.1));
+
+    // Every host on the way has to prove itself.
+    fs::write(target.path("some"), [&known[1][..], &known[2]].concat()).unwrap();
+    config("untrusted", "some", " ProxyJump second\n");
+    ends(&arrived(&["-F", "untrusted"]), 3, &["unknown host key", &format!("[127.0.0.1]:{}", first.port)]);
+    let own = target.port.to_string();
+    let by_command = format!(
+        "ProxyCommand=ssh -F by-file -o BatchMode=yes -W %h:%p first -o UserKnownHostsFile={}",
+        target.path("all").display()
+    );
+    done(&arrived(&["-F", "direct", "-o", &by_command, "-P", &own]));
+    ends(&arrived(&["-F", "direct", "-o", "ProxyCommand=false"]), 75, &["handshake failed"]);
+}
+
+#[test]
+fn s26_a_host_that_forwards_nothing_says_so() {
+    let (bastion, target) = (Sshd::with(|_| "AllowTcpForwarding no".into()), Sshd::start());
+    let known = [&bastion, &target].map(|sshd| fs::read_to_string(sshd.path("known")).unwrap());
+    fs::write(target.path("all"), known.concat()).unwrap();
+    fs::copy(target.path("user.pub"), bastion.path("authorized")).unwrap();
+    let (port, jump) = (target.port.to_string(), format!("{}@127.0.0.1:{}", user(), bastion.port));
+    let options = ["-P", &port, "-J", &jump, "--identity", "user", "--known-hosts", "all"];
+    ends(&target.push(&options), 75, &["AllowTcpForwarding", &bastion.port.to_string()]);
+}
+
+/// An ssh-agent that ends with the test.
+pub(crate) struct Agent {
+    child: Child,
+    at: PathBuf,
+    pub(crate) socket: PathBuf,
+}
+
+impl Agent {
+    pub(crate) fn start(at: &Path) -> Agent {
+        let socket = at.join("agent");
+        let child = Command::new("ssh-agent").arg("-D").arg("-a").arg(&socket).stdout(Stdio::null()).spawn();
+        let child = child.expect("ssh-agent is not installed: Debian package openssh-client");
+        let started = Instant::now();
+        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
+            assert!(started.elapsed() < Duration::from_secs(20), "the agent does not listen");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Agent { child, at: at.to_owned(), socket }
+    }
+
+    pub(crate) fn add(&self, key: &str) {
+        let mut command = Command::new("ssh-add");
+        let output = command.arg("-q").arg(self.at.join(key)).env("SSH_AUTH_SOCK", &self.socket).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Passes on to `port` as many bytes as are `left`, and then swallows all that comes, in both directions.
+fn swallowing_proxy(port: u16, left: Arc<AtomicUsize>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let own = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let (client, server) = (client.unwrap(), TcpStream::connect(("127.0.0.1", port)).unwrap());
+            for (mut from, mut to) in [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)] {
+                let left = Arc::clone(&left);
+                std::thread::spawn(move || {
+                    let mut buffer = [0; 65536];
+                    while let Ok(count @ 1..) = from.read(&mut buffer) {
+                        let passed = left.fetch_update(SeqCst, SeqCst, |left| Some(left.saturating_sub(count)));
+                        if passed.unwrap() > 0 && to.write_all(&buffer[..count]).is_err() {
+                            break;
+                        }
+                    }
+                });
+            }
+        }
+    });
+    own
+}
+
+#[test]
+fn h34_a_stall_is_noticed() {
+    // Both ends have to notice: as long as the other one does not, its agent keeps the target.
+    let sshd = Sshd::with(|_| "ClientAliveInterval 1\nClientAliveCountMax 1".into());
+    let left = Arc::new(AtomicUsize::new(3_000_000));
+    let port = swallowing_proxy(sshd.port, Arc::clone(&left)).to_string();
+    fs::write(sshd.path("known"), format!("[127.0.0.1]:{port} {}\n", public(&sshd.path("host.pub")))).unwrap();
+    fs::create_dir(sshd.path("source")).unwrap();
+    for number in 0..12 {
+        fs::write(sshd.path(&format!("source/{number}")), vec![number; 1_000_000]).unwrap();
+    }
+    let to = sshd.remote("target");
+    let push = |more: &[&str]| {
+        let login = ["-P", &port, "--identity", "user", "--known-hosts", "known", "--no-compress"];
+        sshd.run(&[&["push", "source", &to], &login[..], more].concat())
+    };
+    let output = push(&["-o", "ServerAliveInterval=1", "-o", "ServerAliveCountMax=1"]);
+    ends(&output, 75, &["the host has stopped answering"]);
+    assert!(left.load(SeqCst) == 0 && !sshd.path("target/0").exists());
+    // Once the way is free again the next run goes on.
+    left.store(usize::MAX, SeqCst);
+    done(&push(&["--wait", "60"]));
+    assert_same(&sshd.path("source"), &sshd.path("target"));
+}
+
+#[test]
+fn h34_a_host_that_says_nothing_is_given_up() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let sshd = Sshd::start();
+    let port = silent.local_addr().unwrap().port().to_string();
+    let output = sshd.push(&["-P", &port, "--identity", "user", "--known-hosts", "known", "--connect-timeout", "1"]);
+    ends(&output, 75, &["took too long"]);
 }
 
 #[test]

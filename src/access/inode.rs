@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use crate::manifest::Timestamp;
 use crate::path::RelPath;
 use crate::policy::acl::{ACCESS_XATTR, DEFAULT_XATTR};
-use crate::root::{Follow, Metadata, Root, RootError};
+use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 
 /// The ACLs of an inode in the kernel's form; `None` where it has none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -42,13 +42,20 @@ impl Inode {
     /// As open(2).
     pub fn open(root: &Root, path: Option<&RelPath>) -> Result<Inode, RootError> {
         let Some(path) = path else { return Ok(File::from(root.open_dir(None, Follow::Never)?).into()) };
-        match root.open_read(path, Follow::Never) {
-            Ok(file) => Ok(file.into()),
+        let inode = match root.open_read(path, Follow::Never) {
+            Ok(file) => Inode::from(file),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                Ok(Inode { file: root.open_with(path, Follow::Never, OFlags::PATH, 0)?, path_only: true })
+                Inode { file: root.open_with(path, Follow::Never, OFlags::PATH, 0)?, path_only: true }
             }
-            Err(error) => Err(error),
-        }
+            Err(error) => return Err(error),
+        };
+        // RACE: it was listed as a file or directory, and something else has the name since.
+        let other = match inode.metadata().map(|found| found.kind) {
+            Ok(FileKind::Regular | FileKind::Directory) => return Ok(inode),
+            Ok(kind) => io::Error::other(format!("it is a {} now; run again", kind.name())),
+            Err(error) => error,
+        };
+        Err(RootError { operation: "open", path: root.shown().join(path.as_path()), source: other })
     }
 
     /// The open file, when it may be read.
@@ -74,7 +81,7 @@ impl Inode {
     /// # Errors
     /// As fgetxattr(2).
     pub fn acls(&self) -> io::Result<AclLists> {
-        let directory = self.metadata()?.kind == crate::root::FileKind::Directory;
+        let directory = self.metadata()?.kind == FileKind::Directory;
         let default = if directory { self.attribute(DEFAULT_XATTR)? } else { None };
         Ok(AclLists { access: self.attribute(ACCESS_XATTR)?, default })
     }
@@ -118,7 +125,7 @@ impl Inode {
     /// As fsetxattr(2).
     pub fn set_acls(&self, lists: &AclLists) -> io::Result<()> {
         self.set_attribute(ACCESS_XATTR, lists.access.as_deref())?;
-        if self.metadata()?.kind == crate::root::FileKind::Directory {
+        if self.metadata()?.kind == FileKind::Directory {
             self.set_attribute(DEFAULT_XATTR, lists.default.as_deref())?;
         }
         Ok(())
@@ -180,5 +187,51 @@ impl Inode {
             true => rustix::fs::utimensat(rustix::fs::CWD, self.name(), &times, AtFlags::empty())?,
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    /// Root may read everything: the way of those who may not is taken by hand.
+    fn unreadable(root: &Root, path: &RelPath) -> Inode {
+        Inode { file: root.open_with(path, Follow::Never, OFlags::PATH, 0).unwrap(), path_only: true }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_changed_by_its_owner_all_the_same() {
+        let at = tempfile::tempdir().unwrap();
+        let root = Root::open(at.path()).unwrap();
+        let path = RelPath::new("f").unwrap();
+        std::fs::write(at.path().join("f"), "x").unwrap();
+        std::fs::set_permissions(at.path().join("f"), std::fs::Permissions::from_mode(0o000)).unwrap();
+        let list = crate::policy::acl::Acl::parse(&["user:7:r"]).unwrap();
+        let access = list.access_xattr(0o640, false, |_, name| name.parse::<u32>()).unwrap();
+        let wanted = AclLists { access, default: None };
+        for inode in [unreadable(&root, &path), Inode::open(&root, Some(&path)).unwrap()] {
+            inode.set_acls(&AclLists::default()).unwrap();
+            assert_eq!(inode.acls().unwrap(), AclLists::default());
+            inode.set_acls(&wanted).unwrap();
+            inode.set_mode(0o640).unwrap();
+            inode.set_mtime(Timestamp { seconds: 5, nanoseconds: 6 }).unwrap();
+            inode.set_owner(None, None).unwrap();
+            let found = inode.metadata().unwrap();
+            assert_eq!((inode.acls().unwrap(), found.mode, found.mtime.seconds), (wanted.clone(), 0o640, 5));
+        }
+        assert!(unreadable(&root, &path).readable().is_none());
+    }
+
+    #[test]
+    fn h16_h18_links_and_special_files_are_not_opened() {
+        let at = tempfile::tempdir().unwrap();
+        let root = Root::open(at.path()).unwrap();
+        std::os::unix::fs::symlink("/etc", at.path().join("link")).unwrap();
+        let mode = Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, at.path().join("fifo"), rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        for name in ["link", "fifo"] {
+            assert!(Inode::open(&root, Some(&RelPath::new(name).unwrap())).is_err(), "{name}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! What a person sees while a run goes on: one line that tells where it is, and the problems as they come.
 
 use std::io::{IsTerminal, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -11,6 +11,24 @@ use serde_json::json;
 
 use crate::error::Escaped;
 use crate::monitor::{Counters, Event, Monitor, Phase, Problem, Severity};
+
+/// Nothing is drawn while this is not 0: the terminal asks for something.
+static PAUSED: AtomicUsize = AtomicUsize::new(0);
+
+/// While it lives no progress is drawn.
+pub(super) struct Pause;
+
+/// Stops drawing.
+pub(super) fn pause() -> Pause {
+    PAUSED.fetch_add(1, Ordering::SeqCst);
+    Pause
+}
+
+impl Drop for Pause {
+    fn drop(&mut self) {
+        PAUSED.fetch_sub(1, Ordering::SeqCst);
+    }
+}
 
 /// How much is said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,6 +143,9 @@ impl State {
             Phase::Done => return,
         };
         let _guard = self.line.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if PAUSED.load(Ordering::SeqCst) > 0 {
+            return;
+        }
         let _ = write!(std::io::stderr(), "\r\x1b[K{text}");
         let _ = std::io::stderr().flush();
     }

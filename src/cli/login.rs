@@ -1,31 +1,44 @@
-//! How to log in to another machine: the options of a command line and what stands in for those not given.
+//! How to log in to another machine: the options of a command line, `~/.ssh/config`, and what stands in for those not
+//! given.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::sync::Arc;
 
 use super::Failure;
+use super::passphrase;
 use super::remote::Destination;
 use crate::endpoint::link::ConnectError;
-use crate::ssh::{SshOptions, SshRemote};
+use crate::error::{Escaped, Exit};
+use crate::ssh::config::{Environment, Files, Given, Keyword, Resolved, resolve};
+use crate::ssh::{Passphrase, SshRemote};
 
 /// How to log in.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub(super) struct Ssh {
-    /// TCP port of the SSH server
-    #[arg(short = 'P', long, value_name = "PORT", default_value_t = 22)]
-    port: u16,
-    /// Private key to log in with; may be given several times [default: those in ~/.ssh]
+    /// TCP port of the SSH server [default: 22]
+    #[arg(short = 'P', long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    port: Option<u16>,
+    /// Connect through these hosts, one after the other
+    #[arg(short = 'J', long, value_name = "[USER@]HOST[:PORT],...")]
+    jump: Option<String>,
+    /// Read this instead of ~/.ssh/config and /etc/ssh/ssh_config; 'none' reads none
+    #[arg(short = 'F', long = "ssh-config", value_name = "FILE")]
+    ssh_config: Option<PathBuf>,
+    /// An option as in ssh_config(5); may be given several times
+    #[arg(short = 'o', long = "ssh-option", value_name = "KEY=VALUE")]
+    options: Vec<String>,
+    /// Private key to log in with; may be given several times [default: those of ~/.ssh/config, or those in ~/.ssh]
     #[arg(long, value_name = "FILE")]
-    identity: Vec<PathBuf>,
+    pub(super) identity: Vec<PathBuf>,
     /// Trusted host keys [default: ~/.ssh/known_hosts and /etc/ssh/ssh_known_hosts]
     #[arg(long, value_name = "FILE")]
     known_hosts: Vec<PathBuf>,
     /// The command that starts lockstep at the other end, where it has no subsystem of that name
     #[arg(long, value_name = "COMMAND", default_value = "lockstep sftp-server")]
     pub(super) remote_command: String,
-    /// Seconds until a connection attempt is given up
-    #[arg(long, value_name = "SECONDS", default_value_t = 20)]
-    connect_timeout: u64,
+    /// Seconds until a connection attempt is given up [default: 20]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    connect_timeout: Option<u64>,
 }
 
 /// A connection that could not be made ends the command.
@@ -33,26 +46,71 @@ pub(super) fn failed(error: ConnectError) -> Failure {
     Failure::Plain { exit: error.exit, message: error.message }
 }
 
+impl Ssh {
+    /// The same with other keys.
+    pub(super) fn with_identities(&self, identity: &[PathBuf]) -> Ssh {
+        Ssh { identity: identity.to_vec(), ..self.clone() }
+    }
+
+    /// The host with the way to it.
+    pub(super) fn resolve(&self, user: Option<&str>, host: &str) -> Result<Resolved, Failure> {
+        let usage = |error: crate::ssh::config::ConfigError| Failure::usage(error.to_string());
+        let files = match &self.ssh_config {
+            None => Files::Usual,
+            Some(file) if file.as_os_str().eq_ignore_ascii_case("none") => Files::None,
+            Some(file) => Files::One(file.clone()),
+        };
+        let ask: Passphrase = Arc::new(|key| {
+            passphrase::ask(&format!("Passphrase for {}: ", Escaped(key.as_os_str().as_encoded_bytes())))
+        });
+        let mut given = Given::new(files, Some(ask));
+        given.identities.clone_from(&self.identity);
+        given.known_hosts.clone_from(&self.known_hosts);
+        if let Some(port) = self.port {
+            given.set(Keyword::Port, port.to_string());
+        }
+        if let Some(jump) = &self.jump {
+            given.set(Keyword::ProxyJump, jump);
+        }
+        if let Some(seconds) = self.connect_timeout {
+            given.set(Keyword::ConnectTimeout, seconds.to_string());
+        }
+        for option in &self.options {
+            given.option(option).map_err(usage)?;
+        }
+        resolve(host, user, &given, &Environment::of_process()).map_err(usage)
+    }
+}
+
+/// Says what may be missed.
+pub(super) trait Warn {
+    /// To standard error.
+    fn warn(&self);
+}
+
+impl Warn for Resolved {
+    fn warn(&self) {
+        for warning in &self.warnings {
+            eprintln!("lockstep: warning: {warning}");
+        }
+    }
+}
+
 /// The host, with the keys to log in with and those to know it by. Nothing is connected yet.
 pub(super) fn connect(destination: &Destination, ssh: &Ssh) -> Result<SshRemote, Failure> {
-    let home = std::env::home_dir().unwrap_or_default();
-    let or = |given: &[PathBuf], usual: &[PathBuf]| if given.is_empty() { usual.to_vec() } else { given.to_vec() };
-    let keys: Vec<PathBuf> = ["id_ed25519", "id_ecdsa", "id_rsa"]
-        .iter()
-        .map(|name| home.join(".ssh").join(name))
-        .filter(|path| path.exists())
-        .collect();
-    let known = [home.join(".ssh/known_hosts"), PathBuf::from("/etc/ssh/ssh_known_hosts")];
-    let own = || uzers::get_current_username().map(|name| name.to_string_lossy().into_owned());
-    let options = SshOptions {
-        host: destination.host.clone(),
-        port: ssh.port,
-        user: destination.user.clone().or_else(own).unwrap_or_default(),
-        identity_files: or(&ssh.identity, &keys),
-        agent_socket: std::env::var_os("SSH_AUTH_SOCK").map(PathBuf::from),
-        known_hosts: or(&ssh.known_hosts, &known),
-        connect_timeout: Duration::from_secs(ssh.connect_timeout.max(1)),
-        passphrase: None,
-    };
-    SshRemote::new(options).map_err(failed)
+    let resolved = ssh.resolve(destination.user.as_deref(), &destination.host)?;
+    resolved.warn();
+    let Resolved { options, notes, .. } = resolved;
+    Ok(SshRemote::new(options).map_err(failed)?.with_notes(notes))
+}
+
+/// `[USER@]HOST`, without a path.
+pub(super) fn parse_host(text: &str) -> Result<(Option<String>, String), Failure> {
+    let (user, host) = text.rsplit_once('@').map_or((None, text), |(user, host)| (Some(user.to_owned()), host));
+    let host = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
+    if host.is_empty() || host.contains('/') || user.as_deref() == Some("") {
+        let message = format!("'{}' is not [USER@]HOST", Escaped(text.as_bytes()));
+        return Err(Failure::Plain { exit: Exit::Usage, message });
+    }
+    Ok((user, host.to_owned()))
 }

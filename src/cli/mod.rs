@@ -17,8 +17,10 @@ use crate::root::RootError;
 mod audit;
 mod completions;
 pub mod display;
+mod keys;
 mod login;
 mod manifest;
+mod passphrase;
 mod policy;
 mod quickstart;
 mod remote;
@@ -64,6 +66,9 @@ enum Command {
     /// Say which owner and permissions a path gets, and why
     #[command(subcommand)]
     Policy(policy::Command),
+    /// Make a key, have it accepted by another server, and see which keys that server has
+    #[command(subcommand)]
+    Keys(keys::Command),
     /// Check the record of what was published
     #[command(subcommand)]
     Audit(audit::Command),
@@ -84,6 +89,7 @@ impl Command {
             Command::SftpServer(command) => command.run(),
             Command::Manifest(command) => command.run(),
             Command::Policy(command) => command.run(),
+            Command::Keys(command) => command.run(),
             Command::Audit(command) => command.run(),
             Command::Quickstart(command) => command.run(),
             Command::Completions(command) => command.run(),

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use super::Failure;
 use super::login::{Ssh, connect, failed};
 use crate::codec::CompressOptions;
-use crate::endpoint::agent::{AgentSource, AgentTarget, Lanes};
+use crate::endpoint::agent::{self, AgentSource, AgentTarget};
 use crate::endpoint::link::{Remote, Way};
+use crate::endpoint::stock::{self, StockSource, StockTarget, Verify};
 use crate::endpoint::{Source, Target};
-use crate::error::Exit;
+use crate::error::{Escaped, Exit, chain};
 use crate::monitor::{Event, Monitor};
 
 /// `[user@]host:path`; IPv6 addresses in brackets.
@@ -42,46 +43,126 @@ impl Destination {
     }
 }
 
-/// Opens connections to the agent by the first way in that is offered.
-fn lanes(
+/// How a directory of another machine is reached.
+#[derive(Debug, clap::Args)]
+pub(super) struct Reach {
+    /// What is used at the other end: lockstep (its subsystem, or the command of --remote-command), sftp (a stock SFTP
+    /// server), or auto: the first of them that is there
+    #[arg(long, value_name = "WAY", default_value = "auto")]
+    remote: Ways,
+    /// How it is proven what a stock SFTP server holds: exec (a command there hashes), read-back (it is read back and
+    /// hashed here; no command is run), or auto: exec where the account has a shell
+    #[arg(long, value_name = "HOW", default_value = "auto")]
+    verify: Proof,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Ways {
+    Auto,
+    Lockstep,
+    Subsystem,
+    Exec,
+    Sftp,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Proof {
+    Auto,
+    Exec,
+    ReadBack,
+}
+
+impl Reach {
+    /// The ways to try, in this order.
+    fn ways(&self, ssh: &Ssh) -> Vec<Way> {
+        let exec = || Way::LockstepExec(ssh.remote_command.clone());
+        match self.remote {
+            Ways::Auto => vec![Way::LockstepSubsystem, exec(), Way::SftpSubsystem],
+            Ways::Lockstep => vec![Way::LockstepSubsystem, exec()],
+            Ways::Subsystem => vec![Way::LockstepSubsystem],
+            Ways::Exec => vec![exec()],
+            Ways::Sftp => vec![Way::SftpSubsystem],
+        }
+    }
+
+    fn verify(&self) -> Verify {
+        match self.verify {
+            Proof::Auto => Verify::Auto,
+            Proof::Exec => Verify::Exec,
+            Proof::ReadBack => Verify::ReadBack,
+        }
+    }
+}
+
+/// What is there at the other end.
+enum Reached {
+    Agent(agent::Lanes),
+    Stock(stock::Lanes),
+}
+
+fn named(way: &Way) -> String {
+    match way {
+        Way::LockstepSubsystem => "the subsystem 'lockstep'".to_owned(),
+        Way::LockstepExec(command) => format!("the command '{}'", Escaped(command.as_bytes())),
+        Way::SftpSubsystem => "the subsystem 'sftp'".to_owned(),
+    }
+}
+
+/// Opens connections by the first way in that works.
+fn reach(
     destination: &Destination,
     ssh: &Ssh,
+    reach: &Reach,
     count: usize,
     compress: CompressOptions,
     monitor: &dyn Monitor,
-) -> Result<Lanes, Failure> {
-    let remote: Arc<dyn Remote> = Arc::new(connect(destination, ssh)?);
-    for way in [Way::LockstepSubsystem, Way::LockstepExec(ssh.remote_command.clone())] {
-        match remote.open(&way, 0) {
-            Ok(link) => {
-                let said = match &way {
-                    Way::LockstepExec(command) => format!("the command '{command}'"),
-                    _ => "the subsystem 'lockstep'".to_owned(),
-                };
-                monitor.event(Event::Detail(&format!("{}: connected to {said}", remote.describe())));
-                let root = destination.path.as_bytes();
-                return Lanes::connect(remote, &way, link, count, root, compress).map_err(|error| match error.exit() {
-                    Exit::Trust => Failure::Endpoint(error),
-                    exit => Failure::Plain {
-                        exit,
-                        message: format!(
-                            "{}; is lockstep installed there? --remote-command says how it is started",
-                            crate::error::chain(&error)
-                        ),
-                    },
-                });
+) -> Result<Reached, Failure> {
+    let remote = connect(destination, ssh)?;
+    remote.notes().iter().for_each(|note| monitor.event(Event::Detail(note)));
+    let remote: Arc<dyn Remote> = Arc::new(remote);
+    let root = destination.path.as_bytes();
+    let mut reasons = Vec::new();
+    for way in reach.ways(ssh) {
+        let link = match remote.open(&way, 0) {
+            Ok(link) => link,
+            Err(error) if error.not_offered => {
+                reasons.push(format!("{}: not offered", named(&way)));
+                continue;
             }
-            Err(error) if error.not_offered => {}
             Err(error) => return Err(failed(error)),
+        };
+        let reached = match way {
+            Way::SftpSubsystem => {
+                stock::Lanes::connect(Arc::clone(&remote), link, count, root, reach.verify()).map(Reached::Stock)
+            }
+            _ => agent::Lanes::connect(Arc::clone(&remote), &way, link, count, root, compress).map(Reached::Agent),
+        };
+        match reached {
+            Ok(reached) => {
+                let host = remote.describe();
+                for reason in &reasons {
+                    monitor.event(Event::Detail(&format!("{host}: {reason}")));
+                }
+                monitor.event(Event::Detail(&format!("{host}: connected to {}", named(&way))));
+                if matches!(reached, Reached::Agent(_)) && reach.verify != Proof::Auto {
+                    monitor.event(Event::Warning(
+                        "--verify is for stock SFTP servers; lockstep at the other end hashes for itself",
+                    ));
+                }
+                return Ok(reached);
+            }
+            Err(error) if error.exit() == Exit::Trust => return Err(Failure::Endpoint(error)),
+            // A command that is not there, a login shell that prints, a forced command that is another server.
+            Err(error) => reasons.push(format!("{}: {}", named(&way), chain(&error))),
         }
     }
     Err(Failure::Plain {
         exit: Exit::Usage,
         message: format!(
-            "{} lets neither the subsystem 'lockstep' nor '{}' be started; install lockstep there, or add \
-             'Subsystem lockstep /usr/bin/lockstep sftp-server' to its sshd_config",
+            "{} cannot be used ({}); enable its 'sftp' subsystem, or install lockstep there: 'Subsystem lockstep \
+             /usr/bin/lockstep sftp-server' in its sshd_config",
             remote.describe(),
-            ssh.remote_command
+            reasons.join("; ")
         ),
     })
 }
@@ -90,22 +171,30 @@ fn lanes(
 pub(super) fn target(
     destination: &Destination,
     ssh: &Ssh,
+    how: &Reach,
     count: usize,
     compress: CompressOptions,
     monitor: &dyn Monitor,
 ) -> Result<Box<dyn Target>, Failure> {
-    Ok(Box::new(AgentTarget::new(lanes(destination, ssh, count, compress, monitor)?)))
+    Ok(match reach(destination, ssh, how, count, compress, monitor)? {
+        Reached::Agent(lanes) => Box::new(AgentTarget::new(lanes)),
+        Reached::Stock(lanes) => Box::new(StockTarget::new(lanes)),
+    })
 }
 
 /// A directory of another machine as a source.
 pub(super) fn source(
     destination: &Destination,
     ssh: &Ssh,
+    how: &Reach,
     count: usize,
     compress: CompressOptions,
     monitor: &dyn Monitor,
 ) -> Result<Box<dyn Source>, Failure> {
-    Ok(Box::new(AgentSource::new(lanes(destination, ssh, count, compress, monitor)?)))
+    Ok(match reach(destination, ssh, how, count, compress, monitor)? {
+        Reached::Agent(lanes) => Box::new(AgentSource::new(lanes)),
+        Reached::Stock(lanes) => Box::new(StockSource::new(lanes)),
+    })
 }
 
 #[cfg(test)]

@@ -1,91 +1,261 @@
 //! `lockstep serve`: lockstep's own SSH server.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Failure;
+use crate::config::{AddressList, Config, DEFAULT_PATH};
 use crate::error::{Exit, chain};
-use crate::server::agent::{Agent, Extensions};
+use crate::server::agent::{Agent, Extensions, Factory, SharedTarget};
+use crate::server::attributed::Attributed;
 use crate::server::channel::FedSession;
-use crate::server::listener::{self, ServeConfig, ServeUser, SessionFactory};
+use crate::server::hearsay;
+use crate::server::listener::{self, Reloader, ServeConfig, ServeError, ServeUser, SessionFactory, SessionStart};
 use crate::server::session::{Session, SessionConfig};
 
-/// Listens for SSH connections of one user: public keys only, file transfer only.
+/// Listens for SSH connections: public keys only, file transfer only.
+///
+/// The users are those of [serve] in the configuration, or with --user one user who is described here.
 #[derive(Debug, clap::Args)]
 pub(super) struct Serve {
-    /// Address and port to listen on
-    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:2222")]
-    listen: SocketAddr,
-    /// The name that clients log in with
-    #[arg(long, value_name = "NAME")]
+    /// The configuration with [serve] and its users [default: $LOCKSTEP_CONFIG, or /etc/lockstep/config.toml]
+    #[arg(long, value_name = "FILE", conflicts_with = "user")]
+    config: Option<PathBuf>,
+    /// Address and port to listen on, instead of the configuration's [default with --user: 127.0.0.1:2222]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Vec<SocketAddr>,
+    /// Write the port that is listened on to this file, once it is; for port 0
+    #[arg(long, value_name = "FILE")]
+    port_file: Option<PathBuf>,
+    #[command(flatten)]
+    one: Option<OneUser>,
+}
+
+#[derive(Debug, Clone, clap::Args)]
+struct OneUser {
+    /// Serve one user without a configuration: the name that clients log in with
+    #[arg(long, value_name = "NAME", required = false, requires_all = ["root", "authorized_keys", "host_key"])]
     user: String,
     /// The directory that the user sees as '/'
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", required = false, requires = "user")]
     root: PathBuf,
     /// The keys that may log in, as OpenSSH's authorized_keys
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", required = false, requires = "user")]
     authorized_keys: PathBuf,
     /// The server's own key; made at the first start
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", required = false, requires = "user")]
     host_key: PathBuf,
-    /// Address ranges that the user may come from [default: any]
-    #[arg(long, value_name = "RANGE")]
+    /// Addresses or ranges that the user may come from [default: any]
+    #[arg(long, value_name = "RANGE", requires = "user")]
     from: Vec<String>,
     /// Refuse everything that writes
-    #[arg(long)]
+    #[arg(long, requires = "user")]
     read_only: bool,
     /// A file of [[rule]] tables: owner and permissions of what arrives
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "user")]
     policy_file: Option<PathBuf>,
+    /// Keys that are refused even when listed: public keys, fingerprints, or a revocation list of ssh-keygen
+    #[arg(long, value_name = "FILE", requires = "user")]
+    revoked_keys: Option<PathBuf>,
+    /// A directory for the record of logins, sessions and refusals; see 'lockstep audit'
+    #[arg(long, value_name = "DIR", requires = "user")]
+    audit: Option<PathBuf>,
+}
+
+impl OneUser {
+    fn read(&self) -> Result<ServeConfig, Failure> {
+        let from = match self.from.as_slice() {
+            [] => None,
+            list => {
+                let list = list.iter().flat_map(|item| item.split(','));
+                Some(AddressList::parse(list).map_err(|reason| Failure::usage(format!("--from: {reason}")))?)
+            }
+        };
+        let user = ServeUser {
+            name: self.user.clone(),
+            root: self.root.clone(),
+            read_only: self.read_only,
+            authorized_keys: self.authorized_keys.clone(),
+            from,
+            policy: super::transfer::read_policy(self.policy_file.as_deref())?,
+        };
+        let mut config = ServeConfig::new(SocketAddr::from(([127, 0, 0, 1], 2222)), self.host_key.clone(), vec![user]);
+        (config.revoked_keys, config.audit) = (self.revoked_keys.clone(), self.audit.clone());
+        Ok(config)
+    }
+}
+
+fn default_path() -> PathBuf {
+    std::env::var_os("LOCKSTEP_CONFIG").map_or_else(|| DEFAULT_PATH.into(), PathBuf::from)
+}
+
+/// The listener's part of a configuration file.
+fn read(path: &Path) -> Result<ServeConfig, Failure> {
+    let usage = |error: crate::config::ConfigError| Failure::usage(chain(&error));
+    let config = Config::load(path).map_err(usage)?;
+    let missing = |what| Failure::usage(format!("configuration {}: there is no {what}", super::shown(path)));
+    let serve = config.serve.as_ref().ok_or_else(|| missing("[serve]; or name one user with --user"))?;
+    if serve.users.is_empty() {
+        return Err(missing("[[serve.user]], so that nobody could log in"));
+    }
+    let mut users = Vec::new();
+    for user in &serve.users {
+        users.push(ServeUser {
+            name: user.name.clone(),
+            root: user.root.clone(),
+            read_only: user.read_only,
+            authorized_keys: user.authorized_keys.clone(),
+            from: user.from.clone(),
+            policy: user
+                .policy
+                .as_ref()
+                .map_or_else(|| Ok(Default::default()), |name| config.policy(name))
+                .map_err(usage)?,
+        });
+    }
+    Ok(ServeConfig {
+        listen: serve.listen.clone(),
+        host_key: serve.host_key.clone(),
+        host_certificate: serve.host_certificate.clone(),
+        users,
+        revoked_keys: serve.revoked_keys.clone(),
+        audit: serve.audit.clone(),
+        strict_key_exchange: serve.strict_key_exchange,
+        limits: serve.limits.clone(),
+    })
+}
+
+/// The session of a channel: SFTP and the agent, both confined to the user's root.
+fn session(start: &SessionStart, output: Arc<dyn crate::server::agent::Output>) -> Result<Box<dyn FedSession>, String> {
+    let config = SessionConfig {
+        root: start.root.clone(),
+        confine: true,
+        read_only: start.read_only,
+        policy: start.policy.clone(),
+        actor: start.actor.clone(),
+    };
+    let sides = super::sftp_server::factory(start.root.clone(), true, start.read_only, start.policy.clone());
+    let (open, actor) = (sides.target, start.actor.clone());
+    let target = Box::new(move |path: &[u8]| Ok(Arc::new(Attributed::new(open(path)?, actor.clone())) as SharedTarget));
+    let agent: Arc<dyn Extensions> = Arc::new(Agent::new(Arc::new(Factory { target, source: sides.source })));
+    let session = Session::new(config, output, Some(agent)).map_err(|error| chain(&error))?;
+    Ok(Box::new(session))
 }
 
 impl Serve {
     pub(super) fn run(self) -> Result<Exit, Failure> {
-        let policy = super::transfer::read_policy(self.policy_file.as_deref())?;
-        let factory: SessionFactory = Arc::new(move |start, output| {
-            let config = SessionConfig {
-                root: start.root.clone(),
-                confine: true,
-                read_only: start.read_only,
-                policy: policy.clone(),
-                actor: format!("{}@{} ({})", start.user, start.peer.ip(), start.fingerprint),
-            };
-            let sides = super::sftp_server::factory(start.root.clone(), true, start.read_only, policy.clone());
-            let agent: Arc<dyn Extensions> = Arc::new(Agent::new(Arc::new(sides)));
-            let session = Session::new(config, output, Some(agent)).map_err(|error| chain(&error))?;
-            Ok(Box::new(session) as Box<dyn FedSession>)
-        });
-        let user = ServeUser {
-            name: self.user,
-            root: self.root,
-            read_only: self.read_only,
-            authorized_keys: self.authorized_keys,
-            from: self.from,
-        };
-        let config = ServeConfig::new(self.listen, self.host_key, vec![user]);
+        log();
+        raise_limit_of_files();
+        let config = self.read()?;
         let failed = |exit, message: String| Failure::Plain { exit, message };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .build()
             .map_err(|error| failed(Exit::Io, format!("no threads to serve with: {error}")))?;
         runtime.block_on(async {
-            let listener = listener::bind(config).await.map_err(|error| failed(Exit::Usage, chain(&error)))?;
-            eprintln!("lockstep: listening on {}, host key {}", listener.local_addr(), listener.fingerprint);
+            let listener = listener::bind(config).await.map_err(|error| {
+                let usage = !matches!(error, ServeError::Listen { .. } | ServeError::Audit(_));
+                failed(if usage { Exit::Usage } else { Exit::Io }, chain(&error))
+            })?;
+            for address in listener.addresses() {
+                say(&format!("lockstep: listening on {address}, host key {}", listener.fingerprint));
+            }
+            if let Some(path) = &self.port_file {
+                let port = listener.local_addr().port();
+                std::fs::write(path, format!("{port}\n")).map_err(Failure::io("writing", path))?;
+            }
+            let factory: SessionFactory = Arc::new(session);
+            let (running, reloader) = listener.start(factory);
             let (stop, stopped) = tokio::sync::watch::channel(false);
-            tokio::spawn(async move {
-                use tokio::signal::unix::{SignalKind, signal};
-                match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
-                    (Ok(mut terminate), Ok(mut interrupt)) => {
-                        tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
-                    }
-                    // Without signals there is nothing to wait for but the end of the process.
-                    _ => std::future::pending().await,
-                }
-                let _ = stop.send(true);
-            });
-            listener.run(factory, stopped).await;
+            tokio::spawn(signals(self, reloader, stop));
+            running.run(stopped).await;
             Ok(Exit::Done)
         })
     }
+
+    fn read(&self) -> Result<ServeConfig, Failure> {
+        let mut config = match &self.one {
+            Some(one) => one.read()?,
+            None => read(&self.config.clone().unwrap_or_else(default_path))?,
+        };
+        if !self.listen.is_empty() {
+            config.listen.clone_from(&self.listen);
+        }
+        Ok(config)
+    }
+}
+
+/// SIGHUP reloads; SIGTERM and SIGINT stop, the second one at once.
+async fn signals(serve: Serve, reloader: Reloader, stop: tokio::sync::watch::Sender<bool>) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let kinds = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
+    let [Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)] = kinds else {
+        // Without signals there is nothing to wait for but the end of the process.
+        return std::future::pending().await;
+    };
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = hangup.recv() => {
+                let reloaded = match serve.read() {
+                    Ok(config) => reloader.reload(config).await.map_err(|error| chain(&error)),
+                    Err(failure) => Err(chain(&failure)),
+                };
+                if let Err(reason) = reloaded {
+                    tracing::error!(reason, "not reloaded: everything stays as it was");
+                }
+                continue;
+            }
+        }
+        if stop.send_replace(true) {
+            tracing::warn!("stopped at once");
+            std::process::exit(Exit::Incomplete.code().into());
+        }
+    }
+}
+
+/// What the server reports goes to standard error, one line each; `LOCKSTEP_LOG` chooses what (`debug`, `warn`, …).
+fn log() {
+    use tracing_subscriber::prelude::*;
+    use tracing_subscriber::{EnvFilter, fmt};
+    let chosen = EnvFilter::try_from_env("LOCKSTEP_LOG");
+    let filter = chosen.unwrap_or_else(|_| EnvFilter::new("info,russh=error"));
+    // A log that nobody reads any more must not end the server.
+    let lines =
+        fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(false).log_internal_errors(false);
+    let library = Library.with_filter(EnvFilter::new("off,russh=warn"));
+    let _ = tracing_subscriber::registry().with(lines.with_filter(filter)).with(library).try_init();
+}
+
+/// Some refusals are made by the SSH library, and only its log says why.
+struct Library;
+
+impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Library {
+    fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+        struct Message;
+        impl tracing::field::Visit for Message {
+            fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+                if field.name() == "message" {
+                    hearsay::heard(&format!("{value:?}"));
+                }
+            }
+        }
+        event.record(&mut Message);
+    }
+}
+
+/// Connections and open files of clients are descriptors; the usual 1024 are soon taken.
+fn raise_limit_of_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit of open files stays low");
+    }
+}
+
+fn say(line: &str) {
+    use std::io::Write as _;
+    let _ = writeln!(std::io::stderr(), "{line}");
 }

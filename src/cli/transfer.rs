@@ -120,6 +120,8 @@ struct How {
     #[arg(long, value_name = "LEVEL", allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-7..=19))]
     compress_level: Option<i32>,
     #[command(flatten)]
+    reach: remote::Reach,
+    #[command(flatten)]
     ssh: login::Ssh,
 }
 
@@ -160,7 +162,8 @@ impl Push {
         let target: Box<dyn Target> = match remote::Destination::parse(&self.target)? {
             None => Box::new(LocalTarget::new(Path::new(&self.target), PolicySpec::default())),
             Some(destination) => {
-                remote::target(&destination, &self.how.ssh, self.how.transfers.into(), self.how.compress(), &display)?
+                let How { ssh, reach, transfers, .. } = &self.how;
+                remote::target(&destination, ssh, reach, (*transfers).into(), self.how.compress(), &display)?
             }
         };
         self.how.run(&source, &*target, true, &mut display)
@@ -173,7 +176,8 @@ impl Pull {
         let source: Box<dyn Source> = match remote::Destination::parse(&self.source)? {
             None => Box::new(LocalSource::new(Path::new(&self.source), state_directory().as_deref())?),
             Some(destination) => {
-                remote::source(&destination, &self.how.ssh, self.how.transfers.into(), self.how.compress(), &display)?
+                let How { ssh, reach, transfers, .. } = &self.how;
+                remote::source(&destination, ssh, reach, (*transfers).into(), self.how.compress(), &display)?
             }
         };
         let target = LocalTarget::new(&self.target, PolicySpec::default());
@@ -230,6 +234,7 @@ impl How {
             scan: ScanOptions { filter: filter.clone(), hash_all: self.checksum, links: self.links },
             begin: BeginOptions {
                 policy,
+                peer: false,
                 filter,
                 checksum: self.checksum,
                 last: Vec::new(),

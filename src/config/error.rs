@@ -75,7 +75,7 @@ fn unknown_field(message: &str) -> Option<(String, Vec<String>)> {
 }
 
 /// `; did you mean 'x'?`, or all there are where none is near.
-pub(super) fn meant(name: &str, known: &[String]) -> String {
+pub(crate) fn meant(name: &str, known: &[String]) -> String {
     let nearest = known.iter().map(|known| (distance(name, known), known)).min();
     match nearest {
         None => "; there are none".into(),

@@ -3,13 +3,14 @@
 //! What is read here is complete: unknown keys, names that lead nowhere and rules that do not compile are errors with
 //! file, line and column, so that nothing is found out in the middle of a run.
 
+mod address;
 mod error;
 mod job;
+mod serve;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read as _;
-use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -18,8 +19,11 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use toml::Spanned;
 
+pub use address::AddressList;
+pub(crate) use error::meant;
 pub use error::{ConfigError, Position, Untrusted};
 pub use job::{Bandwidth, Delete, Job, Layout, Ready};
+pub use serve::{Serve, ServeLimits, ServeUser};
 
 use crate::filter::{Filter, FilterSpec};
 use crate::policy::{Policy, PolicySpec};
@@ -46,40 +50,6 @@ pub struct Config {
     pub serve: Option<Serve>,
 }
 
-/// `[serve]`: lockstep's own listener.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Serve {
-    /// Address and port.
-    pub listen: SocketAddr,
-    /// The host key's file.
-    pub host_key: PathBuf,
-    /// Who may log in.
-    #[serde(default, rename = "user")]
-    pub users: Vec<ServeUser>,
-}
-
-/// One `[[serve.user]]`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ServeUser {
-    /// The name that clients log in with.
-    pub name: String,
-    /// The directory that is all the user sees; absolute.
-    pub root: PathBuf,
-    /// The file with the user's public keys.
-    pub authorized_keys: PathBuf,
-    /// No request may write.
-    #[serde(default)]
-    pub read_only: bool,
-    /// The policy of what arrives; it wins over the sender's.
-    #[serde(default)]
-    pub policy: Option<String>,
-    /// Addresses, ranges and wildcards the user may come from; empty for anywhere.
-    #[serde(default)]
-    pub from: Vec<String>,
-}
-
 /// Only where things stand in the text.
 #[derive(Default, Deserialize)]
 struct Places {
@@ -88,7 +58,7 @@ struct Places {
     #[serde(default)]
     job: Vec<Spanned<IgnoredAny>>,
     #[serde(default)]
-    serve: ServePlaces,
+    serve: Option<Spanned<ServePlaces>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -185,9 +155,13 @@ impl Config {
             checked.map_err(|message| (place(&places.job, at), format!("job '{}': {message}", job.name)))?;
         }
         let mut names = BTreeSet::new();
-        for (at, user) in self.serve.iter().flat_map(|serve| &serve.users).enumerate() {
-            let checked = self.check_user(user).and_then(|()| unique(&mut names, &user.name));
-            checked.map_err(|message| (place(&places.serve.user, at), format!("user '{}': {message}", user.name)))?;
+        let Some(serve) = &self.serve else { return Ok(()) };
+        serve.check().map_err(|message| (places.serve.as_ref().map(Spanned::span), message))?;
+        let users = places.serve.as_ref().map_or(&[][..], |serve| &serve.get_ref().user);
+        for (at, user) in serve.users.iter().enumerate() {
+            let checked = user.check().and_then(|()| self.known_policy(user.policy.as_deref()));
+            let checked = checked.and_then(|()| unique(&mut names, &user.name));
+            checked.map_err(|message| (place(users, at), format!("user '{}': {message}", user.name)))?;
         }
         Ok(())
     }
@@ -206,16 +180,10 @@ impl Config {
         self.known_policy(job.policy.as_deref())
     }
 
-    fn check_user(&self, user: &ServeUser) -> Result<(), String> {
-        absolute("root", &user.root)?;
-        absolute("authorized_keys", &user.authorized_keys)?;
-        self.known_policy(user.policy.as_deref())
-    }
-
     fn known_policy(&self, name: Option<&str>) -> Result<(), String> {
         let Some(name) = name.filter(|&name| !self.policies.contains_key(name)) else { return Ok(()) };
         let known: Vec<String> = self.policies.keys().cloned().collect();
-        Err(format!("there is no policy '{name}'{}", error::meant(name, &known)))
+        Err(format!("there is no policy '{name}'{}", meant(name, &known)))
     }
 }
 

@@ -90,6 +90,9 @@ fn what_leads_nowhere_is_refused_where_it_stands() {
         (format!("{JOB}exclude = ['a[z-b]']\n"), ":1:1:", "exclude"),
         (format!("{user}authorized_keys = 'keys'\n"), ":4:1:", "must start with '/'"),
         (format!("{user}authorized_keys = '/keys'\npolicy = 'x'\n"), ":4:1:", "no policy 'x'"),
+        (format!("{user}authorized_keys = '/keys'\n").replace("'u'", "'u v'"), ":4:1:", "blanks"),
+        (user.replace("'/k'", "'k'") + "authorized_keys = '/keys'\n", ":1:1:", "'host_key' is 'k'"),
+        (user.replace("[[", "audit = 'log'\n[[") + "authorized_keys = '/keys'\n", ":1:1:", "'audit' is 'log'"),
     ] {
         let error = parse(&text).unwrap_err().to_string();
         assert!(error.starts_with(&format!("/etc/lockstep/config.toml{place}")), "{error}");
@@ -98,6 +101,40 @@ fn what_leads_nowhere_is_refused_where_it_stands() {
     let config = parse(policy).unwrap();
     assert!(config.policy("weight").unwrap_err().to_string().ends_with("did you mean 'weights'?"));
     assert!(config.job("x").unwrap_err().to_string().ends_with("there are none"));
+}
+
+#[test]
+fn a_listener_is_read_as_it_is_written() {
+    let text = "[serve]\nlisten = ['127.0.0.1:22', '[::1]:2222']\nhost_key = '/k'\nrevoked_keys = '/r'\naudit = '/a'\n\
+                [serve.limits]\nconnections = 3\nlogin_grace = '5s'\n\
+                [[serve.user]]\nname = 'u'\nroot = '/r'\nauthorized_keys = '/keys'\nfrom = ['10.0.0.0/8', '!10.0.0.9']\n";
+    let serve = parse(text).unwrap().serve.unwrap();
+    assert_eq!(serve.listen, ["127.0.0.1:22".parse().unwrap(), "[::1]:2222".parse().unwrap()]);
+    assert_eq!((serve.limits.connections.get(), serve.limits.login_grace.as_secs()), (3, 5));
+    assert_eq!(serve.limits.sessions, ServeLimits::default().sessions);
+    let from = serve.users[0].from.as_ref().unwrap();
+    assert!(from.admits([10, 1, 1, 1].into()) && !from.admits([10, 0, 0, 9].into()));
+}
+
+#[test]
+fn h51_a_rule_of_the_listener_that_cannot_be_resolved_is_refused_where_it_stands() {
+    let serve = "[serve]\nlisten = '[::]:22'\nhost_key = '/k'\n";
+    let user = "[[serve.user]]\nname = 'u'\nroot = '/r'\nauthorized_keys = '/keys'\n";
+    for (text, place, part) in [
+        (format!("{serve}{user}from = ['192.168.1.0/33']\n"), ":8:8:", "at most 32 bits"),
+        (format!("{serve}{user}from = ['192.168.1.7/24']\n"), ":8:8:", "write 192.168.1.0/24"),
+        (format!("{serve}{user}from = ['10.0.0.0/8', '!gpu09']\n"), ":8:8:", "names of hosts"),
+        (format!("{serve}{user}from = []\n"), ":8:8:", "nobody"),
+        (format!("{serve}[serve.limits]\nsessions = 0\n"), ":5:12:", "nonzero"),
+        (format!("{serve}[serve.limits]\nlogin_grace = '30'\n"), ":5:15:", "'30' is not a length of time"),
+        (format!("{serve}[serve.limits]\nsesions = 1\n"), ":5:1:", "did you mean 'sessions'?"),
+        (serve.replace("'[::]:22'", "[]"), ":2:10:", "no address"),
+        (serve.replace("'[::]:22'", "['0.0.0.0']"), ":2:10:", "'0.0.0.0' is not an address with a port"),
+    ] {
+        let error = parse(&text).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("/etc/lockstep/config.toml{place}")), "{error}");
+        assert!(error.contains(part), "{error}");
+    }
 }
 
 #[test]

@@ -20,6 +20,8 @@ pub mod algorithms;
 pub mod client;
 pub mod link;
 pub mod local;
+pub mod memory;
+pub mod stock;
 pub mod stream;
 
 /// Content travels in blocks of at most this many bytes.
@@ -222,6 +224,9 @@ pub trait Reader: Send {
 pub struct BeginOptions {
     /// The sender's wish for permissions; the receiver's own policy wins.
     pub policy: PolicySpec,
+    /// The sender is somebody else, who may not ask for everything. Whoever takes options from a connection sets it.
+    #[serde(skip)]
+    pub peer: bool,
     /// What to leave out of the comparison (and so of deleting).
     pub filter: FilterSpec,
     /// Compare by content alone.

@@ -7,6 +7,7 @@ use crate::path::RelPath;
 
 mod diff;
 
+pub mod outcome;
 pub mod publish;
 pub mod safety;
 

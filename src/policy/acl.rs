@@ -179,6 +179,48 @@ fn encode<E>(
     Ok(bytes)
 }
 
+/// Whom a row of a list in the kernel's form is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs)]
+pub enum RowTag {
+    UserObject,
+    User,
+    GroupObject,
+    Group,
+    Mask,
+    Other,
+}
+
+/// A row of a list in the kernel's form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct AclRow {
+    /// Whom it is for.
+    pub tag: RowTag,
+    /// The number of a named user or group.
+    pub id: u32,
+    /// `r`, `w` and `x` as 4, 2 and 1.
+    pub bits: u32,
+}
+
+/// Reads the kernel's form; `None` when it is none.
+pub fn rows(value: &[u8]) -> Option<Vec<AclRow>> {
+    let rows = value.strip_prefix(&VERSION.to_le_bytes())?;
+    let row = |row: &[u8]| {
+        let (tag, bits) = (u16::from_le_bytes([row[0], row[1]]), u16::from_le_bytes([row[2], row[3]]));
+        let tag = match tag {
+            USER_OBJ => RowTag::UserObject,
+            USER => RowTag::User,
+            GROUP_OBJ => RowTag::GroupObject,
+            GROUP => RowTag::Group,
+            MASK => RowTag::Mask,
+            OTHER => RowTag::Other,
+            _ => return None,
+        };
+        Some(AclRow { tag, id: u32::from_le_bytes([row[4], row[5], row[6], row[7]]), bits: u32::from(bits & 7) })
+    };
+    if rows.len() % 8 != 0 { None } else { rows.chunks_exact(8).map(row).collect() }
+}
+
 fn parse_entry(text: &str) -> Result<(bool, Entry), &'static str> {
     let mut fields: Vec<&str> = text.split(':').collect();
     let default = fields.len() > 1 && ["d", "default"].contains(&fields[0]);

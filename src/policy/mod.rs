@@ -2,6 +2,7 @@
 
 pub mod acl;
 pub mod mode;
+pub mod rights;
 mod rules;
 
 pub use rules::{Decision, Explanation, Policy, PolicyError, chmod_rules, chown_rules};

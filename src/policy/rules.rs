@@ -6,7 +6,7 @@ use ignore::gitignore::{Gitignore, GitignoreBuilder};
 
 use super::acl::{Acl, InvalidAcl};
 use super::mode::{InvalidMode, Mode, SPECIAL_BITS};
-use super::{PolicySpec, RuleSpec};
+use super::{PolicySpec, RuleSpec, merge};
 use crate::error::Escaped;
 use crate::path::RelPath;
 
@@ -61,6 +61,10 @@ struct Rule {
 #[derive(Debug, Clone, Default)]
 pub struct Policy {
     rules: Vec<Rule>,
+    /// So many rules, the first, are those of a peer: they may not grant everything.
+    foreign: usize,
+    /// The receiver has rules of its own: a peer's may only say the nine permission bits.
+    sovereign: bool,
 }
 
 /// What a path gets.
@@ -76,6 +80,8 @@ pub struct Decision {
     pub acl: Option<Acl>,
     /// Which rule decided, counted from 0; `None` for the default.
     pub rule: Option<usize>,
+    /// What the sender asked for and does not get, for the audit log.
+    pub withheld: Vec<String>,
 }
 
 impl Decision {
@@ -92,7 +98,20 @@ impl Policy {
     /// [`PolicyError`] with the rule that is wrong.
     pub fn compile(spec: &PolicySpec) -> Result<Policy, PolicyError> {
         let rules = spec.rules.iter().enumerate().map(|(at, rule)| compile(at + 1, rule)).collect::<Result<_, _>>()?;
-        Ok(Policy { rules })
+        Ok(Policy { rules, foreign: 0, sovereign: false })
+    }
+
+    /// The rules of both sides. The receiver's come after the sender's, and so win.
+    ///
+    /// With `peer` the sender is somebody else, and its rules grant less: no set-ID or sticky bits for files; and where
+    /// the receiver has rules of its own, no such bits at all, and no owner, group or ACL.
+    ///
+    /// # Errors
+    /// [`PolicyError`] with the rule that is wrong, the sender's counted first.
+    pub fn of_both(receiver: &PolicySpec, sender: &PolicySpec, peer: bool) -> Result<Policy, PolicyError> {
+        let policy = Policy::compile(&merge(receiver, sender))?;
+        let foreign = if peer { sender.rules.len() } else { 0 };
+        Ok(Policy { foreign, sovereign: !receiver.rules.is_empty(), ..policy })
     }
 
     /// Whether a rule has ACL entries, which not every file system keeps.
@@ -112,19 +131,46 @@ impl Policy {
     pub fn decide(&self, path: &RelPath, directory: bool, asked_mode: u32) -> Decision {
         let asked = asked_mode & 0o777;
         let found = self.rules.iter().enumerate().rev().find(|(_, rule)| rule.matches(path, directory));
-        let Some((at, rule)) = found else {
-            return Decision { mode: asked, owner: None, group: None, acl: None, rule: None };
+        let mut decision = match found {
+            None => Decision { mode: asked, owner: None, group: None, acl: None, rule: None, withheld: Vec::new() },
+            Some((at, rule)) => {
+                let (owner, group, acl) = (rule.owner.clone(), rule.group.clone(), rule.acl.clone());
+                Decision {
+                    mode: rule.mode_for(asked, directory),
+                    owner,
+                    group,
+                    acl,
+                    rule: Some(at),
+                    withheld: Vec::new(),
+                }
+            }
         };
-        let mut mode = match &rule.mode {
-            None => asked,
-            Some(mode) if mode.names_special_bits() => mode.apply(asked, directory, 0),
-            Some(mode) => mode.apply(asked, directory, 0) & !SPECIAL_BITS,
-        };
-        if rule.never_execute && !directory {
-            mode &= !0o111;
+        if decision.rule.is_some_and(|at| at < self.foreign) {
+            self.limit(&mut decision, directory);
         }
-        let (owner, group, acl) = (rule.owner.clone(), rule.group.clone(), rule.acl.clone());
-        Decision { mode, owner, group, acl, rule: Some(at) }
+        let dropped = asked_mode & SPECIAL_BITS & !decision.mode;
+        if dropped != 0 {
+            decision.withheld.push(format!("the special bits of its mode {:04o} at the sender", asked_mode & 0o7777));
+        }
+        decision
+    }
+
+    /// Takes back what a peer's rule may not grant.
+    fn limit(&self, decision: &mut Decision, directory: bool) {
+        let special = decision.mode & SPECIAL_BITS;
+        if special != 0 && (self.sovereign || !directory) {
+            decision.withheld.push(format!("the special bits of mode {:04o}", decision.mode));
+            decision.mode &= !SPECIAL_BITS;
+        }
+        if !self.sovereign {
+            return;
+        }
+        for (field, name) in [("owner", decision.owner.take()), ("group", decision.group.take())] {
+            decision.withheld.extend(name.map(|name| format!("{field} {}", Escaped(name.as_bytes()))));
+        }
+        if let Some(acl) = decision.acl.take().filter(|acl| !acl.is_empty()) {
+            decision.withheld.push(format!("ACL {}", Escaped(acl.to_string().as_bytes())));
+        }
     }
 
     /// The same as [`decide`](Self::decide), with the rules that led there.
@@ -171,6 +217,16 @@ impl fmt::Display for Explanation {
 }
 
 impl Rule {
+    /// The mode of a path that its sender has with `asked`, which holds no special bits.
+    fn mode_for(&self, asked: u32, directory: bool) -> u32 {
+        let mode = match &self.mode {
+            None => asked,
+            Some(mode) if mode.names_special_bits() => mode.apply(asked, directory, 0),
+            Some(mode) => mode.apply(asked, directory, 0) & !SPECIAL_BITS,
+        };
+        if self.never_execute && !directory { mode & !0o111 } else { mode }
+    }
+
     /// Files and directories apart: a mode that is right for one is wrong for the other. A pattern with a trailing slash
     /// is for the directory alone; what it holds has rules of its own.
     fn matches(&self, path: &RelPath, directory: bool) -> bool {
@@ -324,11 +380,42 @@ mod tests {
 
     #[test]
     fn h45_special_bits_come_only_from_a_rule_that_names_them() {
-        assert_eq!(decide(&[], "tool", 0o4755).mode, 0o755);
+        let dropped = decide(&[], "tool", 0o4755);
+        assert_eq!((dropped.mode, dropped.withheld.len()), (0o755, 1));
         assert_eq!(decide(&[rule("tool", "a+r")], "tool", 0o4711).mode, 0o755);
         assert_eq!(decide(&[rule("tool", "4755")], "tool", 0o644).mode, 0o4755);
         assert_eq!(decide(&[rule("tool", "u+s")], "tool", 0o755).mode, 0o4755);
         assert_eq!(decide(&[rule("t/", "+t")], "t/", 0o755).mode, 0o1755);
+    }
+
+    #[test]
+    fn h45_h46_a_peers_rules_grant_less_than_the_receivers() {
+        let generous = |pattern: &str, mode: &str| RuleSpec {
+            owner: Some("root".into()),
+            acl: Some(vec!["user:guest:r".into()]),
+            ..rule(pattern, mode)
+        };
+        let sender = PolicySpec { rules: vec![generous("**", "6755"), generous("**/", "3775")] };
+        let both =
+            |rules: &[RuleSpec], peer| Policy::of_both(&PolicySpec { rules: rules.to_vec() }, &sender, peer).unwrap();
+        let decide =
+            |policy: &Policy, path: &str, directory| policy.decide(&RelPath::new(path).unwrap(), directory, 0o644);
+
+        let own = decide(&both(&[], false), "x", false);
+        assert_eq!((own.mode, own.owner.as_deref(), own.withheld.len()), (0o6755, Some("root"), 0));
+
+        let open = both(&[], true);
+        let file = decide(&open, "x", false);
+        assert_eq!((file.mode, file.owner.as_deref()), (0o755, Some("root")));
+        assert_eq!(file.withheld, ["the special bits of mode 6755"]);
+        assert_eq!(decide(&open, "d", true).mode, 0o3775);
+
+        let closed = both(&[rule("tool", "4711")], true);
+        assert_eq!(decide(&closed, "tool", false).mode, 0o4711);
+        let file = decide(&closed, "x", false);
+        assert_eq!((file.mode, file.owner, file.acl), (0o755, None, None));
+        assert_eq!(file.withheld, ["the special bits of mode 6755", "owner root", "ACL user:guest:r--"]);
+        assert_eq!(decide(&closed, "d", true).mode, 0o775);
     }
 
     #[test]
@@ -382,10 +469,8 @@ mod tests {
         let rules =
             [rule("**/", "700"), RuleSpec { acl: Some(acl), group: Some("ops".into()), ..rule("logs/", "1774") }];
         let policy = Policy::compile(&PolicySpec { rules: rules.to_vec() }).unwrap();
-        assert!(
-            policy.grants_by_acl()
-                && !Policy::compile(&PolicySpec { rules: rules[..1].to_vec() }).unwrap().grants_by_acl()
-        );
+        let without = Policy::compile(&PolicySpec { rules: rules[..1].to_vec() }).unwrap();
+        assert!(policy.grants_by_acl() && !without.grants_by_acl());
         let explained = policy.explain(&RelPath::new("run/logs").unwrap(), true, 0o755);
         assert_eq!(explained.decision, decide(&rules, "run/logs/", 0o755));
         assert_eq!(

@@ -43,6 +43,8 @@ pub struct Metadata {
     pub kind: FileKind,
     /// Bytes.
     pub size: u64,
+    /// Time of last access.
+    pub atime: Timestamp,
     /// Time of last modification.
     pub mtime: Timestamp,
     /// Time of last change of the inode; nobody can set it.
@@ -115,6 +117,7 @@ fn from_statx(stat: Statx) -> Metadata {
     Metadata {
         kind,
         size: stat.stx_size,
+        atime: time(stat.stx_atime),
         mtime: time(stat.stx_mtime),
         ctime: time(stat.stx_ctime),
         mode: u32::from(stat.stx_mode) & 0o7777,

@@ -16,8 +16,11 @@ use rustix::io::Errno;
 use crate::error::Escaped;
 use crate::path::RelPath;
 
+mod attributes;
 mod metadata;
+mod places;
 
+pub use attributes::Change;
 pub use metadata::{FileKind, Metadata};
 
 /// Whether symbolic links are followed.
@@ -27,6 +30,8 @@ pub enum Follow {
     Never,
     /// Where they lead to something beneath the root.
     Beneath,
+    /// As if the root were `/`: an absolute link starts at the root, and `..` of the root is the root.
+    Inside,
 }
 
 /// An operation that failed on a path.
@@ -138,10 +143,12 @@ impl Root {
     fn resolve(&self, path: &[u8], follow: Follow, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
         let flags = flags | OFlags::CLOEXEC;
         if !self.walk.load(Ordering::Relaxed) {
-            let mut resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
-            if follow == Follow::Never {
-                resolve |= ResolveFlags::NO_SYMLINKS;
-            }
+            let resolve = ResolveFlags::NO_MAGICLINKS
+                | match follow {
+                    Follow::Never => ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS,
+                    Follow::Beneath => ResolveFlags::BENEATH,
+                    Follow::Inside => ResolveFlags::IN_ROOT,
+                };
             for _ in 0..64 {
                 match fs::openat2(&self.directory, path, flags, mode, resolve) {
                     // RACE: something was renamed while '..' of a link was resolved; the kernel asks to try again.
@@ -159,7 +166,7 @@ impl Root {
     }
 
     /// The fallback: each component is opened by itself and follows no link. Links are read and walked by hand, and
-    /// one that is absolute or leads above the root is refused, as openat2 does.
+    /// one that is absolute or leads above the root is refused or stays inside, as openat2 does.
     fn walk(&self, path: &[u8], follow: Follow, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
         let components = |path: &[u8]| -> Vec<Vec<u8>> {
             path.split(|&byte| byte == b'/')
@@ -176,7 +183,9 @@ impl Root {
         while let Some(name) = left.pop() {
             let here = passed.last().map_or(self.directory.as_fd(), AsFd::as_fd);
             if name == b".." {
-                passed.pop().ok_or(Errno::XDEV)?;
+                if passed.pop().is_none() && follow != Follow::Inside {
+                    return Err(Errno::XDEV);
+                }
                 continue;
             }
             let last = left.is_empty();
@@ -194,7 +203,10 @@ impl Root {
                     return Err(Errno::LOOP);
                 }
                 if target.starts_with(b"/") {
-                    return Err(Errno::XDEV);
+                    if follow != Follow::Inside {
+                        return Err(Errno::XDEV);
+                    }
+                    passed.clear();
                 }
                 left.extend(components(&target).into_iter().rev());
                 continue;
@@ -274,7 +286,7 @@ impl Root {
     pub fn stat(&self, path: &RelPath, follow: Follow) -> Result<Metadata> {
         let result = match follow {
             Follow::Never => self.parent(path).and_then(|(parent, name)| metadata::stat_at(parent.as_fd(), name)),
-            Follow::Beneath => self
+            Follow::Beneath | Follow::Inside => self
                 .resolve(path.as_bytes(), follow, OFlags::PATH, Mode::empty())
                 .and_then(|descriptor| metadata::stat_descriptor(descriptor.as_fd())),
         };

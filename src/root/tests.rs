@@ -160,3 +160,37 @@ fn h19_a_root_is_not_confused_with_a_longer_name() {
         assert!(root.open_dir(Some(&rel("evil")), Follow::Beneath).is_err());
     });
 }
+
+#[test]
+fn h02_inside_absolute_links_start_at_the_root_and_dots_end_there() {
+    for open in [Root::open, Root::open_without_openat2] {
+        let at = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(at.path().join("a/b")).unwrap();
+        std::fs::write(at.path().join("a/file"), "inside").unwrap();
+        for (name, target) in [("absolute", "/a/file"), ("up", "../../../../a/file"), ("out", "/etc/passwd")] {
+            std::os::unix::fs::symlink(target, at.path().join("a/b").join(name)).unwrap();
+        }
+        let root = open(at.path()).unwrap();
+        for name in ["a/b/absolute", "a/b/up"] {
+            let path = RelPath::new(name).unwrap();
+            let file = root.open_read(&path, Follow::Inside).unwrap();
+            assert_eq!(root.path_of(&file).unwrap(), Some(RelPath::new("a/file").unwrap()), "{name}");
+            assert!(root.open_read(&path, Follow::Beneath).is_err(), "{name}");
+        }
+        let out = root.open_read(&RelPath::new("a/b/out").unwrap(), Follow::Inside).unwrap_err();
+        assert_eq!(out.kind(), std::io::ErrorKind::NotFound);
+        let (holder, name) = root.holder(&RelPath::new("a/b/new").unwrap(), Follow::Inside).unwrap();
+        assert_eq!(root.path_of_root(&holder).unwrap(), Some(RelPath::new("a/b").unwrap()));
+        assert_eq!(name.as_bytes(), b"new");
+    }
+}
+
+#[test]
+fn h19_a_directory_whose_name_begins_alike_is_not_below() {
+    let at = tempfile::tempdir().unwrap();
+    std::fs::create_dir(at.path().join("data")).unwrap();
+    std::fs::create_dir(at.path().join("data_evil")).unwrap();
+    let root = Root::open(&at.path().join("data")).unwrap();
+    assert!(root.path_of(&std::fs::File::open(at.path().join("data_evil")).unwrap()).is_err());
+    assert_eq!(root.path_of(&std::fs::File::open(at.path().join("data")).unwrap()).unwrap(), None);
+}

@@ -274,7 +274,7 @@ fn content(shared: &Shared<'_>, path: &RelPath, metadata: &Metadata, found: &mut
 }
 
 /// Whether a link's target, taken by its text, does not lead above the root.
-fn stays_inside(path: &RelPath, target: &[u8]) -> bool {
+pub(crate) fn stays_inside(path: &RelPath, target: &[u8]) -> bool {
     if target.starts_with(b"/") {
         return false;
     }

@@ -1,6 +1,9 @@
 //! Attributes as SFTP has them, from what a file is, and the lines of a listing.
 
+use chrono::{DateTime, Local, Utc};
+
 use crate::root::{FileKind, Metadata};
+use crate::scan::names::Names;
 use crate::wire::sftp::Attributes;
 
 fn seconds(seconds: i64) -> u32 {
@@ -20,49 +23,68 @@ fn type_bits(kind: FileKind) -> (u32, char) {
     }
 }
 
-/// All of SFTP's attributes. The time of access is not kept: that of modification stands for it.
+/// All of SFTP's attributes.
 pub fn of(file: &Metadata) -> Attributes {
-    let time = seconds(file.mtime.seconds);
     Attributes {
         size: Some(file.size),
         owner: Some((file.uid, file.gid)),
         mode: Some(type_bits(file.kind).0 | file.mode),
-        times: Some((time, time)),
+        times: Some((seconds(file.atime.seconds), seconds(file.mtime.seconds))),
         extended: Vec::new(),
     }
 }
 
-/// A line as `ls -ln` prints it.
-pub fn long_name(name: &[u8], file: &Metadata) -> Vec<u8> {
-    let mut line = String::from(type_bits(file.kind).1);
-    for (at, letter) in "rwxrwxrwx".chars().enumerate() {
-        line.push(if file.mode & (0o400 >> at) != 0 { letter } else { '-' });
-    }
-    let date = date(file.mtime.seconds);
-    line += &format!(" {:4} {:<8} {:<8} {:8} {date} ", file.links, file.uid, file.gid, file.size);
+/// A line as `ls -l` prints it, to the columns of OpenSSH's server: some clients take it apart.
+pub fn long_name(name: &[u8], file: &Metadata, names: &mut Names) -> Vec<u8> {
+    let (user, group) = (names.user(file.uid), names.group(file.gid));
+    let date = date(file.mtime.seconds, Utc::now());
+    let line = format!("{}  {:>3} {user:<8} {group:<8} {:>8} {date} ", letters(file), file.links, file.size);
     [line.as_bytes(), name].concat()
 }
 
-/// `Nov 24  2026` in UTC, by the days of the civil calendar.
-fn date(seconds: i64) -> String {
-    let days = seconds.div_euclid(86_400) + 719_468;
-    let era = days.div_euclid(146_097);
-    let of_era = days.rem_euclid(146_097);
-    let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year + year / 4 - year / 100);
-    let month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * month + 2) / 5 + 1;
-    let names = ["Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec", "Jan", "Feb"];
-    let name = names[usize::try_from(month).unwrap_or(0) % 12];
-    format!("{name} {day:2}  {}", year + era * 400 + i64::from(month >= 10))
+/// `drwxr-sr-t`.
+fn letters(file: &Metadata) -> String {
+    let mut letters: Vec<char> =
+        (0..9).map(|at| if file.mode & (0o400 >> at) != 0 { ['r', 'w', 'x'][at % 3] } else { '-' }).collect();
+    for (bit, at, both) in [(0o4000, 2, 's'), (0o2000, 5, 's'), (0o1000, 8, 't')] {
+        if file.mode & bit != 0 {
+            letters[at] = if letters[at] == 'x' { both } else { both.to_ascii_uppercase() };
+        }
+    }
+    std::iter::once(type_bits(file.kind).1).chain(letters).collect()
+}
+
+/// The local time of day for the last half year, the year for what is older.
+fn date(seconds: i64, now: DateTime<Utc>) -> String {
+    let Some(time) = DateTime::from_timestamp(seconds, 0) else { return seconds.to_string() };
+    let recent = now.timestamp() - 365 * 24 * 3600 / 2 < seconds;
+    time.with_timezone(&Local).format(if recent { "%b %e %H:%M" } else { "%b %e  %Y" }).to_string()
 }
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
     #[test]
-    fn dates() {
-        for (seconds, text) in [(0, "Jan  1  1970"), (1_795_478_400, "Nov 24  2026"), (951_782_400, "Feb 29  2000")] {
-            assert_eq!(super::date(seconds), text);
+    fn the_letters_are_those_of_ls() {
+        let at = tempfile::tempdir().unwrap();
+        let file = std::fs::File::open(at.path()).unwrap();
+        let found = Metadata::of(&file).unwrap();
+        for (mode, shown) in [
+            (0o0755, "drwxr-xr-x"),
+            (0o7777, "drwsrwsrwt"),
+            (0o7000, "d--S--S--T"),
+            (0o1774, "drwxrwxr-T"),
+            (0o2750, "drwxr-s---"),
+        ] {
+            assert_eq!(letters(&Metadata { mode, ..found }), shown);
         }
+    }
+
+    #[test]
+    fn what_is_older_than_half_a_year_shows_its_year() {
+        let now = DateTime::from_timestamp(1_795_500_000, 0).unwrap();
+        assert!(date(951_782_400 + 43_200, now).ends_with("  2000"));
+        assert!(date(1_795_400_000, now).contains(':'));
     }
 }

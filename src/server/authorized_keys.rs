@@ -1,12 +1,12 @@
 //! `authorized_keys` as OpenSSH reads it, with one difference: an option that is not understood refuses the key.
 
-use std::io::Read as _;
 use std::net::IpAddr;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
 
-use russh::keys::PublicKey;
 use russh::keys::ssh_key::public::KeyData;
+use russh::keys::{Certificate, HashAlg, PublicKey};
+
+use super::certificate;
+use crate::config::AddressList;
 
 /// What a key that was proven may do.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -15,57 +15,191 @@ pub struct Grant {
     pub read_only: bool,
 }
 
-/// Reads the file for each login; refuses one that others can write.
-///
-/// # Errors
-/// What is wrong with the file.
-pub fn read(path: &Path) -> Result<String, String> {
-    let shown = path.display();
-    let fail = |e: std::io::Error| format!("cannot read {shown}: {e}");
-    let mut file = std::fs::File::open(path).map_err(fail)?;
-    let metadata = file.metadata().map_err(fail)?;
-    if !metadata.is_file() {
-        return Err(format!("{shown} is not a file"));
-    }
-    if metadata.mode() & 0o022 != 0 {
-        return Err(format!("{shown} can be written by others; run: chmod go-w {shown}"));
-    }
-    if metadata.len() > 4 << 20 {
-        return Err(format!("{shown} is larger than 4 MiB"));
-    }
-    let mut bytes = Vec::new();
-    file.by_ref().take(4 << 20).read_to_end(&mut bytes).map_err(fail)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+/// What a client proved to hold.
+#[derive(Debug, Clone, Copy)]
+pub enum Credential<'a> {
+    /// A key.
+    Key(&'a KeyData),
+    /// A key, and a certificate for it. Its signature has been verified.
+    Certificate(&'a Certificate),
 }
 
-/// Looks a key up. `now` is in seconds since 1970.
-///
-/// # Errors
-/// Why the key is refused.
-pub fn authorize(text: &str, key: &KeyData, peer: IpAddr, now: u64) -> Result<Grant, String> {
-    let mut refused = None;
-    for (number, line) in text.lines().enumerate() {
-        let line = line.trim();
-        if line.is_empty() || line.starts_with('#') {
-            continue;
+/// For whom, from where and when a credential is to be good.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    /// The name that is logged in with.
+    pub user: &'a str,
+    /// Where from.
+    pub peer: IpAddr,
+    /// Seconds since 1970.
+    pub now: u64,
+}
+
+/// The lines of a file.
+#[derive(Debug, Clone, Default)]
+pub struct AuthorizedKeys {
+    lines: Vec<Line>,
+    /// Lines that are neither a key nor a comment: their numbers and what is wrong.
+    pub unreadable: Vec<(usize, String)>,
+}
+
+#[derive(Debug, Clone)]
+struct Line {
+    number: usize,
+    authority: bool,
+    /// Lower case names with their values; or why they cannot be read, which refuses the key.
+    options: Result<Vec<(String, Option<String>)>, String>,
+    key: KeyData,
+}
+
+impl AuthorizedKeys {
+    /// Reads the text of a file.
+    pub fn parse(text: &[u8]) -> AuthorizedKeys {
+        let mut keys = AuthorizedKeys::default();
+        for (number, line) in (1..).zip(String::from_utf8_lossy(text).lines()) {
+            let line = line.trim();
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            let parsed =
+                PublicKey::from_openssh(line).map(|key| ("", key)).or_else(|error| match split_options(line) {
+                    Some((options, rest)) => PublicKey::from_openssh(rest.trim()).map(|key| (options, key)),
+                    None => Err(error),
+                });
+            match parsed {
+                Ok((_, key)) if matches!(key.key_data(), KeyData::Certificate(_) | KeyData::Other(_)) => {
+                    keys.unreadable.push((number, format!("a key of type {} is not known here", key.algorithm())));
+                }
+                Ok((text, key)) => {
+                    let options = options(text);
+                    let names = options.iter().flatten();
+                    let authority = names.clone().any(|(name, _)| name == "cert-authority");
+                    keys.lines.push(Line { number, authority, options, key: key.key_data().clone() });
+                }
+                Err(error) => keys.unreadable.push((number, format!("not a public key: {error}"))),
+            }
         }
-        let (options, listed) = match PublicKey::from_openssh(line) {
-            Ok(listed) => ("", listed),
-            Err(_) => {
-                let Some((options, rest)) = split_options(line) else { continue };
-                let Ok(listed) = PublicKey::from_openssh(rest.trim()) else { continue };
-                (options, listed)
+        keys
+    }
+
+    /// Whether a certificate may be good, so that a key that is not listed may yet be.
+    pub fn has_authority(&self) -> bool {
+        self.lines.iter().any(|line| line.authority)
+    }
+
+    /// Looks a credential up.
+    ///
+    /// # Errors
+    /// Why it is refused.
+    pub fn authorize(&self, credential: Credential<'_>, asked: &Asked<'_>) -> Result<Grant, String> {
+        let (listed, what) = match credential {
+            Credential::Key(key) => (key, "the key".to_owned()),
+            Credential::Certificate(certificate) => {
+                let authority = certificate.signature_key();
+                let fingerprint = authority.fingerprint(HashAlg::Sha256);
+                (authority, format!("the certificate's authority {fingerprint}"))
             }
         };
-        if listed.key_data() != key {
-            continue;
+        let mut refused = None;
+        for line in self.lines.iter().filter(|line| line.key == *listed) {
+            let granted = match (credential, line.authority) {
+                (Credential::Key(key), false) => line.grant(key, asked),
+                (Credential::Certificate(certificate), true) => line.grant_certificate(certificate, asked),
+                (Credential::Key(_), true) => Err("the key is listed as an authority, not to log in with".into()),
+                (Credential::Certificate(_), false) => Err(format!("{what} is listed without cert-authority")),
+            };
+            match granted {
+                Ok(grant) => return Ok(grant),
+                Err(reason) => refused = Some(format!("line {}: {reason}", line.number)),
+            }
         }
-        match apply(options, peer, now) {
-            Ok(grant) => return Ok(grant),
-            Err(reason) => refused = Some(format!("line {}: {reason}", number + 1)),
-        }
+        Err(refused.unwrap_or_else(|| format!("{what} is not listed{}", self.hint())))
     }
-    Err(refused.unwrap_or_else(|| "the key is not listed".into()))
+
+    /// What may be why a key is not found.
+    fn hint(&self) -> String {
+        let numbers: Vec<String> = self.unreadable.iter().take(5).map(|(number, _)| number.to_string()).collect();
+        if numbers.is_empty() { String::new() } else { format!(" (unreadable lines: {})", numbers.join(", ")) }
+    }
+}
+
+impl Line {
+    fn grant(&self, key: &KeyData, asked: &Asked<'_>) -> Result<Grant, String> {
+        let mut grant = Grant::default();
+        let mut untouched = false;
+        for (name, value) in self.options.clone()? {
+            match (name.as_str(), value) {
+                ("no-touch-required", None) => untouched = true,
+                (name, value) => restrict(&mut grant, name, value.as_deref(), asked)?,
+            }
+        }
+        strong(key)?;
+        // The signature says whether the key was touched, but the SSH library does not pass that on.
+        if matches!(key, KeyData::SkEd25519(_) | KeyData::SkEcdsaSha2NistP256(_)) && !untouched {
+            return Err("whether a security key was touched is not seen here; add no-touch-required to allow it".into());
+        }
+        Ok(grant)
+    }
+
+    fn grant_certificate(&self, certificate: &Certificate, asked: &Asked<'_>) -> Result<Grant, String> {
+        let mut grant = Grant::default();
+        let mut principals = None;
+        for (name, value) in self.options.clone()? {
+            match (name.as_str(), value) {
+                ("cert-authority", None) => {}
+                ("principals", Some(list)) => principals = Some(list),
+                (name, value) => restrict(&mut grant, name, value.as_deref(), asked)?,
+            }
+        }
+        grant.read_only |= certificate::check(certificate, principals.as_deref(), asked)?.read_only;
+        Ok(grant)
+    }
+}
+
+/// Keys that can be broken are no proof.
+pub(super) fn strong(key: &KeyData) -> Result<(), String> {
+    match key {
+        KeyData::Dsa(_) => Err("DSA keys are too weak; make an Ed25519 key".into()),
+        KeyData::Rsa(key) if key.key_size() < 2048 => {
+            Err(format!("an RSA key of {} bits is too weak; 2048 are the least", key.key_size()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn restrict(grant: &mut Grant, name: &str, value: Option<&str>, asked: &Asked<'_>) -> Result<(), String> {
+    match (name, value) {
+        // What they forbid, or allow again, is not there: this server only moves files.
+        (
+            "restrict"
+            | "no-pty"
+            | "no-port-forwarding"
+            | "no-agent-forwarding"
+            | "no-x11-forwarding"
+            | "no-user-rc"
+            | "pty"
+            | "port-forwarding"
+            | "agent-forwarding"
+            | "x11-forwarding"
+            | "user-rc",
+            None,
+        )
+        | ("permitopen" | "permitlisten", Some(_)) => {}
+        ("from", Some(list)) => {
+            let addresses = AddressList::parse(list.split(',')).map_err(|reason| format!("from=: {reason}"))?;
+            if !addresses.admits(asked.peer) {
+                return Err(format!("from=\"{list}\" does not admit {}", asked.peer.to_canonical()));
+            }
+        }
+        ("expiry-time", Some(time)) => {
+            if asked.now >= expiry(time).ok_or_else(|| format!("expiry-time {time} is not a time"))? {
+                return Err(format!("the key expired at {time}"));
+            }
+        }
+        ("command", Some(command)) => grant.read_only |= forced(command)?,
+        _ => return Err(format!("option {name} is not understood")),
+    }
+    Ok(())
 }
 
 /// Splits at the first blank outside quotes.
@@ -114,44 +248,14 @@ fn options(text: &str) -> Result<Vec<(String, Option<String>)>, String> {
         match chars.next() {
             None => break,
             Some(',') if chars.peek().is_some() => {}
-            Some(_) => return Err("options end in a strange way".into()),
+            Some(_) => return Err("the options do not end in a blank".into()),
         }
     }
     Ok(list)
 }
 
-fn apply(text: &str, peer: IpAddr, now: u64) -> Result<Grant, String> {
-    let mut grant = Grant::default();
-    for (name, value) in options(text)? {
-        match (name.as_str(), value.as_deref()) {
-            (
-                "restrict"
-                | "no-pty"
-                | "no-port-forwarding"
-                | "no-agent-forwarding"
-                | "no-x11-forwarding"
-                | "no-user-rc",
-                None,
-            ) => {}
-            ("from", Some(list)) => {
-                if !address_allowed(list, peer)? {
-                    return Err(format!("from=\"{list}\" does not admit {peer}"));
-                }
-            }
-            ("expiry-time", Some(time)) => {
-                if now >= expiry(time).ok_or_else(|| format!("expiry-time {time} is not a time"))? {
-                    return Err(format!("the key expired at {time}"));
-                }
-            }
-            ("command", Some(command)) => grant.read_only |= forced(command)?,
-            _ => return Err(format!("option {name} is not understood")),
-        }
-    }
-    Ok(grant)
-}
-
 /// Whether a forced command is a file server, and if so whether it only reads.
-fn forced(command: &str) -> Result<bool, String> {
+pub(super) fn forced(command: &str) -> Result<bool, String> {
     let mut words = command.split_ascii_whitespace();
     let program = words.next().unwrap_or_default();
     let base = program.rsplit('/').next().unwrap_or_default();
@@ -160,6 +264,9 @@ fn forced(command: &str) -> Result<bool, String> {
         "lockstep" => words.next() == Some("sftp-server"),
         _ => false,
     };
+    if !fits {
+        return Err(format!("command=\"{command}\" is not a file server"));
+    }
     let mut read_only = false;
     for word in words {
         match word {
@@ -167,55 +274,7 @@ fn forced(command: &str) -> Result<bool, String> {
             _ => return Err(format!("command=\"{command}\": argument {word} is not understood")),
         }
     }
-    if fits { Ok(read_only) } else { Err(format!("command=\"{command}\" is not a file server")) }
-}
-
-/// Whether a list of addresses, ranges and wildcards, `!` for exceptions, admits an address.
-///
-/// # Errors
-/// When a range cannot be read.
-pub fn address_allowed(list: &str, peer: IpAddr) -> Result<bool, String> {
-    let peer = peer.to_canonical();
-    let mut allowed = false;
-    for item in list.split(',').map(str::trim) {
-        let (negated, pattern) = item.strip_prefix('!').map_or((false, item), |rest| (true, rest));
-        let fits = if let Some((network, bits)) = pattern.split_once('/') {
-            in_network(peer, network, bits).ok_or_else(|| format!("{pattern} is not an address range"))?
-        } else if let Ok(address) = pattern.parse::<IpAddr>() {
-            address.to_canonical() == peer
-        } else if pattern.is_empty() {
-            return Err("an address pattern is empty".into());
-        } else {
-            wildcard(pattern.as_bytes(), peer.to_string().as_bytes())
-        };
-        if fits && negated {
-            return Ok(false);
-        }
-        allowed |= fits;
-    }
-    Ok(allowed)
-}
-
-fn in_network(peer: IpAddr, network: &str, bits: &str) -> Option<bool> {
-    let bits: u32 = bits.parse().ok()?;
-    let (width, network, peer) = match (network.parse().ok()?, peer) {
-        (IpAddr::V4(n), IpAddr::V4(p)) => (32, u128::from(n.to_bits()), u128::from(p.to_bits())),
-        (IpAddr::V6(n), IpAddr::V6(p)) => (128, n.to_bits(), p.to_bits()),
-        (IpAddr::V4(_), _) => return (bits <= 32).then_some(false),
-        (IpAddr::V6(_), _) => return (bits <= 128).then_some(false),
-    };
-    let shift = u32::checked_sub(width, bits)?;
-    Some(network.checked_shr(shift).unwrap_or(0) == peer.checked_shr(shift).unwrap_or(0))
-}
-
-fn wildcard(pattern: &[u8], text: &[u8]) -> bool {
-    match (pattern.split_first(), text.split_first()) {
-        (None, None) => true,
-        (Some((b'*', rest)), _) => (0..=text.len()).any(|at| wildcard(rest, &text[at..])),
-        (Some((b'?', rest)), Some((_, tail))) => wildcard(rest, tail),
-        (Some((p, rest)), Some((t, tail))) => p == t && wildcard(rest, tail),
-        _ => false,
-    }
+    Ok(read_only)
 }
 
 /// `YYYYMMDD[HHMM[SS]][Z]`. Without `Z` the zone is not known here: the earliest moment it can mean is taken.
@@ -244,41 +303,77 @@ mod tests {
 
     const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ";
 
+    fn asked() -> Asked<'static> {
+        Asked { user: "sync", peer: [10, 0, 0, 1].into(), now: 1_700_000_000 }
+    }
+
     #[test]
     fn options_are_enforced_and_unknown_ones_refuse_the_key() {
         let cases = [
-            ("", Some(false)),
-            ("restrict,no-pty ", Some(false)),
-            ("from=\"10.0.0.0/8,!10.0.0.9\" ", Some(false)),
-            ("from=\"10.0.0.*,!10.0.0.1\" ", None),
-            ("from=\"192.168.1.0/24\" ", None),
-            ("from=\"10.0.0.0/99\" ", None),
-            ("expiry-time=\"20200101Z\" ", None),
-            ("expiry-time=\"21000101\" ", Some(false)),
-            ("expiry-time=\"soon\" ", None),
-            ("command=\"internal-sftp -R\" ", Some(true)),
-            ("command=\"/usr/bin/lockstep sftp-server\",restrict ", Some(false)),
-            ("command=\"/bin/sh\" ", None),
-            ("command=\"internal-sftp -d /x\" ", None),
-            ("cert-authority ", None),
-            ("verify-required ", None),
-            ("from=\"10.0.0.1 ", None),
+            ("", Ok(false)),
+            ("restrict,no-pty ", Ok(false)),
+            ("RESTRICT,pty,permitopen=\"a:1\" ", Ok(false)),
+            ("from=\"10.0.0.0/8,!10.0.0.9\" ", Ok(false)),
+            ("from=\"10.0.0.*,!10.0.0.1\" ", Err("does not admit 10.0.0.1")),
+            ("from=\"192.168.1.0/24\" ", Err("does not admit")),
+            ("from=\"10.0.0.0/99\" ", Err("at most 32 bits")),
+            ("from=\"10.0.0.0/8,!gpu01\" ", Err("not looked up")),
+            ("expiry-time=\"20200101Z\" ", Err("expired at 20200101Z")),
+            ("expiry-time=\"21000101\" ", Ok(false)),
+            ("expiry-time=\"soon\" ", Err("soon is not a time")),
+            ("command=\"internal-sftp -R\" ", Ok(true)),
+            ("command=\"/usr/bin/lockstep sftp-server\",restrict ", Ok(false)),
+            ("command=\"/usr/bin/lockstep sftp-server --read-only\" ", Ok(true)),
+            ("command=\"/bin/sh\" ", Err("is not a file server")),
+            ("command=\"/bin/sh -c \\\"internal-sftp\\\"\" ", Err("is not a file server")),
+            ("command=\"internal-sftp -d /x\" ", Err("-d is not understood")),
+            ("command=\"lockstep\" ", Err("is not a file server")),
+            ("command ", Err("option command is not understood")),
+            ("cert-authority ", Err("as an authority")),
+            ("principals=\"sync\" ", Err("option principals is not understood")),
+            ("verify-required ", Err("verify-required is not understood")),
+            ("environment=\"A=B\" ", Err("environment is not understood")),
+            ("no-touch-required ", Ok(false)),
+            ("from=10.0.0.1 ", Err("not quoted")),
+            ("from=\"10.0.0.1\"x ", Err("do not end")),
         ];
         let key = PublicKey::from_openssh(KEY).unwrap();
         for (options, expected) in cases {
             let text = format!("# comment\n\nrubbish\n{options}{KEY} someone\n");
-            let got = authorize(&text, key.key_data(), [10, 0, 0, 1].into(), 1_700_000_000);
-            assert_eq!(got.as_ref().ok().map(|g| g.read_only), expected, "{options}: {got:?}");
+            let keys = AuthorizedKeys::parse(text.as_bytes());
+            assert_eq!(keys.unreadable.len(), 1, "{options}");
+            assert_eq!(keys.unreadable[0].0, 3);
+            match (keys.authorize(Credential::Key(key.key_data()), &asked()), expected) {
+                (Ok(grant), Ok(read_only)) => assert_eq!(grant.read_only, read_only, "{options}"),
+                (Err(reason), Err(part)) => {
+                    assert!(reason.starts_with("line 4: ") && reason.contains(part), "{options}: {reason}");
+                }
+                (got, _) => panic!("{options}: {got:?}"),
+            }
         }
-        assert_eq!(expiry("20231114221320Z"), Some(1_700_000_000));
     }
 
     #[test]
-    fn h50_a_file_that_others_can_write_is_refused() {
-        use std::os::unix::fs::PermissionsExt as _;
-        let file = tempfile::NamedTempFile::new().unwrap();
-        assert!(read(file.path()).is_ok());
-        std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(0o620)).unwrap();
-        assert!(read(file.path()).unwrap_err().contains("chmod go-w"));
+    fn a_line_that_cannot_be_read_is_counted_and_grants_nothing() {
+        let key = PublicKey::from_openssh(KEY).unwrap();
+        for text in [format!("from=\"10.0.0.1 {KEY}\n"), format!("x{KEY}\n"), KEY[..40].to_owned()] {
+            let keys = AuthorizedKeys::parse(text.as_bytes());
+            assert_eq!(keys.unreadable.len(), 1, "{text}");
+            let reason = keys.authorize(Credential::Key(key.key_data()), &asked()).unwrap_err();
+            assert!(reason.contains("not listed (unreadable lines: 1)"), "{reason}");
+        }
+        // Of two lines for a key the one that admits it counts.
+        let twice = format!("from=\"10.9.9.9\" {KEY}\n{KEY}\n");
+        assert!(AuthorizedKeys::parse(twice.as_bytes()).authorize(Credential::Key(key.key_data()), &asked()).is_ok());
+    }
+
+    #[test]
+    fn times_of_expiry() {
+        assert_eq!(expiry("20231114221320Z"), Some(1_700_000_000));
+        // Without a zone: as early as anywhere on Earth.
+        assert_eq!(expiry("20231114221320"), Some(1_700_000_000 - 14 * 3600));
+        for wrong in ["", "2023", "20231301", "20230001", "20230132", "202301012460", "2023010é"] {
+            assert_eq!(expiry(wrong), None, "{wrong}");
+        }
     }
 }

@@ -5,9 +5,12 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use russh::keys::PrivateKey;
 use russh::keys::ssh_key::LineEnding;
+use russh::keys::ssh_key::certificate::CertType;
 use russh::keys::ssh_key::private::{Ed25519Keypair, KeypairData};
+use russh::keys::{Certificate, PrivateKey};
+
+use super::trusted_file;
 
 /// Why there is no host key.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +30,22 @@ pub enum HostKeyError {
         path: PathBuf,
         /// Its mode.
         mode: u32,
+    },
+    /// Somebody else's.
+    #[error("host key {}: {reason}", path.display())]
+    Untrusted {
+        /// The key file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// A certificate that does not fit the key.
+    #[error("host certificate {}: {reason}", path.display())]
+    Certificate {
+        /// The certificate's file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
     },
     /// Not a key.
     #[error("host key {} is not an OpenSSH private key without passphrase: {reason}", path.display())]
@@ -50,12 +69,30 @@ pub fn load_or_create(path: &Path) -> Result<PrivateKey, HostKeyError> {
     }
 }
 
+/// Reads a certificate for the key.
+///
+/// # Errors
+/// [`HostKeyError`].
+pub fn certificate(path: &Path, key: &PrivateKey) -> Result<Certificate, HostKeyError> {
+    let unfit = |reason: String| HostKeyError::Certificate { path: path.into(), reason };
+    let text = std::fs::read_to_string(path).map_err(|source| HostKeyError::Io { path: path.into(), source })?;
+    let certificate = Certificate::from_openssh(text.trim()).map_err(|error| unfit(error.to_string()))?;
+    if certificate.public_key() != key.public_key().key_data() {
+        return Err(unfit("it is for another key".into()));
+    }
+    if certificate.cert_type() != CertType::Host {
+        return Err(unfit("it is a user's; sign it with ssh-keygen -h".into()));
+    }
+    Ok(certificate)
+}
+
 fn load(path: &Path, mut file: File) -> Result<PrivateKey, HostKeyError> {
     let io = |source| HostKeyError::Io { path: path.into(), source };
     let mode = file.metadata().map_err(io)?.mode() & 0o777;
     if mode & 0o077 != 0 {
         return Err(HostKeyError::Exposed { path: path.into(), mode });
     }
+    trusted_file::check(&file, path).map_err(|reason| HostKeyError::Untrusted { path: path.into(), reason })?;
     let mut text = String::new();
     io::Read::by_ref(&mut file).take(64 << 10).read_to_string(&mut text).map_err(io)?;
     let invalid = |reason: String| HostKeyError::Invalid { path: path.into(), reason };
@@ -74,9 +111,20 @@ fn create(path: &Path) -> Result<PrivateKey, HostKeyError> {
     let pair = KeypairData::Ed25519(Ed25519Keypair::from_seed(&seed));
     let key = PrivateKey::new(pair, "lockstep").map_err(|e| invalid(e.to_string()))?;
     let text = key.to_openssh(LineEnding::LF).map_err(|e| invalid(e.to_string()))?;
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io)?;
-    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(io)?;
-    Ok(key)
+    // DURABILITY: the name appears with the whole key behind it, or not at all: half a key would end every later start.
+    let mut new = path.as_os_str().to_owned();
+    new.push(format!(".new-{}", std::process::id()));
+    // Left by a start that was killed.
+    let _ = std::fs::remove_file(&new);
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new).map_err(io)?;
+    let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
+    let named = written.and_then(|()| std::fs::hard_link(&new, path));
+    let _ = std::fs::remove_file(&new);
+    match named {
+        // Another start was faster.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => load(path, File::open(path).map_err(io)?),
+        named => named.map(|()| key).map_err(io),
+    }
 }
 
 #[cfg(test)]
@@ -90,6 +138,8 @@ mod tests {
         let path = dir.path().join("host_key");
         let made = load_or_create(&path).unwrap();
         assert_eq!(made.public_key(), load_or_create(&path).unwrap().public_key());
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
         assert!(matches!(load_or_create(&path), Err(HostKeyError::Exposed { mode: 0o640, .. })));
     }

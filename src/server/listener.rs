@@ -1,82 +1,68 @@
 //! The listener: SSH with public keys only, file sessions only.
 
-use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
-use russh::keys::{Algorithm, HashAlg, PublicKey};
-use russh::server::{Auth, ChannelOpenHandle, Config, Handler, Msg, PublicKeyOffer, Session, VerifiedPublicKey};
-use russh::{Channel, ChannelId, MethodKind, MethodSet};
-use tokio::net::{TcpListener, TcpStream};
+use russh::keys::{Algorithm, EcdsaCurve, HashAlg, PrivateKey};
+use russh::server::Config;
+use russh::{MethodKind, MethodSet};
+use tokio::net::TcpListener;
 use tokio::sync::watch;
 
+use super::access::Access;
 use super::agent::Output;
-use super::authorized_keys::{self, Grant};
-use super::channel::{self, FedSession};
+use super::channel::{FedSession, Summary};
+use super::connection;
 use super::host_key::{self, HostKeyError};
 use super::limits::Limits;
+use super::live::{Live, Registry};
+use super::record::Recorder;
+use super::strict::Offered;
 
+pub use super::access::ServeUser;
+use crate::audit::{AuditError, AuditRecord};
+use crate::config::ServeLimits;
 use crate::endpoint::algorithms::{End, preferred};
-use crate::endpoint::stream::OverflowStream;
-use crate::error::Escaped;
-
-/// One user of the listener.
-#[derive(Debug, Clone)]
-pub struct ServeUser {
-    /// The name that clients log in with.
-    pub name: String,
-    /// What the user sees as `/`.
-    pub root: PathBuf,
-    /// No request may write.
-    pub read_only: bool,
-    /// The user's `authorized_keys`, read anew at each login.
-    pub authorized_keys: PathBuf,
-    /// Addresses, ranges and wildcards the user may come from, as in `from=`; empty for anywhere.
-    pub from: Vec<String>,
-}
+use crate::policy::PolicySpec;
 
 /// What to listen on, for whom and within which limits.
 #[derive(Debug, Clone)]
 pub struct ServeConfig {
     /// Where to listen.
-    pub listen: SocketAddr,
+    pub listen: Vec<SocketAddr>,
     /// The host key's file; made when missing.
     pub host_key: PathBuf,
+    /// A certificate for it; read anew by a reload.
+    pub host_certificate: Option<PathBuf>,
     /// Who may log in.
     pub users: Vec<ServeUser>,
-    /// Connections in all.
-    pub max_connections: usize,
-    /// Connections from one address.
-    pub max_per_address: usize,
-    /// Channels of one connection.
-    pub max_channels: usize,
-    /// Failed attempts before a connection is dropped.
-    pub max_auth_tries: usize,
-    /// How long a client may take to log in.
-    pub login_grace: Duration,
-    /// A connection this long without a byte is dropped.
-    pub idle_timeout: Duration,
-    /// How long sessions may go on after a stop is asked for.
-    pub stop_grace: Duration,
+    /// Keys that are refused whoever lists them; read anew at each login.
+    pub revoked_keys: Option<PathBuf>,
+    /// A directory for the record of logins, sessions and refusals.
+    pub audit: Option<PathBuf>,
+    /// Refuse clients without strict key exchange (CVE-2023-48795). Without, the one cipher that needs it is not offered.
+    pub strict_key_exchange: bool,
+    /// How much is allowed.
+    pub limits: ServeLimits,
 }
 
 impl ServeConfig {
-    /// The usual limits.
+    /// With the usual limits.
     pub fn new(listen: SocketAddr, host_key: PathBuf, users: Vec<ServeUser>) -> Self {
+        let limits = ServeLimits::default();
+        let (host_certificate, revoked_keys, audit, strict_key_exchange) = (None, None, None, true);
         Self {
-            listen,
+            listen: vec![listen],
             host_key,
+            host_certificate,
             users,
-            max_connections: 256,
-            max_per_address: 32,
-            max_channels: 16,
-            max_auth_tries: 6,
-            login_grace: Duration::from_secs(30),
-            idle_timeout: Duration::from_secs(600),
-            stop_grace: Duration::from_secs(30),
+            revoked_keys,
+            audit,
+            strict_key_exchange,
+            limits,
         }
     }
 }
@@ -90,13 +76,17 @@ pub struct SessionStart {
     pub root: PathBuf,
     /// By the user's settings or by the key's.
     pub read_only: bool,
+    /// The receiver's rules for what arrives.
+    pub policy: PolicySpec,
     /// Where from.
     pub peer: SocketAddr,
     /// The key that signed, as `SHA256:…`.
     pub fingerprint: String,
+    /// All of that in a line, for audit logs: `user@address (SHA256:…)`.
+    pub actor: String,
 }
 
-/// Makes the session of a channel.
+/// Makes the session of a channel. It is called on a thread that may block.
 pub type SessionFactory =
     Arc<dyn Fn(&SessionStart, Arc<dyn Output>) -> Result<Box<dyn FedSession>, String> + Send + Sync>;
 
@@ -106,6 +96,9 @@ pub enum ServeError {
     /// The host key.
     #[error(transparent)]
     HostKey(#[from] HostKeyError),
+    /// The record of logins.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
     /// The address.
     #[error("cannot listen on {address}: {source}; is another server using the port?")]
     Listen {
@@ -122,56 +115,151 @@ pub enum ServeError {
         /// What is wrong.
         reason: String,
     },
+    /// The list of what is revoked.
+    #[error("nobody could log in: {0}")]
+    Revoked(String),
+}
+
+/// What a reload replaces. A connection asks for it each time it needs it.
+pub(super) struct Settings {
+    pub(super) access: Access,
+    pub(super) limits: ServeLimits,
+    pub(super) protocol: Arc<Config>,
+    pub(super) offered: Arc<Offered>,
+}
+
+/// What all connections share.
+pub(super) struct Server {
+    settings: RwLock<Arc<Settings>>,
+    pub(super) limits: Arc<Limits>,
+    pub(super) live: Registry,
+    pub(super) recorder: Recorder,
+    pub(super) factory: SessionFactory,
+    stopping: AtomicBool,
+    number: AtomicU64,
+}
+
+impl Server {
+    pub(super) fn settings(&self) -> Arc<Settings> {
+        Arc::clone(&self.settings.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// A record to be filled in. Addresses are those the packets came from.
+    pub(super) fn record(&self, actor: &str, peer: SocketAddr) -> AuditRecord {
+        AuditRecord { actor: actor.to_owned(), source: peer.to_string(), ..AuditRecord::default() }
+    }
+
+    /// Says what went through a session.
+    pub(super) fn session_ended(&self, live: &Live, start: &SessionStart, took: Duration, summary: Summary) {
+        let Summary { received, sent, error } = summary;
+        let seconds = took.as_secs_f64();
+        let (peer, user) = (live.peer, &start.user);
+        match &error {
+            None => tracing::info!(%peer, user, received, sent, seconds, "session ended"),
+            Some(error) => tracing::warn!(%peer, user, received, sent, seconds, error, "session ended"),
+        }
+        let why = error.map(|error| format!("; {error}")).unwrap_or_default();
+        let reason = Some(format!("received {received} and sent {sent} bytes in {seconds:.1} s{why}"));
+        self.recorder.note(AuditRecord { action: "session".into(), reason, ..self.record(&start.actor, peer) });
+    }
 }
 
 /// A bound listener.
 pub struct Listener {
-    socket: TcpListener,
-    config: Arc<ServeConfig>,
-    protocol: Arc<Config>,
-    address: SocketAddr,
+    sockets: Vec<(TcpListener, SocketAddr)>,
+    config: ServeConfig,
+    settings: Arc<Settings>,
+    problems: Vec<String>,
+    recorder: Recorder,
+    key: PrivateKey,
     /// `SHA256:…` of the host key.
     pub fingerprint: String,
 }
 
-/// Binds; the port is known before anything is accepted.
+/// Binds; the ports are known before anything is accepted.
 ///
 /// # Errors
 /// [`ServeError`].
 pub async fn bind(config: ServeConfig) -> Result<Listener, ServeError> {
-    for user in &config.users {
-        let bad = |reason| ServeError::User { user: user.name.clone(), reason };
-        for pattern in &user.from {
-            authorized_keys::address_allowed(pattern, IpAddr::from([0, 0, 0, 0])).map_err(bad)?;
-        }
-        if !user.root.is_dir() {
-            return Err(bad(format!("root {} is not a directory; make it first", user.root.display())));
-        }
-    }
     let key = host_key::load_or_create(&config.host_key)?;
+    let (settings, problems) = prepare(&config, &key)?;
+    let settings = Arc::new(settings);
+    let recorder = config.audit.as_deref().map_or_else(|| Ok(Recorder::default()), Recorder::open)?;
     let fingerprint = key.public_key().fingerprint(HashAlg::Sha256).to_string();
-    let listen = |source| ServeError::Listen { address: config.listen, source };
-    let socket = TcpListener::bind(config.listen).await.map_err(listen)?;
-    let address = socket.local_addr().map_err(listen)?;
+    let mut sockets = Vec::new();
+    for &address in &config.listen {
+        let listen = |source| ServeError::Listen { address, source };
+        let socket = TcpListener::bind(address).await.map_err(listen)?;
+        let bound = socket.local_addr().map_err(listen)?;
+        sockets.push((socket, bound));
+    }
+    Ok(Listener { sockets, config, settings, problems, recorder, key, fingerprint })
+}
+
+/// Checks what can be checked before anybody comes; beside the settings comes what will refuse people later.
+fn prepare(config: &ServeConfig, key: &PrivateKey) -> Result<(Settings, Vec<String>), ServeError> {
+    if let Some(user) = config.users.iter().find(|user| !user.root.is_dir()) {
+        let reason = format!("root {} is not a directory; make it first", user.root.display());
+        return Err(ServeError::User { user: user.name.clone(), reason });
+    }
+    let access = Access::new(&config.users, config.revoked_keys.clone());
+    let problems = access.look().map_err(ServeError::Revoked)?;
     let mut methods = MethodSet::empty();
     methods.push(MethodKind::PublicKey);
+    let limits = config.limits.clone();
+    let mut preferred = preferred(End::Server);
+    // Without SHA-1.
+    preferred.key = vec![
+        Algorithm::Ed25519,
+        Algorithm::Ecdsa { curve: EcdsaCurve::NistP256 },
+        Algorithm::Ecdsa { curve: EcdsaCurve::NistP384 },
+        Algorithm::Ecdsa { curve: EcdsaCurve::NistP521 },
+        Algorithm::Rsa { hash: Some(HashAlg::Sha512) },
+        Algorithm::Rsa { hash: Some(HashAlg::Sha256) },
+    ]
+    .into();
+    if !config.strict_key_exchange {
+        preferred.cipher.to_mut().retain(|name| *name != russh::cipher::CHACHA20_POLY1305);
+    }
+    let host_keys = match key.algorithm() {
+        Algorithm::Rsa { .. } => {
+            preferred.key.iter().filter(|name| matches!(name, Algorithm::Rsa { .. })).cloned().collect()
+        }
+        algorithm => vec![algorithm],
+    };
+    let offered = Arc::new(Offered::new(&preferred, &host_keys, config.strict_key_exchange));
     let protocol = Config {
         methods,
         auth_rejection_time: Duration::from_millis(500),
         auth_rejection_time_initial: Some(Duration::ZERO),
-        keys: vec![key],
+        keys: vec![key.clone()],
+        certificates: config
+            .host_certificate
+            .iter()
+            .map(|path| host_key::certificate(path, key))
+            .collect::<Result<_, _>>()?,
         window_size: 32 << 20,
         maximum_packet_size: 256 << 10,
-        channel_buffer_size: 4096,
+        channel_buffer_size: 1024,
         event_buffer_size: 256,
-        max_auth_attempts: config.max_auth_tries,
-        inactivity_timeout: Some(config.idle_timeout),
+        // OpenSSH's clients ask for "none" first, which is no try.
+        max_auth_attempts: limits.auth_tries.get() + 1,
+        // Answers to keepalives reset it: idle clients are found otherwise.
+        inactivity_timeout: Some(limits.idle_timeout + Duration::from_secs(60)),
         keepalive_interval: Some(Duration::from_secs(30)),
         nodelay: true,
-        preferred: preferred(End::Server),
+        preferred,
         ..Config::default()
     };
-    Ok(Listener { socket, config: Arc::new(config), protocol: Arc::new(protocol), address, fingerprint })
+    Ok((Settings { access, limits, protocol: Arc::new(protocol), offered }, problems))
+}
+
+fn warn(problems: &[String]) {
+    problems.iter().for_each(|problem| tracing::warn!("{problem}"));
 }
 
 /// Binds and serves until `shutdown` holds true.
@@ -188,218 +276,170 @@ pub async fn serve(
 }
 
 impl Listener {
-    /// The address that is listened on.
+    /// The first address that is listened on.
     pub fn local_addr(&self) -> SocketAddr {
-        self.address
+        self.sockets.first().map_or_else(|| SocketAddr::from(([0, 0, 0, 0], 0)), |(_, address)| *address)
     }
 
-    /// Accepts until `shutdown` holds true (or its sender is gone), then lets sessions end for the time set.
-    pub async fn run(self, factory: SessionFactory, mut shutdown: watch::Receiver<bool>) {
-        let limits = Limits::new(self.config.max_connections, self.config.max_per_address);
-        let (stop, stopped) = watch::channel(false);
-        loop {
-            let accepted = tokio::select! {
-                accepted = self.socket.accept() => accepted,
-                _ = shutdown.wait_for(|stop| *stop) => break,
-            };
-            let (socket, peer) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
-            };
-            let permit = match limits.admit(peer.ip().to_canonical()) {
-                Ok(permit) => permit,
-                Err(reason) => {
-                    tracing::warn!(%peer, reason, "connection refused");
-                    continue;
-                }
-            };
-            let authenticated = Arc::new(AtomicBool::new(false));
-            let client = Client {
-                config: Arc::clone(&self.config),
-                factory: Arc::clone(&factory),
-                peer,
-                start: None,
-                authenticated: Arc::clone(&authenticated),
-                channels: HashMap::new(),
-                running: Arc::default(),
-            };
-            let (protocol, grace, stopped) = (Arc::clone(&self.protocol), self.config.login_grace, stopped.clone());
-            tokio::spawn(async move {
-                let _permit = permit;
-                connection(protocol, socket, client, grace, &authenticated, stopped).await;
-            });
-        }
-        drop(self.socket);
-        let end = tokio::time::Instant::now() + self.config.stop_grace;
-        while limits.active() > 0 && tokio::time::Instant::now() < end {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        let _ = stop.send(true);
+    /// All addresses that are listened on.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.sockets.iter().map(|(_, address)| *address).collect()
+    }
+
+    /// What is to run, and how it is reloaded meanwhile.
+    pub fn start(self, factory: SessionFactory) -> (Running, Reloader) {
+        warn(&self.problems);
+        let server = Arc::new(Server {
+            limits: Limits::new(self.settings.limits.clone()),
+            settings: RwLock::new(self.settings),
+            live: Registry::default(),
+            recorder: self.recorder,
+            factory,
+            stopping: AtomicBool::new(false),
+            number: AtomicU64::new(0),
+        });
+        let sockets = self.sockets.into_iter().map(|(socket, _)| socket).collect();
+        let reloader = Reloader { server: Arc::clone(&server), key: self.key, config: self.config };
+        (Running { server, sockets }, reloader)
+    }
+
+    /// Accepts until `shutdown` holds true (or its sender is gone), then lets work end for the time set.
+    pub async fn run(self, factory: SessionFactory, shutdown: watch::Receiver<bool>) {
+        self.start(factory).0.run(shutdown).await;
     }
 }
 
-async fn connection(
-    protocol: Arc<Config>,
-    socket: TcpStream,
-    client: Client,
-    grace: Duration,
-    authenticated: &AtomicBool,
-    mut stopped: watch::Receiver<bool>,
-) {
-    let peer = client.peer;
-    let _ = socket.set_nodelay(true);
-    let (stream, kill) = OverflowStream::new(socket);
-    let running = async { russh::server::run_stream(protocol, stream, client).await?.await };
-    tokio::pin!(running);
-    let late = async {
-        tokio::time::sleep(grace).await;
-        if authenticated.load(Ordering::Acquire) {
-            std::future::pending::<()>().await;
-        }
-    };
-    tokio::select! {
-        ended = &mut running => {
-            match ended {
-                Ok(()) => tracing::info!(%peer, "connection ended"),
-                Err(error) => tracing::info!(%peer, %error, "connection ended"),
+/// A listener with its sessions.
+pub struct Running {
+    server: Arc<Server>,
+    sockets: Vec<TcpListener>,
+}
+
+/// How long a client must have done nothing to be let go at once when the server stops.
+const QUIET: Duration = Duration::from_secs(1);
+/// How long connections may take to end when they must.
+const END: Duration = Duration::from_secs(5);
+
+impl Running {
+    /// Accepts until `shutdown` holds true (or its sender is gone). Then clients that do nothing are let go, and the
+    /// others may go on for the time set.
+    pub async fn run(self, mut shutdown: watch::Receiver<bool>) {
+        let Running { server, sockets } = self;
+        let accepting: Vec<_> =
+            sockets.into_iter().map(|socket| tokio::spawn(accept(Arc::clone(&server), socket))).collect();
+        let _ = shutdown.wait_for(|stop| *stop).await;
+        accepting.iter().for_each(tokio::task::JoinHandle::abort);
+        drop(accepting);
+        server.stopping.store(true, Ordering::Release);
+        let (grace, begun) = (server.settings().limits.stop_grace, Instant::now());
+        tracing::info!(connections = server.limits.connections(), "stopping");
+        while server.limits.connections() > 0 && begun.elapsed() < grace {
+            for live in server.live.all() {
+                if live.login.get().is_none() || server.live.quiet(&live) >= QUIET {
+                    live.end("the server stops");
+                }
             }
-            return;
+            tokio::time::sleep(Duration::from_millis(25)).await;
         }
-        () = late => tracing::warn!(%peer, "connection dropped: no login in time"),
-        _ = stopped.wait_for(|stop| *stop) => tracing::info!(%peer, "connection dropped: the server stops"),
+        let left = server.limits.connections();
+        if left > 0 {
+            tracing::warn!(
+                connections = left,
+                "cut off: they were still at work; what they sent is gone on with later"
+            );
+            server.live.all().iter().for_each(|live| live.end("the server stops"));
+        }
+        let begun = Instant::now();
+        while server.limits.connections() + server.limits.sessions() > 0 && begun.elapsed() < END {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        tracing::info!("stopped");
     }
-    let _ = kill.send(());
-    let _ = tokio::time::timeout(Duration::from_secs(5), running).await;
 }
 
-struct Client {
-    config: Arc<ServeConfig>,
-    factory: SessionFactory,
-    peer: SocketAddr,
-    /// Set by the key that signed, and by nothing else.
-    start: Option<SessionStart>,
-    authenticated: Arc<AtomicBool>,
-    channels: HashMap<ChannelId, Channel<Msg>>,
-    running: Arc<()>,
-}
-
-impl Client {
-    fn judge(&self, name: &str, key: &PublicKey, algorithm: &Algorithm) -> Result<(ServeUser, Grant), String> {
-        if matches!(algorithm, Algorithm::Rsa { hash: None } | Algorithm::Dsa) {
-            return Err("a signature with SHA-1".into());
-        }
-        let user = self.config.users.iter().find(|user| user.name == name).ok_or("no such user")?;
-        let address = self.peer.ip();
-        if !user.from.is_empty() && !authorized_keys::address_allowed(&user.from.join(","), address)? {
-            return Err("the user may not come from this address".into());
-        }
-        let text = authorized_keys::read(&user.authorized_keys)?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(|e| e.to_string())?.as_secs();
-        let grant = authorized_keys::authorize(&text, key.key_data(), address, now)?;
-        Ok((user.clone(), grant))
-    }
-
-    fn refused(&self, name: &str, key: &PublicKey, reason: &str) -> Auth {
-        let fingerprint = key.fingerprint(HashAlg::Sha256);
-        tracing::warn!(peer = %self.peer, user = %Escaped(name.as_bytes()), %fingerprint, reason, "key refused");
-        Auth::reject()
-    }
-
-    fn begin(&mut self, id: ChannelId, session: &mut Session) -> Result<(), russh::Error> {
-        let (Some(channel), Some(start)) = (self.channels.remove(&id), &self.start) else {
-            return session.channel_failure(id);
+async fn accept(server: Arc<Server>, socket: TcpListener) {
+    let mut refused = Refused::default();
+    loop {
+        let (socket, peer) = match socket.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
         };
-        let (shared, packets) = channel::queue();
-        match (self.factory)(start, Arc::clone(&shared) as Arc<dyn Output>) {
-            Ok(fed) => {
-                session.channel_success(id)?;
-                let running = Arc::clone(&self.running);
-                tokio::spawn(async move {
-                    channel::run(channel, shared, packets, fed).await;
-                    drop(running);
-                });
-                Ok(())
+        match server.limits.admit(peer.ip()) {
+            Ok(permit) => {
+                let number = server.number.fetch_add(1, Ordering::Relaxed);
+                tokio::spawn(connection::serve(Arc::clone(&server), socket, peer, number, Arc::new(permit)));
             }
             Err(reason) => {
-                tracing::error!(peer = %self.peer, user = start.user, reason, "no session");
-                session.channel_failure(id)
+                // As OpenSSH's server says it; before the version such lines are allowed.
+                let _ = socket.try_write(format!("lockstep: {reason}; try again later\r\n").as_bytes());
+                refused.say(&server, peer, reason);
             }
         }
     }
 }
 
-/// The one command that may be run: the program's own file server.
-fn is_file_server(command: &[u8]) -> bool {
-    let Ok(command) = std::str::from_utf8(command) else { return false };
-    let words: Vec<&str> = command.split(' ').filter(|word| !word.is_empty()).collect();
-    matches!(words.as_slice(), [program, "sftp-server"] if program.rsplit('/').next() == Some("lockstep"))
+/// Connections over a limit are said and recorded once a second, with their number: they may come in floods.
+#[derive(Default)]
+struct Refused {
+    last: Option<Instant>,
+    unsaid: u64,
 }
 
-impl Handler for Client {
-    type Error = russh::Error;
-
-    async fn auth_publickey_offered(&mut self, user: &str, offer: PublicKeyOffer<'_>) -> Result<Auth, Self::Error> {
-        // Only spares the client a signature; nothing is granted here.
-        Ok(match self.judge(user, offer.public_key, offer.algorithm) {
-            Ok(_) => Auth::Accept,
-            Err(reason) => self.refused(user, offer.public_key, &reason),
-        })
+impl Refused {
+    fn say(&mut self, server: &Server, peer: SocketAddr, reason: &str) {
+        if self.last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
+            self.unsaid += 1;
+            return;
+        }
+        let more = std::mem::take(&mut self.unsaid);
+        self.last = Some(Instant::now());
+        tracing::warn!(%peer, reason, more, "connection refused");
+        let reason = Some(if more == 0 { reason.to_owned() } else { format!("{reason}; and {more} before it") });
+        server.recorder.note_stranger(AuditRecord { action: "refuse".into(), reason, ..server.record("", peer) });
     }
+}
 
-    async fn auth_publickey(&mut self, user: &str, key: VerifiedPublicKey<'_>) -> Result<Auth, Self::Error> {
-        let (settings, grant) = match self.judge(user, key.public_key, key.algorithm) {
-            Ok(judged) => judged,
-            Err(reason) => return Ok(self.refused(user, key.public_key, &reason)),
-        };
-        let fingerprint = key.public_key.fingerprint(HashAlg::Sha256).to_string();
-        tracing::info!(peer = %self.peer, user = settings.name, fingerprint, "logged in");
-        self.start = Some(SessionStart {
-            user: settings.name,
-            root: settings.root,
-            read_only: settings.read_only || grant.read_only,
-            peer: self.peer,
-            fingerprint,
+/// Replaces users and limits while the listener runs.
+pub struct Reloader {
+    server: Arc<Server>,
+    key: PrivateKey,
+    config: ServeConfig,
+}
+
+impl Reloader {
+    /// From now on `config` decides. Who may no longer be here, or under other conditions, is ended.
+    ///
+    /// Addresses, host key and audit log stay as they are until the next start.
+    ///
+    /// # Errors
+    /// [`ServeError`]; then everything stays as it was.
+    pub async fn reload(&self, config: ServeConfig) -> Result<(), ServeError> {
+        let (settings, problems) = prepare(&config, &self.key)?;
+        warn(&problems);
+        let fixed = |config: &ServeConfig| (config.listen.clone(), config.host_key.clone(), config.audit.clone());
+        if fixed(&config) != fixed(&self.config) {
+            tracing::warn!("a change of listen, host_key or audit takes effect at the next start");
+        }
+        let access = settings.access.clone();
+        self.server.limits.set(settings.limits.clone());
+        *self.server.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
+        let all = self.server.live.all();
+        let ended = tokio::task::spawn_blocking(move || {
+            all.iter().filter(|live| rejudge(&access, live).map_err(|reason| live.end(&reason)).is_err()).count()
         });
-        self.authenticated.store(true, Ordering::Release);
-        Ok(Auth::Accept)
-    }
-
-    async fn channel_open_session(
-        &mut self,
-        channel: Channel<Msg>,
-        reply: ChannelOpenHandle,
-        _session: &mut Session,
-    ) -> Result<(), Self::Error> {
-        let open = self.channels.len() + Arc::strong_count(&self.running) - 1;
-        if self.start.is_some() && open < self.config.max_channels {
-            self.channels.insert(channel.id(), channel);
-            reply.accept().await;
-        }
+        let ended = ended.await.unwrap_or(0);
+        tracing::info!(users = config.users.len(), ended, "configuration reloaded");
         Ok(())
     }
+}
 
-    async fn channel_close(&mut self, channel: ChannelId, _session: &mut Session) -> Result<(), Self::Error> {
-        self.channels.remove(&channel);
-        Ok(())
-    }
-
-    async fn subsystem_request(&mut self, id: ChannelId, name: &str, session: &mut Session) -> Result<(), Self::Error> {
-        if matches!(name, "sftp" | "lockstep") { self.begin(id, session) } else { session.channel_failure(id) }
-    }
-
-    async fn exec_request(&mut self, id: ChannelId, data: &[u8], session: &mut Session) -> Result<(), Self::Error> {
-        if is_file_server(data) {
-            return self.begin(id, session);
-        }
-        tracing::warn!(peer = %self.peer, command = %Escaped(data), "command refused");
-        session.channel_failure(id)
-    }
-
-    async fn shell_request(&mut self, id: ChannelId, session: &mut Session) -> Result<(), Self::Error> {
-        session.channel_failure(id)
-    }
+/// Whether a connection may go on.
+fn rejudge(access: &Access, live: &Live) -> Result<(), String> {
+    let Some(login) = live.login.get() else { return Ok(()) };
+    let (user, _) = access.judge(&login.user.name, &login.proof, live.peer)?;
+    if *user == *login.user { Ok(()) } else { Err("the user's settings have changed".into()) }
 }

@@ -1,19 +1,103 @@
 //! A session over standard input and output, as sshd starts a subsystem.
 
-use std::io::{self, Read, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, IoSlice, Read, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::agent::{Extensions, Output};
 use super::session::{Session, SessionConfig};
 
-/// Standard output; packets go out whole. A client that has gone ends the session by the end of its input.
-struct Stdout(Mutex<io::Stdout>);
+/// Replies that wait for a client which does not read; then its requests wait too.
+const OUT_LIMIT: usize = 8 << 20;
+const IN_BUFFER: usize = 256 << 10;
+/// What pipes hold, where the system lets them: fewer changes between the two processes.
+const PIPE: usize = 1 << 20;
+/// Packets in one system call.
+const VECTOR: usize = 64;
 
-impl Output for Stdout {
-    fn send(&self, packet: Vec<u8>) {
-        let mut out = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = out.write_all(&packet).and_then(|()| out.flush());
+/// Replies on their way to standard output, written by a thread of its own.
+#[derive(Default)]
+struct Replies {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
+    packets: VecDeque<Vec<u8>>,
+    /// Of the packets that wait and of those that are being written.
+    bytes: usize,
+    /// No packet will come any more.
+    complete: bool,
+    /// The client has gone: packets are dropped. The session ends with its input.
+    gone: bool,
+}
+
+impl Replies {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn change(&self, change: impl FnOnce(&mut Waiting)) {
+        change(&mut self.lock());
+        self.changed.notify_all();
+    }
+
+    /// The packets that wait; `None` when there will be none.
+    fn take(&self) -> Option<VecDeque<Vec<u8>>> {
+        let mut waiting = self.lock();
+        while waiting.packets.is_empty() {
+            if waiting.complete {
+                return None;
+            }
+            waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+        Some(std::mem::take(&mut waiting.packets))
+    }
+
+    fn write_to(&self, mut out: impl Write) {
+        while let Some(mut packets) = self.take() {
+            while !packets.is_empty() {
+                let some: Vec<Vec<u8>> = packets.drain(..packets.len().min(VECTOR)).collect();
+                let written = write_all(&mut out, &some);
+                let bytes: usize = some.iter().map(Vec::len).sum();
+                self.change(|waiting| {
+                    waiting.bytes -= bytes;
+                    waiting.gone |= written.is_err();
+                });
+            }
+        }
+    }
+}
+
+impl Output for Replies {
+    fn send(&self, packet: Vec<u8>) {
+        let mut waiting = self.lock();
+        while waiting.bytes > OUT_LIMIT && !waiting.gone {
+            waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+        if !waiting.gone {
+            waiting.bytes += packet.len();
+            waiting.packets.push_back(packet);
+            drop(waiting);
+            self.changed.notify_all();
+        }
+    }
+}
+
+fn write_all(out: &mut impl Write, packets: &[Vec<u8>]) -> io::Result<()> {
+    let mut slices: Vec<IoSlice<'_>> = packets.iter().map(|packet| IoSlice::new(packet)).collect();
+    let mut left = &mut slices[..];
+    while !left.is_empty() {
+        match out.write_vectored(left) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => IoSlice::advance_slices(&mut left, count),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Serves until the end of the input.
@@ -21,16 +105,40 @@ impl Output for Stdout {
 /// # Errors
 /// When the root cannot be opened, the input cannot be read or is not SFTP.
 pub fn run(config: SessionConfig, extensions: Option<Arc<dyn Extensions>>) -> io::Result<()> {
-    let output: Arc<dyn Output> = Arc::new(Stdout(Mutex::new(io::stdout())));
-    let mut session = Session::new(config, output, extensions).map_err(io::Error::other)?;
-    let mut input = io::stdin().lock();
-    let mut buffer = vec![0; 256 << 10];
-    loop {
+    allow_open_files();
+    let (mut input, out) = (duplicate(io::stdin())?, duplicate(io::stdout())?);
+    let replies = Arc::new(Replies::default());
+    let mut session = Session::new(config, replies.clone(), extensions).map_err(io::Error::other)?;
+    let queue = Arc::clone(&replies);
+    let writer = std::thread::Builder::new().name("replies".into()).spawn(move || queue.write_to(out))?;
+    let mut buffer = vec![0; IN_BUFFER];
+    let result = loop {
         match input.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(count) => session.feed(&buffer[..count]).map_err(io::Error::other)?,
+            Ok(0) => break Ok(()),
+            Ok(count) => match session.feed(&buffer[..count]) {
+                Ok(()) => {}
+                Err(error) => break Err(io::Error::other(error)),
+            },
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+            Err(error) => break Err(error),
         }
-    }
+    };
+    session.finish();
+    replies.change(|waiting| waiting.complete = true);
+    let _ = writer.join();
+    result
+}
+
+/// As many open files as the system lets this process have: handles are files. Where it does not, OPEN fails sooner.
+fn allow_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
+
+/// Past the buffers of the standard library: packets are whole anyway.
+fn duplicate(stream: impl std::os::fd::AsFd) -> io::Result<File> {
+    let file = File::from(stream.as_fd().try_clone_to_owned()?);
+    let _ = rustix::pipe::fcntl_setpipe_size(&file, PIPE);
+    Ok(file)
 }

@@ -1,205 +1,278 @@
-//! Logging in: key files, certificates beside them, and the agent. Never a password.
+//! Logging in: key files, certificates, and the agent. Never a password.
 
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 
 use russh::client::{AuthResult, Handle};
-use russh::keys::agent::AgentIdentity;
-use russh::keys::agent::client::AgentClient;
-use russh::keys::{Algorithm, Certificate, HashAlg, PrivateKey, PrivateKeyWithHashAlg};
+use russh::keys::{Algorithm, HashAlg, PrivateKey, PrivateKeyWithHashAlg, PublicKey};
+use russh::{AgentAuthError, MethodKind};
 
-use super::remote::{Passphrase, SshOptions, Trust};
-use crate::error::Escaped;
+use super::agent::{Agent, AgentSigner, FileSigner, Held};
+use super::identity::{Content, Identities, Identity, unlock};
+use super::options::SshOptions;
+use super::trust::{Heard, Trust};
+use super::{lock, shown};
+use crate::error::{Escaped, Exit};
 
-/// A key file: read, or still locked.
-enum Identity {
-    Open(Arc<PrivateKey>),
-    Locked(String),
+/// Keys that were unlocked, so that a passphrase is asked for once.
+pub(super) type Opened = Mutex<Vec<(PathBuf, Arc<PrivateKey>)>>;
+
+/// Why nothing more is tried.
+enum Stop {
+    /// The host has ended the login, and said why.
+    HungUp(String),
+    /// The connection is gone.
+    Lost(String),
+    /// The host takes no keys.
+    NoKeys(String),
 }
 
-/// Reads a key file.
-fn read(path: &Path) -> Result<Identity, String> {
-    let failed = |error: &dyn std::fmt::Display| format!("'{}': {error}", show(path));
-    let metadata = std::fs::metadata(path).map_err(|error| failed(&error))?;
-    if metadata.mode() & 0o077 != 0 && metadata.uid() == rustix::process::getuid().as_raw() {
-        return Err(failed(&format_args!("others can read this private key; chmod 600 it")));
+/// One login: what it is tried with, and what became of it.
+pub(super) struct Login<'a> {
+    handle: &'a mut Handle<Trust>,
+    options: &'a SshOptions,
+    identities: &'a Identities,
+    opened: &'a Opened,
+    heard: &'a Heard,
+    /// Keys that the host has seen, so that none is shown twice: each counts as an attempt.
+    offered: Vec<PublicKey>,
+    tried: Vec<String>,
+}
+
+impl<'a> Login<'a> {
+    pub(super) fn new(
+        handle: &'a mut Handle<Trust>,
+        options: &'a SshOptions,
+        identities: &'a Identities,
+        opened: &'a Opened,
+        heard: &'a Heard,
+    ) -> Self {
+        let tried = identities.notes.clone();
+        Login { handle, options, identities, opened, heard, offered: Vec::new(), tried }
     }
-    let text = std::fs::read_to_string(path).map_err(|error| failed(&error))?;
-    match russh::keys::decode_secret_key(&text, None) {
-        Ok(key) => Ok(Identity::Open(Arc::new(key))),
-        Err(russh::keys::Error::KeyIsEncrypted) => Ok(Identity::Locked(text)),
-        Err(_) if text.contains("ENCRYPTED") => Ok(Identity::Locked(text)),
-        Err(error) => Err(failed(&error)),
-    }
-}
 
-fn unlock(path: &Path, text: &str, passphrase: Option<&Passphrase>) -> Result<Arc<PrivateKey>, String> {
-    let path_text = show(path);
-    let Some(ask) = passphrase else {
-        return Err(format!("'{path_text}': needs a passphrase; add it to the agent with ssh-add"));
-    };
-    let Some(secret) = ask(path) else { return Err(format!("'{path_text}': no passphrase was given")) };
-    russh::keys::decode_secret_key(text, Some(&secret))
-        .map(Arc::new)
-        .map_err(|_| format!("'{path_text}': the passphrase does not open it"))
-}
-
-/// Tries files without passphrase, then the agent, then files that need one. Keys that were opened stay in `opened`.
-///
-/// # Errors
-/// What was tried and why nothing was accepted.
-pub(super) async fn log_in(
-    handle: &mut Handle<Trust>,
-    options: &SshOptions,
-    opened: &std::sync::Mutex<Vec<(PathBuf, Arc<PrivateKey>)>>,
-) -> Result<(), String> {
-    let mut tried = Vec::new();
-    let mut locked = Vec::new();
-    for path in &options.identity_files {
-        let known = {
-            let opened = opened.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            opened.iter().find(|(opened, _)| opened == path).map(|(_, key)| Arc::clone(key))
+    /// Tries files that are open, then keys of the agent, then files that need a passphrase.
+    ///
+    /// # Errors
+    /// What was tried, why nothing was accepted, and what to do; [`Exit::TryAgain`] when the connection was lost.
+    pub(super) async fn run(mut self) -> Result<(), (String, Exit)> {
+        let (reason, exit) = match self.attempts().await {
+            Ok(true) => return Ok(()),
+            Ok(false) => return Err((self.refused(), Exit::Trust)),
+            Err(Stop::HungUp(reason) | Stop::NoKeys(reason)) => (reason, Exit::Trust),
+            Err(Stop::Lost(reason)) => (reason, Exit::TryAgain),
         };
-        match known.map_or_else(|| read(path), |key| Ok(Identity::Open(key))) {
-            Ok(Identity::Open(key)) => {
-                if offer_file(handle, &options.user, path, key, &mut tried).await? {
-                    return Ok(());
-                }
+        let tried = self.tried.join("; ");
+        Err((if tried.is_empty() { reason } else { format!("{reason} (tried: {tried})") }, exit))
+    }
+
+    fn refused(&self) -> String {
+        let SshOptions { host, user, .. } = self.options;
+        let account = super::quote(&format!("{user}@{host}"));
+        let enroll = format!("lockstep keys enroll {}{account}", self.options.arguments());
+        if self.tried.is_empty() {
+            return format!(
+                "no key to log in with; name one with --identity, or make one with: lockstep keys generate; then: {enroll}"
+            );
+        }
+        format!(
+            "no key was accepted ({}); name another with --identity, or have one accepted there with: {enroll}",
+            self.tried.join("; ")
+        )
+    }
+
+    async fn attempts(&mut self) -> Result<bool, Stop> {
+        if self.open_files().await? || self.keys_of_the_agent().await? || self.locked_files().await? {
+            return Ok(true);
+        }
+        self.note_halves();
+        if self.offered.is_empty() {
+            // Say at least whether keys would be taken.
+            let user = self.options.user.clone();
+            let result = self.handle.authenticate_none(user).await.map_err(|error| self.lost(&error))?;
+            if result.success() {
+                return Err(Stop::NoKeys("the host lets anybody in without a key; that is not to be trusted".into()));
             }
-            Ok(Identity::Locked(text)) => locked.push((path, text)),
-            Err(reason) => tried.push(reason),
+            self.accepted(result, None)?;
+        }
+        Ok(false)
+    }
+
+    async fn open_files(&mut self) -> Result<bool, Stop> {
+        for identity in &self.identities.files {
+            if let Content::Open(key) = self.content(identity)
+                && self.offer_file(identity, &key).await?
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Those that a file names come first, or are all there is.
+    async fn keys_of_the_agent(&mut self) -> Result<bool, Stop> {
+        let Some(socket) = &self.options.agent_socket else { return Ok(false) };
+        let mut agent = match Agent::connect(socket, self.handle).await {
+            Ok(agent) => agent,
+            Err(error) => {
+                self.tried.push(format!("the agent at '{}': {error}", shown(socket)));
+                return Ok(false);
+            }
+        };
+        let mut keys = std::mem::take(&mut agent.keys);
+        let identities = self.identities;
+        keys.sort_by_key(|held| !identities.names(held.key.key_data()));
+        if self.options.identities_only {
+            keys.retain(|held| identities.names(held.key.key_data()));
+        }
+        for held in keys {
+            if self.offer_agent(&mut agent, &held).await? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    async fn locked_files(&mut self) -> Result<bool, Stop> {
+        for identity in &self.identities.files {
+            let Content::Locked(text) = self.content(identity) else { continue };
+            if identity.public.as_ref().is_some_and(|public| self.was_offered(public)) {
+                continue;
+            }
+            match unlock(&identity.path, &text, self.options.passphrase.as_ref()) {
+                Ok(key) => {
+                    // Kept even when this host does not take it: the next one on the way may.
+                    lock(self.opened).push((identity.path.clone(), Arc::clone(&key)));
+                    if self.offer_file(identity, &key).await? {
+                        return Ok(true);
+                    }
+                }
+                Err(reason) => self.tried.push(reason),
+            }
+        }
+        Ok(false)
+    }
+
+    fn note_halves(&mut self) {
+        for identity in &self.identities.files {
+            let is_half = matches!(identity.content, Content::Public);
+            if is_half && !identity.public.as_ref().is_some_and(|public| self.was_offered(public)) {
+                let path = shown(&identity.path);
+                self.tried.push(format!("'{path}': a public key, whose other half no agent has"));
+            }
         }
     }
-    if let Some(socket) = &options.agent_socket
-        && offer_agent(handle, &options.user, socket, &mut tried).await?
-    {
-        return Ok(());
-    }
-    for (path, text) in locked {
-        match unlock(path, &text, options.passphrase.as_ref()) {
-            Ok(key) => {
-                if offer_file(handle, &options.user, path, Arc::clone(&key), &mut tried).await? {
-                    let mut opened = opened.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                    opened.push((path.clone(), key));
-                    return Ok(());
-                }
-            }
-            Err(reason) => tried.push(reason),
+
+    /// The key as it is by now: a passphrase may have been given before.
+    fn content(&self, identity: &Identity) -> Content {
+        let opened = lock(self.opened);
+        match opened.iter().find(|(path, _)| *path == identity.path) {
+            Some((_, key)) => Content::Open(Arc::clone(key)),
+            None => identity.content.clone(),
         }
     }
-    if tried.is_empty() {
-        return Err("no key to log in with: name an identity file, or add a key to the agent with ssh-add".into());
+
+    fn was_offered(&self, key: &PublicKey) -> bool {
+        self.offered.iter().any(|offered| offered.key_data() == key.key_data())
     }
-    Err(format!(
-        "no key was accepted ({}); add the public key to authorized_keys there, or name another identity file",
-        tried.join("; ")
-    ))
-}
 
-async fn rsa_hash(handle: &Handle<Trust>, algorithm: &Algorithm) -> Option<HashAlg> {
-    if !matches!(algorithm, Algorithm::Rsa { .. }) {
-        return None;
+    async fn rsa_hash(&self, algorithm: &Algorithm) -> Option<HashAlg> {
+        if !matches!(algorithm, Algorithm::Rsa { .. }) {
+            return None;
+        }
+        // Never SHA-1, whatever the host says.
+        Some(self.handle.best_supported_rsa_hash().await.ok().flatten().flatten().unwrap_or(HashAlg::Sha512))
     }
-    // Never SHA-1, whatever the host says.
-    Some(handle.best_supported_rsa_hash().await.ok().flatten().flatten().unwrap_or(HashAlg::Sha512))
-}
 
-fn lost(error: &dyn std::fmt::Display, tried: &[String]) -> String {
-    let tried = if tried.is_empty() { String::new() } else { format!(" (tried: {})", tried.join("; ")) };
-    format!("the host ended the login: {error}{tried}")
-}
-
-async fn offer_file(
-    handle: &mut Handle<Trust>,
-    user: &str,
-    path: &Path,
-    key: Arc<PrivateKey>,
-    tried: &mut Vec<String>,
-) -> Result<bool, String> {
-    let mut beside = path.as_os_str().to_owned();
-    beside.push("-cert.pub");
-    if let Some(certificate) =
-        std::fs::read_to_string(&beside).ok().and_then(|text| Certificate::from_openssh(text.trim()).ok())
-        && handle
-            .authenticate_openssh_cert(user, Arc::clone(&key), certificate)
+    async fn offer_file(&mut self, identity: &Identity, key: &Arc<PrivateKey>) -> Result<bool, Stop> {
+        let name = format!("'{}'", shown(&identity.path));
+        let user = self.options.user.clone();
+        for certificate in self.identities.certificates_of(key.public_key().key_data()) {
+            // The signature of a file's RSA key is always one with SHA-512.
+            let hash = matches!(key.algorithm(), Algorithm::Rsa { .. }).then_some(HashAlg::Sha512);
+            let mut signer = FileSigner(Arc::clone(key));
+            let offer = (user.clone(), certificate.clone());
+            let result = self.handle.authenticate_certificate_with(offer.0, offer.1, hash, &mut signer).await;
+            if self.signed(result, &format!("the certificate of {name}"))? {
+                return Ok(true);
+            }
+        }
+        if self.was_offered(key.public_key()) {
+            return Ok(false);
+        }
+        self.offered.push(key.public_key().clone());
+        let hash = self.rsa_hash(&key.algorithm()).await;
+        let result = self
+            .handle
+            .authenticate_publickey(user, PrivateKeyWithHashAlg::new(Arc::clone(key), hash))
             .await
-            .map_err(|error| lost(&error, tried))?
-            .success()
-    {
-        return Ok(true);
+            .map_err(|error| self.lost(&error))?;
+        self.accepted(result, Some(&name))
     }
-    let hash = rsa_hash(handle, &key.algorithm()).await;
-    let result = handle
-        .authenticate_publickey(user, PrivateKeyWithHashAlg::new(key, hash))
-        .await
-        .map_err(|error| lost(&error, tried))?;
-    Ok(accepted(result, format!("'{}'", show(path)), tried))
-}
 
-async fn offer_agent(
-    handle: &mut Handle<Trust>,
-    user: &str,
-    socket: &Path,
-    tried: &mut Vec<String>,
-) -> Result<bool, String> {
-    let mut agent = match AgentClient::connect_uds(socket).await {
-        Ok(agent) => agent,
-        Err(error) => {
-            tried.push(format!("the agent at '{}': {error}", show(socket)));
+    async fn offer_agent(&mut self, agent: &mut Agent, held: &Held) -> Result<bool, Stop> {
+        let name = format!("agent key '{}'", Escaped(held.comment.as_bytes()));
+        let hash = self.rsa_hash(&held.key.algorithm()).await;
+        let user = self.options.user.clone();
+        // With the certificate that the agent has, or with those that files have for its key.
+        let of_files = self.identities.certificates_of(held.key.key_data());
+        let of_files = of_files.filter(|_| held.certificate.is_none());
+        for certificate in held.certificate.iter().chain(of_files) {
+            let mut signer = AgentSigner { client: &mut agent.client, apart: held.certificate.is_none() };
+            let offer = (user.clone(), certificate.clone());
+            let result = self.handle.authenticate_certificate_with(offer.0, offer.1, hash, &mut signer).await;
+            if self.signed(result, &format!("the certificate of {name}"))? {
+                return Ok(true);
+            }
+        }
+        if held.certificate.is_some() || self.was_offered(&held.key) {
             return Ok(false);
         }
-    };
-    // Keys restricted to certain hosts sign only for a session that the agent knows; old agents cannot be told.
-    if let Some(binding) = handle.agent_session_binding()
-        && let Err(error) = agent.bind_session(binding, false).await
-    {
-        tracing::debug!(%error, "the agent takes no session binding");
+        self.offered.push(held.key.clone());
+        let result = self.handle.authenticate_publickey_with(user, held.key.clone(), hash, &mut agent.client).await;
+        self.signed(result, &name)
     }
-    let identities = match agent.request_identities().await {
-        Ok(identities) => identities,
-        Err(error) => {
-            tried.push(format!("the agent at '{}': {error}", show(socket)));
-            return Ok(false);
-        }
-    };
-    for identity in identities {
-        let (result, comment) = match identity {
-            AgentIdentity::PublicKey { key, comment } => {
-                let hash = rsa_hash(handle, &key.algorithm()).await;
-                (handle.authenticate_publickey_with(user, key, hash, &mut agent).await, comment)
-            }
-            AgentIdentity::Certificate { certificate, comment } => {
-                let hash = rsa_hash(handle, &certificate.public_key().algorithm()).await;
-                (handle.authenticate_certificate_with(user, certificate, hash, &mut agent).await, comment)
-            }
-        };
-        let name = format!("agent key '{}'", Escaped(comment.as_bytes()));
+
+    fn signed(&mut self, result: Result<AuthResult, AgentAuthError>, name: &str) -> Result<bool, Stop> {
         match result {
-            Ok(result) => {
-                if accepted(result, name, tried) {
-                    return Ok(true);
-                }
+            Ok(result) => self.accepted(result, Some(name)),
+            Err(AgentAuthError::Key(error)) => {
+                self.tried.push(format!("{name}: {error}"));
+                Ok(false)
             }
-            Err(russh::AgentAuthError::Key(error)) => tried.push(format!("{name}: {error}")),
-            Err(error) => return Err(lost(&error, tried)),
+            Err(error) => Err(self.lost(&error)),
         }
     }
-    Ok(false)
-}
 
-fn accepted(result: AuthResult, name: String, tried: &mut Vec<String>) -> bool {
-    match result {
-        AuthResult::Success => return true,
-        AuthResult::Failure { partial_success: true, .. } => {
-            tried.push(format!("{name}: accepted, but the host asks for more than a key"));
+    /// Notes the answer to what was offered.
+    fn accepted(&mut self, result: AuthResult, name: Option<&str>) -> Result<bool, Stop> {
+        let AuthResult::Failure { remaining_methods, partial_success } = result else { return Ok(true) };
+        if let Some(name) = name {
+            let what = if partial_success { "accepted, but the host asks for more than a key" } else { "not accepted" };
+            self.tried.push(format!("{name}: {what}"));
         }
-        AuthResult::Failure { .. } => tried.push(format!("{name}: not accepted")),
+        if remaining_methods.is_empty() {
+            // Also what a connection that has ended looks like.
+            return Err(self.lost(&"it takes nothing more"));
+        }
+        if !partial_success && !remaining_methods.contains(&MethodKind::PublicKey) {
+            let offered: Vec<String> = remaining_methods.iter().map(String::from).collect();
+            return Err(Stop::NoKeys(format!(
+                "the host takes no keys, only: {}; lockstep never asks for a password nor sends one: its sshd_config \
+                 needs 'PubkeyAuthentication yes', and then your public key in its authorized_keys",
+                offered.join(", ")
+            )));
+        }
+        Ok(false)
     }
-    false
-}
 
-fn show(path: &Path) -> String {
-    use std::os::unix::ffi::OsStrExt as _;
-    Escaped(path.as_os_str().as_bytes()).to_string()
+    fn lost(&self, error: &dyn std::fmt::Display) -> Stop {
+        match self.heard.goodbye() {
+            Some(reason) => Stop::HungUp(format!("the host ended the login: {reason}")),
+            None => Stop::Lost(match self.heard.said() {
+                Some(reason) => format!("the connection was lost while logging in: {reason}"),
+                None => format!("the host ended the login: {error}"),
+            }),
+        }
+    }
 }

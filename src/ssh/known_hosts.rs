@@ -1,17 +1,26 @@
 //! Which host keys are trusted: `known_hosts` files, read strictly.
 //!
-//! Hashed names, `[host]:port`, wildcards, negation and `@revoked` are honoured. A file that is there and cannot be
-//! read, or a `@revoked` line that cannot be understood, refuses: what is not known must not pass for nothing known.
+//! Hashed names, `[host]:port`, wildcards, negation, `@revoked` and `@cert-authority` are honoured. A file that is there
+//! and cannot be read, or a `@revoked` line that cannot be understood, refuses: what is not known must not pass for
+//! nothing known.
 
-use std::io;
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use russh::keys::PublicKey;
 use russh::keys::ssh_key::HashAlg;
+use russh::keys::ssh_key::certificate::CertType;
 use russh::keys::ssh_key::known_hosts::{Entry, HostPatterns, Marker};
+use russh::keys::ssh_key::public::KeyData;
+use russh::keys::{Algorithm, Certificate, PublicKey};
 
-use super::sha1;
-use crate::error::{Escaped, Exit};
+use super::options::SshOptions;
+use super::pattern::wild;
+use super::{quote, sha1, shown};
+
+/// Shorter RSA keys are not believed, on file or not.
+const MIN_RSA_BITS: u32 = 2048;
 
 /// A key that a file holds for the host.
 #[derive(Debug)]
@@ -21,42 +30,93 @@ struct Known {
     line: usize,
 }
 
+impl Known {
+    fn place(&self) -> String {
+        format!("{}:{}", shown(&self.file), self.line)
+    }
+}
+
+/// What is to be thought of a host's key.
+#[derive(Debug)]
+pub(super) enum Verdict {
+    Trusted,
+    /// No file says anything of the host; with what to do about it.
+    Unknown(PublicKey, String),
+    /// With the reason, and what to do.
+    Refused(String),
+}
+
+/// What is to be thought of one of the keys that a host has shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Finding {
+    /// It is on file.
+    Trusted,
+    /// It is not on file, and nothing on file speaks against it.
+    New,
+    /// Another is on file, or it is revoked; with the reason, and what to do.
+    Refused(String),
+}
+
 /// What the files say of one host.
 #[derive(Debug)]
 pub(super) struct KnownHost {
+    /// As the files write it.
+    name: String,
+    /// Without the port, as certificates write it.
     host: String,
-    port: u16,
+    /// What `scan-host` is to be asked for.
+    scan: String,
     files: Vec<PathBuf>,
     trusted: Vec<Known>,
+    /// Keys of the host for whatever port: they may be its own, but need not be.
+    portless: Vec<Known>,
     revoked: Vec<Known>,
+    authorities: Vec<Known>,
 }
 
 /// The host's name as the files write it.
-fn name(host: &str, port: u16) -> String {
+pub(super) fn name(host: &str, port: u16) -> String {
     let host = host.to_ascii_lowercase();
     if port == 22 { host } else { format!("[{host}]:{port}") }
 }
 
 impl KnownHost {
+    fn new(options: &SshOptions) -> KnownHost {
+        let SshOptions { host, port, host_key_alias, known_hosts, .. } = options;
+        KnownHost {
+            name: host_key_alias.as_ref().map_or_else(|| name(host, *port), |alias| alias.to_ascii_lowercase()),
+            host: host_key_alias.as_ref().unwrap_or(host).to_ascii_lowercase(),
+            scan: format!("{}{}", options.arguments(), quote(host)),
+            files: known_hosts.clone(),
+            trusted: Vec::new(),
+            portless: Vec::new(),
+            revoked: Vec::new(),
+            authorities: Vec::new(),
+        }
+    }
+
     /// Reads the files; one that does not exist is empty.
     ///
     /// # Errors
     /// When a file cannot be read or a `@revoked` line cannot be understood.
-    pub(super) fn read(host: &str, port: u16, files: &[PathBuf]) -> Result<KnownHost, String> {
-        let mut known =
-            KnownHost { host: host.to_owned(), port, files: files.to_vec(), trusted: Vec::new(), revoked: Vec::new() };
-        for file in files {
-            match std::fs::read(file) {
-                Ok(bytes) => known.add(file, &bytes)?,
+    pub(super) fn read(options: &SshOptions) -> Result<KnownHost, String> {
+        let mut known = KnownHost::new(options);
+        for file in known.files.clone() {
+            match contents(&file) {
+                Ok(bytes) => known.add(&file, &bytes)?,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(format!("cannot read the known hosts in '{}': {error}", show(file))),
+                Err(error) => return Err(format!("cannot read the known hosts in '{}': {error}", shown(&file))),
             }
         }
         Ok(known)
     }
 
+    /// The host's name as the files write it.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
     fn add(&mut self, file: &Path, bytes: &[u8]) -> Result<(), String> {
-        let name = name(&self.host, self.port);
         for (number, line) in (1..).zip(bytes.split(|byte| *byte == b'\n')) {
             let line = String::from_utf8_lossy(line);
             let mut fields = line.split_whitespace().peekable();
@@ -70,22 +130,25 @@ impl KnownHost {
             let entry = match fields.join(" ").parse::<Entry>() {
                 Ok(entry) => entry,
                 Err(error) if revoked => {
-                    let file = show(file);
+                    let file = shown(file);
                     return Err(format!("{file}:{number}: a revoked key cannot be read: {error}; repair the line"));
                 }
                 Err(error) => {
-                    tracing::debug!(file = %show(file), number, %error, "line of known hosts left out");
+                    tracing::debug!(file = %shown(file), number, %error, "line of known hosts left out");
                     continue;
                 }
             };
-            if !matches(entry.host_patterns(), &name) {
+            let is_exact = matches(entry.host_patterns(), &self.name);
+            // As OpenSSH does: a line without a port is for other ports too, when none is for this one.
+            if !is_exact && !matches(entry.host_patterns(), &self.host) {
                 continue;
             }
             let known = Known { key: entry.public_key().clone(), file: file.to_owned(), line: number };
             match entry.marker() {
-                None => self.trusted.push(known),
+                None if is_exact => self.trusted.push(known),
+                None => self.portless.push(known),
                 Some(Marker::Revoked) => self.revoked.push(known),
-                Some(Marker::CertAuthority) => {}
+                Some(Marker::CertAuthority) => self.authorities.push(known),
             }
         }
         Ok(())
@@ -93,87 +156,221 @@ impl KnownHost {
 
     /// Names of the key types on file, so that the host is asked for a key that can be compared.
     pub(super) fn algorithms(&self) -> Vec<String> {
-        self.trusted.iter().map(|known| plain_type(&known.key)).collect()
+        let on_file = if self.trusted.is_empty() { &self.portless } else { &self.trusted };
+        on_file.iter().map(|known| plain_type(&known.key)).collect()
+    }
+
+    /// Whether a certificate of the host could be believed.
+    pub(super) fn has_authority(&self) -> bool {
+        !self.authorities.is_empty()
+    }
+
+    /// The file that a new key is added to.
+    pub(super) fn first_file(&self) -> Option<&Path> {
+        self.files.first().map(PathBuf::as_path)
+    }
+
+    /// The line that trusts this key.
+    pub(super) fn line(&self, key: &PublicKey) -> String {
+        let key = PublicKey::from(key.key_data().clone()).to_openssh().unwrap_or_default();
+        format!("{} {}", self.name, key.trim_end())
+    }
+
+    fn revocation(&self, key: &KeyData, what: &str) -> Option<String> {
+        let known = self.revoked.iter().find(|known| known.key.key_data() == key)?;
+        Some(format!(
+            "{}: REVOKED HOST KEY: {} revokes the {} key {} {what}; do not connect before its owner says why",
+            self.name,
+            known.place(),
+            plain_type(&known.key),
+            known.key.fingerprint(HashAlg::Sha256),
+        ))
     }
 
     /// Whether this key is the host's.
-    ///
-    /// # Errors
-    /// Why not, and what to do.
-    pub(super) fn check(&self, offered: &PublicKey) -> Result<(), String> {
-        let same = |known: &&Known| known.key.key_data() == offered.key_data();
-        let name = name(&self.host, self.port);
+    pub(super) fn check(&self, offered: &PublicKey) -> Verdict {
         let kind = plain_type(offered);
         let fingerprint = offered.fingerprint(HashAlg::Sha256);
-        if let Some(known) = self.revoked.iter().find(same) {
-            return Err(format!(
-                "{name}: REVOKED HOST KEY: {}:{} revokes the {kind} key {fingerprint} that the host offers; \
-                 do not connect before its owner says why",
-                show(&known.file),
-                known.line
-            ));
+        if let Some(reason) = self.revocation(offered.key_data(), "that the host offers") {
+            return Verdict::Refused(reason);
         }
-        if self.trusted.iter().any(|known| same(&known)) {
-            return Ok(());
+        if let Some(reason) = too_short(offered.key_data()) {
+            return Verdict::Refused(format!("{}: refused: the host's {reason}", self.name));
+        }
+        let is_on_file = |known: &[Known]| known.iter().any(|known| known.key.key_data() == offered.key_data());
+        if is_on_file(&self.trusted) || (self.trusted.is_empty() && is_on_file(&self.portless)) {
+            return Verdict::Trusted;
         }
         let alike = self.trusted.iter().find(|known| plain_type(&known.key) == kind);
         if let Some(known) = alike.or(self.trusted.first()) {
-            return Err(format!(
-                "{name}: HOST KEY CHANGED: the host offers the {kind} key {fingerprint}, but {}:{} holds the {} key \
-                 {}; somebody may be listening in, or the host was set up anew: ask its owner, and only if the new \
-                 key is right remove that line with: ssh-keygen -f {} -R {}",
-                show(&known.file),
-                known.line,
+            return Verdict::Refused(format!(
+                "{}: HOST KEY CHANGED: the host offers the {kind} key {fingerprint}, but {} holds the {} key {}; \
+                 somebody may be listening in, or the host was set up anew: ask its owner, and only if the new key is \
+                 right remove that line with: ssh-keygen -f {} -R {}",
+                self.name,
+                known.place(),
                 plain_type(&known.key),
                 known.key.fingerprint(HashAlg::Sha256),
-                quote(&show(&known.file)),
-                quote(&name)
+                quote(&shown(&known.file)),
+                quote(&self.name)
             ));
         }
-        let file = self.files.first().map_or_else(|| "~/.ssh/known_hosts".to_owned(), |file| quote(&show(file)));
-        let line = PublicKey::from(offered.key_data().clone()).to_openssh().unwrap_or_default();
-        let line = format!("{name} {}", line.trim_end());
-        Err(format!(
+        Verdict::Unknown(PublicKey::from(offered.key_data().clone()), self.unknown(&kind, &fingerprint.to_string()))
+    }
+
+    /// What is to be thought of the keys that a host has, one of each type.
+    pub(super) fn judge(&self, keys: &[PublicKey]) -> Vec<Finding> {
+        let verdicts: Vec<Verdict> = keys.iter().map(|key| self.check(key)).collect();
+        let is_proven = verdicts.iter().any(|verdict| matches!(verdict, Verdict::Trusted));
+        let on_file = self.algorithms();
+        let findings = keys.iter().zip(verdicts).map(|(key, verdict)| match verdict {
+            Verdict::Trusted => Finding::Trusted,
+            Verdict::Unknown(..) => Finding::New,
+            Verdict::Refused(_)
+                if is_proven
+                    && !on_file.contains(&plain_type(key))
+                    && self.revocation(key.key_data(), "").is_none() =>
+            {
+                // The host has a key of one more type than is on file.
+                Finding::New
+            }
+            Verdict::Refused(reason) => Finding::Refused(reason),
+        });
+        findings.collect()
+    }
+
+    fn unknown(&self, kind: &str, fingerprint: &str) -> String {
+        let name = &self.name;
+        let file = self.first_file().map_or_else(String::new, |file| format!("--known-hosts {} ", quote(&shown(file))));
+        format!(
             "{name}: unknown host key: {kind} {fingerprint} is in none of the known hosts files; compare it with what \
-             the host's owner says, then add it with: echo {} >> {file}  (or, unseen: ssh-keyscan -t {} -p {} {} >> {file})",
-            quote(&line),
-            keyscan_type(&kind),
-            self.port,
-            quote(&self.host)
-        ))
+             the host's owner says, then add it with: lockstep keys scan-host --add --fingerprint {fingerprint} \
+             {file}{}",
+            self.scan
+        )
+    }
+
+    /// Whether this certificate is the host's, by an authority of the files; else its bare key may be.
+    pub(super) fn check_certificate(&self, offered: &Certificate) -> Verdict {
+        let bare = PublicKey::from(offered.public_key().clone());
+        let authority = offered.signature_key();
+        let revoked = self
+            .revocation(offered.public_key(), "that the host's certificate is for")
+            .or_else(|| self.revocation(authority, "that signed the host's certificate"));
+        if let Some(reason) = revoked {
+            return Verdict::Refused(reason);
+        }
+        let Some(known) = self.authorities.iter().find(|known| known.key.key_data() == authority) else {
+            return match self.check(&bare) {
+                Verdict::Unknown(key, reason) => {
+                    let signer = authority.fingerprint(HashAlg::Sha256);
+                    Verdict::Unknown(
+                        key,
+                        format!("{reason} (its certificate is signed by {signer}, no authority here)"),
+                    )
+                }
+                verdict => verdict,
+            };
+        };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(u64::MAX, |now| now.as_secs());
+        match self.certificate_fault(offered, now) {
+            None => Verdict::Trusted,
+            Some(reason) => Verdict::Refused(format!(
+                "{}: HOST CERTIFICATE REFUSED: {reason}; it is signed by the authority of {}: ask who keeps that",
+                self.name,
+                known.place()
+            )),
+        }
+    }
+
+    /// What is wrong with a certificate whose authority is trusted, at `now` in Unix seconds.
+    fn certificate_fault(&self, offered: &Certificate, now: u64) -> Option<String> {
+        if offered.cert_type() != CertType::Host {
+            return Some("it is a user's certificate, not a host's".into());
+        }
+        if matches!(offered.signature().algorithm(), Algorithm::Rsa { hash: None } | Algorithm::Dsa) {
+            return Some("it is signed with SHA-1".into());
+        }
+        for (key, whose) in [(offered.public_key(), "its"), (offered.signature_key(), "its authority's")] {
+            if let Some(reason) = too_short(key) {
+                return Some(format!("{whose} {reason}"));
+            }
+        }
+        if now < offered.valid_after() {
+            return Some("it is not valid yet; is the clock right?".into());
+        }
+        if now >= offered.valid_before() {
+            return Some("it has expired".into());
+        }
+        let signer = offered.signature_key().fingerprint(HashAlg::Sha256);
+        if offered.validate_at(now, [&signer]).is_err() {
+            return Some("its signature is wrong".into());
+        }
+        let names = offered.valid_principals();
+        if !names.iter().any(|name| wild(name.to_ascii_lowercase().as_bytes(), self.host.as_bytes())) {
+            let names = crate::error::Escaped(names.join(", ").as_bytes()).to_string();
+            let names = if names.is_empty() { "no host at all".into() } else { names };
+            return Some(format!("it is for {names}, not for {}", self.host));
+        }
+        if let Some((option, _)) = offered.critical_options().iter().next() {
+            let option = crate::error::Escaped(option.as_bytes());
+            return Some(format!("it has the critical option '{option}', which nobody here understands"));
+        }
+        None
+    }
+
+    /// Appends the line that trusts `key` to the first file.
+    ///
+    /// # Errors
+    /// When there is no file to write to, or it cannot be written.
+    pub(super) fn add_key(&self, key: &PublicKey) -> Result<(), String> {
+        let file = self.first_file().ok_or_else(|| format!("{}: no file to add the host key to", self.name))?;
+        append(file, &self.line(key)).map_err(|error| format!("cannot add the host key to '{}': {error}", shown(file)))
     }
 }
 
-/// The exit status of every refusal here.
-pub(super) const REFUSED: Exit = Exit::Trust;
-
-fn show(path: &Path) -> String {
-    use std::os::unix::ffi::OsStrExt as _;
-    Escaped(path.as_os_str().as_bytes()).to_string()
+fn too_short(key: &KeyData) -> Option<String> {
+    let KeyData::Rsa(rsa) = key else { return None };
+    let bits = rsa.key_size();
+    (bits < MIN_RSA_BITS).then(|| format!("RSA key has only {bits} bits; its owner has to make a new one"))
 }
 
-/// A word for the shell.
-fn quote(text: &str) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-/:@+".contains(&byte);
-    if !text.is_empty() && text.bytes().all(plain) {
-        text.to_owned()
-    } else {
-        format!("'{}'", text.replace('\'', "'\\''"))
+/// A file that others may write would let them decide who is trusted.
+fn contents(path: &Path) -> io::Result<Vec<u8>> {
+    let mut file = std::fs::File::open(path)?;
+    // RACE: none; the descriptor that is checked is the one that is read.
+    let metadata = file.metadata()?;
+    if metadata.is_file() && metadata.mode() & 0o022 != 0 {
+        let mode = metadata.mode() & 0o7777;
+        return Err(io::Error::other(format!("others may write it (mode {mode:04o}); run chmod go-w on it")));
     }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Appends a line, below one that lacks its end too; makes the file and its directory for the user alone.
+fn append(file: &Path, line: &str) -> io::Result<()> {
+    if let Some(directory) = file.parent().filter(|directory| !directory.as_os_str().is_empty()) {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    }
+    let present = match std::fs::read(file) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    if present.split(|byte| *byte == b'\n').any(|there| there == line.as_bytes()) {
+        return Ok(());
+    }
+    let start = if present.last().is_none_or(|last| *last == b'\n') { "" } else { "\n" };
+    // One write in append mode, so that lines of two programs do not mix.
+    let mut file = std::fs::OpenOptions::new().append(true).create(true).mode(0o600).open(file)?;
+    file.write_all(format!("{start}{line}\n").as_bytes())
 }
 
 /// `ssh-rsa` whatever the hash, `ssh-ed25519`, …
 fn plain_type(key: &PublicKey) -> String {
     key.algorithm().as_str().to_owned()
-}
-
-fn keyscan_type(kind: &str) -> &str {
-    match kind {
-        "ssh-ed25519" => "ed25519",
-        "ssh-rsa" => "rsa",
-        kind if kind.starts_with("ecdsa-") => "ecdsa",
-        kind => kind,
-    }
 }
 
 fn matches(patterns: &HostPatterns, name: &str) -> bool {
@@ -193,32 +390,6 @@ fn matches(patterns: &HostPatterns, name: &str) -> bool {
     }
 }
 
-/// `*` and `?`, in time linear in the product of the lengths.
-fn wild(pattern: &[u8], name: &[u8]) -> bool {
-    let (mut p, mut n, mut star) = (0, 0, None);
-    while n < name.len() {
-        match pattern.get(p) {
-            Some(b'*') => {
-                star = Some((p, n));
-                p += 1;
-            }
-            Some(byte) if *byte == b'?' || *byte == name[n] => {
-                p += 1;
-                n += 1;
-            }
-            _ => match star {
-                Some((at, from)) => {
-                    star = Some((at, from + 1));
-                    p = at + 1;
-                    n = from + 1;
-                }
-                None => return false,
-            },
-        }
-    }
-    pattern[p..].iter().all(|byte| *byte == b'*')
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -226,11 +397,17 @@ mod tests {
     const A: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIB9dG4kjRhQTtWTVzd2t27+t0DEHBPW7iOD23TUiYLio";
     const B: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ";
 
+    fn options(host: &str, port: u16, file: impl Into<PathBuf>) -> SshOptions {
+        SshOptions { known_hosts: vec![file.into()], ..SshOptions::new("u", host, port) }
+    }
+
     fn verdict(file: &str, host: &str, port: u16, offered: &str) -> Result<(), String> {
-        let mut known =
-            KnownHost { host: host.into(), port, files: vec!["kh".into()], trusted: Vec::new(), revoked: Vec::new() };
+        let mut known = KnownHost::new(&options(host, port, "kh"));
         known.add(Path::new("kh"), file.as_bytes())?;
-        known.check(&offered.parse().unwrap())
+        match known.check(&offered.parse().unwrap()) {
+            Verdict::Trusted => Ok(()),
+            Verdict::Unknown(_, reason) | Verdict::Refused(reason) => Err(reason),
+        }
     }
 
     #[test]
@@ -239,7 +416,11 @@ mod tests {
             (format!("h1 {A}"), "h1", 22, "ok"),
             (format!("h1 {A}"), "H1", 22, "ok"),
             (format!("\t h1,h2\t{A} comment # more"), "h2", 22, "ok"),
-            (format!("h1 {A}"), "h1", 2222, "unknown"),
+            (format!("h1 {A}"), "h1", 2222, "ok"),
+            (format!("h1 {B}"), "h1", 2222, "unknown"),
+            (format!("h1 {A}\n[h1]:2222 {B}"), "h1", 2222, "CHANGED"),
+            (format!("h1 {B}\n[h1]:2222 {A}"), "h1", 2222, "ok"),
+            (format!("[h1]:2222 {A}\n@revoked h1 {A}"), "h1", 2222, "REVOKED"),
             (format!("[h1]:2222 {A}"), "h1", 2222, "ok"),
             (format!("[h1]:2222 {A}"), "h1", 22, "unknown"),
             (format!("*.x,!bad.x {A}"), "a.x", 22, "ok"),
@@ -265,10 +446,11 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_comes_with_the_line_that_adds_it() {
+    fn an_unknown_key_comes_with_the_command_that_adds_it() {
         let message = verdict("", "h1", 2222, A).unwrap_err();
-        assert!(message.contains(&format!("echo '[h1]:2222 {A}' >> kh")), "{message}");
-        assert!(message.contains("ssh-keyscan -t ed25519 -p 2222 h1 >> kh"), "{message}");
+        let fingerprint = A.parse::<PublicKey>().unwrap().fingerprint(HashAlg::Sha256);
+        let command = format!("keys scan-host --add --fingerprint {fingerprint} --known-hosts kh -P 2222 h1");
+        assert!(message.ends_with(&command), "{message}");
         assert!(verdict(&format!("[h1]:2222 {A}"), "h1", 2222, A).is_ok());
     }
 
@@ -287,9 +469,34 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_read_refuses() {
+    fn h57_short_rsa_keys_are_refused_even_when_they_are_on_file() {
         let directory = tempfile::tempdir().unwrap();
-        let read = |path: PathBuf| KnownHost::read("h1", 22, &[path]);
+        for (bits, good) in [("1024", false), ("2048", true)] {
+            let file = directory.path().join(bits);
+            let mut command = std::process::Command::new("ssh-keygen");
+            let run = command.args(["-q", "-t", "rsa", "-N", "", "-b", bits, "-f"]).arg(&file).status().unwrap();
+            assert!(run.success());
+            let key = std::fs::read_to_string(directory.path().join(format!("{bits}.pub"))).unwrap();
+            let verdict = verdict(&format!("h1 {key}"), "h1", 22, key.trim());
+            assert_eq!(verdict.is_ok(), good, "{verdict:?}");
+            assert!(good || verdict.unwrap_err().contains("only 1024 bits"));
+        }
+    }
+
+    #[test]
+    fn h50_a_file_that_cannot_be_read_or_that_others_may_write_refuses() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let directory = tempfile::tempdir().unwrap();
+        let read = |path: PathBuf| KnownHost::read(&options("h1", 22, path));
+        let file = directory.path().join("kh");
+        std::fs::write(&file, format!("h1 {A}\n")).unwrap();
+        for (mode, good) in [(0o644, true), (0o664, false), (0o602, false)] {
+            std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+            let known = read(file.clone());
+            assert_eq!(known.is_ok(), good, "{mode:o}");
+            assert!(good || known.unwrap_err().contains("chmod go-w"));
+        }
+        assert!(read("/dev/null".into()).is_ok());
         assert!(read(directory.path().join("none")).is_ok());
         assert!(read(directory.path().to_owned()).unwrap_err().contains("cannot read"));
     }

@@ -113,7 +113,7 @@ impl ChannelLink {
                 sending.lock().out_bytes -= length;
                 sending.sent.notify_all();
                 if sent.is_err() {
-                    sending.end(Some("the connection was lost".into()));
+                    // The reading task finds out why, and ends the link.
                     return;
                 }
             }
@@ -122,6 +122,7 @@ impl ChannelLink {
             let _ = writer.close().await;
         });
         let receiving = Arc::clone(&shared);
+        let last_words = connection.last_words();
         tokio::spawn(async move {
             let mut whole = false;
             while let Some(message) = reader.wait().await {
@@ -154,7 +155,11 @@ impl ChannelLink {
                 }
             }
             let broken = receiving.lock().broken.clone();
-            receiving.end(if whole { broken } else { broken.or(Some("the connection was lost".into())) });
+            let lost = || match last_words.said() {
+                Some(reason) => format!("the connection was lost: {reason}"),
+                None => "the connection was lost".to_owned(),
+            };
+            receiving.end(if whole { broken } else { broken.or_else(|| Some(lost())) });
             write.abort();
         });
         ChannelLink { shared, host, _in_use: in_use, _connection: connection }

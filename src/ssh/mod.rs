@@ -2,13 +2,49 @@
 //!
 //! Keys only: no password is ever offered. A host key that is not on file is refused, and so is one that differs.
 
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+mod agent;
 mod auth;
+pub mod config;
+mod dial;
+mod enroll;
+mod identity;
+pub mod key_file;
 mod known_hosts;
 mod link;
+mod options;
+mod pattern;
 mod remote;
+mod scan;
 mod sha1;
+mod trust;
 
-pub use remote::{Passphrase, SshOptions, SshRemote};
+pub use enroll::Enrolled;
+pub use known_hosts::Finding;
+pub use options::{AddressFamily, Keepalive, Passphrase, SshOptions, UnknownHost};
+pub use remote::SshRemote;
+pub use scan::Shown;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A path of this machine, made safe to print.
+fn shown(path: &Path) -> String {
+    crate::error::Escaped(path.as_os_str().as_encoded_bytes()).to_string()
+}
+
+/// A word for the shell.
+pub fn quote(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-/:@+".contains(&byte);
+    if !text.is_empty() && text.bytes().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', "'\\''"))
+    }
+}
 
 #[cfg(test)]
 mod tests;

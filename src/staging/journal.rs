@@ -30,9 +30,14 @@ impl Journal {
         Journal(files.into_iter().map(|(path, size, mtime)| (path, (size, mtime))).collect())
     }
 
+    /// Whether a file with this size and time was being staged.
+    pub fn lists(&self, path: &RelPath, size: u64, mtime: Timestamp) -> bool {
+        self.0.get(path) == Some(&(size, mtime))
+    }
+
     /// How many bytes of a file with this size and time lie in `staging` already; 0 when it must start anew.
     pub fn resume_at(&self, staging: &Root, path: &RelPath, size: u64, mtime: Timestamp) -> u64 {
-        if self.0.get(path) != Some(&(size, mtime)) {
+        if !self.lists(path, size, mtime) {
             return 0;
         }
         let staged = RelPath::new([TREE.as_bytes(), b"/", path.as_bytes()].concat());
@@ -42,12 +47,8 @@ impl Journal {
             .map_or(0, |found| found.size)
     }
 
-    /// Writes it to `staging` on stable storage, in place of the one before.
-    ///
-    /// # Errors
-    /// When it cannot be written; the one before is then still there.
-    pub fn store(&self, staging: &Root) -> Result<(), StageError> {
-        let failed = |source| StageError::Io { operation: "write the list of staged files", source };
+    /// The bytes that are stored.
+    pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         for (path, (size, mtime)) in &self.0 {
             // A RelPath has at most 4095 bytes.
@@ -57,6 +58,21 @@ impl Journal {
             bytes.extend_from_slice(&mtime.nanoseconds.to_be_bytes());
             bytes.extend_from_slice(path.as_bytes());
         }
+        bytes
+    }
+
+    /// Reads what [`Journal::encode`] wrote. One that is damaged is empty: then everything starts anew.
+    pub fn decode(bytes: &[u8]) -> Journal {
+        parse(bytes).unwrap_or_default()
+    }
+
+    /// Writes it to `staging` on stable storage, in place of the one before.
+    ///
+    /// # Errors
+    /// When it cannot be written; the one before is then still there.
+    pub fn store(&self, staging: &Root) -> Result<(), StageError> {
+        let failed = |source| StageError::Io { operation: "write the list of staged files", source };
+        let bytes = self.encode();
         let (Ok(name), Ok(new)) = (RelPath::new(JOURNAL), RelPath::new(NEW_JOURNAL)) else { return Ok(()) };
         staging.remove_tree(&new)?;
         let mut file = staging.create_new(&new, 0o600)?;
@@ -79,7 +95,7 @@ impl Journal {
                 .read_to_end(&mut bytes)
                 .map_err(|source| StageError::Io { operation: "read the list of staged files", source })?,
         };
-        Ok(parse(&bytes).unwrap_or_default())
+        Ok(Journal::decode(&bytes))
     }
 }
 

@@ -63,7 +63,9 @@ impl<'a> Reader<'a> {
 }
 
 /// Writes one packet, its length in front.
-#[derive(Debug, Clone)]
+///
+/// [`Writer::default`] holds fields only, for [`Writer::into_bytes`].
+#[derive(Debug, Clone, Default)]
 pub struct Writer(Vec<u8>);
 
 impl Writer {
@@ -96,6 +98,11 @@ impl Writer {
     pub fn bytes(&mut self, value: &[u8]) -> &mut Self {
         self.0.extend_from_slice(value);
         self
+    }
+
+    /// The fields as they are, for a packet they are part of.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.0
     }
 
     /// The whole packet.

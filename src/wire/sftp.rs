@@ -1,8 +1,6 @@
 //! SFTP version 3 (draft-ietf-secsh-filexfer-02): packet types, attributes, status codes and framing. Paths and
 //! handles are bytes.
 
-use std::collections::VecDeque;
-
 use super::buffer::{Reader, Short, Writer};
 
 /// Packet types of the draft, without their `SSH_FXP_`.
@@ -50,10 +48,12 @@ pub mod open {
 
 /// The version that is spoken.
 pub const VERSION: u32 = 3;
-/// The most data in one READ or WRITE.
-pub const DATA_MAX: usize = 256 << 10;
-/// The largest ordinary packet.
-pub const PACKET_MAX: usize = DATA_MAX + 1024;
+/// The most data in one READ or WRITE, as OpenSSH has it: clients take its limits for those of the protocol.
+pub const DATA_MAX: usize = PACKET_LIMIT - 1024;
+/// The largest packet that clients are told of.
+pub const PACKET_LIMIT: usize = 256 << 10;
+/// The largest ordinary packet that is taken: clients that count 256 KiB of data without the header are let be.
+pub const PACKET_MAX: usize = PACKET_LIMIT + 1024;
 /// The largest packet of an extension of ours.
 pub const AGENT_PACKET_MAX: usize = super::extension::RAW_MAX + (64 << 10);
 
@@ -99,7 +99,12 @@ impl Status {
 
     /// The status packet for the request `id`.
     pub fn packet(self, id: u32) -> Vec<u8> {
-        Writer::new(packet::STATUS).u32(id).u32(self as u32).string(self.text().as_bytes()).string(b"").finish()
+        self.packet_saying(id, self.text())
+    }
+
+    /// The same, with a reason for people.
+    pub fn packet_saying(self, id: u32, text: &str) -> Vec<u8> {
+        Writer::new(packet::STATUS).u32(id).u32(self as u32).string(text.as_bytes()).string(b"").finish()
     }
 }
 
@@ -179,68 +184,64 @@ pub struct FramingError(pub u32);
 /// Puts packets together from bytes in any pieces. A byte is copied once, into the packet that it belongs to.
 #[derive(Debug, Default)]
 pub struct Frames {
-    /// The length and the type of the packet that is being received, as far as they are there.
-    head: Vec<u8>,
-    /// What of it is there.
-    packet: Vec<u8>,
-    /// Its length; 0 before that is known.
-    length: usize,
-    ready: VecDeque<Vec<u8>>,
-    broken: Option<FramingError>,
+    /// The length, its type and then the rest of a packet, as far as it is here.
+    held: Vec<u8>,
 }
 
 const HEAD: usize = 5;
 
 impl Frames {
-    /// Takes bytes.
-    pub fn push(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() && self.broken.is_none() {
-            if self.length == 0 {
-                let (head, rest) = bytes.split_at(bytes.len().min(HEAD - self.head.len()));
-                self.head.extend_from_slice(head);
-                bytes = rest;
-                self.begin();
-                continue;
-            }
-            let (more, rest) = bytes.split_at(bytes.len().min(self.length - self.packet.len()));
-            self.packet.extend_from_slice(more);
-            bytes = rest;
-            self.complete();
-        }
-    }
-
-    /// Looks at the length before anything is allocated for it.
-    fn begin(&mut self) {
-        let Some(length) = self.head.first_chunk().map(|length| u32::from_be_bytes(*length)) else { return };
-        let kind = self.head.get(4);
-        let most = if kind.is_none_or(|kind| *kind == packet::EXTENDED) { AGENT_PACKET_MAX } else { PACKET_MAX };
-        if length == 0 || length as usize > most {
-            self.broken = Some(FramingError(length));
-        } else if let Some(kind) = kind {
-            self.length = length as usize;
-            self.packet.reserve_exact(self.length);
-            self.packet.push(*kind);
-            self.complete();
-        }
-    }
-
-    fn complete(&mut self) {
-        if self.packet.len() == self.length {
-            self.ready.push_back(std::mem::take(&mut self.packet));
-            self.head.clear();
-            self.length = 0;
-        }
-    }
-
-    /// The next whole packet, without its length.
+    /// Takes bytes from the front of `bytes`, and gives the next whole packet without its length. A bad length is
+    /// refused before anything is held for it; what is held is never more than one packet.
     ///
     /// # Errors
     /// [`FramingError`]: the stream is out of step for good.
-    pub fn next_packet(&mut self) -> Result<Option<Vec<u8>>, FramingError> {
-        match (self.ready.pop_front(), self.broken) {
-            (None, Some(error)) => Err(error),
-            (packet, _) => Ok(packet),
+    pub fn take(&mut self, bytes: &mut &[u8]) -> Result<Option<Packet>, FramingError> {
+        while self.held.len() < HEAD {
+            let Some((first, rest)) = bytes.split_first() else { return Ok(None) };
+            *bytes = rest;
+            self.held.push(*first);
+            let length = self.length();
+            let most = if self.held.get(4).is_none_or(|kind| *kind == packet::EXTENDED) {
+                AGENT_PACKET_MAX
+            } else {
+                PACKET_MAX
+            };
+            if self.held.len() >= 4 && (length == 0 || length > most) {
+                return Err(FramingError(u32::try_from(length).unwrap_or(u32::MAX)));
+            }
         }
+        let whole = 4 + self.length();
+        let (head, rest) = bytes.split_at((whole - self.held.len()).min(bytes.len()));
+        self.held.reserve_exact(whole - self.held.len());
+        self.held.extend_from_slice(head);
+        *bytes = rest;
+        Ok((self.held.len() == whole).then(|| Packet(std::mem::take(&mut self.held))))
+    }
+
+    fn length(&self) -> usize {
+        Reader(&self.held).u32().map_or(0, |length| length as usize)
+    }
+}
+
+/// One whole packet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Packet(Vec<u8>);
+
+impl Packet {
+    /// What follows the length: type and fields. Not empty.
+    pub fn body(&self) -> &[u8] {
+        &self.0[4..]
+    }
+
+    /// All of it, and where what follows type and number begins.
+    pub fn into_parts(self) -> (Vec<u8>, usize) {
+        (self.0, 4 + 1 + 4)
+    }
+
+    /// The last `count` bytes.
+    pub fn tail(&self, count: usize) -> &[u8] {
+        &self.0[self.0.len().saturating_sub(count)..]
     }
 }
 
@@ -270,18 +271,24 @@ mod tests {
         let mut frames = Frames::default();
         let mut seen = Vec::new();
         for byte in Status::Ok.packet(1).into_iter().chain(Status::Failure.packet(2)) {
-            frames.push(&[byte]);
-            seen.extend(frames.next_packet().unwrap());
+            seen.extend(frames.take(&mut &[byte][..]).unwrap());
         }
-        assert_eq!(seen.iter().map(|packet| packet[4]).collect::<Vec<_>>(), [1, 2]);
+        let mut both = &[Status::Ok.packet(1), Status::Failure.packet(2)].concat()[..];
+        while let Some(packet) = frames.take(&mut both).unwrap() {
+            seen.push(packet);
+        }
+        assert_eq!(seen[..2], seen[2..]);
+        assert_eq!(seen[..2].iter().map(|packet| packet.body()[4]).collect::<Vec<_>>(), [1, 2]);
     }
 
     #[test]
     fn h41_bad_lengths_end_the_stream_without_allocation() {
-        for length in [0u32, u32::MAX] {
+        for length in [0u32, u32::MAX, 1 << 31, AGENT_PACKET_MAX as u32 + 1] {
             let mut frames = Frames::default();
-            frames.push(&length.to_be_bytes());
-            assert_eq!(frames.next_packet(), Err(FramingError(length)));
+            assert_eq!(frames.take(&mut &length.to_be_bytes()[..]), Err(FramingError(length)));
+            assert!(frames.held.capacity() < 64);
         }
+        let ordinary = [&(PACKET_MAX as u32 + 1).to_be_bytes()[..], &[packet::WRITE]].concat();
+        assert!(Frames::default().take(&mut &ordinary[..]).is_err());
     }
 }

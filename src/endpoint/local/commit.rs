@@ -1,6 +1,6 @@
 //! Decides what of a run is published, completes the staged tree, and has it published.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,6 +11,7 @@ use super::publish::{self, Record};
 use super::target::{MANIFEST, Run, STAGING, State, io, rel};
 use super::{known, unit};
 use crate::endpoint::{CommitOptions, Committed, Error};
+use crate::error::Escaped;
 use crate::manifest::{Content, Digest, Entry, Manifest, Timestamp, Tree, format};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
@@ -72,7 +73,9 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let manifest = new_manifest(run, state, options, &failed)?;
     let text = format::encode(&manifest);
     let acls = late_acls(run, &source, &steps)?;
-    let record = Record { actor: run.options.actor.clone(), source: run.options.source.clone(), steps, inodes };
+    let (actor, from) = (run.options.actor.clone(), run.options.source.clone());
+    let (withheld_rights, acls_given) = decided(run, state, &failed);
+    let record = Record { actor, source: from, steps, inodes, withheld: withheld_rights, acls: acls_given };
     publish::write_down(&run.root, staging, &record, &text, &acls)?;
     state.recorded = true;
     let published = publish::carry_out(&run.root, staging, &record, manifest, text, &acls)?;
@@ -89,6 +92,27 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         removed: removed as u64,
         problems: shown(withheld.into_iter().chain(published.problems)),
     })
+}
+
+type Notes = BTreeMap<RelPath, String>;
+
+/// What the audit log is told of decisions: what a sender asked for in vain, and the ACLs that are given.
+fn decided(run: &Run, state: &State, failed: &HashSet<u32>) -> (Notes, Notes) {
+    let (mut withheld, mut acls) = (Notes::new(), Notes::new());
+    for action in state.plan.actions.iter().filter(|action| !failed.contains(&action.index)) {
+        let entry = &state.source.entries()[action.index as usize];
+        if matches!(entry.content, Content::Symlink { .. } | Content::HardLink { .. }) {
+            continue;
+        }
+        let decision = run.decision(entry);
+        if !decision.withheld.is_empty() {
+            withheld.insert(entry.path.clone(), decision.withheld.join(", "));
+        }
+        if let Some(acl) = decision.acl.filter(|acl| !acl.is_empty()) {
+            acls.insert(entry.path.clone(), Escaped(acl.to_string().as_bytes()).to_string());
+        }
+    }
+    (withheld, acls)
 }
 
 fn shown(problems: impl IntoIterator<Item = (RelPath, String)>) -> Vec<(String, String)> {
@@ -212,13 +236,21 @@ fn settle(run: &Run, staging: &Root, state: &State, failed: &HashSet<u32>) -> Re
 
 /// Gives new directories their permissions, from the leaves up.
 fn settle_directories(run: &Run, staging: &Root, state: &State, failed: &HashSet<u32>) -> Result<(), Error> {
+    let awaits_pointer: HashSet<RelPath> = state
+        .source
+        .entries()
+        .iter()
+        .filter(|entry| !entry.is_directory() && run.is_last(&entry.path))
+        .filter_map(|entry| entry.path.parent())
+        .collect();
     for action in state.plan.actions.iter().rev() {
         let entry = &state.source.entries()[action.index as usize];
         if !entry.is_directory() || action.change == Change::MetadataOnly || failed.contains(&action.index) {
             continue;
         }
-        let path = run.staged_path(&entry.path)?;
-        // The top-most new directory gets its mode after the rename: without the right to write it cannot be moved.
+        let path = run.staged_directory(&entry.path)?;
+        // The top-most new directory gets its mode after the rename: without the right to write it cannot be moved. One
+        // that a pointer is yet to be put into gets it after that.
         if path.depth() > 2 && staging.stat(&path, Follow::Never).is_ok() {
             let private = Permissions { mode: 0o700, ..run.permissions(entry)? };
             let above = entry.path.parent();
@@ -226,7 +258,8 @@ fn settle_directories(run: &Run, staging: &Root, state: &State, failed: &HashSet
                 state.target.get(&parent).is_none_or(|there| !there.is_directory())
                     || run.unit_of(&parent, true).is_some()
             });
-            apply_directory(staging, &path, &if moved_with { run.permissions(entry)? } else { private })?;
+            let complete = moved_with && !awaits_pointer.contains(&entry.path);
+            apply_directory(staging, &path, &if complete { run.permissions(entry)? } else { private })?;
         }
     }
     Ok(())

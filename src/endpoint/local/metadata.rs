@@ -2,14 +2,19 @@
 
 use std::collections::HashMap;
 
-use super::target::{Run, io, stage_failure};
+use rustix::fs::RenameFlags;
+
+use super::target::{Run, STAGING, io, rel, stage_failure};
 use crate::access::{AclLists, Inode};
 use crate::endpoint::Error;
-use crate::manifest::{Content, Digest, Entry};
+use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::path::RelPath;
-use crate::root::{FileKind, Follow, Root};
+use crate::root::{FileKind, Root};
 use crate::scan::names;
 use crate::staging::{Permissions, apply, hash_of};
+
+/// The name in the staging directory of a copy that takes the place of a file with names elsewhere.
+const COPY: &str = "detached";
 
 /// The ACLs that rules give to paths whose permissions are set after they are published. They are no part of the
 /// manifest, and whoever finishes an interrupted run has to know them.
@@ -69,44 +74,99 @@ fn failed(root: &Root, path: &RelPath, operation: &'static str, source: std::io:
     Error::Io { operation, path: root.shown().join(path.as_path()).display().to_string(), source }
 }
 
-/// Gives what is published already the entry's permissions and time.
-///
-/// ACLs are what a rule says of them. Where none does they stay, unless the mode changes: it would be the new mask of
-/// what they grant, and nobody has said that this is meant.
-pub(super) fn apply_entry(root: &Root, entry: &Entry, acls: &Acls) -> Result<(), Error> {
-    if matches!(entry.content, Content::Symlink { .. }) {
-        return Ok(());
-    }
-    let path = &entry.path;
-    let before = root.stat(path, Follow::Never).map_err(io)?;
-    if !matches!(before.kind, FileKind::Regular | FileKind::Directory) {
-        let source = std::io::Error::other(format!("it is a {} now; run again", before.kind.name()));
-        return Err(failed(root, path, "set the permissions of", source));
-    }
-    let inode = Inode::open(root, Some(path)).map_err(io)?;
-    let now = inode.metadata().map_err(|source| failed(root, path, "look at", source))?;
-    let ruled = acls.0.get(path).cloned();
-    let wanted = Permissions {
-        mode: entry.mode,
-        uid: names::user_id(&entry.owner).ok().filter(|&uid| uid != now.uid),
-        gid: names::group_id(&entry.group).ok().filter(|&gid| gid != now.gid),
-        acl: ruled.or_else(|| (now.mode != entry.mode).then(AclLists::default)),
-        mtime: entry.mtime,
-    };
-    let gains_execute = entry.mode & 0o111 & !now.mode != 0;
-    if let Content::File { size, digest: Some(digest) } = entry.content
-        && gains_execute
-    {
-        verify(root, path, &inode, size, digest)?;
-    }
-    apply(&inode, &wanted).map_err(|error| stage_failure(&error, root))
+/// What has to be known to change what is there already.
+pub(super) struct Existing<'a> {
+    root: &'a Root,
+    staging: &'a Root,
+    acls: &'a Acls,
+    /// The further names in the tree of each file that has some.
+    names: HashMap<&'a RelPath, Vec<&'a RelPath>>,
 }
 
-/// Reads what lies on the disk: nothing becomes executable on the word of a size and a time.
+impl<'a> Existing<'a> {
+    pub(super) fn new(root: &'a Root, staging: &'a Root, tree: &'a Tree, acls: &'a Acls) -> Existing<'a> {
+        let mut names: HashMap<&RelPath, Vec<&RelPath>> = HashMap::new();
+        for entry in tree.entries() {
+            if let Content::HardLink { first } = &entry.content {
+                names.entry(first).or_default().push(&entry.path);
+            }
+        }
+        Existing { root, staging, acls, names }
+    }
+
+    /// Gives what is published already the entry's permissions and time.
+    ///
+    /// ACLs are what a rule says of them. Where none does they stay, unless the mode changes: it would be the new mask
+    /// of what they grant, and nobody has said that this is meant. A file that has names outside of the tree is replaced
+    /// by a copy first, because they would change too.
+    pub(super) fn apply(&self, entry: &Entry) -> Result<(), Error> {
+        // A further name has what the first has.
+        if matches!(entry.content, Content::Symlink { .. } | Content::HardLink { .. }) {
+            return Ok(());
+        }
+        let (root, path) = (self.root, &entry.path);
+        let mut inode = Inode::open(root, Some(path)).map_err(io)?;
+        let now = inode.metadata().map_err(|source| failed(root, path, "look at", source))?;
+        let others = self.names.get(path).map_or(&[][..], Vec::as_slice);
+        let detach = now.kind == FileKind::Regular && now.links as usize > 1 + others.len();
+        if detach {
+            inode = self.copy(entry, &inode)?;
+        }
+        let is = inode.metadata().map_err(|source| failed(root, path, "look at", source))?;
+        let uid = names::user_id(&entry.owner).unwrap_or(now.uid);
+        let gid = names::group_id(&entry.group).unwrap_or(now.gid);
+        let ruled = self.acls.0.get(path).cloned();
+        let wanted = Permissions {
+            mode: entry.mode,
+            uid: Some(uid).filter(|&uid| uid != is.uid),
+            gid: Some(gid).filter(|&gid| gid != is.gid),
+            acl: ruled.or_else(|| (is.mode != entry.mode).then(AclLists::default)),
+            mtime: entry.mtime,
+        };
+        if let Content::File { size, digest: Some(digest) } = entry.content
+            && entry.mode & 0o111 & !is.mode != 0
+        {
+            verify(root, path, &inode, size, digest)?;
+        }
+        apply(&inode, &wanted).map_err(|error| stage_failure(&error, root))?;
+        if detach { self.replace(path, others, &inode) } else { Ok(()) }
+    }
+
+    /// A copy of the file in the staging directory, which is proven to be the entry's content.
+    fn copy(&self, entry: &Entry, inode: &Inode) -> Result<Inode, Error> {
+        let unread = |source| failed(self.root, &entry.path, "copy", source);
+        let copy = rel(COPY)?;
+        self.staging.remove_tree(&copy).map_err(io)?;
+        let mut to = self.staging.create_new(&copy, 0o600).map_err(io)?;
+        let mut from = inode.readable().ok_or_else(|| unread(std::io::ErrorKind::PermissionDenied.into()))?;
+        std::io::copy(&mut from, &mut to).map_err(unread)?;
+        let to = Inode::from(to);
+        if let Content::File { size, digest: Some(digest) } = entry.content {
+            verify(self.root, &entry.path, &to, size, digest)?;
+        }
+        Ok(to)
+    }
+
+    /// Puts the copy in the file's place, under all names that it has in the tree.
+    fn replace(&self, path: &RelPath, others: &[&RelPath], copy: &Inode) -> Result<(), Error> {
+        // DURABILITY: a name must not lead to content that is not stored.
+        let file = copy.readable().map_or(Ok(()), std::fs::File::sync_all);
+        file.map_err(|source| failed(self.root, path, "write to stable storage", source))?;
+        self.staging.rename_to(&rel(COPY)?, self.root, path, RenameFlags::empty()).map_err(io)?;
+        let link = rel(STAGING)?.join(COPY).map_err(|error| Error::Usage(error.to_string()))?;
+        for other in others {
+            self.root.hard_link(path, &link).map_err(io)?;
+            self.root.rename(&link, other, RenameFlags::empty()).map_err(io)?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads what lies on the disk: nothing becomes executable, and nothing is copied, on the word of a size and a time.
 fn verify(root: &Root, path: &RelPath, inode: &Inode, size: u64, listed: Digest) -> Result<(), Error> {
     let unverified = |reason: String| {
-        let reason = format!("it may be executed only when its content is verified, and {reason}; push it again");
-        failed(root, path, "set the mode of", std::io::Error::other(reason))
+        let reason = format!("its content has to be verified for that, and {reason}; remove it, and push again");
+        failed(root, path, "set the permissions of", std::io::Error::other(reason))
     };
     let file = inode.readable().ok_or_else(|| unverified("it cannot be read".into()))?;
     let found = hash_of(file, size).map_err(|error| unverified(crate::error::chain(&error)))?;
@@ -141,7 +201,6 @@ pub(super) fn check_support(root: &Root) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::target::rel;
     use super::*;
 
     #[test]

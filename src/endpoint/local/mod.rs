@@ -15,3 +15,4 @@ mod writer;
 pub use place::{anywhere, beneath};
 pub use source::LocalSource;
 pub use target::LocalTarget;
+pub(in crate::endpoint) use target::POINTERS;

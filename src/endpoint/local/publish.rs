@@ -6,17 +6,17 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::{ErrorKind, Read as _, Write as _};
 
-use rustix::fs::RenameFlags;
+use rustix::fs::{Mode, RenameFlags};
 use rustix::io::Errno;
 
-use super::metadata::{Acls, apply_entry};
+use super::metadata::{Acls, Existing};
 use super::target::{MANIFEST, STAGING, STATE, io, rel};
 use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::Error;
 use crate::manifest::{Content, Entry, Manifest, Tree, format};
 use crate::path::RelPath;
 use crate::plan::publish::Step;
-use crate::root::{Follow, Root};
+use crate::root::{Follow, Metadata, Root};
 
 const RECORD: &str = "commit";
 const NEW_MANIFEST: &str = "manifest";
@@ -32,6 +32,10 @@ pub(super) struct Record {
     pub(super) source: String,
     /// In their order.
     pub(super) steps: Vec<Step>,
+    /// What a sender asked for and does not get, for the audit log.
+    pub(super) withheld: BTreeMap<RelPath, String>,
+    /// The ACLs that rules give, for the audit log.
+    pub(super) acls: BTreeMap<RelPath, String>,
     /// The inodes of directories that are exchanged whole, to know afterwards which of the two is the new one.
     pub(super) inodes: BTreeMap<RelPath, u64>,
 }
@@ -45,7 +49,8 @@ fn unhex(text: &str) -> Option<Vec<u8>> {
 }
 
 impl Record {
-    /// One step a line: a letter and the path's bytes in hexadecimal; before them who it is done for.
+    /// One step a line: a letter and the path's bytes in hexadecimal; before them who it is done for, after them what else
+    /// the audit log is to be told of a path.
     fn encode(&self) -> String {
         let mut text = format!("{}\n{}\n", hex(self.actor.as_bytes()), hex(self.source.as_bytes()));
         for step in &self.steps {
@@ -64,6 +69,11 @@ impl Record {
             }
             text.push('\n');
         }
+        for (letter, notes) in [('W', &self.withheld), ('L', &self.acls)] {
+            for (path, note) in notes {
+                text.push_str(&format!("{letter}{} {}\n", hex(path.as_bytes()), hex(note.as_bytes())));
+            }
+        }
         text
     }
 
@@ -73,9 +83,14 @@ impl Record {
         let mut record = Record { actor: name()?, source: name()?, ..Record::default() };
         for line in lines {
             let (letter, rest) = line.split_at_checked(1)?;
-            let (path, inode) = rest.split_once(' ').map_or((rest, None), |(path, inode)| (path, Some(inode)));
+            let (path, more) = rest.split_once(' ').map_or((rest, None), |(path, more)| (path, Some(more)));
             let path = RelPath::new(unhex(path)?).ok()?;
-            if let Some(inode) = inode {
+            if matches!(letter, "W" | "L") {
+                let notes = if letter == "W" { &mut record.withheld } else { &mut record.acls };
+                notes.insert(path, String::from_utf8(unhex(more?)?).ok()?);
+                continue;
+            }
+            if let Some(inode) = more {
                 record.inodes.insert(path.clone(), u64::from_str_radix(inode, 16).ok()?);
             }
             record.steps.push(match letter {
@@ -169,8 +184,10 @@ fn execute(
     tree: &Tree,
     acls: &Acls,
 ) -> Result<Vec<(RelPath, String)>, Error> {
+    let existing = Existing::new(root, staging, tree, acls);
     let mut problems = Vec::new();
     let mut touched: BTreeSet<RelPath> = BTreeSet::new();
+    let mut opened: BTreeMap<RelPath, u32> = BTreeMap::new();
     let mut note = |path: &RelPath, result: Result<(), Error>| match result {
         Err(error) if ends_the_run(&error) => Err(error),
         Err(error) => {
@@ -185,38 +202,62 @@ fn execute(
         let take = || match step {
             Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path),
             Step::Exchange(_) => exchange(root, staging, path, record.inodes.get(path).copied()),
-            Step::ApplyMetadata(_) => tree.get(path).map_or(Ok(()), |entry| apply_entry(root, entry, acls)),
+            Step::ApplyMetadata(_) => tree.get(path).map_or(Ok(()), |entry| existing.apply(entry)),
             Step::RemoveFile(_) => gone(root.unlink(path).map_err(io)),
             Step::RemoveDirectory(_) => gone(root.rmdir(path).map_err(io)),
         };
         let result = match take() {
-            Err(error) if is_forbidden(&error) && opened_up(root, step, tree) => take(),
-            other => other,
+            Err(error) if denied(&error) => {
+                // To move the old directory of an exchange needs the right to write in it as well.
+                let own = matches!(step, Step::Exchange(_)) && open_up(root, path).is_some();
+                let above = path.parent().and_then(|above| Some((open_up(root, &above)?, above)));
+                let any = own || above.is_some();
+                if let Some((mode, above)) = above {
+                    opened.entry(above).or_insert(mode);
+                }
+                if any { take() } else { Err(error) }
+            }
+            result => result,
         };
         if note(path, result)? && matches!(step, Step::NewDirectory(_) | Step::Exchange(_)) {
             touched.insert(path.clone());
         }
     }
+    for (path, mode) in opened.iter().rev() {
+        note(path, gone(close_again(root, path, *mode)))?;
+    }
     // What happened in a directory moved its time; and new ones still have the mode they were staged with.
     for path in touched.iter().rev() {
         if let Some(entry) = tree.get(path).filter(|entry| entry.is_directory()) {
-            note(path, apply_entry(root, entry, acls))?;
+            note(path, existing.apply(entry))?;
         }
     }
     Ok(problems)
 }
 
-fn is_forbidden(error: &Error) -> bool {
+fn denied(error: &Error) -> bool {
     matches!(error, Error::Io { source, .. } if source.kind() == ErrorKind::PermissionDenied)
 }
 
-/// Opens up the directory above, and one that is exchanged: to move it needs the right to write in it. Only those that
-/// get their mode again after the last step.
-fn opened_up(root: &Root, step: &Step, tree: &Tree) -> bool {
-    let exchanged = matches!(step, Step::Exchange(_)).then(|| step.path().clone());
-    let listed = |path: &RelPath| tree.get(path).is_some_and(Entry::is_directory);
-    let concerned = step.path().parent().into_iter().chain(exchanged).filter(listed);
-    concerned.filter(|path| root.open_up(path).is_ok()).count() > 0
+/// Lets us write in a directory that is ours and does not; gives the mode it had. `None` when that is not the cause.
+fn open_up(root: &Root, path: &RelPath) -> Option<u32> {
+    let directory = root.open_dir(Some(path), Follow::Never).ok()?;
+    let found = Metadata::of(&directory).ok()?;
+    let ours = found.uid == rustix::process::geteuid().as_raw();
+    if !ours || found.mode & 0o300 == 0o300 {
+        return None;
+    }
+    rustix::fs::fchmod(&directory, Mode::from_raw_mode(found.mode | 0o700)).ok()?;
+    Some(found.mode)
+}
+
+fn close_again(root: &Root, path: &RelPath, mode: u32) -> Result<(), Error> {
+    let directory = root.open_dir(Some(path), Follow::Never).map_err(io)?;
+    rustix::fs::fchmod(&directory, Mode::from_raw_mode(mode)).map_err(|errno| Error::Io {
+        operation: "give its mode back to",
+        path: root.shown().join(path.as_path()).display().to_string(),
+        source: errno.into(),
+    })
 }
 
 /// What is not there needs no removing; what has another kind than before was put in its place by a later step, when
@@ -306,8 +347,18 @@ fn audit(root: &Root, record: &Record, tree: &Tree, problems: &[(RelPath, String
                 mode: Some(format!("{:04o}", entry.mode)),
                 owner: Some(entry.owner.to_string()),
                 group: Some(entry.group.to_string()),
+                acl: record.acls.get(&entry.path).cloned(),
                 ..base.clone()
             });
+            if let Some(what) = record.withheld.get(&entry.path) {
+                let reason = Some(format!("not given: {what}; the policy here does not grant it"));
+                records.push(AuditRecord {
+                    action: "refuse".into(),
+                    path: entry.path.to_string(),
+                    reason,
+                    ..base.clone()
+                });
+            }
         }
     }
     AuditLog::open(root).map_err(wrong)?.append(&records).map_err(wrong)?;
@@ -387,7 +438,9 @@ mod tests {
             Step::RemoveDirectory(path(b"g")),
         ];
         let inodes = BTreeMap::from([(path(b"e"), u64::MAX)]);
-        let record = Record { actor: "ana@gpu01".into(), source: String::new(), steps, inodes };
+        let note = |text: &str| BTreeMap::from([(RelPath::new("b \n/c").unwrap(), text.to_owned())]);
+        let (withheld, acls) = (note("the special bits of mode 4755"), note("user:ops:r--"));
+        let record = Record { actor: "ana@gpu01".into(), source: String::new(), steps, withheld, acls, inodes };
         assert_eq!(Record::parse(&record.encode()), Some(record));
         for damaged in ["", "\n", "61\n62", "61\n\nR2e2e\n", "61\n\nR6\n", "61\n\nZ61\n", "61\n\nX61 g\n", "6\n\n"] {
             assert_eq!(Record::parse(damaged), None, "{damaged:?}");

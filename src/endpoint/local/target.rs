@@ -19,7 +19,7 @@ use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::plan::{Change, Compare, Desired, Need, Plan, diff, require_proof};
 use crate::policy::acl::Principal;
-use crate::policy::{Policy, PolicySpec, merge};
+use crate::policy::{Decision, Policy, PolicySpec};
 use crate::root::{Follow, Metadata, Root, RootError};
 use crate::scan::names::{Names, UnknownName};
 use crate::scan::{self, LinkRule, ScanRule};
@@ -31,7 +31,8 @@ pub(super) const STAGING: &str = ".lockstep/staging/current";
 /// Clocks of machines that exchange data differ by less.
 const CLOCK_TOLERANCE_SECONDS: i64 = 60;
 /// Names that are published last and removed first wherever they occur.
-const POINTERS: [&str; 5] = ["latest", "latest_checkpointed_iteration.txt", "_SUCCESS", ".metadata", "*.index.json"];
+pub(in crate::endpoint) const POINTERS: [&str; 5] =
+    ["latest", "latest_checkpointed_iteration.txt", "_SUCCESS", ".metadata", "*.index.json"];
 
 /// A directory of this machine as a target.
 pub struct LocalTarget {
@@ -125,7 +126,7 @@ impl Target for LocalTarget {
 
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
         let usage = |error: &dyn std::error::Error| Error::Usage(crate::error::chain(error));
-        let policy = Policy::compile(&merge(&self.policy, &options.policy)).map_err(|error| usage(&error))?;
+        let policy = Policy::of_both(&self.policy, &options.policy, options.peer).map_err(|error| usage(&error))?;
         let rules = POINTERS.iter().map(|&name| name.to_owned()).chain(options.last.iter().cloned()).collect();
         let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
         let units = FilterSpec { rules: options.units.clone(), only: None };
@@ -230,11 +231,14 @@ impl Run {
         self.state().full |= matches!(error, Error::Io { source, .. } if is_full(source));
     }
 
-    /// Where the content of a path is staged. Pointers lie apart: they are published by themselves.
+    /// Where a file or link is staged. Pointers lie apart: they are published by themselves.
     pub(super) fn staged_path(&self, path: &RelPath) -> Result<RelPath, Error> {
-        let tree: &[u8] = if self.is_last(path) { b"last/" } else { b"tree/" };
-        let staged = RelPath::new([tree, path.as_bytes()].concat());
-        staged.map_err(|error| Error::Refused { by: "the staging directory".into(), reason: error.to_string() })
+        staged_in(if self.is_last(path) { b"last/" } else { b"tree/" }, path)
+    }
+
+    /// Where a directory is staged, which is never a pointer, whatever its name.
+    pub(super) fn staged_directory(&self, path: &RelPath) -> Result<RelPath, Error> {
+        staged_in(b"tree/", path)
     }
 
     /// Whether a path is published by itself at the end. What lies in a unit is published with it.
@@ -256,10 +260,14 @@ impl Run {
         Ok(self.decided(entry)?.0)
     }
 
+    pub(super) fn decision(&self, entry: &Entry) -> Decision {
+        self.policy.decide(&entry.path, entry.is_directory(), entry.mode)
+    }
+
     /// The same, and whether a rule says so.
     pub(super) fn decided(&self, entry: &Entry) -> Result<(Permissions, bool), Error> {
         let directory = entry.is_directory();
-        let decision = self.policy.decide(&entry.path, directory, entry.mode);
+        let decision = self.decision(entry);
         let (mode, ruled) = (decision.mode, decision.rule.is_some());
         let resolve = |who: Principal, name: &str| match who {
             Principal::User => self.ids.user(name),
@@ -387,10 +395,9 @@ impl Run {
             if action.change == Change::MetadataOnly && action.need == Need::Nothing {
                 continue;
             }
-            let staged = self.staged_path(&entry.path)?;
             if entry.is_directory() {
-                directories.push(staged);
-            } else if let Some(parent) = staged.parent()
+                directories.push(self.staged_directory(&entry.path)?);
+            } else if let Some(parent) = self.staged_path(&entry.path)?.parent()
                 && directories.last() != Some(&parent)
             {
                 directories.push(parent);
@@ -414,6 +421,11 @@ impl Run {
         }
         Ok(())
     }
+}
+
+fn staged_in(tree: &[u8], path: &RelPath) -> Result<RelPath, Error> {
+    let staged = RelPath::new([tree, path.as_bytes()].concat());
+    staged.map_err(|error| Error::Refused { by: "the staging directory".into(), reason: error.to_string() })
 }
 
 /// What is not staged yet.

@@ -292,7 +292,8 @@ impl Control {
             }
             "begin" => {
                 let root = fields.string()?;
-                let options: BeginOptions = serde_json::from_slice(fields.string()?)?;
+                let wish: BeginOptions = serde_json::from_slice(fields.string()?)?;
+                let options = BeginOptions { peer: true, ..wish };
                 self.must_be_free()?;
                 let target = (self.factory.target)(root)?;
                 target.begin(&options, &Silent::default())?;

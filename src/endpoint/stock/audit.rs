@@ -1,0 +1,137 @@
+//! The record of what was published, appended to `.lockstep/audit.jsonl` of the target.
+//!
+//! It is written by the account that publishes, over the same session: whoever has that account can write it anew, and
+//! shows only by a head that is kept elsewhere (`docs/security.md`).
+
+use std::collections::HashSet;
+
+use super::read::{Piece, ReadQueue, Wanted, read_whole};
+use super::record::Recorded;
+use super::session::{self, Reply, about, extended, with_attributes};
+use super::stage::store;
+use super::target::{Run, STATE, State};
+use super::{REGULAR, at, kind_of};
+use crate::audit::{AuditRecord, HEAD, Head, LOG, TAIL_BYTES, head_of, lines};
+use crate::endpoint::Error;
+use crate::manifest::Manifest;
+use crate::plan::Change;
+use crate::wire::sftp::{Attributes, open, packet};
+
+/// Appends one line for each path that was published or removed.
+///
+/// # Errors
+/// When it cannot be written, or its end has been tampered with. The run is not complete then.
+pub(super) fn append(
+    run: &Run,
+    state: &State,
+    steps: &[Recorded],
+    failed: &HashSet<u32>,
+    manifest: &Manifest,
+) -> Result<(), Error> {
+    let records = records(run, state, steps, failed, manifest);
+    if records.is_empty() {
+        return Ok(());
+    }
+    let session = &run.session;
+    let path = at(&run.root, LOG);
+    let (head, end) = end_of(run)?;
+    let broken = |error: serde_json::Error| Error::Usage(error.to_string());
+    let (text, head) = lines(head, &records).map_err(broken)?;
+    let handle = match session.call(session::open(&path, open::WRITE | open::CREATE))? {
+        Reply::Handle(handle) => handle,
+        Reply::Refused(refusal) => return Err(session.refused("open", &path, &refusal)),
+        _ => return Err(session.odd()),
+    };
+    // What a crash left of an unfinished line, behind `end`, is dropped; the lock keeps others away.
+    let cut = Attributes { size: Some(end), ..Attributes::default() };
+    let chunk = session.write_max as usize;
+    let writes = text.chunks(chunk).enumerate();
+    let mut requests = vec![with_attributes(packet::FSETSTAT, &handle, &cut)];
+    requests.extend(writes.map(|(number, bytes)| session::write(&handle, end + (number * chunk) as u64, bytes)));
+    if session.offers.fsync {
+        requests.push(extended("fsync@openssh.com", &[&handle]));
+    }
+    requests.push(about(packet::CLOSE, &handle));
+    if let Some(refusal) = session.all(requests)?.into_iter().find_map(Result::err) {
+        return Err(session.refused("write", &path, &refusal));
+    }
+    // DURABILITY: written after the lines; after a crash between the two the head is behind, which is no fault.
+    let name = HEAD.rsplit('/').next().unwrap_or(HEAD);
+    store(session, &at(&run.root, STATE), name, head.encode().as_bytes())
+}
+
+/// The head of the log as it is, and where its next line goes.
+fn end_of(run: &Run) -> Result<(Head, u64), Error> {
+    let session = &run.session;
+    let path = at(&run.root, LOG);
+    let broken = |what: &str| Error::Refused {
+        by: format!("the audit log of {}", session.client.host()),
+        reason: format!("{what}; keep the file as it is and find out who changed it"),
+    };
+    let size = match session.stat(packet::LSTAT, &path)? {
+        Ok(found) if kind_of(&found) == Some(REGULAR) => found.size.unwrap_or_default(),
+        Ok(_) => return Err(broken("it is not a regular file")),
+        Err(refusal) if refusal.is_missing() => 0,
+        Err(refusal) => return Err(session.refused("look at", &path, &refusal)),
+    };
+    let start = size.saturating_sub(TAIL_BYTES);
+    let mut tail = Vec::new();
+    if size > 0 {
+        let mut queue = ReadQueue::new(run.session.clone());
+        queue.push(Wanted { id: 0, path: path.clone(), from: start, size });
+        while let Some(piece) = queue.next()? {
+            match piece {
+                Piece::Data { data, .. } => tail.extend_from_slice(&data),
+                Piece::End { .. } => {}
+                Piece::Failed { why: Err(refusal), .. } => return Err(session.refused("read", &path, &refusal)),
+                Piece::Failed { why: Ok(()), .. } => return Err(broken("it was cut while it was read")),
+            }
+        }
+    }
+    let (head, complete) = head_of(&tail, start == 0).map_err(broken)?;
+    let stored = match read_whole(session, &at(&run.root, HEAD))? {
+        Ok(text) => Some(
+            String::from_utf8(text)
+                .ok()
+                .and_then(|text| Head::decode(&text))
+                .ok_or_else(|| broken("audit.head beside it cannot be read"))?,
+        ),
+        Err(refusal) if refusal.is_missing() => None,
+        Err(refusal) => return Err(session.refused("read", &at(&run.root, HEAD), &refusal)),
+    };
+    if stored.is_some_and(|stored| stored.lines > head.lines) {
+        return Err(broken("lines were cut off at its end"));
+    }
+    Ok((head, start + complete as u64))
+}
+
+fn records(
+    run: &Run,
+    state: &State,
+    steps: &[Recorded],
+    failed: &HashSet<u32>,
+    manifest: &Manifest,
+) -> Vec<AuditRecord> {
+    let (actor, source) = (run.options.actor.clone(), run.options.source.clone());
+    let base = AuditRecord { actor, source, ..AuditRecord::default() };
+    let mut records = Vec::new();
+    for action in state.plan.actions.iter().filter(|action| !failed.contains(&action.index)) {
+        let Some(entry) = manifest.tree.get(&state.source.entries()[action.index as usize].path) else { continue };
+        let file = entry.file();
+        records.push(AuditRecord {
+            action: if action.change == Change::MetadataOnly { "metadata" } else { "publish" }.into(),
+            path: entry.path.to_string(),
+            size: file.map(|(size, _)| size),
+            sha256: file.and_then(|(_, digest)| digest).map(|digest| digest.to_string()),
+            mode: Some(format!("{:04o}", entry.mode)),
+            owner: Some(entry.owner.to_string()),
+            group: Some(entry.group.to_string()),
+            ..base.clone()
+        });
+    }
+    for recorded in steps.iter().filter(|recorded| recorded.is_removal()) {
+        let path = recorded.step.path().to_string();
+        records.push(AuditRecord { action: "remove".into(), path, ..base.clone() });
+    }
+    records
+}

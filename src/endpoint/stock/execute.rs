@@ -1,0 +1,185 @@
+//! Does the steps of a publication, many of them in flight.
+
+use std::collections::BTreeSet;
+
+use super::record::Recorded;
+use super::session::{self, Refusal, Reply, Session, about, extended};
+use super::stage::replace;
+use super::target::{Permissions, Run};
+use super::writer::grant;
+use super::{SYMLINK, below, kind_of, whole_seconds};
+use crate::endpoint::Error;
+use crate::manifest::{Content, Entry, Tree};
+use crate::path::RelPath;
+use crate::plan::publish::Step;
+use crate::wire::sftp::{Attributes, packet};
+
+/// Paths that could not be published, escaped, and why.
+pub(super) type Problems = Vec<(String, String)>;
+/// A step and what became of it.
+type Done<'a> = (&'a Recorded, Result<(), Refusal>);
+
+/// Does the steps. Those that the state of the target forbids are told and left; after one no pointer is published.
+/// `again` is for a record of which a part was done before.
+pub(super) fn execute(run: &Run, steps: &[Recorded], tree: &Tree, again: bool) -> Result<Problems, Error> {
+    let mut problems = Problems::new();
+    let (pointers, content): (Vec<&Recorded>, Vec<&Recorded>) = steps.iter().partition(|recorded| recorded.pointer);
+    let parents = |of: &[&Recorded]| -> BTreeSet<RelPath> {
+        of.iter().filter_map(|recorded| recorded.step.path().parent()).collect()
+    };
+    let later = parents(&pointers);
+    let mut touched = parents(&content);
+    let new = content.iter().filter(|recorded| matches!(recorded.step, Step::NewDirectory(_)));
+    touched.extend(new.map(|recorded| recorded.step.path().clone()));
+    perform(run, &content, tree, again, &mut problems)?;
+    // What happened in a directory moved its time; and new ones still have the mode they were staged with.
+    let entries = |paths: &mut dyn Iterator<Item = &RelPath>| -> Vec<Entry> {
+        paths.filter_map(|path| tree.get(path)).filter(|entry| entry.is_directory()).cloned().collect()
+    };
+    apply(run, &entries(&mut touched.difference(&later)), &mut problems)?;
+    if problems.is_empty() {
+        perform(run, &pointers, tree, again, &mut problems)?;
+    } else {
+        let held = "is not published, because something that it may point to could not be; push again";
+        problems.extend(pointers.iter().map(|recorded| (recorded.step.path().to_string(), held.to_owned())));
+    }
+    apply(run, &entries(&mut later.iter()), &mut problems)?;
+    Ok(problems)
+}
+
+fn perform(run: &Run, steps: &[&Recorded], tree: &Tree, again: bool, problems: &mut Problems) -> Result<(), Error> {
+    let session = &run.session;
+    let staged = |recorded: &Recorded| {
+        let tree: &[u8] = if recorded.pointer { b"/last/" } else { b"/tree/" };
+        [&run.staging[..], tree, recorded.step.path().as_bytes()].concat()
+    };
+    let mut batch: Vec<(&Recorded, Vec<u8>)> = Vec::new();
+    let mut results: Vec<Done<'_>> = Vec::new();
+    let mut metadata = Vec::new();
+    for &recorded in steps {
+        let path = below(&run.root, recorded.step.path());
+        let request = match &recorded.step {
+            Step::Replace(_) if session.offers.posix_rename => {
+                extended("posix-rename@openssh.com", &[&staged(recorded), &path])
+            }
+            Step::Replace(_) => {
+                let before = std::mem::take(&mut batch);
+                results.extend(flush(session, before)?);
+                results.push((recorded, replace(session, &staged(recorded), &path)?));
+                continue;
+            }
+            Step::NewDirectory(_) => session::request(packet::RENAME).string(&staged(recorded)).string(&path).finish(),
+            // SFTP cannot do it, and no run asks for it.
+            Step::Exchange(path) => {
+                problems.push((path.to_string(), "cannot be exchanged over SFTP".into()));
+                continue;
+            }
+            Step::ApplyMetadata(path) => {
+                metadata.extend(tree.get(path).cloned());
+                continue;
+            }
+            Step::RemoveFile(_) => about(packet::REMOVE, &path),
+            Step::RemoveDirectory(_) => about(packet::RMDIR, &path),
+        };
+        batch.push((recorded, request));
+    }
+    results.extend(flush(session, batch)?);
+    for (recorded, result) in results {
+        let Err(refusal) = result else { continue };
+        let path = below(&run.root, recorded.step.path());
+        let done_before = match recorded.step {
+            Step::RemoveFile(_) | Step::RemoveDirectory(_) => refusal.is_missing(),
+            _ => {
+                again
+                    && session.stat(packet::LSTAT, &staged(recorded))?.is_err_and(|gone| gone.is_missing())
+                    && session.stat(packet::LSTAT, &path)?.is_ok()
+            }
+        };
+        if !done_before {
+            problems.push((recorded.step.path().to_string(), recorded.describe(&refusal.to_string())));
+        }
+    }
+    apply(run, &metadata, problems)
+}
+
+fn flush<'a>(session: &Session, batch: Vec<(&'a Recorded, Vec<u8>)>) -> Result<Vec<Done<'a>>, Error> {
+    let (steps, packets): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+    Ok(steps.into_iter().zip(session.all(packets)?).collect())
+}
+
+/// Sets owner, mode and times of what has its final name, from the leaves up, to what the manifest says. A link that
+/// took the place of one is not followed.
+fn apply(run: &Run, entries: &[Entry], problems: &mut Problems) -> Result<(), Error> {
+    let session = &run.session;
+    let entries: Vec<&Entry> =
+        entries.iter().rev().filter(|entry| !matches!(entry.content, Content::Symlink { .. })).collect();
+    let paths: Vec<Vec<u8>> = entries.iter().map(|entry| below(&run.root, &entry.path)).collect();
+    let mut there = Vec::with_capacity(entries.len());
+    for (number, found) in session.batch(paths.iter().map(|path| about(packet::LSTAT, path)))?.into_iter().enumerate() {
+        let mut problem = |what: String| problems.push((entries[number].path.to_string(), what));
+        match found {
+            Reply::Attributes(found) if kind_of(&found) != Some(SYMLINK) => there.push((number, found)),
+            Reply::Attributes(_) => problem("has become a symbolic link".into()),
+            Reply::Refused(refusal) => problem(refusal.to_string()),
+            _ => return Err(session.odd()),
+        }
+    }
+    let wanted = wanted(run, &entries, &there)?;
+    let kind = if session.offers.lsetstat { packet::EXTENDED } else { packet::SETSTAT };
+    let mut left = settle_permissions(session, kind, &paths, &wanted)?;
+    if kind == packet::EXTENDED && !left.is_empty() {
+        // RACE: the server cannot set a mode without following links where it has no /proc. What is there was no link
+        // when it was looked at, a moment ago.
+        let again: Vec<_> = wanted.into_iter().filter(|(number, _)| left.iter().any(|(at, _)| at == number)).collect();
+        left = settle_permissions(session, packet::SETSTAT, &paths, &again)?;
+    }
+    for (number, refusal) in left {
+        problems.push((entries[number].path.to_string(), format!("set its owner, mode and time: {refusal}")));
+    }
+    Ok(())
+}
+
+/// What each of `there` is to have. An owner that it has already is left out: only few may give files away.
+fn wanted(run: &Run, entries: &[&Entry], there: &[(usize, Attributes)]) -> Result<Vec<(usize, Permissions)>, Error> {
+    let owners = |pick: fn((u32, u32)) -> u32| -> BTreeSet<u32> {
+        there.iter().filter_map(|(_, found)| found.owner.map(pick)).collect()
+    };
+    let mut names = super::target::locked(&run.names);
+    names.learn(&run.session, &owners(|owner| owner.0), &owners(|owner| owner.1))?;
+    let mut wanted = Vec::with_capacity(there.len());
+    for (number, found) in there {
+        let entry = entries[*number];
+        let (user, group) = found.owner.unwrap_or_default();
+        let mut permissions = Permissions { mode: entry.mode, uid: None, gid: None, mtime: whole_seconds(entry.mtime) };
+        if names.user(user) != entry.owner {
+            permissions.uid = run.ids.user(&run.session, run.shell().as_mut(), &entry.owner)?.ok();
+        }
+        if names.group(group) != entry.group {
+            permissions.gid = run.ids.group(&run.session, run.shell().as_mut(), &entry.group)?.ok();
+        }
+        wanted.push((*number, permissions));
+    }
+    Ok(wanted)
+}
+
+/// Those that were refused, each once.
+fn settle_permissions(
+    session: &Session,
+    kind: u8,
+    paths: &[Vec<u8>],
+    wanted: &[(usize, Permissions)],
+) -> Result<Vec<(usize, Refusal)>, Error> {
+    let mut requests = Vec::new();
+    let mut asked = Vec::new();
+    for (number, wanted) in wanted {
+        for packet in grant(kind, &paths[*number], wanted) {
+            asked.push(*number);
+            requests.push(packet);
+        }
+    }
+    let results = asked.into_iter().zip(session.all(requests)?);
+    let mut refused: Vec<(usize, Refusal)> =
+        results.filter_map(|(number, result)| Some((number, result.err()?))).collect();
+    refused.dedup_by_key(|(number, _)| *number);
+    Ok(refused)
+}

@@ -1,0 +1,311 @@
+//! Lists a tree of a stock server: directories are opened and read many at once.
+//!
+//! Names and kinds come from READDIR, whose attributes are those of LSTAT: no link is followed. What always holds: a
+//! name that is no single component of a path ends the run.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+use super::names::Names;
+use super::read::read_whole;
+use super::session::{self, Name, Refusal, Reply, Session};
+use super::{DIRECTORY, REGULAR, SYMLINK, below, kind_of};
+use crate::endpoint::Error;
+use crate::endpoint::client::Completion;
+use crate::error::Escaped;
+use crate::filter::{Filter, IGNORE_FILE};
+use crate::manifest::{Content, Entry, Timestamp};
+use crate::monitor::{Counters, Monitor, Problem, Severity};
+use crate::path::RelPath;
+use crate::scan::{LinkRule, ScanRule, stays_inside};
+use crate::wire::sftp::{Attributes, Status, packet};
+
+/// Directories that are open at once.
+const OPEN: usize = 32;
+/// READDIRs in flight for one directory.
+const DEPTH: usize = 16;
+
+/// What was found, in no order.
+#[derive(Debug, Default)]
+pub(super) struct Listed {
+    pub(super) entries: Vec<Entry>,
+    pub(super) problems: Vec<Problem>,
+}
+
+struct Directory {
+    path: Option<RelPath>,
+    filter: Arc<Filter>,
+    handle: Option<Bytes>,
+    names: Vec<Name>,
+    in_flight: usize,
+    depth: usize,
+    ended: bool,
+}
+
+struct Listing<'a> {
+    session: &'a Session,
+    root: &'a [u8],
+    rule: &'a ScanRule,
+    monitor: &'a dyn Monitor,
+    sender: Sender<Completion>,
+    receiver: Receiver<Completion>,
+    waiting: VecDeque<(Option<RelPath>, Arc<Filter>)>,
+    open: BTreeMap<u64, Directory>,
+    next: u64,
+    found: Vec<(RelPath, Attributes, Content)>,
+    links: Vec<(RelPath, Attributes)>,
+    problems: Vec<Problem>,
+}
+
+/// The tag of answers that nobody looks at.
+const IGNORED: u64 = u64::MAX;
+
+/// Lists everything beneath `root`. Owners are named as far as the server names them.
+///
+/// # Errors
+/// When the root itself cannot be listed, or the connection ends.
+pub(super) fn list(
+    session: &Session,
+    root: &[u8],
+    rule: &ScanRule,
+    names: &mut Names,
+    monitor: &dyn Monitor,
+) -> Result<Listed, Error> {
+    let (sender, receiver) = unbounded();
+    let mut listing = Listing {
+        session,
+        root,
+        rule,
+        monitor,
+        sender,
+        receiver,
+        waiting: VecDeque::from([(None, Arc::new(rule.filter.clone()))]),
+        open: BTreeMap::new(),
+        next: 0,
+        found: Vec::new(),
+        links: Vec::new(),
+        problems: Vec::new(),
+    };
+    listing.run()?;
+    listing.read_links()?;
+    let owners = |pick: fn((u32, u32)) -> u32| -> BTreeSet<u32> {
+        listing.found.iter().filter_map(|(_, attributes, _)| attributes.owner.map(pick)).collect()
+    };
+    names.learn(session, &owners(|owner| owner.0), &owners(|owner| owner.1))?;
+    let entries = listing.found.into_iter().map(|(path, attributes, content)| {
+        let (uid, gid) = attributes.owner.unwrap_or_default();
+        let seconds = attributes.times.map_or(0, |(_, modified)| modified.into());
+        let mode = match content {
+            Content::Symlink { .. } => 0o777,
+            _ => attributes.mode.unwrap_or_default() & 0o7777,
+        };
+        let (owner, group) = (names.user(uid), names.group(gid));
+        Entry { path, content, mtime: Timestamp { seconds, nanoseconds: 0 }, mode, owner, group }
+    });
+    Ok(Listed { entries: entries.collect(), problems: listing.problems })
+}
+
+fn failed(path: Option<RelPath>, message: String) -> Problem {
+    Problem { path, message, severity: Severity::Failed }
+}
+
+impl Listing<'_> {
+    fn run(&mut self) -> Result<(), Error> {
+        loop {
+            while self.open.len() < OPEN.min(self.session.handles)
+                && let Some((path, filter)) = self.waiting.pop_front()
+            {
+                let at = self.absolute(path.as_ref());
+                let number = self.next;
+                self.next += 1;
+                let (names, handle) = (Vec::new(), None);
+                let directory = Directory { path, filter, handle, names, in_flight: 1, depth: 1, ended: false };
+                self.open.insert(number, directory);
+                self.session.client.submit(session::about(packet::OPENDIR, &at), 0, number, &self.sender)?;
+            }
+            if self.open.is_empty() {
+                return Ok(());
+            }
+            let completion = self.session.client.wait(&self.receiver, false)?;
+            let (number, reply) = self.session.completed(completion)?;
+            if number != IGNORED {
+                self.settle(number, reply)?;
+            }
+        }
+    }
+
+    fn absolute(&self, path: Option<&RelPath>) -> Vec<u8> {
+        match path {
+            Some(path) => below(self.root, path),
+            None if self.root.is_empty() => b"/".to_vec(),
+            None => self.root.to_vec(),
+        }
+    }
+
+    fn settle(&mut self, number: u64, reply: Reply) -> Result<(), Error> {
+        let Some(directory) = self.open.get_mut(&number) else { return Ok(()) };
+        directory.in_flight -= 1;
+        match reply {
+            Reply::Handle(handle) if directory.handle.is_none() => directory.handle = Some(handle),
+            Reply::Names(names) if directory.handle.is_some() => {
+                directory.depth = (directory.depth * 2).min(DEPTH);
+                Counters::add(&self.monitor.counters().scanned_entries, names.len() as u64);
+                directory.names.extend(names);
+            }
+            Reply::Refused(refusal) => {
+                let path = directory.path.clone();
+                let (opened, first) = (directory.handle.is_some(), !directory.ended);
+                directory.ended = true;
+                if !(opened && refusal.status == Status::EndOfFile) && first {
+                    self.unlistable(path, &refusal)?;
+                }
+            }
+            _ => return Err(self.session.odd()),
+        }
+        let Some(directory) = self.open.get_mut(&number) else { return Ok(()) };
+        if let Some(handle) = directory.handle.clone() {
+            while !directory.ended && directory.in_flight < directory.depth {
+                directory.in_flight += 1;
+                let request = session::about(packet::READDIR, &handle);
+                self.session.client.submit(request, 0, number, &self.sender)?;
+            }
+        }
+        if directory.ended && directory.in_flight == 0 {
+            let Some(directory) = self.open.remove(&number) else { return Ok(()) };
+            if let Some(handle) = &directory.handle {
+                let close = session::about(packet::CLOSE, handle);
+                self.session.client.submit(close, 0, IGNORED, &self.sender)?;
+            }
+            self.children(directory)?;
+        }
+        Ok(())
+    }
+
+    fn unlistable(&mut self, path: Option<RelPath>, refusal: &Refusal) -> Result<(), Error> {
+        match path {
+            None => Err(self.session.refused("list", &self.absolute(None), refusal)),
+            // RACE: removed since its parent was read; it is not there any more, and that is all there is to say.
+            Some(_) if refusal.is_missing() => Ok(()),
+            Some(path) => {
+                self.problems.push(failed(Some(path), format!("list the directory: {refusal}")));
+                Ok(())
+            }
+        }
+    }
+
+    /// What a directory that was read to its end holds.
+    fn children(&mut self, mut directory: Directory) -> Result<(), Error> {
+        directory.names.retain(|name| name.name != b"." && name.name != b"..");
+        let mut paths = Vec::with_capacity(directory.names.len());
+        for name in &directory.names {
+            let path = match &directory.path {
+                Some(parent) => parent.join(&name.name),
+                None => RelPath::new(&name.name),
+            };
+            let sound = !name.name.contains(&b'/');
+            let path = path.ok().filter(|_| sound).ok_or_else(|| {
+                let (name, at) = (Escaped(&name.name), self.absolute(directory.path.as_ref()));
+                self.session.client.protocol(format!("it lists the name '{name}' in '{}'", Escaped(&at)))
+            })?;
+            paths.push(path);
+        }
+        self.complete(&mut directory.names, &paths)?;
+        let filter = self.own_filter(&directory)?;
+        for (name, path) in directory.names.into_iter().zip(paths) {
+            let kind = kind_of(&name.attributes);
+            if !filter.admits(&path, kind == Some(DIRECTORY)) {
+                continue;
+            }
+            match kind {
+                // It went between READDIR and LSTAT.
+                None => {}
+                Some(DIRECTORY) => {
+                    self.waiting.push_back((Some(path.clone()), Arc::clone(&filter)));
+                    self.found.push((path, name.attributes, Content::Directory));
+                }
+                Some(REGULAR) => {
+                    let size = name.attributes.size.unwrap_or_default();
+                    self.found.push((path, name.attributes, Content::File { size, digest: None }));
+                }
+                Some(SYMLINK) => self.links.push((path, name.attributes)),
+                Some(_) if self.rule.report_special => self.problems.push(Problem {
+                    path: Some(path),
+                    message: "is a FIFO, socket or device, which cannot be sent".into(),
+                    severity: Severity::Skipped,
+                }),
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for the attributes that READDIR did not give.
+    fn complete(&self, names: &mut [Name], paths: &[RelPath]) -> Result<(), Error> {
+        let lacking = |attributes: &Attributes| attributes.mode.is_none() || attributes.times.is_none();
+        let lacks: Vec<usize> = (0..names.len()).filter(|&at| lacking(&names[at].attributes)).collect();
+        let requests = lacks.iter().map(|&at| session::about(packet::LSTAT, &below(self.root, &paths[at])));
+        for (reply, &at) in self.session.batch(requests)?.into_iter().zip(&lacks) {
+            names[at].attributes = match reply {
+                Reply::Attributes(attributes) => attributes,
+                _ => Attributes::default(),
+            };
+        }
+        Ok(())
+    }
+
+    /// The directory's filter, with its `.lockstepignore` where it has one.
+    fn own_filter(&mut self, directory: &Directory) -> Result<Arc<Filter>, Error> {
+        let regular = |name: &Name| name.name == IGNORE_FILE && kind_of(&name.attributes) == Some(REGULAR);
+        if !self.rule.ignore_files || !directory.names.iter().any(regular) {
+            return Ok(Arc::clone(&directory.filter));
+        }
+        let file = [&self.absolute(directory.path.as_ref())[..], b"/", IGNORE_FILE].concat();
+        let filter = match read_whole(self.session, &file)? {
+            Err(refusal) => Err(refusal.to_string()),
+            Ok(text) => String::from_utf8(text).map_err(|error| error.to_string()).and_then(|text| {
+                let path = directory.path.as_ref();
+                directory.filter.with_ignore_file(path, &text).map_err(|error| error.to_string())
+            }),
+        };
+        Ok(filter.map(Arc::new).unwrap_or_else(|message| {
+            let message = format!("its .lockstepignore cannot be used: {message}");
+            self.problems.push(failed(directory.path.clone(), message));
+            Arc::clone(&directory.filter)
+        }))
+    }
+
+    fn read_links(&mut self) -> Result<(), Error> {
+        let links = std::mem::take(&mut self.links);
+        let requests = links.iter().map(|(path, _)| session::about(packet::READLINK, &below(self.root, path)));
+        let replies = self.session.batch(requests)?;
+        for ((path, attributes), reply) in links.into_iter().zip(replies) {
+            let target = match reply {
+                Reply::Names(mut names) if names.len() == 1 => names.remove(0).name,
+                Reply::Refused(refusal) if refusal.is_missing() => continue,
+                Reply::Refused(refusal) => {
+                    self.problems.push(failed(Some(path), format!("read the link: {refusal}")));
+                    continue;
+                }
+                _ => return Err(self.session.odd()),
+            };
+            let shown = Escaped(&target).to_string();
+            let skipped = |message| Problem { path: Some(path.clone()), message, severity: Severity::Skipped };
+            match self.rule.links {
+                LinkRule::Refuse => {
+                    self.problems.push(failed(Some(path), format!("is a symbolic link (to '{shown}')")));
+                }
+                LinkRule::Skip => self.problems.push(skipped(format!("is a symbolic link (to '{shown}')"))),
+                LinkRule::Safe if !stays_inside(&path, &target) => self.problems.push(skipped(format!(
+                    "is a symbolic link out of the tree (to '{shown}'); --links=all sends it as it is"
+                ))),
+                LinkRule::Safe | LinkRule::All => {
+                    self.found.push((path, attributes, Content::Symlink { target: target.into() }));
+                }
+            }
+        }
+        Ok(())
+    }
+}

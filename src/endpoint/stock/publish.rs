@@ -1,0 +1,398 @@
+//! Makes what is staged visible, and finishes what an interrupted run had begun to make visible.
+//!
+//! As at a local target: when everything is staged and proven, the steps and the new manifest are written down; from then on
+//! the run can only go forward, and whoever comes next does again what was not done. The record says which manifest it
+//! follows, so that it is void once another run has published.
+
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+
+use sha2::{Digest as _, Sha256};
+
+use super::execute::{Problems, execute};
+use super::list::list;
+use super::names::Names;
+use super::read::read_whole;
+use super::record::{Record, Recorded};
+use super::session::{self, Reply, Session, about, extended, with_attributes};
+use super::shell::Job;
+use super::stage::{replace, store};
+use super::target::{MANIFEST, Run, STATE, State};
+use super::writer::grant;
+use super::{DIRECTORY, at, audit, below, kind_of};
+use crate::endpoint::{CommitOptions, Committed, Error};
+use crate::error::Escaped;
+use crate::filter::{Filter, FilterSpec};
+use crate::manifest::{Content, Digest, Entry, Manifest, Tree, format};
+use crate::monitor::{Event, Monitor, Silent};
+use crate::path::RelPath;
+use crate::plan::outcome::{Outcome, entries_after};
+use crate::plan::publish::{Publication, Step, steps};
+use crate::plan::{Action, Change, Need};
+use crate::scan::{LinkRule, ScanRule};
+use crate::wire::sftp::{Attributes, packet};
+
+const RECORD: &str = "commit";
+const NEW_MANIFEST: &str = "manifest";
+
+/// The manifest of `root` and the SHA-256 of its file (zeros where there is none); one that is damaged is told, and
+/// counts as absent: nothing is believed then.
+pub(super) fn read_manifest(
+    session: &Session,
+    root: &[u8],
+    monitor: &dyn Monitor,
+) -> Result<(Manifest, Digest), Error> {
+    let path = at(root, MANIFEST);
+    let text = match read_whole(session, &path)? {
+        Ok(text) => text,
+        Err(refusal) if refusal.is_missing() => return Ok((Manifest::default(), Digest::default())),
+        Err(refusal) => return Err(session.refused("read", &path, &refusal)),
+    };
+    let manifest = format::decode(&text).unwrap_or_else(|error| {
+        monitor.event(Event::Warning(&format!(
+            "the manifest of {}:{} is damaged ({error}); it is not believed",
+            session.client.host(),
+            Escaped(root)
+        )));
+        Manifest::default()
+    });
+    Ok((manifest, Digest(Sha256::digest(&text).into())))
+}
+
+/// Publishes the run.
+pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
+    let mut state = run.state();
+    let state = &mut *state;
+    if run.options.dry_run {
+        return Err(Error::Usage("a dry run publishes nothing".into()));
+    }
+    let mut committed = Committed::default();
+    let mut failed = settle(run, state, options, &mut committed.problems)?;
+    if !failed.is_empty() || !options.unreadable.is_empty() {
+        hold_pointers_back(run, state, &mut failed, &mut committed.problems);
+    }
+    let source = Arc::clone(&state.source);
+    let publication = Publication {
+        source: &source,
+        target: &state.target,
+        plan: &state.plan,
+        delete: options.delete,
+        failed: &|index| failed.contains(&index),
+        last: &|path| run.is_last(path),
+        unit: &|_, _| None,
+    };
+    let steps: Vec<Recorded> = steps(&publication)
+        .into_iter()
+        .map(|step| Recorded { pointer: matches!(step, Step::Replace(_)) && run.is_last(step.path()), step })
+        .collect();
+    if let Some(lock) = super::target::locked(&run.lock).as_ref() {
+        lock.check(Escaped(&run.root).to_string())?;
+    }
+    if steps.is_empty() && run.rename_to.is_none() && state.old_manifest.generation > 0 {
+        clear(run)?;
+        committed.generation = state.old_manifest.generation;
+        committed.manifest_digest = state.old_digest.to_string();
+        return Ok(committed);
+    }
+    check_parents(run, &steps)?;
+    let manifest = new_manifest(run, state, options, &failed)?;
+    let text = format::encode(&manifest);
+    // DURABILITY: all content and permissions first; only then the record that makes them the truth.
+    bring_to_disk(run)?;
+    let record = Record { base: state.old_digest, steps };
+    store(&run.session, &run.staging, NEW_MANIFEST, &text)?;
+    store(&run.session, &run.staging, RECORD, record.encode().as_bytes())?;
+
+    committed.generation = manifest.generation;
+    committed.manifest_digest = Digest(Sha256::digest(&text).into()).to_string();
+    committed.problems.extend(execute(run, &record.steps, &manifest.tree, false)?);
+    committed.published = state.plan.actions.iter().filter(|action| !failed.contains(&action.index)).count() as u64;
+    committed.removed = record.steps.iter().filter(|recorded| recorded.is_removal()).count() as u64;
+    audit::append(run, state, &record.steps, &failed, &manifest)?;
+    finish(run)?;
+    if let Some(path) = &run.rename_to {
+        appear(run, path)?;
+    }
+    monitor.event(Event::Detail(&format!("generation {} is published", committed.generation)));
+    Ok(committed)
+}
+
+/// Makes sure that what the steps go through are directories still.
+///
+/// RACE: SFTP cannot hold a directory fast. Whoever may write in the target, and puts a link in the place of a directory
+/// between this and a step, leads the step to where the link points.
+fn check_parents(run: &Run, steps: &[Recorded]) -> Result<(), Error> {
+    let new: HashSet<&RelPath> = steps
+        .iter()
+        .filter(|recorded| matches!(recorded.step, Step::NewDirectory(_)))
+        .map(|recorded| recorded.step.path())
+        .collect();
+    let above: BTreeSet<RelPath> = steps
+        .iter()
+        .flat_map(|recorded| recorded.step.path().ancestors().take_while(|above| !new.contains(above)))
+        .collect();
+    let found = run.session.batch(above.iter().map(|path| about(packet::LSTAT, &below(&run.root, path))))?;
+    for (path, found) in above.iter().zip(found) {
+        if let Reply::Attributes(found) = found
+            && kind_of(&found) != Some(DIRECTORY)
+        {
+            return Err(Error::Refused {
+                by: run.session.client.host().to_owned(),
+                reason: format!("'{path}' was a directory and is none any more; nothing was published, run again"),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Makes the links, gives new directories their permissions, and says which entries are not to be published.
+fn settle(
+    run: &Run,
+    state: &mut State,
+    options: &CommitOptions,
+    problems: &mut Problems,
+) -> Result<HashSet<u32>, Error> {
+    let source = Arc::clone(&state.source);
+    let mut failed: HashSet<u32> = options.failed.iter().copied().collect();
+    let mut linked: HashSet<&RelPath> = HashSet::new();
+    let mut requests: Vec<(u32, Vec<u8>)> = Vec::new();
+    for action in &mut state.plan.actions {
+        let index = action.index;
+        let entry = &source.entries()[index as usize];
+        let has_content = state.staged.contains_key(&index) && !failed.contains(&index);
+        match (&entry.content, action.need) {
+            (Content::File { .. }, Need::Nothing) => {}
+            (Content::File { .. }, _) if has_content => {
+                action.change = if action.change == Change::Added { Change::Added } else { Change::Modified };
+                linked.insert(&entry.path);
+            }
+            (Content::File { .. }, _) if state.kept.contains_key(&index) && !failed.contains(&index) => {}
+            (Content::File { .. }, _) => {
+                failed.insert(index);
+                requests.push((index, about(packet::REMOVE, &run.staged_path(&entry.path))));
+            }
+            (Content::Directory, _) => {}
+            _ if action.change == Change::MetadataOnly => {}
+            (Content::Symlink { target }, _) => {
+                let path = run.staged_path(&entry.path);
+                requests.push((index, session::symlink(target, &path)));
+                let wanted = run.permissions(entry)?;
+                if run.session.offers.lsetstat && (wanted.uid.is_some() || wanted.gid.is_some()) {
+                    let owner = (wanted.uid.unwrap_or(u32::MAX), wanted.gid.unwrap_or(u32::MAX));
+                    requests.push((
+                        index,
+                        with_attributes(
+                            packet::EXTENDED,
+                            &path,
+                            &Attributes { owner: Some(owner), ..Attributes::default() },
+                        ),
+                    ));
+                }
+            }
+            (Content::HardLink { first }, _) => {
+                if source.position(first).is_some_and(|at| failed.contains(&(at as u32))) {
+                    failed.insert(index);
+                    continue;
+                }
+                let from = if linked.contains(first) { run.staged_path(first) } else { below(&run.root, first) };
+                requests.push((index, extended("hardlink@openssh.com", &[&from, &run.staged_path(&entry.path)])));
+            }
+        }
+    }
+    let (indices, packets): (Vec<u32>, Vec<Vec<u8>>) = requests.into_iter().unzip();
+    for (index, result) in indices.into_iter().zip(run.session.all(packets)?) {
+        if let Err(refusal) = result
+            && !failed.contains(&index)
+        {
+            failed.insert(index);
+            let entry = &source.entries()[index as usize];
+            problems.push((entry.path.to_string(), format!("make the link: {refusal}")));
+        }
+    }
+    // What was only asked about, and is as it was.
+    let kept = |action: &Action| state.kept.contains_key(&action.index) && !action.differences.any();
+    state.plan.actions.retain(|action| !kept(action) || failed.contains(&action.index));
+    directories(run, state)?;
+    Ok(failed)
+}
+
+/// A marker or pointer may say of just that which failed that it is there.
+fn hold_pointers_back(run: &Run, state: &State, failed: &mut HashSet<u32>, problems: &mut Vec<(String, String)>) {
+    for action in &state.plan.actions {
+        let entry = &state.source.entries()[action.index as usize];
+        if !entry.is_directory() && run.is_last(&entry.path) && failed.insert(action.index) {
+            let reason = "is held back, since other paths failed: it may say that they are there";
+            problems.push((entry.path.to_string(), reason.into()));
+        }
+    }
+}
+
+/// Gives staged directories their permissions, from the leaves up.
+fn directories(run: &Run, state: &State) -> Result<(), Error> {
+    let source = &state.source;
+    let actions = || state.plan.actions.iter().map(|action| (action, &source.entries()[action.index as usize]));
+    let holds_pointer: HashSet<RelPath> = actions()
+        .filter(|(_, entry)| !entry.is_directory() && run.is_last(&entry.path))
+        .filter_map(|(_, entry)| entry.path.parent())
+        .collect();
+    let new = |path: &RelPath| state.target.get(path).is_none_or(|old| !old.is_directory());
+    let mut packets = Vec::new();
+    let mut paths = Vec::new();
+    for (_, entry) in actions().filter(|(_, entry)| entry.is_directory() && new(&entry.path)) {
+        let mut wanted = run.permissions(entry)?;
+        // The top-most new directory gets its mode after the rename: without the right to write it cannot be moved. One
+        // that a pointer is yet to be put into gets it after that.
+        if entry.path.parent().is_none_or(|parent| !new(&parent)) || holds_pointer.contains(&entry.path) {
+            wanted.mode = 0o700;
+        }
+        let path = run.staged_directory(&entry.path);
+        packets.push(grant(packet::SETSTAT, &path, &wanted));
+        paths.push(path);
+    }
+    packets.reverse();
+    paths.reverse();
+    let counts: Vec<usize> = packets.iter().map(Vec::len).collect();
+    let mut results = run.session.all(packets.into_iter().flatten())?.into_iter();
+    for (path, count) in paths.iter().zip(counts) {
+        if let Some(refusal) = results.by_ref().take(count).find_map(Result::err) {
+            return Err(run.session.refused("set owner, mode and time of", path, &refusal));
+        }
+    }
+    Ok(())
+}
+
+fn new_manifest(run: &Run, state: &State, options: &CommitOptions, failed: &HashSet<u32>) -> Result<Manifest, Error> {
+    let gone: HashSet<&RelPath> =
+        state.plan.removals.iter().filter(|_| options.delete).map(|removal| &removal.path).collect();
+    let outcome = Outcome {
+        source: &state.source,
+        target: &state.target,
+        old: &state.old_manifest.tree,
+        removed: &|path| gone.contains(path),
+        failed: &|index| failed.contains(&index),
+    };
+    // What is made there belongs to whom the staging area belongs to.
+    let own = match run.session.stat(packet::LSTAT, &run.staging)? {
+        Ok(found) => found.owner.unwrap_or_default(),
+        Err(refusal) => return Err(run.session.refused("look at", &run.staging, &refusal)),
+    };
+    let mut names = super::target::locked(&run.names);
+    names.learn(&run.session, &BTreeSet::from([own.0]), &BTreeSet::from([own.1]))?;
+    let mut published = |index: usize, entry: &Entry| -> Result<Entry, Error> {
+        let mut entry = entry.clone();
+        let there = state.target.get(&entry.path);
+        let index = index as u32;
+        if let Content::File { digest, .. } = &mut entry.content {
+            let proven = state.staged.get(&index).or_else(|| state.kept.get(&index)).copied();
+            *digest = proven.or_else(|| there.and_then(|there| there.file()?.1)).or(*digest);
+        }
+        let wanted = run.permissions(&entry)?;
+        let there = there.filter(|_| !state.staged.contains_key(&index));
+        let owner = there.map_or_else(|| names.user(own.0), |there| Arc::clone(&there.owner));
+        let group = there.map_or_else(|| names.group(own.1), |there| Arc::clone(&there.group));
+        entry.owner = wanted.uid.map_or(owner, |uid| names.user(uid));
+        entry.group = wanted.gid.map_or(group, |gid| names.group(gid));
+        if !matches!(entry.content, Content::Symlink { .. }) {
+            entry.mode = wanted.mode;
+        }
+        Ok(entry)
+    };
+    let entries = entries_after(&outcome, &mut published)?;
+    let tree =
+        Tree::new(entries).map_err(|error| Error::Refused { by: "the manifest".into(), reason: error.to_string() })?;
+    // Files that are younger than this may change without their time showing it.
+    Ok(Manifest { generation: state.old_manifest.generation + 1, created: run.started, tree })
+}
+
+/// One `sync -f` by a command where there is one; without, each file was brought to the disk when it was written.
+fn bring_to_disk(run: &Run) -> Result<(), Error> {
+    let mut shell = run.shell();
+    if let Some(running) = shell.as_mut()
+        && let Err(reason) = running.run(Job::Sync, &[&run.root])
+    {
+        *shell = None;
+        let source = std::io::Error::other(reason);
+        let path = format!("{}:{}", run.session.client.host(), Escaped(&run.root));
+        return Err(Error::Io { operation: "bring to stable storage what lies in", path, source });
+    }
+    Ok(())
+}
+
+/// Puts the new manifest in force and clears the staging area, in an order that a crash does not hurt.
+fn finish(run: &Run) -> Result<(), Error> {
+    let session = &run.session;
+    bring_to_disk(run)?;
+    let (from, to) = (at(&run.staging, NEW_MANIFEST), at(&run.root, MANIFEST));
+    match replace(session, &from, &to)? {
+        Err(refusal) if !refusal.is_missing() => return Err(session.refused("put in force", &to, &refusal)),
+        _ => {}
+    }
+    session.order(about(packet::REMOVE, &at(&run.staging, RECORD)))?.ok();
+    clear(run)
+}
+
+/// Removes the staging area with everything in it.
+pub(super) fn clear(run: &Run) -> Result<(), Error> {
+    let session = &run.session;
+    let filter = Filter::compile(&FilterSpec::default()).map_err(|error| Error::Usage(error.to_string()))?;
+    let rule = ScanRule { filter, links: LinkRule::All, ignore_files: false, report_special: false };
+    let listed = list(session, &run.staging, &rule, &mut Names::default(), &Silent::default())?;
+    let mut entries = listed.entries;
+    entries.sort_unstable_by(|a, b| b.path.cmp(&a.path));
+    let requests = entries.iter().map(|entry| {
+        let kind = if entry.is_directory() { packet::RMDIR } else { packet::REMOVE };
+        about(kind, &below(&run.staging, &entry.path))
+    });
+    // What stays is in nobody's way: the next run removes it.
+    let _ = session.all(requests.chain([about(packet::RMDIR, &run.staging)]))?;
+    Ok(())
+}
+
+/// Gives a root that was made under its hidden name its own.
+fn appear(run: &Run, path: &[u8]) -> Result<(), Error> {
+    let session = &run.session;
+    let mode = Attributes { mode: Some(0o755), ..Attributes::default() };
+    let requests = [
+        session::with_attributes(packet::SETSTAT, &run.root, &mode),
+        // A RENAME of SFTP never replaces.
+        session::request(packet::RENAME).string(&run.root).string(path).finish(),
+    ];
+    if let Some(refusal) = session.all(requests)?.into_iter().find_map(Result::err) {
+        return Err(session.refused("give the new tree its name", path, &refusal));
+    }
+    if let Some(lock) = super::target::locked(&run.lock).as_mut() {
+        lock.moved(&at(path, STATE));
+    }
+    Ok(())
+}
+
+/// Finishes what an interrupted run had begun to publish. Says whether there was something to finish.
+pub(super) fn recover(run: &Run) -> Result<bool, Error> {
+    let session = &run.session;
+    let path = at(&run.staging, RECORD);
+    let text = match read_whole(session, &path)? {
+        Ok(text) => text,
+        Err(refusal) if refusal.is_missing() => return Ok(false),
+        Err(refusal) => return Err(session.refused("read", &path, &refusal)),
+    };
+    let damaged = |what: &str| Error::Refused {
+        by: session.client.host().to_owned(),
+        reason: format!("{what} of an interrupted run is damaged; look at '{}', then remove it", Escaped(&run.staging)),
+    };
+    let record = Record::decode(&text).ok_or_else(|| damaged("the record"))?;
+    let (_, digest) = read_manifest(session, &run.root, &Silent::default())?;
+    // Without the manifest in staging it was put in force already: only the clearing was cut off.
+    let new = read_whole(session, &at(&run.staging, NEW_MANIFEST))?;
+    let due = new.ok().filter(|_| record.base == digest);
+    if let Some(text) = &due {
+        let manifest = format::decode(text).map_err(|_| damaged("the manifest"))?;
+        check_parents(run, &record.steps)?;
+        execute(run, &record.steps, &manifest.tree, true)?;
+        finish(run)?;
+    } else {
+        // Another run has published since, or it was all done: what is staged is older than what is there.
+        session.order(about(packet::REMOVE, &path))?.ok();
+        session.order(about(packet::REMOVE, &at(&run.staging, NEW_MANIFEST)))?.ok();
+    }
+    Ok(due.is_some())
+}

@@ -1,0 +1,236 @@
+//! Commands at the other end, where the account has a shell.
+//!
+//! One command is started, and jobs are given to it over its input, so that a job costs no start of a login shell. What always holds:
+//! the command line is the constant below; names travel over the input alone, each ended by a NUL byte, to `xargs -0`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, RecvTimeoutError, unbounded};
+
+use crate::endpoint::link::{Link, Remote};
+use crate::error::Escaped;
+use crate::manifest::Digest;
+
+/// The outer quotes keep whatever login shell there is from looking at the text: there is no quote, no backslash before
+/// one and no `!` in it. `head` gives each job exactly its input.
+const SCRIPT: &str = r#"sh -c 't=; for p in openssl sha256sum xargs getent sync setfacl; do command -v $p >/dev/null 2>&1 && t=$t,$p; done; printf "\nlockstep:%s\n" "$t,"; while read -r c n; do case $c in openssl) head -c "$n" | xargs -0 openssl dgst -sha256 -r;; sha256sum) head -c "$n" | xargs -0 sha256sum --;; users) head -c "$n" | xargs -0 getent passwd;; groups) head -c "$n" | xargs -0 getent group;; sync) head -c "$n" | xargs -0 sync -f || sync;; acl) head -c "$n" | xargs -0 setfacl -b -k --;; *) false;; esac 2>/dev/null; printf "\nlockstep:%s\n" "$?"; done'"#;
+const MARK: &[u8] = b"\nlockstep:";
+/// A login shell may take its time.
+const START: Duration = Duration::from_secs(20);
+/// A job that writes more is not one of ours.
+const OUTPUT_MAX: usize = 64 << 20;
+
+/// What can be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Job {
+    /// SHA-256 of files; the input is their names.
+    OpenSsl,
+    /// The same, four times slower where coreutils are built without OpenSSL.
+    Sha256Sum,
+    /// Lines of passwd(5) for names of users.
+    Users,
+    /// Lines of group(5).
+    Groups,
+    /// Brings the file systems of paths to stable storage.
+    Sync,
+    /// Takes ACLs and default ACLs away from paths.
+    NoAcl,
+}
+
+/// A command that waits for jobs.
+pub(super) struct Shell {
+    link: Arc<dyn Link>,
+    output: Receiver<Result<Bytes, String>>,
+    held: Vec<u8>,
+    tools: String,
+}
+
+impl Shell {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// Why the account runs no commands.
+    pub(super) fn start(remote: &dyn Remote) -> Result<Shell, String> {
+        let link = remote.exec(SCRIPT).map_err(|error| error.message)?;
+        let (sender, output) = unbounded();
+        let receiving = Arc::clone(&link);
+        std::thread::Builder::new()
+            .name("shell-receive".to_owned())
+            .spawn(move || {
+                loop {
+                    let received = match receiving.recv() {
+                        Ok(Some(bytes)) => Ok(bytes),
+                        Ok(None) => Err("the command ended".to_owned()),
+                        Err(error) => Err(error.0),
+                    };
+                    let ended = received.is_err();
+                    if sender.send(received).is_err() || ended {
+                        return;
+                    }
+                }
+            })
+            .map_err(|error| error.to_string())?;
+        let mut shell = Shell { link, output, held: Vec::new(), tools: String::new() };
+        // A forced internal-sftp takes this for the length of a packet, an absurd one, and ends at once.
+        shell.link.send(Bytes::from_static(b"none 0\n")).map_err(|error| error.0)?;
+        // Whatever a login script has printed comes before the mark.
+        let (_, tools) = shell.answer(Some(START))?;
+        let (_, status) = shell.answer(Some(START))?;
+        if !tools.contains(",xargs,") || status != "1" {
+            return Err("it has no xargs".into());
+        }
+        shell.tools = tools;
+        Ok(shell)
+    }
+
+    fn has(&self, tool: &str) -> bool {
+        self.tools.contains(&format!(",{tool},"))
+    }
+
+    /// The job that hashes files, the fastest that is there.
+    pub(super) fn hashing(&self) -> Option<Job> {
+        match (self.has("openssl"), self.has("sha256sum")) {
+            (true, _) => Some(Job::OpenSsl),
+            (false, true) => Some(Job::Sha256Sum),
+            (false, false) => None,
+        }
+    }
+
+    /// Does a job and gives what it wrote.
+    ///
+    /// # Errors
+    /// When the command has ended, or has not what the job takes.
+    pub(super) fn run(&mut self, job: Job, input: &[&[u8]]) -> Result<Vec<u8>, String> {
+        let (word, tool) = match job {
+            Job::OpenSsl => ("openssl", "openssl"),
+            Job::Sha256Sum => ("sha256sum", "sha256sum"),
+            Job::Users => ("users", "getent"),
+            Job::Groups => ("groups", "getent"),
+            Job::Sync => ("sync", "sync"),
+            Job::NoAcl => ("acl", "setfacl"),
+        };
+        if !self.has(tool) {
+            return Err(format!("it has no {tool}"));
+        }
+        let length: usize = input.iter().map(|argument| argument.len() + 1).sum();
+        let mut bytes = format!("{word} {length}\n").into_bytes();
+        for argument in input {
+            bytes.extend_from_slice(argument);
+            bytes.push(0);
+        }
+        self.link.send(bytes.into()).map_err(|error| error.0)?;
+        let (output, status) = self.answer(None)?;
+        match (job, status.as_str()) {
+            (Job::Sync, status) if status != "0" => Err(format!("sync ended with status {status}")),
+            // One file that is gone, or one name that is unknown, makes the status of the others' job.
+            _ => Ok(output),
+        }
+    }
+
+    /// What comes before the next mark, and what stands after it in its line.
+    fn answer(&mut self, within: Option<Duration>) -> Result<(Vec<u8>, String), String> {
+        loop {
+            if let Some(start) = find(&self.held, MARK)
+                && let Some(end) = self.held[start + 1..].iter().position(|&byte| byte == b'\n')
+            {
+                let end = start + 1 + end;
+                let word = Escaped(&self.held[start + MARK.len()..end]).to_string();
+                let rest = self.held.split_off(end + 1);
+                let mut output = std::mem::replace(&mut self.held, rest);
+                output.truncate(start);
+                return Ok((output, word));
+            }
+            if self.held.len() > OUTPUT_MAX {
+                return Err("the command writes without an end".into());
+            }
+            let received = match within {
+                None => self.output.recv().map_err(|_| "the command ended".to_owned())?,
+                Some(within) => self.output.recv_timeout(within).map_err(|error| match error {
+                    RecvTimeoutError::Timeout => "it does not answer".to_owned(),
+                    RecvTimeoutError::Disconnected => "the command ended".to_owned(),
+                })?,
+            };
+            self.held.extend_from_slice(&received?);
+        }
+    }
+
+    /// SHA-256 of files, in the same order; `None` for those that could not be hashed this way: names that hold a line
+    /// end or a backslash are written in a way that differs between tools and versions, and are not asked for.
+    ///
+    /// # Errors
+    /// When the command has ended.
+    pub(super) fn hash(&mut self, paths: &[&[u8]]) -> Result<Vec<Option<Digest>>, String> {
+        let Some(job) = self.hashing() else { return Err("it has neither openssl nor sha256sum".into()) };
+        let plain = |path: &[u8]| path.starts_with(b"/") && !path.iter().any(|byte| b"\\\n\r\0".contains(byte));
+        let asked: Vec<&[u8]> = paths.iter().copied().filter(|path| plain(path)).collect();
+        let output = if asked.is_empty() { Vec::new() } else { self.run(job, &asked)? };
+        Ok(digests(&output, paths))
+    }
+}
+
+impl Drop for Shell {
+    fn drop(&mut self) {
+        self.link.close();
+    }
+}
+
+fn find(text: &[u8], what: &[u8]) -> Option<usize> {
+    // Output is long and marks are rare: look only where a line ends.
+    let mut from = 0;
+    while let Some(at) = text[from..].iter().position(|&byte| byte == b'\n') {
+        if text[from + at..].starts_with(what) {
+            return Some(from + at);
+        }
+        from += at + 1;
+    }
+    None
+}
+
+/// Digests by the lines `HEX *NAME` and `HEX  NAME`, which come in the order of `paths` with some left out.
+fn digests(output: &[u8], paths: &[&[u8]]) -> Vec<Option<Digest>> {
+    let mut lines = output.split(|&byte| byte == b'\n').filter_map(|line| {
+        let (hex, rest) = line.split_at_checked(64)?;
+        let name = rest.strip_prefix(b" *").or_else(|| rest.strip_prefix(b"  "))?;
+        Some((Digest::from_hex(hex)?, name))
+    });
+    let mut next = lines.next();
+    let mut found = Vec::with_capacity(paths.len());
+    for &path in paths {
+        match next {
+            Some((digest, name)) if name == path => {
+                found.push(Some(digest));
+                next = lines.next();
+            }
+            _ => found.push(None),
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digests_belong_to_the_names_that_stand_beside_them() {
+        let hex = |byte: u8| Digest([byte; 32]).to_string();
+        let output = format!("{} */a b\nnoise\n{}  /c\n{} */never asked\n", hex(1), hex(2), hex(3));
+        let paths: [&[u8]; 4] = [b"/a b", b"/missing", b"/c", b"/last"];
+        let found = digests(output.as_bytes(), &paths);
+        assert_eq!(found, [Some(Digest([1; 32])), None, Some(Digest([2; 32])), None]);
+    }
+
+    #[test]
+    fn the_mark_is_found_only_at_the_start_of_a_line() {
+        assert_eq!(find(b"x\nlockstep:0\n", MARK), Some(1));
+        assert_eq!(find(b"xlockstep:0\n\n", MARK), None);
+    }
+
+    #[test]
+    fn the_script_is_safe_in_single_quotes() {
+        let inside = SCRIPT.strip_prefix("sh -c '").and_then(|rest| rest.strip_suffix('\'')).unwrap();
+        assert!(!inside.contains(['\'', '!']) && !inside.contains("\\\\") && inside.is_ascii());
+    }
+}

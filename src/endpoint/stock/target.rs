@@ -1,0 +1,505 @@
+//! A directory of a stock server as a target: compared, staged into, published to.
+//!
+//! The layout is that of a local target, in a staging area of its own: what is staged lies in
+//! `.lockstep/staging/sftp/tree` of the root, pointers in `last` beside it. A root that is not there yet is made under a
+//! hidden name beside its own and gets its name in the last step.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::list::list;
+use super::lock::Lock;
+use super::names::{Ids, Names};
+use super::prove::Prover;
+use super::session::{self, Session};
+use super::shell::{Job, Shell};
+use super::writer::StockWriter;
+use super::{DIRECTORY, Lanes, Verify, at, kind_of, publish, stage, whole_seconds};
+use crate::endpoint::local::POINTERS;
+use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
+use crate::error::Escaped;
+use crate::filter::{Filter, FilterSpec};
+use crate::manifest::{Content, Digest, Entry, InvalidTree, Manifest, Timestamp, Tree};
+use crate::monitor::{Event, Monitor};
+use crate::path::RelPath;
+use crate::plan::{Action, Change, Compare, Desired, Differences, Need, Plan, diff};
+use crate::policy::Policy;
+use crate::scan::{LinkRule, ScanRule};
+use crate::wire::sftp::packet;
+
+pub(super) const STATE: &str = ".lockstep";
+pub(super) const MANIFEST: &str = ".lockstep/manifest";
+const STAGING: &str = ".lockstep/staging/sftp";
+/// Where a local target stages; what an interrupted run of one had begun to publish is finished by it alone.
+const FOREIGN_RECORD: &str = ".lockstep/staging/current/commit";
+/// Threads that prove, at most: each has a command of its own, and sshd allows ten sessions a connection.
+const PROVERS: usize = 4;
+
+/// A directory of a stock server as a target.
+pub struct StockTarget {
+    lanes: Lanes,
+    run: Mutex<Option<Arc<Run>>>,
+    /// How what arrives is proven in the run, or was in the last.
+    proof: Mutex<&'static str>,
+}
+
+const BY_COMMAND: &str = "SHA-256 of what lies there, hashed by a command there";
+const BY_READING: &str = "SHA-256 of what lies there, read back";
+
+/// Where a run works.
+struct Place {
+    root: Vec<u8>,
+    rename_to: Option<Vec<u8>>,
+}
+
+/// One run, from `begin` to `commit` or `abort`.
+pub(super) struct Run {
+    pub(super) session: Arc<Session>,
+    pub(super) root: Vec<u8>,
+    /// The final path, while the root lies under its hidden name.
+    pub(super) rename_to: Option<Vec<u8>>,
+    /// Where things are staged.
+    pub(super) staging: Vec<u8>,
+    pub(super) options: BeginOptions,
+    /// Before anything was listed at either side.
+    pub(super) started: Timestamp,
+    policy: Policy,
+    pub(super) ids: Ids,
+    pub(super) last: Filter,
+    pub(super) names: Mutex<Names>,
+    shell: Mutex<Option<Shell>>,
+    pub(super) provers: Vec<Prover>,
+    pub(super) lock: Mutex<Option<Lock>>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+pub(super) struct State {
+    /// The source's tree, with times as the server can hold them.
+    pub(super) source: Arc<Tree>,
+    pub(super) target: Tree,
+    pub(super) plan: Plan,
+    pub(super) old_manifest: Manifest,
+    /// SHA-256 of the old manifest's file.
+    pub(super) old_digest: Digest,
+    /// Files whose content is staged and proven.
+    pub(super) staged: HashMap<u32, Digest>,
+    /// Files whose content was found at the target.
+    pub(super) kept: HashMap<u32, Digest>,
+    /// The disk is full: staging is given up.
+    pub(super) full: bool,
+}
+
+/// What a path gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Permissions {
+    pub(super) mode: u32,
+    pub(super) uid: Option<u32>,
+    pub(super) gid: Option<u32>,
+    pub(super) mtime: Timestamp,
+}
+
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl StockTarget {
+    /// The directory that `lanes` lead to, which need not be there yet.
+    pub fn new(lanes: Lanes) -> StockTarget {
+        StockTarget { lanes, run: Mutex::new(None), proof: Mutex::new(BY_READING) }
+    }
+
+    fn run(&self) -> Result<Arc<Run>, Error> {
+        locked(&self.run).clone().ok_or_else(|| Error::Usage("no run has begun at this target".into()))
+    }
+
+    /// The root, or the hidden directory that will be it; `None` when it is not there and nothing may be made.
+    fn open_root(&self, dry_run: bool) -> Result<Option<Place>, Error> {
+        let (session, root) = (self.lanes.control(), &self.lanes.root);
+        match session.stat(packet::STAT, &self.lanes.root_path())? {
+            Ok(found) if kind_of(&found).is_none_or(|kind| kind == DIRECTORY) => {
+                return Ok(Some(Place { root: root.clone(), rename_to: None }));
+            }
+            Ok(_) => return Err(Error::Usage(format!("{} is not a directory", self.describe()))),
+            Err(refusal) if !refusal.is_missing() => return Err(session.refused("look at", root, &refusal)),
+            Err(_) if dry_run => return Ok(None),
+            Err(_) => {}
+        }
+        let slash = root.iter().rposition(|&byte| byte == b'/').unwrap_or(0);
+        let (parent, name) = (&root[..slash], &root[slash + 1..]);
+        if name == b".." || name == b"." {
+            return Err(Error::Usage(format!("'{}' cannot be a target", self.describe())));
+        }
+        let above: Vec<&[u8]> =
+            parent.iter().enumerate().skip(1).filter(|&(_, &byte)| byte == b'/').map(|(at, _)| &parent[..at]).collect();
+        // Those that are there already are refused, and that is no fault.
+        let _ = session.all(above.into_iter().chain([parent]).map(|path| session::mkdir(path, 0o755)))?;
+        let hidden = [parent, b"/.", name, b".lockstep"].concat();
+        make_private(session, &hidden)?;
+        Ok(Some(Place { root: hidden, rename_to: Some(root.clone()) }))
+    }
+}
+
+/// A directory of ours, which nobody else may enter. What has its name and is no directory, a link above all, is
+/// refused.
+fn make_private(session: &Session, path: &[u8]) -> Result<(), Error> {
+    let made = session.order(session::mkdir(path, 0o700))?;
+    let Err(refusal) = made else { return Ok(()) };
+    match session.stat(packet::LSTAT, path)? {
+        Ok(found) if kind_of(&found) == Some(DIRECTORY) => Ok(()),
+        Ok(_) => Err(Error::Refused {
+            by: session.client.host().to_owned(),
+            reason: format!("'{}' is not a directory; look at it, then remove it", Escaped(path)),
+        }),
+        Err(_) => Err(session.refused("make the directory", path, &refusal)),
+    }
+}
+
+impl Target for StockTarget {
+    fn describe(&self) -> String {
+        self.lanes.describe()
+    }
+
+    fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let started = Timestamp { seconds: now.as_secs() as i64, nanoseconds: now.subsec_nanos() };
+        let usage = |error: &dyn std::error::Error| Error::Usage(crate::error::chain(error));
+        let policy = Policy::compile(&options.policy).map_err(|error| usage(&error))?;
+        if policy.grants_by_acl() {
+            let reason = "a rule has ACL entries, which an SFTP server without lockstep cannot set; leave 'acl' out, or \
+                          install lockstep there";
+            return Err(Error::Refused { by: self.describe(), reason: reason.into() });
+        }
+        if !options.units.is_empty() {
+            let reason = "SFTP cannot exchange a directory that is there for another in one step; a directory that is new \
+                          appears in one step without --unit, for others install lockstep there";
+            return Err(Error::Refused { by: self.describe(), reason: reason.into() });
+        }
+        let rules = POINTERS.iter().map(|&name| name.to_owned()).chain(options.last.iter().cloned()).collect();
+        let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
+        monitor.event(Event::Detail(&format!("{}: {}", self.describe(), self.lanes.limits())));
+        let Some(Place { root, rename_to }) = self.open_root(options.dry_run)? else {
+            // A dry run on nothing: compared with an empty directory that is never written to.
+            *locked(&self.run) = None;
+            return Ok(());
+        };
+        let session = Arc::clone(&self.lanes.sessions[0]);
+        let mut lock = None;
+        let mut provers = Vec::new();
+        if !options.dry_run {
+            make_private(&session, &at(&root, STATE))?;
+            let wait = Duration::from_secs(options.wait_seconds);
+            lock = Some(Lock::take(&session, &at(&root, STATE), self.describe(), &options.actor, wait)?);
+        }
+        let shell = self.start_shell(lock.as_ref(), monitor)?;
+        if !options.dry_run {
+            let verify = if shell.is_some() { self.lanes.verify } else { Verify::ReadBack };
+            for _ in 0..self.lanes.sessions.len().min(PROVERS) {
+                provers.push(Prover::start(Arc::clone(&self.lanes.remote), self.lanes.lane(), verify)?);
+            }
+        }
+        let run = Run {
+            session,
+            staging: at(&root, STAGING),
+            root,
+            rename_to,
+            options: options.clone(),
+            started,
+            policy,
+            ids: Ids::default(),
+            last,
+            names: Mutex::default(),
+            shell: Mutex::new(shell),
+            provers,
+            lock: Mutex::new(lock),
+            state: Mutex::default(),
+        };
+        if !options.dry_run {
+            self.prepare(&run, monitor)?;
+        }
+        *locked(&self.run) = Some(Arc::new(run));
+        Ok(())
+    }
+
+    fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {
+        match self.run() {
+            Ok(run) => run.diff(source, monitor),
+            Err(_) => {
+                let desired = |_: usize, entry: &Entry| Desired {
+                    mode: entry.mode & 0o777,
+                    owner: None,
+                    group: None,
+                    acl_differs: false,
+                };
+                Ok(diff(source, &Tree::default(), &desired, Compare::default()))
+            }
+        }
+    }
+
+    fn writer(&self) -> Result<Box<dyn Writer + '_>, Error> {
+        Ok(Box::new(StockWriter::new(self.run()?, self.lanes.lane())))
+    }
+
+    fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
+        let run = self.run()?;
+        let committed = publish::commit(&run, options, monitor)?;
+        *locked(&run.lock) = None;
+        *locked(&self.run) = None;
+        Ok(committed)
+    }
+
+    fn abort(&self) {
+        if let Some(run) = locked(&self.run).take() {
+            if run.state().full {
+                // What is staged would only keep the disk full. It was the run's error already.
+                let _ = publish::clear(&run);
+            }
+            *locked(&run.lock) = None;
+        }
+    }
+
+    fn verification(&self) -> String {
+        (*locked(&self.proof)).into()
+    }
+
+    fn wire_bytes(&self) -> u64 {
+        self.lanes.wire_bytes()
+    }
+}
+
+impl StockTarget {
+    /// A command that hashes, where the account has one and it sees the same files: it is tried on the lock, whose text is
+    /// known.
+    fn start_shell(&self, lock: Option<&Lock>, monitor: &dyn Monitor) -> Result<Option<Shell>, Error> {
+        if self.lanes.verify == Verify::ReadBack {
+            return Ok(None);
+        }
+        let host = self.lanes.control().client.host();
+        let tried = Shell::start(&*self.lanes.remote).and_then(|mut shell| match lock {
+            Some(lock) if shell.hash(&[lock.path()])? != [Some(lock.digest())] => {
+                Err("it does not see what the SFTP server sees, or has no openssl and no sha256sum".into())
+            }
+            _ => Ok(shell),
+        });
+        match tried {
+            Ok(shell) => {
+                monitor.event(Event::Detail(&format!("{host}: what arrives is hashed there, by a command")));
+                *locked(&self.proof) = BY_COMMAND;
+                Ok(Some(shell))
+            }
+            Err(reason) if self.lanes.verify == Verify::Exec => Err(Error::Usage(format!(
+                "{host} runs no command that hashes ({reason}); --verify=read-back proves by reading back"
+            ))),
+            Err(reason) => {
+                monitor.event(Event::Detail(&format!(
+                    "{host}: it runs no command that hashes ({reason}); what arrives is read back"
+                )));
+                *locked(&self.proof) = BY_READING;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Finishes or refuses what interrupted runs left, and makes the staging area.
+    fn prepare(&self, run: &Run, monitor: &dyn Monitor) -> Result<(), Error> {
+        let session = &run.session;
+        if session.stat(packet::LSTAT, &at(&run.root, FOREIGN_RECORD))?.is_ok() {
+            return Err(Error::Refused {
+                by: self.describe(),
+                reason:
+                    "a run of lockstep's own server was interrupted there while it published; finish it by running \
+                         lockstep there, with any source, before this way is used"
+                        .into(),
+            });
+        }
+        make_private(session, &at(&run.root, ".lockstep/staging"))?;
+        make_private(session, &run.staging)?;
+        if publish::recover(run)? {
+            monitor.event(Event::Warning(&format!(
+                "{}: an earlier run was interrupted while it published; it was finished first",
+                self.describe()
+            )));
+            make_private(session, &run.staging)?;
+        }
+        // A default ACL of the directory above would be inherited, and wake up when a file gets its mode. Without a
+        // command nobody can take it away: `docs/security.md` says so.
+        if let Some(shell) = run.shell().as_mut() {
+            let hidden = run.rename_to.as_ref().map(|_| run.root.as_slice());
+            let paths: Vec<&[u8]> = hidden.into_iter().chain([run.staging.as_slice()]).collect();
+            if let Err(reason) = shell.run(Job::NoAcl, &paths) {
+                monitor.event(Event::Detail(&format!("{}: default ACLs are left: {reason}", self.describe())));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Run {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        locked(&self.state)
+    }
+
+    pub(super) fn shell(&self) -> MutexGuard<'_, Option<Shell>> {
+        locked(&self.shell)
+    }
+
+    pub(super) fn is_last(&self, path: &RelPath) -> bool {
+        !self.last.admits(path, false)
+    }
+
+    /// Where a path is staged, below the staging area. Pointers lie apart: they are published by themselves. A directory
+    /// is never one, whatever its name.
+    pub(super) fn staged_name(&self, path: &RelPath, directory: bool) -> Vec<u8> {
+        let tree: &[u8] = if !directory && self.is_last(path) { b"last/" } else { b"tree/" };
+        [tree, path.as_bytes()].concat()
+    }
+
+    /// The same of a file or link, as the server knows it.
+    pub(super) fn staged_path(&self, path: &RelPath) -> Vec<u8> {
+        at(&self.staging, self.staged_name(path, false))
+    }
+
+    /// The same of a directory.
+    pub(super) fn staged_directory(&self, path: &RelPath) -> Vec<u8> {
+        at(&self.staging, self.staged_name(path, true))
+    }
+
+    /// The permissions that an entry gets.
+    ///
+    /// # Errors
+    /// When the policy names somebody that the other machine does not know, or the connection ends.
+    pub(super) fn permissions(&self, entry: &Entry) -> Result<Permissions, Error> {
+        let decision = self.policy.decide(&entry.path, entry.is_directory(), entry.mode);
+        let refused =
+            |reason: String| Error::Refused { by: "the policy".into(), reason: format!("{}: {reason}", entry.path) };
+        let (mut uid, mut gid) = (None, None);
+        if let Some(name) = &decision.owner {
+            uid = Some(self.ids.user(&self.session, self.shell().as_mut(), name)?.map_err(refused)?);
+        }
+        if let Some(name) = &decision.group {
+            gid = Some(self.ids.group(&self.session, self.shell().as_mut(), name)?.map_err(refused)?);
+        }
+        Ok(Permissions { mode: decision.mode, uid, gid, mtime: whole_seconds(entry.mtime) })
+    }
+
+    fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {
+        let source = Arc::new(as_held(source)?);
+        let target_problem = |reason: String| Error::Refused { by: "the receiver".into(), reason };
+        for entry in source.entries() {
+            if entry.path.components().next() == Some(STATE.as_bytes()) {
+                let reason = format!("'{}' lies in the directory that lockstep keeps for itself", entry.path);
+                return Err(target_problem(reason));
+            }
+        }
+        let (old_manifest, old_digest) = publish::read_manifest(&self.session, &self.root, monitor)?;
+        let filter =
+            Filter::compile(&self.options.filter).map_err(|error| Error::Usage(crate::error::chain(&error)))?;
+        let rule = ScanRule { filter, links: LinkRule::All, ignore_files: true, report_special: false };
+        let listed = list(&self.session, &self.root, &rule, &mut locked(&self.names), monitor)?;
+        for problem in &listed.problems {
+            monitor.event(Event::Problem(problem));
+        }
+        let mut entries = listed.entries;
+        entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+        let target = Tree::new(entries).map_err(|error| target_problem(error.to_string()))?;
+        let target = vouched(target, &old_manifest, true).map_err(|error| target_problem(error.to_string()))?;
+        let wanted = self.desired(&source)?;
+        let compare = Compare { checksum: self.options.checksum, whole_seconds: true, ..Compare::default() };
+        let mut plan = diff(&source, &target, &|index, _| wanted[index].clone(), compare);
+        ask_for_recent(&source, &target, &old_manifest, &mut plan);
+        if !self.options.dry_run {
+            stage::prepare(self, &source, &mut plan)?;
+        }
+        *self.state() = State { source, target, plan: plan.clone(), old_manifest, old_digest, ..State::default() };
+        Ok(plan)
+    }
+
+    /// What each entry of the source is to have, with owners named as the target's are.
+    fn desired(&self, source: &Tree) -> Result<Vec<Desired>, Error> {
+        let permissions: Vec<Permissions> =
+            source.entries().iter().map(|entry| self.permissions(entry)).collect::<Result<_, _>>()?;
+        let mut names = locked(&self.names);
+        let users = permissions.iter().filter_map(|wanted| wanted.uid).collect();
+        let groups = permissions.iter().filter_map(|wanted| wanted.gid).collect();
+        names.learn(&self.session, &users, &groups)?;
+        let desired = permissions.iter().map(|wanted| Desired {
+            mode: wanted.mode,
+            owner: wanted.uid.map(|uid| names.user(uid)),
+            group: wanted.gid.map(|gid| names.group(gid)),
+            acl_differs: false,
+        });
+        Ok(desired.collect())
+    }
+}
+
+/// The same tree with times that the server can hold.
+fn as_held(source: &Tree) -> Result<Tree, Error> {
+    let mut entries = source.entries().to_vec();
+    for entry in &mut entries {
+        entry.mtime = whole_seconds(entry.mtime);
+    }
+    Tree::new(entries).map_err(|error| Error::Usage(error.to_string()))
+}
+
+/// Whether a file may have changed without its time showing it: it is as young as the manifest, and the time is known
+/// to the second. (What git calls racily clean.)
+fn is_recent(entry: &Entry, manifest: &Manifest) -> bool {
+    entry.mtime.seconds >= manifest.created.seconds
+}
+
+/// Has the source hash files whose time proves nothing yet.
+fn ask_for_recent(source: &Tree, target: &Tree, manifest: &Manifest, plan: &mut Plan) {
+    for (index, entry) in source.entries().iter().enumerate().filter(|(_, entry)| is_recent(entry, manifest)) {
+        let Some((size, None)) = entry.file() else { continue };
+        let Some((old_size, Some(digest))) = target.get(&entry.path).and_then(Entry::file) else { continue };
+        if size != old_size {
+            continue;
+        }
+        let need = Need::Compare { digest };
+        let index = index as u32;
+        match plan.actions.binary_search_by_key(&index, |action| action.index) {
+            Ok(at) if plan.actions[at].need == Need::Nothing => plan.actions[at].need = need,
+            Ok(_) => {}
+            Err(at) => {
+                let differences = Differences::default();
+                plan.actions.insert(at, Action { index, change: Change::MetadataOnly, differences, need });
+            }
+        }
+    }
+}
+
+/// What was listed, with what the manifest knows of it: digests of files that still have their size and time, and
+/// which names are of one file, which SFTP does not say. `recent` says whether that holds for files of which time
+/// proves nothing yet.
+pub(super) fn vouched(listed: Tree, manifest: &Manifest, recent: bool) -> Result<Tree, InvalidTree> {
+    let same = |now: &Entry, then: &Entry| match (&now.content, &then.content) {
+        (Content::File { size, .. }, Content::File { size: listed, .. }) => {
+            size == listed && now.mtime.seconds == then.mtime.seconds && (recent || !is_recent(now, manifest))
+        }
+        _ => false,
+    };
+    let manifest = &manifest.tree;
+    let mut entries = listed.entries().to_vec();
+    for entry in &mut entries {
+        let Some(then) = manifest.get(&entry.path) else { continue };
+        match &then.content {
+            Content::File { digest, .. } if same(entry, then) => {
+                if let Content::File { digest: known, .. } = &mut entry.content {
+                    *known = *digest;
+                }
+            }
+            Content::HardLink { first } => {
+                let first_then = manifest.get(first);
+                let first_now = listed.get(first);
+                let unchanged =
+                    first_now.zip(first_then).is_some_and(|(now, then)| same(now, then) && same(entry, then));
+                if unchanged {
+                    entry.content = Content::HardLink { first: first.clone() };
+                }
+            }
+            _ => {}
+        }
+    }
+    Tree::new(entries)
+}

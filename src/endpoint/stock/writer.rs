@@ -1,0 +1,528 @@
+//! Stages files of one worker thread: many files and many requests in flight.
+//!
+//! A file goes through: OPEN, WRITEs, CLOSE; its digest is asked for (with those of many others); owner, then mode and
+//! times. No step waits for another file. Execute bits and every other permission come after the digest was right.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+use super::prove::{Answer, Proven, Unproven};
+use super::session::{self, Refusal, Reply, Session, about, extended, with_attributes};
+use super::target::{Permissions, Run};
+use crate::endpoint::client::Completion;
+use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
+use crate::error::Escaped;
+use crate::manifest::{Content, Digest, Entry, Tree};
+use crate::wire::sftp::{Attributes, Status, open, packet};
+
+/// Files of one writer that are open or waiting to be, at most.
+const OPEN_FILES: usize = 128;
+/// Bytes that wait for a handle, at most.
+const QUEUED: usize = 16 << 20;
+/// Digests are asked for when so many files wait for them, or so many bytes.
+const PROVE_FILES: usize = 512;
+const PROVE_BYTES: u64 = 64 << 20;
+/// A write that fails where less than this is free failed for want of room.
+const LITTLE_ROOM: u64 = 1 << 20;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Op {
+    Open,
+    /// The REMOVE before a second OPEN, and of what failed.
+    Clear,
+    Write,
+    Close,
+    Grant,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Until the CLOSE is answered.
+    Writing,
+    /// Its digest is asked for.
+    Proving,
+    /// Owner, mode and times are on their way.
+    Granting,
+}
+
+struct File {
+    index: u32,
+    path: Vec<u8>,
+    size: u64,
+    /// Where the next bytes go.
+    at: u64,
+    handle: Option<Bytes>,
+    /// Blocks that came before the handle.
+    queued: VecDeque<(u64, Block)>,
+    in_flight: usize,
+    stage: Stage,
+    /// The last bytes were a hole: the size has to be set.
+    hole_at_end: bool,
+    /// It goes on with what an earlier run staged.
+    resumed: bool,
+    opened_again: bool,
+    /// Said by `finish`.
+    digest: Option<Digest>,
+    closing: bool,
+    failure: Option<WriteFailure>,
+}
+
+/// The writer of one worker.
+pub(super) struct StockWriter {
+    run: Arc<Run>,
+    source: Arc<Tree>,
+    session: Arc<Session>,
+    sender: Sender<Completion>,
+    receiver: Receiver<Completion>,
+    sent: HashMap<u64, (u64, Op)>,
+    next_tag: u64,
+    /// By a number of their own: an index that is sent again is another file.
+    files: HashMap<u64, File>,
+    /// The file that an index is being written as.
+    current: HashMap<u32, u64>,
+    next_file: u64,
+    open_files: usize,
+    queued: usize,
+    unproven: Vec<Unproven>,
+    unproven_bytes: u64,
+    proofs: (Sender<Answer>, Receiver<Answer>),
+    proving: usize,
+    /// Bring each file to stable storage: there is no command that does it for all.
+    sync_each: bool,
+    done: Vec<Staged>,
+}
+
+fn refused(what: &str, refusal: &Refusal) -> WriteFailure {
+    WriteFailure { message: format!("{what}: {refusal}"), retry: false }
+}
+
+impl StockWriter {
+    pub(super) fn new(run: Arc<Run>, session: Arc<Session>) -> StockWriter {
+        let (sender, receiver) = unbounded();
+        let source = Arc::clone(&run.state().source);
+        let sync_each = session.offers.fsync && run.shell().is_none();
+        StockWriter {
+            run,
+            source,
+            session,
+            sender,
+            receiver,
+            sent: HashMap::new(),
+            next_tag: 0,
+            files: HashMap::new(),
+            current: HashMap::new(),
+            next_file: 0,
+            open_files: 0,
+            queued: 0,
+            unproven: Vec::new(),
+            unproven_bytes: 0,
+            proofs: unbounded(),
+            proving: 0,
+            sync_each,
+            done: Vec::new(),
+        }
+    }
+
+    fn entry(&self, index: u32) -> Result<(&Entry, u64), Error> {
+        match self.source.entries().get(index as usize) {
+            Some(entry) if let Content::File { size, .. } = entry.content => Ok((entry, size)),
+            _ => Err(Error::Refused { by: "the target".into(), reason: format!("entry {index} is no regular file") }),
+        }
+    }
+
+    fn send(&mut self, number: u64, op: Op, packet: Vec<u8>) -> Result<(), Error> {
+        let tag = self.next_tag;
+        self.next_tag += 1;
+        self.sent.insert(tag, (number, op));
+        if let Some(file) = self.files.get_mut(&number) {
+            file.in_flight += 1;
+        }
+        self.session.client.submit(packet, 0, tag, &self.sender)
+    }
+
+    /// Takes what answers there are; with `wait` at least one.
+    fn pump(&mut self, mut wait: bool) -> Result<(), Error> {
+        loop {
+            let completion = match self.receiver.try_recv() {
+                Ok(completion) => completion,
+                Err(_) if wait && !self.sent.is_empty() => self.session.client.wait(&self.receiver, false)?,
+                Err(_) => return Ok(()),
+            };
+            wait = false;
+            let (tag, reply) = self.session.completed(completion)?;
+            self.settle(tag, reply)?;
+        }
+    }
+
+    fn settle(&mut self, tag: u64, reply: Reply) -> Result<(), Error> {
+        let Some((number, op)) = self.sent.remove(&tag) else { return Ok(()) };
+        let Some(file) = self.files.get_mut(&number) else {
+            // Discarded meanwhile; a handle that comes now is not left open.
+            if let (Op::Open, Reply::Handle(handle)) = (op, reply) {
+                self.send(number, Op::Clear, about(packet::CLOSE, &handle))?;
+            }
+            return Ok(());
+        };
+        file.in_flight -= 1;
+        match (op, reply) {
+            (Op::Open, Reply::Handle(handle)) => {
+                file.handle = Some(handle);
+                self.flush(number)?;
+            }
+            (Op::Open, Reply::Refused(refusal)) => self.not_opened(number, &refusal)?,
+            (Op::Clear, Reply::Done | Reply::Refused(_)) | (_, Reply::Done) => {}
+            (Op::Write | Op::Close, Reply::Refused(refusal)) => {
+                let first = file.failure.is_none();
+                file.failure.get_or_insert(refused("write", &refusal));
+                if first && refusal.status == Status::Failure {
+                    self.check_room()?;
+                }
+            }
+            (Op::Grant, Reply::Refused(refusal)) => {
+                file.failure.get_or_insert(refused("set its owner, mode and time", &refusal));
+            }
+            _ => return Err(self.session.odd()),
+        }
+        self.step(number)
+    }
+
+    /// SFTP has no status for a full disk: it is looked for where a write failed. Then the run ends, and what it staged
+    /// is removed.
+    fn check_room(&self) -> Result<(), Error> {
+        let Some(room) = self.session.room(&self.run.staging)?.filter(|room| *room < LITTLE_ROOM) else {
+            return Ok(());
+        };
+        self.run.state().full = true;
+        let missing = format!("the file system is full: {room} bytes are left; make room there, then run again");
+        let source = std::io::Error::new(std::io::ErrorKind::StorageFull, missing);
+        let path = format!("{}:{}", self.session.client.host(), Escaped(&self.run.root));
+        Err(Error::Io { operation: "stage in", path, source })
+    }
+
+    /// Takes a file on when everything that was asked for it is answered.
+    fn step(&mut self, number: u64) -> Result<(), Error> {
+        let Some(file) = self.files.get_mut(&number) else { return Ok(()) };
+        if file.in_flight > 0 {
+            return Ok(());
+        }
+        match file.stage {
+            Stage::Writing if !file.closing => Ok(()),
+            Stage::Writing if file.failure.is_none() => {
+                file.stage = Stage::Proving;
+                self.unproven_bytes += file.size;
+                self.unproven.push(Unproven { id: number, path: file.path.clone(), size: file.size });
+                self.open_files -= 1;
+                self.prove(false);
+                Ok(())
+            }
+            Stage::Writing => {
+                self.open_files -= 1;
+                self.conclude(number)
+            }
+            Stage::Granting => self.conclude(number),
+            Stage::Proving => Ok(()),
+        }
+    }
+
+    fn not_opened(&mut self, number: u64, refusal: &Refusal) -> Result<(), Error> {
+        let Some(file) = self.files.get_mut(&number) else { return Ok(()) };
+        // What an earlier attempt left has the name; CREAT with EXCL follows no link and opens nothing of others.
+        if refusal.status == Status::Failure && !file.opened_again && !file.resumed {
+            file.opened_again = true;
+            let path = file.path.clone();
+            self.send(number, Op::Clear, about(packet::REMOVE, &path))?;
+            return self.send(number, Op::Open, session::open(&path, open::WRITE | open::CREATE | open::EXCLUSIVE));
+        }
+        let resumed = file.resumed;
+        file.failure = Some(WriteFailure { retry: resumed, ..refused("make the staged file", refusal) });
+        self.queued -= file.queued.drain(..).map(|(_, block)| block.data().len()).sum::<usize>();
+        if file.digest.is_some() {
+            file.closing = true;
+        }
+        if resumed { Ok(()) } else { self.check_room() }
+    }
+
+    /// Sends what waited for the handle.
+    fn flush(&mut self, number: u64) -> Result<(), Error> {
+        while let Some(file) = self.files.get_mut(&number)
+            && let Some((offset, block)) = file.queued.pop_front()
+        {
+            self.queued -= block.data().len();
+            self.send_block(number, offset, &block)?;
+        }
+        self.close(number)
+    }
+
+    fn send_block(&mut self, number: u64, offset: u64, block: &Block) -> Result<(), Error> {
+        let Some(handle) = self.files.get(&number).and_then(|file| file.handle.clone()) else { return Ok(()) };
+        let mut at = offset;
+        for chunk in block.data().chunks(self.session.write_max as usize) {
+            self.send(number, Op::Write, session::write(&handle, at, chunk))?;
+            at += chunk.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Ends a file whose end was said and whose handle is there.
+    fn close(&mut self, number: u64) -> Result<(), Error> {
+        let Some(file) = self.files.get_mut(&number) else { return Ok(()) };
+        let (Some(handle), Some(_), false) = (file.handle.clone(), file.digest, file.closing) else { return Ok(()) };
+        file.closing = true;
+        let size = Attributes { size: Some(file.size), ..Attributes::default() };
+        if file.hole_at_end {
+            self.send(number, Op::Write, with_attributes(packet::FSETSTAT, &handle, &size))?;
+        }
+        if self.sync_each {
+            self.send(number, Op::Write, extended("fsync@openssh.com", &[&handle]))?;
+        }
+        self.send(number, Op::Close, about(packet::CLOSE, &handle))
+    }
+
+    /// Asks for digests, when enough wait for them or `all` are to be asked for.
+    fn prove(&mut self, all: bool) {
+        let enough = self.unproven.len() >= PROVE_FILES || self.unproven_bytes >= PROVE_BYTES;
+        if self.unproven.is_empty() || !(all || enough) {
+            return;
+        }
+        self.unproven_bytes = 0;
+        self.proving += 1;
+        let files = std::mem::take(&mut self.unproven);
+        let prover = self.next_file as usize % self.run.provers.len().max(1);
+        if let Some(prover) = self.run.provers.get(prover) {
+            prover.submit(files, &self.proofs.0);
+        }
+    }
+
+    /// Compares digests, and gives owner, mode and times to what is right.
+    fn proven(&mut self, proven: Proven) -> Result<(), Error> {
+        self.proving -= 1;
+        for (number, found) in proven {
+            let Some(file) = self.files.get_mut(&number) else { continue };
+            let announced = file.digest.unwrap_or_default();
+            match found {
+                Ok(found) if found == announced => {
+                    file.stage = Stage::Granting;
+                    let (index, path) = (file.index, file.path.clone());
+                    let wanted = self.run.permissions(self.entry(index)?.0)?;
+                    for packet in grant(packet::SETSTAT, &path, &wanted) {
+                        self.send(number, Op::Grant, packet)?;
+                    }
+                }
+                Ok(found) => {
+                    let message = format!("its SHA-256 is {found} at the other end, and {announced} was sent");
+                    file.failure = Some(WriteFailure { message, retry: true });
+                    self.conclude(number)?;
+                }
+                Err(message) => {
+                    file.failure = Some(WriteFailure { message, retry: true });
+                    self.conclude(number)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything is done for a file: says what became of it.
+    fn conclude(&mut self, number: u64) -> Result<(), Error> {
+        let Some(file) = self.files.remove(&number) else { return Ok(()) };
+        if self.current.get(&file.index) == Some(&number) {
+            self.current.remove(&file.index);
+        }
+        let result = match file.failure {
+            None => {
+                self.run.state().staged.insert(file.index, file.digest.unwrap_or_default());
+                Ok(())
+            }
+            Some(failure) => {
+                self.send(number, Op::Clear, about(packet::REMOVE, &file.path))?;
+                Err(failure)
+            }
+        };
+        self.done.push(Staged { index: file.index, result });
+        Ok(())
+    }
+
+    fn drop_file(&mut self, index: u32) -> Result<(), Error> {
+        let Some(number) = self.current.remove(&index) else { return Ok(()) };
+        let Some(file) = self.files.remove(&number) else { return Ok(()) };
+        if file.stage == Stage::Writing {
+            self.open_files -= 1;
+        }
+        self.queued -= file.queued.iter().map(|(_, block)| block.data().len()).sum::<usize>();
+        if let Some(handle) = file.handle.filter(|_| !file.closing) {
+            self.send(number, Op::Clear, about(packet::CLOSE, &handle))?;
+        }
+        self.send(number, Op::Clear, about(packet::REMOVE, &file.path))
+    }
+}
+
+/// Owner in one request, mode and times in the next: OpenSSH's server sets the mode first where one request has both,
+/// and the change of the owner would take special bits away again.
+pub(super) fn grant(kind: u8, path: &[u8], wanted: &Permissions) -> Vec<Vec<u8>> {
+    let mut packets = Vec::with_capacity(2);
+    if wanted.uid.is_some() || wanted.gid.is_some() {
+        // chown(2) leaves what is given as -1.
+        let owner = (wanted.uid.unwrap_or(u32::MAX), wanted.gid.unwrap_or(u32::MAX));
+        let owner = Attributes { owner: Some(owner), ..Attributes::default() };
+        packets.push(with_attributes(kind, path, &owner));
+    }
+    let seconds = wanted.mtime.seconds.clamp(0, u32::MAX.into()) as u32;
+    let rest = Attributes { mode: Some(wanted.mode), times: Some((seconds, seconds)), ..Attributes::default() };
+    packets.push(with_attributes(kind, path, &rest));
+    packets
+}
+
+impl Writer for StockWriter {
+    fn put(&mut self, index: u32, block: Block, digest: Digest) -> Result<(), Error> {
+        self.open(index, 0)?;
+        if !block.data().is_empty() {
+            self.write(index, 0, block)?;
+        }
+        self.finish(index, digest)
+    }
+
+    fn open(&mut self, index: u32, resume_at: u64) -> Result<(), Error> {
+        self.drop_file(index)?;
+        while self.open_files >= OPEN_FILES.min(self.session.handles / 2) && !self.sent.is_empty() {
+            self.pump(true)?;
+        }
+        let (entry, size) = self.entry(index)?;
+        let path = self.run.staged_path(&entry.path);
+        let number = self.next_file;
+        self.next_file += 1;
+        let file = File {
+            index,
+            path: path.clone(),
+            size,
+            at: resume_at,
+            handle: None,
+            queued: VecDeque::new(),
+            in_flight: 0,
+            stage: Stage::Writing,
+            hole_at_end: false,
+            resumed: resume_at > 0,
+            opened_again: false,
+            digest: None,
+            closing: false,
+            failure: None,
+        };
+        self.files.insert(number, file);
+        self.current.insert(index, number);
+        self.open_files += 1;
+        match resume_at {
+            0 => self.send(number, Op::Open, session::open(&path, open::WRITE | open::CREATE | open::EXCLUSIVE)),
+            // All of it is there, perhaps with its last mode: only the proof is left.
+            _ if resume_at == size => Ok(()),
+            _ => {
+                let cut = Attributes { size: Some(resume_at), ..Attributes::default() };
+                self.send(number, Op::Write, with_attributes(packet::SETSTAT, &path, &cut))?;
+                self.send(number, Op::Open, session::open(&path, open::WRITE))
+            }
+        }
+    }
+
+    fn write(&mut self, index: u32, offset: u64, block: Block) -> Result<(), Error> {
+        self.pump(false)?;
+        let Some(&number) = self.current.get(&index) else { return Ok(()) };
+        let Some(file) = self.files.get_mut(&number).filter(|file| file.failure.is_none()) else { return Ok(()) };
+        let length = block.data().len() as u64;
+        match offset.checked_add(length) {
+            Some(end) if offset == file.at && end <= file.size => file.at = end,
+            _ => {
+                let message = format!("{length} bytes at {offset} do not go on from {} of {}", file.at, file.size);
+                file.failure = Some(WriteFailure { message, retry: false });
+                return Ok(());
+            }
+        }
+        file.hole_at_end = false;
+        if file.handle.is_some() && file.queued.is_empty() {
+            return self.send_block(number, offset, &block);
+        }
+        file.queued.push_back((offset, block));
+        self.queued += length as usize;
+        while self.queued > QUEUED && !self.sent.is_empty() {
+            self.pump(true)?;
+        }
+        Ok(())
+    }
+
+    fn hole(&mut self, index: u32, offset: u64, length: u64) -> Result<(), Error> {
+        let Some(file) = self.current.get(&index).and_then(|number| self.files.get_mut(number)) else { return Ok(()) };
+        match offset.checked_add(length) {
+            Some(end) if offset == file.at && end <= file.size => {
+                file.at = end;
+                file.hole_at_end = true;
+            }
+            _ => {
+                let message = format!("a hole of {length} bytes at {offset} does not go on from {}", file.at);
+                file.failure.get_or_insert(WriteFailure { message, retry: false });
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, index: u32, digest: Digest) -> Result<(), Error> {
+        let Some(&number) = self.current.get(&index) else {
+            let message = "was finished without having been opened".into();
+            self.done.push(Staged { index, result: Err(WriteFailure { message, retry: false }) });
+            return Ok(());
+        };
+        let Some(file) = self.files.get_mut(&number) else { return Ok(()) };
+        if file.at != file.size {
+            let message = format!("{} bytes came, {} were announced", file.at, file.size);
+            file.failure.get_or_insert(WriteFailure { message, retry: true });
+        }
+        file.digest = Some(digest);
+        let nothing_open = file.handle.is_none() && file.in_flight == 0;
+        file.closing |= nothing_open;
+        self.close(number)?;
+        self.step(number)?;
+        self.pump(false)
+    }
+
+    fn keep(&mut self, index: u32, digest: Digest) -> Result<(), Error> {
+        let (entry, _) = self.entry(index)?;
+        let mut state = self.run.state();
+        let known = state.target.get(&entry.path).and_then(Entry::file).and_then(|(_, digest)| digest);
+        let result = if known == Some(digest) {
+            state.kept.insert(index, digest);
+            Ok(())
+        } else {
+            Err(WriteFailure { message: "is not what the target has".to_owned(), retry: true })
+        };
+        drop(state);
+        self.done.push(Staged { index, result });
+        Ok(())
+    }
+
+    fn discard(&mut self, index: u32) -> Result<(), Error> {
+        self.drop_file(index)
+    }
+
+    fn completions(&mut self, wait: bool) -> Result<Vec<Staged>, Error> {
+        loop {
+            self.pump(false)?;
+            while let Ok(proven) = self.proofs.1.try_recv() {
+                self.proven(proven?)?;
+            }
+            if !wait || self.files.is_empty() {
+                return Ok(std::mem::take(&mut self.done));
+            }
+            if !self.sent.is_empty() {
+                self.pump(true)?;
+            } else if !self.unproven.is_empty() {
+                self.prove(true);
+            } else if self.proving > 0 {
+                let lost = |_| self.session.client.protocol("the thread that proves has ended");
+                let proven = self.proofs.1.recv().map_err(lost)??;
+                self.proven(proven)?;
+            } else {
+                // Opened and not finished: those are for the engine to finish or discard.
+                return Ok(std::mem::take(&mut self.done));
+            }
+        }
+    }
+}

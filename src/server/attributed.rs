@@ -1,0 +1,67 @@
+//! A target whose records name who really sent: the user who logged in, with the key, not who the sender says it is.
+
+use std::sync::Arc;
+
+use super::agent::SharedTarget;
+use super::live::short;
+use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
+use crate::error::Escaped;
+use crate::manifest::Tree;
+use crate::monitor::Monitor;
+use crate::plan::Plan;
+
+/// More of what a sender says of itself is cut off: it ends up in every line of the audit log.
+const SAID_MAX: usize = 200;
+
+/// See the module.
+pub struct Attributed {
+    target: SharedTarget,
+    actor: String,
+}
+
+impl Attributed {
+    /// `actor` is who is at the other end.
+    pub fn new(target: SharedTarget, actor: String) -> Attributed {
+        Attributed { target, actor }
+    }
+}
+
+fn said(text: &str) -> String {
+    short(&Escaped(text.as_bytes()).to_string(), SAID_MAX)
+}
+
+impl Target for Attributed {
+    fn describe(&self) -> String {
+        self.target.describe()
+    }
+
+    fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
+        let actor = format!("{}, who says {}", self.actor, said(&options.actor));
+        let options = BeginOptions { actor, source: said(&options.source), ..options.clone() };
+        self.target.begin(&options, monitor)
+    }
+
+    fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {
+        self.target.diff(source, monitor)
+    }
+
+    fn writer(&self) -> Result<Box<dyn Writer + '_>, Error> {
+        self.target.writer()
+    }
+
+    fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
+        self.target.commit(options, monitor)
+    }
+
+    fn abort(&self) {
+        self.target.abort();
+    }
+
+    fn verification(&self) -> String {
+        self.target.verification()
+    }
+
+    fn wire_bytes(&self) -> u64 {
+        self.target.wire_bytes()
+    }
+}

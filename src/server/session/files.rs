@@ -1,0 +1,238 @@
+//! Open files, and what is done with them: the work of the lanes.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::os::unix::fs::FileExt as _;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::buffer::spare_capacity;
+use sha2::{Digest as _, Sha256};
+
+use super::lanes::lane_of;
+use super::site::{Site, drop_set_id};
+use super::{Answer, Failed, Status, attributes_packet, statvfs_packet};
+use crate::manifest::Digest;
+use crate::path::RelPath;
+use crate::root::{Change, FileKind, Metadata, RootError};
+use crate::wire::buffer::{Reader, Short, Writer};
+use crate::wire::sftp::{Attributes, DATA_MAX, Packet, packet};
+
+/// A file that a client opened.
+pub(super) struct OpenFile {
+    pub(super) file: File,
+    /// Which of the lanes works on it.
+    pub(super) lane: usize,
+    pub(super) kind: FileKind,
+    pub(super) device: u64,
+    pub(super) inode: u64,
+    pub(super) append: bool,
+    site: Arc<Site>,
+    /// Of a file that was opened to be written.
+    arrival: Option<Mutex<Arrival>>,
+}
+
+/// What is known of content that arrives.
+struct Arrival {
+    /// Made by this handle under a rule: private until it is closed.
+    private: bool,
+    /// Whether anything was written yet.
+    touched: bool,
+    /// The mode that the client asked for.
+    asked: u32,
+    /// Of what was written from the start without a gap, and how much that is.
+    hash: Option<(Sha256, u64)>,
+}
+
+/// How a file was opened to be written.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Opening {
+    pub(super) append: bool,
+    /// Made or emptied by this open.
+    pub(super) touched: bool,
+    /// Made under a rule: private until it is closed.
+    pub(super) private: bool,
+    /// The mode that the client asked for, where the file is new.
+    pub(super) asked: Option<u32>,
+}
+
+impl OpenFile {
+    /// `opening` is `None` for a file that is only read.
+    pub(super) fn new(file: File, opening: Option<Opening>, site: &Arc<Site>) -> Result<OpenFile, Failed> {
+        let found = Metadata::of(&file)?;
+        if opening.is_some() {
+            drop_set_id(&file, &found);
+        }
+        let arrival = opening.map(|Opening { touched, private, asked, .. }| {
+            let hash = (site.recorder.is_some() && found.size == 0).then(|| (Sha256::new(), 0));
+            Mutex::new(Arrival { private, touched, asked: asked.unwrap_or(found.mode), hash })
+        });
+        let append = opening.is_some_and(|opening| opening.append);
+        let (lane, site) = (lane_of(&found), Arc::clone(site));
+        let Metadata { kind, device, inode, .. } = found;
+        Ok(OpenFile { file, lane, kind, device, inode, append, site, arrival })
+    }
+
+    fn arrival(&self) -> Option<MutexGuard<'_, Arrival>> {
+        self.arrival.as_ref().map(|arrival| arrival.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Its content is no longer what went through this handle alone.
+    pub(super) fn changed_otherwise(&self) {
+        if let Some(mut arrival) = self.arrival() {
+            (arrival.hash, arrival.touched) = (None, true);
+        }
+    }
+
+    fn path(&self) -> Result<RelPath, Failed> {
+        self.site.root.path_of(&self.file)?.ok_or(Status::Failure.into())
+    }
+
+    fn read(&self, id: u32, offset: u64, length: u32) -> Answer {
+        let length = (length as usize).min(DATA_MAX);
+        // The data is read to where it is sent from.
+        let mut reply = Vec::with_capacity(READ_HEAD + length);
+        reply.extend_from_slice(&[0; READ_HEAD]);
+        let count = match length {
+            0 => 0,
+            _ => rustix::io::pread(&self.file, spare_capacity(&mut reply), offset)?,
+        };
+        if count == 0 && length > 0 {
+            return Err(Status::EndOfFile.into());
+        }
+        reply.truncate(READ_HEAD + length);
+        let count = reply.len() - READ_HEAD;
+        let head = Writer::new(packet::DATA).u32(id).u32(count as u32).finish();
+        reply[..READ_HEAD].copy_from_slice(&head);
+        reply[..4].copy_from_slice(&((READ_HEAD - 4 + count) as u32).to_be_bytes());
+        Ok(reply)
+    }
+
+    fn write(&self, id: u32, offset: u64, data: &[u8]) -> Answer {
+        if let Some(mut arrival) = self.arrival() {
+            arrival.touched = true;
+            arrival.hash = match arrival.hash.take() {
+                Some((hash, at)) if at == offset && !self.append => {
+                    Some((hash.chain_update(data), at + data.len() as u64))
+                }
+                _ => None,
+            };
+        }
+        let written = if self.append { (&self.file).write_all(data) } else { self.file.write_all_at(data, offset) };
+        if let Err(error) = written {
+            self.changed_otherwise();
+            return Err(error.into());
+        }
+        Ok(Status::Ok.packet(id))
+    }
+
+    /// A mode for a file that is still private is kept for its close.
+    fn set(&self, id: u32, mut asked: Attributes) -> Answer {
+        if asked.size.is_some() {
+            self.changed_otherwise();
+        }
+        if let Some(mut arrival) = self.arrival()
+            && let Some(mode) = asked.mode
+        {
+            arrival.asked = mode & 0o7777;
+            if arrival.private {
+                asked.mode = None;
+            }
+        }
+        if asked != Attributes::default() {
+            let path = self.path()?;
+            self.site.guard(&path)?;
+            self.site.set(&self.file, &path, &asked)?;
+        }
+        Ok(Status::Ok.packet(id))
+    }
+
+    /// What was written gets what the rules say of the name it has by now.
+    fn close(&self, id: u32) -> Answer {
+        let Some(arrival) = self.arrival().filter(|arrival| arrival.touched) else { return Ok(Status::Ok.packet(id)) };
+        let found = Metadata::of(&self.file)?;
+        if found.kind != FileKind::Regular || found.links == 0 {
+            return Ok(Status::Ok.packet(id));
+        }
+        if self.site.policy.is_empty() && self.site.recorder.is_none() {
+            return Ok(Status::Ok.packet(id));
+        }
+        let path = self.path()?;
+        let grant = self.site.grant(&path, false, arrival.asked & 0o777, Some(&found))?;
+        if grant.ruled {
+            grant.change().apply(&self.file)?;
+        } else if arrival.private {
+            // Renamed to where no rule is.
+            Change { mode: Some(grant.mode), ..Change::default() }.apply(&self.file)?;
+        }
+        let hash = arrival.hash.as_ref().filter(|(_, length)| *length == found.size);
+        let digest = hash.map(|(hash, _)| Digest(hash.clone().finalize().into()));
+        self.site.note_file("", "publish", &path, &self.file, digest);
+        Ok(Status::Ok.packet(id))
+    }
+}
+
+/// Length, type, id, length of the data.
+const READ_HEAD: usize = 4 + 1 + 4 + 4;
+
+/// What is to be done with an open file; the fields of a request.
+pub(super) enum Work {
+    Read {
+        offset: u64,
+        length: u32,
+    },
+    /// The data is at the end of the packet but for what follows it, which nobody should send.
+    Write {
+        offset: u64,
+        length: usize,
+        after: usize,
+    },
+    Stat,
+    Set(Attributes),
+    Sync,
+    Filesystem,
+    Close,
+}
+
+impl Work {
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Work, Short> {
+        Ok(Work::Read { offset: reader.u64()?, length: reader.u32()? })
+    }
+
+    pub(super) fn write(reader: &mut Reader<'_>) -> Result<Work, Short> {
+        let (offset, length) = (reader.u64()?, reader.string()?.len());
+        Ok(Work::Write { offset, length, after: reader.0.len() })
+    }
+
+    pub(super) fn set(reader: &mut Reader<'_>) -> Result<Work, Short> {
+        Attributes::decode(reader).map(Work::Set)
+    }
+}
+
+/// A request on an open file.
+pub(super) struct Job {
+    pub(super) id: u32,
+    pub(super) file: Arc<OpenFile>,
+    pub(super) work: Work,
+    pub(super) packet: Packet,
+}
+
+impl Job {
+    /// Does it; the reply.
+    pub(super) fn run(self) -> Vec<u8> {
+        let Job { id, file, work, packet } = self;
+        let answer = match work {
+            Work::Read { offset, length } => file.read(id, offset, length),
+            Work::Write { offset, length, after } => file.write(id, offset, &packet.tail(length + after)[..length]),
+            Work::Stat => Metadata::of(&file.file).map_err(Failed::from).map(|found| attributes_packet(id, &found)),
+            Work::Set(asked) => file.set(id, asked),
+            Work::Sync => file.file.sync_all().map_err(Failed::from).map(|()| Status::Ok.packet(id)),
+            Work::Filesystem => statvfs(&file, id).map_err(Failed::from),
+            Work::Close => file.close(id),
+        };
+        answer.unwrap_or_else(|failed| failed.packet(id))
+    }
+}
+
+fn statvfs(file: &OpenFile, id: u32) -> Result<Vec<u8>, RootError> {
+    file.site.root.filesystem(Some(&file.file)).map(|found| statvfs_packet(id, &found))
+}

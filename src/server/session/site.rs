@@ -1,0 +1,269 @@
+//! What the requests of a session share: the tree, what its owner allows, and the record of what was done.
+//!
+//! What always holds: nothing named `.lockstep`, and nothing below it, is written by a plain client; special bits and
+//! owners come from the receiver's rules; who breaks this is refused, and recorded.
+
+use std::fs::File;
+
+use rustix::fs::OFlags;
+
+use super::record::Recorder;
+use super::{Failed, Status};
+use crate::audit::AuditRecord;
+use crate::error::Escaped;
+use crate::manifest::{Digest, Timestamp};
+use crate::path::RelPath;
+use crate::policy::Policy;
+use crate::root::{Change, FileKind, Follow, Metadata, Root};
+use crate::staging::Ids;
+use crate::wire::sftp::Attributes;
+
+/// What lockstep keeps of a root; listings leave it out, so that mirroring clients do not try to delete it.
+pub(super) const STATE: &[u8] = b".lockstep";
+const SPECIAL: u32 = 0o7000;
+const STICKY: u32 = 0o1000;
+const SET_ID: u32 = 0o6000;
+
+pub(super) struct Site {
+    pub(super) root: Root,
+    /// Whether the client sees the root alone.
+    pub(super) confined: bool,
+    pub(super) policy: Policy,
+    pub(super) ids: Ids,
+    /// Where a log is kept.
+    pub(super) recorder: Option<Recorder>,
+}
+
+/// A name in a directory that is open.
+pub(super) struct Spot {
+    pub(super) holder: Root,
+    pub(super) name: RelPath,
+    /// The path from the root, without links; what the rules go by.
+    pub(super) path: RelPath,
+}
+
+/// What a path gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Grant {
+    pub(super) mode: u32,
+    pub(super) uid: Option<u32>,
+    pub(super) gid: Option<u32>,
+    /// A rule decided.
+    pub(super) ruled: bool,
+}
+
+impl Grant {
+    /// The whole of it, for something a rule is about.
+    pub(super) fn change(&self) -> Change {
+        Change { uid: self.uid, gid: self.gid, remove_acl: true, mode: Some(self.mode), times: None }
+    }
+}
+
+impl Site {
+    /// The place that `path` names, for something that is to be written there.
+    pub(super) fn spot(&self, path: &RelPath) -> Result<Spot, Failed> {
+        let (holder, name) = self.root.holder(path, Follow::Inside)?;
+        let above = self.root.path_of_root(&holder)?;
+        let path = match above {
+            None => name.clone(),
+            Some(above) => above.join(name.as_bytes()).map_err(|_| Failed::because(Status::BadMessage, "too long"))?,
+        };
+        self.guard(&path)?;
+        Ok(Spot { holder, name, path })
+    }
+
+    /// Refuses paths that plain clients do not write.
+    pub(super) fn guard(&self, path: &RelPath) -> Result<(), Failed> {
+        if path.components().any(|component| component == STATE) {
+            return Err(self.refused(path, "what is in '.lockstep' is written by lockstep alone"));
+        }
+        Ok(())
+    }
+
+    /// What a path gets when its sender asks for `asked`. Without a rule: permission bits as asked for, of the special
+    /// bits those that `found` has already, and a directory's sticky bit, which only takes rights away.
+    pub(super) fn grant(
+        &self,
+        path: &RelPath,
+        directory: bool,
+        asked: u32,
+        found: Option<&Metadata>,
+    ) -> Result<Grant, Failed> {
+        let decision = self.policy.decide(path, directory, asked);
+        let ruled = decision.rule.is_some();
+        let kept = found.map_or(0, |found| found.mode) | if directory { STICKY } else { 0 };
+        let mode = if ruled { decision.mode } else { (asked & 0o777) | (asked & kept & SPECIAL) };
+        let unknown = |_| Failed::because(Status::Failure, "the policy names an owner that the server does not know");
+        let uid = decision.owner.map(|name| self.ids.user(&name)).transpose().map_err(unknown)?;
+        let gid = decision.group.map(|name| self.ids.group(&name)).transpose().map_err(unknown)?;
+        let dropped = asked & SPECIAL & !mode;
+        if dropped != 0 {
+            let reason = format!("special bits {dropped:04o} of the mode asked for are given by rule only");
+            self.note("", "refuse", path, |record| record.reason = Some(reason));
+        }
+        Ok(Grant { mode, uid, gid, ruled })
+    }
+
+    /// Sets what a client asks for, as far as it is granted. Where the client is confined or there is a policy, an owner is
+    /// granted when it is what a rule says or what is there: a server that runs as root could give files to anybody.
+    pub(super) fn set(&self, file: &File, path: &RelPath, asked: &Attributes) -> Result<(), Failed> {
+        let found = Metadata::of(file)?;
+        let mut change = Change { times: times(asked), ..Change::default() };
+        let free = !self.confined && self.policy.is_empty();
+        if asked.mode.is_some() || (asked.owner.is_some() && !free) {
+            let directory = found.kind == FileKind::Directory;
+            let grant = self.grant(path, directory, asked.mode.unwrap_or(found.mode) & 0o7777, Some(&found))?;
+            if asked.mode.is_some() {
+                change.mode = Some(grant.mode);
+                change.remove_acl = grant.ruled;
+            }
+            if !free {
+                self.may_own(path, &found, &grant, asked)?;
+            }
+        }
+        if let (Some((user, group)), true) = (asked.owner, free) {
+            let given = |id| Some(id).filter(|&id| id != u32::MAX); // To chown(2): as it is.
+            (change.uid, change.gid) = (given(user), given(group));
+        }
+        let sized = asked.size.map_or(Ok(()), |size| file.set_len(size));
+        let applied = change.apply(file);
+        sized.and(applied)?;
+        self.note_file("", "metadata", path, file, None);
+        Ok(())
+    }
+
+    fn may_own(&self, path: &RelPath, found: &Metadata, grant: &Grant, asked: &Attributes) -> Result<(), Failed> {
+        let Some((user, group)) = asked.owner else { return Ok(()) };
+        let fits = |asked, there, granted| asked == u32::MAX || asked == there || Some(asked) == granted;
+        if fits(user, found.uid, grant.uid) && fits(group, found.gid, grant.gid) {
+            return Ok(());
+        }
+        Err(self.refused(path, "the server decides who owns what arrives"))
+    }
+
+    /// Gives something that is about to be called `new` what the rules say of that name, and so everything below it.
+    /// Links stay as they are.
+    pub(super) fn conform(&self, spot: &Spot, new: &RelPath) -> Result<(), Failed> {
+        if self.policy.is_empty() {
+            return Ok(());
+        }
+        walk(spot, new, |name, path, found| {
+            if !matches!(found.kind, FileKind::Regular | FileKind::Directory) {
+                return Ok(());
+            }
+            let grant = self.grant(path, found.kind == FileKind::Directory, found.mode, Some(found))?;
+            if grant.ruled {
+                let file = spot.holder.open_with(name, Follow::Never, OFlags::PATH, 0)?;
+                grant.change().apply(&file)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Refuses to call something `new` when it is a link, or holds one, that would then lead out of a confined client's
+    /// root. The client could not follow it, but others on the machine would.
+    pub(super) fn links_stay(&self, spot: &Spot, new: &RelPath) -> Result<(), Failed> {
+        let depth = |path: &RelPath| path.components().count();
+        let found = spot.holder.stat(&spot.name, Follow::Never)?;
+        // What lies deeper than before leads less far up.
+        let may_leave = found.kind == FileKind::Symlink || depth(new) < depth(&spot.path);
+        if !self.confined || !may_leave {
+            return Ok(());
+        }
+        walk(spot, new, |name, path, found| {
+            if found.kind != FileKind::Symlink {
+                return Ok(());
+            }
+            let (holder, name) = spot.holder.holder(name, Follow::Never)?;
+            self.link_stays(path, &holder.read_link(&name)?)
+        })
+    }
+
+    /// The same for a link that is made.
+    pub(super) fn link_stays(&self, path: &RelPath, target: &[u8]) -> Result<(), Failed> {
+        if !self.confined || stays_below(path, target) {
+            return Ok(());
+        }
+        Err(self.refused(path, "the link would lead out of the root"))
+    }
+
+    /// A refusal, with its line in the log.
+    pub(super) fn refused(&self, path: &RelPath, reason: &'static str) -> Failed {
+        self.note("", "refuse", path, |record| record.reason = Some(reason.to_owned()));
+        Failed::because(Status::PermissionDenied, reason)
+    }
+
+    /// A line in the log.
+    pub(super) fn note(&self, how: &str, action: &str, path: &RelPath, more: impl FnOnce(&mut AuditRecord)) {
+        if let Some(recorder) = &self.recorder {
+            let path = Escaped(path.as_bytes()).to_string();
+            let mut record = AuditRecord { action: action.into(), path, ..AuditRecord::default() };
+            more(&mut record);
+            recorder.record(how, record);
+        }
+    }
+
+    /// The same about something that is open, with what it is now.
+    pub(super) fn note_file(&self, how: &str, action: &str, path: &RelPath, file: &File, digest: Option<Digest>) {
+        self.note(how, action, path, |record| {
+            record.sha256 = digest.map(|digest| digest.to_string());
+            if let Ok(found) = Metadata::of(file) {
+                record.size = (found.kind == FileKind::Regular).then_some(found.size);
+                record.mode = Some(format!("{:04o}", found.mode));
+                record.owner = Some(found.uid.to_string());
+                record.group = Some(found.gid.to_string());
+            }
+        });
+    }
+}
+
+/// Calls `visit` for `spot` and all below it: with the name from the spot's directory, the path it has below `new`, and
+/// what it is.
+fn walk(
+    spot: &Spot,
+    new: &RelPath,
+    mut visit: impl FnMut(&RelPath, &RelPath, &Metadata) -> Result<(), Failed>,
+) -> Result<(), Failed> {
+    let mut stack = vec![(spot.name.clone(), new.clone())];
+    while let Some((name, path)) = stack.pop() {
+        let found = spot.holder.stat(&name, Follow::Never)?;
+        visit(&name, &path, &found)?;
+        if found.kind != FileKind::Directory || name.name() == STATE {
+            continue;
+        }
+        for below in spot.holder.names(Some(&name), Follow::Never)? {
+            // Names come from the file system; what is too long for a path of ours cannot be asked for either.
+            if let (Ok(name), Ok(path)) = (name.join(&below), path.join(&below)) {
+                stack.push((name, path));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether a link at `path` leads to something below the root whatever links are on its way, when those do too: it goes
+/// up at its beginning only, and no further than the top.
+fn stays_below(path: &RelPath, target: &[u8]) -> bool {
+    let mut parts = target.split(|&byte| byte == b'/').filter(|part| !part.is_empty() && *part != b".").peekable();
+    let mut depth = path.components().count() - 1;
+    while parts.next_if(|part| *part == b"..").is_some() {
+        let Some(above) = depth.checked_sub(1) else { return false };
+        depth = above;
+    }
+    !target.starts_with(b"/") && parts.all(|part| part != b"..")
+}
+
+/// Takes set-user-ID and set-group-ID from a file whose content is about to change, where the kernel does not do it (with
+/// CAP_FSETID): new content would get the rights of the old. Who does not own the file cannot, and has it done by the
+/// kernel.
+pub(super) fn drop_set_id(file: &File, found: &Metadata) {
+    if found.kind == FileKind::Regular && found.mode & SET_ID != 0 {
+        let _ = Change { mode: Some(found.mode & !SET_ID), ..Change::default() }.apply(file);
+    }
+}
+
+/// Times as SFTP has them, for a change.
+pub(super) fn times(asked: &Attributes) -> Option<(Timestamp, Timestamp)> {
+    let time = |seconds: u32| Timestamp { seconds: seconds.into(), nanoseconds: 0 };
+    asked.times.map(|(accessed, modified)| (time(accessed), time(modified)))
+}

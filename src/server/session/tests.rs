@@ -1,0 +1,323 @@
+//! What a session answers, packet by packet, and what its rules do with what arrives.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::sync::Mutex;
+
+use super::*;
+use crate::policy::RuleSpec;
+use crate::wire::sftp::open;
+
+#[derive(Default)]
+struct Kept(Mutex<Vec<Vec<u8>>>);
+
+impl Output for Kept {
+    fn send(&self, packet: Vec<u8>) {
+        self.0.lock().unwrap().push(packet);
+    }
+}
+
+/// A session below a directory of its own.
+struct Client {
+    at: tempfile::TempDir,
+    kept: Arc<Kept>,
+    session: Session,
+}
+
+impl Client {
+    fn new(read_only: bool, rules: &[(&str, &str, Option<&str>)]) -> Client {
+        let at = tempfile::tempdir().unwrap();
+        let rules = rules.iter().map(|(pattern, mode, owner)| RuleSpec {
+            pattern: (*pattern).into(),
+            mode: (!mode.is_empty()).then(|| (*mode).into()),
+            owner: owner.map(str::to_owned),
+            ..RuleSpec::default()
+        });
+        let policy = PolicySpec { rules: rules.collect() };
+        let (root, actor) = (at.path().to_owned(), "someone@somewhere".to_owned());
+        let config = SessionConfig { root, confine: true, read_only, policy, actor };
+        let kept = Arc::new(Kept::default());
+        let mut session = Session::new(config, kept.clone(), None).unwrap();
+        session.feed(&Writer::new(packet::INIT).u32(3).finish()).unwrap();
+        Client { at, kept, session }
+    }
+
+    fn ask(&mut self, kind: u8, fields: impl FnOnce(&mut Writer) -> &mut Writer) -> Vec<u8> {
+        let mut request = Writer::new(kind);
+        fields(request.u32(1));
+        self.session.feed(&request.finish()).unwrap();
+        self.session.lanes.wait();
+        self.kept.0.lock().unwrap().pop().unwrap()
+    }
+
+    fn status(&mut self, kind: u8, fields: impl FnOnce(&mut Writer) -> &mut Writer) -> Status {
+        let reply = self.ask(kind, fields);
+        assert_eq!(reply[4], packet::STATUS);
+        Status::from_code(Reader(&reply[9..]).u32().unwrap())
+    }
+
+    fn open(&mut self, path: &str, mode: u32) -> Vec<u8> {
+        let flags = open::WRITE | open::CREATE;
+        let reply = self.ask(packet::OPEN, |w| w.string(path.as_bytes()).u32(flags).u32(4).u32(mode));
+        assert_eq!(reply[4], packet::HANDLE, "{}", String::from_utf8_lossy(&reply));
+        Reader(&reply[9..]).string().unwrap().to_vec()
+    }
+
+    fn write(&mut self, handle: &[u8], offset: u64, data: &[u8]) {
+        assert_eq!(self.status(packet::WRITE, |w| w.string(handle).u64(offset).string(data)), Status::Ok);
+    }
+
+    fn close(&mut self, handle: &[u8]) -> Status {
+        self.status(packet::CLOSE, |w| w.string(handle))
+    }
+
+    fn put(&mut self, path: &str, mode: u32, data: &[u8]) {
+        let handle = self.open(path, mode);
+        self.write(&handle, 0, data);
+        assert_eq!(self.close(&handle), Status::Ok);
+    }
+
+    fn pair(&mut self, kind: u8, from: &str, to: &str) -> Status {
+        self.status(kind, |w| w.string(from.as_bytes()).string(to.as_bytes()))
+    }
+
+    fn setstat(&mut self, path: &str, flags: u32, values: &[u32]) -> Status {
+        self.status(packet::SETSTAT, |w| {
+            w.string(path.as_bytes()).u32(flags);
+            values.iter().fold(w, |w, value| w.u32(*value))
+        })
+    }
+
+    fn mode(&self, path: &str) -> u32 {
+        std::fs::symlink_metadata(self.at.path().join(path)).unwrap().permissions().mode() & 0o7777
+    }
+
+    /// Ends the session; the audit log, whose chain holds.
+    fn log(mut self) -> String {
+        self.session.finish();
+        drop(self.session);
+        let root = Root::open(self.at.path()).unwrap();
+        crate::audit::verify(&root).unwrap();
+        std::fs::read_to_string(self.at.path().join(crate::audit::LOG)).unwrap_or_default()
+    }
+}
+
+fn root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+#[test]
+fn h45_special_bits_are_dropped() {
+    let mut client = Client::new(false, &[]);
+    client.open("/../f", 0o4755);
+    assert_eq!(client.mode("f") & 0o7000, 0);
+}
+
+#[test]
+fn a_read_only_session_changes_nothing() {
+    let mut client = Client::new(true, &[]);
+    let reply = client.ask(packet::OPEN, |w| w.string(b"/f").u32(open::WRITE | open::CREATE).u32(0));
+    assert_eq!(reply, Status::PermissionDenied.packet(1));
+    assert_eq!(client.log(), "");
+}
+
+#[test]
+fn h40_h44_unknown_handles_and_requests_get_an_answer() {
+    let mut client = Client::new(false, &[]);
+    assert_eq!(client.close(b"12345678"), Status::Failure);
+    assert_eq!(client.ask(99, |w| w), Status::Unsupported.packet(1));
+}
+
+#[test]
+fn s08_s10_by_a_plain_client_too_a_file_is_private_until_it_is_closed_and_then_as_the_rule_says() {
+    let mut client = Client::new(false, &[("*.log", "640", None), ("tool", "4755", None), ("dir/", "1774", None)]);
+    for (name, asked, given) in [("x.log", 0o777, 0o640), ("tool", 0o600, 0o4755), ("other", 0o604, 0o604)] {
+        let handle = client.open(name, asked);
+        let before = if name == "other" { 0o604 } else { 0o600 };
+        assert_eq!(client.mode(name), before, "{name}");
+        client.write(&handle, 0, b"data");
+        assert_eq!(client.status(packet::FSETSTAT, |w| w.string(&handle).u32(4).u32(0o666)), Status::Ok);
+        assert_eq!(client.mode(name), if name == "other" { 0o666 } else { 0o600 }, "{name}");
+        assert_eq!(client.close(&handle), Status::Ok);
+        assert_eq!(client.mode(name), if name == "other" { 0o666 } else { given }, "{name}");
+    }
+    // Afterwards a mode is asked for in vain.
+    assert_eq!(client.setstat("x.log", 4, &[0o666]), Status::Ok);
+    assert_eq!(client.mode("x.log"), 0o640);
+    assert_eq!(client.status(packet::MKDIR, |w| w.string(b"/dir").u32(0)), Status::Ok);
+    assert_eq!(client.mode("dir"), 0o1774);
+    // An upload that is cut off stays private.
+    let handle = client.open("cut.log", 0o644);
+    client.write(&handle, 0, b"half");
+    client.session.finish();
+    assert_eq!(client.mode("cut.log"), 0o600);
+}
+
+#[test]
+fn a_rename_brings_what_the_rules_say_of_the_new_name_and_of_all_below_it() {
+    let mut client =
+        Client::new(false, &[("secret/**", "600", None), ("secret/**/", "700", None), ("*.key", "400", None)]);
+    client.put("part", 0o644, b"x");
+    assert_eq!(client.pair(packet::RENAME, "part", "a.key"), Status::Ok);
+    assert_eq!(client.mode("a.key"), 0o400);
+    assert_eq!(client.status(packet::MKDIR, |w| w.string(b"d").u32(0)), Status::Ok);
+    client.put("d/file", 0o644, b"x");
+    assert_eq!(client.status(packet::MKDIR, |w| w.string(b"secret").u32(0)), Status::Ok);
+    assert_eq!(client.pair(packet::RENAME, "d", "secret/d"), Status::Ok);
+    assert_eq!((client.mode("secret/d"), client.mode("secret/d/file")), (0o700, 0o600));
+    // One file has one mode: two names that differ in it are refused.
+    client.put("free", 0o644, b"x");
+    let link = |client: &mut Client, to: &str| {
+        client.status(packet::EXTENDED, |w| w.string(b"hardlink@openssh.com").string(b"free").string(to.as_bytes()))
+    };
+    assert_eq!(link(&mut client, "secret/free"), Status::PermissionDenied);
+    assert_eq!(link(&mut client, "free2"), Status::Ok);
+}
+
+#[test]
+fn the_rules_go_by_where_a_file_lies_not_by_the_link_it_was_reached_by() {
+    let mut client = Client::new(false, &[("weights", "600", None)]);
+    client.put("weights", 0o644, b"x");
+    assert_eq!(client.pair(packet::SYMLINK, "weights", "link"), Status::Ok);
+    assert_eq!(client.setstat("link", 4, &[0o666]), Status::Ok);
+    assert_eq!(client.mode("weights"), 0o600);
+    client.put("link", 0o666, b"y");
+    assert_eq!(client.mode("weights"), 0o600);
+    assert_eq!(std::fs::read(client.at.path().join("weights")).unwrap(), b"y");
+}
+
+#[test]
+fn h46_h48_owners_are_the_policys() {
+    if !root() {
+        return; // Nobody else can give files away: the kernel refuses it, whatever the policy.
+    }
+    use std::os::unix::fs::MetadataExt as _;
+    let mut client = Client::new(false, &[("*.bin", "640", Some("games")), ("bad", "600", Some("no-such-user"))]);
+    client.put("a.bin", 0o644, b"x");
+    let owner = |client: &Client| std::fs::metadata(client.at.path().join("a.bin")).unwrap().uid();
+    assert_eq!(owner(&client), 5);
+    for (user, expected) in [(4711, Status::PermissionDenied), (0, Status::PermissionDenied), (5, Status::Ok)] {
+        assert_eq!(client.setstat("a.bin", 2, &[user, 0]), expected, "{user}");
+    }
+    assert_eq!(owner(&client), 5);
+    // A name that the machine does not know: nothing is made.
+    let reply = client.ask(packet::OPEN, |w| w.string(b"bad").u32(open::WRITE | open::CREATE).u32(0));
+    assert_eq!((reply[4], client.at.path().join("bad").exists()), (packet::STATUS, false));
+    assert!(client.log().contains("decides who owns"));
+}
+
+#[test]
+fn h46_without_rules_a_confined_client_gives_nothing_away() {
+    let mut client = Client::new(false, &[]);
+    client.put("f", 0o644, b"x");
+    use std::os::unix::fs::MetadataExt as _;
+    let found = std::fs::metadata(client.at.path().join("f")).unwrap();
+    assert_eq!(client.setstat("f", 2, &[4711, found.gid()]), Status::PermissionDenied);
+    assert_eq!(client.setstat("f", 2, &[found.uid(), 4711]), Status::PermissionDenied);
+    assert_eq!(client.setstat("f", 2, &[found.uid(), found.gid()]), Status::Ok);
+    assert_eq!(std::fs::metadata(client.at.path().join("f")).unwrap().uid(), found.uid());
+}
+
+#[test]
+fn s13_what_plain_clients_do_is_in_the_audit_log() {
+    let mut client = Client::new(false, &[]);
+    let handle = client.open("f", 0o644);
+    client.write(&handle, 0, b"one ");
+    client.write(&handle, 4, b"two");
+    assert_eq!(client.close(&handle), Status::Ok);
+    // Out of order: no digest, since none is known.
+    let handle = client.open("gap", 0o644);
+    client.write(&handle, 5, b"x");
+    assert_eq!(client.close(&handle), Status::Ok);
+    assert_eq!(client.pair(packet::RENAME, "f", "g\n"), Status::Ok);
+    assert_eq!(client.status(packet::MKDIR, |w| w.string(b"d").u32(0)), Status::Ok);
+    assert_eq!(client.status(packet::RMDIR, |w| w.string(b"d")), Status::Ok);
+    assert_eq!(client.status(packet::REMOVE, |w| w.string(b"gap")), Status::Ok);
+    assert_eq!(client.setstat("g\n", 4, &[0o4711]), Status::Ok);
+    assert_eq!(client.status(packet::REMOVE, |w| w.string(b".lockstep/audit.jsonl")), Status::PermissionDenied);
+    let log = client.log();
+    let lines: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let shown: Vec<String> =
+        lines.iter().map(|line| format!("{} {}", line["action"], line["path"]).replace('"', "")).collect();
+    assert_eq!(
+        shown,
+        [
+            "publish f",
+            "publish gap",
+            "publish g\\\\n",
+            "publish d",
+            "remove d",
+            "remove gap",
+            "refuse g\\\\n",
+            "metadata g\\\\n",
+            "refuse .lockstep/audit.jsonl"
+        ]
+    );
+    assert!(lines.iter().all(|line| line["actor"] == "someone@somewhere"));
+    let digest = crate::manifest::Digest(
+        sha2::Digest::finalize(sha2::Digest::chain_update(sha2::Sha256::default(), "one two")).into(),
+    );
+    assert_eq!((&lines[0]["sha256"], &lines[0]["size"]), (&digest.to_string().into(), &7.into()));
+    assert!(lines[1]["sha256"].is_null());
+    assert_eq!(lines[2]["source"], "sftp: renamed from 'f'");
+}
+
+#[test]
+fn where_rules_are_set_what_cannot_be_recorded_is_not_done() {
+    for (rules, allowed) in [(&[("x", "600", None)][..], false), (&[][..], true)] {
+        let mut client = Client::new(false, rules);
+        std::fs::write(client.at.path().join(".lockstep"), "in the way").unwrap();
+        client.put("first", 0o644, b"x");
+        while !client.session.site.recorder.as_ref().unwrap().failed() {
+            std::thread::yield_now();
+        }
+        let made = client.status(packet::MKDIR, |w| w.string(b"second").u32(0));
+        assert_eq!(made == Status::Ok, allowed);
+        assert_eq!(client.at.path().join("second").exists(), allowed);
+    }
+}
+
+#[test]
+fn h63_without_openat2_a_session_is_confined_all_the_same() {
+    let mut client = Client::new(false, &[]);
+    let walking = Root::open_without_openat2(client.at.path()).unwrap();
+    Arc::get_mut(&mut client.session.site).unwrap().root = walking;
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::write(outside.path().join("secret"), "x").unwrap();
+    std::os::unix::fs::symlink(outside.path(), client.at.path().join("out")).unwrap();
+    assert_eq!(client.status(packet::STAT, |w| w.string(b"/out/secret")), Status::NoSuchFile);
+    assert_eq!(client.status(packet::MKDIR, |w| w.string(b"/out/d").u32(0)), Status::NoSuchFile);
+    assert_eq!(client.status(packet::MKDIR, |w| w.string(b"/../d").u32(0)), Status::Ok);
+    client.put("/d/../f", 0o644, b"x");
+    assert!(Path::new(client.at.path()).join("f").exists() && !outside.path().join("d").exists());
+}
+
+#[test]
+fn h13_a_confined_client_makes_no_link_that_leads_out() {
+    let mut client = Client::new(false, &[]);
+    for directory in ["a", "a/b", "a/b/c"] {
+        assert_eq!(client.status(packet::MKDIR, |w| w.string(directory.as_bytes()).u32(0)), Status::Ok);
+    }
+    for (target, path, made) in [
+        ("file", "in", true),
+        ("../../../a/x", "a/b/c/up", true),
+        ("./a//b", "a/b/odd", true),
+        ("/etc/passwd", "absolute", false),
+        ("..", "top", false),
+        ("../../../../x", "a/b/c/over", false),
+        ("up/../x", "a/b/c/again", false),
+    ] {
+        let expected = if made { Status::Ok } else { Status::PermissionDenied };
+        assert_eq!(client.pair(packet::SYMLINK, target, path), expected, "{path} -> {target}");
+    }
+    // Nor does it get there by another name, or with a directory that moves up.
+    let denied = Status::PermissionDenied;
+    assert_eq!(client.pair(packet::RENAME, "a/b/c/up", "a/up"), denied);
+    assert_eq!(client.pair(packet::RENAME, "a/b/c", "c"), denied);
+    assert_eq!(client.pair(packet::RENAME, "a/b", "b"), denied);
+    let link = client.status(packet::EXTENDED, |w| w.string(b"hardlink@openssh.com").string(b"a/b/c/up").string(b"up"));
+    assert_eq!(link, denied);
+    assert_eq!(client.pair(packet::RENAME, "a/b", "a/B"), Status::Ok);
+    assert_eq!(client.pair(packet::RENAME, "in", "a/B/c/in"), Status::Ok);
+    assert!(client.log().contains("lead out of the root"));
+}
