@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::{ErrorKind, Read as _, Write as _};
 
-use rustix::fs::RenameFlags;
+use rustix::fs::{Mode, RenameFlags};
 use rustix::io::Errno;
 
 use super::metadata::{Acls, Existing};
@@ -16,7 +16,7 @@ use crate::endpoint::Error;
 use crate::manifest::{Content, Entry, Manifest, Tree, format};
 use crate::path::RelPath;
 use crate::plan::publish::Step;
-use crate::root::{Follow, Root};
+use crate::root::{Follow, Metadata, Root};
 
 const RECORD: &str = "commit";
 const NEW_MANIFEST: &str = "manifest";
@@ -187,6 +187,7 @@ fn execute(
     let existing = Existing::new(root, staging, tree, acls);
     let mut problems = Vec::new();
     let mut touched: BTreeSet<RelPath> = BTreeSet::new();
+    let mut opened: BTreeMap<RelPath, u32> = BTreeMap::new();
     let mut note = |path: &RelPath, result: Result<(), Error>| match result {
         Err(error) if ends_the_run(&error) => Err(error),
         Err(error) => {
@@ -206,12 +207,24 @@ fn execute(
             Step::RemoveDirectory(_) => gone(root.rmdir(path).map_err(io)),
         };
         let result = match take() {
-            Err(error) if is_forbidden(&error) && opened_up(root, step, tree) => take(),
-            other => other,
+            Err(error) if denied(&error) => {
+                // To move the old directory of an exchange needs the right to write in it as well.
+                let own = matches!(step, Step::Exchange(_)) && open_up(root, path).is_some();
+                let above = path.parent().and_then(|above| Some((open_up(root, &above)?, above)));
+                let any = own || above.is_some();
+                if let Some((mode, above)) = above {
+                    opened.entry(above).or_insert(mode);
+                }
+                if any { take() } else { Err(error) }
+            }
+            result => result,
         };
         if note(path, result)? && matches!(step, Step::NewDirectory(_) | Step::Exchange(_)) {
             touched.insert(path.clone());
         }
+    }
+    for (path, mode) in opened.iter().rev() {
+        note(path, gone(close_again(root, path, *mode)))?;
     }
     // What happened in a directory moved its time; and new ones still have the mode they were staged with.
     for path in touched.iter().rev() {
@@ -222,17 +235,29 @@ fn execute(
     Ok(problems)
 }
 
-fn is_forbidden(error: &Error) -> bool {
+fn denied(error: &Error) -> bool {
     matches!(error, Error::Io { source, .. } if source.kind() == ErrorKind::PermissionDenied)
 }
 
-/// Opens up the directory above, and one that is exchanged: to move it needs the right to write in it. Only those that
-/// get their mode again after the last step.
-fn opened_up(root: &Root, step: &Step, tree: &Tree) -> bool {
-    let exchanged = matches!(step, Step::Exchange(_)).then(|| step.path().clone());
-    let listed = |path: &RelPath| tree.get(path).is_some_and(Entry::is_directory);
-    let concerned = step.path().parent().into_iter().chain(exchanged).filter(listed);
-    concerned.filter(|path| root.open_up(path).is_ok()).count() > 0
+/// Lets us write in a directory that is ours and does not; gives the mode it had. `None` when that is not the cause.
+fn open_up(root: &Root, path: &RelPath) -> Option<u32> {
+    let directory = root.open_dir(Some(path), Follow::Never).ok()?;
+    let found = Metadata::of(&directory).ok()?;
+    let ours = found.uid == rustix::process::geteuid().as_raw();
+    if !ours || found.mode & 0o300 == 0o300 {
+        return None;
+    }
+    rustix::fs::fchmod(&directory, Mode::from_raw_mode(found.mode | 0o700)).ok()?;
+    Some(found.mode)
+}
+
+fn close_again(root: &Root, path: &RelPath, mode: u32) -> Result<(), Error> {
+    let directory = root.open_dir(Some(path), Follow::Never).map_err(io)?;
+    rustix::fs::fchmod(&directory, Mode::from_raw_mode(mode)).map_err(|errno| Error::Io {
+        operation: "give its mode back to",
+        path: root.shown().join(path.as_path()).display().to_string(),
+        source: errno.into(),
+    })
 }
 
 /// What is not there needs no removing; what has another kind than before was put in its place by a later step, when
