@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
@@ -52,6 +53,33 @@ fn h24_content_that_changed_on_the_way_is_sent_again_or_never_published() {
         assert!(!report.is_complete());
         assert!(report.problems.iter().any(|problem| problem.message.contains("SHA-256")), "{:?}", report.problems);
         assert_eq!(fs::read(pair.at("target/a/small")).unwrap(), b"some content");
+    }
+}
+
+#[test]
+fn h24_a_file_that_is_hashed_there_while_it_is_sent_is_proven_like_any_other() {
+    let pair = Pair::new();
+    // Large enough to be followed, with a hole in it and an end that is no multiple of anything.
+    let large = fs::File::create(pair.at("source").join("large")).unwrap();
+    large.set_len(40 << 20).unwrap();
+    for at in [0, 9 << 20, (40 << 20) - 5] {
+        large.write_all_at(&vec![7; 1 << 20], at).unwrap();
+    }
+    large.write_all_at(b"content", 41 << 20).unwrap();
+    drop(large);
+    pair.write("second", vec![1; 33 << 20]);
+    assert!(pair.push(nothing(), nothing(), true).unwrap().is_complete());
+    pair.in_step();
+
+    for (damaged, complete) in [(1, true), (usize::MAX, false)] {
+        let mut data = fs::read(pair.at("source/large")).unwrap();
+        data[77] += 1;
+        pair.write("large", data);
+        let before = fs::read(pair.at("target/large")).unwrap();
+        let report = pair.push(flip_writes(damaged), nothing(), true).unwrap();
+        assert_eq!(report.is_complete(), complete, "{:?} {:?}", report.problems, report.plan.actions);
+        let now = fs::read(pair.at("target/large")).unwrap();
+        assert!(now == if complete { fs::read(pair.at("source/large")).unwrap() } else { before });
     }
 }
 

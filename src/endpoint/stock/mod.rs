@@ -19,6 +19,7 @@ use crate::wire::sftp::{Attributes, packet};
 mod adopt;
 mod audit;
 mod execute;
+mod follow;
 mod list;
 mod lock;
 mod names;

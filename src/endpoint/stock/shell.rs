@@ -15,7 +15,7 @@ use crate::manifest::Digest;
 
 /// The outer quotes keep whatever login shell there is from looking at the text: there is no quote, no backslash before
 /// one and no `!` in it. `head` gives each job exactly its input.
-const SCRIPT: &str = r#"sh -c 't=; for p in openssl sha256sum xargs getent sync setfacl; do command -v $p >/dev/null 2>&1 && t=$t,$p; done; printf "\nlockstep:%s\n" "$t,"; while read -r c n; do case $c in openssl) head -c "$n" | xargs -0 openssl dgst -sha256 -r;; sha256sum) head -c "$n" | xargs -0 sha256sum --;; users) head -c "$n" | xargs -0 getent passwd;; groups) head -c "$n" | xargs -0 getent group;; sync) head -c "$n" | xargs -0 sync -f || sync;; acl) head -c "$n" | xargs -0 setfacl -b -k --;; *) false;; esac 2>/dev/null; printf "\nlockstep:%s\n" "$?"; done'"#;
+const SCRIPT: &str = r#"sh -c 't=; for p in openssl sha256sum xargs getent sync setfacl dd; do command -v $p >/dev/null 2>&1 && t=$t,$p; done; printf "\nlockstep:%s\n" "$t,"; while read -r c n; do case $c in openssl) head -c "$n" | xargs -0 openssl dgst -sha256 -r;; sha256sum) head -c "$n" | xargs -0 sha256sum --;; users) head -c "$n" | xargs -0 getent passwd;; groups) head -c "$n" | xargs -0 getent group;; sync) head -c "$n" | xargs -0 sync -f || sync;; acl) head -c "$n" | xargs -0 setfacl -b -k --;; follow-openssl) f=$(head -c "$n"); while read -r k m && [ "$m" -gt 0 ]; do dd if="$f" bs=1048576 skip="$k" count="$m"; done | openssl dgst -sha256 -r;; follow-sha256sum) f=$(head -c "$n"); while read -r k m && [ "$m" -gt 0 ]; do dd if="$f" bs=1048576 skip="$k" count="$m"; done | sha256sum;; *) false;; esac 2>/dev/null; printf "\nlockstep:%s\n" "$?"; done'"#;
 const MARK: &[u8] = b"\nlockstep:";
 /// A login shell may take its time.
 const START: Duration = Duration::from_secs(20);
@@ -134,6 +134,45 @@ impl Shell {
         }
     }
 
+    /// Begins to hash a file in pieces that [`Shell::follow_on`] asks for, in order; [`Shell::followed`] ends it.
+    ///
+    /// # Errors
+    /// When the command has ended, has not what it takes, or cannot be told the name.
+    pub(super) fn follow(&mut self, path: &[u8]) -> Result<(), String> {
+        let word = match self.hashing() {
+            Some(Job::OpenSsl) => "follow-openssl",
+            Some(Job::Sha256Sum) => "follow-sha256sum",
+            _ => return Err("it has neither openssl nor sha256sum".into()),
+        };
+        if !self.has("dd") || !is_plain(path) {
+            return Err("it has no dd, or the name has line ends".into());
+        }
+        let mut bytes = format!("{word} {}\n", path.len()).into_bytes();
+        bytes.extend_from_slice(path);
+        self.link.send(bytes.into()).map_err(|error| error.0)
+    }
+
+    /// Has `count` blocks of 1 MiB from block `from` on hashed, or as many as there are.
+    ///
+    /// # Errors
+    /// When the command has ended.
+    pub(super) fn follow_on(&mut self, from: u64, count: u64) -> Result<(), String> {
+        if count == 0 {
+            return Ok(());
+        }
+        self.link.send(format!("{from} {count}\n").into_bytes().into()).map_err(|error| error.0)
+    }
+
+    /// The digest of what was asked for.
+    ///
+    /// # Errors
+    /// When the command has ended.
+    pub(super) fn followed(&mut self) -> Result<Option<Digest>, String> {
+        self.link.send(Bytes::from_static(b"0 0\n")).map_err(|error| error.0)?;
+        let (output, _) = self.answer(None)?;
+        Ok(output.get(..64).and_then(Digest::from_hex))
+    }
+
     /// What comes before the next mark, and what stands after it in its line.
     fn answer(&mut self, within: Option<Duration>) -> Result<(Vec<u8>, String), String> {
         loop {
@@ -168,8 +207,7 @@ impl Shell {
     /// When the command has ended.
     pub(super) fn hash(&mut self, paths: &[&[u8]]) -> Result<Vec<Option<Digest>>, String> {
         let Some(job) = self.hashing() else { return Err("it has neither openssl nor sha256sum".into()) };
-        let plain = |path: &[u8]| path.starts_with(b"/") && !path.iter().any(|byte| b"\\\n\r\0".contains(byte));
-        let asked: Vec<&[u8]> = paths.iter().copied().filter(|path| plain(path)).collect();
+        let asked: Vec<&[u8]> = paths.iter().copied().filter(|path| is_plain(path)).collect();
         let output = if asked.is_empty() { Vec::new() } else { self.run(job, &asked)? };
         Ok(digests(&output, paths))
     }
@@ -179,6 +217,11 @@ impl Drop for Shell {
     fn drop(&mut self) {
         self.link.close();
     }
+}
+
+/// Whether every tool takes and writes the name in the same way.
+fn is_plain(path: &[u8]) -> bool {
+    path.starts_with(b"/") && !path.iter().any(|byte| b"\\\n\r\0".contains(byte))
 }
 
 fn find(text: &[u8], what: &[u8]) -> Option<usize> {

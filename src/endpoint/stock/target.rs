@@ -16,6 +16,7 @@ use super::session::{self, Reply, Session, about};
 use super::shell::{Job, Shell};
 use super::writer::StockWriter;
 use super::{DIRECTORY, Lanes, Verify, adopt, at, kind_of, publish, stage, whole_seconds};
+use crate::endpoint::link::Remote;
 use crate::endpoint::local::POINTERS;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::error::Escaped;
@@ -56,6 +57,7 @@ struct Place {
 /// One run, from `begin` to `commit` or `abort`.
 pub(super) struct Run {
     pub(super) session: Arc<Session>,
+    pub(super) remote: Arc<dyn Remote>,
     pub(super) root: Vec<u8>,
     /// The final path, while the root lies under its hidden name.
     pub(super) rename_to: Option<Vec<u8>>,
@@ -210,6 +212,7 @@ impl Target for StockTarget {
         }
         let run = Run {
             session,
+            remote: Arc::clone(&self.lanes.remote),
             staging: at(&root, STAGING),
             root,
             rename_to,

@@ -3,12 +3,13 @@
 //! A file goes through: OPEN, WRITEs, CLOSE; its digest is asked for (with those of many others); owner, then mode and
 //! times. No step waits for another file. Execute bits and every other permission come after the digest was right.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
+use super::follow::{FOLLOW_BYTES, Follower};
 use super::prove::{Answer, Proven, Unproven};
 use super::session::{self, Refusal, Reply, Session, about, extended, with_attributes};
 use super::shell::Shell;
@@ -62,6 +63,10 @@ struct File {
     /// Blocks that came before the handle.
     queued: VecDeque<(u64, Block)>,
     in_flight: usize,
+    /// Where the next request begins.
+    sent: u64,
+    /// The WRITEs that are not answered: where each begins, by its tag.
+    unanswered: BTreeMap<u64, u64>,
     stage: Stage,
     /// The last bytes were a hole: the size has to be set.
     hole_at_end: bool,
@@ -94,6 +99,9 @@ pub(super) struct StockWriter {
     unproven_bytes: u64,
     proofs: (Sender<Answer>, Receiver<Answer>),
     proving: usize,
+    follower: Option<Follower>,
+    /// The file that is hashed at the other end while it is sent, and how far that was told.
+    following: Option<(u64, u64)>,
     /// Bring each file to stable storage: there is no command that does it for all.
     sync_each: bool,
     done: Vec<Staged>,
@@ -125,6 +133,8 @@ impl StockWriter {
             unproven_bytes: 0,
             proofs: unbounded(),
             proving: 0,
+            follower: None,
+            following: None,
             sync_each,
             done: Vec::new(),
         }
@@ -171,6 +181,7 @@ impl StockWriter {
             return Ok(());
         };
         file.in_flight -= 1;
+        file.unanswered.remove(&tag);
         let index = file.index;
         match (op, reply) {
             (Op::Open, Reply::Handle(handle)) => {
@@ -222,8 +233,45 @@ impl StockWriter {
         Err(Error::Io { operation: "stage in", path, source })
     }
 
+    /// Has a large file hashed at the other end from its beginning on, while the rest is sent.
+    fn follow(&mut self, number: u64) -> Result<(), Error> {
+        let Some(file) = self.files.get(&number).filter(|file| file.size >= FOLLOW_BYTES) else { return Ok(()) };
+        if self.following.is_some() || self.run.shell().is_none() {
+            return Ok(());
+        }
+        let unproven = Unproven { id: number, path: file.path.clone(), size: file.size };
+        if self.follower.is_none() {
+            self.follower = Some(Follower::start(Arc::clone(&self.run.remote), Arc::clone(&self.session))?);
+        }
+        if let Some(follower) = &self.follower {
+            follower.begin(unproven);
+            self.following = Some((number, 0));
+        }
+        Ok(())
+    }
+
+    /// Tells the follower how far the server has got.
+    fn follow_on(&mut self, number: u64) {
+        let (Some((followed, told)), Some(follower)) = (&mut self.following, &self.follower) else { return };
+        let Some(file) = self.files.get(&number).filter(|_| *followed == number) else { return };
+        let reached = file.unanswered.values().next().copied().unwrap_or(file.sent);
+        if reached >= *told + FOLLOW_BYTES / 2 {
+            *told = reached;
+            follower.reached(reached);
+        }
+    }
+
+    /// Stops following a file that will not be proven that way.
+    fn lose(&mut self, number: u64) {
+        if self.following.is_some_and(|(followed, _)| followed == number) {
+            self.following = None;
+            self.follower.iter().for_each(Follower::abandon);
+        }
+    }
+
     /// Takes a file on when everything that was asked for it is answered.
     fn step(&mut self, number: u64) -> Result<(), Error> {
+        self.follow_on(number);
         let Some(file) = self.files.get_mut(&number) else { return Ok(()) };
         if file.in_flight > 0 {
             return Ok(());
@@ -232,6 +280,15 @@ impl StockWriter {
             Stage::Writing if !file.closing => Ok(()),
             Stage::Writing if file.failure.is_none() => {
                 file.stage = Stage::Proving;
+                if let (Some((followed, _)), Some(follower)) = (self.following, &self.follower)
+                    && followed == number
+                {
+                    follower.end(file.digest.unwrap_or_default(), &self.proofs.0);
+                    self.following = None;
+                    self.proving += 1;
+                    self.open_files -= 1;
+                    return Ok(());
+                }
                 self.unproven_bytes += file.size;
                 self.unproven.push(Unproven { id: number, path: file.path.clone(), size: file.size });
                 self.open_files -= 1;
@@ -280,6 +337,11 @@ impl StockWriter {
         let Some(handle) = self.files.get(&number).and_then(|file| file.handle.clone()) else { return Ok(()) };
         let mut at = offset;
         for chunk in block.data().chunks(self.session.write_max as usize) {
+            let tag = self.next_tag;
+            if let Some(file) = self.files.get_mut(&number) {
+                file.unanswered.insert(tag, at);
+                file.sent = at + chunk.len() as u64;
+            }
             self.send(number, Op::Write, session::write(&handle, at, chunk))?;
             at += chunk.len() as u64;
         }
@@ -350,6 +412,7 @@ impl StockWriter {
 
     /// Everything is done for a file: says what became of it.
     fn conclude(&mut self, number: u64) -> Result<(), Error> {
+        self.lose(number);
         let Some(file) = self.files.remove(&number) else { return Ok(()) };
         if self.current.get(&file.index) == Some(&number) {
             self.current.remove(&file.index);
@@ -370,6 +433,7 @@ impl StockWriter {
 
     fn drop_file(&mut self, index: u32) -> Result<(), Error> {
         let Some(number) = self.current.remove(&index) else { return Ok(()) };
+        self.lose(number);
         let Some(file) = self.files.remove(&number) else { return Ok(()) };
         if file.stage == Stage::Writing {
             self.open_files -= 1;
@@ -424,6 +488,8 @@ impl Writer for StockWriter {
             handle: None,
             queued: VecDeque::new(),
             in_flight: 0,
+            sent: resume_at,
+            unanswered: BTreeMap::new(),
             stage: Stage::Writing,
             hole_at_end: false,
             resumed: resume_at > 0,
@@ -435,6 +501,7 @@ impl Writer for StockWriter {
         self.files.insert(number, file);
         self.current.insert(index, number);
         self.open_files += 1;
+        self.follow(number)?;
         match resume_at {
             0 => self.send(number, Op::Open, session::open(&path, open::WRITE | open::CREATE | open::EXCLUSIVE)),
             // All of it is there, perhaps with its last mode: only the proof is left.

@@ -1,0 +1,115 @@
+//! Hashes a large file at the other end while it is still being sent: what the server has acknowledged is read there and
+//! goes into the hash, so that the proof is there soon after the last byte.
+
+use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+use super::prove::{Answer, Unproven, prove};
+use super::session::Session;
+use super::shell::Shell;
+use crate::endpoint::Error;
+use crate::endpoint::link::Remote;
+use crate::manifest::Digest;
+
+/// Smaller files are hashed many at a time when they are complete.
+pub(super) const FOLLOW_BYTES: u64 = 32 << 20;
+/// Bytes that are read at a time, in units of the command's block.
+const STEP: u64 = 16;
+const BLOCK: u64 = 1 << 20;
+
+enum Step {
+    Begin(Unproven),
+    /// Everything before this offset is acknowledged.
+    Reached(u64),
+    /// All of it is there, and should have this digest.
+    End(Digest, Sender<Answer>),
+    Abandon,
+}
+
+/// A thread that follows one file after the other.
+pub(super) struct Follower {
+    steps: Sender<Step>,
+}
+
+impl Follower {
+    /// Starts it; its command is started with the first file.
+    ///
+    /// # Errors
+    /// When there is no thread.
+    pub(super) fn start(remote: Arc<dyn Remote>, session: Arc<Session>) -> Result<Follower, Error> {
+        let (steps, waiting) = unbounded();
+        let host = session.client.host().to_owned();
+        std::thread::Builder::new()
+            .name("follow".to_owned())
+            .spawn(move || follow(&*remote, &session, &waiting))
+            .map_err(|source| Error::Io { operation: "start a thread for", path: host, source })?;
+        Ok(Follower { steps })
+    }
+
+    // The thread ends after its last user.
+
+    pub(super) fn begin(&self, file: Unproven) {
+        let _ = self.steps.send(Step::Begin(file));
+    }
+
+    pub(super) fn reached(&self, offset: u64) {
+        let _ = self.steps.send(Step::Reached(offset));
+    }
+
+    /// The digest is sent to `answer`. One that is not as announced is confirmed in the ordinary way first.
+    pub(super) fn end(&self, announced: Digest, answer: &Sender<Answer>) {
+        let _ = self.steps.send(Step::End(announced, answer.clone()));
+    }
+
+    pub(super) fn abandon(&self) {
+        let _ = self.steps.send(Step::Abandon);
+    }
+}
+
+fn follow(remote: &dyn Remote, session: &Arc<Session>, steps: &Receiver<Step>) {
+    let mut shell: Option<Option<Shell>> = None;
+    let mut current: Option<Unproven> = None;
+    // Blocks that were asked for; `None` while the command does not follow.
+    let mut asked: Option<u64> = None;
+    for step in steps {
+        let command = shell.get_or_insert_with(|| Shell::start(remote).ok());
+        match step {
+            Step::Begin(file) => {
+                let begun = command.as_mut().is_some_and(|shell| shell.follow(&file.path).is_ok());
+                asked = begun.then_some(0);
+                current = Some(file);
+            }
+            Step::Reached(offset) => {
+                if let (Some(from), Some(shell)) = (asked, command.as_mut())
+                    && offset / BLOCK >= from + STEP
+                {
+                    let count = offset / BLOCK - from;
+                    asked = shell.follow_on(from, count).is_ok().then_some(from + count);
+                }
+            }
+            Step::End(announced, answer) => {
+                let Some(file) = current.take() else { continue };
+                let found = match (asked.take(), command.as_mut()) {
+                    (Some(from), Some(shell)) => {
+                        let rest = file.size.div_ceil(BLOCK) - from;
+                        shell.follow_on(from, rest).and_then(|()| shell.followed()).ok().flatten()
+                    }
+                    _ => None,
+                };
+                let proven = match found.filter(|found| *found == announced) {
+                    Some(found) => Ok(vec![(file.id, Ok(found))]),
+                    None => prove(command, session, vec![file]),
+                };
+                // Whoever asked may have gone.
+                let _ = answer.send(proven);
+            }
+            Step::Abandon => {
+                current = None;
+                if let (Some(_), Some(shell)) = (asked.take(), command.as_mut()) {
+                    let _ = shell.followed();
+                }
+            }
+        }
+    }
+}
