@@ -415,3 +415,14 @@ fn the_way_in_can_be_chosen_and_what_answers_otherwise_is_said() {
     let refused = noisy.push(&["--remote=auto"]);
     assert!(!refused.status.success() && text(&refused).contains("login script"), "{}", text(&refused));
 }
+
+#[test]
+fn h34_a_connection_cut_at_the_greeting_is_tried_again_and_not_by_another_way() {
+    // Whoever has lockstep's subsystem must not get a run of the other kind because the network failed.
+    let sshd = Sshd::start("Subsystem lockstep kill -9 $PPID\nSubsystem sftp internal-sftp");
+    sshd.write("f", "x");
+    let cut = sshd.push(&["--remote=auto"]);
+    assert_eq!(cut.status.code(), Some(75), "{}", text(&cut));
+    assert!(text(&cut).contains("the connection was lost"), "{}", text(&cut));
+    assert!(!sshd.path("target").exists());
+}

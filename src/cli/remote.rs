@@ -119,7 +119,8 @@ fn reach(
 ) -> Result<Reached, Failure> {
     let remote = connect(destination, ssh)?;
     remote.notes().iter().for_each(|note| monitor.event(Event::Detail(note)));
-    let remote: Arc<dyn Remote> = Arc::new(remote);
+    let host = Arc::new(remote);
+    let remote: Arc<dyn Remote> = Arc::clone(&host) as Arc<dyn Remote>;
     let root = destination.path.as_bytes();
     let mut reasons = Vec::new();
     for way in reach.ways(ssh) {
@@ -152,6 +153,8 @@ fn reach(
                 return Ok(reached);
             }
             Err(error) if error.exit() == Exit::Trust => return Err(Failure::Endpoint(error)),
+            // A cut says nothing of what is offered there: another way in would be another kind of target.
+            Err(error) if host.was_lost() => return Err(Failure::Endpoint(error)),
             // A command that is not there, a login shell that prints, a forced command that is another server.
             Err(endpoint::Error::Disconnected { source: Some(source), .. }) => {
                 reasons.push(format!("{}: {source}", named(&way)));

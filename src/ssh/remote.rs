@@ -129,6 +129,13 @@ impl SshRemote {
         self.refused.load(Ordering::Relaxed)
     }
 
+    /// Whether the first connection was made and has broken since, rather than a stream over it.
+    pub fn was_lost(&self) -> bool {
+        let slot = lock(&self.connections).get(&0).cloned();
+        let connection = slot.and_then(|slot| lock(&slot).clone());
+        connection.is_some_and(|connection| connection.heard.said().is_some() || connection.handle.is_closed())
+    }
+
     pub(super) fn options(&self) -> &SshOptions {
         &self.options
     }
