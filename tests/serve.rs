@@ -95,6 +95,25 @@ fn s21_s22_push_and_pull_with_the_own_server() {
 }
 
 #[test]
+fn h39_what_the_server_has_to_say_reaches_the_user() {
+    let server = Server::start(&[]);
+    sample(server.at.path());
+    let push = ["push", "source", "sync@127.0.0.1:/models"];
+    let pushed = server.lockstep(&push, "user");
+    assert!(pushed.status.success(), "{}", said(&pushed));
+    assert!(!said(&pushed).contains("generation"), "{}", said(&pushed));
+    let file = server.at.path().join("root/models/.lockstep/manifest");
+    let mut manifest = lockstep::manifest::format::decode(&fs::read(&file).unwrap()).unwrap();
+    manifest.created.seconds += 86_400;
+    fs::write(&file, lockstep::manifest::format::encode(&manifest)).unwrap();
+    fs::write(server.at.path().join("source/big"), b"2").unwrap();
+    let pushed = server.lockstep(&[&push[..], &["-v"]].concat(), "user");
+    assert!(pushed.status.success(), "{}", said(&pushed));
+    assert!(said(&pushed).contains("is the clock of this machine right"), "{}", said(&pushed));
+    assert!(said(&pushed).contains("generation 2 is published"), "{}", said(&pushed));
+}
+
+#[test]
 fn s14_s16_s17_h54_stock_clients_get_files_and_nothing_else() {
     let server = Server::start(&[]);
     sample(server.at.path());

@@ -166,7 +166,7 @@ pub(crate) fn text(output: &Output) -> String {
 }
 
 #[test]
-fn s15_s17_s29_push_and_pull_through_a_subsystem_of_sshd() {
+fn s15_s17_s19_s29_push_and_pull_through_a_subsystem_of_sshd() {
     let sshd = Sshd::start();
     sample(&sshd.path("source"));
     let source = sshd.path("source").display().to_string();

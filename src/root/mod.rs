@@ -10,10 +10,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{self, AtFlags, Mode, OFlags, RenameFlags, ResolveFlags};
+use rustix::fs::{self, AtFlags, Mode, OFlags, RenameFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT};
 use rustix::io::Errno;
 
 use crate::error::Escaped;
+use crate::manifest::Timestamp;
 use crate::path::RelPath;
 
 mod attributes;
@@ -452,6 +453,20 @@ impl Root {
     pub fn symlink(&self, target: &[u8], path: &RelPath) -> Result<()> {
         let result = self.parent(path).and_then(|(parent, name)| fs::symlinkat(target, parent.as_fd(), name));
         self.failed("make the link", Some(path), result)
+    }
+
+    /// Sets the time of modification of what has the name; a link is not followed.
+    ///
+    /// # Errors
+    /// As utimensat(2).
+    pub fn set_mtime(&self, path: &RelPath, mtime: Timestamp) -> Result<()> {
+        let result = self.parent(path).and_then(|(parent, name)| {
+            let omit = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
+            let at = Timespec { tv_sec: mtime.seconds, tv_nsec: mtime.nanoseconds.into() };
+            let times = Timestamps { last_access: omit, last_modification: at };
+            fs::utimensat(parent.as_fd(), name, &times, AtFlags::SYMLINK_NOFOLLOW)
+        });
+        self.failed("set the time of", Some(path), result)
     }
 
     /// Gives a file a further name; a link is not followed.

@@ -2,4 +2,5 @@
 
 pub mod buffer;
 pub mod extension;
+pub mod notes;
 pub mod sftp;

@@ -10,7 +10,9 @@ use crate::endpoint::client::{Answer, Client, ClientOptions};
 use crate::endpoint::link::{Link, Remote, Way};
 use crate::endpoint::{BLOCK_BYTES, Error};
 use crate::error::Exit;
+use crate::monitor::Monitor;
 use crate::wire::extension::{self, Fields, WireError};
+use crate::wire::notes;
 
 mod reader;
 mod source;
@@ -130,6 +132,11 @@ impl Lanes {
             slot.as_ref()?.as_ref().map(|client| client.wire_bytes())
         });
         further.fold(self.first.wire_bytes(), |sum, one| (sum.0 + one.0, sum.1 + one.1))
+    }
+
+    /// Tells what a reply ends with.
+    fn tell(&self, notes: Fields<'_>, monitor: &dyn Monitor) -> Result<(), Error> {
+        notes::tell(notes, self.control().host(), monitor).map_err(|error| self.malformed(error))
     }
 
     fn malformed(&self, error: WireError) -> Error {

@@ -54,12 +54,13 @@ impl Source for AgentSource {
         self.lanes.describe()
     }
 
-    fn scan(&self, options: &ScanOptions, _: &dyn Monitor) -> Result<Scan, Error> {
+    fn scan(&self, options: &ScanOptions, monitor: &dyn Monitor) -> Result<Scan, Error> {
         let bad = |error| self.lanes.malformed(error);
         let reply = self.lanes.start("scan", options)?;
         let mut fields = Fields(&reply);
         let _ = self.lanes.token.set(fields.string().map_err(bad)?.to_vec());
         let (count, told) = (fields.u32().map_err(bad)? as usize, fields.u32().map_err(bad)? as usize);
+        self.lanes.tell(fields, monitor)?;
         let (mut entries, mut problems) = (Vec::new(), Vec::new());
         while entries.len() < count {
             extension::read_entries(&self.chunk(entries.len())?, &mut entries).map_err(bad)?;

@@ -46,13 +46,14 @@ impl AgentTarget {
         Ok(())
     }
 
-    fn read_plan(&self, entries: usize) -> Result<Plan, Error> {
+    fn read_plan(&self, entries: usize, monitor: &dyn Monitor) -> Result<Plan, Error> {
         let reply = self.lanes.call(extension::request("diff"))?;
         let bad = |error| self.lanes.malformed(error);
         let mut fields = Fields(&reply);
         let mut plan = Plan { target_entries: fields.u64().map_err(bad)?, ..Plan::default() };
         let actions = fields.u32().map_err(bad)? as usize;
         let removals = fields.u32().map_err(bad)? as usize;
+        self.lanes.tell(fields, monitor)?;
         while plan.actions.len() < actions || plan.removals.len() < removals {
             let mut packet = extension::request("plan");
             packet.extend_from_slice(&(plan.actions.len() as u32).to_be_bytes());
@@ -95,27 +96,32 @@ impl Target for AgentTarget {
         self.lanes.describe()
     }
 
-    fn begin(&self, options: &BeginOptions, _: &dyn Monitor) -> Result<(), Error> {
+    fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
         let reply = self.lanes.start("begin", options)?;
-        let token = Fields(&reply).string().map_err(|error| self.lanes.malformed(error))?;
-        let _ = self.lanes.token.set(token.to_vec());
-        Ok(())
+        let bad = |error| self.lanes.malformed(error);
+        let mut fields = Fields(&reply);
+        let _ = self.lanes.token.set(fields.string().map_err(bad)?.to_vec());
+        let _verification = fields.string().map_err(bad)?;
+        self.lanes.tell(fields, monitor)
     }
 
-    fn diff(&self, source: &Arc<Tree>, _: &dyn Monitor) -> Result<Plan, Error> {
+    fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {
         self.send_entries(source)?;
-        self.read_plan(source.entries().len())
+        self.read_plan(source.entries().len(), monitor)
     }
 
     fn writer(&self) -> Result<Box<dyn Writer + '_>, Error> {
         Ok(Box::new(AgentWriter::new(self.lanes.lane(), self.lanes.compress)))
     }
 
-    fn commit(&self, options: &CommitOptions, _: &dyn Monitor) -> Result<Committed, Error> {
+    fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
         let mut packet = extension::request("commit");
         extension::put_string(&mut packet, &json(options)?);
         let reply = self.lanes.call(packet)?;
-        let text = Fields(&reply).string().map_err(|error| self.lanes.malformed(error))?;
+        let mut fields = Fields(&reply);
+        let text = fields.string().map_err(|error| self.lanes.malformed(error))?;
+        // What was published is not undone by notes that cannot be read.
+        let _ = self.lanes.tell(fields, monitor);
         serde_json::from_slice(text).map_err(|error| self.lanes.control().protocol(error.to_string()))
     }
 

@@ -221,6 +221,7 @@ fn settle(run: &Run, staging: &Root, state: &State, failed: &HashSet<u32>) -> Re
             Content::Symlink { target } => {
                 staging.remove_tree(&path).map_err(io)?;
                 staging.symlink(target, &path).map_err(io)?;
+                staging.set_mtime(&path, entry.mtime).map_err(io)?;
             }
             Content::HardLink { first } => {
                 staging.remove_tree(&path).map_err(io)?;

@@ -12,9 +12,10 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::endpoint::{BeginOptions, CommitOptions, Error, ScanOptions, Source, Target};
 use crate::manifest::{Entry, Tree};
-use crate::monitor::{Severity, Silent};
+use crate::monitor::Severity;
 use crate::plan::Plan;
 use crate::wire::extension::{self, CHUNK_BYTES, DOMAIN, Fields, Message, NAMES, VERSION, WireError};
+use crate::wire::notes::Notes;
 
 mod reading;
 mod writing;
@@ -296,10 +297,12 @@ impl Control {
                 let options = BeginOptions { peer: true, ..wish };
                 self.must_be_free()?;
                 let target = (self.factory.target)(root)?;
-                target.begin(&options, &Silent::default())?;
+                let notes = Notes::default();
+                target.begin(&options, &notes)?;
                 let verification = target.verification();
                 let mut body = self.adopt(Side::Target(target))?;
                 extension::put_string(&mut body, verification.as_bytes());
+                notes.put(&mut body);
                 Ok(body)
             }
             "scan" => {
@@ -307,11 +310,13 @@ impl Control {
                 let options: ScanOptions = serde_json::from_slice(fields.string()?)?;
                 self.must_be_free()?;
                 let source = (self.factory.source)(root)?;
-                let scan = source.scan(&options, &Silent::default())?;
+                let notes = Notes::default();
+                let scan = source.scan(&options, &notes)?;
                 let mut body = self.adopt(Side::Source(source))?;
                 let run = self.run()?;
                 body.extend_from_slice(&(scan.tree.entries().len() as u32).to_be_bytes());
                 body.extend_from_slice(&(scan.problems.len() as u32).to_be_bytes());
+                notes.put(&mut body);
                 let _ = run.tree.set(Arc::new(scan.tree));
                 self.scan_problems = scan.problems;
                 run.start()?;
@@ -349,9 +354,11 @@ impl Control {
                 };
                 run.stop();
                 self.ended = true;
-                let committed = target.commit(&options, &Silent::default())?;
+                let notes = Notes::default();
+                let committed = target.commit(&options, &notes)?;
                 let mut body = Vec::new();
                 extension::put_string(&mut body, &serde_json::to_vec(&committed)?);
+                notes.put(&mut body);
                 Ok(body)
             }
             _ => {
@@ -394,12 +401,14 @@ impl Control {
             exit: 5,
         })?;
         let tree = Arc::new(tree);
-        let plan = target.diff(&tree, &Silent::default())?;
+        let notes = Notes::default();
+        let plan = target.diff(&tree, &notes)?;
         let _ = run.tree.set(tree);
         run.start()?;
         let mut body = plan.target_entries.to_be_bytes().to_vec();
         body.extend_from_slice(&(plan.actions.len() as u32).to_be_bytes());
         body.extend_from_slice(&(plan.removals.len() as u32).to_be_bytes());
+        notes.put(&mut body);
         self.plan = Some(plan);
         Ok(body)
     }

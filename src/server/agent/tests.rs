@@ -13,7 +13,7 @@ use crate::endpoint::client::{Client, ClientOptions};
 use crate::endpoint::link::{Link, LinkError};
 use crate::endpoint::{Block, Committed, Staged, WriteFailure, Writer};
 use crate::manifest::{Content, Digest, Timestamp};
-use crate::monitor::Monitor;
+use crate::monitor::{Monitor, Silent};
 use crate::path::RelPath;
 
 #[derive(Default)]
