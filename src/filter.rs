@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::path::{InvalidPath, RelPath};
 
-/// lockstep's own directory at the top of a root; it never takes part.
+/// lockstep's own directory at the top of a root; it never takes part, nor does that of a root further down.
 pub const STATE_DIRECTORY: &[u8] = b".lockstep";
 /// A file of gitignore lines in a directory of the source; they hold for what lies below it.
 pub const IGNORE_FILE: &[u8] = b".lockstepignore";
@@ -82,7 +82,7 @@ impl Filter {
     /// Whether a path takes part. Ask for a directory before what lies below it: what a directory that does not take
     /// part holds does not either.
     pub fn admits(&self, path: &RelPath, directory: bool) -> bool {
-        if path.components().next() == Some(STATE_DIRECTORY) {
+        if path.components().any(|name| name == STATE_DIRECTORY) {
             return false;
         }
         if let Some(only) = &self.only {
@@ -133,12 +133,18 @@ mod tests {
     #[test]
     fn rules_are_those_of_gitignore_and_the_last_wins() {
         let filter = filter(&["*.tmp", "!keep.tmp", "/build/", "logs/**/debug.log"]);
-        for path in
-            [&b"a.tmp"[..], b"deep/a.tmp", b"caf\xe9.tmp", b"build/", b"logs/x/debug.log", b".lockstep/manifest"]
-        {
+        for path in [
+            &b"a.tmp"[..],
+            b"deep/a.tmp",
+            b"caf\xe9.tmp",
+            b"build/",
+            b"logs/x/debug.log",
+            b".lockstep/manifest",
+            b"deep/.lockstep",
+        ] {
             assert!(!admits(&filter, path), "{}", String::from_utf8_lossy(path));
         }
-        for path in [&b"a.txt"[..], b"keep.tmp", b"deep/keep.tmp", b"build", b"deep/build/", b"deep/.lockstep"] {
+        for path in [&b"a.txt"[..], b"keep.tmp", b"deep/keep.tmp", b"build", b"deep/build/"] {
             assert!(admits(&filter, path), "{}", String::from_utf8_lossy(path));
         }
     }

@@ -6,11 +6,13 @@ use std::sync::Arc;
 use super::Failure;
 use crate::endpoint::Error;
 use crate::endpoint::local::{LocalSource, LocalTarget, anywhere, beneath};
-use crate::error::Exit;
+use crate::error::{Escaped, Exit};
+use crate::filter::STATE_DIRECTORY;
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
 use crate::root::Root;
-use crate::server::agent::{Agent, Extensions, Factory};
+use crate::server::agent::{Agent, Extensions, Factory, SharedTarget};
+use crate::server::attributed::Attributed;
 use crate::server::session::SessionConfig;
 use crate::server::stdio;
 
@@ -41,13 +43,27 @@ impl SftpServer {
             policy: policy.clone(),
             actor: super::transfer::actor(),
         };
-        let agent = Arc::new(Agent::new(Arc::new(factory(root, confine, self.read_only, policy))).alone());
+        let Factory { target, source } = factory(root, confine, self.read_only, policy);
+        let actor = logged_in();
+        let target =
+            Box::new(move |path: &[u8]| Ok(Arc::new(Attributed::new(target(path)?, actor.clone())) as SharedTarget));
+        let agent = Arc::new(Agent::new(Arc::new(Factory { target, source })).alone());
         let ended = stdio::run(config, Some(Arc::clone(&agent) as Arc<dyn Extensions>));
         if let Some(agent) = Arc::into_inner(agent) {
             agent.finish();
         }
         ended.map_err(|error| Failure::Plain { exit: Exit::Io, message: format!("the session ended: {error}") })?;
         Ok(Exit::Done)
+    }
+}
+
+/// Who is at the other end as far as this machine knows: whom sshd let in, and from where.
+fn logged_in() -> String {
+    let own = super::transfer::actor();
+    let connection = std::env::var("SSH_CONNECTION").unwrap_or_default();
+    match connection.split(' ').next().filter(|from| !from.is_empty()) {
+        Some(from) => format!("{own} from {}", Escaped(from.as_bytes())),
+        None => own,
     }
 }
 
@@ -70,6 +86,11 @@ pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: Pol
                 let reason = "this server only lets read".to_owned();
                 return Err(Error::Refused { by: "the server".into(), reason });
             }
+            // A run on such a directory would replace the manifest and the audit log of the root that it belongs to.
+            if path.split(|&byte| byte == b'/').any(|name| name == STATE_DIRECTORY) {
+                let reason = "nothing is sent into the directory that lockstep keeps for itself".to_owned();
+                return Err(Error::Refused { by: "the server".into(), reason });
+            }
             let policy = policy.clone();
             if !confine {
                 return Ok(Arc::new(LocalTarget::new(&anywhere(&target_root, path), policy)));
@@ -84,5 +105,22 @@ pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: Pol
             let (root, path) = confined(&root, path)?;
             Ok(Arc::new(LocalSource::beneath(root, path, None)?))
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn h01_no_run_is_begun_on_the_directory_that_lockstep_keeps_for_itself() {
+        let at = tempfile::tempdir().unwrap();
+        for confine in [true, false] {
+            let sides = factory(at.path().to_owned(), confine, false, PolicySpec::default());
+            for path in ["/.lockstep", ".lockstep", "sub/.lockstep/", "/sub/.lockstep/staging"] {
+                assert!(matches!((sides.target)(path.as_bytes()), Err(Error::Refused { .. })), "{path}");
+            }
+            assert!((sides.target)(b"/sub/lockstep").is_ok());
+        }
     }
 }

@@ -290,7 +290,7 @@ impl Run {
 
     fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {
         for entry in source.entries() {
-            if entry.path.components().next() == Some(STATE.as_bytes()) {
+            if entry.path.components().any(|name| name == STATE.as_bytes()) {
                 let reason = format!("'{}' lies in the directory that lockstep keeps for itself", entry.path);
                 return Err(Error::Refused { by: "the receiver".into(), reason });
             }

@@ -398,7 +398,7 @@ impl Run {
         let source = Arc::new(as_held(source)?);
         let target_problem = |reason: String| Error::Refused { by: "the receiver".into(), reason };
         for entry in source.entries() {
-            if entry.path.components().next() == Some(STATE.as_bytes()) {
+            if entry.path.components().any(|name| name == STATE.as_bytes()) {
                 let reason = format!("'{}' lies in the directory that lockstep keeps for itself", entry.path);
                 return Err(target_problem(reason));
             }
