@@ -101,7 +101,7 @@ fn h39_what_the_server_has_to_say_reaches_the_user() {
     let push = ["push", "source", "sync@127.0.0.1:/models"];
     let pushed = server.lockstep(&push, "user");
     assert!(pushed.status.success(), "{}", said(&pushed));
-    assert!(!said(&pushed).contains("generation"), "{}", said(&pushed));
+    assert!(!said(&pushed).contains("is published"), "{}", said(&pushed));
     let file = server.at.path().join("root/models/.lockstep/manifest");
     let mut manifest = lockstep::manifest::format::decode(&fs::read(&file).unwrap()).unwrap();
     manifest.created.seconds += 86_400;
