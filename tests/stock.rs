@@ -382,6 +382,37 @@ fn h34_a_sender_that_is_killed_leaves_what_the_next_goes_on_from() {
 }
 
 #[test]
+fn h32_what_was_staged_of_a_file_that_kept_its_size_is_not_sent_again() {
+    const LENGTH: u64 = 30_000_000;
+    let sshd = Sshd::start(SHELL);
+    let version = |number: u64| (0..LENGTH).map(|at| (at / 5 + number) as u8).collect::<Vec<u8>>();
+    sshd.write("large", version(0));
+    sshd.pushed(&[]);
+    sshd.write("large", version(1));
+    let source = sshd.path("source").display().to_string();
+    let mut child = sshd.command(&["push", "-q", &source, &sshd.remote("target")]).spawn().unwrap();
+    let file = sshd.path("target/.lockstep/staging/sftp/tree/large");
+    let staged = || fs::metadata(&file).map_or(0, |found| found.len());
+    let started = Instant::now();
+    while staged() < 3_000_000 && child.try_wait().unwrap().is_none() {
+        assert!(started.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(staged() >= 3_000_000, "it ended before it was killed");
+    let output = sshd.push(&["--json"]);
+    assert!(output.status.success(), "{}", text(&output));
+    let said = String::from_utf8_lossy(&output.stdout);
+    let summary: serde_json::Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+    let sent = summary["transferred_bytes"].as_u64().unwrap();
+    // Some of the beginning may have been on its way when the file was looked at: no more than this is sent.
+    assert!(sent <= LENGTH - 3_000_000 + (64 << 10), "{summary}");
+    sshd.same();
+    verified(&sshd.path("target"));
+}
+
+#[test]
 fn the_way_in_can_be_chosen_and_what_answers_otherwise_is_said() {
     let sshd = Sshd::start(SHELL);
     sshd.write("f", "x");

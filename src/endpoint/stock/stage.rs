@@ -38,13 +38,12 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan) -> Result<(), E
             && action.need != Need::Nothing
         {
             let found = left.files.get(&staged).copied().unwrap_or(0);
-            if let Need::Content { resume_at } = &mut action.need
-                && journal.lists(&entry.path, size, entry.mtime)
-                && found <= size
-            {
+            if journal.lists(&entry.path, size, entry.mtime) && found <= size {
                 // The end of what was cut off need not have arrived in order; the digest of the whole tells.
-                *resume_at = if found == size { size } else { found / RESUME_UNIT * RESUME_UNIT };
-                if *resume_at > 0 {
+                let resume_at = if found == size { size } else { found / RESUME_UNIT * RESUME_UNIT };
+                // That something is staged of a file that was to be compared says that it was found to differ.
+                if resume_at > 0 {
+                    action.need = Need::Content { resume_at };
                     resumed.insert(staged.clone());
                 }
             }
