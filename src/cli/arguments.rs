@@ -53,7 +53,7 @@ impl Place {
         Ok(match self {
             Place::Here(path) => Box::new(LocalSource::new(path, state_directory().as_deref())?),
             Place::There(there) => {
-                remote::source(there, &how.ssh, &how.reach, how.transfers.into(), how.compress(), monitor)?
+                remote::source(there, &how.ssh, &how.reach, how.transfers, how.compress(), monitor)?
             }
         })
     }
@@ -62,7 +62,7 @@ impl Place {
         Ok(match self {
             Place::Here(path) => Box::new(LocalTarget::new(path, PolicySpec::default())),
             Place::There(there) => {
-                remote::target(there, &how.ssh, &how.reach, how.transfers.into(), how.compress(), monitor)?
+                remote::target(there, &how.ssh, &how.reach, how.transfers, how.compress(), monitor)?
             }
         })
     }
