@@ -227,7 +227,7 @@ fn target(kind: usize, at: &Path) -> Box<dyn Target> {
         _ => {
             let verify = if kind == 2 { stock::Verify::Auto } else { stock::Verify::ReadBack };
             let lanes = stock::Lanes::connect(Arc::clone(&host), open(&Way::SftpSubsystem), 1, root, verify);
-            Box::new(stock::StockTarget::new(lanes.unwrap()))
+            Box::new(super::stock_pipes::by_command(lanes.unwrap()))
         }
     }
 }

@@ -529,7 +529,7 @@ fn checksum_finds_what_size_and_time_hide() {
 #[test]
 fn several_connections_share_the_work() {
     let pair = Pair::new();
-    for number in 0..400 {
+    for number in 0..4200 {
         pair.write(&format!("d{}/{number}", number % 7), format!("{number}"));
     }
     pair.write("large", vec![5; 3_000_000]);

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use lockstep::endpoint::link::{ConnectError, Link, LinkError, Remote, Way};
 use lockstep::endpoint::local::{LocalSource, LocalTarget};
-use lockstep::endpoint::stock::{Lanes, StockSource, StockTarget, Verify};
+use lockstep::endpoint::stock::{Lanes, Much, StockSource, StockTarget, Verify};
 use lockstep::endpoint::{BeginOptions, Error, ScanOptions};
 use lockstep::error::Exit;
 use lockstep::manifest::format;
@@ -178,7 +178,7 @@ impl Pair {
 
     pub(super) fn push_over(&self, lanes: Lanes) -> Result<SyncReport, Error> {
         let source = LocalSource::new(&self.at("source"), Some(&self.at("state"))).unwrap();
-        run(&source, &StockTarget::new(lanes), &options(), &Silent::default(), &AtomicBool::new(false))
+        run(&source, &by_command(lanes), &options(), &Silent::default(), &AtomicBool::new(false))
     }
 
     pub(super) fn push(&self, out: Hook, back: Hook, shell: bool) -> Result<SyncReport, Error> {
@@ -210,6 +210,11 @@ impl Pair {
             }
         }
     }
+}
+
+/// A target to which content goes by a command, where there is one, however little it is.
+pub(super) fn by_command(lanes: Lanes) -> StockTarget {
+    StockTarget::new(lanes).by_command_from(Much { files: 0, bytes: 0 })
 }
 
 pub(super) fn sha256(data: &[u8]) -> lockstep::manifest::Digest {

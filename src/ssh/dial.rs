@@ -4,6 +4,7 @@ use std::io;
 use std::pin::Pin;
 use std::process::Stdio;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use russh::Preferred;
 use russh::client::{Config, Handle};
@@ -29,8 +30,8 @@ pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Duplex for S {}
 
-/// A socket to the host itself.
-pub(super) async fn direct(options: &SshOptions) -> Result<Stream, ConnectError> {
+/// A socket to the host itself, and how long it took to get there and back.
+pub(super) async fn direct(options: &SshOptions) -> Result<(Stream, Duration), ConnectError> {
     let SshOptions { host, port, connect_timeout, .. } = options;
     let again = |what: String| failed(options, what, Exit::TryAgain);
     let found = tokio::time::timeout(*connect_timeout, tokio::net::lookup_host((host.as_str(), *port)))
@@ -44,10 +45,12 @@ pub(super) async fn direct(options: &SshOptions) -> Result<Stream, ConnectError>
         AddressFamily::V6 => address.is_ipv6(),
     };
     for address in found.filter(wanted) {
+        let asked = Instant::now();
         match tokio::time::timeout(*connect_timeout, TcpStream::connect(address)).await {
             Ok(Ok(stream)) => {
+                let round_trip = asked.elapsed();
                 stream.set_nodelay(true).map_err(|error| again(error.to_string()))?;
-                return Ok(Box::new(stream));
+                return Ok((Box::new(stream), round_trip));
             }
             Ok(Err(error)) => last = format!("cannot connect to {address}: {error}"),
             Err(_) => last = format!("{address} did not answer within {} s", connect_timeout.as_secs_f32()),

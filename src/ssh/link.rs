@@ -8,9 +8,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 use russh::client::Msg;
-use russh::{Channel, ChannelMsg};
+use russh::{Channel, ChannelMsg, ChannelWriteHalf};
 use tokio::sync::{mpsc, oneshot};
 
+use super::credit::Credit;
 use super::remote::Connection;
 use crate::endpoint::link::{Link, LinkError};
 use crate::error::Escaped;
@@ -107,12 +108,14 @@ impl ChannelLink {
             state.inbox = early.into();
         }
         let (mut reader, writer) = channel.split();
+        let credit = Arc::new(Credit::new(connection.is_near()));
+        let sent_credit = Arc::clone(&credit);
         let sending = Arc::clone(&shared);
         let write = tokio::spawn(async move {
             while let Some(packet) = packets.recv().await {
                 let packet = with_what_waits(packet, &mut packets);
                 let length = packet.len();
-                let sent = writer.data_bytes(packet).await;
+                let sent = paced(&writer, packet, &sent_credit).await;
                 sending.lock().out_bytes -= length;
                 sending.sent.notify_all();
                 if sent.is_err() {
@@ -129,6 +132,10 @@ impl ChannelLink {
         tokio::spawn(async move {
             let mut whole = false;
             while let Some(message) = reader.wait().await {
+                if let ChannelMsg::WindowAdjusted { new_size } = message {
+                    credit.given_back(new_size);
+                    continue;
+                }
                 let mut state = receiving.lock();
                 match message {
                     ChannelMsg::Data { .. } if state.abandoned => {}
@@ -167,6 +174,15 @@ impl ChannelLink {
         });
         ChannelLink { shared, host, _in_use: in_use, _connection: connection }
     }
+}
+
+/// Sends a packet as far as there is credit for it, and then the rest.
+async fn paced(writer: &ChannelWriteHalf<Msg>, mut packet: Bytes, credit: &Credit) -> Result<(), russh::Error> {
+    while !packet.is_empty() {
+        let now = credit.take(packet.len()).await;
+        writer.data_bytes(packet.split_to(now)).await?;
+    }
+    Ok(())
 }
 
 /// A small packet together with those that wait behind it: each packet of SSH costs a cipher's start, a system call and

@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 mod agent;
 mod auth;
 pub mod config;
+mod credit;
 mod dial;
 mod enroll;
 mod identity;

@@ -11,6 +11,7 @@ use russh::{Channel, ChannelMsg};
 use tokio::runtime::Runtime;
 
 use super::auth::{Login, Opened};
+use super::credit::NEAR;
 use super::dial;
 use super::identity::Identities;
 use super::known_hosts::KnownHost;
@@ -31,6 +32,8 @@ const LOGIN_TIMEOUT: Duration = Duration::from_secs(120);
 pub(super) struct Connection {
     pub(super) handle: Handle<Trust>,
     heard: Arc<Heard>,
+    /// The host answers at once.
+    near: bool,
     /// What it runs through.
     _jump: Option<Box<Connection>>,
     // Tasks of the connection run on it; the last user ends it.
@@ -41,6 +44,11 @@ impl Connection {
     /// Will hold why it ended.
     pub(super) fn last_words(&self) -> Arc<Heard> {
         Arc::clone(&self.heard)
+    }
+
+    /// Whether the host is known to answer at once.
+    pub(super) fn is_near(&self) -> bool {
+        self.near
     }
 }
 
@@ -174,7 +182,7 @@ impl SshRemote {
             }
             let heard = Arc::new(Heard::default());
             let trust = Trust::new(known, options.unknown_host, Arc::clone(&heard));
-            let (stream, jump) = self.stream(options).await?;
+            let (stream, jump, near) = self.stream(options).await?;
             // Its writes never block, so that bulk in both directions cannot stop both ends.
             let (stream, _kill) = OverflowStream::new(stream);
             let shaken = russh::client::connect_stream(Arc::new(config), stream, trust);
@@ -195,22 +203,25 @@ impl SshRemote {
                 self.refused.store(refused, Ordering::Relaxed);
                 failed(options, reason, exit)
             })?;
-            Ok(Connection { handle, heard, _jump: jump, _runtime: Arc::clone(&self.runtime) })
+            Ok(Connection { handle, heard, near, _jump: jump, _runtime: Arc::clone(&self.runtime) })
         })
     }
 
-    /// The bytes below SSH, and the connection that they run through.
+    /// The bytes below SSH, the connection that they run through, and whether the host is known to be near.
     pub(super) async fn stream(
         &self,
         options: &SshOptions,
-    ) -> Result<(dial::Stream, Option<Box<Connection>>), ConnectError> {
+    ) -> Result<(dial::Stream, Option<Box<Connection>>, bool), ConnectError> {
         match (&options.jump, &options.proxy_command) {
-            (None, None) => Ok((dial::direct(options).await?, None)),
-            (None, Some(command)) => Ok((dial::by_command(command, options)?, None)),
+            (None, None) => {
+                let (stream, round_trip) = dial::direct(options).await?;
+                Ok((stream, None, round_trip < NEAR))
+            }
+            (None, Some(command)) => Ok((dial::by_command(command, options)?, None, false)),
             (Some(jump), _) => {
                 let connection = self.connect(jump).await?;
                 let stream = dial::through(&connection.handle, jump, options).await?;
-                Ok((stream, Some(Box::new(connection))))
+                Ok((stream, Some(Box::new(connection)), false))
             }
         }
     }

@@ -24,7 +24,7 @@ const PACK_PIECE_BYTES: usize = 4 << 20;
 /// What they are gathered in: buffers of a size that the allocator keeps for the next.
 const PACK_BUFFER_BYTES: usize = 256 << 10;
 /// What one archive holds, at most: its files are proven when all of it is unpacked.
-const PACK_FILES: usize = 2048;
+const PACK_FILES: usize = 4096;
 const PACK_BYTES: u64 = 64 << 20;
 
 /// What the command has done.
@@ -83,12 +83,11 @@ pub(super) struct Bulk {
 }
 
 impl Bulk {
-    /// Starts the command over a connection, and tries on nothing whether it can do what will be asked of it.
+    /// Tries on nothing whether a shell can do what will be asked of it.
     ///
     /// # Errors
-    /// Why it cannot be had.
-    pub(super) fn start(lanes: &Arc<Lanes>, connection: usize, staging: &[u8]) -> Result<Bulk, String> {
-        let shell = Shell::start(&*lanes.remote, connection)?;
+    /// Why it cannot.
+    pub(super) fn start(shell: Shell, lanes: &Arc<Lanes>, staging: &[u8]) -> Result<Bulk, String> {
         if !shell.takes_content() {
             return Err("it lacks one of dd, tar and sync".into());
         }

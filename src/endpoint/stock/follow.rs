@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use super::Lanes;
 use super::prove::{Answer, Found, SharedShell, Unproven, prove};
 use super::session::Session;
-use super::shell::Shell;
+use super::shell::Spare;
 use crate::endpoint::Error;
 use crate::manifest::Digest;
 
@@ -68,28 +68,25 @@ impl Follower {
 }
 
 fn follow(lanes: &Lanes, session: &Arc<Session>, shared: &SharedShell, steps: &Receiver<Step>) {
-    let mut own: Option<Option<Shell>> = None;
+    let mut own = Spare::new(None, Arc::clone(&lanes.remote), 0);
     // Held from the beginning of a file to its end: its job is one of the command's.
-    let mut held: Option<MutexGuard<'_, Option<Shell>>> = None;
+    let mut held: Option<MutexGuard<'_, Spare>> = None;
     let mut current: Option<Unproven> = None;
     // Blocks that were asked for; `None` while the command does not follow.
     let mut asked: Option<u64> = None;
     for step in steps {
         if matches!(step, Step::Begin(_)) {
-            held = shared.try_lock().ok().filter(|shell| shell.is_some());
+            held = shared.try_lock().ok();
         }
-        let command = match held.as_deref_mut() {
-            Some(shell) => shell,
-            None => own.get_or_insert_with(|| Shell::start(&*lanes.remote, 0).ok()),
-        };
+        let command = held.as_deref_mut().unwrap_or(&mut own);
         match step {
             Step::Begin(file) => {
-                let begun = command.as_mut().is_some_and(|shell| shell.follow(&file.path).is_ok());
+                let begun = command.running().is_some_and(|shell| shell.follow(&file.path).is_ok());
                 asked = begun.then_some(0);
                 current = Some(file);
             }
             Step::Reached(offset) => {
-                if let (Some(from), Some(shell)) = (asked, command.as_mut())
+                if let (Some(from), Some(shell)) = (asked, command.running())
                     && offset / BLOCK >= from + STEP
                 {
                     let count = offset / BLOCK - from;
@@ -98,7 +95,7 @@ fn follow(lanes: &Lanes, session: &Arc<Session>, shared: &SharedShell, steps: &R
             }
             Step::End(announced, answer) => {
                 let Some(file) = current.take() else { continue };
-                let found = match (asked.take(), command.as_mut()) {
+                let found = match (asked.take(), command.running()) {
                     (Some(from), Some(shell)) => {
                         let rest = file.size.div_ceil(BLOCK) - from;
                         shell.follow_on(from, rest).and_then(|()| shell.followed()).ok().flatten()
@@ -115,7 +112,7 @@ fn follow(lanes: &Lanes, session: &Arc<Session>, shared: &SharedShell, steps: &R
             }
             Step::Abandon => {
                 current = None;
-                if let (Some(_), Some(shell)) = (asked.take(), command.as_mut()) {
+                if let (Some(_), Some(shell)) = (asked.take(), command.running()) {
                     let _ = shell.followed();
                 }
                 held = None;

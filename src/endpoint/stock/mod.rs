@@ -38,7 +38,7 @@ mod target;
 mod writer;
 
 pub use source::StockSource;
-pub use target::StockTarget;
+pub use target::{Much, StockTarget};
 
 use session::{Reply, Session};
 

@@ -145,7 +145,7 @@ fn find(session: &Session, shell: &SharedShell, name: &str, user: bool) -> Resul
     let unknown =
         format!("there is no {kind} '{shown}' on {}; create it, or name another in the policy", session.client.host());
     let job = if user { Job::Users } else { Job::Groups };
-    if let Some(shell) = super::target::locked(shell).as_mut()
+    if let Some(shell) = super::target::locked(shell).running()
         && let Ok(output) = shell.run(job, &[name.as_bytes()])
     {
         return Ok(number_in(&output, name).ok_or(unknown));

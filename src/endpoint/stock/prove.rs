@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::read::{Piece, ReadQueue, Wanted};
 use super::session::Session;
-use super::shell::{Job, Shell};
+use super::shell::{Job, Shell, Spare};
 use super::target::{Permissions, locked};
 use super::{BORN_MODE, Lanes, Verify};
 use crate::endpoint::Error;
@@ -39,7 +39,7 @@ pub(super) type Proven = Vec<(u64, Result<Found, String>)>;
 /// What becomes of a batch.
 pub(super) type Answer = Result<Proven, Error>;
 /// The command that does what is asked for once in a while; whoever finds it idle may use it.
-pub(super) type SharedShell = Arc<Mutex<Option<Shell>>>;
+pub(super) type SharedShell = Arc<Mutex<Spare>>;
 
 struct Batch {
     files: Vec<Unproven>,
@@ -105,14 +105,16 @@ impl Prover {
         std::thread::Builder::new()
             .name("prove".to_owned())
             .spawn(move || {
-                let mut own: Option<Option<Shell>> = (verify == Verify::ReadBack).then_some(None);
+                let mut own = match verify {
+                    Verify::ReadBack => Spare::default(),
+                    _ => Spare::new(None, Arc::clone(&lanes.remote), lanes.nearest(number)),
+                };
                 for Batch { files, answer } in received {
                     let session = || lanes.session(number);
                     let proven = if number == 0 {
                         prove(&mut locked(&shared), &session, files)
                     } else {
-                        let start = || Shell::start(&*lanes.remote, lanes.nearest(number)).ok();
-                        prove(own.get_or_insert_with(start), &session, files)
+                        prove(&mut own, &session, files)
                     };
                     done.fetch_sub(1, Ordering::Relaxed);
                     // Whoever asked may have gone.
@@ -129,16 +131,15 @@ impl Prover {
 /// # Errors
 /// When the connection ends.
 pub(super) fn prove(
-    shell: &mut Option<Shell>,
+    shell: &mut Spare,
     session: &dyn Fn() -> Arc<Session>,
     files: Vec<Unproven>,
 ) -> Result<Proven, Error> {
     let paths: Vec<&[u8]> = files.iter().map(|file| &*file.path).collect();
-    let digests = match shell.as_mut().map(|shell| shell.hash(&paths)) {
+    let digests = match shell.running().map(|shell| shell.hash(&paths)) {
         Some(Ok(digests)) => digests,
         Some(Err(_)) => {
-            // A command that ended is not started again.
-            *shell = None;
+            shell.lose();
             Vec::new()
         }
         None => Vec::new(),
@@ -147,7 +148,9 @@ pub(super) fn prove(
     for (file, digest) in files.iter().zip(digests) {
         by_id.extend(digest.map(|digest| (file.id, Found { digest, granted: false })));
     }
-    if let Some(shell) = shell.as_mut() {
+    if !by_id.is_empty()
+        && let Some(shell) = shell.running()
+    {
         grant(shell, &files, &mut by_id);
     }
     let mut proven = Proven::with_capacity(files.len());

@@ -15,7 +15,7 @@ use super::names::Names;
 use super::read::read_whole;
 use super::record::{Record, Recorded};
 use super::session::{self, Reply, Session, about, extended, with_attributes};
-use super::shell::{Job, Shell};
+use super::shell::{Job, Shell, Spare};
 use super::stage::{replace, store};
 use super::target::{MANIFEST, Run, STATE, State};
 use super::writer::grant;
@@ -353,21 +353,22 @@ fn bring_to_disk(run: &Run) -> Result<(), Error> {
     if !run.syncs {
         return Ok(());
     }
-    let mut shell = run.shell();
-    // One that ended meanwhile is started again: nothing else brings to the disk what was written.
-    let synced = match shell.take().map_or_else(|| Shell::start(&*run.lanes.remote, 0), Ok) {
-        Ok(mut running) => running.run(Job::Sync, &[&run.root]).map(|_| running),
-        Err(reason) => Err(reason),
+    let mut spare = run.shell();
+    let failed = |reason: String| Error::Io {
+        operation: "bring to stable storage what lies in",
+        path: format!("{}:{}", run.session.client.host(), Escaped(&run.root)),
+        source: std::io::Error::other(reason),
     };
-    match synced {
-        Ok(running) => *shell = Some(running),
-        Err(reason) => {
-            let source = std::io::Error::other(reason);
-            let path = format!("{}:{}", run.session.client.host(), Escaped(&run.root));
-            return Err(Error::Io { operation: "bring to stable storage what lies in", path, source });
-        }
+    // One that ended meanwhile is started again: nothing else brings to the disk what was written.
+    if spare.running().is_none() {
+        let shell = Shell::start(&*run.lanes.remote, 0).map_err(failed)?;
+        *spare = Spare::new(Some(shell), Arc::clone(&run.lanes.remote), 0);
     }
-    Ok(())
+    let synced = spare.running().map_or_else(|| Err("there is no command".into()), |it| it.run(Job::Sync, &[&run.root]));
+    synced.map(drop).map_err(|reason| {
+        spare.lose();
+        failed(reason)
+    })
 }
 
 /// Puts the new manifest in force and clears the staging area, in an order that a crash does not hurt.

@@ -288,6 +288,43 @@ impl Drop for Shell {
     }
 }
 
+/// A shell that is started when it is first needed; one that could not be had, or has ended, is not started again.
+#[derive(Default)]
+pub(super) struct Spare {
+    shell: Option<Shell>,
+    start: Option<(Arc<dyn Remote>, usize)>,
+}
+
+impl Spare {
+    /// One that is started over the connection with this number, unless it is running already.
+    pub(super) fn new(shell: Option<Shell>, remote: Arc<dyn Remote>, connection: usize) -> Spare {
+        Spare { shell, start: Some((remote, connection)) }
+    }
+
+    /// The shell.
+    pub(super) fn running(&mut self) -> Option<&mut Shell> {
+        if self.shell.is_none()
+            && let Some((remote, connection)) = &self.start
+        {
+            self.shell = Shell::start(&**remote, *connection).ok();
+            if self.shell.is_none() {
+                self.start = None;
+            }
+        }
+        self.shell.as_mut()
+    }
+
+    /// Gives the running shell up for another use; another is started when one is needed.
+    pub(super) fn take(&mut self) -> Option<Shell> {
+        self.shell.take()
+    }
+
+    /// It has ended.
+    pub(super) fn lose(&mut self) {
+        *self = Spare::default();
+    }
+}
+
 /// Whether every tool takes and writes the name in the same way.
 pub(super) fn is_plain(path: &[u8]) -> bool {
     path.starts_with(b"/") && !path.iter().any(|byte| b"\\\n\r\0".contains(byte))

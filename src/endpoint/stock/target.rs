@@ -14,7 +14,7 @@ use super::lock::Lock;
 use super::names::{Ids, Names};
 use super::prove::{Provers, SharedShell};
 use super::session::{self, Reply, Session, about};
-use super::shell::{Job, Shell, is_plain};
+use super::shell::{Job, Shell, Spare, is_plain};
 use super::writer::StockWriter;
 use super::{DIRECTORY, Lanes, Verify, adopt, at, kind_of, publish, stage, whole_seconds};
 use crate::endpoint::local::POINTERS;
@@ -43,6 +43,22 @@ pub struct StockTarget {
     run: Mutex<Option<Arc<Run>>>,
     /// How what arrives is proven in the run, or was in the last.
     proof: Mutex<&'static str>,
+    much: Much,
+}
+
+/// What is sent faster by a command that takes content, its start included: so many files, or so many bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Much {
+    /// Files, at least. With 0 even the first waits until the command is there.
+    pub files: u64,
+    /// Bytes, at least.
+    pub bytes: u64,
+}
+
+impl Default for Much {
+    fn default() -> Self {
+        Much { files: 1000, bytes: 16 << 20 }
+    }
 }
 
 const BY_COMMAND: &str = "SHA-256 of what lies there, hashed by a command there";
@@ -75,8 +91,7 @@ pub(super) struct Run {
     pub(super) has_shell: bool,
     /// A command brings everything to stable storage at once.
     pub(super) syncs: bool,
-    /// The command that takes content, for the writer over the first connection.
-    bulk: Mutex<Option<Starting>>,
+    pub(super) much: Much,
     pub(super) provers: Provers,
     pub(super) lock: Mutex<Option<Lock>>,
     state: Mutex<State>,
@@ -99,6 +114,16 @@ pub(super) struct State {
     pub(super) full: bool,
 }
 
+impl State {
+    /// Whether so much is to be sent that a command more pays.
+    fn is_much(&self, much: Much) -> bool {
+        let sizes = self.plan.actions.iter().filter(|action| action.need != Need::Nothing);
+        let sizes = sizes.filter_map(|action| Some(self.source.entries().get(action.index as usize)?.file()?.0));
+        let (files, bytes) = sizes.fold((0_u64, 0_u64), |(files, bytes), size| (files + 1, bytes.saturating_add(size)));
+        files >= much.files || bytes >= much.bytes
+    }
+}
+
 /// What a path gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Permissions {
@@ -115,7 +140,14 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl StockTarget {
     /// The directory that `lanes` lead to, which need not be there yet.
     pub fn new(lanes: Lanes) -> StockTarget {
-        StockTarget { lanes: Arc::new(lanes), run: Mutex::new(None), proof: Mutex::new(BY_READING) }
+        let lanes = Arc::new(lanes);
+        StockTarget { lanes, run: Mutex::new(None), proof: Mutex::new(BY_READING), much: Much::default() }
+    }
+
+    /// Has content go by a command, where there is one, from another amount on.
+    #[must_use]
+    pub fn by_command_from(self, much: Much) -> StockTarget {
+        StockTarget { much, ..self }
     }
 
     fn run(&self) -> Result<Arc<Run>, Error> {
@@ -210,7 +242,8 @@ impl Target for StockTarget {
         }
         let shell = self.first_shell(lock.as_ref(), monitor)?;
         let (has_shell, syncs) = (shell.is_some(), shell.as_ref().is_some_and(Shell::syncs));
-        let shell: SharedShell = Arc::new(Mutex::new(shell));
+        let spare = |shell| Spare::new(Some(shell), Arc::clone(&self.lanes.remote), 0);
+        let shell: SharedShell = Arc::new(Mutex::new(shell.map_or_else(Spare::default, spare)));
         let mut provers = Provers::default();
         if !options.dry_run {
             let verify = if has_shell { self.lanes.verify } else { Verify::ReadBack };
@@ -231,7 +264,7 @@ impl Target for StockTarget {
             shell,
             has_shell,
             syncs,
-            bulk: Mutex::default(),
+            much: self.much,
             provers,
             lock: Mutex::new(lock),
             state: Mutex::default(),
@@ -348,7 +381,7 @@ impl StockTarget {
         }
         // A default ACL of the directory above would be inherited, and wake up when a file gets its mode. Without a
         // command nobody can take it away: `docs/security.md` says so.
-        if let Some(shell) = run.shell().as_mut() {
+        if let Some(shell) = run.shell().running() {
             let hidden = run.rename_to.as_ref().map(|_| run.root.as_slice());
             let paths: Vec<&[u8]> = hidden.into_iter().chain([run.staging.as_slice()]).collect();
             if let Err(reason) = shell.run(Job::NoAcl, &paths) {
@@ -364,7 +397,7 @@ impl Run {
         locked(&self.state)
     }
 
-    pub(super) fn shell(&self) -> MutexGuard<'_, Option<Shell>> {
+    pub(super) fn shell(&self) -> MutexGuard<'_, Spare> {
         locked(&self.shell)
     }
 
@@ -434,28 +467,26 @@ impl Run {
         let mut plan = diff(&source, &target, &|index, _| wanted[index].clone(), compare);
         ask_for_recent(&source, &target, &old_manifest, &mut plan);
         if !self.options.dry_run {
-            if plan.actions.iter().any(|action| matches!(action.need, Need::Content { .. })) {
-                *locked(&self.bulk) = self.start_bulk(0);
-            }
             stage::prepare(self, &source, &mut plan)?;
         }
         *self.state() = State { source, target, plan: plan.clone(), old_manifest, old_digest, ..State::default() };
         Ok(plan)
     }
 
-    /// The command that takes content over the connection with this number, where the account runs commands.
+    /// The command that takes content over the connection with this number, where the account runs commands and there is
+    /// enough to send.
     pub(super) fn bulk(&self, connection: usize) -> Option<Starting> {
-        let started = if connection == 0 { locked(&self.bulk).take() } else { None };
-        started.or_else(|| self.start_bulk(connection))
-    }
-
-    fn start_bulk(&self, connection: usize) -> Option<Starting> {
         // What it writes is brought to the disk by a command too.
-        if !self.syncs || !is_plain(&self.staging) {
+        if !self.syncs || !is_plain(&self.staging) || !self.state().is_much(self.much) {
             return None;
         }
+        // The one that is there already need not be waited for. Another will be there when there is something to hash.
+        let shell = if connection == 0 { self.shell().take() } else { None };
         let (lanes, staging) = (Arc::clone(&self.lanes), self.staging.clone());
-        let start = move || Bulk::start(&lanes, connection, &staging);
+        let start = move || {
+            let shell = shell.map_or_else(|| Shell::start(&*lanes.remote, connection), Ok)?;
+            Bulk::start(shell, &lanes, &staging)
+        };
         std::thread::Builder::new().name("bulk".to_owned()).spawn(start).ok()
     }
 

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::super::bulk::{Bulk, Done};
+use super::super::bulk::{Bulk, Done, Starting};
 use super::super::follow::{FOLLOW_BYTES, Follower};
 use super::super::prove::Unproven;
 use super::super::session::{about, with_attributes};
@@ -19,7 +19,10 @@ const PACKED_BYTES: u64 = 4 << 20;
 impl StockWriter {
     /// How a file goes. One that has failed once goes by SFTP, which says of each file what is wrong with it.
     pub(super) fn route(&mut self, index: u32, path: &[u8], size: u64, resume_at: u64) -> Result<Route, Error> {
-        if let Some(starting) = self.starting.take() {
+        // A large file waits for the command; small ones go by SFTP until it is there.
+        let patient = size > PACKED_BYTES || self.run.much.files == 0;
+        let due = |starting: &mut Starting| patient || starting.is_finished();
+        if let Some(starting) = self.starting.take_if(due) {
             self.bulk = starting.join().ok().and_then(Result::ok);
         }
         let is_free = self.bulk.as_ref().is_some_and(|bulk| !bulk.is_writing());

@@ -30,7 +30,7 @@ const OPEN_FILES: usize = 128;
 /// Bytes that wait for a handle, at most.
 const QUEUED: usize = 16 << 20;
 /// Digests are asked for when so many files wait for them, or so many bytes.
-const PROVE_FILES: usize = 2048;
+const PROVE_FILES: usize = 4096;
 const PROVE_BYTES: u64 = 64 << 20;
 /// A write that fails where less than this is free failed for want of room.
 const LITTLE_ROOM: u64 = 1 << 20;
