@@ -123,11 +123,11 @@ pub struct AuditLog<'r> {
 }
 
 fn io_error(root: &Root) -> impl Fn(io::Error) -> AuditError + '_ {
-    |source| AuditError::Io { root: root.shown().display().to_string(), source }
+    |source| AuditError::Io { root: crate::error::shown(root.shown()).to_string(), source }
 }
 
 fn broken(root: &Root, line: u64, what: &'static str) -> AuditError {
-    AuditError::Broken { root: root.shown().display().to_string(), line, what }
+    AuditError::Broken { root: crate::error::shown(root.shown()).to_string(), line, what }
 }
 
 impl<'r> AuditLog<'r> {

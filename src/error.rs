@@ -68,6 +68,11 @@ impl fmt::Display for Escaped<'_> {
     }
 }
 
+/// A path, made safe to print.
+pub fn shown(path: &std::path::Path) -> Escaped<'_> {
+    Escaped(path.as_os_str().as_encoded_bytes())
+}
+
 /// Control characters (C0, DEL, C1) and the marks that reorder or hide text (bidirectional controls, zero-width).
 fn is_unsafe_to_print(c: char) -> bool {
     c.is_control()
@@ -76,10 +81,10 @@ fn is_unsafe_to_print(c: char) -> bool {
 
 /// An error and its causes in one line, as `cli` and the logs print it: `a: b: c`.
 pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
+    let mut text = said(error);
     let mut source = error.source();
     while let Some(cause) = source {
-        let cause_text = cause.to_string();
+        let cause_text = said(cause);
         if !text.ends_with(&cause_text) {
             text.push_str(": ");
             text.push_str(&cause_text);
@@ -87,6 +92,25 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+/// What an error says of itself, without each ` (os error 2)` that the standard library puts after words that say it.
+pub fn said(error: &(impl fmt::Display + ?Sized)) -> String {
+    let text = error.to_string();
+    let mut words = String::with_capacity(text.len());
+    let mut rest = text.as_str();
+    while let Some((before, after)) = rest.split_once(" (os error ") {
+        words.push_str(before);
+        rest = after.trim_start_matches(|c: char| c.is_ascii_digit());
+        match rest.strip_prefix(')') {
+            Some(left) if rest.len() < after.len() => rest = left,
+            _ => {
+                words.push_str(" (os error ");
+                rest = after;
+            }
+        }
+    }
+    words + rest
 }
 
 #[cfg(test)]
@@ -107,5 +131,18 @@ mod tests {
         for (name, shown) in cases {
             assert_eq!(Escaped(name).to_string(), shown);
         }
+    }
+
+    #[test]
+    fn causes_are_said_once_and_in_words() {
+        let cause = || std::io::Error::from_raw_os_error(2);
+        #[derive(Debug, thiserror::Error)]
+        #[error("cannot read 'x'{0}")]
+        struct Failed(&'static str, #[source] std::io::Error);
+        assert_eq!(chain(&Failed("", cause())), "cannot read 'x': No such file or directory");
+        let told = Failed(": No such file or directory (os error 2)", cause());
+        assert_eq!(chain(&told), "cannot read 'x': No such file or directory");
+        assert_eq!(said("a (os error 2); b (os error 13)"), "a; b");
+        assert_eq!(said("a (os error x) (os error )"), "a (os error x) (os error )");
     }
 }

@@ -79,7 +79,7 @@ impl Config {
     /// # Errors
     /// [`ConfigError`].
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
-        let unreadable = |source| ConfigError::Read { path: path.to_owned(), source };
+        let unreadable = |reason| ConfigError::Read { path: path.to_owned(), reason };
         let untrusted = |problem| ConfigError::Untrusted { path: path.to_owned(), problem };
         // A FIFO must not block here. RACE: none; the descriptor that is checked is the one that is read.
         let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC;
@@ -199,7 +199,7 @@ fn unique<'a>(names: &mut BTreeSet<&'a str>, name: &'a str) -> Result<(), String
 }
 
 fn absolute(field: &str, path: &Path) -> Result<(), String> {
-    let shown = path.display();
+    let shown = crate::error::shown(path);
     if path.is_absolute() { Ok(()) } else { Err(format!("'{field}' is '{shown}', but must start with '/'")) }
 }
 

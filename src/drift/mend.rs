@@ -107,8 +107,9 @@ pub fn mend(
 
 /// Mends one path, or says why not.
 fn one(root: &Root, drift: &Drift, manifest: Option<&Manifest>, dry_run: bool) -> Result<(), String> {
-    let failed =
-        |operation: &'static str| move |error: std::io::Error| format!("{operation}: {}", crate::error::chain(&error));
+    let failed = |operation: &'static str| {
+        move |error: std::io::Error| format!("cannot {operation}: {}", crate::error::chain(&error))
+    };
     let inode = Inode::open(root, Some(&drift.path)).map_err(|error| crate::error::chain(&error))?;
     let now = inode.metadata().map_err(failed("look at it"))?;
     // RACE: something else has the name now, or its permissions changed: what was found is not what is there.
@@ -221,7 +222,7 @@ fn store(root: &Root, manifest: &Manifest) -> Result<(), MendError> {
     root.remove_tree(&new)?;
     let mut file = root.create_new(&new, 0o600)?;
     let written = file.write_all(&format::encode(manifest)).and_then(|()| file.sync_all());
-    written.map_err(|source| MendError::Manifest { root: root.shown().display().to_string(), source })?;
+    written.map_err(|source| MendError::Manifest { root: crate::error::shown(root.shown()).to_string(), source })?;
     root.rename(&new, &RelPath::new(MANIFEST)?, RenameFlags::empty())?;
     Ok(root.sync_dir(Some(&RelPath::new(STATE)?))?)
 }

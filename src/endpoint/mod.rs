@@ -86,7 +86,7 @@ impl Block {
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum Error {
-    #[error("{operation} '{path}'")]
+    #[error("cannot {operation} '{path}'")]
     Io { operation: &'static str, path: String, source: std::io::Error },
     #[error("{host}: the connection was lost; what arrived is kept, and the same command goes on from there")]
     Disconnected {

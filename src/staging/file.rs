@@ -21,7 +21,7 @@ static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 pub enum StageError {
     #[error(transparent)]
     Root(#[from] RootError),
-    #[error("{operation}")]
+    #[error("cannot {operation}")]
     Io { operation: &'static str, source: io::Error },
     #[error("a write at {offset} of {length} bytes does not go on from {expected} within the announced {size} bytes")]
     OutOfPlace { offset: u64, length: u64, expected: u64, size: u64 },
@@ -117,7 +117,7 @@ impl StagedFile {
     /// [`StageError::OutOfPlace`], or what the file system says.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), StageError> {
         let end = self.advance(offset, data.len() as u64)?;
-        self.file.write_all_at(data, offset).map_err(failed("write"))?;
+        self.file.write_all_at(data, offset).map_err(failed("write the staged file"))?;
         self.hash.update(data);
         self.written = end;
         Ok(())

@@ -28,7 +28,7 @@ pub(super) fn read_manifest(root: &Root, monitor: &dyn Monitor) -> Result<(Manif
     let manifest = format::decode(&text).unwrap_or_else(|error| {
         monitor.event(Event::Warning(&format!(
             "the manifest of {} is damaged ({error}); this run writes a new one",
-            root.shown().display()
+            crate::error::shown(root.shown())
         )));
         Manifest::default()
     });
