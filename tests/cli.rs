@@ -207,3 +207,112 @@ fn s13_the_record_says_who_did_what_when_and_from_where() {
     show(&[]).code(1).stdout(contains("sub/other")).stderr(contains("edited"));
     lockstep(&["audit", "show", "data"], at.path()).code(1).stderr(contains("no audit log"));
 }
+
+/// What a command says when it fails: in one line, with its exit code.
+#[track_caller]
+fn fails(arguments: &[&str], at: &Path, code: i32, line: &str) {
+    lockstep(arguments, at).code(code).stdout("").stderr(format!("lockstep: {line}\n"));
+}
+
+#[test]
+fn an_error_says_what_failed_where_and_why_in_one_line() {
+    let at = tree();
+    let push = |arguments: &[&str], code, line: &str| {
+        fails(&[&["push"], arguments].concat(), at.path(), code, line);
+    };
+    push(&["gone", "there"], 5, "cannot open 'gone': No such file or directory");
+    fs::write(at.path().join("file"), "").unwrap();
+    let file = "'file/x' cannot be a target: a file lies there, or on the way to it";
+    push(&["data", "file/x"], 2, file);
+    push(&["data", "h:"], 2, "'h:' names no path; the home directory of the account there is HOST:.");
+    push(
+        &["-P", "22", "data", "there"],
+        2,
+        "-P is for another machine, and none is named: write it as [USER@]HOST:PATH",
+    );
+    let job = "'data' alone would be the name of a job; to send a file or directory, say where to: \
+        lockstep push data [USER@]HOST:DEST";
+    Command::new(env!("CARGO_BIN_EXE_lockstep"))
+        .env_clear()
+        .env("LOCKSTEP_CONFIG", "/nonexistent/lockstep.toml")
+        .current_dir(at.path())
+        .args(["push", "data"])
+        .assert()
+        .code(2)
+        .stderr(format!("lockstep: {job}\n"));
+    // A name that would steer a terminal.
+    fs::create_dir(at.path().join("\x1b[2J")).unwrap();
+    fs::write(at.path().join("\x1b[2J/x"), "").unwrap();
+    push(&["data", "\x1b[2J/x/y"], 2, "'\\x1b[2J/x/y' cannot be a target: a file lies there, or on the way to it");
+    fails(
+        &["pull", "h:/x"],
+        at.path(),
+        2,
+        "pull needs SRC and DEST: lockstep pull [USER@]HOST:SRC DIRECTORY ('.' is the one you are in)",
+    );
+}
+
+#[test]
+fn a_mistake_in_a_file_of_rules_is_told_with_its_line_by_everybody_that_reads_it() {
+    let at = tree();
+    let write = |text: &str| fs::write(at.path().join("rules.toml"), text).unwrap();
+    let keys = ["--user", "u", "--root", ".", "--authorized-keys", "keys", "--host-key", "key"];
+    let serve = [&["serve", "--policy-file", "rules.toml"], &keys[..]].concat();
+    let everybody: [&[&str]; 3] = [
+        &["push", "--policy-file", "rules.toml", "data", "there"],
+        &["sftp-server", "--policy-file", "rules.toml"],
+        &serve,
+    ];
+    for reader in everybody {
+        write("[[rule]]\nmatch = \"*\"\n\n[[rule]]\nmatch = \"*\"\nmode = \"9\"\n");
+        lockstep(reader, at.path()).code(2).stderr(contains("'rules.toml', line 4: rule 2 ('*'): '9' is not a mode"));
+        write("[[rule]]\nmatch = \"*\"\nmoed = \"600\"\n");
+        lockstep(reader, at.path()).code(2).stderr(contains("'rules.toml', line 3: unknown field `moed`"));
+    }
+    // Who may write a receiver's rules decides who may read what arrives.
+    write("");
+    use std::os::unix::fs::PermissionsExt as _;
+    fs::set_permissions(at.path().join("rules.toml"), fs::Permissions::from_mode(0o666)).unwrap();
+    for receiver in &everybody[1..] {
+        lockstep(receiver, at.path()).code(2).stderr(contains("can be written by others"));
+    }
+}
+
+#[test]
+fn what_people_know_from_rsync_and_scp_is_accepted_or_answered() {
+    let at = tree();
+    lockstep(&["push", "-aavviirptz", "--archive", "data", "there"], at.path()).code(0);
+    lockstep(&["push", "-z", "--no-compress", "data", "there"], at.path()).code(2);
+    for (option, hint) in [
+        ("-e", "--identity FILE"),
+        ("--rsh=ssh", "--identity FILE"),
+        ("-C", "needs no option"),
+        ("--partial", "leave it out"),
+        ("-H", "leave it out"),
+        ("-u", "-n -i"),
+        ("-aP", "-P is the port"),
+        ("--delete-after", "--delete"),
+    ] {
+        let answer = lockstep(&["push", option, "data", "h:/there"], at.path()).code(2);
+        answer.stderr(contains(hint)).stderr(predicates::str::is_match("^lockstep: [^\n]*\n$").unwrap());
+    }
+    lockstep(&["push", "--nothing-known", "data", "h:/there"], at.path()).code(2).stderr(contains("--nothing-known"));
+}
+
+#[test]
+fn the_summary_counts_in_words() {
+    let at = tempfile::tempdir().unwrap();
+    fs::create_dir(at.path().join("data")).unwrap();
+    let push = |more: &[&str]| lockstep(&[&["push", "data", "there"], more].concat(), at.path()).code(0);
+    push(&[]).stdout(contains("nothing to do: the source is empty"));
+    fs::write(at.path().join("data/a"), "").unwrap();
+    push(&["-n"]).stdout("dry run, nothing was changed: 1 to add, 0 to replace, 0 to change in metadata only\n");
+    push(&[]).stdout(contains("1 published"));
+    push(&[]).stdout(contains("in step: nothing to do (1 entry)\n"));
+    fs::write(at.path().join("data/b"), "").unwrap();
+    push(&[]);
+    push(&[]).stdout(contains("in step: nothing to do (2 entries)\n"));
+    fs::remove_file(at.path().join("data/a")).unwrap();
+    push(&["-n"]).stdout(contains("; 1 at the target alone, which --delete would remove\n"));
+    push(&["-n", "--delete"]).stdout(contains("metadata only; 1 to remove\n"));
+}

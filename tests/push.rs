@@ -154,6 +154,15 @@ fn s29_a_job_goes_to_all_its_targets_and_says_which_failed() {
         job(key, &good);
         ends(&push(&[]), 2, part);
     }
+    fs::rename(at.join("data"), at.join("away")).unwrap();
+    job("", &format!("{good}, 'h:/other'"));
+    let output = push(&[]);
+    ends(&output, 5, &format!("lockstep: cannot open '{root}/data': No such file or directory\n"));
+    assert_eq!(said(&output).lines().count(), 1, "once, whatever the number of targets: {}", said(&output));
+    write(at, "data", "");
+    ends(&push(&[]), 2, "is not a directory");
+    fs::remove_file(at.join("data")).unwrap();
+    fs::rename(at.join("away"), at.join("data")).unwrap();
     job("ready = '_SUCCESS'", &good);
     ends(&push(&[]), 4, "'_SUCCESS' is not in it");
     write(at, "data/_SUCCESS", "");

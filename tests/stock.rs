@@ -445,6 +445,31 @@ fn the_way_in_can_be_chosen_and_what_answers_otherwise_is_said() {
     noisy.write("f", "x");
     let refused = noisy.push(&["--remote=auto"]);
     assert!(!refused.status.success() && text(&refused).contains("login script"), "{}", text(&refused));
+    // In its own words, and once, though three ways in were tried.
+    assert_eq!(text(&refused).matches("it said 'hello'").count(), 1, "{}", text(&refused));
+}
+
+#[test]
+fn a_tilde_is_where_the_account_starts_and_no_name() {
+    let at = tempfile::tempdir().unwrap();
+    let home = at.path().join("home");
+    fs::create_dir(&home).unwrap();
+    let sshd =
+        Sshd::start(&format!("Subsystem sftp internal-sftp -d {0}\nForceCommand internal-sftp -d {0}", home.display()));
+    sshd.write("f", "x");
+    for (there, found) in [("~/a/b", "a/b/f"), ("c", "c/f"), ("./~d", "~d/f"), ("~", "f")] {
+        let output = sshd
+            .command(&["push", &sshd.path("source").display().to_string(), &format!("127.0.0.1:{there}")])
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(0), "{there}: {}", text(&output));
+        assert!(home.join(found).exists(), "{there}: {}", text(&output));
+    }
+    for (there, said) in [("", "names no path"), ("~other/x", "write the whole path")] {
+        let output = sshd.command(&["push", "x", &format!("127.0.0.1:{there}")]).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{there}: {}", text(&output));
+        assert!(text(&output).contains(said), "{there}: {}", text(&output));
+    }
 }
 
 #[test]

@@ -119,7 +119,7 @@ impl Place {
             Place::Here(path) => match std::fs::metadata(path) {
                 Ok(metadata) => Ok(found(&metadata)),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Found::Nothing),
-                Err(error) => Err(Failure::io("looking at", path)(error)),
+                Err(error) => Err(Failure::io("look at", path)(error)),
             },
         }
     }
@@ -148,7 +148,7 @@ fn named(place: &Place) -> Result<Named, Failure> {
         return Ok(Named { above, called: name.clone(), name });
     };
     // A link that was named stands for what it points to, as for scp.
-    let real = path.canonicalize().map_err(Failure::io("opening", path))?;
+    let real = path.canonicalize().map_err(Failure::io("open", path))?;
     let (above, name) = Place::Here(real).split().ok_or_else(nameless)?;
     let called = place.split().map_or_else(|| name.clone(), |(_, called)| called);
     Ok(Named { above, name, called })
@@ -210,6 +210,14 @@ pub(super) fn route(
 ) -> Result<Route, Failure> {
     let target = Place::parse(target)?;
     let places: Vec<Place> = sources.iter().map(|source| Place::parse(source)).collect::<Result<_, _>>()?;
+    let here = |place: &Place| matches!(place, Place::Here(_));
+    if let Some(option) = how.ssh.given()
+        && here(&target)
+        && places.iter().all(here)
+    {
+        let message = format!("{option} is for another machine, and none is named: write it as [USER@]HOST:PATH");
+        return Err(Failure::usage(message));
+    }
     let shown = shown_list(sources);
     let sending = matches!(target, Place::There(_));
     let [place] = places.as_slice() else {
@@ -234,7 +242,7 @@ fn whole(
     monitor: &dyn Monitor,
 ) -> Result<Option<Box<dyn Source>>, Failure> {
     if let Place::Here(path) = place {
-        return match found(&std::fs::metadata(path).map_err(Failure::io("opening", path))?) {
+        return match found(&std::fs::metadata(path).map_err(Failure::io("open", path))?) {
             Found::Directory => place.source(how, monitor).map(Some),
             Found::File => Ok(None),
             _ => Err(Failure::usage(format!("'{}' is neither a file nor a directory", shown(path)))),
@@ -300,7 +308,7 @@ mod tests {
             ("x/y/a", "x/y", "a"),
             ("h:/models/a.ckpt", "/models", "a.ckpt"),
             ("h:a.ckpt", ".", "a.ckpt"),
-            ("u@h:~/a", "~", "a"),
+            ("u@h:~/a", ".", "a"),
         ] {
             assert_eq!(split(path), Some((above.into(), name.into())), "{path}");
         }

@@ -78,7 +78,7 @@ impl Show {
             Err(error) => return Err(error.into()),
             Ok(file) => {
                 for line in BufReader::new(file).split(b'\n') {
-                    let line = line.map_err(Failure::io("reading", &at))?;
+                    let line = line.map_err(Failure::io("read", &at))?;
                     found.extend(self.shown(&line));
                     if self.last.is_some_and(|last| found.len() > last) {
                         found.pop_front();

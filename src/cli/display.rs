@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{BinaryBytes, HumanCount, HumanDuration};
 use serde_json::json;
 
-use crate::error::Escaped;
+use crate::error::{Escaped, said};
 use crate::monitor::{Counters, Event, Monitor, Phase, Problem, Severity};
 
 /// Nothing is drawn while this is not 0: the terminal asks for something.
@@ -146,7 +146,7 @@ impl State {
     fn say(&self, text: &str) {
         let _guard = self.line.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         self.clear();
-        let _ = writeln!(std::io::stderr(), "{text}");
+        let _ = writeln!(std::io::stderr(), "{}", said(text));
     }
 
     fn tell(&self, value: &serde_json::Value) {
@@ -231,10 +231,10 @@ impl State {
 
     fn problem(&self, problem: &Problem) {
         let path = problem.path.as_ref().map_or_else(|| ".".to_owned(), ToString::to_string);
-        let message = Escaped(problem.message.as_bytes());
+        let message = said(&Escaped(problem.message.as_bytes()));
         if self.json {
             let severity = if problem.severity == Severity::Failed { "failed" } else { "skipped" };
-            self.tell(&json!({"event": severity, "path": path, "message": message.to_string()}));
+            self.tell(&json!({"event": severity, "path": path, "message": message}));
         } else if problem.severity == Severity::Failed {
             self.say(&format!("failed: {path}: {message}"));
         } else if self.verbosity != Verbosity::Quiet {

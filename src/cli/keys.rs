@@ -63,7 +63,7 @@ impl Generate {
             }
         }
         let secret = if self.passphrase { Some(new_passphrase(&file)?) } else { None };
-        let public = key_file::generate(&file, &comment, secret.as_deref()).map_err(Failure::io("writing", &file))?;
+        let public = key_file::generate(&file, &comment, secret.as_deref()).map_err(Failure::io("write", &file))?;
         eprintln!("wrote '{}' and '{}'", shown(&file), shown(&key_file::beside(&file)));
         eprintln!("{} key, {}", self.kind, public.fingerprint(HashAlg::Sha256));
         if secret.is_none() {

@@ -39,7 +39,7 @@ pub(super) struct Push {
 #[command(override_usage = "lockstep pull [OPTIONS] [USER@]HOST:SRC... DEST")]
 pub(super) struct Pull {
     /// What to fetch, then where to
-    #[arg(value_name = "[USER@]HOST:SRC... DEST", required = true, num_args = 2..)]
+    #[arg(value_name = "[USER@]HOST:SRC... DEST", required = true, num_args = 1..)]
     arguments: Vec<OsString>,
     #[command(flatten)]
     how: How,
@@ -69,7 +69,9 @@ impl Pull {
                 self.how.needs_no_config()?;
                 transfer(sources, target, &self.how)
             }
-            _ => Err(Failure::usage("pull needs SRC and DEST")),
+            _ => Err(Failure::usage(
+                "pull needs SRC and DEST: lockstep pull [USER@]HOST:SRC DIRECTORY ('.' is the one you are in)",
+            )),
         }
     }
 }

@@ -81,7 +81,7 @@ impl OneUser {
             read_only: self.read_only,
             authorized_keys: self.authorized_keys.clone(),
             from,
-            policy: super::transfer::read_policy(self.policy_file.as_deref())?,
+            policy: super::transfer::receivers_policy(self.policy_file.as_deref())?,
         };
         let mut config = ServeConfig::new(SocketAddr::from(([127, 0, 0, 1], 2222)), self.host_key.clone(), vec![user]);
         (config.revoked_keys, config.audit) = (self.revoked_keys.clone(), self.audit.clone());
@@ -171,7 +171,7 @@ impl Serve {
             }
             if let Some(path) = &self.port_file {
                 let port = listener.local_addr().port();
-                std::fs::write(path, format!("{port}\n")).map_err(Failure::io("writing", path))?;
+                std::fs::write(path, format!("{port}\n")).map_err(Failure::io("write", path))?;
             }
             let factory: SessionFactory = Arc::new(session);
             let (running, reloader) = listener.start(factory);

@@ -32,7 +32,7 @@ pub(super) struct SftpServer {
 
 impl SftpServer {
     pub(super) fn run(self) -> Result<Exit, Failure> {
-        let policy = super::transfer::read_policy(self.policy_file.as_deref())?;
+        let policy = super::transfer::receivers_policy(self.policy_file.as_deref())?;
         let home = std::env::home_dir().unwrap_or_else(|| PathBuf::from("/"));
         let confine = self.root.is_some();
         let root = self.root.unwrap_or(home);
@@ -75,7 +75,7 @@ pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: Pol
         let path = beneath(path)?;
         let root = Root::open(root).map_err(|error| Error::Io {
             operation: error.operation,
-            path: error.path.display().to_string(),
+            path: crate::error::shown(&error.path).to_string(),
             source: error.source,
         })?;
         Ok((Arc::new(root), path))

@@ -22,7 +22,7 @@ pub(super) struct How {
     #[arg(short = 'n', long)]
     pub(super) dry_run: bool,
     /// Say what is chosen and why
-    #[arg(short, long, conflicts_with = "quiet")]
+    #[arg(short, long, overrides_with = "verbose", conflicts_with = "quiet")]
     pub(super) verbose: bool,
     /// Say nothing but errors
     #[arg(short, long)]
@@ -31,7 +31,7 @@ pub(super) struct How {
     #[arg(long)]
     pub(super) json: bool,
     /// A line for each path that changes, as rsync --checksum writes it
-    #[arg(short, long)]
+    #[arg(short, long, overrides_with = "itemize_changes")]
     pub(super) itemize_changes: bool,
     /// Remove at the target what the source does not have
     #[arg(long)]
@@ -102,6 +102,8 @@ pub(super) struct How {
     pub(super) reach: remote::Reach,
     #[command(flatten)]
     pub(super) ssh: login::Ssh,
+    #[command(flatten)]
+    habits: super::habits::Habits,
 }
 
 /// Bytes a second; `None` for no limit.
@@ -118,10 +120,13 @@ fn parse_rate(text: &str) -> Result<Rate, String> {
 }
 
 /// The configuration that is meant: the one given, `LOCKSTEP_CONFIG`, or the usual one.
-pub(super) fn load_config(given: Option<&Path>) -> Result<Config, Failure> {
+pub(super) fn config_file(given: Option<&Path>) -> PathBuf {
     let named = std::env::var_os("LOCKSTEP_CONFIG").filter(|value| !value.is_empty()).map(PathBuf::from);
-    let file = given.map(Path::to_owned).or(named).unwrap_or_else(|| PathBuf::from(DEFAULT_PATH));
-    Config::load(&file).map_err(|error| Failure::usage(crate::error::chain(&error)))
+    given.map(Path::to_owned).or(named).unwrap_or_else(|| PathBuf::from(DEFAULT_PATH))
+}
+
+pub(super) fn load_config(given: Option<&Path>) -> Result<Config, Failure> {
+    Config::load(&config_file(given)).map_err(|error| Failure::usage(crate::error::chain(&error)))
 }
 
 fn parse_links(text: &str) -> Result<Links, String> {
@@ -141,11 +146,14 @@ pub(super) fn actor() -> String {
     format!("{user}@{}", rustix::system::uname().nodename().to_string_lossy())
 }
 
-/// Reads a file of `[[rule]]` tables; none is no rule.
-pub(super) fn read_policy(file: Option<&Path>) -> Result<PolicySpec, Failure> {
-    let Some(file) = file else { return Ok(PolicySpec::default()) };
-    let text = std::fs::read_to_string(file).map_err(Failure::io("reading", file))?;
-    toml::from_str(&text).map_err(|error| Failure::usage(format!("{}: {error}", super::shown(file))))
+/// A sender's file of `[[rule]]` tables; none is no rule.
+fn read_policy(file: Option<&Path>) -> Result<PolicySpec, Failure> {
+    file.map_or_else(|| Ok(PolicySpec::default()), |file| Ok(super::policy::own_file(file)?.spec))
+}
+
+/// The same of a receiver, whose rules decide: others must not have had a hand in them.
+pub(super) fn receivers_policy(file: Option<&Path>) -> Result<PolicySpec, Failure> {
+    file.map_or_else(|| Ok(PolicySpec::default()), |file| Ok(super::policy::trusted_file(file)?.spec))
 }
 
 /// Where digests of sources are kept between runs.
@@ -224,7 +232,7 @@ impl How {
         let only = match &self.files_from {
             None => None,
             Some(file) => {
-                let text = std::fs::read(file).map_err(Failure::io("reading", file))?;
+                let text = std::fs::read(file).map_err(Failure::io("read", file))?;
                 let lines = text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
                 Some(lines.map(<[u8]>::to_vec).collect())
             }
@@ -291,7 +299,7 @@ impl How {
                     report::itemize(&result, options.delete, route.sending, &mut out)?;
                 }
                 if !self.quiet {
-                    report::summary(&result, &from, &to, &verification, &mut out)?;
+                    report::summary(&result, &from, &to, &verification, options.delete, &mut out)?;
                 }
             }
             out.flush()

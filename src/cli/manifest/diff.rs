@@ -25,7 +25,7 @@ pub(in crate::cli) struct Diff {
 }
 
 fn read(path: &Path) -> Result<Manifest, Failure> {
-    let directory = std::fs::metadata(path).map_err(Failure::io("reading", path))?.is_dir();
+    let directory = std::fs::metadata(path).map_err(Failure::io("read", path))?.is_dir();
     load((!directory).then_some(path), path)
 }
 

@@ -59,7 +59,7 @@ fn directory(path: &Path) -> Result<(), Failure> {
             Err(Failure::usage(format!("'{}' is no directory; name the one that the rules are for", shown(path))))
         }
         Ok(_) => Ok(()),
-        Err(error) => Err(Failure::io("looking at", path)(error)),
+        Err(error) => Err(Failure::io("look at", path)(error)),
     }
 }
 

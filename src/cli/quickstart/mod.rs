@@ -43,12 +43,12 @@ impl Quickstart {
         let stop = Stop::on_signals()?;
         let own = match &self.directory {
             None => None,
-            Some(directory) => Some(directory.canonicalize().map_err(Failure::io("opening", directory))?),
+            Some(directory) => Some(directory.canonicalize().map_err(Failure::io("open", directory))?),
         };
         let place = Place::new(self.keep, stop)?;
         let source = match own {
             None => {
-                sample::make(&place.path("sample")).map_err(Failure::io("making", &place.path("sample")))?;
+                sample::make(&place.path("sample")).map_err(Failure::io("make", &place.path("sample")))?;
                 PathBuf::from("sample")
             }
             Some(directory) => directory,
@@ -216,7 +216,7 @@ impl Tour<'_> {
         for (mode, count, shown, first) in found.values() {
             let more = if *count > 1 { format!(" and {} more", count - 1) } else { String::new() };
             let source = self.place.at.join(&self.source).join(first);
-            let before = fs::symlink_metadata(&source).map_err(Failure::io("looking at", &source))?;
+            let before = fs::symlink_metadata(&source).map_err(Failure::io("look at", &source))?;
             say(&format!("   {:04o} -> {mode:04o}  {shown}{more}\n", before.permissions().mode() & 0o7777))?;
         }
         if found.is_empty() {
@@ -243,7 +243,7 @@ impl Tour<'_> {
             .append(true)
             .open(&path)
             .and_then(|mut file| file.write_all(b"{\"id\": 6000, \"text\": \"one more\"}\n"))
-            .map_err(Failure::io("changing", &path))?;
+            .map_err(Failure::io("change", &path))?;
         say(&format!(
             "\n4. One file changes, and is pushed again\n   $ echo '{{…}}' >> sample/{}\n{}",
             sample::CHANGED,
@@ -315,7 +315,7 @@ impl Tour<'_> {
     fn damage(&self) -> Result<(), Failure> {
         let (copy, (file, path, size)) = (self.copy(), self.victim()?);
         let (path, offset) = (path.to_string(), size / 2);
-        flip(&file, offset).map_err(Failure::io("changing", &file))?;
+        flip(&file, offset).map_err(Failure::io("change", &file))?;
         say(&format!(
             "\n6. One of {} bytes goes bad: byte {offset} of {copy}/{path}\n   $ lockstep manifest verify {copy}\n",
             HumanCount(size)
@@ -342,7 +342,7 @@ impl Tour<'_> {
             return Err(wrong("audit verify", &ran));
         }
         let log = self.place.path(&copy).join(audit::LOG);
-        let text = fs::read_to_string(&log).map_err(Failure::io("reading", &log))?;
+        let text = fs::read_to_string(&log).map_err(Failure::io("read", &log))?;
         let records = text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         let last = records.into_iter().find(|record| record["path"] == path.as_str());
         let record = last.ok_or_else(|| wrong("the record of the push", &ran))?;
