@@ -68,6 +68,11 @@ impl fmt::Display for Escaped<'_> {
     }
 }
 
+/// `1 path`, `2 paths`.
+pub fn counted(count: u64, one: &str, many: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { many })
+}
+
 /// A path, made safe to print.
 pub fn shown(path: &std::path::Path) -> Escaped<'_> {
     Escaped(path.as_os_str().as_encoded_bytes())

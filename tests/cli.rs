@@ -112,6 +112,11 @@ fn wrong_usage_exits_with_2_and_help_with_0() {
     }
     lockstep(&["nothing"], at.path()).stderr(contains("lockstep: unrecognized subcommand"));
     lockstep(&["--help"], at.path()).code(0).stdout(contains("Exit codes:"));
+    for (command, part) in
+        [("push", "One file SRC: DEST is"), ("pull", "DEST is on this machine"), ("serve", "with --user one user")]
+    {
+        lockstep(&[command, "--help"], at.path()).code(0).stdout(contains(part));
+    }
     lockstep(&["completions", "bash"], at.path()).code(0).stdout(contains("complete -F"));
     lockstep(&["man"], at.path()).code(0).stdout(contains(".TH lockstep"));
     lockstep(&["man", "--to", "."], at.path()).code(0);
@@ -312,6 +317,7 @@ fn the_summary_counts_in_words() {
     fs::write(at.path().join("data/b"), "").unwrap();
     push(&[]);
     push(&[]).stdout(contains("in step: nothing to do (2 entries)\n"));
+    lockstep(&["manifest", "verify", "there"], at.path()).code(0).stdout("there: 2 paths verified, all as listed\n");
     fs::remove_file(at.path().join("data/a")).unwrap();
     push(&["-n"]).stdout(contains("; 1 at the target alone, which --delete would remove\n"));
     push(&["-n", "--delete"]).stdout(contains("metadata only; 1 to remove\n"));

@@ -139,7 +139,7 @@ fn s29_a_job_goes_to_all_its_targets_and_says_which_failed() {
         &format!("{good}, '{root}/not a directory', '{root}/other'"),
     );
     let output = push(&[]);
-    ends(&output, 4, "1 of 3 targets are not in step");
+    ends(&output, 4, "targets that are not in step: 1 of 3");
     assert!(said(&output).contains(&format!("to {root}/not a directory: ")), "{}", said(&output));
     for target in ["good", "other"] {
         assert_eq!(paths(&at.join(target)), ["model.safetensors"]);

@@ -27,7 +27,10 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
         return Err(Failure::usage(missing()));
     }
     let config = load_config(how.config.as_deref())?;
-    let job = config.job(name).map_err(|error| Failure::usage(format!("{}; {}", chain(&error), missing())))?;
+    let job = config.job(name).map_err(|error| {
+        let here = std::path::Path::new(name).exists();
+        Failure::usage(if here { format!("{}; {}", chain(&error), missing()) } else { chain(&error) })
+    })?;
     let wrong = |message: String| Failure::usage(format!("job '{}': {message}", Escaped(job.name.as_bytes())));
     refuse(job, how).map_err(wrong)?;
     let options = options(&config, job, how)?;
@@ -61,7 +64,8 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
         ([], _) => Ok(Exit::Done),
         ([exit], 1) => Ok(*exit),
         (_, all) => {
-            let message = format!("{} of {all} targets are not in step; the same command goes on there", failed.len());
+            let message =
+                format!("targets that are not in step: {} of {all}; the same command goes on there", failed.len());
             Err(Failure::Plain { exit: Exit::Incomplete, message })
         }
     }

@@ -15,7 +15,7 @@ use super::display::{Display, Verbosity};
 use super::{Failure, output, shown};
 use crate::endpoint::local::LocalSource;
 use crate::endpoint::{Fetch, Links, Produced, ScanOptions, Source as _};
-use crate::error::{Escaped, Exit, chain};
+use crate::error::{Escaped, Exit, chain, counted};
 use crate::manifest::{Content, Digest, Manifest, Timestamp, Tree, format, sums};
 use crate::monitor::Severity;
 use crate::path::RelPath;
@@ -190,7 +190,10 @@ impl Create {
             for (path, message) in &unreadable {
                 eprintln!("lockstep: '{}': {message}", name(path.as_ref()));
             }
-            let message = format!("{} paths could not be read, so no list was written", unreadable.len());
+            let message = format!(
+                "{} could not be read, so no list was written",
+                counted(unreadable.len() as u64, "path", "paths")
+            );
             return Err(Failure::Plain { exit: Exit::Incomplete, message });
         }
         if let Some(own) = self.output.as_ref().and_then(|file| place_of(file, &self.path)) {
@@ -345,7 +348,12 @@ impl Verify {
             let _ = writeln!(text, "{}: {line}", name(path.as_ref()));
         }
         if lines.is_empty() {
-            let _ = writeln!(text, "{}: {} paths verified, all as listed", shown(&self.directory), expected.len());
+            let _ = writeln!(
+                text,
+                "{}: {} verified, all as listed",
+                shown(&self.directory),
+                counted(expected.len() as u64, "path", "paths")
+            );
         }
         output(text.as_bytes())?;
         match lines.len() {

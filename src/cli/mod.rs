@@ -59,13 +59,10 @@ struct Cli {
 // variant here, a line in `Command::run`.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Send files and directories to another server, verified, with the right permissions
+    // What these say of themselves is longer than a line, and stands with their options.
     Push(push::Push),
-    /// Fetch files and directories from another server
     Pull(push::Pull),
-    /// Listen for SSH connections: public keys only, file transfer only
     Serve(serve::Serve),
-    /// Serve SFTP, and lockstep's own protocol, on standard input and output
     SftpServer(sftp_server::SftpServer),
     /// List what a directory holds with its SHA-256, and check a directory against such a list
     #[command(subcommand)]
@@ -79,7 +76,6 @@ enum Command {
     /// Show and check the record of what was published
     #[command(subcommand)]
     Audit(audit::Command),
-    /// See on this machine what lockstep does: nothing to set up, nothing left behind
     Quickstart(quickstart::Quickstart),
     /// Print a completion script for a shell
     Completions(completions::Completions),

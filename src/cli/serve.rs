@@ -14,7 +14,7 @@ use crate::server::hearsay;
 use crate::server::listener::{self, Reloader, ServeConfig, ServeError, ServeUser, SessionFactory, SessionStart};
 use crate::server::session::{Session, SessionConfig};
 
-/// Listens for SSH connections: public keys only, file transfer only.
+/// Listen for SSH connections: public keys only, file transfer only
 ///
 /// The users are those of [serve] in the configuration, or with --user one user who is described here.
 #[derive(Debug, clap::Args)]
@@ -96,7 +96,12 @@ fn default_path() -> PathBuf {
 /// The listener's part of a configuration file.
 fn read(path: &Path) -> Result<ServeConfig, Failure> {
     let usage = |error: crate::config::ConfigError| Failure::usage(chain(&error));
-    let config = Config::load(path).map_err(usage)?;
+    let config = Config::load(path).map_err(|error| match error {
+        error @ crate::config::ConfigError::Read { .. } => {
+            Failure::usage(format!("{error}, or serve one user with --user"))
+        }
+        error => usage(error),
+    })?;
     let missing = |what| Failure::usage(format!("configuration {}: there is no {what}", super::shown(path)));
     let serve = config.serve.as_ref().ok_or_else(|| missing("[serve]; or name one user with --user"))?;
     if serve.users.is_empty() {

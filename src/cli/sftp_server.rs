@@ -16,7 +16,10 @@ use crate::server::attributed::Attributed;
 use crate::server::session::SessionConfig;
 use crate::server::stdio;
 
-/// Serves SFTP version 3 to any client, and lockstep's own protocol to a lockstep.
+/// Serve SFTP, and lockstep's own protocol, on standard input and output
+///
+/// For sshd_config: 'Subsystem lockstep /usr/bin/lockstep sftp-server', or a command in authorized_keys that confines a
+/// key: 'restrict,command="lockstep sftp-server --root /data" ssh-ed25519 ...'. Any client of SFTP version 3 can use it.
 #[derive(Debug, clap::Args)]
 pub(super) struct SftpServer {
     /// Show the client this directory as '/', and let it reach nothing else
@@ -83,7 +86,7 @@ pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: Pol
     Factory {
         target: Box::new(move |path| {
             if read_only {
-                let reason = "this server only lets read".to_owned();
+                let reason = "this account may read only".to_owned();
                 return Err(Error::Refused { by: "the server".into(), reason });
             }
             // A run on such a directory would replace the manifest and the audit log of the root that it belongs to.

@@ -36,7 +36,7 @@ pub(super) struct How {
     /// Remove at the target what the source does not have
     #[arg(long)]
     pub(super) delete: bool,
-    /// Refuse to remove more than this: a number of paths, or a part of the target (10%)
+    /// Refuse to remove more than this: a number of paths, or a part of the target (10%) [default: any number]
     #[arg(long, value_name = "N|N%")]
     pub(super) max_delete: Option<DeleteLimit>,
     /// Leave out what matches, as in gitignore(5); may be given several times
@@ -45,7 +45,7 @@ pub(super) struct How {
     /// Take part all the same, whatever --exclude says
     #[arg(long, value_name = "GLOB")]
     pub(super) include: Vec<String>,
-    /// Only the paths that this file lists, one a line
+    /// Only the paths that this file lists, one a line, relative to SRC
     #[arg(long, value_name = "FILE")]
     pub(super) files_from: Option<PathBuf>,
     /// Hash every file, whatever its size and time say
@@ -57,7 +57,7 @@ pub(super) struct How {
     /// Modes of what arrives, as rsync's --chmod takes them (D755,F644 or go-rwx)
     #[arg(long, value_name = "MODES")]
     pub(super) chmod: Option<String>,
-    /// Owner and group of what arrives
+    /// Owner and group of what arrives, by name or number there: USER:GROUP, USER or :GROUP
     #[arg(long, value_name = "USER:GROUP")]
     pub(super) chown: Option<String>,
     /// A file of [[rule]] tables with owner and permissions of what arrives
@@ -79,23 +79,23 @@ pub(super) struct How {
     /// Hash again what lies on the target's disk before it is published
     #[arg(long)]
     verify_disk: bool,
-    /// Wait so long for another run on the same target, in seconds
+    /// Wait so many seconds for another run on the same target to end
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     wait: u64,
-    /// Connections, and files in work at once
+    /// Connections, and files in work at once (1 to 64)
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub(super) transfers: u8,
     /// How often a file is sent again that changed or arrived damaged
     #[arg(long, value_name = "N", default_value_t = 2)]
     retries: u32,
     /// At most this much a second over the wire, as for rsync: 500K, 1.5m (of 1024), 2GB (of 1000); a plain number is
-    /// KiB, and 0 no limit
+    /// KiB, and 0 no limit [default: no limit]
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub(super) bwlimit: Option<Rate>,
     /// Do not compress
     #[arg(long)]
     no_compress: bool,
-    /// Compress with this zstd level (-7 to 19) instead of the one that suits the link
+    /// Compress with this zstd level (-7 to 19) [default: the one that suits the link]
     #[arg(long, value_name = "LEVEL", allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-7..=19))]
     compress_level: Option<i32>,
     #[command(flatten)]

@@ -120,7 +120,13 @@ fn create(path: &Path) -> Result<PrivateKey, HostKeyError> {
     new.push(format!(".new-{}", std::process::id()));
     // Left by a start that was killed.
     let _ = std::fs::remove_file(&new);
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new).map_err(io)?;
+    let mut file = match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let reason = "it is made at the first start, but its directory is not there; make that first".to_owned();
+            return Err(HostKeyError::Untrusted { path: path.into(), reason });
+        }
+        opened => opened.map_err(io)?,
+    };
     let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
     let named = written.and_then(|()| std::fs::hard_link(&new, path));
     let _ = std::fs::remove_file(&new);

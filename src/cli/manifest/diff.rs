@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::load;
 use crate::cli::{Failure, output, shown};
-use crate::error::{Escaped, Exit};
+use crate::error::{Escaped, Exit, counted};
 use crate::manifest::{Content, Entry, Manifest};
 use crate::path::RelPath;
 use crate::plan::{Action, Change, Compare, Desired, diff};
@@ -57,7 +57,7 @@ impl Diff {
         }
         if lines.is_empty() {
             let what = if self.content { "the same content" } else { "the same" };
-            let _ = writeln!(text, "{} paths, all of them {what}", b.entries().len());
+            let _ = writeln!(text, "{}, all of them {what}", counted(b.entries().len() as u64, "path", "paths"));
         }
         output(text.as_bytes())?;
         match lines.len() {
