@@ -90,7 +90,12 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     let mut source = error.source();
     while let Some(cause) = source {
         let cause_text = said(cause);
-        if !text.ends_with(&cause_text) {
+        // Who failed may stand before each of them, and the cause within what came of it.
+        let of_the_same = text.split_once(": ").and_then(|(who, _)| cause_text.strip_prefix(who)?.strip_prefix(": "));
+        let cause_alone = of_the_same.unwrap_or(&cause_text);
+        // A few letters may stand there by chance.
+        let told = text.ends_with(cause_alone) || cause_alone.len() > 16 && text.contains(cause_alone);
+        if !told {
             text.push_str(": ");
             text.push_str(&cause_text);
         }
@@ -147,6 +152,8 @@ mod tests {
         assert_eq!(chain(&Failed("", cause())), "cannot read 'x': No such file or directory");
         let told = Failed(": No such file or directory (os error 2)", cause());
         assert_eq!(chain(&told), "cannot read 'x': No such file or directory");
+        let twice = Failed(" of h: gone; try again", std::io::Error::other("cannot read 'x' of h: gone"));
+        assert_eq!(chain(&twice), "cannot read 'x' of h: gone; try again");
         assert_eq!(said("a (os error 2); b (os error 13)"), "a; b");
         assert_eq!(said("a (os error x) (os error )"), "a (os error x) (os error )");
     }

@@ -19,7 +19,7 @@ use crate::monitor::Monitor;
 use crate::path::{InvalidPath, RelPath};
 use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 use crate::scan::names::Names;
-use crate::staging::{LockError, RootLock, hash_of};
+use crate::staging::{LockError, RootLock, SET_OWNER, hash_of};
 
 const STATE: &str = ".lockstep";
 const NEW_MANIFEST: &str = ".lockstep/manifest.mended";
@@ -140,7 +140,7 @@ fn one(root: &Root, drift: &Drift, manifest: Option<&Manifest>, dry_run: bool) -
     let (uid, gid) = (wanted.uid.filter(|&uid| uid != now.uid), wanted.gid.filter(|&gid| gid != now.gid));
     // In this order: chown takes set-ID bits away, and a list that goes later would be woken up by the mode.
     if uid.is_some() || gid.is_some() {
-        inode.set_owner(uid, gid).map_err(failed("set the owner"))?;
+        inode.set_owner(uid, gid).map_err(failed(SET_OWNER))?;
     }
     if let Some(acl) = &wanted.acl {
         inode.set_acls(acl).map_err(failed("set the ACL"))?;

@@ -88,7 +88,7 @@ impl Block {
 pub enum Error {
     #[error("cannot {operation} '{path}'")]
     Io { operation: &'static str, path: String, source: std::io::Error },
-    #[error("{host}: the connection was lost; what arrived is kept, and the same command goes on from there")]
+    #[error("{host}: the connection was lost{}; what arrived is kept, and the same command goes on from there", why(host, source.as_deref()))]
     Disconnected {
         host: String,
         #[source]
@@ -104,6 +104,16 @@ pub enum Error {
     Usage(String),
     #[error("{message}")]
     Remote { message: String, exit: Exit },
+}
+
+/// Why a connection was lost, without what was said already.
+fn why(host: &str, source: Option<&(dyn std::error::Error + Send + Sync)>) -> String {
+    let Some(said) = source.map(|source| crate::error::said(source)) else { return String::new() };
+    let said = said.strip_prefix(host).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(&said);
+    match said.strip_prefix("the connection was lost").unwrap_or(said).trim_start_matches(": ") {
+        "" => String::new(),
+        why => format!(": {why}"),
+    }
 }
 
 impl Error {

@@ -15,6 +15,9 @@ use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 const EXECUTE_BITS: u32 = 0o111;
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
+/// Setting an owner or a group; as an operation that failed.
+pub const SET_OWNER: &str = "set the owner or group (who receives has to run as root to give files to others)";
+
 /// Why a file was not staged. The path is told by who asked.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
@@ -193,7 +196,7 @@ fn hash_start(file: &File, length: u64) -> Result<Sha256, StageError> {
 /// What the file system says.
 pub fn apply(inode: &Inode, wanted: &Permissions) -> Result<(), StageError> {
     if wanted.uid.is_some() || wanted.gid.is_some() {
-        inode.set_owner(wanted.uid, wanted.gid).map_err(failed("set the owner"))?;
+        inode.set_owner(wanted.uid, wanted.gid).map_err(failed(SET_OWNER))?;
     }
     if let Some(lists) = &wanted.acl {
         inode.set_acls(lists).map_err(failed("set the ACL"))?;
