@@ -92,10 +92,9 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         let cause_text = said(cause);
         // Who failed may stand before each of them, and the cause within what came of it.
         let of_the_same = text.split_once(": ").and_then(|(who, _)| cause_text.strip_prefix(who)?.strip_prefix(": "));
-        let cause_alone = of_the_same.unwrap_or(&cause_text);
         // A few letters may stand there by chance.
-        let told = text.ends_with(cause_alone) || cause_alone.len() > 16 && text.contains(cause_alone);
-        if !told {
+        let told = |cause: &str| text.ends_with(cause) || cause.len() > 16 && text.contains(cause);
+        if !told(&cause_text) && !of_the_same.is_some_and(told) {
             text.push_str(": ");
             text.push_str(&cause_text);
         }
