@@ -34,7 +34,7 @@ impl Remote for Pipes {
         })
     }
 
-    fn exec(&self, command: &str) -> Result<Arc<dyn Link>, ConnectError> {
+    fn exec(&self, command: &str, _: usize) -> Result<Arc<dyn Link>, ConnectError> {
         Ok(start(Command::new("sh").args(["-c", command])))
     }
 

@@ -18,21 +18,23 @@ use lockstep::monitor::Silent;
 use lockstep::policy::PolicySpec;
 use lockstep::sync::run;
 
-use super::stock_pipes::{Hook, Pair, nothing, options, sha256};
+use super::stock_pipes::{COMMAND, Hook, Pair, nothing, options, sha256};
 
 const WRITE: u8 = 6;
 const READ: u8 = 5;
 const DATA: u8 = 103;
 const NAME: u8 = 104;
 
-/// A byte of the content that is written is another one, in the first `times` WRITEs of content.
+/// A byte of the content that is sent is another one, in the first `times` packets or pieces with content.
 fn flip_writes(times: usize) -> Hook {
     let left = AtomicUsize::new(times);
     Arc::new(move |packet| {
-        let content = packet.first() == Some(&WRITE) && packet.ends_with(b"content");
+        let carries = matches!(packet.first(), Some(&(WRITE | COMMAND)));
+        // Padding of an archive may stand behind it.
+        let end = packet.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+        let content = carries && packet[..end].ends_with(b"content");
         if content && left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
-            let last = packet.len() - 1;
-            packet[last] ^= 1;
+            packet[end - 1] ^= 1;
         }
         true
     })
@@ -247,7 +249,7 @@ fn h34_what_was_sent_is_not_sent_again() {
         let counter = Arc::new(AtomicUsize::new(0));
         let counts = Arc::clone(&counter);
         let hook = move |packet: &mut Vec<u8>| {
-            let length = if packet.first() == Some(&WRITE) { packet.len() } else { 0 };
+            let length = if matches!(packet.first(), Some(&(WRITE | COMMAND))) { packet.len() } else { 0 };
             counts.fetch_add(length, Ordering::Relaxed) + length <= limit
         };
         (Arc::new(hook), counter)

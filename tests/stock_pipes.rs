@@ -19,7 +19,10 @@ use lockstep::plan::safety::DeleteLimit;
 use lockstep::policy::PolicySpec;
 use lockstep::sync::{Options, SyncReport, run};
 
-/// Sees each packet (without its length) before it goes on; `false` cuts the link instead.
+/// Stands in front of what a hook sees of the input of commands. No packet of SFTP is of this type.
+pub(super) const COMMAND: u8 = 0;
+
+/// Sees each packet (without its length) before it goes on, and what is sent to commands; `false` cuts the link instead.
 pub(super) type Hook = Arc<dyn Fn(&mut Vec<u8>) -> bool + Send + Sync>;
 
 pub(super) fn nothing() -> Hook {
@@ -30,12 +33,13 @@ struct Pipe {
     child: Mutex<Child>,
     input: Mutex<Option<ChildStdin>>,
     output: Mutex<ChildStdout>,
-    /// Packets of SFTP; else plain bytes.
-    hooks: Option<(Hook, Hook)>,
+    out: Hook,
+    /// For packets of SFTP; a command gives plain bytes.
+    back: Option<Hook>,
 }
 
 impl Pipe {
-    fn start(mut command: Command, hooks: Option<(Hook, Hook)>) -> Arc<Pipe> {
+    fn start(mut command: Command, out: Hook, back: Option<Hook>) -> Arc<Pipe> {
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -43,11 +47,21 @@ impl Pipe {
             .spawn()
             .expect("sftp-server is not installed: Debian package openssh-sftp-server");
         let (input, output) = (Mutex::new(child.stdin.take()), Mutex::new(child.stdout.take().unwrap()));
-        Arc::new(Pipe { child: Mutex::new(child), input, output, hooks })
+        Arc::new(Pipe { child: Mutex::new(child), input, output, out, back })
+    }
+
+    /// As sshd does when a connection is lost: commands find their input ended.
+    fn end(&self) {
+        self.close();
+        let mut child = self.child.lock().unwrap();
+        if self.back.is_some() {
+            let _ = child.kill();
+        }
+        let _ = child.wait();
     }
 
     fn cut(&self) -> LinkError {
-        let _ = self.child.lock().unwrap().kill();
+        self.end();
         LinkError("cut".into())
     }
 }
@@ -55,13 +69,19 @@ impl Pipe {
 impl Link for Pipe {
     fn send(&self, packet: Bytes) -> Result<(), LinkError> {
         let mut packet = packet.to_vec();
-        if let Some((hook, _)) = &self.hooks {
+        if self.back.is_some() {
             let mut body = packet.split_off(4);
-            if !hook(&mut body) {
+            if !(self.out)(&mut body) {
                 return Err(self.cut());
             }
             packet = (body.len() as u32).to_be_bytes().to_vec();
             packet.extend_from_slice(&body);
+        } else {
+            packet.insert(0, COMMAND);
+            if !(self.out)(&mut packet) {
+                return Err(self.cut());
+            }
+            packet.remove(0);
         }
         match self.input.lock().unwrap().as_mut().map(|input| input.write_all(&packet)) {
             Some(Ok(())) => Ok(()),
@@ -71,7 +91,7 @@ impl Link for Pipe {
 
     fn recv(&self) -> Result<Option<Bytes>, LinkError> {
         let mut output = self.output.lock().unwrap();
-        let Some((_, hook)) = &self.hooks else {
+        let Some(hook) = &self.back else {
             let mut buffer = vec![0; 64 * 1024];
             let read = output.read(&mut buffer).map_err(|error| LinkError(error.to_string()))?;
             buffer.truncate(read);
@@ -98,9 +118,7 @@ impl Link for Pipe {
 
 impl Drop for Pipe {
     fn drop(&mut self) {
-        let mut child = self.child.lock().unwrap();
-        let _ = child.kill();
-        let _ = child.wait();
+        self.end();
     }
 }
 
@@ -114,16 +132,16 @@ pub(super) struct Host {
 impl Remote for Host {
     fn open(&self, _: &Way, _: usize) -> Result<Arc<dyn Link>, ConnectError> {
         let command = Command::new("/usr/lib/openssh/sftp-server");
-        Ok(Pipe::start(command, Some((Arc::clone(&self.out), Arc::clone(&self.back)))))
+        Ok(Pipe::start(command, Arc::clone(&self.out), Some(Arc::clone(&self.back))))
     }
 
-    fn exec(&self, text: &str) -> Result<Arc<dyn Link>, ConnectError> {
+    fn exec(&self, text: &str, _: usize) -> Result<Arc<dyn Link>, ConnectError> {
         if !self.shell {
             return Err(ConnectError { message: "no shell".into(), exit: Exit::Usage, not_offered: true });
         }
         let mut command = Command::new("sh");
         command.args(["-c", text]);
-        Ok(Pipe::start(command, None))
+        Ok(Pipe::start(command, Arc::clone(&self.out), None))
     }
 
     fn describe(&self) -> String {

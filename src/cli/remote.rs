@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::Failure;
 use super::login::{Ssh, connect, failed};
+use super::transfer::USUAL_TRANSFERS;
 use crate::codec::CompressOptions;
 use crate::endpoint::agent::{self, AgentSource, AgentTarget};
 use crate::endpoint::link::{Remote, Way};
@@ -141,7 +142,8 @@ fn reach(
     destination: &Destination,
     ssh: &Ssh,
     reach: &Reach,
-    count: usize,
+    verify: Verify,
+    count: Option<u8>,
     compress: CompressOptions,
     monitor: &dyn Monitor,
 ) -> Result<Reached, Failure> {
@@ -162,9 +164,15 @@ fn reach(
         };
         let reached = match way {
             Way::SftpSubsystem => {
-                stock::Lanes::connect(Arc::clone(&remote), link, count, root, reach.verify()).map(Reached::Stock)
+                // A connection takes about a core at each end.
+                let few = std::thread::available_parallelism().is_ok_and(|cores| cores.get() < 4);
+                let count = count.map_or(if few { 1 } else { USUAL_TRANSFERS }, usize::from);
+                stock::Lanes::connect(Arc::clone(&remote), link, count, root, verify).map(Reached::Stock)
             }
-            _ => agent::Lanes::connect(Arc::clone(&remote), &way, link, count, root, compress).map(Reached::Agent),
+            _ => {
+                let count = count.map_or(USUAL_TRANSFERS, usize::from);
+                agent::Lanes::connect(Arc::clone(&remote), &way, link, count, root, compress).map(Reached::Agent)
+            }
         };
         match reached {
             Ok(reached) => {
@@ -216,26 +224,26 @@ pub(super) fn target(
     destination: &Destination,
     ssh: &Ssh,
     how: &Reach,
-    count: usize,
+    count: Option<u8>,
     compress: CompressOptions,
     monitor: &dyn Monitor,
 ) -> Result<Box<dyn Target>, Failure> {
-    Ok(match reach(destination, ssh, how, count, compress, monitor)? {
+    Ok(match reach(destination, ssh, how, how.verify(), count, compress, monitor)? {
         Reached::Agent(lanes) => Box::new(AgentTarget::new(lanes)),
         Reached::Stock(lanes) => Box::new(StockTarget::new(lanes)),
     })
 }
 
-/// A directory of another machine as a source.
+/// A directory of another machine as a source. No command is run there.
 pub(super) fn source(
     destination: &Destination,
     ssh: &Ssh,
     how: &Reach,
-    count: usize,
+    count: Option<u8>,
     compress: CompressOptions,
     monitor: &dyn Monitor,
 ) -> Result<Box<dyn Source>, Failure> {
-    Ok(match reach(destination, ssh, how, count, compress, monitor)? {
+    Ok(match reach(destination, ssh, how, Verify::ReadBack, count, compress, monitor)? {
         Reached::Agent(lanes) => Box::new(AgentSource::new(lanes)),
         Reached::Stock(lanes) => {
             if how.verify != Proof::Auto {

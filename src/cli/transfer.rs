@@ -82,9 +82,10 @@ pub(super) struct How {
     /// Wait so many seconds for another run on the same target to end
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     wait: u64,
-    /// Connections, and files in work at once (1 to 64)
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
-    pub(super) transfers: u8,
+    /// Connections, and files in work at once, 1 to 64 [default: 2; to a stock SFTP server on a machine with fewer than
+    /// four cores: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub(super) transfers: Option<u8>,
     /// How often a file is sent again that changed or arrived damaged
     #[arg(long, value_name = "N", default_value_t = 2)]
     retries: u32,
@@ -105,6 +106,9 @@ pub(super) struct How {
     #[command(flatten)]
     habits: super::habits::Habits,
 }
+
+/// Connections unless told otherwise.
+pub(super) const USUAL_TRANSFERS: usize = 2;
 
 /// Bytes a second; `None` for no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -222,10 +226,15 @@ impl How {
             },
             delete: self.delete,
             max_delete: self.max_delete.unwrap_or_default(),
-            workers: self.transfers.into(),
+            workers: self.workers(),
             retries: self.retries,
             bandwidth: self.bwlimit.and_then(|Rate(rate)| rate),
         })
+    }
+
+    /// Threads that carry content, at most; each side may have a use for fewer.
+    fn workers(&self) -> usize {
+        self.transfers.map_or(USUAL_TRANSFERS, usize::from)
     }
 
     fn filter(&self) -> Result<FilterSpec, Failure> {

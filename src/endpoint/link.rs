@@ -57,11 +57,11 @@ pub trait Remote: Send + Sync {
     /// # Errors
     /// [`ConnectError`].
     fn open(&self, way: &Way, connection: usize) -> Result<Arc<dyn Link>, ConnectError>;
-    /// Runs a command; the stream is its standard input and output.
+    /// Runs a command over the connection with this number; the stream is its standard input and output.
     ///
     /// # Errors
     /// [`ConnectError`].
-    fn exec(&self, command: &str) -> Result<Arc<dyn Link>, ConnectError>;
+    fn exec(&self, command: &str, connection: usize) -> Result<Arc<dyn Link>, ConnectError>;
     /// `user@host:port`, for messages.
     fn describe(&self) -> String;
 }

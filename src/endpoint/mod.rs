@@ -165,6 +165,23 @@ pub struct Scan {
     pub problems: Vec<Problem>,
 }
 
+/// How many workers a side has a use for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Crew {
+    /// So many at most.
+    pub workers: usize,
+    /// One more is worth its while for so many bytes of content,
+    pub bytes: u64,
+    /// or so many files.
+    pub files: u64,
+}
+
+impl Default for Crew {
+    fn default() -> Self {
+        Crew { workers: usize::MAX, bytes: 4 << 20, files: 128 }
+    }
+}
+
 /// The side that content comes from.
 pub trait Source: Sync {
     /// For messages: `/data/x` or `user@host:/data/x`.
@@ -184,6 +201,10 @@ pub trait Source: Sync {
     /// Bytes that went over the wire so far, both directions; 0 where there is none.
     fn wire_bytes(&self) -> u64 {
         0
+    }
+    /// How many workers it has a use for.
+    fn crew(&self) -> Crew {
+        Crew::default()
     }
 }
 
@@ -320,6 +341,10 @@ pub trait Target: Sync {
     /// Bytes that went over the wire so far, both directions; 0 where there is none.
     fn wire_bytes(&self) -> u64 {
         0
+    }
+    /// How many workers it has a use for.
+    fn crew(&self) -> Crew {
+        Crew::default()
     }
 }
 

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use russh::client::Msg;
 use russh::{Channel, ChannelMsg};
 use tokio::sync::{mpsc, oneshot};
@@ -15,6 +15,8 @@ use super::remote::Connection;
 use crate::endpoint::link::{Link, LinkError};
 use crate::error::Escaped;
 
+/// Packets are sent together up to this size, which is that of the largest packet sshd takes.
+const TOGETHER_BYTES: usize = 32 << 10;
 /// Senders wait while more than this is queued.
 const OUT_LIMIT: usize = 8 << 20;
 /// A peer that sends this much unasked is cut off.
@@ -108,6 +110,7 @@ impl ChannelLink {
         let sending = Arc::clone(&shared);
         let write = tokio::spawn(async move {
             while let Some(packet) = packets.recv().await {
+                let packet = with_what_waits(packet, &mut packets);
                 let length = packet.len();
                 let sent = writer.data_bytes(packet).await;
                 sending.lock().out_bytes -= length;
@@ -164,6 +167,24 @@ impl ChannelLink {
         });
         ChannelLink { shared, host, _in_use: in_use, _connection: connection }
     }
+}
+
+/// A small packet together with those that wait behind it: each packet of SSH costs a cipher's start, a system call and
+/// the waking of whoever reads at the other end.
+fn with_what_waits(packet: Bytes, packets: &mut mpsc::UnboundedReceiver<Bytes>) -> Bytes {
+    if packet.len() >= TOGETHER_BYTES {
+        return packet;
+    }
+    let Ok(next) = packets.try_recv() else { return packet };
+    let mut together = BytesMut::with_capacity(2 * TOGETHER_BYTES);
+    together.extend_from_slice(&packet);
+    together.extend_from_slice(&next);
+    while together.len() < TOGETHER_BYTES
+        && let Ok(next) = packets.try_recv()
+    {
+        together.extend_from_slice(&next);
+    }
+    together.freeze()
 }
 
 impl Link for ChannelLink {

@@ -269,8 +269,8 @@ impl Remote for SshRemote {
         self.start(way, connection)
     }
 
-    fn exec(&self, command: &str) -> Result<Arc<dyn Link>, ConnectError> {
-        self.start(&Way::LockstepExec(command.to_owned()), 0)
+    fn exec(&self, command: &str, connection: usize) -> Result<Arc<dyn Link>, ConnectError> {
+        self.start(&Way::LockstepExec(command.to_owned()), connection)
     }
 
     fn describe(&self) -> String {

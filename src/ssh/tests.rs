@@ -155,7 +155,7 @@ fn a_stock_sshd_answers_and_trust_is_strict() {
     assert!(receive(&echo, 32 << 20).iter().all(|byte| *byte == 7));
     sender.join().unwrap();
     assert!(echo.recv().unwrap().is_none());
-    let failing = remote.exec("echo no such thing >&2; exit 3").unwrap();
+    let failing = remote.exec("echo no such thing >&2; exit 3", 0).unwrap();
     let message = failing.recv().unwrap_err().to_string();
     assert!(message.contains("status 3") && message.contains("no such thing"), "{message}");
 

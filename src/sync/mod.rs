@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, ScanOptions, Source, Target};
+use crate::endpoint::{BeginOptions, CommitOptions, Committed, Crew, Error, ScanOptions, Source, Target};
 use crate::manifest::{Digest, Tree};
 use crate::monitor::{Counters, Event, Monitor, Phase, Problem, Severity};
 use crate::plan::safety::{self, DeleteLimit};
@@ -21,10 +21,6 @@ mod worker;
 
 use pace::Pace;
 use queue::Queue;
-
-/// So much content, or so many files, are worth a worker more.
-const WORKER_BYTES: u64 = 4 << 20;
-const WORKER_FILES: usize = 128;
 
 /// How a run is done.
 #[derive(Debug, Clone)]
@@ -273,8 +269,11 @@ fn transfer(
     Counters::add(&counters.total_bytes, queue.bytes());
     monitor.event(Event::Phase(Phase::Transferring));
     // A worker more than there is work for would cost a connection and do nothing.
-    let worth = queue.bytes() / WORKER_BYTES + (queue.files() / WORKER_FILES) as u64 + 1;
-    let workers = options.workers.clamp(1, queue.files().max(1)).min(usize::try_from(worth).unwrap_or(usize::MAX));
+    let useful = |crew: Crew| {
+        let worth = 1 + queue.bytes() / crew.bytes.max(1) + queue.files() as u64 / crew.files.max(1);
+        crew.workers.max(1).min(usize::try_from(worth).unwrap_or(usize::MAX))
+    };
+    let workers = options.workers.clamp(1, queue.files().max(1)).min(useful(source.crew())).min(useful(target.crew()));
     let wire_bytes = || source.wire_bytes() + target.wire_bytes();
     let shared = Shared {
         tree,

@@ -4,3 +4,4 @@ pub mod buffer;
 pub mod extension;
 pub mod notes;
 pub mod sftp;
+pub mod tar;

@@ -1,5 +1,7 @@
 //! Digests of what lies at the target and is not vouched for: it is hashed there rather than sent again.
 
+use std::sync::Arc;
+
 use crossbeam_channel::unbounded;
 
 use super::below;
@@ -20,7 +22,7 @@ const BYTES: u64 = 1 << 30;
 /// When the connection ends.
 pub(super) fn adopt(run: &Run, source: &Tree, target: &mut Tree) -> Result<(), Error> {
     let checksum = run.options.checksum;
-    if !checksum && run.shell().is_none() {
+    if !checksum && !run.has_shell {
         return Ok(());
     }
     let mut batches: Vec<Vec<Unproven>> = Vec::new();
@@ -36,7 +38,7 @@ pub(super) fn adopt(run: &Run, source: &Tree, target: &mut Tree) -> Result<(), E
             bytes = 0;
         }
         bytes += size;
-        let file = Unproven { id: index as u64, path: below(&run.root, &entry.path), size };
+        let file = Unproven { id: index as u64, path: below(&run.root, &entry.path), size, grant: None };
         if let Some(batch) = batches.last_mut() {
             batch.push(file);
         }
@@ -45,7 +47,7 @@ pub(super) fn adopt(run: &Run, source: &Tree, target: &mut Tree) -> Result<(), E
     for (index, found) in hash(run, batches)? {
         if let Some(Entry { content: Content::File { digest, .. }, .. }) = entries.get_mut(index as usize) {
             // What cannot be hashed is sent.
-            *digest = found.ok();
+            *digest = found.ok().map(|found| found.digest);
         }
     }
     *target = Tree::new(entries).map_err(|error| Error::Usage(error.to_string()))?;
@@ -58,14 +60,14 @@ fn hash(run: &Run, batches: Vec<Vec<Unproven>>) -> Result<Proven, Error> {
         // A dry run starts no threads.
         let mut shell = run.shell();
         for batch in batches {
-            all.extend(prove(&mut shell, &run.session, batch)?);
+            all.extend(prove(&mut shell, &|| Arc::clone(&run.session), batch)?);
         }
         return Ok(all);
     }
     let (sender, receiver) = unbounded();
     let count = batches.len();
-    for (number, batch) in batches.into_iter().enumerate() {
-        run.provers[number % run.provers.len()].submit(batch, &sender);
+    for batch in batches {
+        run.provers.submit(batch, &sender);
     }
     for _ in 0..count {
         let lost = |_| run.session.client.protocol("the thread that proves has ended");

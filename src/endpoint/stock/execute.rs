@@ -174,10 +174,10 @@ fn wanted(run: &Run, entries: &[&Entry], there: &[(usize, Attributes)]) -> Resul
         let (user, group) = found.owner.unwrap_or_default();
         let mut permissions = Permissions { mode: entry.mode, uid: None, gid: None, mtime: whole_seconds(entry.mtime) };
         if names.user(user) != entry.owner {
-            permissions.uid = run.ids.user(&run.session, run.shell().as_mut(), &entry.owner)?.ok();
+            permissions.uid = run.ids.user(&run.session, &run.shell, &entry.owner)?.ok();
         }
         if names.group(group) != entry.group {
-            permissions.gid = run.ids.group(&run.session, run.shell().as_mut(), &entry.group)?.ok();
+            permissions.gid = run.ids.group(&run.session, &run.shell, &entry.group)?.ok();
         }
         wanted.push((*number, permissions));
     }

@@ -1,15 +1,15 @@
 //! Hashes a large file at the other end while it is still being sent: what the server has acknowledged is read there and
 //! goes into the hash, so that the proof is there soon after the last byte.
 
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use super::prove::{Answer, Unproven, prove};
+use super::Lanes;
+use super::prove::{Answer, Found, SharedShell, Unproven, prove};
 use super::session::Session;
 use super::shell::Shell;
 use crate::endpoint::Error;
-use crate::endpoint::link::Remote;
 use crate::manifest::Digest;
 
 /// Smaller files are hashed many at a time when they are complete.
@@ -33,16 +33,16 @@ pub(super) struct Follower {
 }
 
 impl Follower {
-    /// Starts it; its command is started with the first file.
+    /// Starts it. It uses the run's own command while nobody else does, else one that is started with the first file.
     ///
     /// # Errors
     /// When there is no thread.
-    pub(super) fn start(remote: Arc<dyn Remote>, session: Arc<Session>) -> Result<Follower, Error> {
+    pub(super) fn start(lanes: Arc<Lanes>, session: Arc<Session>, shared: SharedShell) -> Result<Follower, Error> {
         let (steps, waiting) = unbounded();
         let host = session.client.host().to_owned();
         std::thread::Builder::new()
             .name("follow".to_owned())
-            .spawn(move || follow(&*remote, &session, &waiting))
+            .spawn(move || follow(&lanes, &session, &shared, &waiting))
             .map_err(|source| Error::Io { operation: "start a thread for", path: host, source })?;
         Ok(Follower { steps })
     }
@@ -67,13 +67,21 @@ impl Follower {
     }
 }
 
-fn follow(remote: &dyn Remote, session: &Arc<Session>, steps: &Receiver<Step>) {
-    let mut shell: Option<Option<Shell>> = None;
+fn follow(lanes: &Lanes, session: &Arc<Session>, shared: &SharedShell, steps: &Receiver<Step>) {
+    let mut own: Option<Option<Shell>> = None;
+    // Held from the beginning of a file to its end: its job is one of the command's.
+    let mut held: Option<MutexGuard<'_, Option<Shell>>> = None;
     let mut current: Option<Unproven> = None;
     // Blocks that were asked for; `None` while the command does not follow.
     let mut asked: Option<u64> = None;
     for step in steps {
-        let command = shell.get_or_insert_with(|| Shell::start(remote).ok());
+        if matches!(step, Step::Begin(_)) {
+            held = shared.try_lock().ok().filter(|shell| shell.is_some());
+        }
+        let command = match held.as_deref_mut() {
+            Some(shell) => shell,
+            None => own.get_or_insert_with(|| Shell::start(&*lanes.remote, 0).ok()),
+        };
         match step {
             Step::Begin(file) => {
                 let begun = command.as_mut().is_some_and(|shell| shell.follow(&file.path).is_ok());
@@ -98,9 +106,10 @@ fn follow(remote: &dyn Remote, session: &Arc<Session>, steps: &Receiver<Step>) {
                     _ => None,
                 };
                 let proven = match found.filter(|found| *found == announced) {
-                    Some(found) => Ok(vec![(file.id, Ok(found))]),
-                    None => prove(command, session, vec![file]),
+                    Some(digest) => Ok(vec![(file.id, Ok(Found { digest, granted: false }))]),
+                    None => prove(command, &|| Arc::clone(session), vec![file]),
                 };
+                held = None;
                 // Whoever asked may have gone.
                 let _ = answer.send(proven);
             }
@@ -109,6 +118,7 @@ fn follow(remote: &dyn Remote, session: &Arc<Session>, steps: &Receiver<Step>) {
                 if let (Some(_), Some(shell)) = (asked.take(), command.as_mut()) {
                     let _ = shell.followed();
                 }
+                held = None;
             }
         }
     }

@@ -4,13 +4,14 @@
 //! server knows times to the second, no ACLs and no holes; what it holds is proven by a command where the account has
 //! a shell, else by reading it back (`prove`).
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::endpoint::Error;
 use crate::endpoint::client::{Client, ClientOptions};
 use crate::endpoint::link::{Link, Remote, Way};
+use crate::endpoint::{Crew, Error};
 use crate::error::Escaped;
 use crate::manifest::Timestamp;
 use crate::path::RelPath;
@@ -18,6 +19,7 @@ use crate::wire::sftp::{Attributes, packet};
 
 mod adopt;
 mod audit;
+mod bulk;
 mod execute;
 mod follow;
 mod list;
@@ -44,8 +46,8 @@ use session::{Reply, Session};
 /// keepalive of the connection.
 const TIMEOUT: Duration = Duration::from_secs(600);
 
-/// Connections that log in at once: sshd drops some of those beyond its MaxStartups, ten.
-const LOGINS: usize = 4;
+/// What is staged is born with this mode.
+const BORN_MODE: u32 = 0o600;
 
 /// How it is proven what a stock server holds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -59,14 +61,25 @@ pub enum Verify {
     ReadBack,
 }
 
-/// The sessions with one server: the first carries what is done once, all of them carry content.
+/// The sessions with one server: the first carries what is done once, all of them carry content. Further ones are made
+/// when a worker first needs them: a run with nothing to send makes none.
 pub struct Lanes {
     remote: Arc<dyn Remote>,
-    sessions: Vec<Arc<Session>>,
+    first: Arc<Session>,
+    further: Vec<Slot>,
     turn: AtomicUsize,
     root: Vec<u8>,
     verify: Verify,
+    /// The first command, which logs in at the same time as the first session.
+    shell: Mutex<Option<Starting>>,
+    /// Bytes that commands were given.
+    given: AtomicU64,
 }
+
+/// A session that was asked for; `None` inside when it could not be had.
+type Slot = Mutex<Option<Option<Arc<Session>>>>;
+/// A command that is being started.
+type Starting = JoinHandle<Result<shell::Shell, String>>;
 
 impl Lanes {
     /// Over `first`, where the server has not spoken yet, and further connections up to `count`. Those may fail; the run goes on
@@ -81,25 +94,61 @@ impl Lanes {
         root: &[u8],
         verify: Verify,
     ) -> Result<Lanes, Error> {
-        let host = remote.describe();
-        let options = ClientOptions { timeout: TIMEOUT, ..ClientOptions::default() };
-        let session = |link| Ok::<_, Error>(Arc::new(Session::new(Client::connect(link, &host, options)?)?));
-        // What is no SFTP server is not connected to again and again.
-        let mut sessions = vec![session(first)?];
-        let more = |number| remote.open(&Way::SftpSubsystem, number).ok().and_then(|link| session(link).ok());
-        let numbers: Vec<usize> = (1..count).collect();
-        for numbers in numbers.chunks(LOGINS) {
-            std::thread::scope(|scope| {
-                let threads: Vec<_> = numbers.iter().map(|&number| scope.spawn(move || more(number))).collect();
-                sessions.extend(threads.into_iter().filter_map(|thread| thread.join().ok().flatten()));
-            });
+        let shell = (verify != Verify::ReadBack).then(|| {
+            let remote = Arc::clone(&remote);
+            let start = move || shell::Shell::start(&*remote, 0);
+            std::thread::Builder::new().name("shell".to_owned()).spawn(start).ok()
+        });
+        let first = Arc::new(open(&*remote, first)?);
+        let root = absolute(&first, root)?;
+        Ok(Lanes {
+            remote,
+            first,
+            further: (1..count).map(|_| Slot::default()).collect(),
+            turn: AtomicUsize::new(0),
+            root,
+            verify,
+            shell: Mutex::new(shell.flatten()),
+            given: AtomicU64::new(0),
+        })
+    }
+
+    /// The command that was started with the first session.
+    fn first_shell(&self) -> Result<shell::Shell, String> {
+        match target::locked(&self.shell).take() {
+            Some(starting) => starting.join().unwrap_or_else(|_| Err("an internal error stopped it".to_owned())),
+            None => shell::Shell::start(&*self.remote, 0),
         }
-        let root = absolute(&sessions[0], root)?;
-        Ok(Lanes { remote, sessions, turn: AtomicUsize::new(0), root, verify })
+    }
+
+    fn count(&self) -> usize {
+        self.further.len() + 1
+    }
+
+    /// A connection more takes a login and two commands there, about what half a second of sending takes.
+    fn crew(&self) -> Crew {
+        Crew { workers: self.count(), bytes: 256 << 20, files: 4096 }
+    }
+
+    /// The number of a connection for whoever has this number.
+    fn nearest(&self, number: usize) -> usize {
+        number % self.count()
+    }
+
+    /// The session over the connection with this number, or the first when that could not be made. May take as long as
+    /// it takes to log in.
+    fn session(&self, number: usize) -> Arc<Session> {
+        let Some(at) = self.nearest(number).checked_sub(1) else { return Arc::clone(&self.first) };
+        let mut slot = target::locked(&self.further[at]);
+        let session = slot.get_or_insert_with(|| {
+            let link = self.remote.open(&Way::SftpSubsystem, at + 1).ok()?;
+            open(&*self.remote, link).ok().map(Arc::new)
+        });
+        Arc::clone(session.as_ref().unwrap_or(&self.first))
     }
 
     fn control(&self) -> &Session {
-        &self.sessions[0]
+        &self.first
     }
 
     /// The root, as a path that can be looked at.
@@ -111,14 +160,20 @@ impl Lanes {
         format!("{}:{}", self.control().client.host(), Escaped(&self.root_path()))
     }
 
-    /// The session for the next worker.
-    fn lane(&self) -> Arc<Session> {
-        Arc::clone(&self.sessions[self.turn.fetch_add(1, Ordering::Relaxed) % self.sessions.len()])
+    /// The number of the connection for the next worker.
+    fn next(&self) -> usize {
+        self.nearest(self.turn.fetch_add(1, Ordering::Relaxed))
     }
 
     fn wire_bytes(&self) -> u64 {
-        let of = |session: &Arc<Session>| session.client.wire_bytes();
-        self.sessions.iter().map(of).map(|(sent, received)| sent + received).sum()
+        let of = |session: &Session| {
+            let (sent, received) = session.client.wire_bytes();
+            sent + received
+        };
+        // One that is logging in is not waited for.
+        let further: u64 =
+            self.further.iter().filter_map(|slot| Some(of(slot.try_lock().ok()?.as_ref()?.as_ref()?))).sum();
+        of(&self.first) + further + self.given.load(Ordering::Relaxed)
     }
 
     /// What this way of reaching the host cannot do, for `-v`.
@@ -139,6 +194,12 @@ impl Lanes {
         }
         text
     }
+}
+
+/// Shakes hands with a server that has not spoken yet.
+fn open(remote: &dyn Remote, link: Arc<dyn Link>) -> Result<Session, Error> {
+    let options = ClientOptions { timeout: TIMEOUT, ..ClientOptions::default() };
+    Session::new(Client::connect(link, &remote.describe(), options)?)
 }
 
 /// The root as an absolute path without a slash at its end, so that commands find it too. The path `/` is empty.

@@ -3,9 +3,10 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::prove::SharedShell;
 use super::read::read_whole;
 use super::session::{Reply, Session, extended};
-use super::shell::{Job, Shell};
+use super::shell::Job;
 use crate::endpoint::Error;
 use crate::error::Escaped;
 use crate::wire::buffer::Reader;
@@ -95,7 +96,7 @@ impl Ids {
     pub(super) fn user(
         &self,
         session: &Session,
-        shell: Option<&mut Shell>,
+        shell: &SharedShell,
         name: &str,
     ) -> Result<Result<u32, String>, Error> {
         self.look_up(session, shell, name, true)
@@ -108,7 +109,7 @@ impl Ids {
     pub(super) fn group(
         &self,
         session: &Session,
-        shell: Option<&mut Shell>,
+        shell: &SharedShell,
         name: &str,
     ) -> Result<Result<u32, String>, Error> {
         self.look_up(session, shell, name, false)
@@ -117,7 +118,7 @@ impl Ids {
     fn look_up(
         &self,
         session: &Session,
-        shell: Option<&mut Shell>,
+        shell: &SharedShell,
         name: &str,
         user: bool,
     ) -> Result<Result<u32, String>, Error> {
@@ -135,7 +136,7 @@ impl Ids {
     }
 }
 
-fn find(session: &Session, shell: Option<&mut Shell>, name: &str, user: bool) -> Result<Result<u32, String>, Error> {
+fn find(session: &Session, shell: &SharedShell, name: &str, user: bool) -> Result<Result<u32, String>, Error> {
     let kind = if user { "user" } else { "group" };
     let shown = Escaped(name.as_bytes());
     if name.is_empty() || name.contains([':', '\n', '\0']) || name.starts_with('-') {
@@ -144,7 +145,7 @@ fn find(session: &Session, shell: Option<&mut Shell>, name: &str, user: bool) ->
     let unknown =
         format!("there is no {kind} '{shown}' on {}; create it, or name another in the policy", session.client.host());
     let job = if user { Job::Users } else { Job::Groups };
-    if let Some(shell) = shell
+    if let Some(shell) = super::target::locked(shell).as_mut()
         && let Ok(output) = shell.run(job, &[name.as_bytes()])
     {
         return Ok(number_in(&output, name).ok_or(unknown));

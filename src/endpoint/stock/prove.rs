@@ -1,17 +1,18 @@
 //! Proves what the other end holds: the SHA-256 of files that lie there, by a command or by reading them back.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use crossbeam_channel::{Sender, unbounded};
 use sha2::{Digest as _, Sha256};
 
-use super::Verify;
 use super::read::{Piece, ReadQueue, Wanted};
 use super::session::Session;
-use super::shell::Shell;
+use super::shell::{Job, Shell};
+use super::target::{Permissions, locked};
+use super::{BORN_MODE, Lanes, Verify};
 use crate::endpoint::Error;
-use crate::endpoint::link::Remote;
 use crate::manifest::Digest;
 
 /// A file at the other end.
@@ -21,12 +22,24 @@ pub(super) struct Unproven {
     pub(super) id: u64,
     pub(super) path: Vec<u8>,
     pub(super) size: u64,
+    /// What its owner and mode are to be when this is its digest, where a command can give them.
+    pub(super) grant: Option<(Digest, Permissions)>,
 }
 
-/// Digests by `id`, or why there is none.
-pub(super) type Proven = Vec<(u64, Result<Digest, String>)>;
+/// What a file was found to be.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Found {
+    pub(super) digest: Digest,
+    /// It has the owner and mode that it was to have.
+    pub(super) granted: bool,
+}
+
+/// What was found by `id`, or why nothing was.
+pub(super) type Proven = Vec<(u64, Result<Found, String>)>;
 /// What becomes of a batch.
 pub(super) type Answer = Result<Proven, Error>;
+/// The command that does what is asked for once in a while; whoever finds it idle may use it.
+pub(super) type SharedShell = Arc<Mutex<Option<Shell>>>;
 
 struct Batch {
     files: Vec<Unproven>,
@@ -34,66 +47,146 @@ struct Batch {
 }
 
 /// A thread that hashes batches of files, while its users go on sending.
-pub(super) struct Prover {
+struct Prover {
     batches: Sender<Batch>,
+    /// Batches that are not done.
+    waiting: Arc<AtomicUsize>,
 }
 
-impl Prover {
-    /// Starts it; its command is started with the first batch.
+/// Several of them. The first uses the run's own command; the others start one each, with their first batch.
+#[derive(Default)]
+pub(super) struct Provers {
+    provers: Vec<Prover>,
+    shared: SharedShell,
+}
+
+impl Provers {
+    /// Starts `count` threads.
     ///
     /// # Errors
     /// When there is no thread.
-    pub(super) fn start(remote: Arc<dyn Remote>, session: Arc<Session>, verify: Verify) -> Result<Prover, Error> {
-        let (batches, waiting) = unbounded::<Batch>();
-        let host = session.client.host().to_owned();
-        std::thread::Builder::new()
-            .name("prove".to_owned())
-            .spawn(move || {
-                let mut shell: Option<Option<Shell>> = (verify == Verify::ReadBack).then_some(None);
-                for Batch { files, answer } in waiting {
-                    let shell = shell.get_or_insert_with(|| Shell::start(&*remote).ok());
-                    // Whoever asked may have gone.
-                    let _ = answer.send(prove(shell, &session, files));
-                }
-            })
-            .map_err(|source| Error::Io { operation: "start a thread for", path: host, source })?;
-        Ok(Prover { batches })
+    pub(super) fn start(
+        lanes: &Arc<Lanes>,
+        shared: &SharedShell,
+        verify: Verify,
+        count: usize,
+    ) -> Result<Provers, Error> {
+        let provers = (0..count).map(|number| Prover::start(number, Arc::clone(lanes), Arc::clone(shared), verify));
+        Ok(Provers { provers: provers.collect::<Result<_, _>>()?, shared: Arc::clone(shared) })
     }
 
-    /// Has files hashed; what is found is sent to `answer` as one message.
+    /// A dry run starts no threads.
+    pub(super) fn is_empty(&self) -> bool {
+        self.provers.is_empty()
+    }
+
+    /// Has files hashed by whoever has the least to do; what is found is sent to `answer` as one message.
     pub(super) fn submit(&self, files: Vec<Unproven>, answer: &Sender<Answer>) {
-        // The thread ends after its last user.
-        let _ = self.batches.send(Batch { files, answer: answer.clone() });
+        let shared_is_idle = self.shared.try_lock().is_ok();
+        let waiting = |(number, prover): &(usize, &Prover)| {
+            let waiting = prover.waiting.load(Ordering::Relaxed);
+            // The run's own command may follow a large file for a long time.
+            if *number == 0 && !shared_is_idle { waiting + 2 } else { waiting }
+        };
+        if let Some((_, prover)) = self.provers.iter().enumerate().min_by_key(waiting) {
+            prover.waiting.fetch_add(1, Ordering::Relaxed);
+            // The thread ends after its last user.
+            let _ = prover.batches.send(Batch { files, answer: answer.clone() });
+        }
     }
 }
 
-/// Hashes by the command first, and reads back what it could not hash.
+impl Prover {
+    fn start(number: usize, lanes: Arc<Lanes>, shared: SharedShell, verify: Verify) -> Result<Prover, Error> {
+        let (batches, received) = unbounded::<Batch>();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let done = Arc::clone(&waiting);
+        let host = lanes.control().client.host().to_owned();
+        std::thread::Builder::new()
+            .name("prove".to_owned())
+            .spawn(move || {
+                let mut own: Option<Option<Shell>> = (verify == Verify::ReadBack).then_some(None);
+                for Batch { files, answer } in received {
+                    let session = || lanes.session(number);
+                    let proven = if number == 0 {
+                        prove(&mut locked(&shared), &session, files)
+                    } else {
+                        let start = || Shell::start(&*lanes.remote, lanes.nearest(number)).ok();
+                        prove(own.get_or_insert_with(start), &session, files)
+                    };
+                    done.fetch_sub(1, Ordering::Relaxed);
+                    // Whoever asked may have gone.
+                    let _ = answer.send(proven);
+                }
+            })
+            .map_err(|source| Error::Io { operation: "start a thread for", path: host, source })?;
+        Ok(Prover { batches, waiting })
+    }
+}
+
+/// Hashes by the command first, and reads back over `session` what it could not hash.
 ///
 /// # Errors
 /// When the connection ends.
-pub(super) fn prove(shell: &mut Option<Shell>, session: &Arc<Session>, files: Vec<Unproven>) -> Result<Proven, Error> {
+pub(super) fn prove(
+    shell: &mut Option<Shell>,
+    session: &dyn Fn() -> Arc<Session>,
+    files: Vec<Unproven>,
+) -> Result<Proven, Error> {
+    let paths: Vec<&[u8]> = files.iter().map(|file| &*file.path).collect();
+    let digests = match shell.as_mut().map(|shell| shell.hash(&paths)) {
+        Some(Ok(digests)) => digests,
+        Some(Err(_)) => {
+            // A command that ended is not started again.
+            *shell = None;
+            Vec::new()
+        }
+        None => Vec::new(),
+    };
+    let mut by_id: HashMap<u64, Found> = HashMap::new();
+    for (file, digest) in files.iter().zip(digests) {
+        by_id.extend(digest.map(|digest| (file.id, Found { digest, granted: false })));
+    }
+    if let Some(shell) = shell.as_mut() {
+        grant(shell, &files, &mut by_id);
+    }
     let mut proven = Proven::with_capacity(files.len());
     let mut left = Vec::new();
-    let paths: Vec<&[u8]> = files.iter().map(|file| &*file.path).collect();
-    match shell.as_mut().map(|shell| shell.hash(&paths)) {
-        Some(Ok(digests)) => {
-            for (file, digest) in files.into_iter().zip(digests) {
-                match digest {
-                    Some(digest) => proven.push((file.id, Ok(digest))),
-                    None => left.push(file),
+    for file in files {
+        match by_id.remove(&file.id) {
+            Some(found) => proven.push((file.id, Ok(found))),
+            None => left.push(file),
+        }
+    }
+    if !left.is_empty() {
+        proven.extend(read_back(&session(), left)?);
+    }
+    Ok(proven)
+}
+
+/// Gives owner and mode to those that are what was sent. What cannot be given here is given, or refused with a reason,
+/// file by file over SFTP.
+fn grant(shell: &mut Shell, files: &[Unproven], found: &mut HashMap<u64, Found>) {
+    let mut wishes: BTreeMap<(u32, Option<u32>, Option<u32>), Vec<&Unproven>> = BTreeMap::new();
+    for file in files {
+        if let Some((announced, wanted)) = &file.grant
+            && found.get(&file.id).is_some_and(|found| found.digest == *announced)
+        {
+            wishes.entry((wanted.mode, wanted.uid, wanted.gid)).or_default().push(file);
+        }
+    }
+    for ((mode, uid, gid), files) in wishes {
+        let paths: Vec<&[u8]> = files.iter().map(|file| &*file.path).collect();
+        // The owner first: to change it takes special bits away, and the right to set a mode may go with it.
+        let owned = (uid.is_none() && gid.is_none()) || shell.run(Job::Owner(uid, gid), &paths).is_ok();
+        if owned && (mode == BORN_MODE || shell.run(Job::Mode(mode), &paths).is_ok()) {
+            for file in files {
+                if let Some(found) = found.get_mut(&file.id) {
+                    found.granted = true;
                 }
             }
         }
-        found => {
-            if found.is_some() {
-                // A command that ended is not started again.
-                *shell = None;
-            }
-            left = files;
-        }
     }
-    proven.extend(read_back(session, left)?);
-    Ok(proven)
 }
 
 /// Reads files and hashes them here.
@@ -103,7 +196,7 @@ pub(super) fn prove(shell: &mut Option<Shell>, session: &Arc<Session>, files: Ve
 fn read_back(session: &Arc<Session>, files: Vec<Unproven>) -> Result<Proven, Error> {
     let mut queue = ReadQueue::new(Arc::clone(session));
     let mut hashes: HashMap<u64, (Sha256, u64)> = HashMap::new();
-    for Unproven { id, path, size } in files {
+    for Unproven { id, path, size, .. } in files {
         hashes.insert(id, (Sha256::new(), size));
         queue.push(Wanted { id, path, from: 0, size });
     }
@@ -119,7 +212,7 @@ fn read_back(session: &Arc<Session>, files: Vec<Unproven>) -> Result<Proven, Err
                 let Some((hash, size)) = hashes.remove(&id) else { continue };
                 let found = match after.size {
                     Some(now) if now != size => Err(format!("{now} bytes lie at the other end, {size} were sent")),
-                    _ => Ok(Digest(hash.finalize().into())),
+                    _ => Ok(Found { digest: Digest(hash.finalize().into()), granted: false }),
                 };
                 proven.push((id, found));
             }

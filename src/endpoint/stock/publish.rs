@@ -15,7 +15,7 @@ use super::names::Names;
 use super::read::read_whole;
 use super::record::{Record, Recorded};
 use super::session::{self, Reply, Session, about, extended, with_attributes};
-use super::shell::Job;
+use super::shell::{Job, Shell};
 use super::stage::{replace, store};
 use super::target::{MANIFEST, Run, STATE, State};
 use super::writer::grant;
@@ -350,14 +350,22 @@ fn new_manifest(run: &Run, state: &State, options: &CommitOptions, failed: &Hash
 
 /// One `sync -f` by a command where there is one; without, each file was brought to the disk when it was written.
 fn bring_to_disk(run: &Run) -> Result<(), Error> {
+    if !run.syncs {
+        return Ok(());
+    }
     let mut shell = run.shell();
-    if let Some(running) = shell.as_mut().filter(|shell| shell.syncs())
-        && let Err(reason) = running.run(Job::Sync, &[&run.root])
-    {
-        *shell = None;
-        let source = std::io::Error::other(reason);
-        let path = format!("{}:{}", run.session.client.host(), Escaped(&run.root));
-        return Err(Error::Io { operation: "bring to stable storage what lies in", path, source });
+    // One that ended meanwhile is started again: nothing else brings to the disk what was written.
+    let synced = match shell.take().map_or_else(|| Shell::start(&*run.lanes.remote, 0), Ok) {
+        Ok(mut running) => running.run(Job::Sync, &[&run.root]).map(|_| running),
+        Err(reason) => Err(reason),
+    };
+    match synced {
+        Ok(running) => *shell = Some(running),
+        Err(reason) => {
+            let source = std::io::Error::other(reason);
+            let path = format!("{}:{}", run.session.client.host(), Escaped(&run.root));
+            return Err(Error::Io { operation: "bring to stable storage what lies in", path, source });
+        }
     }
     Ok(())
 }

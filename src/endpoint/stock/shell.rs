@@ -1,13 +1,14 @@
 //! Commands at the other end, where the account has a shell.
 //!
 //! One command is started, and jobs are given to it over its input, so that a job costs no start of a login shell. What always holds:
-//! the command line is the constant below; names travel over the input alone, each ended by a NUL byte, to `xargs -0`.
+//! the command line is the constant below; names travel over the input alone, each ended by a NUL byte, to `xargs -0`; and
+//! a command that did not take all of its input ends the whole, so that content is never taken for a job.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use crossbeam_channel::{Receiver, RecvTimeoutError, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, unbounded};
 
 use crate::endpoint::link::{Link, Remote};
 use crate::error::Escaped;
@@ -15,7 +16,7 @@ use crate::manifest::Digest;
 
 /// The outer quotes keep whatever login shell there is from looking at the text: there is no quote, no backslash before
 /// one and no `!` in it. `head` gives each job exactly its input.
-const SCRIPT: &str = r#"sh -c 't=; for p in openssl sha256sum xargs getent sync setfacl dd; do command -v $p >/dev/null 2>&1 && t=$t,$p; done; printf "\nlockstep:%s\n" "$t,"; while read -r c n; do case $c in openssl) head -c "$n" | xargs -0 openssl dgst -sha256 -r;; sha256sum) head -c "$n" | xargs -0 sha256sum --;; users) head -c "$n" | xargs -0 getent passwd;; groups) head -c "$n" | xargs -0 getent group;; sync) head -c "$n" | xargs -0 sync -f || sync;; acl) head -c "$n" | xargs -0 setfacl -b -k --;; follow-openssl) f=$(head -c "$n"); while read -r k m && [ "$m" -gt 0 ]; do dd if="$f" bs=1048576 skip="$k" count="$m"; done | openssl dgst -sha256 -r;; follow-sha256sum) f=$(head -c "$n"); while read -r k m && [ "$m" -gt 0 ]; do dd if="$f" bs=1048576 skip="$k" count="$m"; done | sha256sum;; *) false;; esac 2>/dev/null; printf "\nlockstep:%s\n" "$?"; done'"#;
+const SCRIPT: &str = r#"sh -c 'umask 077; t=; for p in openssl sha256sum xargs getent sync setfacl dd tar chmod chown; do command -v $p >/dev/null 2>&1 && t=$t,$p; done; printf "\nlockstep:%s\n" "$t,"; while read -r c n o; do case $c in openssl) head -c "$n" | xargs -0 -s 500000 openssl dgst -sha256 -r;; sha256sum) head -c "$n" | xargs -0 -s 500000 sha256sum --;; users) head -c "$n" | xargs -0 getent passwd;; groups) head -c "$n" | xargs -0 getent group;; sync) head -c "$n" | xargs -0 sync -f || sync;; acl) head -c "$n" | xargs -0 setfacl -b -k --;; owner) head -c "$n" | xargs -0 -s 500000 chown -h "$o" --;; mode) head -c "$n" | xargs -0 -s 500000 chmod "$o" --;; follow-openssl) f=$(head -c "$n"); while read -r k m && [ "$m" -gt 0 ]; do dd if="$f" bs=1048576 skip="$k" count="$m"; done | openssl dgst -sha256 -r;; follow-sha256sum) f=$(head -c "$n"); while read -r k m && [ "$m" -gt 0 ]; do dd if="$f" bs=1048576 skip="$k" count="$m"; done | sha256sum;; new|more) f=$(head -c "$n"); x=notrunc; [ $c = new ] && x=excl,notrunc; while read -r k m && [ "$m" -gt 0 ]; do dd of="$f" bs=262144 iflag=fullblock,count_bytes oflag=seek_bytes conv=$x seek="$k" count="$m" || exit 1; x=notrunc; printf "\nlockstep:%s\n" 0; done;; tar) f=$(head -c "$n"); while read -r k && [ "$k" -gt 0 ]; do dd bs=65536 iflag=fullblock,count_bytes count="$k" || kill $$; done | TAR_OPTIONS=-b128 tar -xof - -C "$f";; *) false;; esac 2>/dev/null; printf "\nlockstep:%s\n" "$?"; done'"#;
 const MARK: &[u8] = b"\nlockstep:";
 /// A login shell may take its time.
 const START: Duration = Duration::from_secs(20);
@@ -37,6 +38,28 @@ pub(super) enum Job {
     Sync,
     /// Takes ACLs and default ACLs away from paths.
     NoAcl,
+    /// Gives paths an owner, a group, or both, by number; links are not followed.
+    Owner(Option<u32>, Option<u32>),
+    /// Gives paths these mode bits.
+    Mode(u32),
+}
+
+impl Job {
+    /// The word for it, the tool that it takes, and what else that is told.
+    fn words(self) -> (&'static str, &'static str, String) {
+        let number = |id: Option<u32>| id.map_or_else(String::new, |id| id.to_string());
+        match self {
+            Job::OpenSsl => ("openssl", "openssl", String::new()),
+            Job::Sha256Sum => ("sha256sum", "sha256sum", String::new()),
+            Job::Users => ("users", "getent", String::new()),
+            Job::Groups => ("groups", "getent", String::new()),
+            Job::Sync => ("sync", "sync", String::new()),
+            Job::NoAcl => ("acl", "setfacl", String::new()),
+            Job::Owner(user, None) => ("owner", "chown", number(user)),
+            Job::Owner(user, group) => ("owner", "chown", format!("{}:{}", number(user), number(group))),
+            Job::Mode(mode) => ("mode", "chmod", format!("{mode:04o}")),
+        }
+    }
 }
 
 /// A command that waits for jobs.
@@ -44,16 +67,18 @@ pub(super) struct Shell {
     link: Arc<dyn Link>,
     output: Receiver<Result<Bytes, String>>,
     held: Vec<u8>,
+    /// No mark begins before this.
+    searched: usize,
     tools: String,
 }
 
 impl Shell {
-    /// Starts it.
+    /// Starts it over the connection with this number.
     ///
     /// # Errors
     /// Why the account runs no commands.
-    pub(super) fn start(remote: &dyn Remote) -> Result<Shell, String> {
-        let link = remote.exec(SCRIPT).map_err(|error| error.message)?;
+    pub(super) fn start(remote: &dyn Remote, connection: usize) -> Result<Shell, String> {
+        let link = remote.exec(SCRIPT, connection).map_err(|error| error.message)?;
         let (sender, output) = unbounded();
         let receiving = Arc::clone(&link);
         std::thread::Builder::new()
@@ -72,7 +97,7 @@ impl Shell {
                 }
             })
             .map_err(|error| error.to_string())?;
-        let mut shell = Shell { link, output, held: Vec::new(), tools: String::new() };
+        let mut shell = Shell { link, output, held: Vec::new(), searched: 0, tools: String::new() };
         // A forced internal-sftp takes this for the length of a packet, an absurd one, and ends at once.
         shell.link.send(Bytes::from_static(b"none 0\n")).map_err(|error| error.0)?;
         // Whatever a login script has printed comes before the mark.
@@ -88,6 +113,44 @@ impl Shell {
     /// Whether it brings files to stable storage.
     pub(super) fn syncs(&self) -> bool {
         self.has("sync")
+    }
+
+    /// Whether it can take content: files as they are, and small ones in an archive.
+    pub(super) fn takes_content(&self) -> bool {
+        ["dd", "tar", "sync"].iter().all(|tool| self.has(tool))
+    }
+
+    /// Gives it input for a job whose answers are asked for with [`Shell::status`] or [`Shell::try_status`].
+    ///
+    /// # Errors
+    /// When the command has ended.
+    pub(super) fn send(&self, bytes: Bytes) -> Result<(), String> {
+        self.link.send(bytes).map_err(|error| error.0)
+    }
+
+    /// The status of the next job that is done.
+    ///
+    /// # Errors
+    /// When the command has ended.
+    pub(super) fn status(&mut self) -> Result<String, String> {
+        Ok(self.answer(None)?.1)
+    }
+
+    /// The same, when it is done already.
+    ///
+    /// # Errors
+    /// When the command has ended.
+    pub(super) fn try_status(&mut self) -> Result<Option<String>, String> {
+        loop {
+            if let Some((_, status)) = self.held_answer()? {
+                return Ok(Some(status));
+            }
+            match self.output.try_recv() {
+                Ok(received) => self.held.extend_from_slice(&received?),
+                Err(TryRecvError::Empty) => return Ok(None),
+                Err(TryRecvError::Disconnected) => return Err("the command ended".to_owned()),
+            }
+        }
     }
 
     fn has(&self, tool: &str) -> bool {
@@ -108,19 +171,12 @@ impl Shell {
     /// # Errors
     /// When the command has ended, or has not what the job takes.
     pub(super) fn run(&mut self, job: Job, input: &[&[u8]]) -> Result<Vec<u8>, String> {
-        let (word, tool) = match job {
-            Job::OpenSsl => ("openssl", "openssl"),
-            Job::Sha256Sum => ("sha256sum", "sha256sum"),
-            Job::Users => ("users", "getent"),
-            Job::Groups => ("groups", "getent"),
-            Job::Sync => ("sync", "sync"),
-            Job::NoAcl => ("acl", "setfacl"),
-        };
+        let (word, tool, more) = job.words();
         if !self.has(tool) {
             return Err(format!("it has no {tool}"));
         }
         let length: usize = input.iter().map(|argument| argument.len() + 1).sum();
-        let mut bytes = format!("{word} {length}\n").into_bytes();
+        let mut bytes = format!("{word} {length} {more}\n").into_bytes();
         for argument in input {
             bytes.extend_from_slice(argument);
             bytes.push(0);
@@ -128,7 +184,9 @@ impl Shell {
         self.link.send(bytes.into()).map_err(|error| error.0)?;
         let (output, status) = self.answer(None)?;
         match (job, status.as_str()) {
-            (Job::Sync, status) if status != "0" => Err(format!("sync ended with status {status}")),
+            (Job::Sync | Job::Owner(..) | Job::Mode(_), status) if status != "0" => {
+                Err(format!("{tool} ended with status {status}"))
+            }
             // One file that is gone, or one name that is unknown, makes the status of the others' job.
             _ => Ok(output),
         }
@@ -176,18 +234,8 @@ impl Shell {
     /// What comes before the next mark, and what stands after it in its line.
     fn answer(&mut self, within: Option<Duration>) -> Result<(Vec<u8>, String), String> {
         loop {
-            if let Some(start) = find(&self.held, MARK)
-                && let Some(end) = self.held[start + 1..].iter().position(|&byte| byte == b'\n')
-            {
-                let end = start + 1 + end;
-                let word = Escaped(&self.held[start + MARK.len()..end]).to_string();
-                let rest = self.held.split_off(end + 1);
-                let mut output = std::mem::replace(&mut self.held, rest);
-                output.truncate(start);
-                return Ok((output, word));
-            }
-            if self.held.len() > OUTPUT_MAX {
-                return Err("the command writes without an end".into());
+            if let Some(answer) = self.held_answer()? {
+                return Ok(answer);
             }
             let received = match within {
                 None => self.output.recv().map_err(|_| "the command ended".to_owned())?,
@@ -198,6 +246,27 @@ impl Shell {
             };
             self.held.extend_from_slice(&received?);
         }
+    }
+
+    /// The same, when all of it has been received.
+    fn held_answer(&mut self) -> Result<Option<(Vec<u8>, String)>, String> {
+        let found = find(&self.held, MARK, self.searched);
+        if let Some(start) = found
+            && let Some(end) = self.held[start + 1..].iter().position(|&byte| byte == b'\n')
+        {
+            let end = start + 1 + end;
+            let word = Escaped(&self.held[start + MARK.len()..end]).to_string();
+            let rest = self.held.split_off(end + 1);
+            let mut output = std::mem::replace(&mut self.held, rest);
+            output.truncate(start);
+            self.searched = 0;
+            return Ok(Some((output, word)));
+        }
+        self.searched = found.unwrap_or(self.held.len().saturating_sub(MARK.len()));
+        if self.held.len() > OUTPUT_MAX {
+            return Err("the command writes without an end".into());
+        }
+        Ok(None)
     }
 
     /// SHA-256 of files, in the same order; `None` for those that could not be hashed this way: names that hold a line
@@ -220,14 +289,13 @@ impl Drop for Shell {
 }
 
 /// Whether every tool takes and writes the name in the same way.
-fn is_plain(path: &[u8]) -> bool {
+pub(super) fn is_plain(path: &[u8]) -> bool {
     path.starts_with(b"/") && !path.iter().any(|byte| b"\\\n\r\0".contains(byte))
 }
 
-fn find(text: &[u8], what: &[u8]) -> Option<usize> {
+fn find(text: &[u8], what: &[u8], mut from: usize) -> Option<usize> {
     // Output is long and marks are rare: look only where a line ends.
-    let mut from = 0;
-    while let Some(at) = text[from..].iter().position(|&byte| byte == b'\n') {
+    while let Some(at) = text.get(from..)?.iter().position(|&byte| byte == b'\n') {
         if text[from + at..].starts_with(what) {
             return Some(from + at);
         }
@@ -272,8 +340,8 @@ mod tests {
 
     #[test]
     fn the_mark_is_found_only_at_the_start_of_a_line() {
-        assert_eq!(find(b"x\nlockstep:0\n", MARK), Some(1));
-        assert_eq!(find(b"xlockstep:0\n\n", MARK), None);
+        assert_eq!(find(b"x\nlockstep:0\n", MARK, 0), Some(1));
+        assert_eq!(find(b"xlockstep:0\n\n", MARK, 0), None);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::publish::read_manifest;
 use super::reader::StockReader;
 use super::target::vouched;
 use super::{DIRECTORY, Lanes, kind_of};
-use crate::endpoint::{Error, Links, Reader, Scan, ScanOptions, Source};
+use crate::endpoint::{Crew, Error, Links, Reader, Scan, ScanOptions, Source};
 use crate::filter::Filter;
 use crate::manifest::{Digest, Tree};
 use crate::monitor::{Event, Monitor};
@@ -61,7 +61,7 @@ impl Source for StockSource {
     }
 
     fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error> {
-        Ok(Box::new(StockReader::new(self.lanes.lane(), &self.lanes.root, tree)))
+        Ok(Box::new(StockReader::new(self.lanes.session(self.lanes.next()), &self.lanes.root, tree)))
     }
 
     /// The manifest at the source, where there is one, is the memory.
@@ -69,5 +69,9 @@ impl Source for StockSource {
 
     fn wire_bytes(&self) -> u64 {
         self.lanes.wire_bytes()
+    }
+
+    fn crew(&self) -> Crew {
+        self.lanes.crew()
     }
 }

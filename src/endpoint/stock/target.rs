@@ -8,17 +8,17 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::bulk::{Bulk, Starting};
 use super::list::list;
 use super::lock::Lock;
 use super::names::{Ids, Names};
-use super::prove::Prover;
+use super::prove::{Provers, SharedShell};
 use super::session::{self, Reply, Session, about};
-use super::shell::{Job, Shell};
+use super::shell::{Job, Shell, is_plain};
 use super::writer::StockWriter;
 use super::{DIRECTORY, Lanes, Verify, adopt, at, kind_of, publish, stage, whole_seconds};
-use crate::endpoint::link::Remote;
 use crate::endpoint::local::POINTERS;
-use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
+use crate::endpoint::{BeginOptions, CommitOptions, Committed, Crew, Error, Target, Writer};
 use crate::error::Escaped;
 use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Content, Digest, Entry, InvalidTree, Manifest, Timestamp, Tree};
@@ -34,12 +34,12 @@ pub(super) const MANIFEST: &str = ".lockstep/manifest";
 const STAGING: &str = ".lockstep/staging/sftp";
 /// Where a local target stages; what an interrupted run of one had begun to publish is finished by it alone.
 const FOREIGN_RECORD: &str = ".lockstep/staging/current/commit";
-/// Threads that prove, at most: each has a command of its own, and sshd allows ten sessions a connection.
+/// Threads that prove, at most: sshd allows ten sessions a connection.
 const PROVERS: usize = 4;
 
 /// A directory of a stock server as a target.
 pub struct StockTarget {
-    lanes: Lanes,
+    lanes: Arc<Lanes>,
     run: Mutex<Option<Arc<Run>>>,
     /// How what arrives is proven in the run, or was in the last.
     proof: Mutex<&'static str>,
@@ -57,7 +57,7 @@ struct Place {
 /// One run, from `begin` to `commit` or `abort`.
 pub(super) struct Run {
     pub(super) session: Arc<Session>,
-    pub(super) remote: Arc<dyn Remote>,
+    pub(super) lanes: Arc<Lanes>,
     pub(super) root: Vec<u8>,
     /// The final path, while the root lies under its hidden name.
     pub(super) rename_to: Option<Vec<u8>>,
@@ -70,8 +70,14 @@ pub(super) struct Run {
     pub(super) ids: Ids,
     pub(super) last: Filter,
     pub(super) names: Mutex<Names>,
-    shell: Mutex<Option<Shell>>,
-    pub(super) provers: Vec<Prover>,
+    pub(super) shell: SharedShell,
+    /// The account runs commands for us.
+    pub(super) has_shell: bool,
+    /// A command brings everything to stable storage at once.
+    pub(super) syncs: bool,
+    /// The command that takes content, for the writer over the first connection.
+    bulk: Mutex<Option<Starting>>,
+    pub(super) provers: Provers,
     pub(super) lock: Mutex<Option<Lock>>,
     state: Mutex<State>,
 }
@@ -109,7 +115,7 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl StockTarget {
     /// The directory that `lanes` lead to, which need not be there yet.
     pub fn new(lanes: Lanes) -> StockTarget {
-        StockTarget { lanes, run: Mutex::new(None), proof: Mutex::new(BY_READING) }
+        StockTarget { lanes: Arc::new(lanes), run: Mutex::new(None), proof: Mutex::new(BY_READING) }
     }
 
     fn run(&self) -> Result<Arc<Run>, Error> {
@@ -195,24 +201,24 @@ impl Target for StockTarget {
             *locked(&self.run) = None;
             return Ok(());
         };
-        let session = Arc::clone(&self.lanes.sessions[0]);
+        let session = Arc::clone(&self.lanes.first);
         let mut lock = None;
-        let mut provers = Vec::new();
         if !options.dry_run {
             make_private(&session, &[&at(&root, STATE)])?;
             let wait = Duration::from_secs(options.wait_seconds);
             lock = Some(Lock::take(&session, &at(&root, STATE), self.describe(), &options.actor, wait)?);
         }
-        let shell = self.start_shell(lock.as_ref(), monitor)?;
+        let shell = self.first_shell(lock.as_ref(), monitor)?;
+        let (has_shell, syncs) = (shell.is_some(), shell.as_ref().is_some_and(Shell::syncs));
+        let shell: SharedShell = Arc::new(Mutex::new(shell));
+        let mut provers = Provers::default();
         if !options.dry_run {
-            let verify = if shell.is_some() { self.lanes.verify } else { Verify::ReadBack };
-            for _ in 0..self.lanes.sessions.len().min(PROVERS) {
-                provers.push(Prover::start(Arc::clone(&self.lanes.remote), self.lanes.lane(), verify)?);
-            }
+            let verify = if has_shell { self.lanes.verify } else { Verify::ReadBack };
+            provers = Provers::start(&self.lanes, &shell, verify, self.lanes.count().min(PROVERS))?;
         }
         let run = Run {
             session,
-            remote: Arc::clone(&self.lanes.remote),
+            lanes: Arc::clone(&self.lanes),
             staging: at(&root, STAGING),
             root,
             rename_to,
@@ -222,7 +228,10 @@ impl Target for StockTarget {
             ids: Ids::default(),
             last,
             names: Mutex::default(),
-            shell: Mutex::new(shell),
+            shell,
+            has_shell,
+            syncs,
+            bulk: Mutex::default(),
             provers,
             lock: Mutex::new(lock),
             state: Mutex::default(),
@@ -250,7 +259,7 @@ impl Target for StockTarget {
     }
 
     fn writer(&self) -> Result<Box<dyn Writer + '_>, Error> {
-        Ok(Box::new(StockWriter::new(self.run()?, self.lanes.lane())))
+        Ok(Box::new(StockWriter::new(self.run()?, self.lanes.next())))
     }
 
     fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
@@ -278,17 +287,21 @@ impl Target for StockTarget {
     fn wire_bytes(&self) -> u64 {
         self.lanes.wire_bytes()
     }
+
+    fn crew(&self) -> Crew {
+        self.lanes.crew()
+    }
 }
 
 impl StockTarget {
     /// A command that hashes, where the account has one and it sees the same files: it is tried on the lock, whose text is
     /// known.
-    fn start_shell(&self, lock: Option<&Lock>, monitor: &dyn Monitor) -> Result<Option<Shell>, Error> {
+    fn first_shell(&self, lock: Option<&Lock>, monitor: &dyn Monitor) -> Result<Option<Shell>, Error> {
         if self.lanes.verify == Verify::ReadBack {
             return Ok(None);
         }
         let host = self.lanes.control().client.host();
-        let tried = Shell::start(&*self.lanes.remote).and_then(|mut shell| match lock {
+        let tried = self.lanes.first_shell().and_then(|mut shell| match lock {
             Some(lock) if shell.hash(&[lock.path()])? != [Some(lock.digest())] => {
                 Err("it does not see what the SFTP server sees, or has no openssl and no sha256sum".into())
             }
@@ -386,10 +399,10 @@ impl Run {
             |reason: String| Error::Refused { by: "the policy".into(), reason: format!("{}: {reason}", entry.path) };
         let (mut uid, mut gid) = (None, None);
         if let Some(name) = &decision.owner {
-            uid = Some(self.ids.user(&self.session, self.shell().as_mut(), name)?.map_err(refused)?);
+            uid = Some(self.ids.user(&self.session, &self.shell, name)?.map_err(refused)?);
         }
         if let Some(name) = &decision.group {
-            gid = Some(self.ids.group(&self.session, self.shell().as_mut(), name)?.map_err(refused)?);
+            gid = Some(self.ids.group(&self.session, &self.shell, name)?.map_err(refused)?);
         }
         Ok(Permissions { mode: decision.mode, uid, gid, mtime: whole_seconds(entry.mtime) })
     }
@@ -421,10 +434,29 @@ impl Run {
         let mut plan = diff(&source, &target, &|index, _| wanted[index].clone(), compare);
         ask_for_recent(&source, &target, &old_manifest, &mut plan);
         if !self.options.dry_run {
+            if plan.actions.iter().any(|action| matches!(action.need, Need::Content { .. })) {
+                *locked(&self.bulk) = self.start_bulk(0);
+            }
             stage::prepare(self, &source, &mut plan)?;
         }
         *self.state() = State { source, target, plan: plan.clone(), old_manifest, old_digest, ..State::default() };
         Ok(plan)
+    }
+
+    /// The command that takes content over the connection with this number, where the account runs commands.
+    pub(super) fn bulk(&self, connection: usize) -> Option<Starting> {
+        let started = if connection == 0 { locked(&self.bulk).take() } else { None };
+        started.or_else(|| self.start_bulk(connection))
+    }
+
+    fn start_bulk(&self, connection: usize) -> Option<Starting> {
+        // What it writes is brought to the disk by a command too.
+        if !self.syncs || !is_plain(&self.staging) {
+            return None;
+        }
+        let (lanes, staging) = (Arc::clone(&self.lanes), self.staging.clone());
+        let start = move || Bulk::start(&lanes, connection, &staging);
+        std::thread::Builder::new().name("bulk".to_owned()).spawn(start).ok()
     }
 
     /// What each entry of the source is to have, with owners named as the target's are.

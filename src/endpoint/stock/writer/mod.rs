@@ -3,16 +3,15 @@
 //! A file goes through: OPEN, WRITEs, CLOSE; its digest is asked for (with those of many others); owner, then mode and
 //! times. No step waits for another file. Execute bits and every other permission come after the digest was right.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use super::follow::{FOLLOW_BYTES, Follower};
+use super::bulk::{Bulk, Starting};
+use super::follow::Follower;
 use super::prove::{Answer, Proven, Unproven};
 use super::session::{self, Refusal, Reply, Session, about, extended, with_attributes};
-use super::shell::Shell;
 use super::target::{Permissions, Run};
 use crate::endpoint::client::Completion;
 use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
@@ -21,63 +20,20 @@ use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::policy::mode::SPECIAL_BITS;
 use crate::wire::sftp::{Attributes, Status, open, packet};
 
+mod by_command;
+mod file;
+
+use file::{File, Op, Route, Stage};
+
 /// Files of one writer that are open or waiting to be, at most.
 const OPEN_FILES: usize = 128;
 /// Bytes that wait for a handle, at most.
 const QUEUED: usize = 16 << 20;
 /// Digests are asked for when so many files wait for them, or so many bytes.
-const PROVE_FILES: usize = 512;
+const PROVE_FILES: usize = 2048;
 const PROVE_BYTES: u64 = 64 << 20;
 /// A write that fails where less than this is free failed for want of room.
 const LITTLE_ROOM: u64 = 1 << 20;
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Op {
-    Open,
-    /// The REMOVE before a second OPEN, and of what failed.
-    Clear,
-    Write,
-    Close,
-    Grant,
-    /// The LSTAT after special bits were asked for.
-    Check,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    /// Until the CLOSE is answered.
-    Writing,
-    /// Its digest is asked for.
-    Proving,
-    /// Owner, mode and times are on their way.
-    Granting,
-}
-
-struct File {
-    index: u32,
-    path: Vec<u8>,
-    size: u64,
-    /// Where the next bytes go.
-    at: u64,
-    handle: Option<Bytes>,
-    /// Blocks that came before the handle.
-    queued: VecDeque<(u64, Block)>,
-    in_flight: usize,
-    /// Where the next request begins.
-    sent: u64,
-    /// The WRITEs that are not answered: where each begins, by its tag.
-    unanswered: BTreeMap<u64, u64>,
-    stage: Stage,
-    /// The last bytes were a hole: the size has to be set.
-    hole_at_end: bool,
-    /// It goes on with what an earlier run staged.
-    resumed: bool,
-    opened_again: bool,
-    /// Said by `finish`.
-    digest: Option<Digest>,
-    closing: bool,
-    failure: Option<WriteFailure>,
-}
 
 /// The writer of one worker.
 pub(super) struct StockWriter {
@@ -99,6 +55,11 @@ pub(super) struct StockWriter {
     unproven_bytes: u64,
     proofs: (Sender<Answer>, Receiver<Answer>),
     proving: usize,
+    /// The command that takes content, once it has started.
+    bulk: Option<Bulk>,
+    starting: Option<Starting>,
+    /// What failed once.
+    by_sftp: HashSet<u32>,
     follower: Option<Follower>,
     /// The file that is hashed at the other end while it is sent, and how far that was told.
     following: Option<(u64, u64)>,
@@ -112,10 +73,13 @@ fn refused(what: &str, refusal: &Refusal) -> WriteFailure {
 }
 
 impl StockWriter {
-    pub(super) fn new(run: Arc<Run>, session: Arc<Session>) -> StockWriter {
+    /// Over the connection with this number.
+    pub(super) fn new(run: Arc<Run>, connection: usize) -> StockWriter {
         let (sender, receiver) = unbounded();
+        let session = run.lanes.session(connection);
+        let starting = run.bulk(connection);
         let source = Arc::clone(&run.state().source);
-        let sync_each = session.offers.fsync && !run.shell().as_ref().is_some_and(Shell::syncs);
+        let sync_each = session.offers.fsync && !run.syncs;
         StockWriter {
             run,
             source,
@@ -133,6 +97,9 @@ impl StockWriter {
             unproven_bytes: 0,
             proofs: unbounded(),
             proving: 0,
+            bulk: None,
+            starting,
+            by_sftp: HashSet::new(),
             follower: None,
             following: None,
             sync_each,
@@ -233,42 +200,6 @@ impl StockWriter {
         Err(Error::Io { operation: "stage in", path, source })
     }
 
-    /// Has a large file hashed at the other end from its beginning on, while the rest is sent.
-    fn follow(&mut self, number: u64) -> Result<(), Error> {
-        let Some(file) = self.files.get(&number).filter(|file| file.size >= FOLLOW_BYTES) else { return Ok(()) };
-        if self.following.is_some() || self.run.shell().is_none() {
-            return Ok(());
-        }
-        let unproven = Unproven { id: number, path: file.path.clone(), size: file.size };
-        if self.follower.is_none() {
-            self.follower = Some(Follower::start(Arc::clone(&self.run.remote), Arc::clone(&self.session))?);
-        }
-        if let Some(follower) = &self.follower {
-            follower.begin(unproven);
-            self.following = Some((number, 0));
-        }
-        Ok(())
-    }
-
-    /// Tells the follower how far the server has got.
-    fn follow_on(&mut self, number: u64) {
-        let (Some((followed, told)), Some(follower)) = (&mut self.following, &self.follower) else { return };
-        let Some(file) = self.files.get(&number).filter(|_| *followed == number) else { return };
-        let reached = file.unanswered.values().next().copied().unwrap_or(file.sent);
-        if reached >= *told + FOLLOW_BYTES / 2 {
-            *told = reached;
-            follower.reached(reached);
-        }
-    }
-
-    /// Stops following a file that will not be proven that way.
-    fn lose(&mut self, number: u64) {
-        if self.following.is_some_and(|(followed, _)| followed == number) {
-            self.following = None;
-            self.follower.iter().for_each(Follower::abandon);
-        }
-    }
-
     /// Takes a file on when everything that was asked for it is answered.
     fn step(&mut self, number: u64) -> Result<(), Error> {
         self.follow_on(number);
@@ -280,28 +211,42 @@ impl StockWriter {
             Stage::Writing if !file.closing => Ok(()),
             Stage::Writing if file.failure.is_none() => {
                 file.stage = Stage::Proving;
+                self.open_files -= usize::from(std::mem::take(&mut file.counted));
                 if let (Some((followed, _)), Some(follower)) = (self.following, &self.follower)
                     && followed == number
                 {
                     follower.end(file.digest.unwrap_or_default(), &self.proofs.0);
                     self.following = None;
                     self.proving += 1;
-                    self.open_files -= 1;
                     return Ok(());
                 }
-                self.unproven_bytes += file.size;
-                self.unproven.push(Unproven { id: number, path: file.path.clone(), size: file.size });
-                self.open_files -= 1;
+                let (index, path, size, packed) = (file.index, file.path.clone(), file.size, file.route == Route::Pack);
+                let announced = file.digest.unwrap_or_default();
+                let wanted = self.run.permissions(self.entry(index)?.0)?;
+                // An archive has set the time; special bits are looked at when they are set.
+                let grant = (packed && wanted.mode & SPECIAL_BITS == 0).then_some((announced, wanted));
+                self.unproven_bytes += size;
+                self.unproven.push(Unproven { id: number, path, size, grant });
                 self.prove(false);
                 Ok(())
             }
-            Stage::Writing => {
-                self.open_files -= 1;
-                self.conclude(number)
-            }
-            Stage::Granting => self.conclude(number),
+            Stage::Writing | Stage::Granting => self.conclude(number),
             Stage::Proving => Ok(()),
         }
+    }
+
+    fn count(&mut self, number: u64) {
+        if let Some(file) = self.files.get_mut(&number) {
+            file.counted = true;
+            self.open_files += 1;
+        }
+    }
+
+    /// Opens a file that is not there yet.
+    fn open_new(&mut self, number: u64) -> Result<(), Error> {
+        self.count(number);
+        let Some(path) = self.files.get(&number).map(|file| file.path.clone()) else { return Ok(()) };
+        self.send(number, Op::Open, session::open(&path, open::WRITE | open::CREATE | open::EXCLUSIVE))
     }
 
     fn not_opened(&mut self, number: u64, refusal: &Refusal) -> Result<(), Error> {
@@ -372,10 +317,7 @@ impl StockWriter {
         self.unproven_bytes = 0;
         self.proving += 1;
         let files = std::mem::take(&mut self.unproven);
-        let prover = self.next_file as usize % self.run.provers.len().max(1);
-        if let Some(prover) = self.run.provers.get(prover) {
-            prover.submit(files, &self.proofs.0);
-        }
+        self.run.provers.submit(files, &self.proofs.0);
     }
 
     /// Compares digests, and gives owner, mode and times to what is right.
@@ -385,7 +327,11 @@ impl StockWriter {
             let Some(file) = self.files.get_mut(&number) else { continue };
             let announced = file.digest.unwrap_or_default();
             match found {
-                Ok(found) if found == announced => {
+                Ok(found) if found.digest == announced && found.granted => {
+                    file.stage = Stage::Granting;
+                    self.conclude(number)?;
+                }
+                Ok(found) if found.digest == announced => {
                     file.stage = Stage::Granting;
                     let (index, path) = (file.index, file.path.clone());
                     let wanted = self.run.permissions(self.entry(index)?.0)?;
@@ -396,14 +342,18 @@ impl StockWriter {
                         self.send(number, Op::Check, about(packet::LSTAT, &path))?;
                     }
                 }
-                Ok(found) => {
-                    let message = format!("its SHA-256 is {found} at the other end, and {announced} was sent");
+                wrong => {
+                    let message = wrong.map_or_else(
+                        |reason| reason,
+                        |found| format!("its SHA-256 is {} at the other end, and {announced} was sent", found.digest),
+                    );
                     file.failure = Some(WriteFailure { message, retry: true });
+                    // What unpacks an archive does not say why a file came to nothing.
+                    let packed = file.route == Route::Pack;
                     self.conclude(number)?;
-                }
-                Err(message) => {
-                    file.failure = Some(WriteFailure { message, retry: true });
-                    self.conclude(number)?;
+                    if packed {
+                        self.check_room()?;
+                    }
                 }
             }
         }
@@ -414,6 +364,7 @@ impl StockWriter {
     fn conclude(&mut self, number: u64) -> Result<(), Error> {
         self.lose(number);
         let Some(file) = self.files.remove(&number) else { return Ok(()) };
+        self.open_files -= usize::from(file.counted);
         if self.current.get(&file.index) == Some(&number) {
             self.current.remove(&file.index);
         }
@@ -423,6 +374,7 @@ impl StockWriter {
                 Ok(())
             }
             Some(failure) => {
+                self.by_sftp.insert(file.index);
                 self.send(number, Op::Clear, about(packet::REMOVE, &file.path))?;
                 Err(failure)
             }
@@ -434,10 +386,11 @@ impl StockWriter {
     fn drop_file(&mut self, index: u32) -> Result<(), Error> {
         let Some(number) = self.current.remove(&index) else { return Ok(()) };
         self.lose(number);
-        let Some(file) = self.files.remove(&number) else { return Ok(()) };
-        if file.stage == Stage::Writing {
-            self.open_files -= 1;
+        if self.files.get(&number).is_some_and(|file| file.route != Route::Sftp) {
+            return self.give_up(number);
         }
+        let Some(file) = self.files.remove(&number) else { return Ok(()) };
+        self.open_files -= usize::from(file.counted);
         self.queued -= file.queued.iter().map(|(_, block)| block.data().len()).sum::<usize>();
         if let Some(handle) = file.handle.filter(|_| !file.closing) {
             self.send(number, Op::Clear, about(packet::CLOSE, &handle))?;
@@ -478,6 +431,7 @@ impl Writer for StockWriter {
         }
         let (entry, size) = self.entry(index)?;
         let path = self.run.staged_path(&entry.path);
+        let route = self.route(index, &path, size, resume_at)?;
         let number = self.next_file;
         self.next_file += 1;
         let file = File {
@@ -491,6 +445,9 @@ impl Writer for StockWriter {
             sent: resume_at,
             unanswered: BTreeMap::new(),
             stage: Stage::Writing,
+            route,
+            has_hole: false,
+            counted: false,
             hole_at_end: false,
             resumed: resume_at > 0,
             opened_again: false,
@@ -500,18 +457,23 @@ impl Writer for StockWriter {
         };
         self.files.insert(number, file);
         self.current.insert(index, number);
-        self.open_files += 1;
-        self.follow(number)?;
-        match resume_at {
-            0 => self.send(number, Op::Open, session::open(&path, open::WRITE | open::CREATE | open::EXCLUSIVE)),
+        match (route, resume_at) {
+            (Route::Pack, _) => return Ok(()),
+            (Route::Stream, _) => {
+                self.with_bulk(|bulk| bulk.begin(number, &path, resume_at))?;
+                return self.follow(number);
+            }
+            (Route::Sftp, 0) => self.open_new(number)?,
             // All of it is there, perhaps with its last mode: only the proof is left.
-            _ if resume_at == size => Ok(()),
-            _ => {
+            (Route::Sftp, _) if resume_at == size => {}
+            (Route::Sftp, _) => {
                 let cut = Attributes { size: Some(resume_at), ..Attributes::default() };
                 self.send(number, Op::Write, with_attributes(packet::SETSTAT, &path, &cut))?;
-                self.send(number, Op::Open, session::open(&path, open::WRITE))
+                self.count(number);
+                self.send(number, Op::Open, session::open(&path, open::WRITE))?;
             }
         }
+        self.follow(number)
     }
 
     fn write(&mut self, index: u32, offset: u64, block: Block) -> Result<(), Error> {
@@ -528,6 +490,17 @@ impl Writer for StockWriter {
             }
         }
         file.hole_at_end = false;
+        match file.route {
+            Route::Pack => {
+                file.queued.push_back((offset, block));
+                return Ok(());
+            }
+            Route::Stream => {
+                self.with_bulk(|bulk| bulk.write(offset, block))?;
+                return self.pump_bulk(false);
+            }
+            Route::Sftp => {}
+        }
         if file.handle.is_some() && file.queued.is_empty() {
             return self.send_block(number, offset, &block);
         }
@@ -545,6 +518,7 @@ impl Writer for StockWriter {
             Some(end) if offset == file.at && end <= file.size => {
                 file.at = end;
                 file.hole_at_end = true;
+                file.has_hole = true;
             }
             _ => {
                 let message = format!("a hole of {length} bytes at {offset} does not go on from {}", file.at);
@@ -566,6 +540,10 @@ impl Writer for StockWriter {
             file.failure.get_or_insert(WriteFailure { message, retry: true });
         }
         file.digest = Some(digest);
+        if file.route != Route::Sftp {
+            self.finish_by_command(number)?;
+            return self.pump_bulk(false);
+        }
         let nothing_open = file.handle.is_none() && file.in_flight == 0;
         file.closing |= nothing_open;
         self.close(number)?;
@@ -595,14 +573,18 @@ impl Writer for StockWriter {
     fn completions(&mut self, wait: bool) -> Result<Vec<Staged>, Error> {
         loop {
             self.pump(false)?;
+            self.pump_bulk(false)?;
             while let Ok(proven) = self.proofs.1.try_recv() {
                 self.proven(proven?)?;
             }
             if !wait || self.files.is_empty() {
                 return Ok(std::mem::take(&mut self.done));
             }
+            self.with_bulk(Bulk::flush)?;
             if !self.sent.is_empty() {
                 self.pump(true)?;
+            } else if self.bulk.as_ref().is_some_and(Bulk::is_busy) {
+                self.pump_bulk(true)?;
             } else if !self.unproven.is_empty() {
                 self.prove(true);
             } else if self.proving > 0 {
