@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{BinaryBytes, HumanCount, HumanDuration};
 use serde_json::json;
 
-use crate::error::{Escaped, said};
+use crate::error::{Escaped, in_words};
 use crate::monitor::{Counters, Event, Monitor, Phase, Problem, Severity};
 
 /// Nothing is drawn while this is not 0: the terminal asks for something.
@@ -153,7 +153,7 @@ impl State {
     fn say(&self, text: &str) {
         let _guard = self.line.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         self.clear();
-        let _ = writeln!(std::io::stderr(), "{}", said(text));
+        let _ = writeln!(std::io::stderr(), "{}", in_words(text));
     }
 
     fn tell(&self, value: &serde_json::Value) {
@@ -239,7 +239,7 @@ impl State {
 
     fn problem(&self, problem: &Problem) {
         let path = problem.path.as_ref().map_or_else(|| ".".to_owned(), ToString::to_string);
-        let message = said(&Escaped(problem.message.as_bytes()));
+        let message = in_words(&Escaped(problem.message.as_bytes()));
         if self.json {
             let severity = if problem.severity == Severity::Failed { "failed" } else { "skipped" };
             self.tell(&json!({"event": severity, "path": path, "message": message}));

@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::error::{said, shown};
+use crate::error::{in_words, shown};
 
 /// A configuration that cannot be used. All of them end with exit code 2.
 #[derive(Debug, thiserror::Error)]
@@ -13,7 +13,7 @@ pub enum ConfigError {
     #[error(
         "cannot read the configuration {}: {}; name another with --config or LOCKSTEP_CONFIG",
         shown(path),
-        said(reason)
+        in_words(reason)
     )]
     Read { path: PathBuf, reason: std::io::Error },
     #[error("configuration {}: {problem}", shown(path))]

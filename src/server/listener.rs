@@ -102,7 +102,7 @@ pub enum ServeError {
     /// The address.
     #[error(
         "cannot listen on {address}: {}; name a free port and an address of this machine with --listen",
-        crate::error::said(reason)
+        crate::error::in_words(reason)
     )]
     Listen {
         /// The address asked for.

@@ -54,7 +54,7 @@ pub(super) async fn direct(options: &SshOptions) -> Result<Stream, ConnectError>
                 return Ok(Box::new(stream));
             }
             Ok(Err(error)) => {
-                let why = crate::error::said(&error);
+                let why = crate::error::in_words(&error);
                 last = format!("cannot connect to {address}: {why}; is its SSH server running, on this port (-P)?");
             }
             Err(_) => {
