@@ -42,7 +42,7 @@ pub enum MendError {
     Audit(#[from] AuditError),
     #[error(transparent)]
     Path(#[from] InvalidPath),
-    #[error("the manifest of '{root}'")]
+    #[error("cannot use the manifest of '{root}'")]
     Manifest { root: String, source: std::io::Error },
 }
 

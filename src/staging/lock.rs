@@ -41,7 +41,7 @@ impl RootLock {
     /// # Errors
     /// [`LockError::Held`] names who has it.
     pub fn take(root: &Root, actor: &str, wait: Duration) -> Result<RootLock, LockError> {
-        let failed = |source| LockError::Io { root: crate::error::shown(root.shown()).to_string(), source };
+        let failed = |source| LockError::Io { root: root.shown().display().to_string(), source };
         root.mkdir_all(&RelPath::new(STATE)?, 0o700)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK;
         let mut file = root.open_with(&RelPath::new(LOCK)?, Follow::Never, flags, 0o600)?;
