@@ -322,3 +322,24 @@ fn the_summary_counts_in_words() {
     push(&["-n"]).stdout(contains("; 1 at the target alone, which --delete would remove\n"));
     push(&["-n", "--delete"]).stdout(contains("metadata only; 1 to remove\n"));
 }
+
+#[test]
+fn the_readme_tells_of_every_option_of_push_and_of_no_other() {
+    let at = tempfile::tempdir().unwrap();
+    let help = lockstep(&["push", "--help"], at.path()).code(0).get_output().stdout.clone();
+    let help = String::from_utf8(help).unwrap();
+    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    let table: Vec<&str> = readme.lines().skip_while(|line| !line.starts_with("| option of push")).collect();
+    let table: String = table.iter().take_while(|line| line.starts_with('|')).copied().collect::<Vec<_>>().join("\n");
+    // What a help line begins with: "  -n, --dry-run", "      --json".
+    let option = |line: &&str| line.trim_start().starts_with('-') && line.len() - line.trim_start().len() <= 6;
+    for line in help.lines().filter(option) {
+        let names: Vec<&str> = line.split([' ', ',']).filter(|word| word.starts_with('-')).take(2).collect();
+        let told = names.iter().any(|name| table.contains(&format!("`{name}")));
+        assert!(told || names.contains(&"--help"), "{line}");
+    }
+    let words = table.split(['`', ' ', ',']).filter(|word| word.starts_with("--") && word.len() > 2 && *word != "---");
+    for option in words {
+        assert!(help.contains(option), "{option}");
+    }
+}
