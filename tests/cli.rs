@@ -295,7 +295,7 @@ fn what_people_know_from_rsync_and_scp_is_accepted_or_answered() {
         ("--partial", "leave it out"),
         ("-H", "leave it out"),
         ("-u", "-n -i"),
-        ("-aP", "-P is the port"),
+        ("-aP", "'data' is no port"),
         ("--delete-after", "--delete"),
     ] {
         let answer = lockstep(&["push", option, "data", "h:/there"], at.path()).code(2);
@@ -309,7 +309,7 @@ fn the_summary_counts_in_words() {
     let at = tempfile::tempdir().unwrap();
     fs::create_dir(at.path().join("data")).unwrap();
     let push = |more: &[&str]| lockstep(&[&["push", "data", "there"], more].concat(), at.path()).code(0);
-    push(&[]).stdout(contains("nothing to do: the source is empty"));
+    push(&[]).stdout(contains("nothing to do: the source is empty, or all of it is left out"));
     fs::write(at.path().join("data/a"), "").unwrap();
     push(&["-n"]).stdout("dry run, nothing was changed: 1 to add, 0 to replace, 0 to change in metadata only\n");
     push(&[]).stdout(contains("1 published"));
@@ -342,4 +342,44 @@ fn the_readme_tells_of_every_option_of_push_and_of_no_other() {
     for option in words {
         assert!(help.contains(option), "{option}");
     }
+}
+
+#[test]
+fn a_listed_path_that_is_not_there_is_a_failure() {
+    let at = tree();
+    let push = |list: &str, more: &[&str]| {
+        fs::write(at.path().join("list"), list).unwrap();
+        lockstep(&[&["push", "--files-from", "list", "data", "there"], more].concat(), at.path())
+    };
+    push("a b\nsub/empty\n", &[]).code(0);
+    let said = "failed: gone: is listed in --files-from, but the source does not have it\n";
+    push("a b\ngone\n", &[]).code(4).stderr(said);
+    push("a b\ngone\n", &["-n"]).code(4).stderr(said);
+    // A rule that leaves it out is meant, and so is its removal.
+    push("a b\nsub/large.bin\n", &["--exclude", "*.bin"]).code(0);
+    push("a b\ngone\n", &["--exclude", "gone"]).code(0);
+    fs::write(at.path().join("there/gone"), "").unwrap();
+    push("a b\ngone\n", &["--delete"]).code(0).stdout(contains("1 removed"));
+}
+
+#[test]
+fn a_port_that_is_taken_is_said_once() {
+    let at = tempfile::tempdir().unwrap();
+    fs::create_dir(at.path().join("root")).unwrap();
+    fs::write(at.path().join("keys"), "").unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let serve =
+        ["serve", "--user", "u", "--root", "root", "--authorized-keys", "keys", "--host-key", "key", "--listen"];
+    let said = format!(
+        "lockstep: cannot listen on {address}: Address already in use; name a free port and an address of this machine \
+         with --listen\n"
+    );
+    lockstep(&[&serve[..], &[&address]].concat(), at.path()).code(5).stderr(predicates::str::ends_with(said));
+    // And nobody there is said as what it is.
+    drop(taken);
+    let port = address.rsplit(':').next().unwrap();
+    let push = lockstep(&["push", "-F", "none", "-P", port, "root", "127.0.0.1:/x"], at.path()).code(75);
+    let said = "Connection refused; is its SSH server running, on this port (-P)?\n";
+    push.stderr(contains(said).count(1));
 }

@@ -3,6 +3,8 @@
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
+use crate::error::Escaped;
+
 /// Accepted by push and pull.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Accepted as for rsync and scp: it is what is done anyway")]
@@ -74,7 +76,12 @@ pub(super) fn hint(error: &clap::Error) -> Option<String> {
         ErrorKind::UnknownArgument => instead(option).map(|hint| format!("there is no {option} here: {hint}")),
         // `-aP`: as for rsync, whose -P takes no value; here the next word became the port.
         ErrorKind::ValueValidation if option.starts_with("--port") => {
-            Some("-P is the port, as for scp and sftp; what -P asks of rsync is done anyway".into())
+            let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue) else { return None };
+            let number = value.bytes().all(|byte| byte.is_ascii_digit());
+            let value = Escaped(value.as_bytes());
+            (!number).then(|| {
+                format!("'{value}' is no port: -P takes one, as for scp; what -P asks of rsync is done anyway")
+            })
         }
         _ => None,
     }

@@ -125,7 +125,7 @@ pub fn summary(
     writeln!(out, "{from} -> {to}")?;
     if committed.published == 0 && committed.removed == 0 && failed == 0 {
         match report.tree.entries().len() as u64 {
-            0 => writeln!(out, "  nothing to do: the source is empty")?,
+            0 => writeln!(out, "  nothing to do: the source is empty, or all of it is left out")?,
             1 => writeln!(out, "  in step: nothing to do (1 entry)")?,
             entries => writeln!(out, "  in step: nothing to do ({} entries)", HumanCount(entries))?,
         }

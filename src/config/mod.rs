@@ -171,6 +171,10 @@ impl Config {
         if job.targets.is_empty() || job.targets.iter().any(String::is_empty) {
             return Err("'targets' needs at least one [USER@]HOST:PATH, and none that is empty".into());
         }
+        // A name alone would be a directory of whatever the run happens to start in; most likely a host was meant.
+        if let Some(target) = job.targets.iter().find(|target| !target.starts_with('/') && !target.contains(':')) {
+            return Err(format!("the target '{target}' is neither [USER@]HOST:PATH nor a path that starts with '/'"));
+        }
         for (field, lines) in [("exclude", &job.exclude), ("last", &job.last)] {
             globs(field, lines)?;
         }
