@@ -364,3 +364,75 @@ fn without_a_terminal_nothing_steers_one() {
     assert!(!said(&output).contains(['\u{1b}', '\r']), "{}", said(&output));
     assert!(said(&run(at.path(), &["push", "-q", "data", "target2"])).is_empty());
 }
+
+#[test]
+fn the_examples_of_a_sender_and_a_receiver_work_with_each_other() {
+    let at = tempfile::tempdir().unwrap();
+    let at = at.path();
+    let root = at.to_str().unwrap();
+    let example = |name: &str, changes: &[(&str, &str)]| {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("config").join(name);
+        let mut text = fs::read_to_string(file).unwrap();
+        for (from, to) in changes {
+            assert!(text.contains(from), "{name} has no {from}");
+            text = text.replace(from, to);
+        }
+        write(at, name, &text);
+        use std::os::unix::fs::PermissionsExt as _;
+        fs::set_permissions(at.join(name), fs::Permissions::from_mode(0o600)).unwrap();
+    };
+    let (uid, gid) = (rustix::process::getuid().as_raw().to_string(), rustix::process::getgid().as_raw().to_string());
+    let (etc, data, log) = (format!("{root}/etc"), format!("\"{root}/data/"), format!("{root}/log"));
+    example(
+        "receiver.toml",
+        &[
+            ("/etc/lockstep", &etc),
+            ("\"/data/", &data),
+            ("\"/var/log/lockstep\"", &format!("\"{log}\"")),
+            ("192.168.1.0/24", "127.0.0.0/8"),
+            ("ai_team", &gid),
+            ("trainer", &uid),
+        ],
+    );
+    example("sender.toml", &[("= \"/data/", &format!("= \"{root}/from/"))]);
+    assert!(run(at, &["keys", "generate", "key"]).status.success());
+    for directory in ["data/checkpoints", "data/datasets", "log"] {
+        fs::create_dir_all(at.join(directory)).unwrap();
+    }
+    write(at, "etc/revoked_keys", "");
+    for user in ["sync", "reader"] {
+        write(at, &format!("etc/keys/{user}"), &fs::read_to_string(at.join("key.pub")).unwrap());
+    }
+    for path in ["checkpoints/checkpoint-1/a.safetensors", "checkpoints/latest", "checkpoints/x.tmp", "maps/m"] {
+        write(&at.join("from"), path, path);
+    }
+
+    let serve = ["serve", "--config", "receiver.toml", "--listen", "127.0.0.1:0", "--port-file", "port"];
+    let mut server = lockstep(at, &serve).arg("--die-with-parent").stderr(Stdio::null()).spawn().unwrap();
+    let started = std::time::Instant::now();
+    let port = loop {
+        match fs::read_to_string(at.join("port")) {
+            Ok(port) if !port.trim().is_empty() => break port,
+            _ => assert!(started.elapsed().as_secs() < 20 && server.try_wait().unwrap().is_none(), "no server"),
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    };
+    let hosts = format!(
+        "Host gpu02 gpu03\n HostName 127.0.0.1\n Port {}\n IdentityFile {root}/key\n UserKnownHostsFile {root}/known\n",
+        port.trim()
+    );
+    write(at, "ssh_config", &hosts);
+    let done = |arguments: &[&str], part: &str| {
+        ends(&run(at, &[arguments, &["-F", "ssh_config"]].concat()), 0, part);
+    };
+    done(&["keys", "scan-host", "--add", "gpu02"], "added");
+    done(&["push", "--config", "sender.toml", "checkpoints"], "published");
+    done(&["push", "--config", "sender.toml", "maps"], "1 published");
+    done(&["pull", "reader@gpu02:/", "copy"], "the source is empty");
+    rustix::process::kill_process(rustix::process::Pid::from_child(&server), rustix::process::Signal::TERM).unwrap();
+    assert!(server.wait().unwrap().success());
+    let arrived = at.join("data/checkpoints/data");
+    assert_eq!(paths(&arrived.join("checkpoints")), ["checkpoint-1", "checkpoint-1/a.safetensors", "latest"]);
+    assert_eq!(paths(&arrived.join("maps")), ["m"]);
+    assert!(run(at, &["audit", "verify", "log"]).status.success());
+}

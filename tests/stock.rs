@@ -465,6 +465,9 @@ fn a_tilde_is_where_the_account_starts_and_no_name() {
         assert_eq!(output.status.code(), Some(0), "{there}: {}", text(&output));
         assert!(home.join(found).exists(), "{there}: {}", text(&output));
     }
+    let pattern = sshd.command(&["pull", "127.0.0.1:c/*", "here"]).output().unwrap();
+    assert_eq!(pattern.status.code(), Some(5), "{}", text(&pattern));
+    assert!(text(&pattern).contains("there is no 'c/*'; patterns are not"), "{}", text(&pattern));
     for (there, said) in [("", "names no path"), ("~other/x", "write the whole path")] {
         let output = sshd.command(&["push", "x", &format!("127.0.0.1:{there}")]).output().unwrap();
         assert_eq!(output.status.code(), Some(2), "{there}: {}", text(&output));

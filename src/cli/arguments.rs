@@ -252,7 +252,19 @@ fn whole(
         Err(error) if matches!(error.exit(), Exit::Trust | Exit::TryAgain) => Err(error.into()),
         Err(error) => {
             drop(source);
-            if place.found(how)? == Found::File { Ok(None) } else { Err(error.into()) }
+            match place.found(how)? {
+                Found::File => Ok(None),
+                // As scp has it done by the shell there.
+                Found::Nothing if place.bytes().iter().any(|byte| b"*?[".contains(byte)) => {
+                    let message = format!(
+                        "there is no '{}'; patterns are not looked up there: name the directory, and what is wanted of it \
+                         with --files-from, --exclude and --include",
+                        Escaped(place.bytes())
+                    );
+                    Err(Failure::Plain { exit: error.exit(), message })
+                }
+                _ => Err(error.into()),
+            }
         }
     }
 }
