@@ -108,7 +108,7 @@ pub enum Error {
 
 /// Why a connection was lost, without what was said already.
 fn why(host: &str, source: Option<&(dyn std::error::Error + Send + Sync)>) -> String {
-    let Some(said) = source.map(|source| crate::error::in_words(source)) else { return String::new() };
+    let Some(said) = source.map(crate::error::in_words) else { return String::new() };
     let said = said.strip_prefix(host).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(&said);
     match said.strip_prefix("the connection was lost").unwrap_or(said).trim_start_matches(": ") {
         "" => String::new(),
