@@ -383,3 +383,23 @@ fn a_port_that_is_taken_is_said_once() {
     let said = "Connection refused; is its SSH server running, on this port (-P)?\n";
     push.stderr(contains(said).count(1));
 }
+
+#[test]
+fn a_directory_is_not_sent_into_itself() {
+    let at = tree();
+    let push = |source: &str, target: &str, more: &[&str], code: i32, part: &str| {
+        let run = lockstep(&[&["push", source, target], more].concat(), at.path()).code(code);
+        let output = run.get_output();
+        let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(said.contains(part), "{source} {target}: {said}");
+    };
+    std::os::unix::fs::symlink("data", at.path().join("alias")).unwrap();
+    push("data", "data", &[], 2, "are the same directory");
+    push("data", "alias/.", &[], 2, "are the same directory");
+    push("data", "data/sub", &[], 2, "'data/sub' lies in 'data'");
+    push("alias", "data/new/deep", &[], 2, "'data/new/deep' lies in 'alias'");
+    push("data/sub", "data", &["--delete"], 2, "--delete would remove 'data/sub' itself");
+    push("data/sub", "data", &["-n"], 0, "nothing was changed");
+    push("data", "data/copy", &["--exclude", "/copy/"], 0, "published");
+    push("data", "data_2", &[], 0, "published");
+}

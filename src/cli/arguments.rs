@@ -17,7 +17,8 @@ use super::transfer::{How, state_directory};
 use crate::endpoint::local::{LocalSource, LocalTarget};
 use crate::endpoint::several::{Part, Several};
 use crate::endpoint::{Error, Reader, Scan, ScanOptions, Source, Target};
-use crate::error::{Escaped, Exit};
+use crate::error::{Escaped, Exit, chain};
+use crate::filter::Filter;
 use crate::manifest::{Digest, Tree};
 use crate::monitor::Monitor;
 use crate::path::RelPath;
@@ -222,12 +223,45 @@ pub(super) fn route(
         return Ok(Route { source, target: target.target(how, monitor)?, only, sending, called: None });
     };
     if let Some(source) = whole(place, how, scan, monitor)? {
+        if let (Place::Here(from), Place::Here(to)) = (place, &target) {
+            apart(from, to, how)?;
+        }
         return Ok(Route { source, target: target.target(how, monitor)?, only: None, sending, called: None });
     }
     let (file, target) = place_of_file(named(place)?, &target, how)?;
     let called = Some(file.called.clone());
     let (source, only) = join(vec![file], shown, how, monitor)?;
     Ok(Route { source, target: target.target(how, monitor)?, only, sending, called })
+}
+
+/// Refuses a directory of this machine as the target of what it holds, which would grow with each run, and a source
+/// that its own run would delete.
+fn apart(source: &Path, target: &Path, how: &How) -> Result<(), Failure> {
+    let absolute = |path: &Path| std::path::absolute(path).map_err(Failure::io("find", path));
+    let (from, to) = (source.canonicalize().map_err(Failure::io("open", source))?, absolute(target)?);
+    // What is not there yet has no links in it.
+    let there = to.ancestors().find_map(|above| Some((above.canonicalize().ok()?, to.strip_prefix(above).ok()?)));
+    let to = there
+        .map_or_else(|| to.clone(), |(above, rest)| if rest.as_os_str().is_empty() { above } else { above.join(rest) });
+    let refused = |message: String| Err(Failure::usage(message));
+    let (shown_source, shown_target) = (shown(source), shown(target));
+    if from == to {
+        return refused(format!("'{shown_source}' and '{shown_target}' are the same directory"));
+    }
+    if let Ok(below) = to.strip_prefix(&from) {
+        let filter = Filter::compile(&how.filter()?).map_err(|error| Failure::usage(chain(&error)))?;
+        let path = RelPath::new(below.as_os_str().as_bytes()).map_err(|error| Failure::usage(error.to_string()))?;
+        let takes_part = path.ancestors().all(|above| filter.admits(&above, true)) && filter.admits(&path, true);
+        if takes_part {
+            return refused(format!(
+                "'{shown_target}' lies in '{shown_source}', and would be sent into itself; leave it out with --exclude"
+            ));
+        }
+    }
+    if how.delete && from.starts_with(&to) {
+        return refused(format!("--delete would remove '{shown_source}' itself, which lies in '{shown_target}'"));
+    }
+    Ok(())
 }
 
 /// A directory as a source; `None` when the place is a file.

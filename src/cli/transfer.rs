@@ -237,7 +237,7 @@ impl How {
         self.transfers.map_or(USUAL_TRANSFERS, usize::from)
     }
 
-    fn filter(&self) -> Result<FilterSpec, Failure> {
+    pub(super) fn filter(&self) -> Result<FilterSpec, Failure> {
         let only = match &self.files_from {
             None => None,
             Some(file) => {
