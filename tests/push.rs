@@ -436,3 +436,27 @@ fn the_examples_of_a_sender_and_a_receiver_work_with_each_other() {
     assert_eq!(paths(&arrived.join("maps")), ["m"]);
     assert!(run(at, &["audit", "verify", "log"]).status.success());
 }
+
+#[test]
+fn what_the_target_did_not_let_happen_is_not_counted_as_done() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let at = tempfile::tempdir().unwrap();
+    let at = at.path();
+    write(at, "source/a", "a");
+    ends(&run(at, &["push", "source", "target"]), 0, "1 published");
+    // A mount point is what nobody can remove, replace or rename, root neither.
+    write(at, "target/there/f", "f");
+    fs::set_permissions(at.join("target/there"), fs::Permissions::from_mode(0o500)).unwrap();
+    let closed = |arguments: &[&str]| {
+        let script = "mount --bind target/there target/there && exec \"$@\"";
+        let program = env!("CARGO_BIN_EXE_lockstep");
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", program]).args(arguments);
+        command.current_dir(at).env("XDG_STATE_HOME", at.join("state"));
+        command.output().expect("unshare is not installed: Debian package util-linux")
+    };
+    let output = closed(&["push", "--delete", "source", "target"]);
+    ends(&output, 4, "failed: there: cannot remove the directory");
+    assert!(said(&output).contains("1 removed, 1 failed"), "{}", said(&output));
+    assert!(!at.join("target/there/f").exists() && at.join("target/there").exists());
+}

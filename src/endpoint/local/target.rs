@@ -15,7 +15,7 @@ use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Content, Digest, Entry, Manifest, Tree};
-use crate::monitor::{Event, Monitor};
+use crate::monitor::{Event, Monitor, Problem, Severity};
 use crate::path::RelPath;
 use crate::plan::{Change, Compare, Desired, Need, Plan, diff, require_proof};
 use crate::policy::acl::Principal;
@@ -308,8 +308,9 @@ impl Run {
             scan::ScanError::Root(error) => io(error),
             other => Error::Refused { by: "the receiver".into(), reason: crate::error::chain(&other) },
         })?;
-        for problem in &scanned.problems {
-            monitor.event(Event::Problem(problem));
+        // Said, but no failure of the run: what comes of it is told when that path is published or removed.
+        for problem in scanned.problems {
+            monitor.event(Event::Problem(&Problem { severity: Severity::Skipped, ..problem }));
         }
         let mut target = scanned.tree;
         let (old_manifest, old_digest) = commit::read_manifest(&self.root, monitor)?;
