@@ -188,7 +188,7 @@ impl State {
         let (done, total) = (get(&self.counters.done_bytes), get(&self.counters.total_bytes));
         let rate = self.rate.lock().unwrap_or_else(std::sync::PoisonError::into_inner).update(done);
         // What is looked at most comes first: a narrow terminal cuts the end.
-        let mut text = format!("{} %", (done.min(total) * 100).checked_div(total).unwrap_or(100));
+        let mut text = format!("{} %", (u128::from(done.min(total)) * 100).checked_div(total.into()).unwrap_or(100));
         if rate >= 1.0 {
             let left = Duration::from_secs_f64((total.saturating_sub(done) as f64 / rate).min(1e9));
             text += &format!(", {} left, {}/s", HumanDuration(left), BinaryBytes(rate as u64));
