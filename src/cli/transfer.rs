@@ -24,7 +24,7 @@ pub(super) struct How {
     /// Say what is chosen and why
     #[arg(short, long, overrides_with = "verbose", conflicts_with = "quiet")]
     pub(super) verbose: bool,
-    /// Say nothing but errors
+    /// Say nothing but errors and warnings
     #[arg(short, long)]
     pub(super) quiet: bool,
     /// One JSON object a line on standard output
