@@ -10,7 +10,8 @@ use predicates::str::contains;
 
 fn lockstep(arguments: &[&str], directory: &Path) -> assert_cmd::assert::Assert {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
-    command.env_clear().env("PATH", "/usr/bin:/bin").current_dir(directory).args(arguments).assert()
+    command.env_clear().env("PATH", "/usr/bin:/bin").env("XDG_STATE_HOME", directory.join(".state"));
+    command.current_dir(directory).args(arguments).assert()
 }
 
 /// A tree `data` with a file in a directory, odd names, a hard link and symbolic links.
