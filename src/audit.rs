@@ -106,7 +106,7 @@ const EMPTY: Head = Head { lines: 0, hash: Digest([0; 32]) };
 pub enum AuditError {
     #[error(transparent)]
     Root(#[from] RootError),
-    #[error("the audit log of '{root}'")]
+    #[error("cannot read or write the audit log of '{root}'")]
     Io { root: String, source: io::Error },
     #[error("the audit log of '{root}', line {line}: {what}; keep the file as it is and find out who changed it")]
     Broken { root: String, line: u64, what: &'static str },
@@ -123,11 +123,11 @@ pub struct AuditLog<'r> {
 }
 
 fn io_error(root: &Root) -> impl Fn(io::Error) -> AuditError + '_ {
-    |source| AuditError::Io { root: root.shown().display().to_string(), source }
+    |source| AuditError::Io { root: crate::error::shown(root.shown()).to_string(), source }
 }
 
 fn broken(root: &Root, line: u64, what: &'static str) -> AuditError {
-    AuditError::Broken { root: root.shown().display().to_string(), line, what }
+    AuditError::Broken { root: crate::error::shown(root.shown()).to_string(), line, what }
 }
 
 impl<'r> AuditLog<'r> {

@@ -76,11 +76,15 @@ fn is_unsafe_to_print(c: char) -> bool {
 
 /// An error and its causes in one line, as `cli` and the logs print it: `a: b: c`.
 pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
+    let mut text = in_words(error);
     let mut source = error.source();
     while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.ends_with(&cause_text) {
+        let cause_text = in_words(cause);
+        // Who failed may stand before each of them, and the cause within what came of it.
+        let of_the_same = text.split_once(": ").and_then(|(who, _)| cause_text.strip_prefix(who)?.strip_prefix(": "));
+        // A few letters may stand there by chance.
+        let told = |cause: &str| text.ends_with(cause) || cause.len() > 16 && text.contains(cause);
+        if !told(&cause_text) && !of_the_same.is_some_and(told) {
             text.push_str(": ");
             text.push_str(&cause_text);
         }
@@ -89,9 +93,53 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// What an error says of itself, without each ` (os error 2)` that the standard library puts after words that say it.
+pub fn in_words(error: &(impl fmt::Display + ?Sized)) -> String {
+    let text = error.to_string();
+    let mut words = String::with_capacity(text.len());
+    let mut rest = text.as_str();
+    while let Some((before, after)) = rest.split_once(" (os error ") {
+        words.push_str(before);
+        rest = after.trim_start_matches(|c: char| c.is_ascii_digit());
+        match rest.strip_prefix(')') {
+            Some(left) if rest.len() < after.len() => rest = left,
+            _ => {
+                words.push_str(" (os error ");
+                rest = after;
+            }
+        }
+    }
+    words + rest
+}
+
+/// `1 path`, `2 paths`.
+pub fn counted(count: u64, one: &str, many: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { many })
+}
+
+/// A path, made safe to print.
+pub fn shown(path: &std::path::Path) -> Escaped<'_> {
+    Escaped(path.as_os_str().as_encoded_bytes())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn causes_are_said_once_and_in_words() {
+        let cause = || std::io::Error::from_raw_os_error(2);
+        #[derive(Debug, thiserror::Error)]
+        #[error("cannot read 'x'{0}")]
+        struct Failed(&'static str, #[source] std::io::Error);
+        assert_eq!(chain(&Failed("", cause())), "cannot read 'x': No such file or directory");
+        let told = Failed(": No such file or directory (os error 2)", cause());
+        assert_eq!(chain(&told), "cannot read 'x': No such file or directory");
+        let twice = Failed(" of h: gone; try again", std::io::Error::other("cannot read 'x' of h: gone"));
+        assert_eq!(chain(&twice), "cannot read 'x' of h: gone; try again");
+        assert_eq!(in_words("a (os error 2); b (os error 13)"), "a; b");
+        assert_eq!(in_words("a (os error x) (os error )"), "a (os error x) (os error )");
+    }
 
     #[test]
     fn control_bytes_and_invalid_utf8_are_escaped() {

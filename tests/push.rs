@@ -139,7 +139,7 @@ fn s29_a_job_goes_to_all_its_targets_and_says_which_failed() {
         &format!("{good}, '{root}/not a directory', '{root}/other'"),
     );
     let output = push(&[]);
-    ends(&output, 4, "1 of 3 targets are not in step");
+    ends(&output, 4, "targets that are not in step: 1 of 3");
     assert!(said(&output).contains(&format!("to {root}/not a directory: ")), "{}", said(&output));
     for target in ["good", "other"] {
         assert_eq!(paths(&at.join(target)), ["model.safetensors"]);
@@ -154,6 +154,15 @@ fn s29_a_job_goes_to_all_its_targets_and_says_which_failed() {
         job(key, &good);
         ends(&push(&[]), 2, part);
     }
+    fs::rename(at.join("data"), at.join("away")).unwrap();
+    job("", &format!("{good}, 'h:/other'"));
+    let output = push(&[]);
+    ends(&output, 5, &format!("lockstep: cannot open '{root}/data': No such file or directory\n"));
+    assert_eq!(said(&output).lines().count(), 1, "once, whatever the number of targets: {}", said(&output));
+    write(at, "data", "");
+    ends(&push(&[]), 2, "is not a directory");
+    fs::remove_file(at.join("data")).unwrap();
+    fs::rename(at.join("away"), at.join("data")).unwrap();
     job("ready = '_SUCCESS'", &good);
     ends(&push(&[]), 4, "'_SUCCESS' is not in it");
     write(at, "data/_SUCCESS", "");
@@ -354,4 +363,100 @@ fn without_a_terminal_nothing_steers_one() {
     ends(&output, 0, "skipped: link");
     assert!(!said(&output).contains(['\u{1b}', '\r']), "{}", said(&output));
     assert!(said(&run(at.path(), &["push", "-q", "data", "target2"])).is_empty());
+}
+
+#[test]
+fn the_examples_of_a_sender_and_a_receiver_work_with_each_other() {
+    let at = tempfile::tempdir().unwrap();
+    let at = at.path();
+    let root = at.to_str().unwrap();
+    let example = |name: &str, changes: &[(&str, &str)]| {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("config").join(name);
+        let mut text = fs::read_to_string(file).unwrap();
+        for (from, to) in changes {
+            assert!(text.contains(from), "{name} has no {from}");
+            text = text.replace(from, to);
+        }
+        write(at, name, &text);
+        use std::os::unix::fs::PermissionsExt as _;
+        fs::set_permissions(at.join(name), fs::Permissions::from_mode(0o600)).unwrap();
+    };
+    let (uid, gid) = (rustix::process::getuid().as_raw().to_string(), rustix::process::getgid().as_raw().to_string());
+    let (etc, data, log) = (format!("{root}/etc"), format!("\"{root}/data/"), format!("{root}/log"));
+    example(
+        "receiver.toml",
+        &[
+            ("/etc/lockstep", &etc),
+            ("\"/data/", &data),
+            ("\"/var/log/lockstep\"", &format!("\"{log}\"")),
+            ("192.168.1.0/24", "127.0.0.0/8"),
+            ("ai_team", &gid),
+            ("trainer", &uid),
+        ],
+    );
+    example("sender.toml", &[("= \"/data/", &format!("= \"{root}/from/"))]);
+    assert!(run(at, &["keys", "generate", "key"]).status.success());
+    for directory in ["data/checkpoints", "data/datasets", "log"] {
+        fs::create_dir_all(at.join(directory)).unwrap();
+    }
+    write(at, "etc/revoked_keys", "");
+    for user in ["sync", "reader"] {
+        write(at, &format!("etc/keys/{user}"), &fs::read_to_string(at.join("key.pub")).unwrap());
+    }
+    for path in ["checkpoints/checkpoint-1/a.safetensors", "checkpoints/latest", "checkpoints/x.tmp", "maps/m"] {
+        write(&at.join("from"), path, path);
+    }
+
+    let serve = ["serve", "--config", "receiver.toml", "--listen", "127.0.0.1:0", "--port-file", "port"];
+    let mut server = lockstep(at, &serve).arg("--die-with-parent").stderr(Stdio::null()).spawn().unwrap();
+    let started = std::time::Instant::now();
+    let port = loop {
+        match fs::read_to_string(at.join("port")) {
+            Ok(port) if !port.trim().is_empty() => break port,
+            _ => assert!(started.elapsed().as_secs() < 20 && server.try_wait().unwrap().is_none(), "no server"),
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    };
+    let hosts = format!(
+        "Host gpu02 gpu03\n HostName 127.0.0.1\n Port {}\n IdentityFile {root}/key\n UserKnownHostsFile {root}/known\n",
+        port.trim()
+    );
+    write(at, "ssh_config", &hosts);
+    let done = |arguments: &[&str], part: &str| {
+        ends(&run(at, &[arguments, &["-F", "ssh_config"]].concat()), 0, part);
+    };
+    done(&["keys", "scan-host", "--add", "gpu02"], "added");
+    done(&["push", "--config", "sender.toml", "checkpoints"], "published");
+    done(&["push", "--config", "sender.toml", "maps"], "1 published");
+    done(&["pull", "reader@gpu02:/", "copy"], "the source is empty");
+    rustix::process::kill_process(rustix::process::Pid::from_child(&server), rustix::process::Signal::TERM).unwrap();
+    assert!(server.wait().unwrap().success());
+    let arrived = at.join("data/checkpoints/data");
+    assert_eq!(paths(&arrived.join("checkpoints")), ["checkpoint-1", "checkpoint-1/a.safetensors", "latest"]);
+    assert_eq!(paths(&arrived.join("maps")), ["m"]);
+    assert!(run(at, &["audit", "verify", "log"]).status.success());
+}
+
+#[test]
+fn what_the_target_did_not_let_happen_is_not_counted_as_done() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let at = tempfile::tempdir().unwrap();
+    let at = at.path();
+    write(at, "source/a", "a");
+    ends(&run(at, &["push", "source", "target"]), 0, "1 published");
+    // A mount point is what nobody can remove, replace or rename, root neither.
+    write(at, "target/there/f", "f");
+    fs::set_permissions(at.join("target/there"), fs::Permissions::from_mode(0o500)).unwrap();
+    let closed = |arguments: &[&str]| {
+        let script = "mount --bind target/there target/there && exec \"$@\"";
+        let program = env!("CARGO_BIN_EXE_lockstep");
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", program]).args(arguments);
+        command.current_dir(at).env("XDG_STATE_HOME", at.join("state"));
+        command.output().expect("unshare is not installed: Debian package util-linux")
+    };
+    let output = closed(&["push", "--delete", "source", "target"]);
+    ends(&output, 4, "failed: there: cannot remove the directory");
+    assert!(said(&output).contains("1 removed, 1 failed"), "{}", said(&output));
+    assert!(!at.join("target/there/f").exists() && at.join("target/there").exists());
 }

@@ -94,6 +94,10 @@ fn what_cannot_be_shown_is_said_and_leaves_nothing() {
     assert!(said(&output).contains("holds no file"), "{}", said(&output));
     let missing = quickstart(temporary.path()).arg(empty.path().join("x")).output().unwrap();
     assert_eq!(missing.status.code(), Some(5), "{}", said(&missing));
+    fs::write(empty.path().join("file"), "").unwrap();
+    let file = quickstart(temporary.path()).arg(empty.path().join("file")).output().unwrap();
+    assert_eq!(file.status.code(), Some(2), "{}", said(&file));
+    assert!(file.stdout.is_empty() && said(&file).contains("is not a directory"), "{}", said(&file));
     assert!(is_empty(temporary.path()));
 }
 

@@ -445,6 +445,34 @@ fn the_way_in_can_be_chosen_and_what_answers_otherwise_is_said() {
     noisy.write("f", "x");
     let refused = noisy.push(&["--remote=auto"]);
     assert!(!refused.status.success() && text(&refused).contains("login script"), "{}", text(&refused));
+    // In its own words, and once, though three ways in were tried.
+    assert_eq!(text(&refused).matches("it said 'hello'").count(), 1, "{}", text(&refused));
+}
+
+#[test]
+fn a_tilde_is_where_the_account_starts_and_no_name() {
+    let at = tempfile::tempdir().unwrap();
+    let home = at.path().join("home");
+    fs::create_dir(&home).unwrap();
+    let sshd =
+        Sshd::start(&format!("Subsystem sftp internal-sftp -d {0}\nForceCommand internal-sftp -d {0}", home.display()));
+    sshd.write("f", "x");
+    for (there, found) in [("~/a/b", "a/b/f"), ("c", "c/f"), ("./~d", "~d/f"), ("~", "f")] {
+        let output = sshd
+            .command(&["push", &sshd.path("source").display().to_string(), &format!("127.0.0.1:{there}")])
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(0), "{there}: {}", text(&output));
+        assert!(home.join(found).exists(), "{there}: {}", text(&output));
+    }
+    let pattern = sshd.command(&["pull", "127.0.0.1:c/*", "here"]).output().unwrap();
+    assert_eq!(pattern.status.code(), Some(5), "{}", text(&pattern));
+    assert!(text(&pattern).contains("there is no 'c/*'; patterns are not"), "{}", text(&pattern));
+    for (there, said) in [("", "names no path"), ("~other/x", "write the whole path")] {
+        let output = sshd.command(&["push", "x", &format!("127.0.0.1:{there}")]).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{there}: {}", text(&output));
+        assert!(text(&output).contains(said), "{there}: {}", text(&output));
+    }
 }
 
 #[test]
@@ -454,6 +482,6 @@ fn h34_a_connection_cut_at_the_greeting_is_tried_again_and_not_by_another_way() 
     sshd.write("f", "x");
     let cut = sshd.push(&["--remote=auto"]);
     assert_eq!(cut.status.code(), Some(75), "{}", text(&cut));
-    assert!(text(&cut).contains("the connection was lost"), "{}", text(&cut));
+    assert_eq!(text(&cut).matches("the connection was lost").count(), 1, "{}", text(&cut));
     assert!(!sshd.path("target").exists());
 }

@@ -17,7 +17,8 @@ use super::transfer::{How, state_directory};
 use crate::endpoint::local::{LocalSource, LocalTarget};
 use crate::endpoint::several::{Part, Several};
 use crate::endpoint::{Error, Reader, Scan, ScanOptions, Source, Target};
-use crate::error::{Escaped, Exit};
+use crate::error::{Escaped, Exit, chain};
+use crate::filter::Filter;
 use crate::manifest::{Digest, Tree};
 use crate::monitor::Monitor;
 use crate::path::RelPath;
@@ -52,18 +53,14 @@ impl Place {
     pub(super) fn source(&self, how: &How, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Failure> {
         Ok(match self {
             Place::Here(path) => Box::new(LocalSource::new(path, state_directory().as_deref())?),
-            Place::There(there) => {
-                remote::source(there, &how.ssh, &how.reach, how.transfers, how.compress(), monitor)?
-            }
+            Place::There(there) => remote::source(there, &how.ssh, &how.reach, how.transfers, how.compress(), monitor)?,
         })
     }
 
     pub(super) fn target(&self, how: &How, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Failure> {
         Ok(match self {
             Place::Here(path) => Box::new(LocalTarget::new(path, PolicySpec::default())),
-            Place::There(there) => {
-                remote::target(there, &how.ssh, &how.reach, how.transfers, how.compress(), monitor)?
-            }
+            Place::There(there) => remote::target(there, &how.ssh, &how.reach, how.transfers, how.compress(), monitor)?,
         })
     }
 
@@ -119,7 +116,7 @@ impl Place {
             Place::Here(path) => match std::fs::metadata(path) {
                 Ok(metadata) => Ok(found(&metadata)),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Found::Nothing),
-                Err(error) => Err(Failure::io("looking at", path)(error)),
+                Err(error) => Err(Failure::io("look at", path)(error)),
             },
         }
     }
@@ -148,7 +145,7 @@ fn named(place: &Place) -> Result<Named, Failure> {
         return Ok(Named { above, called: name.clone(), name });
     };
     // A link that was named stands for what it points to, as for scp.
-    let real = path.canonicalize().map_err(Failure::io("opening", path))?;
+    let real = path.canonicalize().map_err(Failure::io("open", path))?;
     let (above, name) = Place::Here(real).split().ok_or_else(nameless)?;
     let called = place.split().map_or_else(|| name.clone(), |(_, called)| called);
     Ok(Named { above, name, called })
@@ -210,6 +207,14 @@ pub(super) fn route(
 ) -> Result<Route, Failure> {
     let target = Place::parse(target)?;
     let places: Vec<Place> = sources.iter().map(|source| Place::parse(source)).collect::<Result<_, _>>()?;
+    let here = |place: &Place| matches!(place, Place::Here(_));
+    if let Some(option) = how.ssh.given()
+        && here(&target)
+        && places.iter().all(here)
+    {
+        let message = format!("{option} is for another machine, and none is named: write it as [USER@]HOST:PATH");
+        return Err(Failure::usage(message));
+    }
     let shown = shown_list(sources);
     let sending = matches!(target, Place::There(_));
     let [place] = places.as_slice() else {
@@ -218,12 +223,45 @@ pub(super) fn route(
         return Ok(Route { source, target: target.target(how, monitor)?, only, sending, called: None });
     };
     if let Some(source) = whole(place, how, scan, monitor)? {
+        if let (Place::Here(from), Place::Here(to)) = (place, &target) {
+            apart(from, to, how)?;
+        }
         return Ok(Route { source, target: target.target(how, monitor)?, only: None, sending, called: None });
     }
     let (file, target) = place_of_file(named(place)?, &target, how)?;
     let called = Some(file.called.clone());
     let (source, only) = join(vec![file], shown, how, monitor)?;
     Ok(Route { source, target: target.target(how, monitor)?, only, sending, called })
+}
+
+/// Refuses a directory of this machine as the target of what it holds, which would grow with each run, and a source
+/// that its own run would delete.
+fn apart(source: &Path, target: &Path, how: &How) -> Result<(), Failure> {
+    let absolute = |path: &Path| std::path::absolute(path).map_err(Failure::io("find", path));
+    let (from, to) = (source.canonicalize().map_err(Failure::io("open", source))?, absolute(target)?);
+    // What is not there yet has no links in it.
+    let there = to.ancestors().find_map(|above| Some((above.canonicalize().ok()?, to.strip_prefix(above).ok()?)));
+    let to = there
+        .map_or_else(|| to.clone(), |(above, rest)| if rest.as_os_str().is_empty() { above } else { above.join(rest) });
+    let refused = |message: String| Err(Failure::usage(message));
+    let (shown_source, shown_target) = (shown(source), shown(target));
+    if from == to {
+        return refused(format!("'{shown_source}' and '{shown_target}' are the same directory"));
+    }
+    if let Ok(below) = to.strip_prefix(&from) {
+        let filter = Filter::compile(&how.filter()?).map_err(|error| Failure::usage(chain(&error)))?;
+        let path = RelPath::new(below.as_os_str().as_bytes()).map_err(|error| Failure::usage(error.to_string()))?;
+        let takes_part = path.ancestors().all(|above| filter.admits(&above, true)) && filter.admits(&path, true);
+        if takes_part {
+            return refused(format!(
+                "'{shown_target}' lies in '{shown_source}', and would be sent into itself; leave it out with --exclude"
+            ));
+        }
+    }
+    if how.delete && from.starts_with(&to) {
+        return refused(format!("--delete would remove '{shown_source}' itself, which lies in '{shown_target}'"));
+    }
+    Ok(())
 }
 
 /// A directory as a source; `None` when the place is a file.
@@ -234,7 +272,7 @@ fn whole(
     monitor: &dyn Monitor,
 ) -> Result<Option<Box<dyn Source>>, Failure> {
     if let Place::Here(path) = place {
-        return match found(&std::fs::metadata(path).map_err(Failure::io("opening", path))?) {
+        return match found(&std::fs::metadata(path).map_err(Failure::io("open", path))?) {
             Found::Directory => place.source(how, monitor).map(Some),
             Found::File => Ok(None),
             _ => Err(Failure::usage(format!("'{}' is neither a file nor a directory", shown(path)))),
@@ -248,7 +286,19 @@ fn whole(
         Err(error) if matches!(error.exit(), Exit::Trust | Exit::TryAgain) => Err(error.into()),
         Err(error) => {
             drop(source);
-            if place.found(how)? == Found::File { Ok(None) } else { Err(error.into()) }
+            match place.found(how)? {
+                Found::File => Ok(None),
+                // As scp has it done by the shell there.
+                Found::Nothing if place.bytes().iter().any(|byte| b"*?[".contains(byte)) => {
+                    let message = format!(
+                        "there is no '{}'; patterns are not looked up there: name the directory, and what is wanted of it \
+                         with --files-from, --exclude and --include",
+                        Escaped(place.bytes())
+                    );
+                    Err(Failure::Plain { exit: error.exit(), message })
+                }
+                _ => Err(error.into()),
+            }
         }
     }
 }
@@ -300,7 +350,7 @@ mod tests {
             ("x/y/a", "x/y", "a"),
             ("h:/models/a.ckpt", "/models", "a.ckpt"),
             ("h:a.ckpt", ".", "a.ckpt"),
-            ("u@h:~/a", "~", "a"),
+            ("u@h:~/a", ".", "a"),
         ] {
             assert_eq!(split(path), Some((above.into(), name.into())), "{path}");
         }

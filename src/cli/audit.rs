@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::{Failure, output, shown};
 use crate::audit;
-use crate::error::{Escaped, Exit};
+use crate::error::{Escaped, Exit, counted};
 use crate::path::RelPath;
 use crate::root::{Follow, Root};
 
@@ -49,8 +49,9 @@ impl Command {
         match self {
             Command::Verify { directory } => {
                 let head = verify(&directory)?;
-                let (directory, lines, hash) = (shown(&directory), head.lines, head.hash);
-                output(format!("{directory}: {lines} lines, unbroken; the last is {hash}\n").as_bytes())?;
+                let (directory, hash) = (shown(&directory), head.hash);
+                let lines = counted(head.lines, "line", "lines");
+                output(format!("{directory}: {lines}, unbroken; the last is {hash}\n").as_bytes())?;
                 Ok(Exit::Done)
             }
             Command::Show(show) => show.run(),
@@ -78,7 +79,7 @@ impl Show {
             Err(error) => return Err(error.into()),
             Ok(file) => {
                 for line in BufReader::new(file).split(b'\n') {
-                    let line = line.map_err(Failure::io("reading", &at))?;
+                    let line = line.map_err(Failure::io("read", &at))?;
                     found.extend(self.shown(&line));
                     if self.last.is_some_and(|last| found.len() > last) {
                         found.pop_front();
@@ -113,7 +114,8 @@ impl Show {
             return Some(String::from_utf8_lossy(line).into_owned());
         }
         let named = ["time", "action", "path"].map(|name| field(name).unwrap_or_else(|| "-".to_owned()));
-        let mut text = named.join(" ");
+        // Of a login there is no path.
+        let mut text = named.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ");
         if let Some(size) = record["size"].as_u64() {
             text += &format!(" {size} bytes");
         }

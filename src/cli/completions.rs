@@ -34,7 +34,7 @@ impl Man {
         match self.to {
             Some(directory) => {
                 let written = clap_mangen::generate_to(Cli::command(), &directory);
-                written.map_err(Failure::io("writing manual pages to", &directory))?;
+                written.map_err(Failure::io("write manual pages to", &directory))?;
             }
             None => {
                 let mut page = Vec::new();

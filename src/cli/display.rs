@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{BinaryBytes, HumanCount, HumanDuration};
 use serde_json::json;
 
-use crate::error::Escaped;
+use crate::error::{Escaped, in_words};
 use crate::monitor::{Counters, Event, Monitor, Phase, Problem, Severity};
 
 /// Nothing is drawn while this is not 0: the terminal asks for something.
@@ -64,20 +64,27 @@ struct Rate {
     at: Instant,
     bytes: u64,
     smooth: f64,
+    /// How much of `smooth` is measured, from 0 to 1. At first little is, and a burst must not pass for the rate.
+    known: f64,
 }
 
 impl Rate {
     /// Bytes a second, now that `bytes` are done.
     fn update(&mut self, bytes: u64) -> f64 {
-        let seconds = self.at.elapsed().as_secs_f64();
+        self.update_at(bytes, Instant::now())
+    }
+
+    fn update_at(&mut self, bytes: u64, when: Instant) -> f64 {
+        let seconds = when.saturating_duration_since(self.at).as_secs_f64();
         if seconds > 0.0 {
             let now = bytes.saturating_sub(self.bytes) as f64 / seconds;
             // What was measured three seconds ago counts for a third.
-            let weight = if self.smooth == 0.0 { 1.0 } else { 1.0 - (-seconds / 3.0).exp() };
+            let weight = 1.0 - (-seconds / 3.0).exp();
             self.smooth += (now - self.smooth) * weight;
-            (self.at, self.bytes) = (Instant::now(), bytes);
+            self.known += (1.0 - self.known) * weight;
+            (self.at, self.bytes) = (when, bytes);
         }
-        self.smooth
+        if self.known > 0.0 { self.smooth / self.known } else { 0.0 }
     }
 }
 
@@ -91,7 +98,7 @@ impl Display {
             json,
             progress,
             phase: Mutex::new(Phase::Connecting),
-            rate: Mutex::new(Rate { at: Instant::now(), bytes: 0, smooth: 0.0 }),
+            rate: Mutex::new(Rate { at: Instant::now(), bytes: 0, smooth: 0.0, known: 0.0 }),
             line: Mutex::new(()),
             done: AtomicBool::new(false),
         });
@@ -146,7 +153,7 @@ impl State {
     fn say(&self, text: &str) {
         let _guard = self.line.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         self.clear();
-        let _ = writeln!(std::io::stderr(), "{text}");
+        let _ = writeln!(std::io::stderr(), "{}", in_words(text));
     }
 
     fn tell(&self, value: &serde_json::Value) {
@@ -180,18 +187,19 @@ impl State {
         let get = Counters::get;
         let (done, total) = (get(&self.counters.done_bytes), get(&self.counters.total_bytes));
         let rate = self.rate.lock().unwrap_or_else(std::sync::PoisonError::into_inner).update(done);
-        let mut text = format!(
-            "{} of {} ({} %), {} of {} files",
+        // What is looked at most comes first: a narrow terminal cuts the end.
+        let mut text = format!("{} %", (u128::from(done.min(total)) * 100).checked_div(total.into()).unwrap_or(100));
+        if rate >= 1.0 {
+            let left = Duration::from_secs_f64((total.saturating_sub(done) as f64 / rate).min(1e9));
+            text += &format!(", {} left, {}/s", HumanDuration(left), BinaryBytes(rate as u64));
+        }
+        text += &format!(
+            ": {} of {}, {} of {} files",
             BinaryBytes(done),
             BinaryBytes(total),
-            (done.min(total) * 100).checked_div(total).unwrap_or(100),
             HumanCount(get(&self.counters.done_files)),
             HumanCount(get(&self.counters.total_files)),
         );
-        if rate >= 1.0 {
-            let left = Duration::from_secs_f64((total.saturating_sub(done) as f64 / rate).min(1e9));
-            text += &format!(", {}/s, {} left", BinaryBytes(rate as u64), HumanDuration(left));
-        }
         let (sent, wire) = (get(&self.counters.transferred_bytes), get(&self.counters.wire_bytes));
         if wire > 0 && sent > 0 {
             text += &format!(", {:.2} on the wire", wire as f64 / sent as f64);
@@ -231,10 +239,10 @@ impl State {
 
     fn problem(&self, problem: &Problem) {
         let path = problem.path.as_ref().map_or_else(|| ".".to_owned(), ToString::to_string);
-        let message = Escaped(problem.message.as_bytes());
+        let message = in_words(&Escaped(problem.message.as_bytes()));
         if self.json {
             let severity = if problem.severity == Severity::Failed { "failed" } else { "skipped" };
-            self.tell(&json!({"event": severity, "path": path, "message": message.to_string()}));
+            self.tell(&json!({"event": severity, "path": path, "message": message}));
         } else if problem.severity == Severity::Failed {
             self.say(&format!("failed: {path}: {message}"));
         } else if self.verbosity != Verbosity::Quiet {
@@ -252,7 +260,7 @@ impl Monitor for Display {
                 if phase == Phase::Transferring {
                     let now = Instant::now();
                     *state.rate.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
-                        Rate { at: now, bytes: Counters::get(&state.counters.done_bytes), smooth: 0.0 };
+                        Rate { at: now, bytes: Counters::get(&state.counters.done_bytes), smooth: 0.0, known: 0.0 };
                 }
                 if state.json {
                     state.tell(&json!({"event": "phase", "phase": format!("{phase:?}").to_lowercase()}));
@@ -273,5 +281,24 @@ impl Monitor for Display {
 
     fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_at_the_start_does_not_pass_for_the_rate() {
+        let start = Instant::now();
+        let mut rate = Rate { at: start, bytes: 0, smooth: 0.0, known: 0.0 };
+        // A megabyte at once, then a hundred kilobytes a second.
+        rate.update_at(1_000_000, start + Duration::from_millis(10));
+        let mut last = 0.0;
+        for second in 1..=12_u64 {
+            last = rate.update_at(1_000_000 + second * 100_000, start + Duration::from_secs(second));
+            assert!(last < 1_300_000.0 / second as f64, "after {second} s: {last}");
+        }
+        assert!((100_000.0..120_000.0).contains(&last), "{last}");
     }
 }

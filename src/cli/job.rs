@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 
 use super::arguments::{Place, Route};
 use super::stop::Stop;
-use super::transfer::{How, Rate, load_config};
+use super::transfer::{How, Rate, config_file, load_config};
 use super::{Failure, shown};
 use crate::config::{Config, Delete, Job, Ready};
 use crate::error::{Escaped, Exit, chain};
@@ -15,16 +15,22 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
     let shown_name = shown(std::path::Path::new(name)).to_string();
     let missing = || {
         format!(
-            "'{shown_name}' alone is the name of a job; to send a directory, say where to: lockstep push {shown_name} \
-             [USER@]HOST:DEST"
+            "'{shown_name}' alone would be the name of a job; to send a file or directory, say where to: \
+             lockstep push {shown_name} [USER@]HOST:DEST"
         )
     };
     let Some(name) = name.to_str().filter(|name| !name.contains('/')) else {
         return Err(Failure::usage(missing()));
     };
-    let config =
-        load_config(how.config.as_deref()).map_err(|error| Failure::usage(format!("{error}\n{}", missing())))?;
-    let job = config.job(name).map_err(|error| Failure::usage(format!("{}\n{}", chain(&error), missing())))?;
+    // Where there is no configuration, what lies here under that name was meant.
+    if !config_file(how.config.as_deref()).exists() && std::path::Path::new(name).exists() {
+        return Err(Failure::usage(missing()));
+    }
+    let config = load_config(how.config.as_deref())?;
+    let job = config.job(name).map_err(|error| {
+        let here = std::path::Path::new(name).exists();
+        Failure::usage(if here { format!("{}; {}", chain(&error), missing()) } else { chain(&error) })
+    })?;
     let wrong = |message: String| Failure::usage(format!("job '{}': {message}", Escaped(job.name.as_bytes())));
     refuse(job, how).map_err(wrong)?;
     let options = options(&config, job, how)?;
@@ -35,9 +41,11 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
             format!("'{}' is not finished: '{}' is not in it", shown(&job.source), Escaped(marker.as_bytes()));
         return Err(Failure::Plain { exit: Exit::Incomplete, message });
     }
+    // Said once, before anybody is connected to, and with the exit code of a push of the same directory.
+    if !std::fs::metadata(&job.source).map_err(Failure::io("open", &job.source))?.is_dir() {
+        return Err(wrong(format!("its source '{}' is not a directory", shown(&job.source))));
+    }
     let stop = Stop::on_signals()?;
-    let source = OsStr::new(job.source.as_os_str());
-    Place::must_be_here(source, "a job sends what lies on this machine")?;
     let mut failed = Vec::new();
     for target in &job.targets {
         stop.check()?;
@@ -56,7 +64,8 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
         ([], _) => Ok(Exit::Done),
         ([exit], 1) => Ok(*exit),
         (_, all) => {
-            let message = format!("{} of {all} targets are not in step; the same command goes on there", failed.len());
+            let message =
+                format!("targets that are not in step: {} of {all}; the same command goes on there", failed.len());
             Err(Failure::Plain { exit: Exit::Incomplete, message })
         }
     }

@@ -63,7 +63,7 @@ impl Generate {
             }
         }
         let secret = if self.passphrase { Some(new_passphrase(&file)?) } else { None };
-        let public = key_file::generate(&file, &comment, secret.as_deref()).map_err(Failure::io("writing", &file))?;
+        let public = key_file::generate(&file, &comment, secret.as_deref()).map_err(Failure::io("write", &file))?;
         eprintln!("wrote '{}' and '{}'", shown(&file), shown(&key_file::beside(&file)));
         eprintln!("{} key, {}", self.kind, public.fingerprint(HashAlg::Sha256));
         if secret.is_none() {
@@ -210,9 +210,10 @@ fn by_hand(error: &ConnectError, key: &Path, line: &str, options: &SshOptions) -
     let jumps = options.jumps();
     let jump = if jumps.is_empty() { jumps } else { format!("-o ProxyJump={} ", quote(&jumps)) };
     let message = format!(
-        "{}\nNo login to {user}@{host} works yet. Somebody who can write ~{user}/.ssh/authorized_keys there adds this \
-         line:\n{line}\nor, where a password still works:\n  ssh-copy-id -i {} {jump}{port}{}",
-        error.message,
+        "{}\nNo login to {user}@{host} works from here yet; --with KEY names one that does. Or somebody who can write \
+         ~{user}/.ssh/authorized_keys there adds this line:\n{line}\nor, where a password still works:\n  ssh-copy-id -i {} {jump}{port}{}",
+        // Without its advice: it sends back to this command.
+        error.message.split("; ").next().unwrap_or_default(),
         quote(&shown(&public).to_string()),
         quote(&format!("{user}@{host}")),
         user = Escaped(user.as_bytes()),

@@ -47,6 +47,20 @@ pub(super) fn failed(error: ConnectError) -> Failure {
 }
 
 impl Ssh {
+    /// An option that was given, and that means nothing where no other machine takes part.
+    pub(super) fn given(&self) -> Option<&'static str> {
+        let given = [
+            (self.port.is_some(), "-P"),
+            (self.jump.is_some(), "-J"),
+            (self.ssh_config.is_some(), "-F"),
+            (!self.options.is_empty(), "-o"),
+            (!self.identity.is_empty(), "--identity"),
+            (!self.known_hosts.is_empty(), "--known-hosts"),
+            (self.connect_timeout.is_some(), "--connect-timeout"),
+        ];
+        given.into_iter().find(|(given, _)| *given).map(|(_, option)| option)
+    }
+
     /// The same with other keys.
     pub(super) fn with_identities(&self, identity: &[PathBuf]) -> Ssh {
         Ssh { identity: identity.to_vec(), ..self.clone() }

@@ -44,11 +44,6 @@ pub(super) fn look(destination: &Destination, ssh: &Ssh, reach: &Reach) -> Resul
 }
 
 fn stat(client: &Client, path: &str) -> Result<Found, crate::endpoint::Error> {
-    // SFTP knows no '~': what is relative starts at the home directory.
-    let path = match path.strip_prefix("~/").unwrap_or(path) {
-        "~" | "" => ".",
-        path => path,
-    };
     let mut request = vec![0, 0, 0, 0, packet::STAT, 0, 0, 0, 0];
     put_string(&mut request, path.as_bytes());
     let answer = client.call(request, false)?;

@@ -15,7 +15,7 @@ use super::display::{Display, Verbosity};
 use super::{Failure, output, shown};
 use crate::endpoint::local::LocalSource;
 use crate::endpoint::{Fetch, Links, Produced, ScanOptions, Source as _};
-use crate::error::{Escaped, Exit, chain};
+use crate::error::{Escaped, Exit, chain, counted};
 use crate::manifest::{Content, Digest, Manifest, Timestamp, Tree, format, sums};
 use crate::monitor::Severity;
 use crate::path::RelPath;
@@ -190,7 +190,10 @@ impl Create {
             for (path, message) in &unreadable {
                 eprintln!("lockstep: '{}': {message}", name(path.as_ref()));
             }
-            let message = format!("{} paths could not be read, so no list was written", unreadable.len());
+            let message = format!(
+                "{} could not be read, so no list was written",
+                counted(unreadable.len() as u64, "path", "paths")
+            );
             return Err(Failure::Plain { exit: Exit::Incomplete, message });
         }
         if let Some(own) = self.output.as_ref().and_then(|file| place_of(file, &self.path)) {
@@ -204,7 +207,7 @@ impl Create {
         };
         match &self.output {
             None => output(&text)?,
-            Some(file) => replace(file, &text).map_err(Failure::io("writing", file))?,
+            Some(file) => replace(file, &text).map_err(Failure::io("write", file))?,
         }
         Ok(Exit::Done)
     }
@@ -237,11 +240,11 @@ fn load(file: Option<&Path>, directory: &Path) -> Result<Manifest, Failure> {
     let at = file.map_or_else(|| directory.join(PUBLISHED), Path::to_owned);
     let mut text = Vec::new();
     match file {
-        Some(file) => text = std::fs::read(file).map_err(Failure::io("reading", file))?,
+        Some(file) => text = std::fs::read(file).map_err(Failure::io("read", file))?,
         None => {
             let path = RelPath::new(PUBLISHED).map_err(|error| Failure::usage(error.to_string()))?;
             match Root::open(directory)?.open_read(&path, Follow::Never) {
-                Ok(mut open) => open.read_to_end(&mut text).map_err(Failure::io("reading", &at))?,
+                Ok(mut open) => open.read_to_end(&mut text).map_err(Failure::io("read", &at))?,
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                     return Err(Failure::usage(format!(
                         "'{}' has no manifest: nothing was published there; name a list with --manifest or --sums",
@@ -262,7 +265,7 @@ fn load(file: Option<&Path>, directory: &Path) -> Result<Manifest, Failure> {
 }
 
 fn show(path: &Path) -> Result<Exit, Failure> {
-    let directory = std::fs::metadata(path).map_err(Failure::io("reading", path))?.is_dir();
+    let directory = std::fs::metadata(path).map_err(Failure::io("read", path))?.is_dir();
     let manifest = load((!directory).then_some(path), path)?;
     let mut text = String::new();
     let (entries, created) = (manifest.tree.entries(), manifest.created.seconds);
@@ -345,7 +348,12 @@ impl Verify {
             let _ = writeln!(text, "{}: {line}", name(path.as_ref()));
         }
         if lines.is_empty() {
-            let _ = writeln!(text, "{}: {} paths verified, all as listed", shown(&self.directory), expected.len());
+            let _ = writeln!(
+                text,
+                "{}: {} verified, all as listed",
+                shown(&self.directory),
+                counted(expected.len() as u64, "path", "paths")
+            );
         }
         output(text.as_bytes())?;
         match lines.len() {
@@ -395,7 +403,7 @@ fn listed(tree: &Tree) -> Vec<(RelPath, Expected)> {
 }
 
 fn listed_sums(file: &Path) -> Result<Vec<(RelPath, Expected)>, Failure> {
-    let text = std::fs::read(file).map_err(Failure::io("reading", file))?;
+    let text = std::fs::read(file).map_err(Failure::io("read", file))?;
     let sums = sums::parse(&text)
         .map_err(|error| Failure::bad_data(format!("'{}', {}; the list is not used", shown(file), chain(&error))))?;
     if sums.is_empty() {

@@ -11,13 +11,14 @@ use clap::{Parser, Subcommand};
 
 use crate::audit::AuditError;
 use crate::endpoint;
-use crate::error::{Escaped, Exit, chain};
+use crate::error::{Exit, chain, shown};
 use crate::root::RootError;
 
 mod arguments;
 mod audit;
 mod completions;
 pub mod display;
+mod habits;
 mod job;
 mod keys;
 mod login;
@@ -58,13 +59,10 @@ struct Cli {
 // variant here, a line in `Command::run`.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Send files and directories to another server, verified, with the right permissions
+    // What these say of themselves is longer than a line, and stands with their options.
     Push(push::Push),
-    /// Fetch files and directories from another server
     Pull(push::Pull),
-    /// Listen for SSH connections: public keys only, file transfer only
     Serve(serve::Serve),
-    /// Serve SFTP, and lockstep's own protocol, on standard input and output
     SftpServer(sftp_server::SftpServer),
     /// List what a directory holds with its SHA-256, and check a directory against such a list
     #[command(subcommand)]
@@ -78,7 +76,6 @@ enum Command {
     /// Show and check the record of what was published
     #[command(subcommand)]
     Audit(audit::Command),
-    /// See on this machine what lockstep does: nothing to set up, nothing left behind
     Quickstart(quickstart::Quickstart),
     /// Print a completion script for a shell
     Completions(completions::Completions),
@@ -113,9 +110,9 @@ enum Failure {
     Root(#[from] RootError),
     #[error(transparent)]
     Audit(#[from] AuditError),
-    #[error("{operation} '{}'", shown(path))]
+    #[error("cannot {operation} '{}'", shown(path))]
     Io { operation: &'static str, path: PathBuf, source: std::io::Error },
-    #[error("writing to standard output")]
+    #[error("cannot write to standard output")]
     Output(#[source] std::io::Error),
     /// What is to be said is complete.
     #[error("{message}")]
@@ -135,7 +132,7 @@ impl Failure {
         Failure::Plain { exit: Exit::BadData, message: message.into() }
     }
 
-    /// For `map_err`: the operation is a participle, as in "reading 'x': No such file or directory".
+    /// For `map_err`: the operation is a verb, as in "cannot read 'x': No such file or directory".
     fn io(operation: &'static str, path: &std::path::Path) -> impl FnOnce(std::io::Error) -> Failure {
         let path = path.to_owned();
         move |source| Failure::Io { operation, path, source }
@@ -151,11 +148,6 @@ impl Failure {
     }
 }
 
-/// A path of this machine, made safe to print.
-fn shown(path: &std::path::Path) -> Escaped<'_> {
-    Escaped(path.as_os_str().as_encoded_bytes())
-}
-
 /// Writes data to standard output. A reader that has seen enough (`| head`) is no failure.
 fn output(data: &[u8]) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
@@ -167,9 +159,15 @@ fn output(data: &[u8]) -> Result<(), Failure> {
 
 /// Runs the command that `arguments` (the program's name first) ask for, and says what went wrong.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Exit {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let of_a_transfer = arguments.get(1).is_some_and(|command| command == "push" || command == "pull");
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() => {
+            if of_a_transfer && let Some(hint) = habits::hint(&error) {
+                eprintln!("lockstep: {hint}");
+                return Exit::Usage;
+            }
             let text = error.render().to_string();
             match text.strip_prefix("error: ") {
                 Some(text) => eprint!("lockstep: {text}"),

@@ -8,7 +8,7 @@ use super::transfer::How;
 use super::{Failure, job};
 use crate::error::Exit;
 
-/// Sends files and directories.
+/// Send files and directories to another server, verified, with the right permissions
 ///
 /// One directory SRC: its contents become those of DEST, which need not be there yet.
 ///
@@ -21,6 +21,8 @@ use crate::error::Exit;
 /// named as SRC stands for what it points to. The directory DEST (or the one above the file's new name) keeps the record
 /// of what was published in .lockstep/.
 ///
+/// A relative DEST starts at the home directory of the account there, and so does ~/. HOST:. is that directory itself.
+///
 /// A single NAME runs the [[job]] of that name in the configuration once, to all its targets.
 #[derive(Debug, clap::Args)]
 #[command(override_usage = "lockstep push [OPTIONS] SRC... [USER@]HOST:DEST\n       lockstep push [OPTIONS] NAME")]
@@ -32,14 +34,14 @@ pub(super) struct Push {
     how: How,
 }
 
-/// Fetches files and directories.
+/// Fetch files and directories from another server
 ///
 /// What becomes of one directory, one file or several SRC is as for push; DEST is on this machine.
 #[derive(Debug, clap::Args)]
 #[command(override_usage = "lockstep pull [OPTIONS] [USER@]HOST:SRC... DEST")]
 pub(super) struct Pull {
     /// What to fetch, then where to
-    #[arg(value_name = "[USER@]HOST:SRC... DEST", required = true, num_args = 2..)]
+    #[arg(value_name = "[USER@]HOST:SRC... DEST", required = true, num_args = 1..)]
     arguments: Vec<OsString>,
     #[command(flatten)]
     how: How,
@@ -69,7 +71,9 @@ impl Pull {
                 self.how.needs_no_config()?;
                 transfer(sources, target, &self.how)
             }
-            _ => Err(Failure::usage("pull needs SRC and DEST")),
+            _ => Err(Failure::usage(
+                "pull needs SRC and DEST: lockstep pull [USER@]HOST:SRC DIRECTORY ('.' is the one you are in)",
+            )),
         }
     }
 }

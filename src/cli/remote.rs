@@ -13,6 +13,8 @@ use crate::endpoint::{self, Source, Target};
 use crate::error::{Escaped, Exit, chain};
 use crate::monitor::{Event, Monitor};
 
+const SHAPE: &str = "[USER@]HOST:PATH (an IPv6 address in brackets: [::1]:PATH)";
+
 /// `[user@]host:path`; IPv6 addresses in brackets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Destination {
@@ -29,17 +31,38 @@ impl Destination {
             _ => (None, text),
         };
         let (host, path) = if let Some(rest) = rest.strip_prefix('[') {
-            let Some((host, path)) = rest.split_once("]:") else { return Ok(None) };
-            (host, path)
+            match rest.split_once("]:") {
+                Some(found) => found,
+                None if rest.ends_with(']') => return Err(Failure::usage(format!("'{text}' names no path: {SHAPE}"))),
+                None => return Ok(None),
+            }
         } else {
             match rest.split_once(':') {
                 Some((host, path)) if !host.contains('/') => (host, path),
                 _ => return Ok(None),
             }
         };
-        if host.is_empty() || path.is_empty() || user.as_deref() == Some("") {
-            return Err(Failure::usage(format!("'{text}' is not [USER@]HOST:PATH")));
+        let wrong = |why: &str| Err(Failure::usage(format!("'{}' {why}", Escaped(text.as_bytes()))));
+        if host.is_empty() || user.as_deref() == Some("") {
+            return wrong(&format!("is not {SHAPE}"));
         }
+        // An empty variable in a script must not mean everything that the account has.
+        if path.is_empty() {
+            return wrong("names no path; the home directory of the account there is HOST:.");
+        }
+        let path = match path.strip_prefix('~') {
+            None => path,
+            // SFTP knows no '~': what is relative starts at the home directory.
+            Some("" | "/") => ".",
+            Some(rest) => match rest.strip_prefix('/') {
+                Some(rest) => rest.trim_start_matches('/'),
+                None => {
+                    return wrong(
+                        "names a home directory by its user, which is not looked up: write the whole path (or HOST:./~NAME)",
+                    );
+                }
+            },
+        };
         Ok(Some(Destination { user, host: host.to_owned(), path: path.to_owned() }))
     }
 }
@@ -109,6 +132,11 @@ fn named(way: &Way) -> String {
     }
 }
 
+/// What is said of a host that was named already.
+fn without(host: &str, text: String) -> String {
+    text.strip_prefix(host).and_then(|rest| rest.strip_prefix(": ")).map_or_else(|| text.clone(), str::to_owned)
+}
+
 /// Opens connections by the first way in that works.
 fn reach(
     destination: &Destination,
@@ -124,12 +152,12 @@ fn reach(
     let host = Arc::new(remote);
     let remote: Arc<dyn Remote> = Arc::clone(&host) as Arc<dyn Remote>;
     let root = destination.path.as_bytes();
-    let mut reasons = Vec::new();
+    let mut reasons: Vec<(String, String)> = Vec::new();
     for way in reach.ways(ssh) {
         let link = match remote.open(&way, 0) {
             Ok(link) => link,
             Err(error) if error.not_offered => {
-                reasons.push(format!("{}: not offered", named(&way)));
+                reasons.push((named(&way), "not offered".to_owned()));
                 continue;
             }
             Err(error) => return Err(failed(error)),
@@ -149,8 +177,8 @@ fn reach(
         match reached {
             Ok(reached) => {
                 let host = remote.describe();
-                for reason in &reasons {
-                    monitor.event(Event::Detail(&format!("{host}: {reason}")));
+                for (way, reason) in &reasons {
+                    monitor.event(Event::Detail(&format!("{host}: {way}: {reason}")));
                 }
                 monitor.event(Event::Detail(&format!("{host}: connected to {}", named(&way))));
                 if matches!(reached, Reached::Agent(_)) && reach.verify != Proof::Auto {
@@ -165,11 +193,21 @@ fn reach(
             Err(error) if host.was_lost() => return Err(Failure::Endpoint(error)),
             // A command that is not there, a login shell that prints, a forced command that is another server.
             Err(endpoint::Error::Disconnected { source: Some(source), .. }) => {
-                reasons.push(format!("{}: {source}", named(&way)));
+                reasons.push((named(&way), without(&host.describe(), source.to_string())));
             }
-            Err(error) => reasons.push(format!("{}: {}", named(&way), chain(&error))),
+            Err(endpoint::Error::Protocol { what, .. }) => reasons.push((named(&way), what)),
+            Err(error) => reasons.push((named(&way), without(&host.describe(), chain(&error)))),
         }
     }
+    // What keeps an account from one way in often keeps it from all.
+    let reasons = reasons.into_iter().fold(Vec::<(String, String)>::new(), |mut said, (way, reason)| {
+        match said.iter_mut().find(|(_, known)| *known == reason) {
+            Some((ways, _)) => *ways = format!("{ways}, {way}"),
+            None => said.push((way, reason)),
+        }
+        said
+    });
+    let reasons: Vec<String> = reasons.into_iter().map(|(ways, reason)| format!("{ways}: {reason}")).collect();
     Err(Failure::Plain {
         exit: Exit::Usage,
         message: format!(
@@ -235,10 +273,16 @@ mod tests {
             ("./a:b", None),
             ("plain", None),
             ("host:a@b", remote("", "host", "a@b")),
+            ("host:~", remote("", "host", ".")),
+            ("host:~/", remote("", "host", ".")),
+            ("host:~/a/b", remote("", "host", "a/b")),
+            ("host:~//a", remote("", "host", "a")),
+            ("host:./~a", remote("", "host", "./~a")),
+            ("host:a~", remote("", "host", "a~")),
         ] {
             assert_eq!(parsed(text), expected, "{text}");
         }
-        for wrong in ["host:", ":path", "@host:path"] {
+        for wrong in ["host:", ":path", "@host:path", "host:~user/x", "[::1]", "::1:/x"] {
             assert!(Destination::parse(wrong).is_err(), "{wrong}");
         }
     }

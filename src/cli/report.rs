@@ -98,6 +98,7 @@ pub fn summary(
     from: &str,
     to: &str,
     verification: &str,
+    deleting: bool,
     out: &mut impl Write,
 ) -> std::io::Result<()> {
     let count = |change| report.plan.actions.iter().filter(|action| action.change == change).count() as u64;
@@ -105,19 +106,29 @@ pub fn summary(
     let skipped = report.problems.len() as u64 - failed;
     let seconds = report.elapsed.as_secs_f64();
     let Some(committed) = &report.committed else {
-        return writeln!(
+        write!(
             out,
-            "dry run: {} to add, {} to replace, {} to change in metadata only, {} at the target that the source has not; \
-             nothing was changed",
+            "dry run, nothing was changed: {} to add, {} to replace, {} to change in metadata only",
             HumanCount(count(Change::Added)),
             HumanCount(count(Change::Modified)),
             HumanCount(count(Change::MetadataOnly)),
-            HumanCount(report.plan.removals.len() as u64),
-        );
+        )?;
+        return match report.plan.removals.len() as u64 {
+            0 => writeln!(out),
+            // They are known, and stay.
+            extra if !deleting => {
+                writeln!(out, "; {} at the target alone, which --delete would remove", HumanCount(extra))
+            }
+            extra => writeln!(out, "; {} to remove", HumanCount(extra)),
+        };
     };
     writeln!(out, "{from} -> {to}")?;
     if committed.published == 0 && committed.removed == 0 && failed == 0 {
-        writeln!(out, "  in step: nothing to do in {} entries", HumanCount(report.tree.entries().len() as u64))?;
+        match report.tree.entries().len() as u64 {
+            0 => writeln!(out, "  nothing to do: the source is empty, or all of it is left out")?,
+            1 => writeln!(out, "  in step: nothing to do (1 entry)")?,
+            entries => writeln!(out, "  in step: nothing to do ({} entries)", HumanCount(entries))?,
+        }
     } else {
         writeln!(
             out,

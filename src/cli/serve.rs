@@ -14,7 +14,7 @@ use crate::server::hearsay;
 use crate::server::listener::{self, Reloader, ServeConfig, ServeError, ServeUser, SessionFactory, SessionStart};
 use crate::server::session::{Session, SessionConfig};
 
-/// Listens for SSH connections: public keys only, file transfer only.
+/// Listen for SSH connections: public keys only, file transfer only
 ///
 /// The users are those of [serve] in the configuration, or with --user one user who is described here.
 #[derive(Debug, clap::Args)]
@@ -81,7 +81,7 @@ impl OneUser {
             read_only: self.read_only,
             authorized_keys: self.authorized_keys.clone(),
             from,
-            policy: super::transfer::read_policy(self.policy_file.as_deref())?,
+            policy: super::transfer::receivers_policy(self.policy_file.as_deref())?,
         };
         let mut config = ServeConfig::new(SocketAddr::from(([127, 0, 0, 1], 2222)), self.host_key.clone(), vec![user]);
         (config.revoked_keys, config.audit) = (self.revoked_keys.clone(), self.audit.clone());
@@ -96,7 +96,12 @@ fn default_path() -> PathBuf {
 /// The listener's part of a configuration file.
 fn read(path: &Path) -> Result<ServeConfig, Failure> {
     let usage = |error: crate::config::ConfigError| Failure::usage(chain(&error));
-    let config = Config::load(path).map_err(usage)?;
+    let config = Config::load(path).map_err(|error| match error {
+        error @ crate::config::ConfigError::Read { .. } => {
+            Failure::usage(format!("{error}, or serve one user with --user"))
+        }
+        error => usage(error),
+    })?;
     let missing = |what| Failure::usage(format!("configuration {}: there is no {what}", super::shown(path)));
     let serve = config.serve.as_ref().ok_or_else(|| missing("[serve]; or name one user with --user"))?;
     if serve.users.is_empty() {
@@ -171,7 +176,7 @@ impl Serve {
             }
             if let Some(path) = &self.port_file {
                 let port = listener.local_addr().port();
-                std::fs::write(path, format!("{port}\n")).map_err(Failure::io("writing", path))?;
+                std::fs::write(path, format!("{port}\n")).map_err(Failure::io("write", path))?;
             }
             let factory: SessionFactory = Arc::new(session);
             let (running, reloader) = listener.start(factory);

@@ -16,7 +16,10 @@ use crate::server::attributed::Attributed;
 use crate::server::session::SessionConfig;
 use crate::server::stdio;
 
-/// Serves SFTP version 3 to any client, and lockstep's own protocol to a lockstep.
+/// Serve SFTP, and lockstep's own protocol, on standard input and output
+///
+/// For sshd_config: 'Subsystem lockstep /usr/bin/lockstep sftp-server', or a command in authorized_keys that confines a
+/// key: 'restrict,command="lockstep sftp-server --root /data" ssh-ed25519 ...'. Any client of SFTP version 3 can use it.
 #[derive(Debug, clap::Args)]
 pub(super) struct SftpServer {
     /// Show the client this directory as '/', and let it reach nothing else
@@ -32,7 +35,7 @@ pub(super) struct SftpServer {
 
 impl SftpServer {
     pub(super) fn run(self) -> Result<Exit, Failure> {
-        let policy = super::transfer::read_policy(self.policy_file.as_deref())?;
+        let policy = super::transfer::receivers_policy(self.policy_file.as_deref())?;
         let home = std::env::home_dir().unwrap_or_else(|| PathBuf::from("/"));
         let confine = self.root.is_some();
         let root = self.root.unwrap_or(home);
@@ -75,7 +78,7 @@ pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: Pol
         let path = beneath(path)?;
         let root = Root::open(root).map_err(|error| Error::Io {
             operation: error.operation,
-            path: error.path.display().to_string(),
+            path: crate::error::shown(&error.path).to_string(),
             source: error.source,
         })?;
         Ok((Arc::new(root), path))
@@ -83,7 +86,7 @@ pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: Pol
     Factory {
         target: Box::new(move |path| {
             if read_only {
-                let reason = "this server only lets read".to_owned();
+                let reason = "this account may read only".to_owned();
                 return Err(Error::Refused { by: "the server".into(), reason });
             }
             // A run on such a directory would replace the manifest and the audit log of the root that it belongs to.

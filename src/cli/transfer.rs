@@ -22,21 +22,21 @@ pub(super) struct How {
     #[arg(short = 'n', long)]
     pub(super) dry_run: bool,
     /// Say what is chosen and why
-    #[arg(short, long, conflicts_with = "quiet")]
+    #[arg(short, long, overrides_with = "verbose", conflicts_with = "quiet")]
     pub(super) verbose: bool,
-    /// Say nothing but errors
+    /// Say nothing but errors and warnings
     #[arg(short, long)]
     pub(super) quiet: bool,
     /// One JSON object a line on standard output
     #[arg(long)]
     pub(super) json: bool,
     /// A line for each path that changes, as rsync --checksum writes it
-    #[arg(short, long)]
+    #[arg(short, long, overrides_with = "itemize_changes")]
     pub(super) itemize_changes: bool,
     /// Remove at the target what the source does not have
     #[arg(long)]
     pub(super) delete: bool,
-    /// Refuse to remove more than this: a number of paths, or a part of the target (10%)
+    /// Refuse to remove more than this: a number of paths, or a part of the target (10%) [default: any number]
     #[arg(long, value_name = "N|N%")]
     pub(super) max_delete: Option<DeleteLimit>,
     /// Leave out what matches, as in gitignore(5); may be given several times
@@ -45,7 +45,7 @@ pub(super) struct How {
     /// Take part all the same, whatever --exclude says
     #[arg(long, value_name = "GLOB")]
     pub(super) include: Vec<String>,
-    /// Only the paths that this file lists, one a line
+    /// Only the paths that this file lists, one a line, relative to SRC
     #[arg(long, value_name = "FILE")]
     pub(super) files_from: Option<PathBuf>,
     /// Hash every file, whatever its size and time say
@@ -57,7 +57,7 @@ pub(super) struct How {
     /// Modes of what arrives, as rsync's --chmod takes them (D755,F644 or go-rwx)
     #[arg(long, value_name = "MODES")]
     pub(super) chmod: Option<String>,
-    /// Owner and group of what arrives
+    /// Owner and group of what arrives, by name or number there: USER:GROUP, USER or :GROUP
     #[arg(long, value_name = "USER:GROUP")]
     pub(super) chown: Option<String>,
     /// A file of [[rule]] tables with owner and permissions of what arrives
@@ -79,30 +79,32 @@ pub(super) struct How {
     /// Hash again what lies on the target's disk before it is published
     #[arg(long)]
     verify_disk: bool,
-    /// Wait so long for another run on the same target, in seconds
+    /// Wait so many seconds for another run on the same target to end
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     wait: u64,
-    /// Connections, and files in work at once [default: 2; to a stock SFTP server on a machine with fewer than four
-    /// cores: 1]
+    /// Connections, and files in work at once, 1 to 64 [default: 2; to a stock SFTP server on a machine with fewer than
+    /// four cores: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
     pub(super) transfers: Option<u8>,
     /// How often a file is sent again that changed or arrived damaged
     #[arg(long, value_name = "N", default_value_t = 2)]
     retries: u32,
     /// At most this much a second over the wire, as for rsync: 500K, 1.5m (of 1024), 2GB (of 1000); a plain number is
-    /// KiB, and 0 no limit
+    /// KiB, and 0 no limit [default: no limit]
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub(super) bwlimit: Option<Rate>,
     /// Do not compress
     #[arg(long)]
     no_compress: bool,
-    /// Compress with this zstd level (-7 to 19) instead of the one that suits the link
+    /// Compress with this zstd level (-7 to 19) [default: the one that suits the link]
     #[arg(long, value_name = "LEVEL", allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(-7..=19))]
     compress_level: Option<i32>,
     #[command(flatten)]
     pub(super) reach: remote::Reach,
     #[command(flatten)]
     pub(super) ssh: login::Ssh,
+    #[command(flatten)]
+    habits: super::habits::Habits,
 }
 
 /// Connections unless told otherwise.
@@ -122,10 +124,13 @@ fn parse_rate(text: &str) -> Result<Rate, String> {
 }
 
 /// The configuration that is meant: the one given, `LOCKSTEP_CONFIG`, or the usual one.
-pub(super) fn load_config(given: Option<&Path>) -> Result<Config, Failure> {
+pub(super) fn config_file(given: Option<&Path>) -> PathBuf {
     let named = std::env::var_os("LOCKSTEP_CONFIG").filter(|value| !value.is_empty()).map(PathBuf::from);
-    let file = given.map(Path::to_owned).or(named).unwrap_or_else(|| PathBuf::from(DEFAULT_PATH));
-    Config::load(&file).map_err(|error| Failure::usage(crate::error::chain(&error)))
+    given.map(Path::to_owned).or(named).unwrap_or_else(|| PathBuf::from(DEFAULT_PATH))
+}
+
+pub(super) fn load_config(given: Option<&Path>) -> Result<Config, Failure> {
+    Config::load(&config_file(given)).map_err(|error| Failure::usage(crate::error::chain(&error)))
 }
 
 fn parse_links(text: &str) -> Result<Links, String> {
@@ -145,11 +150,14 @@ pub(super) fn actor() -> String {
     format!("{user}@{}", rustix::system::uname().nodename().to_string_lossy())
 }
 
-/// Reads a file of `[[rule]]` tables; none is no rule.
-pub(super) fn read_policy(file: Option<&Path>) -> Result<PolicySpec, Failure> {
-    let Some(file) = file else { return Ok(PolicySpec::default()) };
-    let text = std::fs::read_to_string(file).map_err(Failure::io("reading", file))?;
-    toml::from_str(&text).map_err(|error| Failure::usage(format!("{}: {error}", super::shown(file))))
+/// A sender's file of `[[rule]]` tables; none is no rule.
+fn read_policy(file: Option<&Path>) -> Result<PolicySpec, Failure> {
+    file.map_or_else(|| Ok(PolicySpec::default()), |file| Ok(super::policy::own_file(file)?.spec))
+}
+
+/// The same of a receiver, whose rules decide: others must not have had a hand in them.
+pub(super) fn receivers_policy(file: Option<&Path>) -> Result<PolicySpec, Failure> {
+    file.map_or_else(|| Ok(PolicySpec::default()), |file| Ok(super::policy::trusted_file(file)?.spec))
 }
 
 /// Where digests of sources are kept between runs.
@@ -229,11 +237,11 @@ impl How {
         self.transfers.map_or(USUAL_TRANSFERS, usize::from)
     }
 
-    fn filter(&self) -> Result<FilterSpec, Failure> {
+    pub(super) fn filter(&self) -> Result<FilterSpec, Failure> {
         let only = match &self.files_from {
             None => None,
             Some(file) => {
-                let text = std::fs::read(file).map_err(Failure::io("reading", file))?;
+                let text = std::fs::read(file).map_err(Failure::io("read", file))?;
                 let lines = text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
                 Some(lines.map(<[u8]>::to_vec).collect())
             }
@@ -300,7 +308,7 @@ impl How {
                     report::itemize(&result, options.delete, route.sending, &mut out)?;
                 }
                 if !self.quiet {
-                    report::summary(&result, &from, &to, &verification, &mut out)?;
+                    report::summary(&result, &from, &to, &verification, options.delete, &mut out)?;
                 }
             }
             out.flush()

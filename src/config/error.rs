@@ -4,17 +4,23 @@ use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use crate::error::{in_words, shown};
+
 /// A configuration that cannot be used. All of them end with exit code 2.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum ConfigError {
-    #[error("configuration {}: cannot be read; name another with --config or LOCKSTEP_CONFIG", path.display())]
-    Read { path: PathBuf, source: std::io::Error },
-    #[error("configuration {}: {problem}", path.display())]
+    #[error(
+        "cannot read the configuration {}: {}; name another with --config or LOCKSTEP_CONFIG",
+        shown(path),
+        in_words(reason)
+    )]
+    Read { path: PathBuf, reason: std::io::Error },
+    #[error("configuration {}: {problem}", shown(path))]
     Untrusted { path: PathBuf, problem: Untrusted },
-    #[error("{}:{position}: {message}", path.display())]
+    #[error("{}:{position}: {message}", shown(path))]
     Invalid { path: PathBuf, position: Position, message: String },
-    #[error("configuration {}: there is no {kind} '{name}'{}", path.display(), meant(name, known))]
+    #[error("configuration {}: there is no {kind} '{name}'{}", shown(path), meant(name, known))]
     Missing { path: PathBuf, kind: &'static str, name: String, known: Vec<String> },
 }
 

@@ -79,7 +79,7 @@ impl Config {
     /// # Errors
     /// [`ConfigError`].
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
-        let unreadable = |source| ConfigError::Read { path: path.to_owned(), source };
+        let unreadable = |reason| ConfigError::Read { path: path.to_owned(), reason };
         let untrusted = |problem| ConfigError::Untrusted { path: path.to_owned(), problem };
         // A FIFO must not block here. RACE: none; the descriptor that is checked is the one that is read.
         let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC;
@@ -171,6 +171,10 @@ impl Config {
         if job.targets.is_empty() || job.targets.iter().any(String::is_empty) {
             return Err("'targets' needs at least one [USER@]HOST:PATH, and none that is empty".into());
         }
+        // A name alone would be a directory of whatever the run happens to start in; most likely a host was meant.
+        if let Some(target) = job.targets.iter().find(|target| !target.starts_with('/') && !target.contains(':')) {
+            return Err(format!("the target '{target}' is neither [USER@]HOST:PATH nor a path that starts with '/'"));
+        }
         for (field, lines) in [("exclude", &job.exclude), ("last", &job.last)] {
             globs(field, lines)?;
         }
@@ -199,7 +203,7 @@ fn unique<'a>(names: &mut BTreeSet<&'a str>, name: &'a str) -> Result<(), String
 }
 
 fn absolute(field: &str, path: &Path) -> Result<(), String> {
-    let shown = path.display();
+    let shown = crate::error::shown(path);
     if path.is_absolute() { Ok(()) } else { Err(format!("'{field}' is '{shown}', but must start with '/'")) }
 }
 

@@ -87,6 +87,7 @@ fn what_leads_nowhere_is_refused_where_it_stands() {
         (format!("{JOB}{JOB}"), ":5:1:", "taken"),
         (JOB.replace("'/a'", "'a'"), ":1:1:", "must start with '/'"),
         (JOB.replace("'h:/a'", ""), ":1:1:", "targets"),
+        (JOB.replace("'h:/a'", "'h'"), ":1:1:", "neither [USER@]HOST:PATH nor"),
         (format!("{JOB}exclude = ['a[z-b]']\n"), ":1:1:", "exclude"),
         (format!("{user}authorized_keys = 'keys'\n"), ":4:1:", "must start with '/'"),
         (format!("{user}authorized_keys = '/keys'\npolicy = 'x'\n"), ":4:1:", "no policy 'x'"),

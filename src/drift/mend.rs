@@ -19,7 +19,7 @@ use crate::monitor::Monitor;
 use crate::path::{InvalidPath, RelPath};
 use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 use crate::scan::names::Names;
-use crate::staging::{LockError, RootLock, hash_of};
+use crate::staging::{LockError, RootLock, SET_OWNER, hash_of};
 
 const STATE: &str = ".lockstep";
 const NEW_MANIFEST: &str = ".lockstep/manifest.mended";
@@ -42,7 +42,7 @@ pub enum MendError {
     Audit(#[from] AuditError),
     #[error(transparent)]
     Path(#[from] InvalidPath),
-    #[error("the manifest of '{root}'")]
+    #[error("cannot use the manifest of '{root}'")]
     Manifest { root: String, source: std::io::Error },
 }
 
@@ -107,8 +107,9 @@ pub fn mend(
 
 /// Mends one path, or says why not.
 fn one(root: &Root, drift: &Drift, manifest: Option<&Manifest>, dry_run: bool) -> Result<(), String> {
-    let failed =
-        |operation: &'static str| move |error: std::io::Error| format!("{operation}: {}", crate::error::chain(&error));
+    let failed = |operation: &'static str| {
+        move |error: std::io::Error| format!("cannot {operation}: {}", crate::error::chain(&error))
+    };
     let inode = Inode::open(root, Some(&drift.path)).map_err(|error| crate::error::chain(&error))?;
     let now = inode.metadata().map_err(failed("look at it"))?;
     // RACE: something else has the name now, or its permissions changed: what was found is not what is there.
@@ -139,7 +140,7 @@ fn one(root: &Root, drift: &Drift, manifest: Option<&Manifest>, dry_run: bool) -
     let (uid, gid) = (wanted.uid.filter(|&uid| uid != now.uid), wanted.gid.filter(|&gid| gid != now.gid));
     // In this order: chown takes set-ID bits away, and a list that goes later would be woken up by the mode.
     if uid.is_some() || gid.is_some() {
-        inode.set_owner(uid, gid).map_err(failed("set the owner"))?;
+        inode.set_owner(uid, gid).map_err(failed(SET_OWNER))?;
     }
     if let Some(acl) = &wanted.acl {
         inode.set_acls(acl).map_err(failed("set the ACL"))?;
@@ -221,7 +222,7 @@ fn store(root: &Root, manifest: &Manifest) -> Result<(), MendError> {
     root.remove_tree(&new)?;
     let mut file = root.create_new(&new, 0o600)?;
     let written = file.write_all(&format::encode(manifest)).and_then(|()| file.sync_all());
-    written.map_err(|source| MendError::Manifest { root: root.shown().display().to_string(), source })?;
+    written.map_err(|source| MendError::Manifest { root: crate::error::shown(root.shown()).to_string(), source })?;
     root.rename(&new, &RelPath::new(MANIFEST)?, RenameFlags::empty())?;
     Ok(root.sync_dir(Some(&RelPath::new(STATE)?))?)
 }

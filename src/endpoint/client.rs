@@ -13,6 +13,7 @@ use crossbeam_channel::{RecvTimeoutError, Sender, unbounded};
 
 use crate::endpoint::Error;
 use crate::endpoint::link::Link;
+use crate::error::Escaped;
 use crate::wire::extension::Fields;
 
 /// Bounds of a connection.
@@ -388,13 +389,23 @@ impl Shared {
     }
 }
 
+/// What came where a packet should. A shell that refuses logins says so here, and so does a script that greets.
+fn not_a_packet(length: usize, bytes: &[u8]) -> String {
+    let line = bytes.split(|&byte| matches!(byte, b'\n' | b'\r')).find(|line| !line.is_empty()).unwrap_or_default();
+    if !bytes[..4].iter().all(|&byte| matches!(byte, b'\n' | b'\r' | b'\t' | b' '..=b'~')) {
+        return format!("it sent a packet of {length} bytes");
+    }
+    let said = Escaped(&line[..line.len().min(200)]);
+    format!("instead of SFTP it said '{said}' (a shell that refuses logins, or a login script that prints)")
+}
+
 /// Takes a whole packet (without its length) from the front.
 fn take_packet(buffer: &mut BytesMut) -> Result<Option<Bytes>, String> {
     let Some(length) = buffer.first_chunk::<4>().map(|length| u32::from_be_bytes(*length) as usize) else {
         return Ok(None);
     };
     if length == 0 || length > PACKET_MAX {
-        return Err(format!("it sent a packet of {length} bytes (a login script that prints something does this)"));
+        return Err(not_a_packet(length, buffer));
     }
     if buffer.len() < 4 + length {
         buffer.reserve(4 + length - buffer.len());

@@ -86,9 +86,9 @@ impl Block {
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum Error {
-    #[error("{operation} '{path}'")]
+    #[error("cannot {operation} '{path}'")]
     Io { operation: &'static str, path: String, source: std::io::Error },
-    #[error("{host}: the connection was lost; what arrived is kept, and the same command goes on from there")]
+    #[error("{host}: the connection was lost{}; what arrived is kept, and the same command goes on from there", why(host, source.as_deref()))]
     Disconnected {
         host: String,
         #[source]
@@ -104,6 +104,16 @@ pub enum Error {
     Usage(String),
     #[error("{message}")]
     Remote { message: String, exit: Exit },
+}
+
+/// Why a connection was lost, without what was said already.
+fn why(host: &str, source: Option<&(dyn std::error::Error + Send + Sync)>) -> String {
+    let Some(said) = source.map(crate::error::in_words) else { return String::new() };
+    let said = said.strip_prefix(host).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(&said);
+    match said.strip_prefix("the connection was lost").unwrap_or(said).trim_start_matches(": ") {
+        "" => String::new(),
+        why => format!(": {why}"),
+    }
 }
 
 impl Error {

@@ -1,6 +1,7 @@
 //! What stops a run before it deletes more than anybody meant.
 
 use super::Plan;
+use crate::error::counted;
 use crate::manifest::Tree;
 
 /// How much a run may delete at the target.
@@ -36,13 +37,15 @@ impl std::str::FromStr for DeleteLimit {
 #[allow(missing_docs)]
 pub enum Refusal {
     #[error(
-        "the source is empty, but the target holds {0} entries: is the source mounted? \
-         To empty the target on purpose, remove its contents there"
+        "the source is empty, but the target holds {}: is the source mounted? \
+         To empty the target on purpose, remove its contents there",
+        counted(*.0, "entry", "entries")
     )]
     EmptiedSource(u64),
     #[error(
-        "{removals} of the {entries} entries at the target would be deleted, which is over the limit ({limit}); \
-         look at them with --dry-run, then raise --max-delete"
+        "{removals} of {} at the target would be deleted, which is over the limit ({limit}); \
+         look at them with --dry-run, then raise --max-delete",
+        counted(*.entries, "entry", "entries")
     )]
     TooMany { removals: u64, entries: u64, limit: String },
 }
@@ -62,7 +65,7 @@ pub fn check_removals(source: &Tree, plan: &Plan, limit: DeleteLimit) -> Result<
     }
     let (exceeded, limit) = match limit {
         DeleteLimit::Unlimited => (false, String::new()),
-        DeleteLimit::Paths(most) => (removals > most, format!("{most} paths")),
+        DeleteLimit::Paths(most) => (removals > most, counted(most, "path", "paths")),
         DeleteLimit::Percent(most) => (removals as f64 * 100.0 > most * entries as f64, format!("{most} %")),
     };
     if exceeded { Err(Refusal::TooMany { removals, entries, limit }) } else { Ok(()) }

@@ -37,7 +37,7 @@ pub enum Follow {
 
 /// An operation that failed on a path.
 #[derive(Debug, thiserror::Error)]
-#[error("{operation} '{}'", Escaped(path.as_os_str().as_encoded_bytes()))]
+#[error("cannot {operation} '{}'", Escaped(path.as_os_str().as_encoded_bytes()))]
 pub struct RootError {
     /// What was to be done, as a verb.
     pub operation: &'static str,

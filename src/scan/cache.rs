@@ -101,7 +101,7 @@ pub struct DigestCache {
 
 /// A cache that could not be written. The run is not worse for it; the next one hashes again.
 #[derive(Debug, thiserror::Error)]
-#[error("the digest cache '{}' was not written: {reason}", file.display())]
+#[error("the digest cache '{}' was not written: {reason}", crate::error::shown(file))]
 pub struct CacheError {
     /// The database.
     pub file: PathBuf,

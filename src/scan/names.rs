@@ -28,7 +28,7 @@ impl Names {
 
 /// A name that this machine does not know.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("there is no {kind} '{}' on this machine; create it, or name another in the policy", Escaped(name.as_bytes()))]
+#[error("there is no {kind} '{}' on this machine; create it, or name another", Escaped(name.as_bytes()))]
 pub struct UnknownName {
     /// `user` or `group`.
     pub kind: &'static str,

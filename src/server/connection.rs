@@ -14,6 +14,7 @@ use super::live::{Live, short};
 use super::strict::{Refusal, StrictStream};
 use crate::audit::AuditRecord;
 use crate::endpoint::stream::OverflowStream;
+use crate::error::in_words;
 
 /// How long a client may take to hear that it is let go.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -35,7 +36,7 @@ pub(super) async fn serve(server: Arc<Server>, socket: TcpStream, peer: SocketAd
     };
     tokio::pin!(running);
     let (ended, why) = tokio::select! {
-        ended = &mut running => (true, ended.err().filter(|error| !hung_up(error)).map(|error| error.to_string())),
+        ended = &mut running => (true, ended.err().filter(|error| !hung_up(error)).map(|error| in_words(&error))),
         () = late(&live, settings.limits.login_grace) => (false, Some("no login in time".to_owned())),
         () = idle(&server, &live) => (false, Some("nothing was done for too long".to_owned())),
         reason = live.ended() => (false, Some(reason)),

@@ -16,7 +16,7 @@ use super::trusted_file;
 #[derive(Debug, thiserror::Error)]
 pub enum HostKeyError {
     /// The file cannot be read or made.
-    #[error("cannot use host key {}: {source}", path.display())]
+    #[error("cannot use host key {}", crate::error::shown(path))]
     Io {
         /// The key file.
         path: PathBuf,
@@ -24,7 +24,11 @@ pub enum HostKeyError {
         source: io::Error,
     },
     /// Others have access.
-    #[error("host key {} is open to others (mode {mode:03o}); run: chmod 600 {}", path.display(), path.display())]
+    #[error(
+        "host key {} is open to others (mode {mode:03o}); run: chmod 600 {}",
+        crate::error::shown(path),
+        crate::error::shown(path)
+    )]
     Exposed {
         /// The key file.
         path: PathBuf,
@@ -32,7 +36,7 @@ pub enum HostKeyError {
         mode: u32,
     },
     /// Somebody else's.
-    #[error("host key {}: {reason}", path.display())]
+    #[error("host key {}: {reason}", crate::error::shown(path))]
     Untrusted {
         /// The key file.
         path: PathBuf,
@@ -40,7 +44,7 @@ pub enum HostKeyError {
         reason: String,
     },
     /// A certificate that does not fit the key.
-    #[error("host certificate {}: {reason}", path.display())]
+    #[error("host certificate {}: {reason}", crate::error::shown(path))]
     Certificate {
         /// The certificate's file.
         path: PathBuf,
@@ -48,7 +52,7 @@ pub enum HostKeyError {
         reason: String,
     },
     /// Not a key.
-    #[error("host key {} is not an OpenSSH private key without passphrase: {reason}", path.display())]
+    #[error("host key {} is not an OpenSSH private key without passphrase: {reason}", crate::error::shown(path))]
     Invalid {
         /// The key file.
         path: PathBuf,
@@ -116,7 +120,13 @@ fn create(path: &Path) -> Result<PrivateKey, HostKeyError> {
     new.push(format!(".new-{}", std::process::id()));
     // Left by a start that was killed.
     let _ = std::fs::remove_file(&new);
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new).map_err(io)?;
+    let mut file = match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let reason = "it is made at the first start, but its directory is not there; make that first".to_owned();
+            return Err(HostKeyError::Untrusted { path: path.into(), reason });
+        }
+        opened => opened.map_err(io)?,
+    };
     let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
     let named = written.and_then(|()| std::fs::hard_link(&new, path));
     let _ = std::fs::remove_file(&new);

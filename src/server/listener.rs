@@ -100,12 +100,15 @@ pub enum ServeError {
     #[error(transparent)]
     Audit(#[from] AuditError),
     /// The address.
-    #[error("cannot listen on {address}: {source}; is another server using the port?")]
+    #[error(
+        "cannot listen on {address}: {}; name a free port and an address of this machine with --listen",
+        crate::error::in_words(reason)
+    )]
     Listen {
         /// The address asked for.
         address: SocketAddr,
         /// Why.
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// A user's settings.
     #[error("user {user}: {reason}")]
@@ -192,7 +195,7 @@ pub async fn bind(config: ServeConfig) -> Result<Listener, ServeError> {
     let fingerprint = key.public_key().fingerprint(HashAlg::Sha256).to_string();
     let mut sockets = Vec::new();
     for &address in &config.listen {
-        let listen = |source| ServeError::Listen { address, source };
+        let listen = |reason| ServeError::Listen { address, reason };
         let socket = TcpListener::bind(address).await.map_err(listen)?;
         let bound = socket.local_addr().map_err(listen)?;
         sockets.push((socket, bound));
@@ -203,7 +206,7 @@ pub async fn bind(config: ServeConfig) -> Result<Listener, ServeError> {
 /// Checks what can be checked before anybody comes; beside the settings comes what will refuse people later.
 fn prepare(config: &ServeConfig, key: &PrivateKey) -> Result<(Settings, Vec<String>), ServeError> {
     if let Some(user) = config.users.iter().find(|user| !user.root.is_dir()) {
-        let reason = format!("root {} is not a directory; make it first", user.root.display());
+        let reason = format!("root {} is not a directory; make it first", crate::error::shown(&user.root));
         return Err(ServeError::User { user: user.name.clone(), reason });
     }
     let access = Access::new(&config.users, config.revoked_keys.clone());

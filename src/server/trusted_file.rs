@@ -8,7 +8,7 @@ use std::io::{self, Read as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
-use crate::error::Escaped;
+use crate::error::{Escaped, in_words};
 
 /// More than any list of keys needs.
 const MAX_BYTES: u64 = 4 << 20;
@@ -19,7 +19,7 @@ const MAX_BYTES: u64 = 4 << 20;
 /// What is wrong with the file or a directory above it, and what to do.
 pub fn read(path: &Path) -> Result<Vec<u8>, String> {
     let shown = show(path);
-    let fail = |error: io::Error| format!("cannot read {shown}: {error}");
+    let fail = |error: io::Error| format!("cannot read {shown}: {}", in_words(&error));
     // A FIFO must not block here.
     let flags = (rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::NOCTTY).bits();
     let flags = i32::try_from(flags).unwrap_or_default();
@@ -39,7 +39,7 @@ pub fn read(path: &Path) -> Result<Vec<u8>, String> {
 /// As for [`read`].
 pub fn check(file: &File, path: &Path) -> Result<(), String> {
     let shown = show(path);
-    let fail = |error: io::Error| format!("cannot look at {shown}: {error}");
+    let fail = |error: io::Error| format!("cannot look at {shown}: {}", in_words(&error));
     let metadata = file.metadata().map_err(fail)?;
     if !metadata.is_file() {
         return Err(format!("{shown} is not a regular file"));
@@ -59,7 +59,8 @@ pub fn check(file: &File, path: &Path) -> Result<(), String> {
     }
     for directory in real.ancestors().skip(1) {
         let shown = show(directory);
-        let metadata = directory.symlink_metadata().map_err(|error| format!("cannot look at {shown}: {error}"))?;
+        let metadata =
+            directory.symlink_metadata().map_err(|error| format!("cannot look at {shown}: {}", in_words(&error)))?;
         owned(&shown, &metadata)?;
         if metadata.mode() & 0o022 != 0 && metadata.mode() & 0o1000 == 0 {
             let mode = mode(&metadata);

@@ -37,7 +37,11 @@ pub(super) async fn direct(options: &SshOptions) -> Result<(Stream, Duration), C
     let found = tokio::time::timeout(*connect_timeout, tokio::net::lookup_host((host.as_str(), *port)))
         .await
         .map_err(|_| again("its address was not found in time".into()))?
-        .map_err(|error| again(format!("its address was not found: {error}; check the name")))?;
+        .map_err(|error| {
+            let error = error.to_string();
+            let why = error.strip_prefix("failed to lookup address information: ").unwrap_or(&error);
+            again(format!("its name cannot be resolved: {why}; check the name, and HostName in ~/.ssh/config"))
+        })?;
     let mut last = "it has no address; check the name".to_owned();
     let wanted = |address: &std::net::SocketAddr| match options.address_family {
         AddressFamily::Any => true,
@@ -52,8 +56,14 @@ pub(super) async fn direct(options: &SshOptions) -> Result<(Stream, Duration), C
                 stream.set_nodelay(true).map_err(|error| again(error.to_string()))?;
                 return Ok((Box::new(stream), round_trip));
             }
-            Ok(Err(error)) => last = format!("cannot connect to {address}: {error}"),
-            Err(_) => last = format!("{address} did not answer within {} s", connect_timeout.as_secs_f32()),
+            Ok(Err(error)) => {
+                let why = crate::error::in_words(&error);
+                last = format!("cannot connect to {address}: {why}; is its SSH server running, on this port (-P)?");
+            }
+            Err(_) => {
+                let seconds = connect_timeout.as_secs_f32();
+                last = format!("{address} did not answer within {seconds} s; is the host up, and no firewall between?");
+            }
         }
     }
     Err(again(last))

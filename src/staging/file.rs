@@ -15,13 +15,16 @@ use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 const EXECUTE_BITS: u32 = 0o111;
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
+/// Setting an owner or a group; as an operation that failed.
+pub const SET_OWNER: &str = "set the owner or group (who receives has to run as root to give files to others)";
+
 /// Why a file was not staged. The path is told by who asked.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum StageError {
     #[error(transparent)]
     Root(#[from] RootError),
-    #[error("{operation}")]
+    #[error("cannot {operation}")]
     Io { operation: &'static str, source: io::Error },
     #[error("a write at {offset} of {length} bytes does not go on from {expected} within the announced {size} bytes")]
     OutOfPlace { offset: u64, length: u64, expected: u64, size: u64 },
@@ -117,7 +120,7 @@ impl StagedFile {
     /// [`StageError::OutOfPlace`], or what the file system says.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), StageError> {
         let end = self.advance(offset, data.len() as u64)?;
-        self.file.write_all_at(data, offset).map_err(failed("write"))?;
+        self.file.write_all_at(data, offset).map_err(failed("write the staged file"))?;
         self.hash.update(data);
         self.written = end;
         Ok(())
@@ -193,7 +196,7 @@ fn hash_start(file: &File, length: u64) -> Result<Sha256, StageError> {
 /// What the file system says.
 pub fn apply(inode: &Inode, wanted: &Permissions) -> Result<(), StageError> {
     if wanted.uid.is_some() || wanted.gid.is_some() {
-        inode.set_owner(wanted.uid, wanted.gid).map_err(failed("set the owner"))?;
+        inode.set_owner(wanted.uid, wanted.gid).map_err(failed(SET_OWNER))?;
     }
     if let Some(lists) = &wanted.acl {
         inode.set_acls(lists).map_err(failed("set the ACL"))?;

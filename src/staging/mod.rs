@@ -8,7 +8,7 @@ mod ids;
 mod journal;
 mod lock;
 
-pub use file::{Permissions, StageError, StagedFile, apply, hash_of};
+pub use file::{Permissions, SET_OWNER, StageError, StagedFile, apply, hash_of};
 pub use ids::Ids;
 pub use journal::Journal;
 pub use lock::{LockError, RootLock};

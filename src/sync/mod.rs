@@ -15,6 +15,7 @@ use crate::monitor::{Counters, Event, Monitor, Phase, Problem, Severity};
 use crate::plan::safety::{self, DeleteLimit};
 use crate::plan::{Change, Need, Plan};
 
+mod listed;
 mod pace;
 mod queue;
 mod worker;
@@ -141,8 +142,12 @@ pub fn run(
         (begun, scanned)
     });
     begun?;
-    let result = scanned.and_then(|scan| {
+    let result = scanned.and_then(|mut scan| {
         check(stop)?;
+        // With --delete that is how a listed path is removed.
+        if !options.delete {
+            scan.problems.extend(listed::missing(&options.scan.filter, &scan));
+        }
         for problem in &scan.problems {
             monitor.event(Event::Problem(problem));
         }

@@ -79,7 +79,8 @@ mod tests {
         let long = [b"d/".as_slice(), &[b'x'; 250]].concat();
         let hundred = [b'y'; 100];
         let hundred_and_one = [b'z'; 101];
-        let names: [&[u8]; 8] = [b"a", b"-rf", b"sp ace\n\xff\\", b"$(touch x)", &hundred, &hundred_and_one, &long, b"e"];
+        let names: [&[u8]; 8] =
+            [b"a", b"-rf", b"sp ace\n\xff\\", b"$(touch x)", &hundred, &hundred_and_one, &long, b"e"];
         let mut archive = Vec::new();
         for (number, name) in names.iter().enumerate() {
             let content = vec![b'0' + number as u8; number * 300];
@@ -89,7 +90,8 @@ mod tests {
         }
         end(&mut archive);
         assert_eq!(archive.len() % RECORD, 0);
-        let mut tar = Command::new("tar").args(["-xof", "-", "-C"]).arg(at.path()).stdin(Stdio::piped()).spawn().unwrap();
+        let mut tar =
+            Command::new("tar").args(["-xof", "-", "-C"]).arg(at.path()).stdin(Stdio::piped()).spawn().unwrap();
         tar.stdin.take().unwrap().write_all(&archive).unwrap();
         assert!(tar.wait().unwrap().success());
         for (number, name) in names.iter().enumerate() {

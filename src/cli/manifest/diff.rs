@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::load;
 use crate::cli::{Failure, output, shown};
-use crate::error::{Escaped, Exit};
+use crate::error::{Escaped, Exit, counted};
 use crate::manifest::{Content, Entry, Manifest};
 use crate::path::RelPath;
 use crate::plan::{Action, Change, Compare, Desired, diff};
@@ -25,7 +25,7 @@ pub(in crate::cli) struct Diff {
 }
 
 fn read(path: &Path) -> Result<Manifest, Failure> {
-    let directory = std::fs::metadata(path).map_err(Failure::io("reading", path))?.is_dir();
+    let directory = std::fs::metadata(path).map_err(Failure::io("read", path))?.is_dir();
     load((!directory).then_some(path), path)
 }
 
@@ -57,7 +57,7 @@ impl Diff {
         }
         if lines.is_empty() {
             let what = if self.content { "the same content" } else { "the same" };
-            let _ = writeln!(text, "{} paths, all of them {what}", b.entries().len());
+            let _ = writeln!(text, "{}, all of them {what}", counted(b.entries().len() as u64, "path", "paths"));
         }
         output(text.as_bytes())?;
         match lines.len() {

@@ -10,7 +10,7 @@ use super::rules::{Loaded, Rules};
 use crate::cli::display::{Display, Verbosity};
 use crate::cli::{Failure, output, shown, transfer};
 use crate::drift::{self, Drift, DriftError, Findings, MendError, Mended, Mending, Question, Unreadable};
-use crate::error::{Escaped, Exit, chain};
+use crate::error::{Escaped, Exit, chain, counted};
 use crate::monitor::Problem;
 use crate::policy::rights::Subject;
 use crate::staging::LockError;
@@ -59,7 +59,7 @@ fn directory(path: &Path) -> Result<(), Failure> {
             Err(Failure::usage(format!("'{}' is no directory; name the one that the rules are for", shown(path))))
         }
         Ok(_) => Ok(()),
-        Err(error) => Err(Failure::io("looking at", path)(error)),
+        Err(error) => Err(Failure::io("look at", path)(error)),
     }
 }
 
@@ -99,7 +99,12 @@ impl Check {
             }
             return Ok(Exit::Done);
         }
-        Err(Failure::bad_data(format!("'{}': of {} paths {}", shown(&self.path), findings.entries, bad.join(", "))))
+        Err(Failure::bad_data(format!(
+            "'{}': of {} {}",
+            shown(&self.path),
+            counted(findings.entries, "path", "paths"),
+            bad.join(", ")
+        )))
     }
 }
 
@@ -258,7 +263,11 @@ impl Apply {
         let refused = mended.iter().filter(|mended| mended.refused.is_some()).count();
         let verb = if self.dry_run { "would be mended" } else { "mended" };
         let left = refused + findings.problems.len();
-        let text = format!("{} of {} paths {verb}, {left} left as they are", mended.len() - refused, findings.entries);
+        let text = format!(
+            "{} of {} {verb}, {left} left as they are",
+            mended.len() - refused,
+            counted(findings.entries, "path", "paths")
+        );
         if self.json {
             let (changed, entries) = (mended.len() - refused, findings.entries);
             let line = json!({"event": "summary", "entries": entries, "mended": changed, "left": left, "dry_run": self.dry_run});

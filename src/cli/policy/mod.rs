@@ -9,6 +9,8 @@ mod check;
 mod explain;
 mod rules;
 
+pub(super) use rules::{own_file, trusted_file};
+
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Find what has other permissions than the rules say, and what a user or group cannot read

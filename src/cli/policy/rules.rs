@@ -26,8 +26,8 @@ pub(super) struct Rules {
 }
 
 /// Rules that were read and compiled.
-pub(super) struct Loaded {
-    pub(super) spec: PolicySpec,
+pub(in crate::cli) struct Loaded {
+    pub(in crate::cli) spec: PolicySpec,
     pub(super) policy: Policy,
     file: PathBuf,
     /// The line of each rule, counted from 1.
@@ -82,17 +82,28 @@ fn lines(text: &str, places: &[Spanned<IgnoredAny>]) -> Vec<usize> {
     places.iter().map(|place| line(text, place.span().start)).collect()
 }
 
-fn own_file(file: &Path) -> Result<Loaded, Failure> {
-    let text = std::fs::read_to_string(file).map_err(|error| {
-        Failure::usage(format!("reading '{}': {error}; name the file of rules with --policy-file", shown(file)))
-    })?;
+/// Reads and compiles a file of `[[rule]]` tables.
+pub(in crate::cli) fn own_file(file: &Path) -> Result<Loaded, Failure> {
+    let text = std::fs::read_to_string(file)
+        .map_err(|error| Failure::usage(format!("cannot read the rules in '{}': {error}", shown(file))))?;
+    of_text(file, &text)
+}
+
+/// The same of a file that nobody but root and whoever runs this can have written.
+pub(in crate::cli) fn trusted_file(file: &Path) -> Result<Loaded, Failure> {
+    let bytes = crate::server::trusted_file::read(file).map_err(Failure::usage)?;
+    let text = String::from_utf8(bytes).map_err(|_| Failure::usage(format!("'{}' is not UTF-8", shown(file))))?;
+    of_text(file, &text)
+}
+
+fn of_text(file: &Path, text: &str) -> Result<Loaded, Failure> {
     let wrong = |error: toml::de::Error| {
-        let line = line(&text, error.span().map_or(0, |span| span.start));
+        let line = line(text, error.span().map_or(0, |span| span.start));
         Failure::usage(format!("'{}', line {line}: {}", shown(file), Escaped(error.message().as_bytes())))
     };
-    let spec: PolicySpec = toml::from_str(&text).map_err(wrong)?;
-    let places: RulePlaces = toml::from_str(&text).map_err(wrong)?;
-    let lines = lines(&text, &places.rule);
+    let spec: PolicySpec = toml::from_str(text).map_err(wrong)?;
+    let places: RulePlaces = toml::from_str(text).map_err(wrong)?;
+    let lines = lines(text, &places.rule);
     let policy = Policy::compile(&spec).map_err(|error| {
         let at = lines.get(error.rule().saturating_sub(1)).map_or_else(String::new, |line| format!(", line {line}"));
         Failure::usage(format!("'{}'{at}: {}", shown(file), chain(&error)))

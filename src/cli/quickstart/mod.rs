@@ -24,7 +24,7 @@ mod sample;
 
 use place::{Place, Ran, Server, USER};
 
-/// See on this machine what lockstep does: nothing to set up, nothing left behind.
+/// See on this machine what lockstep does: nothing to set up, nothing left behind
 ///
 /// Starts a server of its own on a loopback port, pushes a sample (or DIR) to it, and shows what a push proves: only
 /// what changed is sent again, permissions are the receiver's, and a single wrong byte is noticed and mended.
@@ -43,12 +43,18 @@ impl Quickstart {
         let stop = Stop::on_signals()?;
         let own = match &self.directory {
             None => None,
-            Some(directory) => Some(directory.canonicalize().map_err(Failure::io("opening", directory))?),
+            Some(directory) => {
+                if !std::fs::metadata(directory).map_err(Failure::io("open", directory))?.is_dir() {
+                    let message = format!("'{}' is not a directory; it takes one to show this with", shown(directory));
+                    return Err(Failure::usage(message));
+                }
+                Some(directory.canonicalize().map_err(Failure::io("open", directory))?)
+            }
         };
         let place = Place::new(self.keep, stop)?;
         let source = match own {
             None => {
-                sample::make(&place.path("sample")).map_err(Failure::io("making", &place.path("sample")))?;
+                sample::make(&place.path("sample")).map_err(Failure::io("make", &place.path("sample")))?;
                 PathBuf::from("sample")
             }
             Some(directory) => directory,
@@ -76,11 +82,16 @@ fn say(text: &str) -> Result<(), Failure> {
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Failure::Output)
 }
 
+fn files(count: u64) -> String {
+    format!("{} {}", HumanCount(count), if count == 1 { "file" } else { "files" })
+}
+
 /// The same with digests cut short, so that lines stay readable.
 fn short(text: &str) -> String {
     let words = text.split(' ').map(|word| {
-        let digits = word.len() == 64 && word.bytes().all(|byte| byte.is_ascii_hexdigit());
-        if digits { format!("{}…", &word[..12]) } else { word.to_owned() }
+        let digest = word.trim_end_matches(',');
+        let digits = digest.len() == 64 && digest.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if digits { format!("{}…{}", &digest[..12], &word[64..]) } else { word.to_owned() }
     });
     words.collect::<Vec<_>>().join(" ")
 }
@@ -178,11 +189,14 @@ impl Tour<'_> {
         if count("verified_files") == 0 {
             return Err(Failure::usage(format!("'{}' holds no file to show this with", shown(&self.source))));
         }
-        let rate = (wire * 100).checked_div(bytes).map_or_else(String::new, |part| format!(" ({part} %)"));
+        let rate = match (wire * 100).checked_div(bytes) {
+            Some(part) if part < 100 => format!(" ({part} %) over the wire, compressed with zstd"),
+            _ => " over the wire: this does not compress".to_owned(),
+        };
         say(&format!(
-            "   {} files, {}, sent in {:.1} s; {}{rate} over the wire, compressed with zstd.\n   \
+            "   {}, {}, sent in {:.1} s; {}{rate}.\n   \
              Each file got its name only after the server's SHA-256 of it equalled ours; all appeared at once.\n",
-            HumanCount(count("verified_files")),
+            files(count("verified_files")),
             BinaryBytes(bytes),
             summary["seconds"].as_f64().unwrap_or(0.0),
             BinaryBytes(wire),
@@ -216,7 +230,7 @@ impl Tour<'_> {
         for (mode, count, shown, first) in found.values() {
             let more = if *count > 1 { format!(" and {} more", count - 1) } else { String::new() };
             let source = self.place.at.join(&self.source).join(first);
-            let before = fs::symlink_metadata(&source).map_err(Failure::io("looking at", &source))?;
+            let before = fs::symlink_metadata(&source).map_err(Failure::io("look at", &source))?;
             say(&format!("   {:04o} -> {mode:04o}  {shown}{more}\n", before.permissions().mode() & 0o7777))?;
         }
         if found.is_empty() {
@@ -235,15 +249,15 @@ impl Tour<'_> {
         if !self.sample {
             say(&format!("\n4. Pushed again\n{}", self.shown_push()))?;
             let (_, summary) = self.push("the second push")?;
-            let files = summary["verified_files"].as_u64().unwrap_or(0);
-            return say(&format!("   {files} files had to be sent: only what changed is.\n"));
+            let sent = summary["verified_files"].as_u64().unwrap_or(0);
+            return say(&format!("   {} had to be sent: only what changed is.\n", files(sent)));
         }
         let path = self.place.path("sample").join(sample::CHANGED);
         fs::OpenOptions::new()
             .append(true)
             .open(&path)
             .and_then(|mut file| file.write_all(b"{\"id\": 6000, \"text\": \"one more\"}\n"))
-            .map_err(Failure::io("changing", &path))?;
+            .map_err(Failure::io("change", &path))?;
         say(&format!(
             "\n4. One file changes, and is pushed again\n   $ echo '{{…}}' >> sample/{}\n{}",
             sample::CHANGED,
@@ -287,7 +301,9 @@ impl Tour<'_> {
         }
         match self.place.other("sha256sum", &["--strict", "-c", "../../sums.txt"], &copy)? {
             None => say("   (sha256sum is not installed here: Debian package coreutils)\n"),
-            Some(ran) if ran.code() == Some(0) => say(&format!("   {} files: OK\n", ran.stdout.lines().count())),
+            Some(ran) if ran.code() == Some(0) => {
+                say(&format!("   {}: OK\n", files(ran.stdout.lines().count() as u64)))
+            }
             Some(ran) => Err(wrong("sha256sum", &ran)),
         }
     }
@@ -315,7 +331,7 @@ impl Tour<'_> {
     fn damage(&self) -> Result<(), Failure> {
         let (copy, (file, path, size)) = (self.copy(), self.victim()?);
         let (path, offset) = (path.to_string(), size / 2);
-        flip(&file, offset).map_err(Failure::io("changing", &file))?;
+        flip(&file, offset).map_err(Failure::io("change", &file))?;
         say(&format!(
             "\n6. One of {} bytes goes bad: byte {offset} of {copy}/{path}\n   $ lockstep manifest verify {copy}\n",
             HumanCount(size)
@@ -332,17 +348,15 @@ impl Tour<'_> {
         say(&format!("\n7. Pushed again, it is mended\n{}", self.shown_push()))?;
         let (_, summary) = self.push("the push that mends")?;
         self.manifest_verify(0)?;
-        let files = summary["verified_files"].as_u64().unwrap_or(0);
-        say(&format!(
-            "   {files} file sent; the check says good again. What happened is on record, and tampering shows:\n"
-        ))?;
+        let sent = files(summary["verified_files"].as_u64().unwrap_or(0));
+        say(&format!("   {sent} sent; the check says good again. What happened is on record, and tampering shows:\n"))?;
         say(&format!("   $ lockstep audit verify {copy}\n"))?;
         let ran = self.place.lockstep(&["audit", "verify", &copy], true)?;
         if ran.code() != Some(0) {
             return Err(wrong("audit verify", &ran));
         }
         let log = self.place.path(&copy).join(audit::LOG);
-        let text = fs::read_to_string(&log).map_err(Failure::io("reading", &log))?;
+        let text = fs::read_to_string(&log).map_err(Failure::io("read", &log))?;
         let records = text.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         let last = records.into_iter().find(|record| record["path"] == path.as_str());
         let record = last.ok_or_else(|| wrong("the record of the push", &ran))?;

@@ -38,21 +38,21 @@ impl Ran {
 
 impl Place {
     pub(super) fn new(keep: bool, stop: Stop) -> Result<Place, Failure> {
-        let program = std::env::current_exe().map_err(Failure::io("finding", Path::new("lockstep")))?;
+        let program = std::env::current_exe().map_err(Failure::io("find", Path::new("lockstep")))?;
         let parent = std::env::temp_dir();
-        let parent = parent.canonicalize().map_err(Failure::io("opening", &parent))?;
+        let parent = parent.canonicalize().map_err(Failure::io("open", &parent))?;
         for attempt in 0..100 {
             let at = parent.join(format!("lockstep-quickstart-{}-{attempt}", std::process::id()));
             match DirBuilder::new().mode(0o700).create(&at) {
                 Ok(()) => {
                     let place = Place { at, keep, program, stop };
                     for directory in ["home", "state", "server"] {
-                        fs::create_dir(place.path(directory)).map_err(Failure::io("making", &place.path(directory)))?;
+                        fs::create_dir(place.path(directory)).map_err(Failure::io("make", &place.path(directory)))?;
                     }
                     return Ok(place);
                 }
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(Failure::io("making", &at)(error)),
+                Err(error) => return Err(Failure::io("make", &at)(error)),
             }
         }
         let message = format!("every name for a temporary directory in '{}' is taken", shown(&parent));
@@ -65,7 +65,7 @@ impl Place {
 
     pub(super) fn write(&self, name: &str, text: &str) -> Result<(), Failure> {
         let path = self.path(name);
-        fs::write(&path, text).map_err(Failure::io("writing", &path))
+        fs::write(&path, text).map_err(Failure::io("write", &path))
     }
 
     /// A command that sees nothing of the user's own settings and keys.
@@ -95,7 +95,7 @@ impl Place {
 
     fn finish(&self, mut command: Command, name: &str) -> Result<Ran, Failure> {
         self.stop.check()?;
-        let failed = |error| Failure::io("running", Path::new(name))(error);
+        let failed = |error| Failure::io("run", Path::new(name))(error);
         let mut child = command.stdout(Stdio::piped()).spawn().map_err(failed)?;
         let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
         let (status, stdout, stderr) = std::thread::scope(|scope| {
@@ -149,7 +149,7 @@ impl Place {
         ]);
         command.args(["--authorized-keys", "key.pub", "--policy-file", "policy.toml", "--die-with-parent"]);
         command.stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut child = command.spawn().map_err(Failure::io("starting", Path::new("lockstep serve")))?;
+        let mut child = command.spawn().map_err(Failure::io("start", Path::new("lockstep serve")))?;
         let said = child.stderr.take();
         let mut server = Server { child, port: String::new(), log: Arc::default() };
         server.port = server.listening(said).ok_or_else(|| Failure::Plain {

@@ -16,7 +16,7 @@ use crate::manifest::{Content, Digest, Entry, Manifest, Timestamp, Tree, format}
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::plan::publish::{Publication, Step, exchanged, steps};
-use crate::plan::{Change, Need};
+use crate::plan::{Action, Change, Need};
 use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::scan::names::Names;
 use crate::staging::Permissions;
@@ -28,7 +28,7 @@ pub(super) fn read_manifest(root: &Root, monitor: &dyn Monitor) -> Result<(Manif
     let manifest = format::decode(&text).unwrap_or_else(|error| {
         monitor.event(Event::Warning(&format!(
             "the manifest of {} is damaged ({error}); this run writes a new one",
-            root.shown().display()
+            crate::error::shown(root.shown())
         )));
         Manifest::default()
     });
@@ -66,7 +66,6 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
             ..Committed::default()
         });
     }
-    let removed = steps.iter().filter(|step| matches!(step, Step::RemoveFile(_) | Step::RemoveDirectory(_))).count();
     settle(run, staging, state, &failed)?;
     let inodes = unit::stage(run, staging, state, &exchanged, options.delete)?;
     settle_directories(run, staging, state, &failed)?;
@@ -84,12 +83,26 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         birth.appear(&run.root)?;
     }
     let generation = published.manifest.generation;
+    // What a step could not do is claimed by nobody, nor what was to come with it.
+    let undone: BTreeSet<&RelPath> = published.problems.iter().map(|(path, _)| path).collect();
+    let whole =
+        |step: &&Step| matches!(step, Step::NewDirectory(_) | Step::Exchange(_)) && undone.contains(step.path());
+    let undone_whole: BTreeSet<&RelPath> = record.steps.iter().filter(whole).map(Step::path).collect();
+    let done = |path: &&RelPath| {
+        !undone.contains(path)
+            && (undone_whole.is_empty() || !path.ancestors().any(|above| undone_whole.contains(&above)))
+    };
+    let counted = |paths: &mut dyn Iterator<Item = &RelPath>| paths.filter(done).count() as u64;
+    let path_of = |action: &Action| &source.entries()[action.index as usize].path;
+    let is_removal = |step: &&Step| matches!(step, Step::RemoveFile(_) | Step::RemoveDirectory(_));
     monitor.event(Event::Detail(&format!("generation {generation} is published")));
     Ok(Committed {
         generation,
         manifest_digest: Digest(Sha256::digest(&published.text).into()).to_string(),
-        published: state.plan.actions.iter().filter(|action| !failed.contains(&action.index)).count() as u64,
-        removed: removed as u64,
+        published: counted(
+            &mut state.plan.actions.iter().filter(|action| !failed.contains(&action.index)).map(path_of),
+        ),
+        removed: counted(&mut record.steps.iter().filter(is_removal).map(Step::path)),
         problems: shown(withheld.into_iter().chain(published.problems)),
     })
 }
@@ -116,7 +129,10 @@ fn decided(run: &Run, state: &State, failed: &HashSet<u32>) -> (Notes, Notes) {
 }
 
 fn shown(problems: impl IntoIterator<Item = (RelPath, String)>) -> Vec<(String, String)> {
-    problems.into_iter().map(|(path, reason)| (path.to_string(), reason)).collect()
+    // A directory may fail twice for one reason: when it is made, and when it gets its permissions.
+    let mut told = BTreeSet::new();
+    let shown = problems.into_iter().map(|(path, reason)| (path.to_string(), reason));
+    shown.filter(|problem| told.insert(problem.clone())).collect()
 }
 
 /// The entries that are not to be published: those that failed at the source, and files that nobody staged. What was

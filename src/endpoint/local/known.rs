@@ -44,7 +44,7 @@ fn store(root: &Root, table: &DigestTable) -> Result<(), Error> {
     let mut file = root.create_new(&new, 0o600).map_err(io)?;
     file.write_all(&table.to_bytes()).map_err(|source| Error::Io {
         operation: "write",
-        path: root.shown().join(TABLE).display().to_string(),
+        path: crate::error::shown(&root.shown().join(TABLE)).to_string(),
         source,
     })?;
     root.rename(&new, &name, RenameFlags::empty()).map_err(io)

@@ -71,7 +71,7 @@ pub(super) fn acl_differs(root: &Root, path: &RelPath, wanted: &AclLists) -> boo
 }
 
 fn failed(root: &Root, path: &RelPath, operation: &'static str, source: std::io::Error) -> Error {
-    Error::Io { operation, path: root.shown().join(path.as_path()).display().to_string(), source }
+    Error::Io { operation, path: crate::error::shown(&root.shown().join(path.as_path())).to_string(), source }
 }
 
 /// What has to be known to change what is there already.
@@ -176,7 +176,7 @@ fn verify(root: &Root, path: &RelPath, inode: &Inode, size: u64, listed: Digest)
 /// Removes the ACLs that a new root inherited from the directory it is in.
 pub(super) fn disinherit(root: &Root) -> Result<(), Error> {
     let inode = Inode::open(root, None).map_err(io)?;
-    let path = root.shown().display().to_string();
+    let path = crate::error::shown(root.shown()).to_string();
     inode.set_acls(&AclLists::default()).map_err(|source| Error::Io {
         operation: "remove the inherited ACL of",
         path,
@@ -186,7 +186,7 @@ pub(super) fn disinherit(root: &Root) -> Result<(), Error> {
 
 /// Refuses rules with ACL entries where they could not be set, before anything is sent.
 pub(super) fn check_support(root: &Root) -> Result<(), Error> {
-    let shown = || root.shown().display().to_string();
+    let shown = || crate::error::shown(root.shown()).to_string();
     let keeps = Inode::open(root, None).map_err(io)?.keeps_acls().map_err(|source| Error::Io {
         operation: "read the ACL of",
         path: shown(),

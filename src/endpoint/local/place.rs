@@ -55,14 +55,14 @@ impl Place {
     /// Opens the directory that holds it, which is made where it is missing, and says its name there.
     fn above(&self) -> Result<(Root, &[u8]), Error> {
         let io = super::target::io;
-        let nameless = || Error::Usage(format!("'{}' cannot be a target", self.shown().display()));
+        let nameless = || Error::Usage(format!("'{}' cannot be a target", crate::error::shown(&self.shown())));
         match self {
             Place::Named(path) => {
                 let (Some(above), Some(name)) = (path.parent(), path.file_name()) else { return Err(nameless()) };
                 let above = if above.as_os_str().is_empty() { Path::new(".") } else { above };
                 std::fs::create_dir_all(above).map_err(|source| Error::Io {
                     operation: "make the directory above",
-                    path: path.display().to_string(),
+                    path: crate::error::shown(path).to_string(),
                     source,
                 })?;
                 Ok((Root::open(above).map_err(io)?, name.as_bytes()))
@@ -102,7 +102,7 @@ impl Birth {
         let directory = root.open_dir(None, Follow::Never).map_err(io)?;
         rustix::fs::fchmod(&directory, Mode::from_raw_mode(0o755)).map_err(|errno| Error::Io {
             operation: "set the mode of",
-            path: root.shown().display().to_string(),
+            path: crate::error::shown(root.shown()).to_string(),
             source: errno.into(),
         })?;
         self.above.rename(&self.hidden, &self.name, RenameFlags::NOREPLACE).map_err(io)?;

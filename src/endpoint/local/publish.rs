@@ -158,7 +158,7 @@ fn store(staging: &Root, name: &str, bytes: &[u8]) -> Result<(), Error> {
     let path = rel(&format!("{name}.new"))?;
     staging.remove_tree(&path).map_err(io)?;
     let mut file = staging.create_new(&path, 0o600).map_err(io)?;
-    let shown = staging.shown().join(name).display().to_string();
+    let shown = crate::error::shown(&staging.shown().join(name)).to_string();
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|source| Error::Io {
         operation: "write",
         path: shown,
@@ -255,7 +255,7 @@ fn close_again(root: &Root, path: &RelPath, mode: u32) -> Result<(), Error> {
     let directory = root.open_dir(Some(path), Follow::Never).map_err(io)?;
     rustix::fs::fchmod(&directory, Mode::from_raw_mode(mode)).map_err(|errno| Error::Io {
         operation: "give its mode back to",
-        path: root.shown().join(path.as_path()).display().to_string(),
+        path: crate::error::shown(&root.shown().join(path.as_path())).to_string(),
         source: errno.into(),
     })
 }
@@ -385,7 +385,7 @@ pub(super) fn read(root: &Root, name: &str) -> Result<Option<Vec<u8>>, Error> {
     let mut bytes = Vec::new();
     match root.open_read(&rel(name)?, Follow::Never) {
         Ok(mut file) => {
-            let path = root.shown().join(name).display().to_string();
+            let path = crate::error::shown(&root.shown().join(name)).to_string();
             file.read_to_end(&mut bytes).map_err(|source| Error::Io { operation: "read", path, source })?;
             Ok(Some(bytes))
         }
@@ -408,10 +408,10 @@ pub(super) fn recover(root: &Root) -> Result<bool, Error> {
         return Ok(true);
     };
     let damaged = |what: &str| Error::Refused {
-        by: root.shown().display().to_string(),
+        by: crate::error::shown(root.shown()).to_string(),
         reason: format!(
             "{what} of an interrupted run is damaged; look at {}, then remove it",
-            staging.shown().display()
+            crate::error::shown(staging.shown())
         ),
     };
     let manifest = format::decode(&text).map_err(|_| damaged("the manifest"))?;

@@ -42,7 +42,7 @@ pub(super) fn check(root: &Root, need: Need) -> Result<(), Error> {
         return Ok(());
     };
     let source = std::io::Error::new(ErrorKind::StorageFull, reason);
-    Err(Error::Io { operation: "make room in", path: root.shown().display().to_string(), source })
+    Err(Error::Io { operation: "make room in", path: crate::error::shown(root.shown()).to_string(), source })
 }
 
 /// What to say when a disk has filled up: how much the run needs in all, and what is free now.

@@ -71,7 +71,7 @@ impl LocalSource {
 }
 
 fn failed(error: crate::root::RootError) -> Error {
-    Error::Io { operation: error.operation, path: error.path.display().to_string(), source: error.source }
+    Error::Io { operation: error.operation, path: crate::error::shown(&error.path).to_string(), source: error.source }
 }
 
 impl Source for LocalSource {
@@ -98,7 +98,11 @@ impl Source for LocalSource {
             },
         )?;
         if let Some(cache) = &cache {
-            monitor.event(Event::Detail(&format!("{}: {} digests are known", self.describe(), cache.len())));
+            monitor.event(Event::Detail(&format!(
+                "{}: SHA-256 known from earlier runs: {}",
+                self.describe(),
+                cache.len()
+            )));
         }
         let seen = (scanned.metadata, SystemTime::now());
         *self.scanned.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = seen;

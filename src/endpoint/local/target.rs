@@ -15,7 +15,7 @@ use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Content, Digest, Entry, Manifest, Tree};
-use crate::monitor::{Event, Monitor};
+use crate::monitor::{Event, Monitor, Problem, Severity};
 use crate::path::RelPath;
 use crate::plan::{Change, Compare, Desired, Need, Plan, diff, require_proof};
 use crate::policy::acl::Principal;
@@ -81,7 +81,7 @@ pub(super) struct State {
 }
 
 pub(super) fn io(error: RootError) -> Error {
-    Error::Io { operation: error.operation, path: error.path.display().to_string(), source: error.source }
+    Error::Io { operation: error.operation, path: crate::error::shown(&error.path).to_string(), source: error.source }
 }
 
 pub(super) fn rel(path: &str) -> Result<RelPath, Error> {
@@ -109,6 +109,12 @@ impl LocalTarget {
     fn open_root(&self, dry_run: bool) -> Result<Option<(Root, Option<Birth>)>, Error> {
         match self.place.open() {
             Ok(root) => return Ok(Some((root, None))),
+            Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
+                let shown = crate::error::shown(&error.path);
+                return Err(Error::Usage(format!(
+                    "'{shown}' cannot be a target: a file lies there, or on the way to it"
+                )));
+            }
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
             Err(_) if dry_run => return Ok(None),
             Err(_) => {}
@@ -302,8 +308,9 @@ impl Run {
             scan::ScanError::Root(error) => io(error),
             other => Error::Refused { by: "the receiver".into(), reason: crate::error::chain(&other) },
         })?;
-        for problem in &scanned.problems {
-            monitor.event(Event::Problem(problem));
+        // Said, but no failure of the run: what comes of it is told when that path is published or removed.
+        for problem in scanned.problems {
+            monitor.event(Event::Problem(&Problem { severity: Severity::Skipped, ..problem }));
         }
         let mut target = scanned.tree;
         let (old_manifest, old_digest) = commit::read_manifest(&self.root, monitor)?;
@@ -452,7 +459,7 @@ pub(super) fn is_full(error: &std::io::Error) -> bool {
 pub(super) fn stage_failure(error: &StageError, staging: &Root) -> Error {
     let kind = if error.storage_full() { std::io::ErrorKind::StorageFull } else { std::io::ErrorKind::Other };
     let source = std::io::Error::new(kind, crate::error::chain(error));
-    Error::Io { operation: "stage in", path: staging.shown().display().to_string(), source }
+    Error::Io { operation: "stage in", path: crate::error::shown(staging.shown()).to_string(), source }
 }
 
 /// A clock that was put back makes new files look older than old ones. Nothing is decided by it; it is told.
@@ -462,7 +469,7 @@ fn warn_of_the_future(manifest: &Manifest, root: &Root, monitor: &dyn Monitor) {
     if ahead > CLOCK_TOLERANCE_SECONDS {
         monitor.event(Event::Warning(&format!(
             "{}: the last manifest was written {ahead} seconds in the future; is the clock of this machine right?",
-            root.shown().display()
+            crate::error::shown(root.shown())
         )));
     }
 }

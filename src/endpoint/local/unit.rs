@@ -74,7 +74,7 @@ impl Unit<'_> {
                 let path = directory.join(&name).map_err(|error| Error::Usage(error.to_string()))?;
                 let found = Metadata::at(&descriptor, &name).map_err(|source| Error::Io {
                     operation: "look at",
-                    path: self.run.root.shown().join(path.as_path()).display().to_string(),
+                    path: crate::error::shown(&self.run.root.shown().join(path.as_path())).to_string(),
                     source,
                 })?;
                 if found.kind == FileKind::Directory {
@@ -155,7 +155,7 @@ impl Unit<'_> {
     }
 
     fn copy(&self, path: &RelPath, found: &Metadata, wanted: &Permissions) -> Result<(), Error> {
-        let shown = || self.run.root.shown().join(path.as_path()).display().to_string();
+        let shown = || crate::error::shown(&self.run.root.shown().join(path.as_path())).to_string();
         let failed = |source| Error::Io { operation: "copy", path: shown(), source };
         let staged = |error| stage_failure(&error, self.staging);
         let mut file = self.run.root.open_read(path, Follow::Never).map_err(io)?;
@@ -215,7 +215,7 @@ fn is_no_link(error: &RootError) -> bool {
 
 /// The permissions that something has.
 fn as_it_is(root: &Root, path: &RelPath, found: &Metadata) -> Result<Permissions, Error> {
-    let shown = || root.shown().join(path.as_path()).display().to_string();
+    let shown = || crate::error::shown(&root.shown().join(path.as_path())).to_string();
     let inode = Inode::open(root, Some(path)).map_err(io)?;
     let acls = inode.acls().map_err(|source| Error::Io { operation: "read the ACLs of", path: shown(), source })?;
     // Who may not give files away keeps what it has: naming the owner it has anyway would be refused.

@@ -27,7 +27,7 @@ fn full(error: &StageError, staging: &Root, need: Need) -> Error {
     let text = format!("{}; {}", crate::error::chain(error), room::filled(staging, need));
     Error::Io {
         operation: "stage in",
-        path: staging.shown().display().to_string(),
+        path: crate::error::shown(staging.shown()).to_string(),
         source: std::io::Error::new(std::io::ErrorKind::StorageFull, text),
     }
 }

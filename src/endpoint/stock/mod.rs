@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::endpoint::{Crew, Error};
 use crate::endpoint::client::{Client, ClientOptions};
 use crate::endpoint::link::{Link, Remote, Way};
+use crate::endpoint::{Crew, Error};
 use crate::error::Escaped;
 use crate::manifest::Timestamp;
 use crate::path::RelPath;

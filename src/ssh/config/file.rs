@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::keyword::Keyword;
 use super::{ConfigError, Environment, tokens, words};
+use crate::error::in_words;
 use crate::ssh::pattern::{any_of, wild};
 use crate::ssh::shown;
 
@@ -95,7 +96,7 @@ impl Pass<'_> {
         let text = match read(frame.file) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound && !must => return Ok(()),
-            Err(error) => return Err(wrong(error.to_string())),
+            Err(error) => return Err(wrong(format!("cannot be read: {}", in_words(&error)))),
         };
         let mut active = !frame.shut;
         for (number, line) in (1..).zip(text.lines()) {

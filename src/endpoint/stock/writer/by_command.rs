@@ -8,8 +8,8 @@ use super::super::follow::{FOLLOW_BYTES, Follower};
 use super::super::prove::Unproven;
 use super::super::session::{about, with_attributes};
 use super::super::shell::is_plain;
-use super::file::{Op, Route};
 use super::StockWriter;
+use super::file::{Op, Route};
 use crate::endpoint::{Block, Error, WriteFailure};
 use crate::wire::sftp::{Attributes, packet};
 
@@ -162,7 +162,11 @@ impl StockWriter {
         }
         let unproven = Unproven { id: number, path: file.path.clone(), size: file.size, grant: None };
         if self.follower.is_none() {
-            self.follower = Some(Follower::start(Arc::clone(&self.run.lanes), Arc::clone(&self.session), Arc::clone(&self.run.shell))?);
+            self.follower = Some(Follower::start(
+                Arc::clone(&self.run.lanes),
+                Arc::clone(&self.session),
+                Arc::clone(&self.run.shell),
+            )?);
         }
         if let Some(follower) = &self.follower {
             follower.begin(unproven);
