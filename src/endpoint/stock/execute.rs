@@ -156,7 +156,7 @@ fn apply(run: &Run, entries: &[Entry], problems: &mut Problems) -> Result<(), Er
         left = settle_permissions(session, packet::SETSTAT, &paths, &again)?;
     }
     for (number, refusal) in left {
-        problems.tell(&entries[number].path, format!("set its owner, mode and time: {refusal}"));
+        problems.tell(&entries[number].path, format!("cannot set its owner, mode and time: {refusal}"));
     }
     Ok(())
 }

@@ -190,7 +190,7 @@ impl Listing<'_> {
             // RACE: removed since its parent was read; it is not there any more, and that is all there is to say.
             Some(_) if refusal.is_missing() => Ok(()),
             Some(path) => {
-                self.problems.push(failed(Some(path), format!("list the directory: {refusal}")));
+                self.problems.push(failed(Some(path), format!("cannot list the directory: {refusal}")));
                 Ok(())
             }
         }

@@ -167,10 +167,13 @@ pub(super) fn prove(
     Ok(proven)
 }
 
+/// Mode, owner and group.
+type Wish = (u32, Option<u32>, Option<u32>);
+
 /// Gives owner and mode to those that are what was sent. What cannot be given here is given, or refused with a reason,
 /// file by file over SFTP.
 fn grant(shell: &mut Shell, files: &[Unproven], found: &mut HashMap<u64, Found>) {
-    let mut wishes: BTreeMap<(u32, Option<u32>, Option<u32>), Vec<&Unproven>> = BTreeMap::new();
+    let mut wishes: BTreeMap<Wish, Vec<&Unproven>> = BTreeMap::new();
     for file in files {
         if let Some((announced, wanted)) = &file.grant
             && found.get(&file.id).is_some_and(|found| found.digest == *announced)

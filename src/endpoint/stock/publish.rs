@@ -248,7 +248,7 @@ fn settle(
         {
             failed.insert(index);
             let entry = &source.entries()[index as usize];
-            problems.tell(&entry.path, format!("make the link: {refusal}"));
+            problems.tell(&entry.path, format!("cannot make the link: {refusal}"));
         }
     }
     // What was only asked about, and is as it was.
@@ -364,7 +364,8 @@ fn bring_to_disk(run: &Run) -> Result<(), Error> {
         let shell = Shell::start(&*run.lanes.remote, 0).map_err(failed)?;
         *spare = Spare::new(Some(shell), Arc::clone(&run.lanes.remote), 0);
     }
-    let synced = spare.running().map_or_else(|| Err("there is no command".into()), |it| it.run(Job::Sync, &[&run.root]));
+    let synced =
+        spare.running().map_or_else(|| Err("there is no command".into()), |it| it.run(Job::Sync, &[&run.root]));
     synced.map(drop).map_err(|reason| {
         spare.lose();
         failed(reason)

@@ -27,7 +27,7 @@ impl Recorded {
             Step::ApplyMetadata(_) => "set its owner, mode and time",
             Step::RemoveFile(_) | Step::RemoveDirectory(_) => "remove it",
         };
-        format!("{what}: {reason}")
+        format!("cannot {what}: {reason}")
     }
 }
 

@@ -22,7 +22,7 @@ use crate::endpoint::{BeginOptions, CommitOptions, Committed, Crew, Error, Targe
 use crate::error::Escaped;
 use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Content, Digest, Entry, InvalidTree, Manifest, Timestamp, Tree};
-use crate::monitor::{Event, Monitor};
+use crate::monitor::{Event, Monitor, Problem, Severity};
 use crate::path::RelPath;
 use crate::plan::{Action, Change, Compare, Desired, Differences, Need, Plan, diff};
 use crate::policy::Policy;
@@ -455,7 +455,8 @@ impl Run {
         let rule = ScanRule { filter, links: LinkRule::All, ignore_files: true, report_special: false };
         let listed = list(&self.session, &self.root, &rule, &mut locked(&self.names), monitor)?;
         for problem in &listed.problems {
-            monitor.event(Event::Problem(problem));
+            // It is looked at for comparison; whether it matters is found out when it is to be changed.
+            monitor.event(Event::Problem(&Problem { severity: Severity::Skipped, ..problem.clone() }));
         }
         let mut entries = listed.entries;
         entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));

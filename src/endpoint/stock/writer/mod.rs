@@ -69,7 +69,7 @@ pub(super) struct StockWriter {
 }
 
 fn refused(what: &str, refusal: &Refusal) -> WriteFailure {
-    WriteFailure { message: format!("{what}: {refusal}"), retry: false }
+    WriteFailure { message: format!("cannot {what}: {refusal}"), retry: false }
 }
 
 impl StockWriter {
