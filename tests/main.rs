@@ -7,6 +7,7 @@ mod architecture;
 mod certificates;
 mod cli;
 mod faults;
+mod hostile_agent;
 mod interop;
 mod keys;
 mod model;

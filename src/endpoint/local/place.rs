@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use rustix::fs::{Mode, RenameFlags};
 
+use super::links::Confined;
 use crate::endpoint::Error;
 use crate::path::RelPath;
 use crate::root::{Follow, Root, RootError};
@@ -40,6 +41,14 @@ impl Place {
             Place::Named(path) => path.clone(),
             Place::Beneath(root, None) => root.shown().to_owned(),
             Place::Beneath(root, Some(path)) => root.shown().join(path.as_path()),
+        }
+    }
+
+    /// Where it is below the root that a client is confined to; `None` where nobody is.
+    pub(super) fn confined(&self) -> Option<Confined> {
+        match self {
+            Place::Named(_) => None,
+            Place::Beneath(_, path) => Some(Confined(path.clone())),
         }
     }
 

@@ -3,11 +3,12 @@
 //! Everything is staged beneath `.lockstep/staging/current` of the root. A root that is not there yet is made under a
 //! hidden name beside its own and gets its name in the last step, so that a new tree appears whole.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::links::{self, Confined};
 use super::place::{Birth, Place};
 use super::writer::LocalWriter;
 use super::{commit, fold, known, metadata, publish, room};
@@ -47,6 +48,7 @@ pub(super) struct Run {
     /// While the root lies under its hidden name.
     pub(super) birth: Option<Birth>,
     pub(super) staging: Option<Root>,
+    confined: Option<Confined>,
     pub(super) options: BeginOptions,
     policy: Policy,
     ids: Ids,
@@ -70,6 +72,8 @@ pub(super) struct State {
     pub(super) staged: HashMap<u32, (Digest, Metadata)>,
     /// Files whose content was found at the target.
     pub(super) kept: HashMap<u32, Digest>,
+    /// Links that are not made, and why.
+    pub(super) refused: BTreeMap<u32, String>,
     /// Files lie there that the manifest does not list as they are, and the source has.
     pub(super) adopts: bool,
     /// What the plan stores.
@@ -162,6 +166,7 @@ impl Target for LocalTarget {
             root,
             birth,
             staging,
+            confined: self.place.confined(),
             options: options.clone(),
             policy,
             ids: Ids::default(),
@@ -184,7 +189,9 @@ impl Target for LocalTarget {
                     group: None,
                     acl_differs: false,
                 };
-                Ok(diff(source, &Tree::default(), &desired, Compare::default()))
+                let plan = diff(source, &Tree::default(), &desired, Compare::default());
+                links::tell(&links::refused(self.place.confined().as_ref(), source, &plan), source, monitor);
+                Ok(plan)
             }
         }
     }
@@ -357,9 +364,14 @@ impl Run {
             }
             monitor.event(Event::Warning(&crate::error::chain(&error)));
         }
+        let refused = links::refused(self.confined.as_ref(), source, &plan);
+        if self.options.dry_run {
+            links::tell(&refused, source, monitor);
+        }
         let mut state = self.state();
         *state = State {
             source: Arc::clone(source),
+            refused,
             adopts: doubtful.iter().any(|&at| source.get(&target.entries()[at].path).is_some()),
             target,
             metadata: scanned.metadata,

@@ -1,0 +1,219 @@
+//! Whoever speaks the agent's protocol with something else in mind: raw requests to `lockstep sftp-server --root`.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use lockstep::endpoint::{BeginOptions, CommitOptions, Committed, ScanOptions};
+use lockstep::manifest::{Content, Entry, Timestamp};
+use lockstep::path::RelPath;
+use lockstep::wire::extension::{self, EXTENDED_REPLY, Fields, STATUS, put_entry, put_frame, put_string};
+
+use crate::serve::Server;
+use crate::serve_kit::until;
+
+/// A session of the agent, confined to `root`, that is spoken to in single messages.
+struct Peer {
+    child: Child,
+    input: Option<ChildStdin>,
+    output: Option<ChildStdout>,
+    next: u32,
+    at: tempfile::TempDir,
+}
+
+/// What the other end answered: the body of a reply, or what a status says.
+type Answer = Result<Vec<u8>, String>;
+
+impl Peer {
+    fn start() -> Peer {
+        let at = tempfile::tempdir().unwrap();
+        fs::create_dir(at.path().join("root")).unwrap();
+        Peer::at(at)
+    }
+
+    fn at(at: tempfile::TempDir) -> Peer {
+        let (child, input, output) = spawn(at.path());
+        Peer { child, input: Some(input), output: Some(output), next: 0, at }
+    }
+
+    fn root(&self, name: &str) -> PathBuf {
+        self.at.path().join("root").join(name)
+    }
+
+    fn send(&mut self, name: &str, body: &[u8]) -> u32 {
+        self.next += 1;
+        let packet = packet(name, body, self.next);
+        self.input.as_mut().unwrap().write_all(&packet).unwrap();
+        self.next
+    }
+
+    fn receive(&mut self) -> (u32, Answer) {
+        let output = self.output.as_mut().unwrap();
+        let mut length = [0; 4];
+        output.read_exact(&mut length).expect("the server has gone");
+        let mut reply = vec![0; u32::from_be_bytes(length) as usize];
+        output.read_exact(&mut reply).unwrap();
+        let id = u32::from_be_bytes(reply[1..5].try_into().unwrap());
+        let body = reply.split_off(5);
+        match reply[0] {
+            EXTENDED_REPLY => (id, Ok(body)),
+            STATUS => (id, Err(String::from_utf8_lossy(Fields(&body[4..]).string().unwrap()).into_owned())),
+            kind => panic!("an answer of type {kind}"),
+        }
+    }
+
+    fn ask(&mut self, name: &str, body: &[u8]) -> Answer {
+        let id = self.send(name, body);
+        let (answered, answer) = self.receive();
+        assert_eq!(answered, id);
+        answer
+    }
+
+    fn begin(&mut self, root: &str, options: &BeginOptions) -> Answer {
+        self.ask("begin", &begin(root, options))
+    }
+
+    /// Begins, and has these entries compared.
+    fn prepare(&mut self, root: &str, entries: &[Entry]) {
+        self.begin(root, &BeginOptions { ignore_free_space: true, ..BeginOptions::default() }).unwrap();
+        self.ask("entries", &frame(entries)).unwrap();
+        self.ask("diff", &[]).unwrap();
+    }
+
+    fn commit(&mut self, options: &CommitOptions) -> Committed {
+        let mut body = Vec::new();
+        put_string(&mut body, &serde_json::to_vec(options).unwrap());
+        let reply = self.ask("commit", &body).unwrap();
+        serde_json::from_slice(Fields(&reply).string().unwrap()).unwrap()
+    }
+
+    /// Goes without a word.
+    fn hang_up(&mut self) {
+        (self.input, self.output) = (None, None);
+    }
+
+    fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn spawn(at: &Path) -> (Child, ChildStdin, ChildStdout) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_lockstep"))
+        .args(["sftp-server", "--root"])
+        .arg(at.join("root"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (mut input, mut output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    input.write_all(&[0, 0, 0, 5, 1, 0, 0, 0, 3]).unwrap();
+    let mut length = [0; 4];
+    output.read_exact(&mut length).unwrap();
+    output.read_exact(&mut vec![0; u32::from_be_bytes(length) as usize]).unwrap();
+    (child, input, output)
+}
+
+fn packet(name: &str, body: &[u8], id: u32) -> Vec<u8> {
+    let mut packet = extension::request(name);
+    packet.extend_from_slice(body);
+    let length = packet.len() as u32 - 4;
+    packet[..4].copy_from_slice(&length.to_be_bytes());
+    packet[5..9].copy_from_slice(&id.to_be_bytes());
+    packet
+}
+
+fn begin(root: &str, options: &BeginOptions) -> Vec<u8> {
+    let mut body = Vec::new();
+    put_string(&mut body, root.as_bytes());
+    put_string(&mut body, &serde_json::to_vec(options).unwrap());
+    body
+}
+
+fn entry(path: &str, content: Content) -> Entry {
+    let (owner, group) = ("o".into(), "g".into());
+    Entry { path: RelPath::new(path).unwrap(), content, mtime: Timestamp::default(), mode: 0o644, owner, group }
+}
+
+fn file(path: &str, size: u64) -> Entry {
+    entry(path, Content::File { size, digest: None })
+}
+
+fn link(path: &str, target: &str) -> Entry {
+    entry(path, Content::Symlink { target: target.as_bytes().into() })
+}
+
+fn frame(entries: &[Entry]) -> Vec<u8> {
+    let (mut raw, mut body) = (Vec::new(), Vec::new());
+    entries.iter().for_each(|entry| put_entry(&mut raw, entry));
+    put_frame(&mut body, &raw, None);
+    body
+}
+
+#[test]
+fn h13_no_link_out_of_a_confined_root_is_published_whichever_protocol_asks_for_it() {
+    let mut peer = Peer::start();
+    fs::create_dir(peer.root("sub")).unwrap();
+    symlink("/etc/hostname", peer.root("sub/there")).unwrap();
+    fs::write(peer.root("sub/extra"), "x").unwrap();
+    let entries = [
+        link("abs", "/etc/passwd"),
+        // Within what the client is confined to, though not within the directory of the run.
+        link("beside", "../other"),
+        link("dot", "."),
+        link("far", "../../x"),
+        link("near", "dot/there"),
+        // By its text it stays; through 'dot' it does not.
+        link("round", "dot/../../x"),
+        // As it is there already.
+        link("there", "/etc/hostname"),
+        link("unclear", "dot/../there"),
+    ];
+    peer.prepare("/sub", &entries);
+    let committed = peer.commit(&CommitOptions { delete: true, ..CommitOptions::default() });
+    let refused: Vec<&str> = committed.problems.iter().map(|(path, _)| path.as_str()).collect();
+    assert_eq!(refused, ["abs", "far", "round", "unclear"]);
+    assert!(committed.problems.iter().all(|(_, why)| why.contains("lead out of the root")), "{committed:?}");
+    for (name, is) in [("abs", false), ("far", false), ("round", false), ("unclear", false), ("near", true)] {
+        assert_eq!(fs::symlink_metadata(peer.root("sub").join(name)).is_ok(), is, "{name}");
+    }
+    assert_eq!(fs::read_link(peer.root("sub/beside")).unwrap(), Path::new("../other"));
+    assert_eq!(fs::read_link(peer.root("sub/there")).unwrap(), Path::new("/etc/hostname"));
+    assert!(fs::exists(peer.root("sub/extra")).unwrap(), "something was deleted after a refusal");
+    let audit = fs::read_to_string(peer.root("sub/.lockstep/audit.jsonl")).unwrap();
+    assert_eq!(audit.matches("\"refuse\"").count(), 4, "{audit}");
+    let manifest = fs::read_to_string(peer.root("sub/.lockstep/manifest")).unwrap();
+    assert!(manifest.contains("\tnear") && !manifest.contains("\tabs"), "{manifest}");
+    assert!(fs::read_dir(peer.root("sub/.lockstep/staging")).unwrap().next().is_none());
+}
+
+#[test]
+fn h13_a_sender_is_told_which_links_were_refused_and_a_unit_with_one_is_held_back() {
+    let server = Server::start(&[]);
+    let at = server.at.path();
+    fs::create_dir_all(at.join("source/unit")).unwrap();
+    fs::write(at.join("source/unit/f"), "f").unwrap();
+    fs::write(at.join("source/g"), "g").unwrap();
+    symlink("/etc/passwd", at.join("source/unit/out")).unwrap();
+    let push = |more: &[&str]| {
+        let arguments = ["push", "--links=all", "--unit=unit/", "source", "sync@127.0.0.1:/"];
+        server.lockstep(&[&arguments[..], more].concat(), "user")
+    };
+    for more in [&["-n"][..], &[]] {
+        let output = push(more);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.contains("is a link (to '/etc/passwd') that would lead out"), "{said}");
+        assert_eq!(output.status.code(), Some(if more.is_empty() { 4 } else { 0 }), "{said}");
+    }
+    assert_eq!(fs::read_to_string(at.join("root/g")).unwrap(), "g");
+    assert!(!fs::exists(at.join("root/unit")).unwrap());
+}
