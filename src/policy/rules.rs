@@ -91,6 +91,14 @@ impl Decision {
     }
 }
 
+/// Of a wish so many bytes are told.
+const WISH_MAX: usize = 200;
+
+/// What a sender wished for, for logs: it may be as long as a message, and is told once for each path.
+fn wished(text: &str) -> String {
+    Escaped(&text.as_bytes()[..text.len().min(WISH_MAX)]).to_string()
+}
+
 impl Policy {
     /// Checks and compiles rules.
     ///
@@ -166,10 +174,10 @@ impl Policy {
             return;
         }
         for (field, name) in [("owner", decision.owner.take()), ("group", decision.group.take())] {
-            decision.withheld.extend(name.map(|name| format!("{field} {}", Escaped(name.as_bytes()))));
+            decision.withheld.extend(name.map(|name| format!("{field} {}", wished(&name))));
         }
         if let Some(acl) = decision.acl.take().filter(|acl| !acl.is_empty()) {
-            decision.withheld.push(format!("ACL {}", Escaped(acl.to_string().as_bytes())));
+            decision.withheld.push(format!("ACL {}", wished(&acl.to_string())));
         }
     }
 

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::remote::Connection;
 use crate::endpoint::link::{Link, LinkError};
-use crate::error::Escaped;
+use crate::error::said;
 
 /// Senders wait while more than this is queued.
 const OUT_LIMIT: usize = 8 << 20;
@@ -67,8 +67,7 @@ impl Shared {
 
 impl State {
     fn failure(&self, host: &str) -> LinkError {
-        let complaint = String::from_utf8_lossy(&self.complaint);
-        let complaint = Escaped(complaint.trim().as_bytes()).to_string();
+        let complaint = said(self.complaint.trim_ascii());
         let mut text = match (&self.broken, self.exit_status) {
             (Some(reason), _) => format!("{host}: {reason}"),
             (None, Some(status)) => format!("{host}: the other end ended with status {status}"),
