@@ -217,3 +217,110 @@ fn h13_a_sender_is_told_which_links_were_refused_and_a_unit_with_one_is_held_bac
     assert_eq!(fs::read_to_string(at.join("root/g")).unwrap(), "g");
     assert!(!fs::exists(at.join("root/unit")).unwrap());
 }
+
+/// Index, then what an `open` says of where it goes on.
+fn open(index: u32) -> Vec<u8> {
+    [&index.to_be_bytes()[..], &[0; 8]].concat()
+}
+
+fn hole(index: u32, offset: u64, length: u64) -> Vec<u8> {
+    [&index.to_be_bytes()[..], &offset.to_be_bytes(), &length.to_be_bytes()].concat()
+}
+
+#[test]
+fn h42_a_session_of_the_agent_has_so_many_files_open_and_no_more() {
+    let mut peer = Peer::start();
+    let entries: Vec<Entry> = (0..1000).map(|number| file(&format!("{number:04}"), 10)).collect();
+    peer.prepare("/", &entries);
+    let mut opened = 0;
+    for index in 0..1000 {
+        match peer.ask("open", &open(index)) {
+            Ok(_) => opened += 1,
+            Err(why) => assert!(why.contains("256 files are open"), "{why}"),
+        }
+    }
+    assert_eq!(opened, 256);
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", peer.child.id())).unwrap().count();
+    assert!(descriptors < 320, "{descriptors}");
+    // One that is open is not opened again beside itself; one that is given up makes room.
+    assert!(peer.ask("open", &open(0)).unwrap_err().contains("out of order"));
+    peer.ask("discard", &1_u32.to_be_bytes()).unwrap();
+    peer.ask("open", &open(999)).unwrap();
+    assert!(peer.ask("open", &open(998)).is_err());
+    peer.ask("finish", &[&0_u32.to_be_bytes()[..], &[0; 32]].concat()).unwrap();
+    peer.ask("open", &open(998)).unwrap();
+}
+
+#[test]
+fn h35_who_waits_for_a_root_is_not_waited_for_when_he_has_gone() {
+    let mut first = Peer::start();
+    first.begin("/", &BeginOptions::default()).unwrap();
+    let at = first.at.path().to_owned();
+    let (mut child, mut input, output) = spawn(&at);
+    let forever = BeginOptions { wait_seconds: u64::MAX, ..BeginOptions::default() };
+    input.write_all(&packet("begin", &begin("/", &forever), 1)).unwrap();
+    // What waits behind it keeps the session from seeing the end of its input.
+    for number in 2..40 {
+        input.write_all(&packet("plan", &[0; 8], number)).unwrap();
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(child.try_wait().unwrap().is_none(), "it does not wait");
+    drop((input, output));
+    until("the end of the session", || child.try_wait().unwrap().is_some());
+    assert!(!first.has_ended());
+}
+
+#[test]
+fn h34_a_client_that_goes_leaves_no_work_behind() {
+    let mut peer = Peer::start();
+    peer.prepare("/", &[file("sparse", 1 << 42)]);
+    peer.ask("open", &open(0)).unwrap();
+    for length in [(1 << 30) + 1, 1 << 41, u64::MAX] {
+        assert!(peer.ask("hole", &hole(0, 0, length)).unwrap_err().contains("the length of a hole"));
+    }
+    // Each takes a second or so to be hashed.
+    for number in 0..1000 {
+        peer.send("hole", &hole(0, number << 30, 1 << 30));
+    }
+    peer.hang_up();
+    let started = Instant::now();
+    until("the end of the session", || peer.has_ended());
+    assert!(started.elapsed() < Duration::from_secs(12));
+}
+
+#[test]
+fn a_stream_takes_so_many_files_to_be_fetched_and_no_more() {
+    let mut peer = Peer::start();
+    fs::write(peer.root("f"), "content").unwrap();
+    let mut scan = Vec::new();
+    put_string(&mut scan, b"/");
+    put_string(&mut scan, &serde_json::to_vec(&ScanOptions::default()).unwrap());
+    peer.ask("scan", &scan).unwrap();
+    let fetch = |count: u32| {
+        let one = [0; 4 + 8 + 1];
+        [&0_u32.to_be_bytes()[..], &count.to_be_bytes(), &one.repeat(count as usize)].concat()
+    };
+    for _ in 0..4 {
+        peer.ask("fetch", &fetch(256)).unwrap();
+    }
+    assert!(peer.ask("fetch", &fetch(1)).unwrap_err().contains("number of files"));
+    assert!(peer.ask("fetch", &fetch(u32::MAX & 0xffff)).unwrap_err().contains("number of files"));
+    let bundle = peer.ask("next", &[0, 0, 0, 0, 0]).unwrap();
+    assert!(bundle.windows(7).filter(|window| window == b"content").count() == 1024);
+    peer.ask("fetch", &fetch(1024)).unwrap();
+    // Streams, of which each has a file open, are so many too.
+    let next = |stream: u32| [&stream.to_be_bytes()[..], &[0]].concat();
+    assert_eq!((1..40).filter(|number| peer.ask("next", &next(number * 8)).is_ok()).count(), 31);
+}
+
+#[test]
+fn h07_entries_that_do_not_ascend_end_the_run_as_they_come() {
+    let mut peer = Peer::start();
+    peer.begin("/", &BeginOptions::default()).unwrap();
+    peer.ask("entries", &frame(&[file("b", 1)])).unwrap();
+    assert!(peer.ask("entries", &frame(&[file("a", 1)])).unwrap_err().contains("do not ascend"));
+    assert!(peer.ask("diff", &[]).is_err());
+    // And nobody else is kept waiting.
+    let mut other = Peer::at(std::mem::replace(&mut peer.at, tempfile::tempdir().unwrap()));
+    other.begin("/", &BeginOptions::default()).unwrap();
+}

@@ -180,6 +180,10 @@ impl Output for Shared {
         drop(state);
         self.room.notify_one();
     }
+
+    fn is_gone(&self) -> bool {
+        self.lock().closed
+    }
 }
 
 /// Counts packets in a stream of them. Each gets one reply.

@@ -36,11 +36,11 @@ pub struct RootLock {
 }
 
 impl RootLock {
-    /// Locks `root` for `actor`, and waits up to `wait` for another run to end.
+    /// Locks `root` for `actor`, and waits up to `wait` for another run to end, or until `stopped`.
     ///
     /// # Errors
     /// [`LockError::Held`] names who has it.
-    pub fn take(root: &Root, actor: &str, wait: Duration) -> Result<RootLock, LockError> {
+    pub fn take(root: &Root, actor: &str, wait: Duration, stopped: &dyn Fn() -> bool) -> Result<RootLock, LockError> {
         let failed = |source| LockError::Io { root: root.shown().display().to_string(), source };
         root.mkdir_all(&RelPath::new(STATE)?, 0o700)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK;
@@ -49,7 +49,7 @@ impl RootLock {
         loop {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => break,
-                Err(Errno::WOULDBLOCK) if start.elapsed() < wait => std::thread::sleep(PAUSE),
+                Err(Errno::WOULDBLOCK) if start.elapsed() < wait && !stopped() => std::thread::sleep(PAUSE),
                 Err(Errno::WOULDBLOCK) => return Err(LockError::Held { holder: holder(&mut file) }),
                 Err(errno) => return Err(failed(errno.into())),
             }
@@ -85,11 +85,11 @@ mod tests {
     fn h35_the_second_run_is_told_who_holds_the_root_or_waits() {
         let at = tempfile::tempdir().unwrap();
         let root = Root::open(at.path()).unwrap();
-        let first = RootLock::take(&root, "ana@gpu01", Duration::ZERO).unwrap();
-        let refused = RootLock::take(&root, "bo@gpu02", Duration::ZERO).unwrap_err();
+        let first = RootLock::take(&root, "ana@gpu01", Duration::ZERO, &|| false).unwrap();
+        let refused = RootLock::take(&root, "bo@gpu02", Duration::ZERO, &|| false).unwrap_err();
         assert!(refused.to_string().contains("ana@gpu01"), "{refused}");
         std::thread::scope(|scope| {
-            let second = scope.spawn(|| RootLock::take(&root, "bo@gpu02", Duration::from_secs(10)));
+            let second = scope.spawn(|| RootLock::take(&root, "bo@gpu02", Duration::from_secs(10), &|| false));
             std::thread::sleep(Duration::from_millis(100));
             drop(first);
             second.join().unwrap().unwrap();

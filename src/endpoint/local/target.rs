@@ -146,7 +146,8 @@ impl Target for LocalTarget {
         let mut lock = None;
         let mut staging = None;
         if !options.dry_run {
-            let taken = RootLock::take(&root, &options.actor, Duration::from_secs(options.wait_seconds));
+            let wait = Duration::from_secs(options.wait_seconds);
+            let taken = RootLock::take(&root, &options.actor, wait, &|| monitor.stopped());
             lock = Some(taken.map_err(|error| match error {
                 LockError::Held { holder } => Error::Locked { root: self.describe(), holder },
                 LockError::Root(error) => io(error),
