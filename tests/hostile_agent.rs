@@ -2,15 +2,17 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use lockstep::endpoint::{BeginOptions, CommitOptions, Committed, ScanOptions};
-use lockstep::manifest::{Content, Entry, Timestamp};
+use lockstep::manifest::{Content, Digest, Entry, Manifest, Timestamp, Tree};
 use lockstep::path::RelPath;
 use lockstep::wire::extension::{self, EXTENDED_REPLY, Fields, STATUS, put_entry, put_frame, put_string};
+
+use sha2::Digest as _;
 
 use crate::serve::Server;
 use crate::serve_kit::until;
@@ -323,4 +325,63 @@ fn h07_entries_that_do_not_ascend_end_the_run_as_they_come() {
     // And nobody else is kept waiting.
     let mut other = Peer::at(std::mem::replace(&mut peer.at, tempfile::tempdir().unwrap()));
     other.begin("/", &BeginOptions::default()).unwrap();
+}
+
+/// What somebody who may write in a root would like the next run there to carry out: a program of root's.
+fn plant(at: &Path) {
+    let staging = at.join(".lockstep/staging/current");
+    fs::create_dir_all(staging.join("tree")).unwrap();
+    fs::write(staging.join("tree/evil"), "#!/bin/sh\n").unwrap();
+    let digest = Digest(sha2::Sha256::digest(b"#!/bin/sh\n").into());
+    let evil = Entry { mode: 0o4755, owner: "root".into(), ..file("evil", 0) };
+    let evil = Entry { content: Content::File { size: 10, digest: Some(digest) }, ..evil };
+    let tree = Tree::new(vec![evil]).unwrap();
+    let manifest = Manifest { generation: 1, created: Timestamp::default(), tree };
+    fs::write(staging.join("manifest"), lockstep::manifest::format::encode(&manifest)).unwrap();
+    let hex: String = b"evil".iter().map(|byte| format!("{byte:02x}")).collect();
+    fs::write(staging.join("commit"), format!("\n\nR{hex}\nA{hex}\n")).unwrap();
+    fs::write(staging.join("acls"), "").unwrap();
+}
+
+#[test]
+fn what_somebody_else_wrote_into_the_state_directory_is_not_carried_out() {
+    let open = |path: &Path| fs::set_permissions(path, fs::Permissions::from_mode(0o777)).unwrap();
+    let at = tempfile::tempdir().unwrap();
+    let path = |name: &str| at.path().join(name);
+    fs::create_dir(path("source")).unwrap();
+    fs::write(path("source/f"), "f").unwrap();
+    let push = |target: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_lockstep"))
+            .args(["push", "source", target])
+            .current_dir(at.path())
+            .env("XDG_STATE_HOME", path("state"))
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    // At a root, and in the hidden place of one that is not there yet.
+    for (planted, target) in [("root", "root"), (".new.lockstep", "new")] {
+        plant(&path(planted));
+        let state = if target == "new" { path(planted) } else { path("root/.lockstep") };
+        open(&state);
+        let (code, said) = push(target);
+        assert_eq!(code, Some(4), "{said}");
+        assert!(said.contains("somebody else may have put there"), "{said}");
+        if rustix::process::geteuid().is_root() {
+            let nobody = rustix::fs::Uid::from_raw(65534);
+            fs::set_permissions(&state, fs::Permissions::from_mode(0o700)).unwrap();
+            rustix::fs::chown(&state, Some(nobody), None).unwrap();
+            let (code, said) = push(target);
+            assert_eq!(code, Some(4), "{said}");
+            assert!(said.contains("belongs to user 65534"), "{said}");
+        }
+        assert!(!fs::exists(path(planted).join("evil")).unwrap());
+    }
+    // What it is all about: as the own record of a run that was interrupted it would be carried out.
+    fs::remove_dir_all(path("root")).unwrap();
+    plant(&path("root"));
+    fs::set_permissions(path("root/.lockstep"), fs::Permissions::from_mode(0o700)).unwrap();
+    assert_eq!(push("root").0, Some(0));
+    assert_eq!(fs::metadata(path("root/evil")).unwrap().permissions().mode() & 0o7777, 0o4755);
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, OFlags};
@@ -11,8 +12,7 @@ use crate::error::Escaped;
 use crate::path::{InvalidPath, RelPath};
 use crate::root::{Follow, Root, RootError};
 
-const STATE: &str = ".lockstep";
-const LOCK: &str = ".lockstep/lock";
+const LOCK: &str = "lock";
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// Why a root was not locked.
@@ -21,6 +21,12 @@ const PAUSE: Duration = Duration::from_millis(50);
 pub enum LockError {
     #[error("in use by {holder}")]
     Held { holder: String },
+    #[error(
+        "'{}' {why}, so that somebody else may have put there what this run would carry out; look at it, then remove it, \
+         or make it yours (chown -R, chmod 700)",
+        Escaped(directory.as_os_str().as_encoded_bytes())
+    )]
+    Foreign { directory: PathBuf, why: String },
     #[error(transparent)]
     Root(#[from] RootError),
     #[error("lock '{root}'")]
@@ -33,6 +39,7 @@ pub enum LockError {
 #[derive(Debug)]
 pub struct RootLock {
     _file: File,
+    state: Root,
 }
 
 impl RootLock {
@@ -42,9 +49,9 @@ impl RootLock {
     /// [`LockError::Held`] names who has it.
     pub fn take(root: &Root, actor: &str, wait: Duration, stopped: &dyn Fn() -> bool) -> Result<RootLock, LockError> {
         let failed = |source| LockError::Io { root: root.shown().display().to_string(), source };
-        root.mkdir_all(&RelPath::new(STATE)?, 0o700)?;
+        let state = super::state::open(root)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK;
-        let mut file = root.open_with(&RelPath::new(LOCK)?, Follow::Never, flags, 0o600)?;
+        let mut file = state.open_with(&RelPath::new(LOCK)?, Follow::Never, flags, 0o600)?;
         let start = Instant::now();
         loop {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -62,7 +69,12 @@ impl RootLock {
             file.write_all(text.as_bytes())
         };
         write(&mut file).map_err(failed)?;
-        Ok(RootLock { _file: file })
+        Ok(RootLock { _file: file, state })
+    }
+
+    /// The directory `.lockstep` of the root, as it was found to be nobody else's.
+    pub fn state(&self) -> &Root {
+        &self.state
     }
 }
 

@@ -16,6 +16,7 @@ use super::links::Confined;
 use crate::endpoint::Error;
 use crate::path::RelPath;
 use crate::root::{Follow, Root, RootError};
+use crate::staging::must_be_own;
 
 /// Where a tree lies.
 #[derive(Debug, Clone)]
@@ -100,6 +101,9 @@ impl Place {
             _ => {}
         }
         let root = above.subroot(&hidden).map_err(io)?;
+        // Whoever may write in the directory above may have made it, with what is to be carried out in it.
+        must_be_own(&root)
+            .map_err(|error| Error::Refused { by: "the receiver".into(), reason: crate::error::chain(&error) })?;
         Ok((root, Birth { above, hidden, name }))
     }
 }

@@ -29,6 +29,8 @@ use crate::staging::{Ids, Journal, LockError, Permissions, RootLock, StageError}
 pub(super) const STATE: &str = ".lockstep";
 pub(super) const MANIFEST: &str = ".lockstep/manifest";
 pub(super) const STAGING: &str = ".lockstep/staging/current";
+/// The same below `.lockstep`.
+pub(super) const STAGED: &str = "staging/current";
 /// Clocks of machines that exchange data differ by less.
 const CLOCK_TOLERANCE_SECONDS: i64 = 60;
 /// Names that are published last and removed first wherever they occur.
@@ -148,20 +150,24 @@ impl Target for LocalTarget {
         if !options.dry_run {
             let wait = Duration::from_secs(options.wait_seconds);
             let taken = RootLock::take(&root, &options.actor, wait, &|| monitor.stopped());
-            lock = Some(taken.map_err(|error| match error {
+            let taken = taken.map_err(|error| match error {
                 LockError::Held { holder } => Error::Locked { root: self.describe(), holder },
                 LockError::Root(error) => io(error),
+                foreign @ LockError::Foreign { .. } => {
+                    Error::Refused { by: "the receiver".into(), reason: crate::error::chain(&foreign) }
+                }
                 other => Error::Usage(crate::error::chain(&other)),
-            })?);
-            let path = rel(STAGING)?;
-            if publish::recover(&root)? {
+            })?;
+            let path = rel(STAGED)?;
+            if publish::recover(&root, taken.state())? {
                 monitor.event(Event::Warning(&format!(
                     "{}: an earlier run was interrupted while it published; it was finished first",
                     self.describe()
                 )));
             }
-            root.mkdir_all(&path.join("tree").map_err(|error| usage(&error))?, 0o700).map_err(io)?;
-            staging = Some(root.subroot(&path).map_err(io)?);
+            taken.state().mkdir_all(&path.join("tree").map_err(|error| usage(&error))?, 0o700).map_err(io)?;
+            staging = Some(taken.state().subroot(&path).map_err(io)?);
+            lock = Some(taken);
         }
         let run = Run {
             root,
