@@ -184,7 +184,7 @@ impl State {
             "{} of {} ({} %), {} of {} files",
             BinaryBytes(done),
             BinaryBytes(total),
-            (done.min(total) * 100).checked_div(total).unwrap_or(100),
+            (u128::from(done.min(total)) * 100).checked_div(total.into()).unwrap_or(100),
             HumanCount(get(&self.counters.done_files)),
             HumanCount(get(&self.counters.total_files)),
         );

@@ -4,9 +4,10 @@
 //! disturbed.
 
 use std::collections::HashMap;
+use std::io::Read as _;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
-use crate::filter::{Filter, IGNORE_FILE};
+use crate::filter::{Filter, GLOBS_BYTES_MAX, IGNORE_FILE};
 use crate::manifest::{Content, Entry, Tree};
 use crate::monitor::{Counters, Monitor, Problem, Severity};
 use crate::path::RelPath;
@@ -239,6 +240,8 @@ fn own_filter(shared: &Shared<'_>, directory: &Directory, names: &[Vec<u8>]) -> 
     let wrong = |error: &dyn std::error::Error| failed(Some(path.clone()), error);
     let file = shared.root.open_read(&path, Follow::Never).map_err(|error| wrong(&error))?;
     let regular = Metadata::of(&file).map_err(|error| wrong(&error))?.kind == FileKind::Regular;
+    // One byte more than may be: the filter refuses it then.
+    let file = file.take(GLOBS_BYTES_MAX as u64 + 1);
     let text = if regular { std::io::read_to_string(file).map_err(|error| wrong(&error))? } else { String::new() };
     let filter = directory.filter.with_ignore_file(directory.path.as_ref(), &text).map_err(|error| wrong(&error))?;
     Ok(Arc::new(filter))

@@ -104,7 +104,7 @@ fn find(look: &Look<'_>, target: &mut Tree, monitor: &dyn Monitor) {
     if unknown.is_empty() {
         return;
     }
-    let bytes: u64 = unknown.iter().map(|file| file.1).sum();
+    let bytes: u64 = unknown.iter().fold(0, |sum, file| sum.saturating_add(file.1));
     let count = unknown.len();
     monitor.event(Event::Detail(&format!(
         "{count} files ({bytes} bytes) lie at the target already, and are hashed there to see whether they are the source's"
