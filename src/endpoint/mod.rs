@@ -24,6 +24,7 @@ pub mod memory;
 pub mod several;
 pub mod stock;
 pub mod stream;
+pub mod surplus;
 
 /// Content travels in blocks of at most this many bytes.
 pub const BLOCK_BYTES: usize = 512 * 1024;
