@@ -87,7 +87,8 @@ impl Block {
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum Error {
-    #[error("{operation} '{path}'")]
+    // The path may have a name of a peer's tree in it.
+    #[error("{operation} '{}'", crate::error::said(path.as_bytes()))]
     Io { operation: &'static str, path: String, source: std::io::Error },
     #[error("{host}: the connection was lost; what arrived is kept, and the same command goes on from there")]
     Disconnected {
@@ -375,4 +376,16 @@ pub trait Writer: Send {
     /// # Errors
     /// What ends the run.
     fn completions(&mut self, wait: bool) -> Result<Vec<Staged>, Error>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn h09_the_path_of_an_error_does_not_steer_a_terminal() {
+        let source = std::io::ErrorKind::NotFound.into();
+        let error = Error::Io { operation: "open", path: "/x/\u{1b}[2J\nok\\n".into(), source };
+        assert_eq!(error.to_string(), "open '/x/\\x1b[2J\\nok\\n'");
+    }
 }

@@ -37,6 +37,8 @@ pub fn must_be_own(directory: &Root) -> Result<(), LockError> {
     }
     // Some file systems give every file to one user (NFS for root, FUSE), or know no modes: what counts is what is made.
     let probe = RelPath::new(format!("probe-{}", std::process::id()))?;
+    // What a run that was killed here left would be in the way.
+    let _ = directory.rmdir(&probe);
     directory.mkdir(&probe, 0o700)?;
     let made = directory.stat(&probe, Follow::Never);
     directory.rmdir(&probe)?;
