@@ -36,6 +36,9 @@ impl Surplus {
 
     fn hold_of(&mut self, bytes: usize, pot: usize) -> bool {
         let wanted = bytes.saturating_sub(self.share);
+        if wanted == self.taken {
+            return true;
+        }
         let (more, less) = (wanted.saturating_sub(self.taken), self.taken.saturating_sub(wanted));
         TAKEN.fetch_sub(less, Ordering::Relaxed);
         let fits = |taken: usize| taken.checked_add(more).filter(|&taken| more == 0 || taken <= pot);
