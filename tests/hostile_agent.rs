@@ -16,7 +16,7 @@ use lockstep::wire::extension::{self, EXTENDED_REPLY, Fields, STATUS, put_entry,
 use sha2::Digest as _;
 
 use crate::serve::Server;
-use crate::serve_kit::until;
+use crate::serve_kit::{Served, until};
 
 /// A session of the agent, confined to `root`, that is spoken to in single messages.
 struct Peer {
@@ -569,4 +569,25 @@ fn h14_a_directory_that_is_swapped_while_a_plain_client_works_leads_nowhere() {
     });
     assert_eq!(portrait(&outside), before);
     assert!(done >= 300, "too little was done: {done}");
+}
+
+#[test]
+fn h35_who_waits_over_a_connection_that_is_gone_gives_his_place_back() {
+    let served = Served::start("", "");
+    let root = lockstep::root::Root::open(&served.path("sync")).unwrap();
+    let _lock = lockstep::staging::RootLock::take(&root, "ana@gpu01", Duration::ZERO, &|| false).unwrap();
+    let mut held = served.hold("sync", &[]);
+    assert!(held.speaks());
+    let forever = BeginOptions { wait_seconds: u64::MAX, ..BeginOptions::default() };
+    let pid = rustix::process::Pid::from_child(&held.0);
+    let input = held.0.stdin.as_mut().unwrap();
+    input.write_all(&packet("begin", &begin("/", &forever), 1)).unwrap();
+    // More than is read while a session is at work: the end of the channel stands behind it.
+    let junk = packet("plan", &vec![0; 1 << 20], 2);
+    std::thread::scope(|scope| {
+        scope.spawn(|| while input.write_all(&junk).is_ok() {});
+        std::thread::sleep(Duration::from_secs(2));
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    });
+    served.wait_for("session ended");
 }

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::io::Read as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 
@@ -58,6 +59,9 @@ pub struct Factory {
     pub source: Opener<SharedSource>,
 }
 
+/// Requests that may take as long as it takes to hash a tree, or for another run to end. One is done at a time, and
+/// nothing waits behind it.
+const LONG: [&str; 4] = ["begin", "scan", "diff", "commit"];
 const WORKERS: usize = 8;
 const QUEUE: usize = 8;
 
@@ -185,6 +189,8 @@ impl Run {
 /// The agent of one connection.
 pub struct Agent {
     control: Sender<Job>,
+    /// A request is being done that may take long.
+    busy: Arc<AtomicBool>,
     /// Whether further connections may work on its run.
     shared: bool,
     run: Arc<Mutex<Option<Arc<Run>>>>,
@@ -202,11 +208,13 @@ impl Agent {
         let (control, jobs) = bounded(QUEUE);
         let run = Arc::new(Mutex::new(None));
         let shared = Arc::clone(&run);
+        let busy = Arc::new(AtomicBool::new(false));
+        let done = Arc::clone(&busy);
         // Without the thread the channel is closed, and every request is refused.
         let thread = std::thread::Builder::new()
             .name("agent-control".to_owned())
-            .spawn(move || Control::new(factory, shared, limits).serve(&jobs));
-        Agent { control, run, shared: true, thread: thread.ok() }
+            .spawn(move || Control::new(factory, shared, limits).serve(&jobs, &done));
+        Agent { control, busy, run, shared: true, thread: thread.ok() }
     }
 
     /// Waits until what has arrived is stored and the run is given up. A process that ended before would lose what the
@@ -238,6 +246,15 @@ impl Extensions for Agent {
         let name = name.strip_suffix(DOMAIN).unwrap_or(name);
         let job = Job { name, id, payload, output: Arc::clone(output) };
         let data = matches!(name, "put" | "open" | "write" | "hole" | "finish" | "keep" | "discard" | "fetch" | "next");
+        // What stood in a queue behind a request that takes hours would keep the session from reading on, and so from
+        // noticing that its client has gone.
+        if !data && self.busy.load(Ordering::Acquire) {
+            job.refuse(&Failure::order("the request before it is not done yet"));
+            return true;
+        }
+        if LONG.contains(&name) {
+            self.busy.store(true, Ordering::Release);
+        }
         let sent = if data { self.route(job) } else { self.control.send(job).map_err(|error| error.0) };
         if let Err(job) = sent {
             job.refuse(&Failure::order("there is no run that takes it"));
@@ -291,9 +308,14 @@ impl Control {
         }
     }
 
-    fn serve(mut self, jobs: &Receiver<Job>) {
+    fn serve(mut self, jobs: &Receiver<Job>, busy: &AtomicBool) {
         while let Ok(job) = jobs.recv() {
-            match self.answer(&job) {
+            let answer = self.answer(&job);
+            if LONG.contains(&job.name) {
+                // Before the reply, after which the client may ask for the next.
+                busy.store(false, Ordering::Release);
+            }
+            match answer {
                 Ok(body) => job.reply(&body),
                 Err(failure) => job.refuse(&failure),
             }
