@@ -8,6 +8,7 @@ mod certificates;
 mod cli;
 mod faults;
 mod hostile_agent;
+mod hostile_races;
 mod hostile_server;
 mod interop;
 mod keys;
