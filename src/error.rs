@@ -68,6 +68,30 @@ impl fmt::Display for Escaped<'_> {
     }
 }
 
+/// The longest text of a peer that is passed on, in characters; what is behind is cut off.
+pub const SAID_MAX: usize = 2000;
+
+/// What a peer says, made safe to print and of bounded length. Backslashes stay: what a lockstep says has the names in it
+/// escaped already.
+pub fn said(text: &[u8]) -> String {
+    let mut shown = String::new();
+    // No character takes more than four bytes: what is further behind would be cut off anyway.
+    let whole = text.len() <= 4 * SAID_MAX;
+    let text = String::from_utf8_lossy(&text[..text.len().min(4 * SAID_MAX)]);
+    let mut left = text.chars();
+    for c in left.by_ref().take(SAID_MAX) {
+        if c == '\\' {
+            shown.push(c);
+        } else {
+            shown.push_str(&Escaped(c.encode_utf8(&mut [0; 4]).as_bytes()).to_string());
+        }
+    }
+    if !whole || left.next().is_some() {
+        shown.push('…');
+    }
+    shown
+}
+
 /// Control characters (C0, DEL, C1) and the marks that reorder or hide text (bidirectional controls, zero-width).
 fn is_unsafe_to_print(c: char) -> bool {
     c.is_control()
@@ -154,6 +178,17 @@ mod tests {
         ];
         for (name, shown) in cases {
             assert_eq!(Escaped(name).to_string(), shown);
+        }
+    }
+
+    #[test]
+    fn h09_what_a_peer_says_is_one_line_of_bounded_length() {
+        assert_eq!(said(b"open 'a\\nb': caf\xe9\n\x1b[2J"), "open 'a\\nb': caf\u{fffd}\\n\\x1b[2J");
+        assert_eq!(said("\u{202e}é".as_bytes()), "\\xe2\\x80\\xaeé");
+        assert_eq!(said(&[b'a'; SAID_MAX]).len(), SAID_MAX);
+        for long in [vec![b'a'; SAID_MAX + 1], vec![0x1b; 1 << 20], vec![0xff; 1 << 20], "€".repeat(1 << 20).into()] {
+            let shown = said(&long);
+            assert!(shown.ends_with('…') && shown.chars().count() <= 4 * SAID_MAX + 1, "{}", shown.len());
         }
     }
 }

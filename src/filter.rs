@@ -5,12 +5,18 @@ use std::collections::BTreeSet;
 use ignore::gitignore::{Gitignore, GitignoreBuilder};
 use serde::{Deserialize, Serialize};
 
+use crate::error::said;
 use crate::path::{InvalidPath, RelPath};
 
 /// lockstep's own directory at the top of a root; it never takes part, nor does that of a root further down.
 pub const STATE_DIRECTORY: &[u8] = b".lockstep";
 /// A file of gitignore lines in a directory of the source; they hold for what lies below it.
 pub const IGNORE_FILE: &[u8] = b".lockstepignore";
+
+/// All globs of a filter together, or of one file of them.
+pub(crate) const GLOBS_BYTES_MAX: usize = 512 << 10;
+const GLOB_BYTES_MAX: usize = 8192;
+const BRACES_MAX: usize = 64;
 
 /// What a user wrote to leave paths out, in order. It travels to the other side, which compiles it there.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,8 +31,12 @@ pub struct FilterSpec {
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum FilterError {
-    #[error("'{glob}' is not a glob as in gitignore(5): {reason}")]
+    #[error("'{}' is not a glob as in gitignore(5): {reason}", said(&glob.as_bytes()[..glob.len().min(200)]))]
     Glob { glob: String, reason: String },
+    #[error(
+        "the globs come to more than 512 KiB, or are too much to be compiled together; use fewer, or a list of files"
+    )]
+    TooMany,
     #[error("in the list of files")]
     Path(#[from] InvalidPath),
 }
@@ -110,16 +120,57 @@ impl Filter {
 
 fn globs<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Gitignore, FilterError> {
     let mut builder = GitignoreBuilder::new("");
+    let mut bytes = 0_usize;
     for line in lines {
-        let wrong = |error: ignore::Error| FilterError::Glob { glob: line.to_owned(), reason: error.to_string() };
-        builder.add_line(None, line).map_err(wrong)?;
+        let wrong = |reason: String| FilterError::Glob { glob: line.to_owned(), reason };
+        check_glob(line).map_err(|reason| wrong(reason.to_owned()))?;
+        bytes = bytes.saturating_add(line.len());
+        if bytes > GLOBS_BYTES_MAX {
+            return Err(FilterError::TooMany);
+        }
+        builder.add_line(None, line).map_err(|error| wrong(said(error.to_string().as_bytes())))?;
     }
-    builder.build().map_err(|error| FilterError::Glob { glob: String::new(), reason: error.to_string() })
+    // Each is fine by itself; together they are too much for the matcher.
+    builder.build().map_err(|_| FilterError::TooMany)
+}
+
+/// Refuses a glob that would take the compiler of globs to its end. Anybody's may come here: that of a peer, or of a file
+/// in a tree.
+///
+/// # Errors
+/// Why.
+pub(crate) fn check_glob(glob: &str) -> Result<(), &'static str> {
+    if glob.len() > GLOB_BYTES_MAX {
+        return Err("it is longer than 8192 bytes");
+    }
+    // Braces are read by recursion. Those in brackets or behind a backslash are counted too: a closing one there would
+    // hide how deep the others go.
+    if glob.matches('{').count() > BRACES_MAX {
+        return Err("it has more than 64 '{'");
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn h20_globs_that_would_exhaust_the_compiler_are_refused_before_they_reach_it() {
+        let compile = |rules: Vec<String>| Filter::compile(&FilterSpec { rules, only: None });
+        let nested = |open: &str, count: usize| open.repeat(count) + "b" + &"}".repeat(count);
+        for glob in [nested("{a,", 50_000), nested("{[}],", 100), "*a".repeat(5000)] {
+            let error = compile(vec![glob.clone()]).map(drop).unwrap_err();
+            assert!(error.to_string().len() < 400, "{error}");
+            assert!(filter(&[]).with_ignore_file(None, &glob).is_err());
+        }
+        assert!(compile(vec![nested("{a,", 20)]).is_ok());
+        let many = |count: usize| (0..count).map(|number| format!("a*b?c[a-z]d{number}")).collect();
+        assert!(matches!(compile(many(60_000)), Err(FilterError::TooMany)));
+        assert!(compile(many(1000)).is_ok());
+        let error = compile(vec!["a{\u{1b}".into()]).map(drop).unwrap_err().to_string();
+        assert!(!error.contains('\u{1b}'), "{error}");
+    }
 
     fn filter(rules: &[&str]) -> Filter {
         Filter::compile(&FilterSpec { rules: rules.iter().map(|&rule| rule.into()).collect(), only: None }).unwrap()

@@ -119,6 +119,19 @@ impl RelPath {
         (!rest.is_empty()).then(|| RelPath(rest.into()))
     }
 
+    /// Whether a symbolic link here, with this target, leads to something below the top whatever links are on its way, as
+    /// long as those do too: its target is relative, and `..` stands only at its beginning and no further up than the top.
+    /// (`a/..` is not `.` where `a` is a link.)
+    pub fn link_stays_below(&self, target: &[u8]) -> bool {
+        let mut parts = target.split(|&byte| byte == b'/').filter(|part| !part.is_empty() && *part != b".").peekable();
+        let mut depth = self.depth() - 1;
+        while parts.next_if(|part| *part == b"..").is_some() {
+            let Some(above) = depth.checked_sub(1) else { return false };
+            depth = above;
+        }
+        !target.starts_with(b"/") && parts.all(|part| part != b"..")
+    }
+
     /// How many components it has.
     pub fn depth(&self) -> usize {
         1 + self.0.iter().filter(|&&byte| byte == b'/').count()

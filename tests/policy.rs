@@ -349,7 +349,7 @@ fn h16_h17_apply_neither_follows_links_nor_changes_what_has_other_names() {
 fn h35_apply_waits_for_nobody_and_says_who_has_the_root() {
     let at = published();
     let held = lockstep::root::Root::open(&at.path().join("target")).unwrap();
-    let _lock = lockstep::staging::RootLock::take(&held, "ana@gpu01", std::time::Duration::ZERO).unwrap();
+    let _lock = lockstep::staging::RootLock::take(&held, "ana@gpu01", std::time::Duration::ZERO, &|| false).unwrap();
     chmod(&at.path().join("target/a"), 0o600);
     assert!(said(APPLY, at.path(), 75).contains("in use by ana@gpu01"));
     assert_eq!(mode(&at.path().join("target/a")), "0600");

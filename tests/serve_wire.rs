@@ -173,15 +173,29 @@ impl Wire {
 
     /// A request with a key: an offer, or with what is to sign it.
     fn log_in(&mut self, user: &str, key: &Key, signer: Option<&Key>) -> Option<u8> {
+        let (mut request, signature) = self.request(user, key, signer);
+        request.extend(signature);
+        self.ask(&request)
+    }
+
+    /// A request for one user with a signature that was made for another.
+    fn log_in_signing(&mut self, user: &str, signed_user: &str, key: &Key) -> Option<u8> {
+        let (mut request, _) = self.request(user, key, Some(key));
+        request.extend(self.request(signed_user, key, Some(key)).1);
+        self.ask(&request)
+    }
+
+    /// The request without its signature, and that.
+    fn request(&self, user: &str, key: &Key, signer: Option<&Key>) -> (Vec<u8>, Vec<u8>) {
         let head = strings(&[user.as_bytes(), b"ssh-connection", b"publickey"]);
         let signed = u8::from(signer.is_some());
         let blob = strings(&[b"ssh-ed25519", &key.public]);
-        let mut request = [&[USERAUTH_REQUEST][..], &head, &[signed], &strings(&[b"ssh-ed25519", &blob])].concat();
-        if let Some(signer) = signer {
+        let request = [&[USERAUTH_REQUEST][..], &head, &[signed], &strings(&[b"ssh-ed25519", &blob])].concat();
+        let signature = signer.map_or_else(Vec::new, |signer| {
             let signature = signer.sign(&[&string(&self.session)[..], &request].concat());
-            request.extend(string(&strings(&[b"ssh-ed25519", &signature])));
-        }
-        self.ask(&request)
+            string(&strings(&[b"ssh-ed25519", &signature]))
+        });
+        (request, signature)
     }
 }
 
@@ -272,6 +286,49 @@ fn h58_only_the_key_that_signed_counts() {
     served.wait_for("logged in");
     assert!(served.log().contains("user=\"other\"") && !served.log().contains("user=\"sync\""), "{}", served.log());
     assert_eq!(wire.open_channel("session", &[]), Some(CHANNEL_OPEN_CONFIRMATION));
+}
+
+#[test]
+fn h58_what_the_offered_key_may_do_is_not_for_the_one_that_signed() {
+    let served = Served::start("", "auth_tries = 20");
+    keygen(served.at(), &["-q", "-t", "ed25519", "-N", "", "-f", "reader.key"]);
+    let line = |name: &str| fs::read_to_string(served.path(name)).unwrap();
+    let reader_line = format!("command=\"internal-sftp -R\" {}", line("reader.key.pub"));
+    write(&served.path("sync.keys"), &(line("sync.key.pub") + &reader_line));
+    let [sync, reader] = ["sync.key", "reader.key"].map(|name| Key::read(&served, name));
+    let fingerprint = |name: &str| {
+        let key = ssh_key::PublicKey::from_openssh(&line(name)).unwrap();
+        key.fingerprint(ssh_key::HashAlg::Sha256).to_string()
+    };
+
+    // Each key is offered before the other one signs; and a signature for another user's request is none.
+    for (offered, signer, name, may_write) in
+        [(&sync, &reader, "reader.key.pub", false), (&reader, &sync, "sync.key.pub", true)]
+    {
+        let mut wire = Wire::secured(&served);
+        assert_eq!(wire.log_in("sync", offered, None), Some(USERAUTH_PK_OK));
+        assert_eq!(wire.log_in_signing("sync", "root", signer), Some(USERAUTH_FAILURE));
+        assert_eq!(wire.log_in("sync", signer, Some(signer)), Some(USERAUTH_SUCCESS));
+        served.wait_for(&format!("key=\"{}\"", fingerprint(name)));
+        wire.send(&[&[CHANNEL_OPEN][..], &string(b"session"), &[0; 4], &[0, 1, 0, 0], &[0, 0, 128, 0]].concat());
+        let confirmed = wire.receive().unwrap();
+        assert_eq!(confirmed[0], CHANNEL_OPEN_CONFIRMATION);
+        let channel = &confirmed[5..9];
+        wire.send(&[&[CHANNEL_REQUEST][..], channel, &string(b"subsystem"), &[0], &string(b"sftp")].concat());
+        let packet = |body: &[u8]| [&[CHANNEL_DATA][..], channel, &string(&string(body))].concat();
+        wire.send(&packet(&[1, 0, 0, 0, 3]));
+        // SSH_FXP_MKDIR 1; its status is OK or PERMISSION_DENIED.
+        wire.send(&packet(&[&[14, 0, 0, 0, 1][..], &string(b"/made"), &[0; 4]].concat()));
+        let mut data = Vec::new();
+        let status = [101, 0, 0, 0, 1, 0, 0, 0, if may_write { 0 } else { 3 }];
+        while !data.windows(status.len()).any(|part| part == status) {
+            let message = wire.receive().unwrap();
+            if message[0] == CHANNEL_DATA {
+                data.extend_from_slice(field(&mut &message[5..]));
+            }
+        }
+        assert_eq!(fs::exists(served.path("sync/made")).unwrap(), may_write);
+    }
 }
 
 /// Names and certificates may be as long as a packet.

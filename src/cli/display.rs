@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{BinaryBytes, HumanCount, HumanDuration};
 use serde_json::json;
 
-use crate::error::{Escaped, in_words};
+use crate::error::{Escaped, in_words, said};
 use crate::monitor::{Counters, Event, Monitor, Phase, Problem, Severity};
 
 /// Nothing is drawn while this is not 0: the terminal asks for something.
@@ -267,10 +267,10 @@ impl Monitor for Display {
                 }
             }
             Event::Detail(text) if state.json => state.tell(&json!({"event": "detail", "message": text})),
-            Event::Detail(text) if state.verbosity == Verbosity::Verbose => state.say(text),
+            Event::Detail(text) if state.verbosity == Verbosity::Verbose => state.say(&said(text.as_bytes())),
             Event::Detail(_) => {}
             Event::Warning(text) if state.json => state.tell(&json!({"event": "warning", "message": text})),
-            Event::Warning(text) => state.say(&format!("warning: {text}")),
+            Event::Warning(text) => state.say(&format!("warning: {}", said(text.as_bytes()))),
             Event::Problem(problem) => state.problem(problem),
         }
     }

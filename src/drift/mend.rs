@@ -83,7 +83,7 @@ pub fn mend(
         Err(error) => return Err(error.into()),
     };
     let changes = !mending.dry_run && managed;
-    let _lock = changes.then(|| RootLock::take(&root, mending.actor, Duration::ZERO)).transpose()?;
+    let _lock = changes.then(|| RootLock::take(&root, mending.actor, Duration::ZERO, &|| false)).transpose()?;
     let mut findings = look(path, question, monitor)?;
     let drift = std::mem::take(&mut findings.drift);
     let mut manifest = findings.manifest.take();

@@ -266,7 +266,7 @@ impl Client {
 
     /// The error for an answer that makes no sense.
     pub fn protocol(&self, what: impl Into<String>) -> Error {
-        Error::Protocol { host: self.shared.host.clone(), what: what.into() }
+        Error::Protocol { host: self.shared.host.clone(), what: crate::error::said(what.into().as_bytes()) }
     }
 }
 

@@ -24,6 +24,7 @@ pub mod memory;
 pub mod several;
 pub mod stock;
 pub mod stream;
+pub mod surplus;
 
 /// Content travels in blocks of at most this many bytes.
 pub const BLOCK_BYTES: usize = 512 * 1024;
@@ -86,7 +87,8 @@ impl Block {
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum Error {
-    #[error("cannot {operation} '{path}'")]
+    // The path may have a name of a peer's tree in it.
+    #[error("cannot {operation} '{}'", crate::error::said(path.as_bytes()))]
     Io { operation: &'static str, path: String, source: std::io::Error },
     #[error("{host}: the connection was lost{}; what arrived is kept, and the same command goes on from there", why(host, source.as_deref()))]
     Disconnected {
@@ -409,4 +411,16 @@ pub trait Writer: Send {
     /// # Errors
     /// What ends the run.
     fn completions(&mut self, wait: bool) -> Result<Vec<Staged>, Error>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn h09_the_path_of_an_error_does_not_steer_a_terminal() {
+        let source = std::io::ErrorKind::NotFound.into();
+        let error = Error::Io { operation: "open", path: "/x/\u{1b}[2J\nok\\n".into(), source };
+        assert_eq!(error.to_string(), "open '/x/\\x1b[2J\\nok\\n'");
+    }
 }

@@ -9,13 +9,18 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
 
+use super::surplus::Surplus;
+
 /// A peer that takes nothing while this much waits for it is cut off.
 const OVERFLOW_LIMIT: usize = 256 << 20;
+/// So much may wait for each, whatever waits for others.
+const OVERFLOW_SHARE: usize = 16 << 20;
 
 /// The stream given to the protocol; `kill` ends it from outside.
 pub struct OverflowStream<S> {
     inner: S,
     overflow: VecDeque<u8>,
+    surplus: Surplus,
     kill: Option<oneshot::Receiver<()>>,
     dead: bool,
 }
@@ -24,7 +29,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> OverflowStream<S> {
     /// Wraps a socket; the sender ends the stream when used.
     pub fn new(inner: S) -> (Self, oneshot::Sender<()>) {
         let (sender, receiver) = oneshot::channel();
-        (Self { inner, overflow: VecDeque::new(), kill: Some(receiver), dead: false }, sender)
+        let (overflow, surplus) = (VecDeque::new(), Surplus::new(OVERFLOW_SHARE));
+        (Self { inner, overflow, surplus, kill: Some(receiver), dead: false }, sender)
     }
 
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
@@ -48,6 +54,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> OverflowStream<S> {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Poll::Ready(Ok(n)) => {
                     self.overflow.drain(..n);
+                    let _less = self.surplus.hold(self.overflow.len());
+                    if self.overflow.is_empty() && self.overflow.capacity() > OVERFLOW_SHARE {
+                        self.overflow = VecDeque::new();
+                    }
                 }
                 Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
                 Poll::Pending => return Poll::Pending,
@@ -76,7 +86,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for OverflowStream<S> {
         {
             sent = n;
         }
-        if self.overflow.len() + data.len() > OVERFLOW_LIMIT {
+        let waiting = self.overflow.len() + data.len() - sent;
+        if waiting > OVERFLOW_LIMIT || !self.surplus.hold(waiting) {
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the peer takes nothing")));
         }
         self.overflow.extend(&data[sent..]);

@@ -8,6 +8,7 @@ use super::acl::{Acl, InvalidAcl};
 use super::mode::{InvalidMode, Mode, SPECIAL_BITS};
 use super::{PolicySpec, RuleSpec, merge};
 use crate::error::Escaped;
+use crate::filter::{GLOBS_BYTES_MAX, check_glob};
 use crate::path::RelPath;
 
 /// A policy that cannot be used. Rules count from 1.
@@ -29,6 +30,10 @@ pub enum PolicyError {
          list's mask; widen the digit, and write 'group::---' where the owning group is to have less"
     )]
     Masked { rule: usize, pattern: String, mode: String, entry: String },
+    #[error(
+        "there are {rule} rules, and both sides together may have 1000, with globs of 512 KiB in all; join some by {{a,b}}"
+    )]
+    TooMany { rule: usize },
 }
 
 impl PolicyError {
@@ -40,7 +45,8 @@ impl PolicyError {
             | PolicyError::Execute { rule, .. }
             | PolicyError::EmptyName { rule, .. }
             | PolicyError::Acl { rule, .. }
-            | PolicyError::Masked { rule, .. } => *rule,
+            | PolicyError::Masked { rule, .. }
+            | PolicyError::TooMany { rule } => *rule,
         }
     }
 }
@@ -91,12 +97,26 @@ impl Decision {
     }
 }
 
+/// Each is compiled by itself, and a sender's are compiled here too.
+const RULES_MAX: usize = 1000;
+/// Of a wish so many bytes are told.
+const WISH_MAX: usize = 200;
+
+/// What a sender wished for, for logs: it may be as long as a message, and is told once for each path.
+fn wished(text: &str) -> String {
+    Escaped(&text.as_bytes()[..text.len().min(WISH_MAX)]).to_string()
+}
+
 impl Policy {
     /// Checks and compiles rules.
     ///
     /// # Errors
     /// [`PolicyError`] with the rule that is wrong.
     pub fn compile(spec: &PolicySpec) -> Result<Policy, PolicyError> {
+        let bytes = spec.rules.iter().fold(0, |sum: usize, rule| sum.saturating_add(rule.pattern.len()));
+        if spec.rules.len() > RULES_MAX || bytes > GLOBS_BYTES_MAX {
+            return Err(PolicyError::TooMany { rule: spec.rules.len() });
+        }
         let rules = spec.rules.iter().enumerate().map(|(at, rule)| compile(at + 1, rule)).collect::<Result<_, _>>()?;
         Ok(Policy { rules, foreign: 0, sovereign: false })
     }
@@ -166,10 +186,10 @@ impl Policy {
             return;
         }
         for (field, name) in [("owner", decision.owner.take()), ("group", decision.group.take())] {
-            decision.withheld.extend(name.map(|name| format!("{field} {}", Escaped(name.as_bytes()))));
+            decision.withheld.extend(name.map(|name| format!("{field} {}", wished(&name))));
         }
         if let Some(acl) = decision.acl.take().filter(|acl| !acl.is_empty()) {
-            decision.withheld.push(format!("ACL {}", Escaped(acl.to_string().as_bytes())));
+            decision.withheld.push(format!("ACL {}", wished(&acl.to_string())));
         }
     }
 
@@ -275,6 +295,7 @@ fn glob(pattern: &str) -> Result<Gitignore, String> {
     if pattern.is_empty() || pattern.starts_with(['!', '#']) {
         return Err("it is empty, or starts with '!' or '#'".into());
     }
+    check_glob(pattern)?;
     let mut builder = GitignoreBuilder::new("");
     builder.add_line(None, pattern).map_err(|error| error.to_string())?;
     builder.build().map_err(|error| error.to_string())
@@ -343,6 +364,18 @@ mod tests {
         let policy = Policy::compile(&PolicySpec { rules: rules.to_vec() }).unwrap();
         let directory = path.ends_with('/');
         policy.decide(&RelPath::new(path.trim_end_matches('/')).unwrap(), directory, asked)
+    }
+
+    #[test]
+    fn more_rules_than_a_sender_can_need_are_refused_before_they_are_compiled() {
+        let rule = |pattern: String| RuleSpec { pattern, mode: Some("600".into()), ..RuleSpec::default() };
+        let many = |count: usize, length: usize| PolicySpec { rules: vec![rule("x".repeat(length)); count] };
+        for (spec, good) in [(many(1000, 1), true), (many(1001, 1), false), (many(100, 8000), false)] {
+            assert_eq!(Policy::of_both(&PolicySpec::default(), &spec, true).is_ok(), good);
+        }
+        assert!(Policy::of_both(&many(600, 1), &many(600, 1), true).is_err());
+        let nested = rule("{a,".repeat(50_000) + "b" + &"}".repeat(50_000));
+        assert!(Policy::compile(&PolicySpec { rules: vec![nested] }).is_err());
     }
 
     #[test]

@@ -13,6 +13,7 @@ use russh::{Channel, ChannelMsg, ChannelReadHalf, ChannelWriteHalf};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::agent::Output;
+use crate::endpoint::surplus::Surplus;
 
 /// A session that is fed the bytes of its channel.
 pub trait FedSession: Send {
@@ -34,6 +35,9 @@ const OUT_LIMIT: usize = 8 << 20;
 struct State {
     inbox: VecDeque<Bytes>,
     in_bytes: usize,
+    surplus: Surplus,
+    /// There is no room for what this client sends beyond its share.
+    crowded: bool,
     out_bytes: usize,
     /// No more input.
     ended: bool,
@@ -44,6 +48,12 @@ struct State {
     last: Instant,
     received: u64,
     sent: u64,
+}
+
+impl State {
+    fn count(&mut self) {
+        self.crowded = !self.surplus.hold(self.in_bytes);
+    }
 }
 
 /// What the reader, the session's thread and the writer share.
@@ -78,6 +88,7 @@ impl Shared {
         loop {
             if let Some(bytes) = state.inbox.pop_front() {
                 state.in_bytes -= bytes.len();
+                state.count();
                 self.room.notify_one();
                 return Some(bytes);
             }
@@ -110,6 +121,7 @@ impl Shared {
         let mut state = self.lock();
         state.inbox.clear();
         state.in_bytes = 0;
+        state.count();
         drop(state);
         self.close();
     }
@@ -122,6 +134,7 @@ impl Shared {
             let requests = state.requests.count(&data);
             state.unanswered += requests;
             state.in_bytes += data.len();
+            state.count();
             state.inbox.push_back(data);
         }
         drop(state);
@@ -134,7 +147,7 @@ impl Shared {
             {
                 let state = self.lock();
                 let sending = state.out_bytes > 0;
-                if state.ended || state.in_bytes < IN_SOFT || (sending && state.in_bytes < IN_HARD) {
+                if state.ended || state.in_bytes < IN_SOFT || (sending && state.in_bytes < IN_HARD && !state.crowded) {
                     return true;
                 }
                 if sending {
@@ -180,6 +193,10 @@ impl Output for Shared {
         drop(state);
         self.room.notify_one();
     }
+
+    fn is_gone(&self) -> bool {
+        self.lock().closed
+    }
 }
 
 /// Counts packets in a stream of them. Each gets one reply.
@@ -220,6 +237,8 @@ pub(super) fn queue() -> (Arc<Shared>, mpsc::UnboundedReceiver<Vec<u8>>) {
     let state = State {
         inbox: VecDeque::new(),
         in_bytes: 0,
+        surplus: Surplus::new(IN_SOFT),
+        crowded: false,
         out_bytes: 0,
         ended: false,
         closed: false,
@@ -386,6 +405,29 @@ mod tests {
             shared.delivered(packet.len());
         }
         thread.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_client_that_takes_no_replies_is_cut_off_where_many_do() {
+        // Others have taken all that there is for those who send more than their share.
+        let mut others = Surplus::new(0);
+        let mut step = usize::MAX;
+        let mut taken = 0_usize;
+        while step > 0 {
+            match taken.checked_add(step).filter(|&bytes| others.hold(bytes)) {
+                Some(bytes) => taken = bytes,
+                None => step /= 2,
+            }
+        }
+        let (shared, _packets) = queue();
+        shared.send(vec![0; 5]);
+        shared.push(Bytes::from(vec![0; IN_SOFT - 1]));
+        assert!(shared.wait_for_room().await, "a share is there for everybody");
+        shared.push(Bytes::from(vec![0; 2]));
+        assert!(!shared.wait_for_room().await);
+        drop(others);
+        shared.push(Bytes::from(vec![0; 2]));
+        assert!(shared.wait_for_room().await);
     }
 
     #[test]

@@ -5,6 +5,8 @@ use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use rustix::io::Errno;
+
 use super::agent::{Extensions, Output};
 use super::session::{Session, SessionConfig};
 
@@ -84,6 +86,10 @@ impl Output for Replies {
             self.changed.notify_all();
         }
     }
+
+    fn is_gone(&self) -> bool {
+        self.lock().gone
+    }
 }
 
 fn write_all(out: &mut impl Write, packets: &[Vec<u8>]) -> io::Result<()> {
@@ -111,6 +117,7 @@ pub fn run(config: SessionConfig, extensions: Option<Arc<dyn Extensions>>) -> io
     let mut session = Session::new(config, replies.clone(), extensions).map_err(io::Error::other)?;
     let queue = Arc::clone(&replies);
     let writer = std::thread::Builder::new().name("replies".into()).spawn(move || queue.write_to(out))?;
+    watch(&replies)?;
     let mut buffer = vec![0; IN_BUFFER];
     let result = loop {
         match input.read(&mut buffer) {
@@ -127,6 +134,26 @@ pub fn run(config: SessionConfig, extensions: Option<Arc<dyn Extensions>>) -> io
     replies.change(|waiting| waiting.complete = true);
     let _ = writer.join();
     result
+}
+
+/// Notices when nobody can read the replies any more, though there may be requests to be read yet.
+fn watch(replies: &Arc<Replies>) -> io::Result<()> {
+    let (out, replies) = (duplicate(io::stdout())?, Arc::clone(replies));
+    let wait = move || {
+        use rustix::event::{PollFd, PollFlags, poll};
+        loop {
+            // The end of a pipe or socket is told without being asked for.
+            let mut polled = [PollFd::new(&out, PollFlags::empty())];
+            match poll(&mut polled, None) {
+                Ok(_) if polled[0].revents().intersects(PollFlags::HUP | PollFlags::ERR) => break,
+                Err(Errno::INTR) => {}
+                // It is noticed when something is written, then.
+                Ok(_) | Err(_) => return,
+            }
+        }
+        replies.change(|waiting| waiting.gone = true);
+    };
+    std::thread::Builder::new().name("client".into()).spawn(wait).map(drop)
 }
 
 /// As many open files as the system lets this process have: handles are files. Where it does not, OPEN fails sooner.

@@ -65,7 +65,7 @@ fn told(error: &Error) -> String {
         Error::Status(status) => status.error_message.clone(),
         error => error.to_string(),
     };
-    Escaped(text.as_bytes()).to_string()
+    crate::error::said(text.as_bytes())
 }
 
 type Failed = (&'static str, Error);

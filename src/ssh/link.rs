@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::credit::Credit;
 use super::remote::Connection;
 use crate::endpoint::link::{Link, LinkError};
-use crate::error::Escaped;
+use crate::error::said;
 
 /// Packets are sent together up to this size, which is that of the largest packet sshd takes.
 const TOGETHER_BYTES: usize = 32 << 10;
@@ -70,8 +70,7 @@ impl Shared {
 
 impl State {
     fn failure(&self, host: &str) -> LinkError {
-        let complaint = String::from_utf8_lossy(&self.complaint);
-        let complaint = Escaped(complaint.trim().as_bytes()).to_string();
+        let complaint = said(self.complaint.trim_ascii());
         let mut text = match (&self.broken, self.exit_status) {
             (Some(reason), _) => format!("{host}: {reason}"),
             (None, Some(status)) => format!("{host}: the other end ended with status {status}"),

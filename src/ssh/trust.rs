@@ -9,7 +9,7 @@ use russh::{AlgorithmKind, Channel, ChannelOpenFailure, Names};
 use super::known_hosts::{KnownHost, Verdict};
 use super::lock;
 use super::options::UnknownHost;
-use crate::error::{Escaped, Exit};
+use crate::error::Exit;
 
 /// Why a connection does not go on.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ impl Stop {
                     "{host}: refused: the host has no {} that is strong enough: it offers {}, and one of {} is needed; \
                      update its SSH server, or its configuration",
                     algorithm(kind),
-                    if theirs.is_empty() { "none".into() } else { Escaped(theirs.as_bytes()).to_string() },
+                    if theirs.is_empty() { "none".into() } else { crate::error::said(theirs.as_bytes()) },
                     ours.iter()
                         .filter(|name| !name.contains("kex-strict") && !name.starts_with("ext-info"))
                         .cloned()
@@ -50,7 +50,7 @@ impl Stop {
                 error @ (russh::Error::StrictKeyExchangeViolation { .. } | russh::Error::WrongServerSig),
             ) => (format!("{host}: refused: somebody tampers with the connection: {error}"), Exit::Trust),
             Stop::Protocol(error) => {
-                let reason = said.unwrap_or_else(|| error.to_string());
+                let reason = said.unwrap_or_else(|| crate::error::said(error.to_string().as_bytes()));
                 (format!("{host}: the handshake failed: {reason}; is an SSH server listening there?"), Exit::TryAgain)
             }
         }
@@ -142,13 +142,13 @@ impl Handler for Trust {
     async fn disconnected(&mut self, reason: DisconnectReason<Stop>) -> Result<(), Stop> {
         match reason {
             DisconnectReason::ReceivedDisconnect(said) => {
-                lock(&self.heard.0).goodbye = Some(Escaped(said.message.as_bytes()).to_string());
+                lock(&self.heard.0).goodbye = Some(crate::error::said(said.message.as_bytes()));
                 Ok(())
             }
             DisconnectReason::Error(stop) => {
                 let reason = match &stop {
                     Stop::Protocol(russh::Error::KeepaliveTimeout) => "the host has stopped answering".to_owned(),
-                    Stop::Protocol(error) => error.to_string(),
+                    Stop::Protocol(error) => crate::error::said(error.to_string().as_bytes()),
                     Stop::Refused(reason) => reason.clone(),
                 };
                 lock(&self.heard.0).failure = Some(reason);

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, OFlags};
@@ -11,8 +12,7 @@ use crate::error::Escaped;
 use crate::path::{InvalidPath, RelPath};
 use crate::root::{Follow, Root, RootError};
 
-const STATE: &str = ".lockstep";
-const LOCK: &str = ".lockstep/lock";
+const LOCK: &str = "lock";
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// Why a root was not locked.
@@ -21,6 +21,12 @@ const PAUSE: Duration = Duration::from_millis(50);
 pub enum LockError {
     #[error("in use by {holder}")]
     Held { holder: String },
+    #[error(
+        "'{}' {why}, so that somebody else may have put there what this run would carry out; look at it, then remove it, \
+         or make it yours (chown -R, chmod 700)",
+        Escaped(directory.as_os_str().as_encoded_bytes())
+    )]
+    Foreign { directory: PathBuf, why: String },
     #[error(transparent)]
     Root(#[from] RootError),
     #[error("lock '{root}'")]
@@ -33,23 +39,24 @@ pub enum LockError {
 #[derive(Debug)]
 pub struct RootLock {
     _file: File,
+    state: Root,
 }
 
 impl RootLock {
-    /// Locks `root` for `actor`, and waits up to `wait` for another run to end.
+    /// Locks `root` for `actor`, and waits up to `wait` for another run to end, or until `stopped`.
     ///
     /// # Errors
     /// [`LockError::Held`] names who has it.
-    pub fn take(root: &Root, actor: &str, wait: Duration) -> Result<RootLock, LockError> {
+    pub fn take(root: &Root, actor: &str, wait: Duration, stopped: &dyn Fn() -> bool) -> Result<RootLock, LockError> {
         let failed = |source| LockError::Io { root: root.shown().display().to_string(), source };
-        root.mkdir_all(&RelPath::new(STATE)?, 0o700)?;
+        let state = super::state::open(root)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK;
-        let mut file = root.open_with(&RelPath::new(LOCK)?, Follow::Never, flags, 0o600)?;
+        let mut file = state.open_with(&RelPath::new(LOCK)?, Follow::Never, flags, 0o600)?;
         let start = Instant::now();
         loop {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => break,
-                Err(Errno::WOULDBLOCK) if start.elapsed() < wait => std::thread::sleep(PAUSE),
+                Err(Errno::WOULDBLOCK) if start.elapsed() < wait && !stopped() => std::thread::sleep(PAUSE),
                 Err(Errno::WOULDBLOCK) => return Err(LockError::Held { holder: holder(&mut file) }),
                 Err(errno) => return Err(failed(errno.into())),
             }
@@ -62,7 +69,12 @@ impl RootLock {
             file.write_all(text.as_bytes())
         };
         write(&mut file).map_err(failed)?;
-        Ok(RootLock { _file: file })
+        Ok(RootLock { _file: file, state })
+    }
+
+    /// The directory `.lockstep` of the root, as it was found to be nobody else's.
+    pub fn state(&self) -> &Root {
+        &self.state
     }
 }
 
@@ -85,11 +97,11 @@ mod tests {
     fn h35_the_second_run_is_told_who_holds_the_root_or_waits() {
         let at = tempfile::tempdir().unwrap();
         let root = Root::open(at.path()).unwrap();
-        let first = RootLock::take(&root, "ana@gpu01", Duration::ZERO).unwrap();
-        let refused = RootLock::take(&root, "bo@gpu02", Duration::ZERO).unwrap_err();
+        let first = RootLock::take(&root, "ana@gpu01", Duration::ZERO, &|| false).unwrap();
+        let refused = RootLock::take(&root, "bo@gpu02", Duration::ZERO, &|| false).unwrap_err();
         assert!(refused.to_string().contains("ana@gpu01"), "{refused}");
         std::thread::scope(|scope| {
-            let second = scope.spawn(|| RootLock::take(&root, "bo@gpu02", Duration::from_secs(10)));
+            let second = scope.spawn(|| RootLock::take(&root, "bo@gpu02", Duration::from_secs(10), &|| false));
             std::thread::sleep(Duration::from_millis(100));
             drop(first);
             second.join().unwrap().unwrap();

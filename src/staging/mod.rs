@@ -7,8 +7,10 @@ mod file;
 mod ids;
 mod journal;
 mod lock;
+mod state;
 
 pub use file::{Permissions, SET_OWNER, StageError, StagedFile, apply, hash_of};
 pub use ids::Ids;
 pub use journal::Journal;
 pub use lock::{LockError, RootLock};
+pub use state::must_be_own;

@@ -331,5 +331,5 @@ pub fn bytes_needed(tree: &Tree, plan: &Plan) -> u64 {
                 Need::Compare { .. } => size,
             }
         })
-        .sum()
+        .fold(0, u64::saturating_add)
 }

@@ -2,11 +2,9 @@
 //!
 //! Everything read here comes from a peer: lengths are held against what is there before anything is allocated.
 
-use std::sync::Arc;
-
 use super::buffer::{Reader, Short};
 use crate::codec::{self, CodecError};
-use crate::manifest::{Content, Digest, Entry, Timestamp};
+use crate::manifest::{Content, Digest, Entry};
 use crate::path::RelPath;
 use crate::plan::{Action, Change, Differences, Need, Removal};
 
@@ -40,6 +38,10 @@ pub const NAMES: [&str; 19] = [
 pub const RAW_MAX: usize = 2 << 20;
 /// At most this many files in one `put` or `fetch`.
 pub const FILES_MAX: usize = 4096;
+/// At most this many files of one stream may be fetched and not produced yet.
+pub const FETCH_MAX: usize = 1024;
+/// The longest hole in one message: its zeros are hashed.
+pub const HOLE_MAX: u64 = 1 << 30;
 /// Lists travel in chunks of about this many bytes.
 pub const CHUNK_BYTES: usize = 1 << 20;
 
@@ -60,6 +62,12 @@ pub enum WireError {
     Trailing,
     #[error("{0} is out of range")]
     Range(&'static str),
+    #[error("the paths do not ascend")]
+    Order,
+    #[error(
+        "the list takes more than {most} bytes of memory, which is all that there is for one run; send the tree in parts"
+    )]
+    TooMany { most: usize },
     #[error(transparent)]
     Codec(#[from] CodecError),
     #[error(transparent)]
@@ -124,6 +132,14 @@ impl<'a> Fields<'a> {
     /// [`WireError::Short`].
     pub fn text(&mut self) -> Result<String, WireError> {
         Ok(String::from_utf8_lossy(self.string()?).into_owned())
+    }
+
+    /// A string that a peer says to people, made safe to print ([`crate::error::said`]).
+    ///
+    /// # Errors
+    /// [`WireError::Short`].
+    pub fn said(&mut self) -> Result<String, WireError> {
+        self.string().map(crate::error::said)
     }
 
     /// 32 bytes.
@@ -264,40 +280,6 @@ pub fn put_entry(out: &mut Vec<u8>, entry: &Entry) {
     put_string(out, entry.group.as_bytes());
 }
 
-/// Reads entries to the end, appending them to `entries`.
-///
-/// # Errors
-/// [`WireError`].
-pub fn read_entries(raw: &[u8], entries: &mut Vec<Entry>) -> Result<(), WireError> {
-    let mut fields = Fields(raw);
-    while !fields.0.is_empty() {
-        let path = RelPath::new(fields.string()?)?;
-        let content = match fields.u8()? {
-            0 => Content::File { size: fields.u64()?, digest: None },
-            1 => Content::File { size: fields.u64()?, digest: Some(fields.digest()?) },
-            2 => Content::Directory,
-            3 => Content::Symlink { target: fields.string()?.into() },
-            4 => Content::HardLink { first: RelPath::new(fields.string()?)? },
-            _ => return Err(WireError::Range("the kind of an entry")),
-        };
-        let mtime = Timestamp { seconds: fields.u64()? as i64, nanoseconds: fields.u32()? };
-        let mode = fields.u32()?;
-        let owner = name(entries.last().map(|last| &last.owner), &fields.text()?)?;
-        let group = name(entries.last().map(|last| &last.group), &fields.text()?)?;
-        entries.push(Entry { path, content, mtime, mode, owner, group });
-    }
-    Ok(())
-}
-
-/// Shares the name with the entry before where they are equal, as they mostly are.
-fn name(last: Option<&Arc<str>>, text: &str) -> Result<Arc<str>, WireError> {
-    match last {
-        Some(last) if **last == *text => Ok(Arc::clone(last)),
-        _ if text.len() > 256 => Err(WireError::Range("the length of a name")),
-        _ => Ok(text.into()),
-    }
-}
-
 /// Appends one action of a plan.
 pub fn put_action(out: &mut Vec<u8>, action: &Action) {
     out.extend_from_slice(&action.index.to_be_bytes());
@@ -366,38 +348,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entries_and_actions_round_trip() {
-        let rel = |path: &str| RelPath::new(path).unwrap();
-        let contents = [
-            Content::File { size: 7, digest: None },
-            Content::File { size: u64::MAX, digest: Some(Digest([9; 32])) },
-            Content::Directory,
-            Content::Symlink { target: (*b"x/\xff").into() },
-            Content::HardLink { first: rel("f0") },
-        ];
-        let mut raw = Vec::new();
-        let made: Vec<Entry> = contents
-            .into_iter()
-            .enumerate()
-            .map(|(at, content)| Entry {
-                path: rel(&format!("f{at}")),
-                content,
-                mtime: Timestamp { seconds: -5, nanoseconds: 3 },
-                mode: 0o4755,
-                owner: "a".into(),
-                group: "b".into(),
-            })
-            .collect();
-        made.iter().for_each(|entry| put_entry(&mut raw, entry));
-        let mut read = Vec::new();
-        read_entries(&raw, &mut read).unwrap();
-        assert_eq!(read, made);
-        for length in 1..raw.len() {
-            let mut partial = Vec::new();
-            if read_entries(&raw[..length], &mut partial).is_ok() {
-                assert!(partial.len() < made.len());
-            }
-        }
+    fn actions_round_trip() {
         for need in [Need::Nothing, Need::Content { resume_at: 9 }, Need::Compare { digest: Digest([1; 32]) }] {
             let differences = Differences { content: true, owner: true, ..Differences::default() };
             let action = Action { index: 3, change: Change::Modified, differences, need };

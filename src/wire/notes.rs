@@ -5,14 +5,12 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::extension::{Fields, WireError, put_string};
-use crate::error::Escaped;
+use crate::error::SAID_MAX;
 use crate::monitor::{Counters, Event, Monitor, Problem, Severity};
 use crate::path::RelPath;
 
 /// More notes of one request are counted, not carried.
 pub const NOTES_MAX: usize = 200;
-/// A message of more characters is cut.
-const MESSAGE_MAX: usize = 4096;
 
 #[derive(Debug)]
 struct Note {
@@ -27,9 +25,11 @@ const SKIPPED: u8 = 2;
 const FAILED: u8 = 3;
 
 /// A monitor that keeps what it is told for the reply.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Notes {
     counters: Counters,
+    /// Whether whoever asked has gone.
+    gone: Option<Box<dyn Fn() -> bool + Send + Sync>>,
     /// What is carried, and how many more there were.
     kept: Mutex<(Vec<Note>, u32)>,
 }
@@ -37,7 +37,7 @@ pub struct Notes {
 impl Monitor for Notes {
     fn event(&self, event: Event<'_>) {
         let note = |kind, path: &[u8], message: &str| {
-            let message = message.chars().take(MESSAGE_MAX).collect();
+            let message = message.chars().take(SAID_MAX).collect();
             Note { kind, path: path.to_vec(), message }
         };
         let note = match event {
@@ -60,9 +60,18 @@ impl Monitor for Notes {
     fn counters(&self) -> &Counters {
         &self.counters
     }
+
+    fn stopped(&self) -> bool {
+        self.gone.as_ref().is_some_and(|gone| gone())
+    }
 }
 
 impl Notes {
+    /// No notes yet, for somebody who may go: what takes long ends then.
+    pub fn until(gone: impl Fn() -> bool + Send + Sync + 'static) -> Notes {
+        Notes { gone: Some(Box::new(gone)), ..Notes::default() }
+    }
+
     /// Appends the list to a reply.
     pub fn put(&self, body: &mut Vec<u8>) {
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
@@ -87,7 +96,7 @@ pub fn tell(mut fields: Fields<'_>, host: &str, monitor: &dyn Monitor) -> Result
     }
     for _ in 0..count {
         let (kind, path) = (fields.u8()?, fields.string()?);
-        let message = Escaped(fields.string()?).to_string();
+        let message = fields.said()?;
         let path = if path.is_empty() {
             None
         } else {

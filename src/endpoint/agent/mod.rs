@@ -22,6 +22,18 @@ mod writer;
 pub use source::AgentSource;
 pub use target::AgentTarget;
 
+/// What the lists of one run may take in memory, where a peer sends them: an eighth of what the machine has, and no more
+/// than 1 GiB, which holds the entries of some five million files.
+pub fn list_bytes_max() -> usize {
+    usize::try_from(memory_bytes() / 8).unwrap_or(usize::MAX).min(1 << 30)
+}
+
+/// What the machine has.
+pub fn memory_bytes() -> u64 {
+    let found = rustix::system::sysinfo();
+    u64::from(found.mem_unit).saturating_mul(found.totalram as u64)
+}
+
 /// Opens the connection with this number, or says that there is none.
 type Opener = Box<dyn Fn(usize) -> Option<Client> + Send + Sync>;
 /// A connection that was asked for; `None` inside when it could not be had.
@@ -156,7 +168,7 @@ fn body(client: &Client, answer: Answer) -> Result<Bytes, Error> {
         extension::STATUS => {
             let mut fields = Fields(&answer.body);
             let read = (|| {
-                let (code, message, _) = (fields.u32()?, fields.text()?, fields.string()?);
+                let (code, message, _) = (fields.u32()?, fields.said()?, fields.string()?);
                 Ok::<_, WireError>((code, message, fields.u8().unwrap_or(4)))
             })();
             let (_, message, exit) = read.map_err(|error| client.protocol(error.to_string()))?;
@@ -168,7 +180,6 @@ fn body(client: &Client, answer: Answer) -> Result<Bytes, Error> {
                 75 => Exit::TryAgain,
                 _ => Exit::Incomplete,
             };
-            let message = crate::error::Escaped(message.as_bytes()).to_string();
             Err(Error::Remote { message: format!("{}: {message}", client.host()), exit })
         }
         kind => Err(client.protocol(format!("an answer of type {kind}"))),

@@ -1,6 +1,9 @@
 //! Content from an agent: one stream, with several requests for what comes next in flight.
+//!
+//! What always holds: every answer brings a file on, or ends the run. Pieces of a file go on where the last one ended and
+//! stay within the size that was listed; an answer without a piece comes only when nothing is left to be produced.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -9,7 +12,8 @@ use super::body;
 use crate::codec::{self, CompressOptions};
 use crate::endpoint::client::{Client, Completion};
 use crate::endpoint::{Block, Error, Fetch, Produced, Reader};
-use crate::wire::extension::{self, FILES_MAX, Fields, WireError};
+use crate::manifest::Tree;
+use crate::wire::extension::{self, FETCH_MAX, Fields, HOLE_MAX, WireError};
 
 /// Requests in flight on one stream.
 const DEPTH: u64 = 8;
@@ -20,9 +24,20 @@ const COMPRESS_RATE: f64 = 400e6;
 /// Files asked for ahead.
 const AHEAD: usize = 512;
 
+/// A file that was asked for.
+struct Wanted {
+    fetch: Fetch,
+    size: u64,
+    /// Where its next piece begins.
+    at: u64,
+    /// The first `next` that was sent after its `fetch`.
+    since: u64,
+}
+
 /// The reader of one worker.
 pub(super) struct AgentReader {
     client: Arc<Client>,
+    tree: Arc<Tree>,
     stream: u32,
     compress: CompressOptions,
     /// What the last probe was compressed to, as a fraction.
@@ -30,7 +45,7 @@ pub(super) struct AgentReader {
     sender: Sender<Completion>,
     receiver: Receiver<Completion>,
     waiting: Vec<Fetch>,
-    wanted: HashSet<u32>,
+    wanted: HashMap<u32, Wanted>,
     asked: u64,
     given: u64,
     early: BTreeMap<u64, Vec<u8>>,
@@ -38,17 +53,18 @@ pub(super) struct AgentReader {
 }
 
 impl AgentReader {
-    pub(super) fn new(client: Arc<Client>, stream: u32, compress: CompressOptions) -> Self {
+    pub(super) fn new(client: Arc<Client>, tree: Arc<Tree>, stream: u32, compress: CompressOptions) -> Self {
         let (sender, receiver) = unbounded();
         AgentReader {
             client,
+            tree,
             stream,
             compress,
             ratio: 1.0,
             sender,
             receiver,
             waiting: Vec::new(),
-            wanted: HashSet::new(),
+            wanted: HashMap::new(),
             asked: 0,
             given: 0,
             early: BTreeMap::new(),
@@ -67,11 +83,14 @@ impl AgentReader {
     }
 
     fn send_fetches(&mut self) -> Result<(), Error> {
-        for fetches in self.waiting.chunks(FILES_MAX) {
+        for fetches in self.waiting.chunks(FETCH_MAX) {
             let mut packet = extension::request("fetch");
             packet.extend_from_slice(&self.stream.to_be_bytes());
             packet.extend_from_slice(&(fetches.len() as u32).to_be_bytes());
             for fetch in fetches {
+                if let Some(wanted) = self.wanted.get_mut(&fetch.index) {
+                    wanted.since = self.asked;
+                }
                 packet.extend_from_slice(&fetch.index.to_be_bytes());
                 packet.extend_from_slice(&fetch.from.to_be_bytes());
                 packet.push(u8::from(fetch.unless.is_some()));
@@ -87,6 +106,10 @@ impl AgentReader {
     fn bundle(&mut self) -> Result<Vec<u8>, Error> {
         loop {
             if let Some(raw) = self.early.remove(&self.given) {
+                // Requests of a stream are handled in order: what was fetched before this one has to come.
+                if raw.is_empty() && self.wanted.values().any(|wanted| wanted.since <= self.given) {
+                    return Err(self.client.protocol("it produces nothing of what it was asked for"));
+                }
                 self.given += 1;
                 return Ok(raw);
             }
@@ -108,24 +131,40 @@ impl AgentReader {
         let mut fields = Fields(raw);
         while !fields.0.is_empty() {
             let (kind, index) = (fields.u8()?, fields.u32()?);
-            if !self.wanted.contains(&index) {
-                return Err(WireError::Range("the index of a file"));
-            }
+            let wanted = self.wanted.get_mut(&index).ok_or(WireError::Range("the index of a file"))?;
             let produced = match kind {
                 0 => {
-                    let digest = fields.digest()?;
-                    Produced::Whole { index, block: Block::copy_of(fields.string()?), digest }
+                    let (digest, data) = (fields.digest()?, fields.string()?);
+                    if wanted.at != 0 || data.len() as u64 != wanted.size {
+                        return Err(WireError::Range("the length of a file"));
+                    }
+                    Produced::Whole { index, block: Block::copy_of(data), digest }
                 }
                 1 => {
-                    let offset = fields.u64()?;
-                    Produced::Data { index, offset, block: Block::copy_of(fields.string()?) }
+                    let (offset, data) = (fields.u64()?, fields.string()?);
+                    wanted.advance(offset, data.len() as u64)?;
+                    Produced::Data { index, offset, block: Block::copy_of(data) }
                 }
-                2 => Produced::Hole { index, offset: fields.u64()?, length: fields.u64()? },
+                2 => {
+                    let (offset, length) = (fields.u64()?, fields.u64()?);
+                    if length > HOLE_MAX {
+                        return Err(WireError::Range("the length of a hole"));
+                    }
+                    wanted.advance(offset, length)?;
+                    Produced::Hole { index, offset, length }
+                }
+                3 if wanted.at != wanted.size => return Err(WireError::Range("the end of a file")),
                 3 => Produced::End { index, digest: fields.digest()? },
-                4 => Produced::Same { index, digest: fields.digest()? },
+                4 => {
+                    let digest = fields.digest()?;
+                    if wanted.fetch.unless != Some(digest) {
+                        return Err(WireError::Range("the digest of a file that is said to be the same"));
+                    }
+                    Produced::Same { index, digest }
+                }
                 5 => {
                     let retry = fields.u8()? != 0;
-                    Produced::Failed { index, message: fields.text()?, retry }
+                    Produced::Failed { index, message: fields.said()?, retry }
                 }
                 _ => return Err(WireError::Range("the kind of a piece")),
             };
@@ -138,13 +177,26 @@ impl AgentReader {
     }
 }
 
+impl Wanted {
+    fn advance(&mut self, offset: u64, length: u64) -> Result<(), WireError> {
+        match offset.checked_add(length) {
+            Some(end) if offset == self.at && length > 0 && end <= self.size => self.at = end,
+            _ => return Err(WireError::Range("the place of a piece")),
+        }
+        Ok(())
+    }
+}
+
 impl Reader for AgentReader {
     fn wants_more(&self) -> bool {
         self.wanted.len() < AHEAD
     }
 
     fn push(&mut self, fetch: Fetch) {
-        self.wanted.insert(fetch.index);
+        let size =
+            self.tree.entries().get(fetch.index as usize).and_then(|entry| entry.file()).map_or(0, |file| file.0);
+        let (at, since) = (fetch.from, u64::MAX);
+        self.wanted.insert(fetch.index, Wanted { fetch, size, at, since });
         self.waiting.push(fetch);
     }
 

@@ -3,12 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::Lanes;
 use super::reader::AgentReader;
-use crate::endpoint::{Error, Reader, Scan, ScanOptions, Source};
-use crate::manifest::{Digest, Tree};
+use super::{Lanes, list_bytes_max};
+use crate::endpoint::{Error, Links, Reader, Scan, ScanOptions, Source};
+use crate::error::Escaped;
+use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::monitor::{Monitor, Problem, Severity};
 use crate::path::RelPath;
+use crate::wire::entries::EntryList;
 use crate::wire::extension::{self, Fields, WireError};
 
 /// A source served by an agent.
@@ -37,12 +39,24 @@ impl AgentSource {
     }
 }
 
+/// A link that was asked not to be listed: it would lead out of the tree here, whatever the server thinks of it.
+fn unasked_link(entry: &Entry, links: Links) -> Option<String> {
+    let Content::Symlink { target } = &entry.content else { return None };
+    let asked = match links {
+        Links::All => true,
+        Links::Safe => entry.path.link_stays_below(target),
+        Links::Skip | Links::Refuse => false,
+    };
+    let shown = Escaped(&target[..target.len().min(200)]);
+    (!asked).then(|| format!("it lists '{}', a link to '{shown}', which it was asked to leave out", entry.path))
+}
+
 fn read_problems(raw: &[u8], problems: &mut Vec<Problem>) -> Result<(), WireError> {
     let mut fields = Fields(raw);
     while !fields.0.is_empty() {
         let path = fields.string()?;
         let path = if path.is_empty() { None } else { Some(RelPath::new(path)?) };
-        let message = fields.text()?;
+        let message = fields.said()?;
         let severity = if fields.u8()? == 0 { Severity::Skipped } else { Severity::Failed };
         problems.push(Problem { path, message, severity });
     }
@@ -61,20 +75,34 @@ impl Source for AgentSource {
         let _ = self.lanes.token.set(fields.string().map_err(bad)?.to_vec());
         let (count, told) = (fields.u32().map_err(bad)? as usize, fields.u32().map_err(bad)? as usize);
         self.lanes.tell(fields, monitor)?;
-        let (mut entries, mut problems) = (Vec::new(), Vec::new());
-        while entries.len() < count {
-            extension::read_entries(&self.chunk(entries.len())?, &mut entries).map_err(bad)?;
+        let (mut list, mut problems) = (EntryList::new(list_bytes_max()), Vec::new());
+        while list.entries().len() < count {
+            list.read(&self.chunk(list.entries().len())?).map_err(bad)?;
         }
+        let mut bytes = list.bytes();
         while problems.len() < told {
-            read_problems(&self.chunk(count)?, &mut problems).map_err(bad)?;
+            let raw = self.chunk(count)?;
+            // About what it takes in memory.
+            bytes += 4 * raw.len();
+            if bytes > list_bytes_max() {
+                return Err(bad(WireError::TooMany { most: list_bytes_max() }));
+            }
+            read_problems(&raw, &mut problems).map_err(bad)?;
+        }
+        if list.entries().len() != count || problems.len() != told {
+            return Err(bad(WireError::Range("the length of the list")));
+        }
+        let entries = list.into_entries();
+        if let Some(what) = entries.iter().find_map(|entry| unasked_link(entry, options.links)) {
+            return Err(self.lanes.control().protocol(what));
         }
         let tree = Tree::new(entries).map_err(|error| self.lanes.control().protocol(error.to_string()))?;
         Ok(Scan { tree, problems })
     }
 
-    fn reader(&self, _: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error> {
+    fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error> {
         let stream = self.streams.fetch_add(1, Ordering::Relaxed);
-        Ok(Box::new(AgentReader::new(self.lanes.lane(), stream, self.lanes.compress)))
+        Ok(Box::new(AgentReader::new(self.lanes.lane(), tree, stream, self.lanes.compress)))
     }
 
     /// The agent remembers for itself what it hashed.

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use super::writer::AgentWriter;
-use super::{Lanes, json};
+use super::{Lanes, json, list_bytes_max};
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
-use crate::manifest::Tree;
+use crate::error::said;
+use crate::manifest::{Digest, Tree};
 use crate::monitor::Monitor;
-use crate::plan::Plan;
+use crate::plan::{Plan, Removal};
 use crate::wire::extension::{self, CHUNK_BYTES, Fields, WireError};
 
 /// A target served by an agent.
@@ -54,12 +55,16 @@ impl AgentTarget {
         let actions = fields.u32().map_err(bad)? as usize;
         let removals = fields.u32().map_err(bad)? as usize;
         self.lanes.tell(fields, monitor)?;
+        let mut bytes = 0;
         while plan.actions.len() < actions || plan.removals.len() < removals {
             let mut packet = extension::request("plan");
             packet.extend_from_slice(&(plan.actions.len() as u32).to_be_bytes());
             packet.extend_from_slice(&(plan.removals.len() as u32).to_be_bytes());
             let reply = self.lanes.call(packet)?;
-            read_chunk(&reply, &mut plan, entries).map_err(bad)?;
+            bytes += read_chunk(&reply, &mut plan, entries).map_err(bad)?;
+            if bytes > list_bytes_max() {
+                return Err(bad(WireError::TooMany { most: list_bytes_max() }));
+            }
         }
         if plan.actions.len() != actions || plan.removals.len() != removals {
             return Err(bad(WireError::Range("the length of the plan")));
@@ -68,7 +73,8 @@ impl AgentTarget {
     }
 }
 
-fn read_chunk(reply: &[u8], plan: &mut Plan, entries: usize) -> Result<(), WireError> {
+/// Adds a part of a plan; about how much memory it takes.
+fn read_chunk(reply: &[u8], plan: &mut Plan, entries: usize) -> Result<usize, WireError> {
     let mut fields = Fields(reply);
     let (actions, removals) = (fields.u32()?, fields.u32()?);
     let mut raw = Vec::new();
@@ -83,12 +89,17 @@ fn read_chunk(reply: &[u8], plan: &mut Plan, entries: usize) -> Result<(), WireE
         plan.actions.push(action);
     }
     for _ in 0..removals {
-        plan.removals.push(extension::read_removal(&mut fields)?);
+        let removal = extension::read_removal(&mut fields)?;
+        if plan.removals.last().is_some_and(|last| last.path >= removal.path) {
+            return Err(WireError::Order);
+        }
+        plan.removals.push(removal);
     }
     if actions == 0 && removals == 0 {
         return Err(WireError::Range("the length of the plan"));
     }
-    fields.end()
+    fields.end()?;
+    Ok(raw.len() + removals as usize * size_of::<Removal>())
 }
 
 impl Target for AgentTarget {
@@ -122,7 +133,14 @@ impl Target for AgentTarget {
         let text = fields.string().map_err(|error| self.lanes.malformed(error))?;
         // What was published is not undone by notes that cannot be read.
         let _ = self.lanes.tell(fields, monitor);
-        serde_json::from_slice(text).map_err(|error| self.lanes.control().protocol(error.to_string()))
+        let committed: Committed =
+            serde_json::from_slice(text).map_err(|error| self.lanes.control().protocol(error.to_string()))?;
+        if Digest::from_hex(committed.manifest_digest.as_bytes()).is_none() {
+            return Err(self.lanes.malformed(WireError::Range("the digest of the manifest")));
+        }
+        let safe = |(path, reason): &(String, String)| (said(path.as_bytes()), said(reason.as_bytes()));
+        let problems = committed.problems.iter().map(safe).collect();
+        Ok(Committed { problems, ..committed })
     }
 
     fn abort(&self) {

@@ -10,7 +10,7 @@ use crate::codec::{self, Chooser, CompressOptions};
 use crate::endpoint::client::{Client, Completion};
 use crate::endpoint::{BLOCK_BYTES, Block, Error, Staged, WriteFailure, Writer};
 use crate::manifest::Digest;
-use crate::wire::extension::{self, FILES_MAX, Fields, WireError};
+use crate::wire::extension::{self, FILES_MAX, Fields, HOLE_MAX, WireError};
 
 /// The writer of one worker.
 pub(super) struct AgentWriter {
@@ -97,7 +97,7 @@ fn read_failures(reply: &[u8], files: usize) -> Result<Vec<(usize, WriteFailure)
     let mut fields = Fields(reply);
     let mut failures = Vec::new();
     for _ in 0..fields.u32()? {
-        let (position, retry, message) = (fields.u32()? as usize, fields.u8()? != 0, fields.text()?);
+        let (position, retry, message) = (fields.u32()? as usize, fields.u8()? != 0, fields.said()?);
         if position >= files {
             return Err(WireError::Range("the position of a failure"));
         }
@@ -144,10 +144,16 @@ impl Writer for AgentWriter {
     }
 
     fn hole(&mut self, index: u32, offset: u64, length: u64) -> Result<(), Error> {
-        let mut packet = Self::message("hole", index);
-        packet.extend_from_slice(&offset.to_be_bytes());
-        packet.extend_from_slice(&length.to_be_bytes());
-        self.submit(packet, 0, Vec::new())
+        let (mut at, end) = (offset, offset.saturating_add(length));
+        while at < end {
+            let step = (end - at).min(HOLE_MAX);
+            let mut packet = Self::message("hole", index);
+            packet.extend_from_slice(&at.to_be_bytes());
+            packet.extend_from_slice(&step.to_be_bytes());
+            self.submit(packet, 0, Vec::new())?;
+            at += step;
+        }
+        Ok(())
     }
 
     fn finish(&mut self, index: u32, digest: Digest) -> Result<(), Error> {

@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256};
 use super::metadata::{Acls, apply_directory};
 use super::publish::{self, Record};
 use super::target::{MANIFEST, Run, STAGING, State, io, rel};
-use super::{known, unit};
+use super::{known, links, unit};
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
 use crate::manifest::{Content, Digest, Entry, Manifest, Timestamp, Tree, format};
@@ -41,8 +41,14 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let state = &mut *state;
     let Some(staging) = &run.staging else { return Err(Error::Usage("a dry run publishes nothing".into())) };
     let source = Arc::clone(&state.source);
+    links::record(run, &state.refused, &source)?;
+    // After any problem nothing is deleted.
+    let options = &CommitOptions { delete: options.delete && state.refused.is_empty(), ..options.clone() };
     let mut failed = not_staged(state, options);
-    let withheld = withhold(run, state, options, &mut failed);
+    failed.extend(state.refused.keys());
+    let mut withheld = withhold(run, state, options, &mut failed);
+    let held_back = !withheld.is_empty();
+    withheld.extend(state.refused.iter().map(|(&at, why)| (source.entries()[at as usize].path.clone(), why.clone())));
     let publication = Publication {
         source: &source,
         target: &state.target,
@@ -56,7 +62,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let nothing = steps.is_empty() && !state.adopts && run.birth.is_none();
     if nothing && state.old_manifest.generation > 0 {
         // What is staged of a unit that is held back saves the next run from sending it again.
-        if withheld.is_empty() {
+        if !held_back {
             run.root.remove_tree(&rel(STAGING)?).map_err(io)?;
         }
         return Ok(Committed {

@@ -104,13 +104,14 @@ fn find(look: &Look<'_>, target: &mut Tree, monitor: &dyn Monitor) {
     if unknown.is_empty() {
         return;
     }
-    let bytes: u64 = unknown.iter().map(|file| file.1).sum();
+    let bytes: u64 = unknown.iter().fold(0, |sum, file| sum.saturating_add(file.1));
     let count = unknown.len();
     monitor.event(Event::Detail(&format!(
         "{count} files ({bytes} bytes) lie at the target already, and are hashed there to see whether they are the source's"
     )));
     let mut rest = &unknown[..];
-    while !rest.is_empty() {
+    // What is found out by then is stored; who stopped the run does not use it.
+    while !rest.is_empty() && !monitor.stopped() {
         let mut sum = 0_u64;
         let within = rest.iter().take_while(|file| {
             let first = sum == 0;
@@ -120,7 +121,7 @@ fn find(look: &Look<'_>, target: &mut Tree, monitor: &dyn Monitor) {
         let (batch, later) = rest.split_at(within.count().max(1));
         rest = later;
         let looked = SystemTime::now();
-        for (index, digest) in hash(look, target, batch) {
+        for (index, digest) in hash(look, target, batch, monitor) {
             target.set_digest(index, digest);
             if is_settled(&look.metadata[index], looked) {
                 table.insert(&look.metadata[index], digest);
@@ -133,7 +134,7 @@ fn find(look: &Look<'_>, target: &mut Tree, monitor: &dyn Monitor) {
 }
 
 /// Hashes files by several threads. One that cannot be read, or is not what the scan saw, has no digest.
-fn hash(look: &Look<'_>, target: &Tree, files: &[(usize, u64)]) -> Vec<(usize, Digest)> {
+fn hash(look: &Look<'_>, target: &Tree, files: &[(usize, u64)], monitor: &dyn Monitor) -> Vec<(usize, Digest)> {
     let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::with_capacity(files.len())));
     let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 8));
     std::thread::scope(|scope| {
@@ -142,7 +143,7 @@ fn hash(look: &Look<'_>, target: &Tree, files: &[(usize, u64)]) -> Vec<(usize, D
                 let mut buffer = vec![0; BUFFER_BYTES];
                 while let Some(&(index, _)) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let path = &target.entries()[index].path;
-                    if let Some(digest) = hash_one(look.root, path, &look.metadata[index], &mut buffer) {
+                    if let Some(digest) = hash_one(look.root, path, &look.metadata[index], &mut buffer, monitor) {
                         found.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push((index, digest));
                     }
                 }
@@ -152,7 +153,7 @@ fn hash(look: &Look<'_>, target: &Tree, files: &[(usize, u64)]) -> Vec<(usize, D
     found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-fn hash_one(root: &Root, path: &RelPath, seen: &Metadata, buffer: &mut [u8]) -> Option<Digest> {
+fn hash_one(root: &Root, path: &RelPath, seen: &Metadata, buffer: &mut [u8], monitor: &dyn Monitor) -> Option<Digest> {
     let mut file = root.open_read(path, Follow::Never).ok()?;
     // RACE: another file, even a FIFO, may have got the name since the scan: nothing else is read.
     if !Metadata::of(&file).ok()?.same_content(seen) {
@@ -160,6 +161,9 @@ fn hash_one(root: &Root, path: &RelPath, seen: &Metadata, buffer: &mut [u8]) -> 
     }
     let mut hash = Sha256::new();
     loop {
+        if monitor.stopped() {
+            return None;
+        }
         match file.read(buffer) {
             Ok(0) => break,
             Ok(read) => hash.update(&buffer[..read]),

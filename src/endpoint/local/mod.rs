@@ -3,6 +3,7 @@
 mod commit;
 mod fold;
 mod known;
+mod links;
 mod metadata;
 mod place;
 mod publish;

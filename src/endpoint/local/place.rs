@@ -12,9 +12,11 @@ use std::sync::Arc;
 
 use rustix::fs::{Mode, RenameFlags};
 
+use super::links::Confined;
 use crate::endpoint::Error;
 use crate::path::RelPath;
 use crate::root::{Follow, Root, RootError};
+use crate::staging::must_be_own;
 
 /// Where a tree lies.
 #[derive(Debug, Clone)]
@@ -40,6 +42,14 @@ impl Place {
             Place::Named(path) => path.clone(),
             Place::Beneath(root, None) => root.shown().to_owned(),
             Place::Beneath(root, Some(path)) => root.shown().join(path.as_path()),
+        }
+    }
+
+    /// Where it is below the root that a client is confined to; `None` where nobody is.
+    pub(super) fn confined(&self) -> Option<Confined> {
+        match self {
+            Place::Named(_) => None,
+            Place::Beneath(_, path) => Some(Confined(path.clone())),
         }
     }
 
@@ -91,6 +101,9 @@ impl Place {
             _ => {}
         }
         let root = above.subroot(&hidden).map_err(io)?;
+        // Whoever may write in the directory above may have made it, with what is to be carried out in it.
+        must_be_own(&root)
+            .map_err(|error| Error::Refused { by: "the receiver".into(), reason: crate::error::chain(&error) })?;
         Ok((root, Birth { above, hidden, name }))
     }
 }

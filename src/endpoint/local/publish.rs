@@ -10,7 +10,7 @@ use rustix::fs::{Mode, RenameFlags};
 use rustix::io::Errno;
 
 use super::metadata::{Acls, Existing};
-use super::target::{MANIFEST, STAGING, STATE, io, rel};
+use super::target::{MANIFEST, STAGED, STAGING, STATE, io, rel};
 use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::Error;
 use crate::manifest::{Content, Entry, Manifest, Tree, format};
@@ -394,9 +394,10 @@ pub(super) fn read(root: &Root, name: &str) -> Result<Option<Vec<u8>>, Error> {
     }
 }
 
-/// Finishes what an interrupted run had begun to publish. Says whether there was something to finish.
-pub(super) fn recover(root: &Root) -> Result<bool, Error> {
-    let staging = match root.subroot(&rel(STAGING)?) {
+/// Finishes what an interrupted run had begun to publish. Says whether there was something to finish. `state` is the
+/// directory `.lockstep` of the root, which nobody else may have a hand in: what is written down there is done.
+pub(super) fn recover(root: &Root, state: &Root) -> Result<bool, Error> {
+    let staging = match state.subroot(&rel(STAGED)?) {
         Ok(staging) => staging,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(io(error)),

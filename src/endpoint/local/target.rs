@@ -3,11 +3,12 @@
 //! Everything is staged beneath `.lockstep/staging/current` of the root. A root that is not there yet is made under a
 //! hidden name beside its own and gets its name in the last step, so that a new tree appears whole.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::links::{self, Confined};
 use super::place::{Birth, Place};
 use super::writer::LocalWriter;
 use super::{commit, fold, known, metadata, publish, room};
@@ -28,6 +29,8 @@ use crate::staging::{Ids, Journal, LockError, Permissions, RootLock, StageError}
 pub(super) const STATE: &str = ".lockstep";
 pub(super) const MANIFEST: &str = ".lockstep/manifest";
 pub(super) const STAGING: &str = ".lockstep/staging/current";
+/// The same below `.lockstep`.
+pub(super) const STAGED: &str = "staging/current";
 /// Clocks of machines that exchange data differ by less.
 const CLOCK_TOLERANCE_SECONDS: i64 = 60;
 /// Names that are published last and removed first wherever they occur.
@@ -47,6 +50,7 @@ pub(super) struct Run {
     /// While the root lies under its hidden name.
     pub(super) birth: Option<Birth>,
     pub(super) staging: Option<Root>,
+    confined: Option<Confined>,
     pub(super) options: BeginOptions,
     policy: Policy,
     ids: Ids,
@@ -70,6 +74,8 @@ pub(super) struct State {
     pub(super) staged: HashMap<u32, (Digest, Metadata)>,
     /// Files whose content was found at the target.
     pub(super) kept: HashMap<u32, Digest>,
+    /// Links that are not made, and why.
+    pub(super) refused: BTreeMap<u32, String>,
     /// Files lie there that the manifest does not list as they are, and the source has.
     pub(super) adopts: bool,
     /// What the plan stores.
@@ -148,26 +154,32 @@ impl Target for LocalTarget {
         let mut lock = None;
         let mut staging = None;
         if !options.dry_run {
-            let taken = RootLock::take(&root, &options.actor, Duration::from_secs(options.wait_seconds));
-            lock = Some(taken.map_err(|error| match error {
+            let wait = Duration::from_secs(options.wait_seconds);
+            let taken = RootLock::take(&root, &options.actor, wait, &|| monitor.stopped());
+            let taken = taken.map_err(|error| match error {
                 LockError::Held { holder } => Error::Locked { root: self.describe(), holder },
                 LockError::Root(error) => io(error),
+                foreign @ LockError::Foreign { .. } => {
+                    Error::Refused { by: "the receiver".into(), reason: crate::error::chain(&foreign) }
+                }
                 other => Error::Usage(crate::error::chain(&other)),
-            })?);
-            let path = rel(STAGING)?;
-            if publish::recover(&root)? {
+            })?;
+            let path = rel(STAGED)?;
+            if publish::recover(&root, taken.state())? {
                 monitor.event(Event::Warning(&format!(
                     "{}: an earlier run was interrupted while it published; it was finished first",
                     self.describe()
                 )));
             }
-            root.mkdir_all(&path.join("tree").map_err(|error| usage(&error))?, 0o700).map_err(io)?;
-            staging = Some(root.subroot(&path).map_err(io)?);
+            taken.state().mkdir_all(&path.join("tree").map_err(|error| usage(&error))?, 0o700).map_err(io)?;
+            staging = Some(taken.state().subroot(&path).map_err(io)?);
+            lock = Some(taken);
         }
         let run = Run {
             root,
             birth,
             staging,
+            confined: self.place.confined(),
             options: options.clone(),
             policy,
             ids: Ids::default(),
@@ -190,7 +202,9 @@ impl Target for LocalTarget {
                     group: None,
                     acl_differs: false,
                 };
-                Ok(diff(source, &Tree::default(), &desired, Compare::default()))
+                let plan = diff(source, &Tree::default(), &desired, Compare::default());
+                links::tell(&links::refused(self.place.confined().as_ref(), source, &plan), source, monitor);
+                Ok(plan)
             }
         }
     }
@@ -364,9 +378,14 @@ impl Run {
             }
             monitor.event(Event::Warning(&crate::error::chain(&error)));
         }
+        let refused = links::refused(self.confined.as_ref(), source, &plan);
+        if self.options.dry_run {
+            links::tell(&refused, source, monitor);
+        }
         let mut state = self.state();
         *state = State {
             source: Arc::clone(source),
+            refused,
             adopts: doubtful.iter().any(|&at| source.get(&target.entries()[at].path).is_some()),
             target,
             metadata: scanned.metadata,

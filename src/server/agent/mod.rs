@@ -5,25 +5,34 @@
 
 use std::collections::HashMap;
 use std::io::Read as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::endpoint::{BeginOptions, CommitOptions, Error, ScanOptions, Source, Target};
-use crate::manifest::{Entry, Tree};
-use crate::monitor::Severity;
+use crate::manifest::Tree;
+use crate::monitor::{Monitor as _, Severity};
 use crate::plan::Plan;
+use crate::wire::entries::EntryList;
 use crate::wire::extension::{self, CHUNK_BYTES, DOMAIN, Fields, Message, NAMES, VERSION, WireError};
 use crate::wire::notes::Notes;
 
+mod limits;
 mod reading;
 mod writing;
+
+pub use limits::Limits;
+
+use limits::{Held, OpenFiles};
 
 /// Where answers go. Packets are whole, with their length in front.
 pub trait Output: Send + Sync {
     /// Queues a packet; blocks while the queue is full.
     fn send(&self, packet: Vec<u8>);
+    /// Whether nobody is there any more to be answered.
+    fn is_gone(&self) -> bool;
 }
 
 /// Extension requests that a session hands on.
@@ -50,9 +59,11 @@ pub struct Factory {
     pub source: Opener<SharedSource>,
 }
 
+/// Requests that may take as long as it takes to hash a tree, or for another run to end. One is done at a time, and
+/// nothing waits behind it.
+const LONG: [&str; 4] = ["begin", "scan", "diff", "commit"];
 const WORKERS: usize = 8;
 const QUEUE: usize = 8;
-const ENTRIES_MAX: usize = 64 << 20;
 
 struct Job {
     name: &'static str,
@@ -80,6 +91,11 @@ struct Failure {
 }
 
 impl Failure {
+    /// Nobody will read it.
+    fn gone() -> Failure {
+        Failure { code: 7, message: "the client has gone".into(), exit: 75 }
+    }
+
     fn order(what: &str) -> Failure {
         Failure { code: 5, message: format!("the request is out of order: {what}"), exit: 5 }
     }
@@ -113,6 +129,10 @@ enum Side {
 struct Run {
     side: Side,
     tree: OnceLock<Arc<Tree>>,
+    limits: Limits,
+    open_files: OpenFiles,
+    /// The memory of the tree, where a client sent it.
+    held: OnceLock<Held>,
     queues: Mutex<Option<Vec<Sender<Job>>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -146,7 +166,7 @@ impl Run {
             let thread = std::thread::Builder::new()
                 .name(format!("agent-{number}"))
                 .spawn(move || match &run.side {
-                    Side::Target(target) => writing::serve(&**target, &run.tree, &receiver),
+                    Side::Target(target) => writing::serve(&**target, &run, &receiver),
                     Side::Source(source) => reading::serve(&**source, &run.tree, &receiver),
                 })
                 .map_err(|error| Failure { code: 4, message: format!("start a thread: {error}"), exit: 75 })?;
@@ -169,6 +189,8 @@ impl Run {
 /// The agent of one connection.
 pub struct Agent {
     control: Sender<Job>,
+    /// A request is being done that may take long.
+    busy: Arc<AtomicBool>,
     /// Whether further connections may work on its run.
     shared: bool,
     run: Arc<Mutex<Option<Arc<Run>>>>,
@@ -178,14 +200,21 @@ pub struct Agent {
 impl Agent {
     /// An agent that has no run yet. Its control thread ends, and its run is aborted, after it is dropped.
     pub fn new(factory: Arc<Factory>) -> Agent {
+        Agent::limited(factory, Limits::default())
+    }
+
+    /// The same with other bounds.
+    pub fn limited(factory: Arc<Factory>, limits: Limits) -> Agent {
         let (control, jobs) = bounded(QUEUE);
         let run = Arc::new(Mutex::new(None));
         let shared = Arc::clone(&run);
+        let busy = Arc::new(AtomicBool::new(false));
+        let done = Arc::clone(&busy);
         // Without the thread the channel is closed, and every request is refused.
         let thread = std::thread::Builder::new()
             .name("agent-control".to_owned())
-            .spawn(move || Control::new(factory, shared).serve(&jobs));
-        Agent { control, run, shared: true, thread: thread.ok() }
+            .spawn(move || Control::new(factory, shared, limits).serve(&jobs, &done));
+        Agent { control, busy, run, shared: true, thread: thread.ok() }
     }
 
     /// Waits until what has arrived is stored and the run is given up. A process that ended before would lose what the
@@ -217,6 +246,15 @@ impl Extensions for Agent {
         let name = name.strip_suffix(DOMAIN).unwrap_or(name);
         let job = Job { name, id, payload, output: Arc::clone(output) };
         let data = matches!(name, "put" | "open" | "write" | "hole" | "finish" | "keep" | "discard" | "fetch" | "next");
+        // What stood in a queue behind a request that takes hours would keep the session from reading on, and so from
+        // noticing that its client has gone.
+        if !data && self.busy.load(Ordering::Acquire) {
+            job.refuse(&Failure::order("the request before it is not done yet"));
+            return true;
+        }
+        if LONG.contains(&name) {
+            self.busy.store(true, Ordering::Release);
+        }
         let sent = if data { self.route(job) } else { self.control.send(job).map_err(|error| error.0) };
         if let Err(job) = sent {
             job.refuse(&Failure::order("there is no run that takes it"));
@@ -246,21 +284,38 @@ struct Control {
     /// Whether the run was begun here, not attached to.
     own: bool,
     ended: bool,
-    entries: Vec<Entry>,
+    limits: Limits,
+    entries: EntryList,
+    held: Held,
     plan: Option<Plan>,
     problems: usize,
     scan_problems: Vec<crate::monitor::Problem>,
 }
 
 impl Control {
-    fn new(factory: Arc<Factory>, shared: Arc<Mutex<Option<Arc<Run>>>>) -> Control {
-        let (entries, scan_problems) = (Vec::new(), Vec::new());
-        Control { factory, shared, own: false, ended: false, entries, plan: None, problems: 0, scan_problems }
+    fn new(factory: Arc<Factory>, shared: Arc<Mutex<Option<Arc<Run>>>>, limits: Limits) -> Control {
+        Control {
+            factory,
+            shared,
+            own: false,
+            ended: false,
+            limits,
+            entries: EntryList::new(limits.entries_bytes),
+            held: Held::default(),
+            plan: None,
+            problems: 0,
+            scan_problems: Vec::new(),
+        }
     }
 
-    fn serve(mut self, jobs: &Receiver<Job>) {
+    fn serve(mut self, jobs: &Receiver<Job>, busy: &AtomicBool) {
         while let Ok(job) = jobs.recv() {
-            match self.answer(&job) {
+            let answer = self.answer(&job);
+            if LONG.contains(&job.name) {
+                // Before the reply, after which the client may ask for the next.
+                busy.store(false, Ordering::Release);
+            }
+            match answer {
                 Ok(body) => job.reply(&body),
                 Err(failure) => job.refuse(&failure),
             }
@@ -277,9 +332,16 @@ impl Control {
             }
         }
         self.ended = true;
+        self.entries = EntryList::new(0);
+        self.held = Held::default();
     }
 
     fn answer(&mut self, job: &Job) -> Result<Vec<u8>, Failure> {
+        if job.output.is_gone() {
+            return Err(Failure::gone());
+        }
+        let output = Arc::clone(&job.output);
+        let notes = Notes::until(move || output.is_gone());
         let mut fields = Fields(job.payload.bytes());
         match job.name {
             "hello" => {
@@ -294,10 +356,10 @@ impl Control {
             "begin" => {
                 let root = fields.string()?;
                 let wish: BeginOptions = serde_json::from_slice(fields.string()?)?;
-                let options = BeginOptions { peer: true, ..wish };
+                let wait_seconds = wish.wait_seconds.min(self.limits.wait.as_secs());
+                let options = BeginOptions { peer: true, wait_seconds, ..wish };
                 self.must_be_free()?;
                 let target = (self.factory.target)(root)?;
-                let notes = Notes::default();
                 target.begin(&options, &notes)?;
                 let verification = target.verification();
                 let mut body = self.adopt(Side::Target(target))?;
@@ -310,8 +372,11 @@ impl Control {
                 let options: ScanOptions = serde_json::from_slice(fields.string()?)?;
                 self.must_be_free()?;
                 let source = (self.factory.source)(root)?;
-                let notes = Notes::default();
                 let scan = source.scan(&options, &notes)?;
+                // What was not listed to its end is not to be used.
+                if notes.stopped() {
+                    return Err(Failure::gone());
+                }
                 let mut body = self.adopt(Side::Source(source))?;
                 let run = self.run()?;
                 body.extend_from_slice(&(scan.tree.entries().len() as u32).to_be_bytes());
@@ -336,13 +401,13 @@ impl Control {
                 }
                 let mut raw = Vec::new();
                 fields.frame(&mut raw)?;
-                extension::read_entries(&raw, &mut self.entries)?;
-                if self.entries.len() > ENTRIES_MAX {
-                    return Err(WireError::Range("the number of entries").into());
-                }
+                let read = self.entries.read(&raw).map_err(Failure::from);
+                let read = read.and_then(|()| self.held.grow(self.entries.bytes(), self.limits.all_entries_bytes));
+                // A list with a part missing is not to be gone on with, and its memory is for others.
+                read.inspect_err(|_| self.abort())?;
                 Ok(Vec::new())
             }
-            "diff" => self.diff(),
+            "diff" => self.diff(&notes),
             "plan" => self.plan_chunk(fields.u32()? as usize, fields.u32()? as usize),
             "list" => self.list_chunk(fields.u32()? as usize),
             "commit" => {
@@ -354,7 +419,6 @@ impl Control {
                 };
                 run.stop();
                 self.ended = true;
-                let notes = Notes::default();
                 let committed = target.commit(&options, &notes)?;
                 let mut body = Vec::new();
                 extension::put_string(&mut body, &serde_json::to_vec(&committed)?);
@@ -381,8 +445,15 @@ impl Control {
     }
 
     fn adopt(&mut self, side: Side) -> Result<Vec<u8>, Failure> {
-        let (tree, queues, threads) = (OnceLock::new(), Mutex::new(None), Mutex::new(Vec::new()));
-        let run = Arc::new(Run { side, tree, queues, threads });
+        let run = Arc::new(Run {
+            side,
+            tree: OnceLock::new(),
+            limits: self.limits,
+            open_files: OpenFiles::default(),
+            held: OnceLock::new(),
+            queues: Mutex::new(None),
+            threads: Mutex::new(Vec::new()),
+        });
         self.own = true;
         let mut body = Vec::new();
         extension::put_string(&mut body, &register(&run));
@@ -390,19 +461,19 @@ impl Control {
         Ok(body)
     }
 
-    fn diff(&mut self) -> Result<Vec<u8>, Failure> {
+    fn diff(&mut self, notes: &Notes) -> Result<Vec<u8>, Failure> {
         let run = self.run()?;
         let (Side::Target(target), true, None) = (&run.side, self.own && !self.ended, run.tree.get()) else {
             return Err(Failure::order("nothing to compare"));
         };
-        let tree = Tree::new(std::mem::take(&mut self.entries)).map_err(|error| Failure {
-            code: 5,
-            message: error.to_string(),
-            exit: 5,
-        })?;
+        let entries = std::mem::replace(&mut self.entries, EntryList::new(0)).into_entries();
+        let _ = run.held.set(std::mem::take(&mut self.held));
+        let tree = Tree::new(entries).map_err(|error| Failure { code: 5, message: error.to_string(), exit: 5 })?;
         let tree = Arc::new(tree);
-        let notes = Notes::default();
-        let plan = target.diff(&tree, &notes)?;
+        let plan = target.diff(&tree, notes)?;
+        if notes.stopped() {
+            return Err(Failure::gone());
+        }
         let _ = run.tree.set(tree);
         run.start()?;
         let mut body = plan.target_entries.to_be_bytes().to_vec();

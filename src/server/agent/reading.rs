@@ -8,46 +8,56 @@ use crossbeam_channel::Receiver;
 use super::{Failure, Job};
 use crate::endpoint::{BLOCK_BYTES, Error, Fetch, Produced, Reader, Source};
 use crate::manifest::{Digest, Tree};
-use crate::wire::extension::{FILES_MAX, Fields, WireError, put_frame, put_string};
+use crate::wire::extension::{FETCH_MAX, Fields, WireError, put_frame, put_string};
 
 /// At most this many streams a worker.
-const STREAMS: usize = 64;
+const STREAMS: usize = 32;
+
+/// One stream of a client.
+struct Stream<'a> {
+    reader: Box<dyn Reader + 'a>,
+    /// Files that were fetched and are not produced yet.
+    waiting: usize,
+}
 
 pub(super) fn serve(source: &(dyn Source + Send + Sync), tree: &OnceLock<Arc<Tree>>, jobs: &Receiver<Job>) {
     let Some(tree) = tree.get() else { return };
-    let mut readers: HashMap<u32, Box<dyn Reader + '_>> = HashMap::new();
-    let mut learned = Vec::new();
+    let mut streams: HashMap<u32, Stream<'_>> = HashMap::new();
+    let mut learned = HashMap::new();
     for job in jobs {
-        match answer(source, tree, &mut readers, &mut learned, &job) {
+        match answer(source, tree, &mut streams, &mut learned, &job) {
             Ok(body) => job.reply(&body),
             Err(failure) => job.refuse(&failure),
         }
     }
-    source.remember(tree, &learned);
+    source.remember(tree, &learned.into_iter().collect::<Vec<_>>());
 }
 
 fn answer<'a>(
     source: &'a (dyn Source + Send + Sync),
     tree: &Arc<Tree>,
-    readers: &mut HashMap<u32, Box<dyn Reader + 'a>>,
-    learned: &mut Vec<(u32, Digest)>,
+    streams: &mut HashMap<u32, Stream<'a>>,
+    learned: &mut HashMap<u32, Digest>,
     job: &Job,
 ) -> Result<Vec<u8>, Failure> {
+    if job.output.is_gone() {
+        return Err(Failure::gone());
+    }
     let mut fields = Fields(job.payload.bytes());
     let stream = fields.u32()?;
     if !matches!(job.name, "fetch" | "next") {
         return Err(Failure::order("this run is a pull"));
     }
-    if !readers.contains_key(&stream) {
-        if readers.len() >= STREAMS {
+    if !streams.contains_key(&stream) {
+        if streams.len() >= STREAMS {
             return Err(WireError::Range("the number of streams").into());
         }
-        readers.insert(stream, source.reader(Arc::clone(tree))?);
+        streams.insert(stream, Stream { reader: source.reader(Arc::clone(tree))?, waiting: 0 });
     }
-    let Some(reader) = readers.get_mut(&stream) else { return Err(Failure::order("no stream")) };
+    let Some(stream) = streams.get_mut(&stream) else { return Err(Failure::order("no stream")) };
     if job.name == "fetch" {
         let count = fields.u32()? as usize;
-        if count > FILES_MAX {
+        if count > FETCH_MAX - stream.waiting {
             return Err(WireError::Range("the number of files").into());
         }
         let mut fetches = Vec::with_capacity(count);
@@ -61,20 +71,24 @@ fn answer<'a>(
             fetches.push(Fetch { index, from, unless });
         }
         fields.end()?;
-        fetches.into_iter().for_each(|fetch| reader.push(fetch));
+        stream.waiting += count;
+        fetches.into_iter().for_each(|fetch| stream.reader.push(fetch));
         return Ok(Vec::new());
     }
     let level = fields.u8()?.min(19);
-    let raw = bundle(&mut **reader, learned)?;
+    let raw = bundle(stream, learned)?;
     let mut body = Vec::new();
     put_frame(&mut body, &raw, (level > 0).then_some(i32::from(level)));
     Ok(body)
 }
 
-fn bundle(reader: &mut dyn Reader, learned: &mut Vec<(u32, Digest)>) -> Result<Vec<u8>, Error> {
+fn bundle(stream: &mut Stream<'_>, learned: &mut HashMap<u32, Digest>) -> Result<Vec<u8>, Error> {
     let mut raw = Vec::with_capacity(BLOCK_BYTES + 4096);
     while raw.len() < BLOCK_BYTES / 2 {
-        let Some(produced) = reader.next()? else { break };
+        let Some(produced) = stream.reader.next()? else { break };
+        if !matches!(produced, Produced::Data { .. } | Produced::Hole { .. }) {
+            stream.waiting = stream.waiting.saturating_sub(1);
+        }
         let mut head = |kind: u8, index: u32| {
             raw.push(kind);
             raw.extend_from_slice(&index.to_be_bytes());
@@ -84,7 +98,7 @@ fn bundle(reader: &mut dyn Reader, learned: &mut Vec<(u32, Digest)>) -> Result<V
                 head(0, index);
                 raw.extend_from_slice(&digest.0);
                 put_string(&mut raw, block.data());
-                learned.push((index, digest));
+                learned.insert(index, digest);
             }
             Produced::Data { index, offset, block } => {
                 head(1, index);
@@ -99,12 +113,12 @@ fn bundle(reader: &mut dyn Reader, learned: &mut Vec<(u32, Digest)>) -> Result<V
             Produced::End { index, digest } => {
                 head(3, index);
                 raw.extend_from_slice(&digest.0);
-                learned.push((index, digest));
+                learned.insert(index, digest);
             }
             Produced::Same { index, digest } => {
                 head(4, index);
                 raw.extend_from_slice(&digest.0);
-                learned.push((index, digest));
+                learned.insert(index, digest);
             }
             Produced::Failed { index, message, retry } => {
                 head(5, index);

@@ -12,7 +12,7 @@ use crate::endpoint::agent::{AgentTarget, Lanes};
 use crate::endpoint::client::{Client, ClientOptions};
 use crate::endpoint::link::{Link, LinkError};
 use crate::endpoint::{Block, Committed, Staged, WriteFailure, Writer};
-use crate::manifest::{Content, Digest, Timestamp};
+use crate::manifest::{Content, Digest, Entry, Timestamp};
 use crate::monitor::{Monitor, Silent};
 use crate::path::RelPath;
 
@@ -38,7 +38,8 @@ impl Target for Memory {
         Ok(Box::new(MemoryWriter(self, Vec::new())))
     }
     fn commit(&self, _: &CommitOptions, _: &dyn Monitor) -> Result<Committed, Error> {
-        Ok(Committed { published: locked(&self.0).len() as u64, ..Committed::default() })
+        let manifest_digest = digest(b"").to_string();
+        Ok(Committed { published: locked(&self.0).len() as u64, manifest_digest, ..Committed::default() })
     }
     fn abort(&self) {}
     fn verification(&self) -> String {
@@ -95,6 +96,9 @@ struct Queue(Sender<Bytes>);
 impl Output for Queue {
     fn send(&self, packet: Vec<u8>) {
         let _ = self.0.send(packet.into());
+    }
+    fn is_gone(&self) -> bool {
+        false
     }
 }
 impl Link for Near {
@@ -220,6 +224,73 @@ fn h23_messages_out_of_order_or_bounds_are_refused() {
     assert_eq!(write(0, 6, 4), extension::EXTENDED_REPLY);
     assert_eq!(write(0, 0, 4), extension::STATUS, "descends");
     assert_eq!(call("put", &u32::MAX.to_be_bytes()), extension::STATUS);
+}
+
+/// Remembers how it was begun.
+#[derive(Default)]
+struct Begun(Memory, Mutex<Option<BeginOptions>>);
+impl Target for Begun {
+    fn describe(&self) -> String {
+        self.0.describe()
+    }
+    fn begin(&self, options: &BeginOptions, _: &dyn Monitor) -> Result<(), Error> {
+        *locked(&self.1) = Some(options.clone());
+        Ok(())
+    }
+    fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {
+        self.0.diff(source, monitor)
+    }
+    fn writer(&self) -> Result<Box<dyn Writer + '_>, Error> {
+        self.0.writer()
+    }
+    fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
+        self.0.commit(options, monitor)
+    }
+    fn abort(&self) {}
+    fn verification(&self) -> String {
+        String::new()
+    }
+}
+
+fn limited(target: &Arc<Begun>, limits: Limits) -> Client {
+    let shared = Arc::clone(target);
+    let factory = Factory {
+        target: Box::new(move |_| Ok(Arc::clone(&shared) as SharedTarget)),
+        source: Box::new(|_| Err(Error::Usage("no source".into()))),
+    };
+    let (end, answers) = unbounded();
+    let agent = Agent::limited(Arc::new(factory), limits);
+    let near = Near { agent, output: Arc::new(Queue(end.clone())), answers, end };
+    Client::connect(Arc::new(near), "limited", ClientOptions::default()).unwrap()
+}
+
+#[test]
+fn what_a_client_asks_for_without_measure_it_gets_in_measure() {
+    let begun = Arc::new(Begun::default());
+    let roomy = Limits { all_entries_bytes: usize::MAX, ..Limits::default() };
+    let compress = CompressOptions { level: None, enabled: false };
+    let begin = |limits, wait_seconds| {
+        let lanes = Lanes::over(limited(&begun, limits), 1, Box::new(|_| None), b"/x", compress).unwrap();
+        let target = AgentTarget::new(lanes);
+        target.begin(&BeginOptions { wait_seconds, ..BeginOptions::default() }, &Silent::default()).unwrap();
+        target
+    };
+    for (asked, given) in [(u64::MAX, 24 * 60 * 60), (60, 60)] {
+        begin(roomy, asked);
+        assert_eq!(locked(&begun.1).as_ref().unwrap().wait_seconds, given);
+    }
+    let files = |count: usize| tree(&vec![1; count]);
+    let few = Limits { entries_bytes: 100_000, ..roomy };
+    begin(few, 0).diff(&files(100), &Silent::default()).unwrap();
+    let error = begin(few, 0).diff(&files(999), &Silent::default()).unwrap_err();
+    assert!(error.to_string().contains("100000 bytes of memory"), "{error}");
+    // Together they have what all may have, for as long as they last.
+    let shared = Limits { all_entries_bytes: 1_000_000, ..roomy };
+    let first = begin(shared, 0);
+    first.diff(&files(900), &Silent::default()).unwrap();
+    let error = (0..20).map(|_| begin(shared, 0)).collect::<Vec<_>>();
+    let error = error.iter().find_map(|target| target.diff(&files(900), &Silent::default()).err()).unwrap();
+    assert!(matches!(error, Error::Remote { exit: crate::error::Exit::TryAgain, .. }), "{error}");
 }
 
 struct Files(Arc<Tree>);

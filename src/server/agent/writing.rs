@@ -1,14 +1,14 @@
 //! One worker of a target: content messages onto its own [`Writer`](crate::endpoint::Writer).
 
 use std::collections::HashMap;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, TryRecvError};
 
-use super::{Failure, Job};
+use super::{Failure, Job, Run};
 use crate::endpoint::{Block, Staged, Target, Writer};
 use crate::manifest::Tree;
-use crate::wire::extension::{FILES_MAX, Fields, Message, RAW_MAX, WireError, put_string};
+use crate::wire::extension::{FILES_MAX, Fields, HOLE_MAX, Message, RAW_MAX, WireError, put_string};
 
 /// What stands in front of the frame of a `write`.
 const INDEX_AND_OFFSET: usize = 4 + 8;
@@ -25,6 +25,7 @@ struct Group {
 
 struct Worker<'a> {
     writer: Box<dyn Writer + 'a>,
+    run: &'a Run,
     tree: Arc<Tree>,
     /// Where the next byte of an open file may be, at the least.
     open: HashMap<u32, u64>,
@@ -35,15 +36,15 @@ struct Worker<'a> {
     serial: u32,
 }
 
-pub(super) fn serve(target: &(dyn Target + Send + Sync), tree: &OnceLock<Arc<Tree>>, jobs: &Receiver<Job>) {
-    let made = match tree.get() {
+pub(super) fn serve(target: &(dyn Target + Send + Sync), run: &Run, jobs: &Receiver<Job>) {
+    let made = match run.tree.get() {
         Some(tree) => target.writer().map(|writer| (writer, Arc::clone(tree))).map_err(Failure::from),
         None => Err(Failure::order("nothing was compared")),
     };
     match made {
         Ok((writer, tree)) => {
             let (open, waiting, groups) = (HashMap::new(), HashMap::new(), HashMap::new());
-            Worker { writer, tree, open, waiting, groups, serial: 0 }.serve(jobs);
+            Worker { writer, run, tree, open, waiting, groups, serial: 0 }.serve(jobs);
         }
         Err(failure) => jobs.iter().for_each(|job| job.refuse(&failure)),
     }
@@ -105,11 +106,16 @@ impl Worker<'_> {
         match job.name {
             "open" => {
                 let resume_at = fields.u64()?;
-                if resume_at > size || self.waiting.contains_key(&index) {
+                if resume_at > size || self.waiting.contains_key(&index) || self.open.contains_key(&index) {
                     return Err(Failure::order("open").into());
                 }
-                self.writer.open(index, resume_at).map_err(Refusal::run)?;
+                // It would hash what is staged, for nobody.
+                if job.output.is_gone() {
+                    return Err(Failure::gone().into());
+                }
+                self.run.open_files.add(self.run.limits.open_files)?;
                 self.open.insert(index, resume_at);
+                self.writer.open(index, resume_at).map_err(Refusal::run)?;
             }
             "write" => {
                 let offset = fields.u64()?;
@@ -132,13 +138,20 @@ impl Worker<'_> {
             }
             "hole" => {
                 let (offset, length) = (fields.u64()?, fields.u64()?);
+                // Zeros are hashed like everything else: a hole is work, of which a client that goes leaves none.
+                if length > HOLE_MAX {
+                    return Err(WireError::Range("the length of a hole").into());
+                }
+                if job.output.is_gone() {
+                    return Err(Failure::gone().into());
+                }
                 let end = self.advance(index, offset, length, size)?;
                 self.open.insert(index, end);
                 self.writer.hole(index, offset, length).map_err(Refusal::run)?;
             }
             "finish" => {
                 let digest = fields.digest()?;
-                if self.open.remove(&index).is_none() {
+                if !self.close(index) {
                     return Err(Failure::order("finish without open").into());
                 }
                 self.waiting.insert(index, (self.serial, 0));
@@ -155,12 +168,21 @@ impl Worker<'_> {
                 return Ok(Done::Later(1));
             }
             "discard" => {
-                self.open.remove(&index);
+                self.close(index);
                 self.writer.discard(index).map_err(Refusal::run)?;
             }
             _ => return Err(Failure::order("this run is a push").into()),
         }
         Ok(Done::Now)
+    }
+
+    /// Counts a file as not open any more, if it was.
+    fn close(&mut self, index: u32) -> bool {
+        let was_open = self.open.remove(&index).is_some();
+        if was_open {
+            self.run.open_files.remove();
+        }
+        was_open
     }
 
     fn size(&self, index: u32) -> Result<u64, WireError> {
@@ -185,7 +207,8 @@ impl Worker<'_> {
         for _ in 0..count {
             let (index, digest, length) = (fields.u32()?, fields.digest()?, fields.u32()? as usize);
             total = total.saturating_add(length);
-            if self.size(index)? < length as u64 || self.waiting.contains_key(&index) {
+            let busy = self.waiting.contains_key(&index) || self.open.contains_key(&index);
+            if self.size(index)? < length as u64 || busy {
                 return Err(WireError::Range("a file").into());
             }
             files.push((index, digest, length));

@@ -223,7 +223,7 @@ impl Site {
 
     /// The same for a link that is made.
     pub(super) fn link_stays(&self, path: &RelPath, target: &[u8]) -> Result<(), Failed> {
-        if !self.confined || stays_below(path, target) {
+        if !self.confined || path.link_stays_below(target) {
             return Ok(());
         }
         Err(self.refused(path, "the link would lead out of the root"))
@@ -290,18 +290,6 @@ fn walk(
         }
     }
     Ok(())
-}
-
-/// Whether a link at `path` leads to something below the root whatever links are on its way, when those do too: it goes
-/// up at its beginning only, and no further than the top.
-fn stays_below(path: &RelPath, target: &[u8]) -> bool {
-    let mut parts = target.split(|&byte| byte == b'/').filter(|part| !part.is_empty() && *part != b".").peekable();
-    let mut depth = path.components().count() - 1;
-    while parts.next_if(|part| *part == b"..").is_some() {
-        let Some(above) = depth.checked_sub(1) else { return false };
-        depth = above;
-    }
-    !target.starts_with(b"/") && parts.all(|part| part != b"..")
 }
 
 /// Takes set-user-ID and set-group-ID from a file whose content is about to change, where the kernel does not do it (with

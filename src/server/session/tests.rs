@@ -15,6 +15,10 @@ impl Output for Kept {
     fn send(&self, packet: Vec<u8>) {
         self.0.lock().unwrap().push(packet);
     }
+
+    fn is_gone(&self) -> bool {
+        false
+    }
 }
 
 /// A session below a directory of its own.
