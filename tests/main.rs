@@ -3,12 +3,14 @@
 // A test that cannot go on fails; saying why at each step would hide what it tests.
 #![allow(clippy::unwrap_used)]
 
+mod agent_wire;
 mod architecture;
 mod certificates;
 mod cli;
 mod faults;
 mod interop;
 mod keys;
+mod kit;
 mod model;
 mod pipeline;
 mod pipes;
@@ -28,3 +30,4 @@ mod stock;
 mod stock_faults;
 mod stock_pipes;
 mod wire;
+mod wire_openssh;

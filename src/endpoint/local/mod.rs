@@ -6,6 +6,7 @@ mod known;
 mod metadata;
 mod place;
 mod publish;
+mod refusals;
 mod room;
 mod source;
 mod target;

@@ -1,7 +1,8 @@
 //! The agent: lockstep's extension requests, adapted to a [`Target`] or a [`Source`].
 //!
 //! What always holds: nothing of a client's message is used before its bounds are checked; messages of one file are
-//! handled in order, by one worker; a message out of order is answered with an error and has no effect.
+//! handled in order, by one worker; a message that breaks the rules has no effect, and nothing of its run is published:
+//! every later message is answered like it, what was staged is removed, and the audit log says why.
 
 use std::collections::HashMap;
 use std::io::Read as _;
@@ -77,30 +78,40 @@ struct Failure {
     code: u32,
     message: String,
     exit: u8,
+    /// The other end broke the rules of the protocol.
+    breach: bool,
 }
 
 impl Failure {
+    fn new(code: u32, message: String, exit: u8) -> Failure {
+        Failure { code, message, exit, breach: false }
+    }
+
+    fn breach(message: String) -> Failure {
+        Failure { breach: true, ..Failure::new(5, message, 5) }
+    }
+
     fn order(what: &str) -> Failure {
-        Failure { code: 5, message: format!("the request is out of order: {what}"), exit: 5 }
+        Failure::breach(format!("the request is out of order: {what}"))
     }
 }
 
 impl From<WireError> for Failure {
     fn from(error: WireError) -> Self {
-        Failure { code: 5, message: error.to_string(), exit: 5 }
+        Failure::breach(error.to_string())
     }
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let code = if matches!(error, Error::Refused { .. }) { 3 } else { 4 };
-        Failure { code, message: crate::error::chain(&error), exit: error.exit().code() }
+        Failure::new(code, crate::error::chain(&error), error.exit().code())
     }
 }
 
 impl From<serde_json::Error> for Failure {
     fn from(error: serde_json::Error) -> Self {
-        Failure { code: 5, message: format!("the options cannot be read: {error}"), exit: 2 }
+        Failure { exit: 2, ..Failure::breach(format!("the options cannot be read: {error}")) }
     }
 }
 
@@ -113,6 +124,8 @@ enum Side {
 struct Run {
     side: Side,
     tree: OnceLock<Arc<Tree>>,
+    /// Why nothing of it is published.
+    rejected: OnceLock<Failure>,
     queues: Mutex<Option<Vec<Sender<Job>>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -146,15 +159,30 @@ impl Run {
             let thread = std::thread::Builder::new()
                 .name(format!("agent-{number}"))
                 .spawn(move || match &run.side {
-                    Side::Target(target) => writing::serve(&**target, &run.tree, &receiver),
+                    Side::Target(target) => writing::serve(&run, &**target, &receiver),
                     Side::Source(source) => reading::serve(&**source, &run.tree, &receiver),
                 })
-                .map_err(|error| Failure { code: 4, message: format!("start a thread: {error}"), exit: 75 })?;
+                .map_err(|error| Failure::new(4, format!("start a thread: {error}"), 75))?;
             queues.push(sender);
             locked(&self.threads).push(thread);
         }
         *locked(&self.queues) = Some(queues);
         Ok(())
+    }
+
+    /// Gives a push up because its sender broke the rules. A failure of another kind is none of the run's.
+    fn reject(&self, path: &[u8], failure: &Failure) {
+        if let Side::Target(target) = &self.side
+            && failure.breach
+            && self.rejected.set(failure.clone()).is_ok()
+        {
+            target.reject(path, &failure.message);
+        }
+    }
+
+    /// Fails once the run was rejected.
+    fn is_good(&self) -> Result<(), Failure> {
+        self.rejected.get().map_or(Ok(()), |failure| Err(failure.clone()))
     }
 
     /// Lets the workers finish what they have; no message is taken afterwards.
@@ -262,7 +290,12 @@ impl Control {
         while let Ok(job) = jobs.recv() {
             match self.answer(&job) {
                 Ok(body) => job.reply(&body),
-                Err(failure) => job.refuse(&failure),
+                Err(failure) => {
+                    if let Some(run) = locked(&self.shared).as_ref() {
+                        run.reject(b"", &failure);
+                    }
+                    job.refuse(&failure);
+                }
             }
         }
         self.abort();
@@ -281,6 +314,11 @@ impl Control {
 
     fn answer(&mut self, job: &Job) -> Result<Vec<u8>, Failure> {
         let mut fields = Fields(job.payload.bytes());
+        if job.name != "abort"
+            && let Some(run) = locked(&self.shared).as_ref()
+        {
+            run.is_good()?;
+        }
         match job.name {
             "hello" => {
                 let hello = serde_json::json!({
@@ -381,8 +419,9 @@ impl Control {
     }
 
     fn adopt(&mut self, side: Side) -> Result<Vec<u8>, Failure> {
-        let (tree, queues, threads) = (OnceLock::new(), Mutex::new(None), Mutex::new(Vec::new()));
-        let run = Arc::new(Run { side, tree, queues, threads });
+        let (tree, rejected) = (OnceLock::new(), OnceLock::new());
+        let (queues, threads) = (Mutex::new(None), Mutex::new(Vec::new()));
+        let run = Arc::new(Run { side, tree, rejected, queues, threads });
         self.own = true;
         let mut body = Vec::new();
         extension::put_string(&mut body, &register(&run));
@@ -395,11 +434,7 @@ impl Control {
         let (Side::Target(target), true, None) = (&run.side, self.own && !self.ended, run.tree.get()) else {
             return Err(Failure::order("nothing to compare"));
         };
-        let tree = Tree::new(std::mem::take(&mut self.entries)).map_err(|error| Failure {
-            code: 5,
-            message: error.to_string(),
-            exit: 5,
-        })?;
+        let tree = Tree::new(std::mem::take(&mut self.entries)).map_err(|error| Failure::breach(error.to_string()))?;
         let tree = Arc::new(tree);
         let notes = Notes::default();
         let plan = target.diff(&tree, &notes)?;
