@@ -21,7 +21,6 @@ mod rogue;
 mod scenarios_permissions;
 mod serve;
 mod serve_access;
-mod serve_kit;
 mod serve_limits;
 mod serve_wire;
 mod sftp_side_by_side;

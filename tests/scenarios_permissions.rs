@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use crate::serve_kit::{Served, user, write};
+use crate::kit::served::{Served, user, write};
 
 /// Two directories, a file of rules, and the commands between them.
 struct Sides {

@@ -1,76 +1,10 @@
 //! lockstep's own server, with lockstep and with OpenSSH's clients.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
 
-pub(crate) struct Server {
-    child: Child,
-    port: String,
-    pub(crate) at: tempfile::TempDir,
-}
-
-impl Server {
-    pub(crate) fn start(more: &[&str]) -> Server {
-        let at = tempfile::tempdir().unwrap();
-        let path = |name: &str| at.path().join(name).display().to_string();
-        for key in ["user", "other"] {
-            let status = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f", &path(key)]).status();
-            assert!(status.expect("ssh-keygen is not installed: Debian package openssh-client").success());
-        }
-        fs::create_dir(at.path().join("root")).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_lockstep"))
-            .args(["serve", "--listen", "127.0.0.1:0", "--user", "sync", "--root", &path("root")])
-            .args(["--authorized-keys", &path("user.pub"), "--host-key", &path("host")])
-            .args(more)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stderr.take().unwrap()).read_line(&mut line).unwrap();
-        let address = line.split("listening on ").nth(1).and_then(|rest| rest.split(',').next());
-        let port =
-            address.and_then(|address| address.rsplit(':').next()).unwrap_or_else(|| panic!("{line}")).to_owned();
-        let public = Command::new("ssh-keygen").args(["-y", "-f", &path("host")]).output().unwrap().stdout;
-        let known = format!("[127.0.0.1]:{port} {}", String::from_utf8(public).unwrap());
-        fs::write(at.path().join("known"), known).unwrap();
-        Server { child, port, at }
-    }
-
-    fn run(&self, program: &str, arguments: &[&str]) -> Output {
-        Command::new(program)
-            .current_dir(self.at.path())
-            .args(arguments)
-            .env("XDG_STATE_HOME", self.at.path())
-            .env_remove("SSH_AUTH_SOCK")
-            .stdin(Stdio::null())
-            .output()
-            .unwrap()
-    }
-
-    pub(crate) fn lockstep(&self, arguments: &[&str], key: &str) -> Output {
-        let login = ["-P", &self.port, "--identity", key, "--known-hosts", "known"];
-        self.run(env!("CARGO_BIN_EXE_lockstep"), &[arguments, &login].concat())
-    }
-
-    fn openssh(&self, program: &str, port_flag: &str, more: &[&str]) -> Output {
-        let login =
-            [port_flag, &self.port, "-i", "user", "-F", "none", "-oUserKnownHostsFile=known", "-oBatchMode=yes"];
-        self.run(program, &[&login, more].concat())
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn said(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
-}
+use crate::kit::own::Server;
+use crate::kit::text as said;
 
 fn sample(at: &Path) {
     fs::create_dir_all(at.join("source/sub")).unwrap();

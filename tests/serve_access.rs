@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 
-use crate::serve_kit::{Served, keygen, said, until, user, write};
+use crate::kit::served::{Served, user, write};
+use crate::kit::{keygen, text as said, until};
 
 #[test]
 fn s16_a_user_comes_in_only_from_the_ranges_given_for_him() {
@@ -64,7 +65,7 @@ fn h51_a_range_that_cannot_be_resolved_ends_the_start() {
 #[test]
 fn s17_nothing_but_keys_is_offered() {
     let served = Served::start("", "");
-    keygen(served.at(), &["-q", "-t", "ed25519", "-N", "", "-f", "stranger.key"]);
+    keygen(served.at(), &["-t", "ed25519", "-N", "", "-f", "stranger.key"]);
     let mut ssh = served.client("ssh", "-p", "stranger");
     ssh.args(["-v", "-oBatchMode=no", "-oPreferredAuthentications=password,keyboard-interactive,publickey"]);
     let output = ssh.args(["sync@127.0.0.1", "true"]).env("SSH_ASKPASS_REQUIRE", "never").output().unwrap();
@@ -182,7 +183,7 @@ fn s23_many_parties_each_in_a_directory_of_his_own() {
 fn s27_h55_certificates_of_an_authority_and_each_refusal_in_the_log() {
     let served = Served::start("", "");
     for name in ["ca", "otherca", "alice.key"] {
-        keygen(served.at(), &["-q", "-t", "ed25519", "-N", "", "-f", name]);
+        keygen(served.at(), &["-t", "ed25519", "-N", "", "-f", name]);
     }
     let authority = fs::read_to_string(served.path("ca.pub")).unwrap();
     write(&served.path("sync.keys"), &format!("cert-authority,principals=\"trainers,sync\" {authority}"));
@@ -190,7 +191,7 @@ fn s27_h55_certificates_of_an_authority_and_each_refusal_in_the_log() {
         let key = format!("{name}.key");
         fs::copy(served.path("alice.key"), served.path(&key)).unwrap();
         fs::copy(served.path("alice.key.pub"), served.path(&format!("{key}.pub"))).unwrap();
-        keygen(served.at(), &[&["-q", "-I", name], arguments, &[&format!("{key}.pub")]].concat());
+        keygen(served.at(), &[&["-I", name], arguments, &[&format!("{key}.pub")]].concat());
     };
     let come = |name: &str| served.sftp("sync", name, "ls\n");
     sign("good", &["-s", "ca", "-n", "trainers", "-z", "42"]);
@@ -235,9 +236,9 @@ fn s27_h55_certificates_of_an_authority_and_each_refusal_in_the_log() {
 #[test]
 fn s27_the_server_shows_a_certificate_too() {
     let made = |at: &std::path::Path, sign: &[&str]| {
-        keygen(at, &["-q", "-t", "ed25519", "-N", "", "-f", "hostca"]);
-        keygen(at, &["-q", "-t", "ed25519", "-N", "", "-f", "host"]);
-        keygen(at, &[&["-q", "-s", "hostca", "-I", "gpu02"], sign, &["host.pub"]].concat());
+        keygen(at, &["-t", "ed25519", "-N", "", "-f", "hostca"]);
+        keygen(at, &["-t", "ed25519", "-N", "", "-f", "host"]);
+        keygen(at, &[&["-s", "hostca", "-I", "gpu02"], sign, &["host.pub"]].concat());
     };
     let serve = |at: &std::path::Path| format!("host_certificate = '{}/host-cert.pub'", at.display());
     let served = Served::with(
@@ -344,7 +345,7 @@ fn s13_the_record_names_who_sent_what_from_where_with_which_key() {
         "",
         |at| user(at, "sync", ""),
     );
-    keygen(served.at(), &["-q", "-t", "ed25519", "-N", "", "-f", "stranger.key"]);
+    keygen(served.at(), &["-t", "ed25519", "-N", "", "-f", "stranger.key"]);
     fs::create_dir(served.path("source")).unwrap();
     fs::write(served.path("source/weights"), "w").unwrap();
     assert!(served.lockstep(&["push", "source", "sync@127.0.0.1:/m"], "sync").status.success());

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::serve_kit::{Held, Served, keygen, said, until, user};
+use crate::kit::served::{Held, Served, user};
+use crate::kit::{keygen, text as said, until};
 
 /// A client that knows no SSH.
 fn raw(served: &Served) -> TcpStream {
@@ -77,7 +78,7 @@ fn h43_connections_are_limited_before_the_login_and_for_one_address() {
 fn h43_keys_are_not_tried_without_end() {
     let served = Served::start("", "auth_tries = 2");
     for number in 0..4 {
-        keygen(served.at(), &["-q", "-t", "ed25519", "-N", "", "-f", &format!("wrong{number}.key")]);
+        keygen(served.at(), &["-t", "ed25519", "-N", "", "-f", &format!("wrong{number}.key")]);
     }
     let tried = |wrong: &[&str]| {
         let mut ssh = served.client("ssh", "-p", wrong[0]);
