@@ -2,6 +2,7 @@
 //! reason, leaves the target as it was and nothing in staging, and is in the audit log.
 
 use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use lockstep::codec;
@@ -55,6 +56,32 @@ impl Agent {
     fn begin(&mut self, root: &str) -> Answer {
         let options = BeginOptions { actor: "mallory@there".into(), ..BeginOptions::default() };
         self.ask("begin", &[string(root.as_bytes()), string(&serde_json::to_vec(&options).unwrap())].concat())
+    }
+
+    /// Begins a run with a file below a directory that is there, in a unit or not, and sends it.
+    fn sent(&mut self, units: &[String]) {
+        fs::create_dir(self.path("outside")).unwrap();
+        fs::set_permissions(self.path("outside"), PermissionsExt::from_mode(0o711)).unwrap();
+        fs::create_dir(self.path("data/sub")).unwrap();
+        fs::write(self.path("data/sub/file"), "old!").unwrap();
+        let options = BeginOptions { units: units.to_vec(), ..BeginOptions::default() };
+        let options = serde_json::to_vec(&options).unwrap();
+        self.ask("begin", &[string(b"/data"), string(&options)].concat()).unwrap();
+        self.entries(&[listed(b"sub", Content::Directory), listed(b"sub/file", file(4))].concat()).unwrap();
+        self.ask("diff", &[]).unwrap();
+    }
+
+    /// Puts a link to the directory outside in the place of one below the root.
+    fn swap(&self, name: &str) {
+        fs::rename(self.path(name), self.path("moved")).unwrap();
+        symlink(self.path("outside"), self.path(name)).unwrap();
+    }
+
+    #[track_caller]
+    fn assert_nothing_outside(&self, when: &str) {
+        assert_eq!(fs::read_dir(self.path("outside")).unwrap().count(), 0, "{when}");
+        let mode = fs::metadata(self.path("outside")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o711, "{when}: its permissions changed");
     }
 
     fn entries(&mut self, raw: &[u8]) -> Answer {
@@ -458,4 +485,71 @@ fn h21_what_was_to_become_a_new_directory_is_refused_and_recorded_as_well() {
     drop(agent.server.take());
     let actions: Vec<_> = lines(&agent.path("new")).iter().map(|line| line["action"].to_string()).collect();
     assert_eq!(actions, ["\"refuse\"", "\"publish\""]);
+}
+
+#[test]
+fn h14_a_directory_that_becomes_a_link_in_mid_transfer_leads_nowhere_and_its_unit_is_not_published() {
+    for units in [vec![], vec!["sub/".to_owned()]] {
+        for sent_first in [true, false] {
+            let when = format!("units {units:?}, sent first: {sent_first}");
+            let mut agent = Agent::new();
+            agent.sent(&units);
+            let put = put(&[(1, b"new!")]);
+            if sent_first {
+                agent.ask("put", &put).unwrap();
+            }
+            agent.swap("data/sub");
+            if !sent_first {
+                agent.ask("put", &put).unwrap();
+            }
+            let told = match agent.commit() {
+                Ok(reply) => {
+                    let text = Reader(&reply).string().unwrap().to_vec();
+                    let committed: Committed = serde_json::from_slice(&text).unwrap();
+                    let about: Vec<_> = committed.problems.iter().map(|(path, _)| path.as_str()).collect();
+                    assert!(about.iter().any(|path| path.starts_with("sub")), "{when}: {about:?}");
+                    committed.problems.into_iter().map(|(path, why)| path + ": " + &why).collect()
+                }
+                Err(refusal) => refusal,
+            };
+            assert!(told.contains("sub"), "{when}: {told}");
+            drop(agent.server.take());
+            agent.assert_nothing_outside(&when);
+            assert_eq!(fs::read(agent.path("moved/file")).unwrap(), b"old!", "{when}");
+            assert!(
+                !lines(&agent.path("data"))
+                    .iter()
+                    .any(|line| line["action"] == "publish" && line["path"].as_str().unwrap().starts_with("sub/")),
+                "{when}: it is recorded as published"
+            );
+        }
+    }
+}
+
+#[test]
+fn h14_a_staging_directory_that_becomes_a_link_leads_nowhere() {
+    for name in ["tree/sub", "tree", ""] {
+        let mut agent = Agent::new();
+        agent.sent(&[]);
+        agent.swap(Path::new("data/.lockstep/staging/current").join(name).to_str().unwrap().trim_end_matches('/'));
+        let answer = agent.ask("put", &put(&[(1, b"new!")]));
+        assert!(
+            answer.is_err() || answer.unwrap()[..4] == 1_u32.to_be_bytes() || name.is_empty(),
+            "{name} was written to"
+        );
+        let _ = agent.commit();
+        drop(agent.server.take());
+        agent.assert_nothing_outside(name);
+    }
+}
+
+#[test]
+fn h14_a_root_that_becomes_a_link_is_left_where_it_went() {
+    let mut agent = Agent::new();
+    agent.sent(&[]);
+    agent.ask("put", &put(&[(1, b"new!")])).unwrap();
+    agent.swap("data");
+    let _ = agent.commit();
+    drop(agent.server.take());
+    agent.assert_nothing_outside("the root");
 }

@@ -25,6 +25,7 @@ mod serve_limits;
 mod serve_wire;
 mod sftp_side_by_side;
 mod ssh;
+mod sshd_faults;
 mod stock;
 mod stock_faults;
 mod stock_pipes;
