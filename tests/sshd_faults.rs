@@ -251,19 +251,20 @@ fn h32_a_sender_to_a_stock_server_that_is_killed_leaves_old_or_new_and_the_next_
     killed_sender(Far::Stock, &[("sendto", &[9, 13, 40, 80, 120]), ("openat2", &[2, 5])]);
 }
 
-fn killed_receiver(far: Far, calls: &[(&str, &[usize])]) {
+/// `fault` happens to calls of the receiver, from those points on or at them.
+fn failing_receiver(far: Far, fault: &str, codes: &[i32], calls: &[(&str, &[&str])]) {
     // The receiver's strace is configured; the old version is brought by one without it.
     let template = Area::start(far).with_template();
-    let mut killed = 0;
+    let mut failed = 0;
     for &(call, points) in calls {
         for point in points {
-            let when = format!("{far:?} receiver killed at {call} number {point}");
-            let mut area =
-                Area::new(far, Sshd::only(&far.injected(call, &format!("signal=SIGKILL:when={point}"))), "target");
+            let when = format!("{far:?} receiver: {fault} at {call} number {point}");
+            let mut area = Area::new(far, Sshd::only(&far.injected(call, &format!("{fault}:when={point}"))), "target");
             done(&Command::new("cp").arg("-a").args([template.sshd.path("template"), area.at()]).output().unwrap());
             let output = area.push("new", &[]);
-            killed += usize::from(!output.status.success());
-            assert!(matches!(output.status.code(), Some(0 | 75)), "{when}: {}", text(&output));
+            failed += usize::from(!output.status.success());
+            let code = output.status.code().unwrap();
+            assert!(code == 0 || codes.contains(&code), "{when}: {}", text(&output));
             area.assert_no_mix(&when);
             // The next run meets a server that lives.
             let sound = Sshd::only(&far.subsystem());
@@ -274,18 +275,27 @@ fn killed_receiver(far: Far, calls: &[(&str, &[usize])]) {
             area.assert_converges(&when);
         }
     }
-    assert!(killed >= calls.len(), "only {killed} runs were killed");
+    assert!(failed >= calls.len(), "only {failed} runs failed");
 }
 
 #[test]
 fn h32_a_lockstep_behind_sshd_that_is_killed_leaves_old_or_new_and_the_next_push_goes_on() {
-    killed_receiver(Far::Lockstep, &[("pwrite64", &[1, 3]), ("syncfs", &[1]), ("renameat2", &[1]), ("renameat", &[5])]);
+    let calls: [(&str, &[&str]); 4] =
+        [("pwrite64", &["1", "3"]), ("syncfs", &["1"]), ("renameat2", &["1"]), ("renameat", &["5"])];
+    failing_receiver(Far::Lockstep, "signal=SIGKILL", &[75], &calls);
 }
 
 #[test]
 fn h32_a_stock_server_that_is_killed_leaves_old_or_new_and_the_next_push_goes_on() {
-    // OpenSSH's server writes with pwrite64 and names with rename or link.
-    killed_receiver(Far::Stock, &[("pwrite64", &[2, 6]), ("rename", &[1, 3]), ("unlink", &[1])]);
+    // OpenSSH's server writes with pwrite64 and names with rename.
+    let calls: [(&str, &[&str]); 3] = [("pwrite64", &["2", "6"]), ("rename", &["1", "3"]), ("unlink", &["1"])];
+    failing_receiver(Far::Stock, "signal=SIGKILL", &[75], &calls);
+}
+
+#[test]
+fn h30_a_stock_server_whose_disk_is_full_at_a_write_an_fsync_or_a_rename_keeps_the_old_version() {
+    let calls: [(&str, &[&str]); 3] = [("pwrite64", &["3+"]), ("fsync", &["1+"]), ("rename", &["1+", "3+"])];
+    failing_receiver(Far::Stock, "error=ENOSPC", &[4, 5], &calls);
 }
 
 #[test]
