@@ -3,13 +3,16 @@
 // A test that cannot go on fails; saying why at each step would hide what it tests.
 #![allow(clippy::unwrap_used)]
 
+mod adoption;
 mod agent_wire;
 mod architecture;
 mod certificates;
 mod cli;
-mod faults;
+mod confined;
+mod disk;
 mod interop;
 mod keys;
+mod killed;
 mod kit;
 mod model;
 mod pipeline;
@@ -28,6 +31,8 @@ mod ssh;
 mod sshd_faults;
 mod stock;
 mod stock_faults;
+mod stock_order;
 mod stock_pipes;
+mod units;
 mod wire;
 mod wire_openssh;

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+pub(crate) mod area;
 pub(crate) mod own;
+pub(crate) mod pair;
 pub(crate) mod proxy;
 pub(crate) mod raw;
 pub(crate) mod served;
