@@ -553,3 +553,37 @@ fn h14_a_root_that_becomes_a_link_is_left_where_it_went() {
     drop(agent.server.take());
     agent.assert_nothing_outside("the root");
 }
+
+#[test]
+fn s08_s10_what_arrives_is_private_until_it_is_proven_on_the_disk() {
+    for (meddled, mode, published) in [(false, 0o744, true), (true, 0o744, false)] {
+        let mut agent = Agent::new();
+        agent.begin("/data").unwrap();
+        let mut entry = listed(b"update.bin", file(8));
+        let at = entry.windows(4).rposition(|bytes| bytes == 0o644_u32.to_be_bytes()).unwrap();
+        entry[at..at + 4].copy_from_slice(&u32::to_be_bytes(mode));
+        agent.entries(&entry).unwrap();
+        agent.ask("diff", &[]).unwrap();
+        agent.ask("open", &[0; 12]).unwrap();
+        agent.ask("write", &[&[0; 12][..], &frame(b"harm")].concat()).unwrap();
+        let staged = agent.path("data/.lockstep/staging/current/tree/update.bin");
+        let mode_of = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        // Nobody else may look at it, nor into any directory on the way to it, and it has no name yet.
+        assert_eq!(mode_of(&staged), 0o600);
+        assert!(staged.ancestors().skip(1).take(3).all(|above| mode_of(above) & 0o077 == 0));
+        assert!(!agent.path("data/update.bin").exists());
+        agent.ask("write", &[&0_u32.to_be_bytes()[..], &4_u64.to_be_bytes(), &frame(b"less")].concat()).unwrap();
+        if meddled {
+            // What was written is right, and what lies on the disk is not.
+            fs::write(&staged, "harmful!").unwrap();
+        }
+        let reply = agent.ask("finish", &[&[0; 4][..], &sha256(b"harmless").0].concat()).unwrap();
+        assert_eq!(reply[..4] == 0_u32.to_be_bytes(), published);
+        agent.commit().unwrap();
+        drop(agent.server.take());
+        assert_eq!(agent.path("data/update.bin").exists(), published);
+        if published {
+            assert_eq!(mode_of(&agent.path("data/update.bin")), mode);
+        }
+    }
+}

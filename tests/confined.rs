@@ -14,7 +14,7 @@ use lockstep::endpoint::local::LocalSource;
 use lockstep::monitor::Silent;
 use lockstep::sync::{SyncReport, run};
 
-use crate::kit::area::{ChildLink, lockstep, options, write};
+use crate::kit::area::{ChildLink, lockstep, options, traced, write};
 
 #[test]
 fn h14_h16_h19_a_confined_client_is_led_out_of_its_root_by_no_link() {
@@ -66,4 +66,44 @@ fn h14_h16_h19_a_confined_client_is_led_out_of_its_root_by_no_link() {
     });
     assert_eq!(fs::read_dir(path("data_evil")).unwrap().count(), 0);
     assert_eq!(fs::metadata(path("data_evil")).unwrap().mode() & 0o7777, 0o711);
+}
+
+#[test]
+fn h63_where_openat2_is_not_to_be_had_paths_are_confined_all_the_same() {
+    let at = tempfile::tempdir().unwrap();
+    let path = |name: &str| at.path().join(name);
+    for name in ["data/inside", "outside", "source/sub"] {
+        fs::create_dir_all(path(name)).unwrap();
+    }
+    write(&path("source"), "sub/f", b"x");
+    symlink(path("outside"), path("data/link")).unwrap();
+    // As systemd's RestrictSUIDSGID= does it.
+    let push = |root: &str| -> Result<SyncReport, Error> {
+        let (log, data) = (path("log"), path("data"));
+        let serve = [lockstep(), "sftp-server", "--root", data.to_str().unwrap()];
+        let mut agent = traced("openat2", Some("error=ENOSYS"), &log, &serve);
+        let link = Arc::new(ChildLink::start(&mut agent, u64::MAX));
+        let source = LocalSource::new(&path("source"), None).unwrap();
+        let client = Client::connect(link, "agent", ClientOptions::default())?;
+        let compress = CompressOptions { level: None, enabled: false };
+        let lanes = Lanes::over(client, 1, Box::new(|_| None), root.as_bytes(), compress)?;
+        run(&source, &AgentTarget::new(lanes), &options(), &Silent::default(), &AtomicBool::new(false))
+    };
+    for root in ["/link", "link/new", "../outside", "inside/../../outside"] {
+        assert!(push(root).is_err(), "{root}");
+        assert_eq!(fs::read_dir(path("outside")).unwrap().count(), 0, "{root}");
+    }
+    // What lies in the way within the tree is replaced, and what is good arrives.
+    symlink(path("outside"), path("data/inside/sub")).unwrap();
+    assert!(push("inside").unwrap().is_complete());
+    assert_eq!(fs::read(path("data/inside/sub/f")).unwrap(), b"x");
+    assert_eq!(fs::read_dir(path("outside")).unwrap().count(), 0);
+    let calls = fs::read_to_string(path("log")).unwrap();
+    assert!(
+        calls.contains("ENOSYS")
+            && !calls
+                .lines()
+                .any(|line| line.contains("openat2(") && line.contains(" = ") && !line.contains("INJECTED")),
+        "{calls}"
+    );
 }

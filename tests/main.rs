@@ -15,6 +15,7 @@ mod keys;
 mod killed;
 mod kit;
 mod model;
+mod names;
 mod pipeline;
 mod pipes;
 mod policy;

@@ -94,3 +94,33 @@ fn s16_who_comes_from_elsewhere_and_who_may_only_read() {
     assert!(!refused.status.success() && said(&refused).contains("read"), "{}", said(&refused));
     assert!(!reading.at.path().join("root/x").exists());
 }
+
+#[test]
+fn s21_a_reader_sees_the_old_or_the_new_weights_and_nothing_between() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let server = Server::start(&[]);
+    fs::create_dir(server.at.path().join("source")).unwrap();
+    let weights = |version: u8| vec![version; 3_000_000];
+    let push = |version: u8| {
+        fs::write(server.at.path().join("source/model.ckpt"), weights(version)).unwrap();
+        let pushed = server.lockstep(&["push", "source", "sync@127.0.0.1:/models"], "user");
+        assert!(pushed.status.success(), "{}", said(&pushed));
+    };
+    push(1);
+    let stop = AtomicBool::new(false);
+    let seen = std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut seen = std::collections::BTreeSet::new();
+            while !stop.load(Ordering::Relaxed) {
+                let data = fs::read(server.at.path().join("root/models/model.ckpt")).unwrap();
+                assert!(data == weights(data[0]), "{} bytes, a mix", data.len());
+                seen.insert(data[0]);
+            }
+            seen
+        });
+        (2..5).for_each(push);
+        stop.store(true, Ordering::Relaxed);
+        reader.join().unwrap()
+    });
+    assert!(seen.contains(&1) && seen.len() > 1, "{seen:?}");
+}
