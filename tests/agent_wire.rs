@@ -544,6 +544,31 @@ fn h14_a_staging_directory_that_becomes_a_link_leads_nowhere() {
 }
 
 #[test]
+fn h17_another_name_of_a_file_outside_that_is_planted_in_staging_is_not_written_through() {
+    for in_pieces in [false, true] {
+        let mut agent = Agent::new();
+        agent.sent(&[]);
+        fs::write(agent.path("outside/victim"), "precious").unwrap();
+        let planted = agent.path("data/.lockstep/staging/current/tree/sub/file");
+        fs::hard_link(agent.path("outside/victim"), &planted).unwrap();
+        if in_pieces {
+            let index = 1_u32.to_be_bytes();
+            agent.ask("open", &[&index[..], &[0; 8]].concat()).unwrap();
+            agent.ask("write", &write(0, &frame(b"new!"))).unwrap();
+            agent.ask("finish", &[&index[..], &sha256(b"new!").0].concat()).unwrap();
+        } else {
+            agent.ask("put", &put(&[(1, b"new!")])).unwrap();
+        }
+        agent.commit().unwrap();
+        drop(agent.server.take());
+        assert_eq!(fs::read(agent.path("outside/victim")).unwrap(), b"precious");
+        assert_eq!(fs::read(agent.path("data/sub/file")).unwrap(), b"new!");
+        let links = std::os::unix::fs::MetadataExt::nlink(&fs::metadata(agent.path("outside/victim")).unwrap());
+        assert_eq!(links, 1);
+    }
+}
+
+#[test]
 fn h14_a_root_that_becomes_a_link_is_left_where_it_went() {
     let mut agent = Agent::new();
     agent.sent(&[]);

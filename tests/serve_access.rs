@@ -36,6 +36,22 @@ fn s16_a_user_comes_in_only_from_the_ranges_given_for_him() {
 }
 
 #[test]
+fn s16_a_key_is_good_only_from_where_its_line_says() {
+    let served = Served::start("", "");
+    let key = fs::read_to_string(served.path("sync.keys")).unwrap();
+    for (from, admitted) in
+        [("127.0.0.0/8", true), ("192.0.2.0/24", false), ("127.0.0.0/8,!127.0.0.1", false), ("127.0.0.?", true)]
+    {
+        write(&served.path("sync.keys"), &format!("from=\"{from}\" {key}"));
+        let output = served.sftp("sync", "sync", "pwd\n");
+        assert_eq!(output.status.success(), admitted, "{from}: {}", said(&output));
+        if !admitted {
+            served.wait_for(&format!("from=\\\"{from}\\\" does not admit 127.0.0.1"));
+        }
+    }
+}
+
+#[test]
 fn h51_a_range_that_cannot_be_resolved_ends_the_start() {
     let at = tempfile::tempdir().unwrap();
     let config = at.path().join("config.toml");

@@ -92,6 +92,34 @@ fn h53_a_changed_or_revoked_host_key_is_refused_loudly() {
 }
 
 #[test]
+fn h52_a_line_that_leaves_a_host_out_does_not_vouch_for_it() {
+    let sshd = Sshd::start();
+    let port = sshd.port.to_string();
+    let key = public(&sshd.path("host.pub"));
+    let options = ["-P", &port, "--identity", "user", "--known-hosts", "known"];
+    for (hosts, trusted) in [
+        ("*".to_owned(), true),
+        // ssh looks for the name without the port as well.
+        (format!("*,![127.0.0.1]:{port},!127.0.0.1"), false),
+        ("!*127.0.0.1*,*".to_owned(), false),
+        (format!("*,!*]:{port},!127.*"), false),
+        (format!("[127.0.0.?]:{port},![127.0.0.2]:{port}"), true),
+    ] {
+        fs::write(sshd.path("known"), format!("{hosts} {key}\n")).unwrap();
+        let stock = Command::new("ssh")
+            .current_dir(sshd.at.path())
+            .args(["-F", "none", "-i", "user", "-p", &port, "-oBatchMode=yes", "-oUserKnownHostsFile=known"])
+            .args(["-oGlobalKnownHostsFile=none", "-oStrictHostKeyChecking=yes", "-oIdentitiesOnly=yes"])
+            .args([&format!("{}@127.0.0.1", account()), "true"])
+            .output()
+            .unwrap();
+        assert_eq!(stock.status.success(), trusted, "ssh: {hosts}: {}", text(&stock));
+        let pushed = sshd.push(&options);
+        if trusted { done(&pushed) } else { ends(&pushed, 3, &["unknown host key"]) }
+    }
+}
+
+#[test]
 fn h52_a_new_host_is_added_where_that_is_asked_for() {
     let sshd = Sshd::start();
     let known = fs::read_to_string(sshd.path("known")).unwrap();
