@@ -161,6 +161,38 @@ fn only_files_are_served() {
 }
 
 #[test]
+fn h50_what_others_could_have_written_or_read_keeps_the_server_from_starting() {
+    let mut served = Served::start("", "");
+    served.signal(rustix::process::Signal::TERM);
+    served.ended();
+    let config = served.path("config.toml");
+    let start = || {
+        let mut serve = Command::new("timeout");
+        serve.args(["20", env!("CARGO_BIN_EXE_lockstep"), "serve", "--config"]).arg(&config);
+        serve.output().unwrap()
+    };
+    let mode = |path: &str, mode| fs::set_permissions(served.path(path), fs::Permissions::from_mode(mode)).unwrap();
+    for (path, bad, good, advice) in [
+        ("config.toml", 0o666, 0o600, "chmod go-w"),
+        ("config.toml", 0o620, 0o600, "chmod go-w"),
+        ("host", 0o640, 0o600, "chmod"),
+        ("host", 0o604, 0o600, "chmod"),
+    ] {
+        mode(path, bad);
+        let output = start();
+        assert_eq!(output.status.code(), Some(2), "{path} {bad:o}: {}", said(&output));
+        assert!(said(&output).contains(path) && said(&output).contains(advice), "{path} {bad:o}: {}", said(&output));
+        mode(path, good);
+    }
+    // One who only sends refuses such a configuration too.
+    mode("config.toml", 0o666);
+    let config = config.to_str().unwrap();
+    let pushed = served.lockstep(&["push", "--config", config, "--policy", "p", "sync", "sync@127.0.0.1:/x"], "sync");
+    assert_eq!(pushed.status.code(), Some(2), "{}", said(&pushed));
+    assert!(said(&pushed).contains("chmod go-w"), "{}", said(&pushed));
+}
+
+#[test]
 fn s23_many_parties_each_in_a_directory_of_his_own() {
     let names = ["alice", "bob", "carol"];
     let served = Served::with(&names, |_| String::new(), "", |at| names.map(|name| user(at, name, "")).concat());

@@ -52,6 +52,9 @@ struct Area {
     target: &'static str,
 }
 
+/// What the proxies do.
+type Proxy = fn(u16, Arc<AtomicUsize>) -> u16;
+
 /// More than sshd keeps of a channel before it is read, so that a cut leaves something to go on with.
 const LARGE: usize = 6_000_000;
 /// What sshd may have taken from the network and not yet given to the server that it started; it is lost with the connection.
@@ -177,13 +180,19 @@ fn contents(at: &Path) -> Content {
     files.map(|entry| (entry.path().strip_prefix(at).unwrap().to_owned(), fs::read(entry.path()).unwrap())).collect()
 }
 
-fn cut_at_any_byte(far: Far) {
+/// An area that is reached through a proxy, and what the proxy may pass on.
+fn through(proxy: Proxy, far: Far) -> (Area, Arc<AtomicUsize>) {
     let mut area = Area::start(far).with_template();
     let left = Arc::new(AtomicUsize::new(usize::MAX));
-    let port = proxy::cutting(area.sshd.port, Arc::clone(&left));
+    let port = proxy(area.sshd.port, Arc::clone(&left));
     let known = format!("[127.0.0.1]:{port} {}\n", public(&area.sshd.path("host.pub")));
     fs::write(area.sshd.path("known"), known).unwrap();
     area.sshd.port = port;
+    (area, left)
+}
+
+fn cut_at_any_byte(far: Far) {
+    let (area, left) = through(proxy::cutting, far);
     area.reset();
     let all = area.pushed("new") as usize;
     let whole = usize::MAX - left.load(SeqCst);
@@ -216,6 +225,31 @@ fn h34_a_connection_to_lockstep_is_cut_at_any_byte_and_gone_on_with() {
 #[test]
 fn h34_a_connection_to_a_stock_server_is_cut_at_any_byte_and_gone_on_with() {
     cut_at_any_byte(Far::Stock);
+}
+
+#[test]
+fn s24_a_link_that_fails_again_and_again_loses_nothing_and_spoils_nothing() {
+    let proxies: [Proxy; 2] = [proxy::cutting, proxy::spoiling];
+    for (far, proxy) in BOTH.into_iter().zip(proxies) {
+        let (area, left) = through(proxy, far);
+        area.reset();
+        // Each run gets a bit further; none of them publishes what it has not proven, and each says that it failed.
+        let mut runs = 0;
+        loop {
+            runs += 1;
+            assert!(runs < 10, "{far:?} never ends");
+            left.store(4_500_000, SeqCst);
+            let output = area.push("new", &["--wait", "30"]);
+            if output.status.success() {
+                break;
+            }
+            ends(&output, 75, &[]);
+            area.assert_no_mix(&format!("{far:?} after {runs} runs"));
+        }
+        assert!(runs > 1, "{far:?}: nothing failed");
+        left.store(usize::MAX, SeqCst);
+        assert_eq!(area.assert_converges(&format!("{far:?} in the end")), 0);
+    }
 }
 
 fn killed_sender(far: Far, calls: &[(&str, &[usize])]) {

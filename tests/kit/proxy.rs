@@ -32,6 +32,15 @@ pub(crate) fn swallowing(port: u16, left: Arc<AtomicUsize>) -> u16 {
 /// Passes on to `port` as many bytes as are `left`, those of both directions counted, and then cuts every connection, in the
 /// middle of a packet as it comes; who connects later is cut at once.
 pub(crate) fn cutting(port: u16, left: Arc<AtomicUsize>) -> u16 {
+    ending(port, left, false)
+}
+
+/// The same, but the next byte is passed on with a bit that is another, and so is one of each later part.
+pub(crate) fn spoiling(port: u16, left: Arc<AtomicUsize>) -> u16 {
+    ending(port, left, true)
+}
+
+fn ending(port: u16, left: Arc<AtomicUsize>, spoil: bool) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let own = listener.local_addr().unwrap().port();
     std::thread::spawn(move || {
@@ -43,7 +52,12 @@ pub(crate) fn cutting(port: u16, left: Arc<AtomicUsize>) -> u16 {
                     let mut buffer = [0; 16384];
                     while let Ok(count @ 1..) = from.read(&mut buffer) {
                         let had = left.fetch_update(SeqCst, SeqCst, |left| Some(left.saturating_sub(count))).unwrap();
-                        if to.write_all(&buffer[..count.min(had)]).is_err() || had < count {
+                        let whole = had >= count;
+                        if spoil && !whole {
+                            buffer[had] ^= 0x20;
+                        }
+                        let passed = if spoil { count } else { count.min(had) };
+                        if to.write_all(&buffer[..passed]).is_err() || !(whole || spoil) {
                             break;
                         }
                     }
