@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod adoption;
+mod agent_disk;
 mod agent_wire;
 mod architecture;
 mod certificates;

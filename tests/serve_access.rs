@@ -384,15 +384,7 @@ fn a_reload_ends_who_is_no_longer_listed_and_lets_others_go_on() {
 
 #[test]
 fn s13_the_record_names_who_sent_what_from_where_with_which_key() {
-    let mut served = Served::with(
-        &["sync"],
-        |at| {
-            fs::create_dir(at.join("record")).unwrap();
-            format!("audit = '{}'", at.join("record").display())
-        },
-        "",
-        |at| user(at, "sync", ""),
-    );
+    let mut served = Served::recording();
     keygen(served.at(), &["-t", "ed25519", "-N", "", "-f", "stranger.key"]);
     fs::create_dir(served.path("source")).unwrap();
     fs::write(served.path("source/weights"), "w").unwrap();
@@ -433,15 +425,7 @@ fn s13_the_record_names_who_sent_what_from_where_with_which_key() {
 
 #[test]
 fn s13_without_a_record_nobody_comes_in() {
-    let served = Served::with(
-        &["sync"],
-        |at| {
-            fs::create_dir(at.join("record")).unwrap();
-            format!("audit = '{}'", at.join("record").display())
-        },
-        "",
-        |at| user(at, "sync", ""),
-    );
+    let served = Served::recording();
     assert!(served.sftp("sync", "sync", "ls\n").status.success());
     fs::rename(served.path("record/.lockstep"), served.path("record/elsewhere")).unwrap();
     fs::write(served.path("record/.lockstep"), "in the way").unwrap();

@@ -278,15 +278,7 @@ fn h58_only_the_key_that_signed_counts() {
 /// Names and certificates may be as long as a packet.
 #[test]
 fn what_a_stranger_says_of_himself_does_not_fill_the_logs() {
-    let served = Served::with(
-        &["sync"],
-        |at| {
-            fs::create_dir(at.join("record")).unwrap();
-            format!("audit = '{}'", at.join("record").display())
-        },
-        "",
-        |at| user(at, "sync", ""),
-    );
+    let served = Served::recording();
     let sync = Key::read(&served, "sync.key");
     for _ in 0..2 {
         let mut wire = Wire::secured(&served);

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+pub(crate) mod agent;
 pub(crate) mod area;
 pub(crate) mod own;
 pub(crate) mod pair;

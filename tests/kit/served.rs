@@ -32,6 +32,15 @@ impl Served {
         Served::with(&["sync"], |at| serve.replace("AT", &at.display().to_string()), limits, |at| user(at, "sync", ""))
     }
 
+    /// Serves user `sync`, with a record of logins below `record`.
+    pub(crate) fn recording() -> Served {
+        let audit = |at: &Path| {
+            fs::create_dir(at.join("record")).unwrap();
+            format!("audit = '{}'", at.join("record").display())
+        };
+        Served::with(&["sync"], audit, "", |at| user(at, "sync", ""))
+    }
+
     /// Serves users; each of `keys` is made (`NAME.key`), with a directory of its name, and opens the user of its name.
     pub(crate) fn with(
         keys: &[&str],
