@@ -290,3 +290,27 @@ fn h21_what_was_to_become_a_new_directory_is_refused_and_recorded_as_well() {
     let actions: Vec<_> = lines(&agent.path("new")).iter().map(|line| line["action"].to_string()).collect();
     assert_eq!(actions, ["\"refuse\"", "\"publish\""]);
 }
+
+#[test]
+fn a_refusal_that_quotes_its_sender_at_length_does_not_spoil_the_log() {
+    let mut agent = Agent::new();
+    agent.begin("/data").unwrap();
+    agent.entries(&listed(b"good", file(4))).unwrap();
+    agent.ask("diff", &[]).unwrap();
+    agent.ask("put", &put(&[(0, b"good")])).unwrap();
+    // What is wrong is quoted by whoever reads it; control bytes grow when they are written down.
+    let quoted = format!(r#"{{"delete":"{}"}}"#, r"\u0001".repeat(150_000));
+    agent.ask("commit", &string(quoted.as_bytes())).unwrap_err();
+    drop(agent.server.take());
+    agent.assert_untouched("a long refusal");
+    // A line that is longer than any may be would keep everybody from the log, and so from the target.
+    agent.server = Some(Server::confined(agent.at.path()));
+    agent.begin("/data").unwrap();
+    agent.entries(&listed(b"good", file(4))).unwrap();
+    agent.ask("diff", &[]).unwrap();
+    agent.ask("put", &put(&[(0, b"good")])).unwrap();
+    agent.commit().unwrap();
+    drop(agent.server.take());
+    let actions: Vec<_> = lines(&agent.path("data")).iter().map(|line| line["action"].to_string()).collect();
+    assert_eq!(actions, ["\"refuse\"", "\"publish\""]);
+}

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::Failure;
 use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::Error;
-use crate::endpoint::local::{LocalSource, LocalTarget, anywhere, beneath};
+use crate::endpoint::local::{LocalSource, LocalTarget, anywhere, beneath, recorded};
 use crate::error::{Escaped, Exit, chain};
 use crate::filter::STATE_DIRECTORY;
 use crate::path::{PATH_MAX, RelPath};
@@ -124,7 +124,7 @@ fn record_refusal(root: &Path, actor: &str, path: &[u8], error: &Error) {
         actor: actor.to_owned(),
         action: "refuse".into(),
         path: Escaped(&path[..path.len().min(PATH_MAX)]).to_string(),
-        reason: Some(reason.clone()),
+        reason: Some(recorded(reason)),
         ..AuditRecord::default()
     };
     let written = Root::open(root)

@@ -85,7 +85,7 @@ impl Sshd {
                 .stdin(Stdio::null())
                 .stderr(fs::File::create(path("log")).unwrap())
                 .spawn()
-                .expect("sshd is not installed: Debian package openssh-server");
+                .expect("sshd or unshare is not installed: Debian packages openssh-server, util-linux");
             let log = || fs::read_to_string(path("log")).unwrap();
             let started = Instant::now();
             while !log().contains("Server listening on") && child.try_wait().unwrap().is_none() {

@@ -14,6 +14,7 @@ mod unit;
 mod writer;
 
 pub use place::{anywhere, beneath};
+pub(crate) use refusals::recorded;
 pub use source::LocalSource;
 pub use target::LocalTarget;
 pub(in crate::endpoint) use target::POINTERS;

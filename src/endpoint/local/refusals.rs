@@ -8,6 +8,8 @@ use crate::error::{Escaped, chain};
 
 /// A peer that only sends what is refused does not fill the disk with the record of it.
 const KEPT: usize = 1000;
+/// Bytes of a reason. A line of the log has a longest length, and a reason may quote whoever is refused.
+const REASON_MAX: usize = 8 * 1024;
 
 /// Refusals that are not yet in the log.
 #[derive(Default)]
@@ -16,12 +18,26 @@ pub(super) struct Refusals {
     left_out: u64,
 }
 
+/// A reason as it is recorded: of bounded length, without control characters.
+pub(crate) fn recorded(reason: &str) -> String {
+    let mut text = reason.to_owned();
+    if text.contains(char::is_control) {
+        text = Escaped(&reason.as_bytes()[..reason.len().min(REASON_MAX)]).to_string();
+    }
+    if text.len() > REASON_MAX {
+        let end = (0..=REASON_MAX).rev().find(|&at| text.is_char_boundary(at));
+        text.truncate(end.unwrap_or(0));
+        text.push('…');
+    }
+    text
+}
+
 impl Run {
     /// Keeps a refusal for the log: the path as its bytes (empty where it is about none), and why.
     pub(super) fn refuse(&self, path: &[u8], reason: &str) {
         let mut refusals = self.refusals();
         if refusals.waiting.len() < KEPT {
-            refusals.waiting.push((Escaped(path).to_string(), reason.to_owned()));
+            refusals.waiting.push((Escaped(path).to_string(), recorded(reason)));
         } else {
             refusals.left_out += 1;
         }
