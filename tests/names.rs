@@ -157,3 +157,37 @@ fn s15_what_compresses_is_sent_compressed_and_noise_arrives_too() {
     done(&pushed);
     assert!(fs::read(sshd.path("noise/log")).unwrap() == noise);
 }
+
+#[test]
+fn h08_names_that_a_file_system_takes_for_one_are_refused_before_anything_is_sent() {
+    let at = tempfile::tempdir().unwrap();
+    let path = |name: &str| at.path().join(name);
+    fs::create_dir_all(path("source/sub")).unwrap();
+    for name in ["sub/model", "sub/Model", "other"] {
+        fs::write(path("source").join(name), name).unwrap();
+    }
+    // Such a file system is not to be had everywhere: strace has the probe of it find another name than it made.
+    let push = |folds: bool| {
+        let (source, target, log) = (path("source"), path("target"), path("log"));
+        let shown = [&source, &target].map(|path| path.to_str().unwrap());
+        let push = [env!("CARGO_BIN_EXE_lockstep"), "push", shown[0], shown[1]];
+        let mut command = Command::new("strace");
+        command.args(["-f", "-qq", "-P", "CASE-PROBE", "-e", "trace=statx,newfstatat", "-o"]).arg(log);
+        if folds {
+            command.args(["-e", "inject=statx,newfstatat:retval=0"]);
+        }
+        let output = command.args(push).env("XDG_STATE_HOME", path("state")).output();
+        output.expect("strace is not installed: Debian package strace")
+    };
+    let refused = push(true);
+    assert_eq!(refused.status.code(), Some(4), "{}", text(&refused));
+    let reason = "takes 'sub/Model' and 'sub/model' for one name; rename one of them";
+    assert!(text(&refused).contains(reason), "{}", text(&refused));
+    assert!(!path("target").exists());
+    let hidden = path(".target.lockstep/.lockstep");
+    assert!(fs::read_to_string(hidden.join("audit.jsonl")).unwrap().contains(reason));
+    let staged = walkdir::WalkDir::new(hidden.join("staging")).into_iter().filter_map(Result::ok);
+    assert_eq!(staged.filter(|entry| entry.file_type().is_file()).count(), 0);
+    done(&push(false));
+    assert_eq!(fs::read_to_string(path("target/sub/model")).unwrap(), "sub/model");
+}
