@@ -4,14 +4,15 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::serve_kit::{self, Served, write};
-use crate::ssh::{Agent, Sshd, done, ends, keygen, public, user};
+use crate::kit::served::{self, Served, write};
+use crate::kit::sshd::{Agent, Sshd};
+use crate::kit::{account, done, ends, keygen, public};
 
 /// An authority `ca`, a host certificate with these options of ssh-keygen, and one for `user` that is good.
 fn certified(at: &Path, host_options: &[&str]) -> String {
     keygen(at, &["-t", "ed25519", "-N", "", "-f", "ca"]);
     keygen(at, &[&["-s", "ca", "-I", "the host"], host_options, &["host.pub"]].concat());
-    keygen(at, &["-s", "ca", "-I", "the user", "-n", &user(), "-V", "-1m:+1h", "user.pub"]);
+    keygen(at, &["-s", "ca", "-I", "the user", "-n", &account(), "-V", "-1m:+1h", "user.pub"]);
     fs::write(at.join("authorized"), "").unwrap();
     let show = |name: &str| at.join(name).display().to_string();
     format!("HostCertificate {}\nTrustedUserCAKeys {}", show("host-cert.pub"), show("ca.pub"))
@@ -39,7 +40,7 @@ fn s27_certificates_stand_for_keys_on_both_sides() {
     done(&sshd.push(&named));
     // An RSA key signs for its certificate too, and not with SHA-1.
     keygen(sshd.at.path(), &["-t", "rsa", "-b", "2048", "-N", "", "-f", "rsa"]);
-    keygen(sshd.at.path(), &["-s", "ca", "-I", "rsa user", "-n", &user(), "rsa.pub"]);
+    keygen(sshd.at.path(), &["-s", "ca", "-I", "rsa user", "-n", &account(), "rsa.pub"]);
     done(&sshd.push(&["-P", &port, "--known-hosts", "known", "--identity", "rsa"]));
     assert!(sshd.log().contains("Accepted certificate ID \"rsa user\""), "{}", sshd.log());
 }
@@ -74,7 +75,7 @@ fn s27_the_agent_signs_for_certificates_and_named_keys_come_first() {
     let alone = Agent::start(tempfile::tempdir_in(sshd.at.path()).unwrap().keep().as_path());
     drop(agent);
     keygen(sshd.at.path(), &["-t", "ed25519", "-N", "", "-f", "second"]);
-    keygen(sshd.at.path(), &["-s", "ca", "-I", "second", "-n", &user(), "second.pub"]);
+    keygen(sshd.at.path(), &["-s", "ca", "-I", "second", "-n", &account(), "second.pub"]);
     let added = Command::new("ssh-add").arg("-q").arg(sshd.path("second")).env("SSH_AUTH_SOCK", &alone.socket).status();
     assert!(added.unwrap().success());
     let to = sshd.remote("arrived");
@@ -151,7 +152,7 @@ fn s27_both_ends_ours_and_neither_knows_the_others_key() {
             format!("host_certificate = '{}'", at.join("host-cert.pub").display())
         },
         "",
-        |at| serve_kit::user(at, "sync", ""),
+        |at| served::user(at, "sync", ""),
     );
     let authority = public(&served.path("ca.pub"));
     write(&served.path("known"), &format!("@cert-authority [127.0.0.*]:* {authority}\n"));

@@ -14,8 +14,9 @@ use lockstep::wire::extension::{self, EXTENDED_REPLY, Fields, STATUS, put_entry,
 
 use sha2::Digest as _;
 
-use crate::serve::Server;
-use crate::serve_kit::{Served, until};
+use crate::kit::own::Server;
+use crate::kit::served::Served;
+use crate::kit::until;
 
 /// A session of the agent, confined to `root`, that is spoken to in single messages.
 pub(crate) struct Peer {

@@ -1,96 +1,61 @@
 //! Clients of others against lockstep's server: scp, rclone, sshfs, paramiko, asyncssh.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output, Stdio};
+
+use crate::kit::sshd::Sshd;
+use crate::kit::{account, own, text as said};
+
+/// What serves; it ends with the test.
+enum Serving {
+    Own(own::Server),
+    Sshd(Sshd),
+}
 
 /// A server with one user, who is confined to `root`, and files to send.
 struct Server {
-    child: Child,
+    serving: Serving,
     user: String,
     port: String,
-    at: tempfile::TempDir,
 }
 
 impl Server {
-    fn prepare() -> tempfile::TempDir {
-        let at = tempfile::tempdir().unwrap();
-        for key in ["user", "host"] {
-            let file = at.path().join(key);
-            let keygen = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(file).status();
-            assert!(keygen.expect("ssh-keygen is not installed: Debian package openssh-client").success());
-        }
-        fs::create_dir(at.path().join("root")).unwrap();
-        sample(&at.path().join("source"));
-        at
-    }
-
-    fn new(child: Child, user: &str, port: &str, at: tempfile::TempDir) -> Server {
-        let public = fs::read_to_string(at.path().join("host.pub")).unwrap();
-        fs::write(at.path().join("known"), format!("[127.0.0.1]:{port} {public}")).unwrap();
-        Server { child, user: user.into(), port: port.into(), at }
-    }
-
     /// lockstep's own listener.
     fn own() -> Server {
-        let at = Server::prepare();
-        let path = |name: &str| at.path().join(name).display().to_string();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_lockstep"))
-            .args(["serve", "--listen", "127.0.0.1:0", "--user", "sync", "--root", &path("root")])
-            .args(["--authorized-keys", &path("user.pub"), "--host-key", &path("host")])
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stderr.take().unwrap()).read_line(&mut line).unwrap();
-        let address = line.split("listening on ").nth(1).and_then(|rest| rest.split(',').next());
-        let port = address.and_then(|address| address.rsplit(':').next()).unwrap_or_else(|| panic!("{line}"));
-        Server::new(child, "sync", port, at)
+        let server = own::Server::start(&[]);
+        sample(&server.at.path().join("source"));
+        Server { user: "sync".into(), port: server.port.clone(), serving: Serving::Own(server) }
     }
 
     /// OpenSSH's, with `lockstep sftp-server` as its subsystem: for clients whose SSH is too old for the own listener.
     fn sshd() -> Server {
-        let at = Server::prepare();
-        let path = |name: &str| at.path().join(name).display().to_string();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let config = format!(
-            "Port {port}\nListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\nUsePAM no\n\
-             StrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n\
-             Subsystem sftp {} sftp-server --root {}\n",
-            path("host"),
-            path("user.pub"),
-            env!("CARGO_BIN_EXE_lockstep"),
-            path("root"),
-        );
-        fs::write(path("sshd_config"), config).unwrap();
-        fs::create_dir_all("/run/sshd").ok();
-        let child = Command::new("/usr/sbin/sshd")
-            .args(["-D", "-e", "-f", &path("sshd_config")])
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("sshd is not installed: Debian package openssh-server");
-        let started = Instant::now();
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(started.elapsed() < Duration::from_secs(20), "sshd does not listen");
-            std::thread::sleep(Duration::from_millis(10));
+        let sshd = Sshd::of(tempfile::tempdir().unwrap(), None, |at| {
+            let root = at.join("root");
+            fs::create_dir(&root).unwrap();
+            format!("Subsystem sftp {} sftp-server --root {}", env!("CARGO_BIN_EXE_lockstep"), root.display())
+        });
+        sample(&sshd.path("source"));
+        Server { user: account(), port: sshd.port.to_string(), serving: Serving::Sshd(sshd) }
+    }
+
+    fn at(&self) -> &Path {
+        match &self.serving {
+            Serving::Own(server) => server.at.path(),
+            Serving::Sshd(sshd) => sshd.at.path(),
         }
-        let user = String::from_utf8(Command::new("id").arg("-un").output().unwrap().stdout).unwrap();
-        Server::new(child, user.trim(), &port.to_string(), at)
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.at.path().join(name)
+        self.at().join(name)
     }
 
     fn run(&self, package: &str, program: &str, arguments: &[&str]) -> Output {
         let output = Command::new(program)
-            .current_dir(self.at.path())
+            .current_dir(self.at())
             .args(arguments)
-            .env("HOME", self.at.path())
+            .env("HOME", self.at())
             .env_remove("SSH_AUTH_SOCK")
             .stdin(Stdio::null())
             .output();
@@ -104,17 +69,6 @@ impl Server {
         let output = self.run("python3", "/usr/bin/python3", &["-W", "ignore", "-c", script, &self.port, &self.user]);
         assert!(output.status.success(), "{}", said(&output));
     }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn said(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
 fn sample(at: &Path) {

@@ -6,7 +6,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
-use crate::ssh::{Agent, Sshd, ends, keygen, public, text, user};
+use crate::kit::sshd::{Agent, Sshd};
+use crate::kit::{account, ends, keygen, public, text};
 
 fn mode(path: &Path) -> u32 {
     fs::metadata(path).unwrap().permissions().mode() & 0o7777
@@ -21,7 +22,7 @@ fn sshd() -> Sshd {
 fn s18_four_commands_to_the_first_push() {
     let sshd = sshd();
     let port = sshd.port.to_string();
-    let account = format!("{}@127.0.0.1", user());
+    let account = format!("{}@127.0.0.1", account());
     let to = format!("{account}:{}", sshd.path("arrived").display());
     fs::create_dir(sshd.path("tree")).unwrap();
     fs::write(sshd.path("tree/file"), "content").unwrap();
@@ -72,7 +73,7 @@ fn s18_four_commands_to_the_first_push() {
 fn s18_what_is_in_authorized_keys_stays() {
     let sshd = sshd();
     let port = sshd.port.to_string();
-    let account = format!("{}@127.0.0.1", user());
+    let account = format!("{}@127.0.0.1", account());
     keygen(sshd.at.path(), &["-t", "ed25519", "-N", "", "-C", "new", "-f", "new"]);
     fs::create_dir(sshd.path("there/.ssh")).unwrap();
     fs::set_permissions(sshd.path("there/.ssh"), fs::Permissions::from_mode(0o750)).unwrap();
@@ -96,7 +97,7 @@ fn s18_what_is_in_authorized_keys_stays() {
 fn s18_a_restricted_key_transfers_files_below_one_directory_and_no_more() {
     let sshd = sshd();
     let (port, port_option) = (sshd.port.to_string(), format!("-oPort={}", sshd.port));
-    let account = format!("{}@127.0.0.1", user());
+    let account = format!("{}@127.0.0.1", account());
     keygen(sshd.at.path(), &["-t", "ed25519", "-N", "", "-f", "new"]);
     let inside = sshd.path("in side");
     fs::create_dir(&inside).unwrap();
@@ -234,7 +235,7 @@ fn a_passphrase_is_asked_for_at_the_terminal_and_nowhere_else() {
     fs::create_dir(sshd.path("small")).unwrap();
     fs::write(sshd.path("small/file"), "content").unwrap();
     fs::copy(sshd.path("locked.pub"), sshd.path("authorized")).unwrap();
-    let to = format!("{}@127.0.0.1:{}", user(), sshd.path("arrived").display());
+    let to = format!("{}@127.0.0.1:{}", account(), sshd.path("arrived").display());
     let arguments = ["push", "small", &to, "-P", &port, "--identity", "locked", "--known-hosts", "known"];
     ends(&sshd.run(&arguments), 3, &["needs a passphrase", "no terminal", "ssh-add"]);
     let asked = at_a_terminal(&sshd, &arguments, "wrong\nopen sesame\n");

@@ -3,16 +3,23 @@
 // A test that cannot go on fails; saying why at each step would hide what it tests.
 #![allow(clippy::unwrap_used)]
 
+mod adoption;
+mod agent_disk;
+mod agent_wire;
 mod architecture;
 mod certificates;
 mod cli;
-mod faults;
+mod confined;
+mod disk;
 mod hostile_agent;
 mod hostile_races;
 mod hostile_server;
 mod interop;
 mod keys;
+mod killed;
+mod kit;
 mod model;
+mod names;
 mod pipeline;
 mod pipes;
 mod policy;
@@ -22,12 +29,15 @@ mod rogue;
 mod scenarios_permissions;
 mod serve;
 mod serve_access;
-mod serve_kit;
 mod serve_limits;
 mod serve_wire;
 mod sftp_side_by_side;
 mod ssh;
+mod sshd_faults;
 mod stock;
 mod stock_faults;
+mod stock_order;
 mod stock_pipes;
+mod units;
 mod wire;
+mod wire_openssh;

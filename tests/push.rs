@@ -4,7 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use crate::serve::Server;
+use crate::kit::own::Server;
+use crate::kit::text as said;
 
 fn lockstep(at: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
@@ -15,10 +16,6 @@ fn lockstep(at: &Path, arguments: &[&str]) -> Command {
 
 fn run(at: &Path, arguments: &[&str]) -> Output {
     lockstep(at, arguments).output().unwrap()
-}
-
-fn said(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
 #[track_caller]

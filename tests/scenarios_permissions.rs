@@ -5,7 +5,8 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use crate::serve_kit::{Served, user, write};
+use crate::kit::served::{Served, user, write};
+use crate::kit::sshd::Sshd;
 
 /// Two directories, a file of rules, and the commands between them.
 struct Sides {
@@ -232,6 +233,30 @@ fn s10_s12_h45_special_and_execute_bits_only_by_rule() {
     sides.checked();
     let again = sides.push(&rules);
     assert!(text(&again).contains("nothing to do"), "{}", text(&again));
+}
+
+#[test]
+fn s12_set_user_id_outlives_the_change_of_owner_here_and_at_a_stock_server() {
+    if without_root("giving files away") {
+        return;
+    }
+    let sides = Sides::new();
+    sides.file("tool", 0o755);
+    let rules = rule("tool", "mode = '4755'\nowner = 'nobody'\ngroup = 'games'");
+    sides.pushed(&rules);
+    assert_eq!((mode(&sides.target("tool")), owner(&sides.target("tool"))), ("4755".into(), (NOBODY, GAMES)));
+
+    let sshd = Sshd::only("Subsystem sftp internal-sftp");
+    fs::create_dir(sshd.path("source")).unwrap();
+    fs::copy(sides.source("tool"), sshd.path("source/tool")).unwrap();
+    write(&sshd.path("config.toml"), &rules);
+    let port = sshd.port.to_string();
+    let login = ["-P", &port, "--identity", "user", "--known-hosts", "known", "--remote=sftp"];
+    let policy = ["push", "--config", "config.toml", "--policy", "p", "source", &sshd.remote("target")];
+    let output = sshd.run(&[&policy[..], &login].concat());
+    assert!(output.status.success(), "{}", text(&output));
+    let tool = sshd.path("target/tool");
+    assert_eq!((mode(&tool), owner(&tool)), ("4755".into(), (NOBODY, GAMES)));
 }
 
 #[test]

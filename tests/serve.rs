@@ -1,76 +1,10 @@
 //! lockstep's own server, with lockstep and with OpenSSH's clients.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
 
-pub(crate) struct Server {
-    child: Child,
-    port: String,
-    pub(crate) at: tempfile::TempDir,
-}
-
-impl Server {
-    pub(crate) fn start(more: &[&str]) -> Server {
-        let at = tempfile::tempdir().unwrap();
-        let path = |name: &str| at.path().join(name).display().to_string();
-        for key in ["user", "other"] {
-            let status = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f", &path(key)]).status();
-            assert!(status.expect("ssh-keygen is not installed: Debian package openssh-client").success());
-        }
-        fs::create_dir(at.path().join("root")).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_lockstep"))
-            .args(["serve", "--listen", "127.0.0.1:0", "--user", "sync", "--root", &path("root")])
-            .args(["--authorized-keys", &path("user.pub"), "--host-key", &path("host")])
-            .args(more)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stderr.take().unwrap()).read_line(&mut line).unwrap();
-        let address = line.split("listening on ").nth(1).and_then(|rest| rest.split(',').next());
-        let port =
-            address.and_then(|address| address.rsplit(':').next()).unwrap_or_else(|| panic!("{line}")).to_owned();
-        let public = Command::new("ssh-keygen").args(["-y", "-f", &path("host")]).output().unwrap().stdout;
-        let known = format!("[127.0.0.1]:{port} {}", String::from_utf8(public).unwrap());
-        fs::write(at.path().join("known"), known).unwrap();
-        Server { child, port, at }
-    }
-
-    fn run(&self, program: &str, arguments: &[&str]) -> Output {
-        Command::new(program)
-            .current_dir(self.at.path())
-            .args(arguments)
-            .env("XDG_STATE_HOME", self.at.path())
-            .env_remove("SSH_AUTH_SOCK")
-            .stdin(Stdio::null())
-            .output()
-            .unwrap()
-    }
-
-    pub(crate) fn lockstep(&self, arguments: &[&str], key: &str) -> Output {
-        let login = ["-P", &self.port, "--identity", key, "--known-hosts", "known"];
-        self.run(env!("CARGO_BIN_EXE_lockstep"), &[arguments, &login].concat())
-    }
-
-    fn openssh(&self, program: &str, port_flag: &str, more: &[&str]) -> Output {
-        let login =
-            [port_flag, &self.port, "-i", "user", "-F", "none", "-oUserKnownHostsFile=known", "-oBatchMode=yes"];
-        self.run(program, &[&login, more].concat())
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn said(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
-}
+use crate::kit::own::Server;
+use crate::kit::text as said;
 
 fn sample(at: &Path) {
     fs::create_dir_all(at.join("source/sub")).unwrap();
@@ -159,4 +93,34 @@ fn s16_who_comes_from_elsewhere_and_who_may_only_read() {
     let refused = reading.lockstep(&["push", "source", "sync@127.0.0.1:/x"], "user");
     assert!(!refused.status.success() && said(&refused).contains("read"), "{}", said(&refused));
     assert!(!reading.at.path().join("root/x").exists());
+}
+
+#[test]
+fn s21_a_reader_sees_the_old_or_the_new_weights_and_nothing_between() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let server = Server::start(&[]);
+    fs::create_dir(server.at.path().join("source")).unwrap();
+    let weights = |version: u8| vec![version; 3_000_000];
+    let push = |version: u8| {
+        fs::write(server.at.path().join("source/model.ckpt"), weights(version)).unwrap();
+        let pushed = server.lockstep(&["push", "source", "sync@127.0.0.1:/models"], "user");
+        assert!(pushed.status.success(), "{}", said(&pushed));
+    };
+    push(1);
+    let stop = AtomicBool::new(false);
+    let seen = std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut seen = std::collections::BTreeSet::new();
+            while !stop.load(Ordering::Relaxed) {
+                let data = fs::read(server.at.path().join("root/models/model.ckpt")).unwrap();
+                assert!(data == weights(data[0]), "{} bytes, a mix", data.len());
+                seen.insert(data[0]);
+            }
+            seen
+        });
+        (2..5).for_each(push);
+        stop.store(true, Ordering::Relaxed);
+        reader.join().unwrap()
+    });
+    assert!(seen.contains(&1) && seen.len() > 1, "{seen:?}");
 }

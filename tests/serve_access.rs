@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 
-use crate::serve_kit::{Served, keygen, said, until, user, write};
+use crate::kit::served::{Served, user, write};
+use crate::kit::{keygen, text as said, until};
 
 #[test]
 fn s16_a_user_comes_in_only_from_the_ranges_given_for_him() {
@@ -32,6 +33,22 @@ fn s16_a_user_comes_in_only_from_the_ranges_given_for_him() {
     let wrong = served.sftp("near", "far", "ls\n");
     assert!(!wrong.status.success());
     served.wait_for("the key is not listed");
+}
+
+#[test]
+fn s16_a_key_is_good_only_from_where_its_line_says() {
+    let served = Served::start("", "");
+    let key = fs::read_to_string(served.path("sync.keys")).unwrap();
+    for (from, admitted) in
+        [("127.0.0.0/8", true), ("192.0.2.0/24", false), ("127.0.0.0/8,!127.0.0.1", false), ("127.0.0.?", true)]
+    {
+        write(&served.path("sync.keys"), &format!("from=\"{from}\" {key}"));
+        let output = served.sftp("sync", "sync", "pwd\n");
+        assert_eq!(output.status.success(), admitted, "{from}: {}", said(&output));
+        if !admitted {
+            served.wait_for(&format!("from=\\\"{from}\\\" does not admit 127.0.0.1"));
+        }
+    }
 }
 
 #[test]
@@ -64,7 +81,7 @@ fn h51_a_range_that_cannot_be_resolved_ends_the_start() {
 #[test]
 fn s17_nothing_but_keys_is_offered() {
     let served = Served::start("", "");
-    keygen(served.at(), &["-q", "-t", "ed25519", "-N", "", "-f", "stranger.key"]);
+    keygen(served.at(), &["-t", "ed25519", "-N", "", "-f", "stranger.key"]);
     let mut ssh = served.client("ssh", "-p", "stranger");
     ssh.args(["-v", "-oBatchMode=no", "-oPreferredAuthentications=password,keyboard-interactive,publickey"]);
     let output = ssh.args(["sync@127.0.0.1", "true"]).env("SSH_ASKPASS_REQUIRE", "never").output().unwrap();
@@ -144,6 +161,38 @@ fn only_files_are_served() {
 }
 
 #[test]
+fn h50_what_others_could_have_written_or_read_keeps_the_server_from_starting() {
+    let mut served = Served::start("", "");
+    served.signal(rustix::process::Signal::TERM);
+    served.ended();
+    let config = served.path("config.toml");
+    let start = || {
+        let mut serve = Command::new("timeout");
+        serve.args(["20", env!("CARGO_BIN_EXE_lockstep"), "serve", "--config"]).arg(&config);
+        serve.output().unwrap()
+    };
+    let mode = |path: &str, mode| fs::set_permissions(served.path(path), fs::Permissions::from_mode(mode)).unwrap();
+    for (path, bad, good, advice) in [
+        ("config.toml", 0o666, 0o600, "chmod go-w"),
+        ("config.toml", 0o620, 0o600, "chmod go-w"),
+        ("host", 0o640, 0o600, "chmod"),
+        ("host", 0o604, 0o600, "chmod"),
+    ] {
+        mode(path, bad);
+        let output = start();
+        assert_eq!(output.status.code(), Some(2), "{path} {bad:o}: {}", said(&output));
+        assert!(said(&output).contains(path) && said(&output).contains(advice), "{path} {bad:o}: {}", said(&output));
+        mode(path, good);
+    }
+    // One who only sends refuses such a configuration too.
+    mode("config.toml", 0o666);
+    let config = config.to_str().unwrap();
+    let pushed = served.lockstep(&["push", "--config", config, "--policy", "p", "sync", "sync@127.0.0.1:/x"], "sync");
+    assert_eq!(pushed.status.code(), Some(2), "{}", said(&pushed));
+    assert!(said(&pushed).contains("chmod go-w"), "{}", said(&pushed));
+}
+
+#[test]
 fn s23_many_parties_each_in_a_directory_of_his_own() {
     let names = ["alice", "bob", "carol"];
     let served = Served::with(&names, |_| String::new(), "", |at| names.map(|name| user(at, name, "")).concat());
@@ -182,7 +231,7 @@ fn s23_many_parties_each_in_a_directory_of_his_own() {
 fn s27_h55_certificates_of_an_authority_and_each_refusal_in_the_log() {
     let served = Served::start("", "");
     for name in ["ca", "otherca", "alice.key"] {
-        keygen(served.at(), &["-q", "-t", "ed25519", "-N", "", "-f", name]);
+        keygen(served.at(), &["-t", "ed25519", "-N", "", "-f", name]);
     }
     let authority = fs::read_to_string(served.path("ca.pub")).unwrap();
     write(&served.path("sync.keys"), &format!("cert-authority,principals=\"trainers,sync\" {authority}"));
@@ -190,7 +239,7 @@ fn s27_h55_certificates_of_an_authority_and_each_refusal_in_the_log() {
         let key = format!("{name}.key");
         fs::copy(served.path("alice.key"), served.path(&key)).unwrap();
         fs::copy(served.path("alice.key.pub"), served.path(&format!("{key}.pub"))).unwrap();
-        keygen(served.at(), &[&["-q", "-I", name], arguments, &[&format!("{key}.pub")]].concat());
+        keygen(served.at(), &[&["-I", name], arguments, &[&format!("{key}.pub")]].concat());
     };
     let come = |name: &str| served.sftp("sync", name, "ls\n");
     sign("good", &["-s", "ca", "-n", "trainers", "-z", "42"]);
@@ -235,9 +284,9 @@ fn s27_h55_certificates_of_an_authority_and_each_refusal_in_the_log() {
 #[test]
 fn s27_the_server_shows_a_certificate_too() {
     let made = |at: &std::path::Path, sign: &[&str]| {
-        keygen(at, &["-q", "-t", "ed25519", "-N", "", "-f", "hostca"]);
-        keygen(at, &["-q", "-t", "ed25519", "-N", "", "-f", "host"]);
-        keygen(at, &[&["-q", "-s", "hostca", "-I", "gpu02"], sign, &["host.pub"]].concat());
+        keygen(at, &["-t", "ed25519", "-N", "", "-f", "hostca"]);
+        keygen(at, &["-t", "ed25519", "-N", "", "-f", "host"]);
+        keygen(at, &[&["-s", "hostca", "-I", "gpu02"], sign, &["host.pub"]].concat());
     };
     let serve = |at: &std::path::Path| format!("host_certificate = '{}/host-cert.pub'", at.display());
     let served = Served::with(
@@ -335,16 +384,8 @@ fn a_reload_ends_who_is_no_longer_listed_and_lets_others_go_on() {
 
 #[test]
 fn s13_the_record_names_who_sent_what_from_where_with_which_key() {
-    let mut served = Served::with(
-        &["sync"],
-        |at| {
-            fs::create_dir(at.join("record")).unwrap();
-            format!("audit = '{}'", at.join("record").display())
-        },
-        "",
-        |at| user(at, "sync", ""),
-    );
-    keygen(served.at(), &["-q", "-t", "ed25519", "-N", "", "-f", "stranger.key"]);
+    let mut served = Served::recording();
+    keygen(served.at(), &["-t", "ed25519", "-N", "", "-f", "stranger.key"]);
     fs::create_dir(served.path("source")).unwrap();
     fs::write(served.path("source/weights"), "w").unwrap();
     assert!(served.lockstep(&["push", "source", "sync@127.0.0.1:/m"], "sync").status.success());
@@ -384,15 +425,7 @@ fn s13_the_record_names_who_sent_what_from_where_with_which_key() {
 
 #[test]
 fn s13_without_a_record_nobody_comes_in() {
-    let served = Served::with(
-        &["sync"],
-        |at| {
-            fs::create_dir(at.join("record")).unwrap();
-            format!("audit = '{}'", at.join("record").display())
-        },
-        "",
-        |at| user(at, "sync", ""),
-    );
+    let served = Served::recording();
     assert!(served.sftp("sync", "sync", "ls\n").status.success());
     fs::rename(served.path("record/.lockstep"), served.path("record/elsewhere")).unwrap();
     fs::write(served.path("record/.lockstep"), "in the way").unwrap();

@@ -5,12 +5,13 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Stdio;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::serve_kit::{Held, Served, keygen, said, until, user};
+use crate::kit::served::{Held, Served, user};
+use crate::kit::{keygen, proxy, text as said, until};
 
 /// A client that knows no SSH.
 fn raw(served: &Served) -> TcpStream {
@@ -77,7 +78,7 @@ fn h43_connections_are_limited_before_the_login_and_for_one_address() {
 fn h43_keys_are_not_tried_without_end() {
     let served = Served::start("", "auth_tries = 2");
     for number in 0..4 {
-        keygen(served.at(), &["-q", "-t", "ed25519", "-N", "", "-f", &format!("wrong{number}.key")]);
+        keygen(served.at(), &["-t", "ed25519", "-N", "", "-f", &format!("wrong{number}.key")]);
     }
     let tried = |wrong: &[&str]| {
         let mut ssh = served.client("ssh", "-p", wrong[0]);
@@ -235,42 +236,14 @@ fn a_stop_cuts_off_what_does_not_end_in_time() {
 
 #[test]
 fn s22_nothing_is_in_clear_on_the_wire_or_left_for_others_to_read() {
-    let served = Served::with(
-        &["sync"],
-        |at| {
-            fs::create_dir(at.join("record")).unwrap();
-            format!("audit = '{}'", at.join("record").display())
-        },
-        "",
-        |at| user(at, "sync", ""),
-    );
+    let served = Served::recording();
     let secret = "patient 4711: the scan shows nothing unusual. ".repeat(2000);
     fs::create_dir(served.path("source")).unwrap();
     fs::write(served.path("source/scan-of-patient-4711"), &secret).unwrap();
     fs::set_permissions(served.path("source/scan-of-patient-4711"), fs::Permissions::from_mode(0o600)).unwrap();
     // All that goes over the wire, both ways.
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let (through, port) = (listener.local_addr().unwrap().port(), served.port);
-    let wire = Arc::new(Mutex::new(Vec::new()));
-    let taps = Arc::clone(&wire);
-    std::thread::spawn(move || {
-        for client in listener.incoming().map_while(Result::ok) {
-            let server = TcpStream::connect(("127.0.0.1", port)).unwrap();
-            for (mut from, mut to) in [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)] {
-                let taps = Arc::clone(&taps);
-                std::thread::spawn(move || {
-                    let mut buffer = vec![0; 65536];
-                    while let Ok(count @ 1..) = from.read(&mut buffer) {
-                        taps.lock().unwrap().extend_from_slice(&buffer[..count]);
-                        if to.write_all(&buffer[..count]).is_err() {
-                            break;
-                        }
-                    }
-                    let _ = to.shutdown(std::net::Shutdown::Both);
-                });
-            }
-        }
-    });
+    let port = served.port;
+    let (through, wire) = proxy::listening(port);
     let known = fs::read_to_string(served.path("known")).unwrap();
     fs::write(served.path("known"), known.replace(&port.to_string(), &through.to_string())).unwrap();
     let mut push = std::process::Command::new(env!("CARGO_BIN_EXE_lockstep"));

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use aws_lc_rs::{aead, agreement, digest, rand, signature};
 
-use crate::serve_kit::{Served, keygen, until, user, write};
+use crate::kit::served::{Served, user, write};
+use crate::kit::{keygen, until};
 
 const KEX: &str = "curve25519-sha256,kex-strict-c-v00@openssh.com";
 const CIPHER: &str = "aes128-gcm@openssh.com";
@@ -260,7 +261,7 @@ fn h58_only_the_key_that_signed_counts() {
         "auth_tries = 20",
         |at| user(at, "sync", "") + &user(at, "other", ""),
     );
-    keygen(served.at(), &["-q", "-t", "ed25519", "-N", "", "-f", "stranger.key"]);
+    keygen(served.at(), &["-t", "ed25519", "-N", "", "-f", "stranger.key"]);
     let [sync, other, stranger] = ["sync.key", "other.key", "stranger.key"].map(|name| Key::read(&served, name));
     let mut wire = Wire::secured(&served);
     // Offered, never proven.
@@ -334,15 +335,7 @@ fn h58_what_the_offered_key_may_do_is_not_for_the_one_that_signed() {
 /// Names and certificates may be as long as a packet.
 #[test]
 fn what_a_stranger_says_of_himself_does_not_fill_the_logs() {
-    let served = Served::with(
-        &["sync"],
-        |at| {
-            fs::create_dir(at.join("record")).unwrap();
-            format!("audit = '{}'", at.join("record").display())
-        },
-        "",
-        |at| user(at, "sync", ""),
-    );
+    let served = Served::recording();
     let sync = Key::read(&served, "sync.key");
     for _ in 0..2 {
         let mut wire = Wire::secured(&served);
@@ -376,7 +369,7 @@ fn h59_a_channel_before_the_login_is_not_opened() {
 fn h55_h58_a_key_alone_or_a_certificate_of_a_host_is_no_users() {
     let served = Served::start("", "");
     for name in ["ca", "alice.key"] {
-        keygen(served.at(), &["-q", "-t", "ed25519", "-N", "", "-f", name]);
+        keygen(served.at(), &["-t", "ed25519", "-N", "", "-f", name]);
     }
     let authority = fs::read_to_string(served.path("ca.pub")).unwrap();
     write(&served.path("sync.keys"), &format!("cert-authority {authority}"));

@@ -2,141 +2,15 @@
 //! is let in, and by which way.
 
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::time::{Duration, Instant};
 
-/// An sshd that ends with the test.
-pub(crate) struct Sshd {
-    child: Child,
-    pub(crate) port: u16,
-    pub(crate) at: tempfile::TempDir,
-}
-
-/// Runs ssh-keygen in a directory.
-pub(crate) fn keygen(at: &Path, arguments: &[&str]) {
-    let output = Command::new("ssh-keygen").arg("-q").args(arguments).current_dir(at).stdin(Stdio::null()).output();
-    let output = output.expect("ssh-keygen is not installed: Debian package openssh-client");
-    assert!(output.status.success(), "{arguments:?}: {}", text(&output));
-}
-
-pub(crate) fn user() -> String {
-    String::from_utf8(Command::new("id").arg("-un").output().unwrap().stdout).unwrap().trim().to_owned()
-}
-
-/// Type and base64 text of a public key file.
-pub(crate) fn public(file: &Path) -> String {
-    fs::read_to_string(file).unwrap().split(' ').take(2).collect::<Vec<_>>().join(" ").trim().to_owned()
-}
-
-impl Sshd {
-    pub(crate) fn start() -> Sshd {
-        Sshd::with(|_| String::new())
-    }
-
-    /// With lines of configuration that come before the usual ones, and so win; made when `host` and `user` are there.
-    pub(crate) fn with(first: impl FnOnce(&Path) -> String) -> Sshd {
-        let at = tempfile::tempdir().unwrap();
-        let path = |name: &str| at.path().join(name);
-        for name in ["host", "user"] {
-            keygen(at.path(), &["-t", "ed25519", "-N", "", "-f", name]);
-        }
-        fs::copy(path("user.pub"), path("authorized")).unwrap();
-        // The home directory of the account, as far as SFTP can tell.
-        fs::create_dir(path("there")).unwrap();
-        let first = first(at.path());
-        let show = |name: &str| path(name).display().to_string();
-        let config = format!(
-            "{first}\nListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\nUsePAM no\nStrictModes no\n\
-             PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\nLogLevel VERBOSE\n\
-             Subsystem lockstep {} sftp-server\nSubsystem sftp internal-sftp -d {}\n",
-            show("host"),
-            show("authorized"),
-            env!("CARGO_BIN_EXE_lockstep"),
-            show("there"),
-        );
-        fs::write(path("config"), config).unwrap();
-        fs::create_dir_all("/run/sshd").ok();
-        // RACE: a port that was free may be taken by another test before sshd has it; then it ends, and gets another.
-        for _ in 0..10 {
-            let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-            let mut child = Command::new("/usr/sbin/sshd")
-                .args(["-D", "-e", "-p", &port.to_string(), "-f"])
-                .arg(path("config"))
-                .stdin(Stdio::null())
-                .stderr(fs::File::create(path("log")).unwrap())
-                .spawn()
-                .expect("sshd is not installed: Debian package openssh-server");
-            let log = || fs::read_to_string(path("log")).unwrap();
-            let started = Instant::now();
-            while !log().contains("Server listening on") && child.try_wait().unwrap().is_none() {
-                assert!(started.elapsed() < Duration::from_secs(20), "sshd does not listen: {}", log());
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            if log().contains("Server listening on") {
-                fs::write(path("known"), format!("[127.0.0.1]:{port} {}\n", public(&path("host.pub")))).unwrap();
-                return Sshd { child, port, at };
-            }
-            assert!(log().contains("Address already in use"), "sshd has ended: {}", log());
-        }
-        panic!("no port for sshd");
-    }
-
-    pub(crate) fn log(&self) -> String {
-        fs::read_to_string(self.path("log")).unwrap()
-    }
-
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.at.path().join(name)
-    }
-
-    /// A lockstep that knows nothing of this machine's user.
-    pub(crate) fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
-        command
-            .current_dir(self.at.path())
-            .env("HOME", self.path("home"))
-            .env("XDG_STATE_HOME", self.path("state"))
-            .env_remove("SSH_AUTH_SOCK")
-            .stdin(Stdio::null());
-        command
-    }
-
-    pub(crate) fn run(&self, arguments: &[&str]) -> Output {
-        self.command().args(arguments).output().unwrap()
-    }
-
-    fn lockstep(&self, arguments: &[&str]) -> Output {
-        let port = self.port.to_string();
-        self.run(&[arguments, &["-P", &port, "--identity", "user", "--known-hosts", "known"]].concat())
-    }
-
-    pub(crate) fn remote(&self, name: &str) -> String {
-        format!("{}@127.0.0.1:{}", user(), self.path(name).display())
-    }
-
-    /// Pushes a small tree with these options; whether it arrived.
-    pub(crate) fn push(&self, options: &[&str]) -> Output {
-        fs::create_dir_all(self.path("small")).unwrap();
-        fs::write(self.path("small/file"), "content").unwrap();
-        fs::remove_dir_all(self.path("arrived")).ok();
-        let output = self.run(&[&["push", "small", &self.remote("arrived")], options].concat());
-        assert_eq!(output.status.success(), self.path("arrived/file").exists(), "{}", text(&output));
-        output
-    }
-}
-
-impl Drop for Sshd {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use crate::kit::sshd::Sshd;
+use crate::kit::{account, assert_same, done, ends, proxy, public, text};
 
 fn sample(at: &Path) {
     fs::create_dir_all(at.join("checkpoint-1/shards")).unwrap();
@@ -148,21 +22,6 @@ fn sample(at: &Path) {
     fs::write(at.join("train.py"), "print('x')\n").unwrap();
     fs::set_permissions(at.join("train.py"), fs::Permissions::from_mode(0o755)).unwrap();
     std::os::unix::fs::symlink("checkpoint-1", at.join("latest")).unwrap();
-}
-
-fn assert_same(a: &Path, b: &Path) {
-    let output = Command::new("rsync")
-        .args(["-naHic", "--delete", "--exclude=/.lockstep"])
-        .args([a.join(""), b.join("")])
-        .output()
-        .expect("rsync is not installed: Debian package rsync");
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let different: Vec<_> = text.lines().filter(|line| !line.ends_with(" ./") && !line.starts_with(".L..t")).collect();
-    assert!(output.status.success() && different.is_empty(), "{different:#?}");
-}
-
-pub(crate) fn text(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
 #[test]
@@ -206,20 +65,6 @@ fn h52_an_unknown_host_is_refused_and_a_wrong_key_too() {
     assert!(!sshd.path("target").exists());
 }
 
-#[track_caller]
-pub(crate) fn ends(output: &Output, code: i32, words: &[&str]) {
-    let text = text(output);
-    assert_eq!(output.status.code(), Some(code), "{text}");
-    for word in words {
-        assert!(text.contains(word), "'{word}' is not in: {text}");
-    }
-}
-
-#[track_caller]
-pub(crate) fn done(output: &Output) {
-    assert!(output.status.success(), "{}", text(output));
-}
-
 #[test]
 fn h53_a_changed_or_revoked_host_key_is_refused_loudly() {
     let sshd = Sshd::start();
@@ -244,6 +89,34 @@ fn h53_a_changed_or_revoked_host_key_is_refused_loudly() {
     let revoked = format!("[127.0.0.1]:{port} {host}\n@revoked * {host}\n");
     ends(&with(revoked), 3, &["REVOKED HOST KEY", "known:2"]);
     assert_eq!(fs::read_to_string(sshd.path("known")).unwrap().lines().count(), 2);
+}
+
+#[test]
+fn h52_a_line_that_leaves_a_host_out_does_not_vouch_for_it() {
+    let sshd = Sshd::start();
+    let port = sshd.port.to_string();
+    let key = public(&sshd.path("host.pub"));
+    let options = ["-P", &port, "--identity", "user", "--known-hosts", "known"];
+    for (hosts, trusted) in [
+        ("*".to_owned(), true),
+        // ssh looks for the name without the port as well.
+        (format!("*,![127.0.0.1]:{port},!127.0.0.1"), false),
+        ("!*127.0.0.1*,*".to_owned(), false),
+        (format!("*,!*]:{port},!127.*"), false),
+        (format!("[127.0.0.?]:{port},![127.0.0.2]:{port}"), true),
+    ] {
+        fs::write(sshd.path("known"), format!("{hosts} {key}\n")).unwrap();
+        let stock = Command::new("ssh")
+            .current_dir(sshd.at.path())
+            .args(["-F", "none", "-i", "user", "-p", &port, "-oBatchMode=yes", "-oUserKnownHostsFile=known"])
+            .args(["-oGlobalKnownHostsFile=none", "-oStrictHostKeyChecking=yes", "-oIdentitiesOnly=yes"])
+            .args([&format!("{}@127.0.0.1", account()), "true"])
+            .output()
+            .unwrap();
+        assert_eq!(stock.status.success(), trusted, "ssh: {hosts}: {}", text(&stock));
+        let pushed = sshd.push(&options);
+        if trusted { done(&pushed) } else { ends(&pushed, 3, &["unknown host key"]) }
+    }
 }
 
 #[test]
@@ -311,7 +184,7 @@ fn s26_hosts_are_reached_through_others() {
             host("first", &first, ""),
             host("second", &second, " ProxyJump first\n"),
             host("target", &target, more),
-            format!("Host *\n User {}\n UserKnownHostsFile {}\n", user(), target.path(known).display()),
+            format!("Host *\n User {}\n UserKnownHostsFile {}\n", account(), target.path(known).display()),
         ];
         fs::write(target.path(name), hosts.concat()).unwrap();
     };
@@ -354,67 +227,9 @@ fn s26_a_host_that_forwards_nothing_says_so() {
     let known = [&bastion, &target].map(|sshd| fs::read_to_string(sshd.path("known")).unwrap());
     fs::write(target.path("all"), known.concat()).unwrap();
     fs::copy(target.path("user.pub"), bastion.path("authorized")).unwrap();
-    let (port, jump) = (target.port.to_string(), format!("{}@127.0.0.1:{}", user(), bastion.port));
+    let (port, jump) = (target.port.to_string(), format!("{}@127.0.0.1:{}", account(), bastion.port));
     let options = ["-P", &port, "-J", &jump, "--identity", "user", "--known-hosts", "all"];
     ends(&target.push(&options), 75, &["AllowTcpForwarding", &bastion.port.to_string()]);
-}
-
-/// An ssh-agent that ends with the test.
-pub(crate) struct Agent {
-    child: Child,
-    at: PathBuf,
-    pub(crate) socket: PathBuf,
-}
-
-impl Agent {
-    pub(crate) fn start(at: &Path) -> Agent {
-        let socket = at.join("agent");
-        let child = Command::new("ssh-agent").arg("-D").arg("-a").arg(&socket).stdout(Stdio::null()).spawn();
-        let child = child.expect("ssh-agent is not installed: Debian package openssh-client");
-        let started = Instant::now();
-        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
-            assert!(started.elapsed() < Duration::from_secs(20), "the agent does not listen");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        Agent { child, at: at.to_owned(), socket }
-    }
-
-    pub(crate) fn add(&self, key: &str) {
-        let mut command = Command::new("ssh-add");
-        let output = command.arg("-q").arg(self.at.join(key)).env("SSH_AUTH_SOCK", &self.socket).output().unwrap();
-        assert!(output.status.success(), "{}", text(&output));
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Passes on to `port` as many bytes as are `left`, and then swallows all that comes, in both directions.
-fn swallowing_proxy(port: u16, left: Arc<AtomicUsize>) -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let own = listener.local_addr().unwrap().port();
-    std::thread::spawn(move || {
-        for client in listener.incoming() {
-            let (client, server) = (client.unwrap(), TcpStream::connect(("127.0.0.1", port)).unwrap());
-            for (mut from, mut to) in [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)] {
-                let left = Arc::clone(&left);
-                std::thread::spawn(move || {
-                    let mut buffer = [0; 65536];
-                    while let Ok(count @ 1..) = from.read(&mut buffer) {
-                        let passed = left.fetch_update(SeqCst, SeqCst, |left| Some(left.saturating_sub(count)));
-                        if passed.unwrap() > 0 && to.write_all(&buffer[..count]).is_err() {
-                            break;
-                        }
-                    }
-                });
-            }
-        }
-    });
-    own
 }
 
 #[test]
@@ -422,7 +237,7 @@ fn h34_a_stall_is_noticed() {
     // Both ends have to notice: as long as the other one does not, its agent keeps the target.
     let sshd = Sshd::with(|_| "ClientAliveInterval 1\nClientAliveCountMax 1".into());
     let left = Arc::new(AtomicUsize::new(3_000_000));
-    let port = swallowing_proxy(sshd.port, Arc::clone(&left)).to_string();
+    let port = proxy::swallowing(sshd.port, Arc::clone(&left)).to_string();
     fs::write(sshd.path("known"), format!("[127.0.0.1]:{port} {}\n", public(&sshd.path("host.pub")))).unwrap();
     fs::create_dir(sshd.path("source")).unwrap();
     for number in 0..12 {

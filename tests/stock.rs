@@ -2,83 +2,40 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::net::TcpListener;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-/// An sshd with stock SFTP only, that ends with the test.
+use crate::kit::{self, assert_same, text};
+
+/// An sshd with stock SFTP only, and lockstep's ways to it.
 struct Sshd {
-    child: Child,
-    port: u16,
-    at: tempfile::TempDir,
+    sshd: kit::sshd::Sshd,
 }
 
 const SHELL: &str = "Subsystem sftp internal-sftp";
 const NO_SHELL: &str = "Subsystem sftp internal-sftp\nForceCommand internal-sftp";
 
-fn keygen(file: &Path) {
-    let status = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(file).status();
-    assert!(status.expect("ssh-keygen is not installed: Debian package openssh-client").success());
-}
-
 impl Sshd {
     fn start(configuration: &str) -> Sshd {
-        let at = tempfile::tempdir().unwrap();
-        let path = |name: &str| at.path().join(name);
-        keygen(&path("host"));
-        keygen(&path("user"));
-        fs::copy(path("user.pub"), path("authorized")).unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let show = |name: &str| path(name).display().to_string();
-        let config = format!(
-            "Port {port}\nListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}\nPidFile none\nUsePAM no\n\
-             StrictModes no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n\
-             {configuration}\n",
-            show("host"),
-            show("authorized"),
-        );
-        fs::write(path("config"), config).unwrap();
-        fs::create_dir_all("/run/sshd").ok();
-        let child = Command::new("/usr/sbin/sshd")
-            .args(["-D", "-e", "-f"])
-            .arg(path("config"))
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("sshd is not installed: Debian package openssh-server");
-        let host_key = fs::read_to_string(path("host.pub")).unwrap();
-        let key: Vec<&str> = host_key.split(' ').take(2).collect();
-        fs::write(path("known"), format!("[127.0.0.1]:{port} {}\n", key.join(" "))).unwrap();
-        let started = Instant::now();
-        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(started.elapsed() < Duration::from_secs(20), "sshd does not listen");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Sshd { child, port, at }
+        Sshd { sshd: kit::sshd::Sshd::only(configuration) }
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.at.path().join(name)
+        self.sshd.path(name)
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
-        command
-            .args(arguments)
-            .args(["-P", &self.port.to_string(), "--identity"])
-            .arg(self.path("user"))
-            .arg("--known-hosts")
-            .arg(self.path("known"))
-            .env("XDG_STATE_HOME", self.path("state"))
-            .env_remove("SSH_AUTH_SOCK");
+        let mut command = self.sshd.command();
+        let port = self.sshd.port.to_string();
+        command.args(arguments).args(["-P", &port, "--identity", "user", "--known-hosts", "known"]);
         command
     }
 
     fn remote(&self, name: &str) -> String {
-        let user = String::from_utf8(Command::new("id").arg("-un").output().unwrap().stdout).unwrap();
-        format!("{}@127.0.0.1:{}", user.trim(), self.path(name).display())
+        self.sshd.remote(name)
     }
 
     /// Pushes `source` to `target`, with further arguments; by the subsystem at once where they name no way.
@@ -110,29 +67,6 @@ impl Sshd {
     fn same(&self) {
         assert_same(&self.path("source"), &self.path("target"));
     }
-}
-
-impl Drop for Sshd {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// rsync's opinion, by content and metadata; times to the second, and not those of links and of the root.
-fn assert_same(a: &Path, b: &Path) {
-    let output = Command::new("rsync")
-        .args(["-naHic", "--delete", "--modify-window=1", "--exclude=/.lockstep"])
-        .args([a.join(""), b.join("")])
-        .output()
-        .expect("rsync is not installed: Debian package rsync");
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let different: Vec<_> = text.lines().filter(|line| !line.ends_with(" ./") && !line.starts_with(".L..t")).collect();
-    assert!(output.status.success() && different.is_empty(), "{different:#?}");
-}
-
-fn text(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
 /// A tree with something of everything.

@@ -102,7 +102,7 @@ fn assert_old_or_new(target: &Path, new: bool) {
     assert!(config == b"config of 1" || (new && config == b"config of 2, longer"));
 }
 
-fn version(pair: &Pair, step: u8) {
+pub(crate) fn version(pair: &Pair, step: u8) {
     for (name, size) in [("model", 300_000), ("optimizer", 40_000), ("sub/state", 11)] {
         pair.write(&format!("checkpoint-{step}/{name}"), vec![b'0' + step; size]);
     }
@@ -387,6 +387,14 @@ fn h01_h04_names_that_lead_elsewhere_and_more_bytes_than_asked_for_end_the_run()
         });
         let refused = pair.pull(nothing(), replace).unwrap_err();
         assert!(matches!(refused, Error::Protocol { .. }), "{refused}");
+        // Nothing of it is there, and the log of what would have become the copy says why.
+        assert!(!pair.at("copy").exists() && !pair.at(".copy.lockstep/.lockstep/staging/current").exists());
+        let log = fs::read_to_string(pair.at(".copy.lockstep/.lockstep/audit.jsonl")).unwrap();
+        let last: serde_json::Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
+        assert_eq!(last["action"], "refuse", "{log}");
+        let reason = last["reason"].as_str().unwrap();
+        let named = lockstep::error::Escaped(hostile).to_string();
+        assert!(reason.contains(&named), "{reason} names no {named}");
     }
     let more: Hook = Arc::new(|packet| {
         if packet.first() == Some(&DATA) {

@@ -143,7 +143,8 @@ fn session(start: &SessionStart, output: Arc<dyn crate::server::agent::Output>) 
         policy: start.policy.clone(),
         actor: start.actor.clone(),
     };
-    let sides = super::sftp_server::factory(start.root.clone(), true, start.read_only, start.policy.clone());
+    let sides =
+        super::sftp_server::factory(start.root.clone(), true, start.read_only, start.policy.clone(), &start.actor);
     let (open, actor) = (sides.target, start.actor.clone());
     let target = Box::new(move |path: &[u8]| Ok(Arc::new(Attributed::new(open(path)?, actor.clone())) as SharedTarget));
     let agent: Arc<dyn Extensions> = Arc::new(Agent::new(Arc::new(Factory { target, source: sides.source })));

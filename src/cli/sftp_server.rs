@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Failure;
+use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::Error;
-use crate::endpoint::local::{LocalSource, LocalTarget, anywhere, beneath};
-use crate::error::{Escaped, Exit};
+use crate::endpoint::local::{LocalSource, LocalTarget, anywhere, beneath, recorded};
+use crate::error::{Escaped, Exit, chain};
 use crate::filter::STATE_DIRECTORY;
-use crate::path::RelPath;
+use crate::path::{PATH_MAX, RelPath};
 use crate::policy::PolicySpec;
 use crate::root::Root;
 use crate::server::agent::{Agent, Extensions, Factory, SharedTarget};
@@ -46,8 +47,8 @@ impl SftpServer {
             policy: policy.clone(),
             actor: super::transfer::actor(),
         };
-        let Factory { target, source } = factory(root, confine, self.read_only, policy);
         let actor = logged_in();
+        let Factory { target, source } = factory(root, confine, self.read_only, policy, &actor);
         let target =
             Box::new(move |path: &[u8]| Ok(Arc::new(Attributed::new(target(path)?, actor.clone())) as SharedTarget));
         let agent = Arc::new(Agent::new(Arc::new(Factory { target, source })).alone());
@@ -70,9 +71,10 @@ fn logged_in() -> String {
     }
 }
 
-/// Opens the directories that a client names: beneath `root` where it is confined, else as the file system has them.
-pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: PolicySpec) -> Factory {
-    let target_root = root.clone();
+/// Opens the directories that a client names: beneath `root` where it is confined, else as the file system has them. What
+/// `actor` is refused there is in the audit log of `root`; without a root there is no place for one.
+pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: PolicySpec, actor: &str) -> Factory {
+    let (target_root, actor) = (root.clone(), actor.to_owned());
     // Whoever set up the server named the root: it is opened by name. What a client names is looked up beneath it.
     let confined = |root: &Path, path: &[u8]| -> Result<(Arc<Root>, Option<RelPath>), Error> {
         let path = beneath(path)?;
@@ -89,16 +91,13 @@ pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: Pol
                 let reason = "this account may read only".to_owned();
                 return Err(Error::Refused { by: "the server".into(), reason });
             }
-            // A run on such a directory would replace the manifest and the audit log of the root that it belongs to.
-            if path.split(|&byte| byte == b'/').any(|name| name == STATE_DIRECTORY) {
-                let reason = "nothing is sent into the directory that lockstep keeps for itself".to_owned();
-                return Err(Error::Refused { by: "the server".into(), reason });
-            }
             let policy = policy.clone();
             if !confine {
+                own(path)?;
                 return Ok(Arc::new(LocalTarget::new(&anywhere(&target_root, path), policy)));
             }
-            let (root, path) = confined(&target_root, path)?;
+            let opened = own(path).and_then(|()| confined(&target_root, path));
+            let (root, path) = opened.inspect_err(|error| record_refusal(&target_root, &actor, path, error))?;
             Ok(Arc::new(LocalTarget::beneath(root, path, policy)))
         }),
         source: Box::new(move |path| {
@@ -111,6 +110,34 @@ pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: Pol
     }
 }
 
+/// Refuses what lockstep keeps for itself: a run there would replace the manifest and the audit log of the root that it
+/// belongs to.
+fn own(path: &[u8]) -> Result<(), Error> {
+    if path.split(|&byte| byte == b'/').any(|name| name == STATE_DIRECTORY) {
+        let reason = format!("'{}': nothing is sent into the directory that lockstep keeps for itself", Escaped(path));
+        return Err(Error::Refused { by: "the server".into(), reason });
+    }
+    Ok(())
+}
+
+/// A run that is not even begun has no root of its own to record it.
+fn record_refusal(root: &Path, actor: &str, path: &[u8], error: &Error) {
+    let Error::Refused { reason, .. } = error else { return };
+    let record = AuditRecord {
+        actor: actor.to_owned(),
+        action: "refuse".into(),
+        path: Escaped(&path[..path.len().min(PATH_MAX)]).to_string(),
+        reason: Some(recorded(reason)),
+        ..AuditRecord::default()
+    };
+    let written = Root::open(root)
+        .map_err(Into::into)
+        .and_then(|root| AuditLog::open(&root).and_then(|mut log| log.append(&[record])).map(drop));
+    if let Err(error) = written {
+        tracing::error!(error = chain(&error), "the audit log cannot be written");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,7 +146,7 @@ mod tests {
     fn h01_no_run_is_begun_on_the_directory_that_lockstep_keeps_for_itself() {
         let at = tempfile::tempdir().unwrap();
         for confine in [true, false] {
-            let sides = factory(at.path().to_owned(), confine, false, PolicySpec::default());
+            let sides = factory(at.path().to_owned(), confine, false, PolicySpec::default(), "tester");
             for path in ["/.lockstep", ".lockstep", "sub/.lockstep/", "/sub/.lockstep/staging"] {
                 assert!(matches!((sides.target)(path.as_bytes()), Err(Error::Refused { .. })), "{path}");
             }

@@ -338,6 +338,11 @@ pub trait Target: Sync {
     fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error>;
     /// Ends the run without publishing. What is staged stays for the next run.
     fn abort(&self);
+    /// The other end broke the rules, at this path (its bytes; empty where it is about none): nothing of the run is to be
+    /// published or kept, and the audit log is to say why. The run is still ended by [`Target::abort`].
+    fn reject(&self, path: &[u8], reason: &str) {
+        let _ = (path, reason);
+    }
     /// How the target proves what it holds, for `-v` and the summary.
     fn verification(&self) -> String;
     /// Bytes that went over the wire so far, both directions; 0 where there is none.

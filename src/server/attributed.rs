@@ -57,6 +57,10 @@ impl Target for Attributed {
         self.target.abort();
     }
 
+    fn reject(&self, path: &[u8], reason: &str) {
+        self.target.reject(path, reason);
+    }
+
     fn verification(&self) -> String {
         self.target.verification()
     }

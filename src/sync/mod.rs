@@ -153,6 +153,10 @@ pub fn run(
         }
         run_begun(source, target, options, monitor, stop, scan, started)
     });
+    if let Err(error @ Error::Protocol { .. }) = &result {
+        // A source that breaks the rules is not to be believed in anything it has said.
+        target.reject(b"", &crate::error::chain(error));
+    }
     if result.is_err() || options.begin.dry_run {
         target.abort();
     }

@@ -7,6 +7,7 @@ mod links;
 mod metadata;
 mod place;
 mod publish;
+mod refusals;
 mod room;
 mod source;
 mod target;
@@ -14,6 +15,7 @@ mod unit;
 mod writer;
 
 pub use place::{anywhere, beneath};
+pub(crate) use refusals::recorded;
 pub use source::LocalSource;
 pub use target::LocalTarget;
 pub(in crate::endpoint) use target::POINTERS;

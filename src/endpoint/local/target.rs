@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::links::{self, Confined};
 use super::place::{Birth, Place};
+use super::refusals::Refusals;
 use super::writer::LocalWriter;
 use super::{commit, fold, known, metadata, publish, room};
 use crate::access::AclLists;
@@ -57,6 +58,7 @@ pub(super) struct Run {
     last: Filter,
     units: Filter,
     state: Mutex<State>,
+    refusals: Mutex<Refusals>,
     _lock: Option<RootLock>,
 }
 
@@ -82,6 +84,8 @@ pub(super) struct State {
     pub(super) need: room::Need,
     /// The disk is full: staging is given up.
     pub(super) full: bool,
+    /// The other end broke the rules: staging is given up, and nothing is published.
+    rejected: bool,
     /// What is to be published is written down: staging is needed until that is done.
     pub(super) recorded: bool,
 }
@@ -186,6 +190,7 @@ impl Target for LocalTarget {
             last,
             units,
             state: Mutex::default(),
+            refusals: Mutex::default(),
             _lock: lock,
         };
         *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(Arc::new(run));
@@ -215,7 +220,13 @@ impl Target for LocalTarget {
 
     fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
         let run = self.run()?;
+        if run.state().rejected {
+            self.abort();
+            let reason = "the run was refused; nothing of it is published".to_owned();
+            return Err(Error::Refused { by: "the receiver".into(), reason });
+        }
         let committed = commit::commit(&run, options, monitor);
+        run.record_refusals();
         match &committed {
             Ok(_) => *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None,
             Err(error) => {
@@ -229,11 +240,23 @@ impl Target for LocalTarget {
     fn abort(&self) {
         let run = self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         let Some(run) = run else { return };
-        let given_up = matches!(&*run.state(), State { full: true, recorded: false, .. });
+        run.record_refusals();
+        let given_up = {
+            let state = run.state();
+            (state.full || state.rejected) && !state.recorded
+        };
         if given_up && let Ok(path) = rel(STAGING) {
-            // What is staged would only keep the disk full.
+            // What is staged would only keep the disk full, or came from somebody who is not to be believed.
             let _ = run.root.remove_tree(&path);
         }
+    }
+
+    fn reject(&self, path: &[u8], reason: &str) {
+        let Ok(run) = self.run() else { return };
+        run.state().rejected = true;
+        run.refuse(path, reason);
+        // The other end may stay connected for long.
+        run.record_refusals();
     }
 
     fn verification(&self) -> String {
@@ -246,9 +269,16 @@ impl Run {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// What is staged is given up when the disk is full: it would only keep it full.
+    pub(super) fn refusals(&self) -> MutexGuard<'_, Refusals> {
+        self.refusals.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// What is staged is given up when the disk is full: it would only keep it full. What was refused is recorded.
     fn note(&self, error: &Error) {
         self.state().full |= matches!(error, Error::Io { source, .. } if is_full(source));
+        if let Error::Refused { reason, .. } = error {
+            self.refuse(b"", reason);
+        }
     }
 
     /// Where a file or link is staged. Pointers lie apart: they are published by themselves.

@@ -118,6 +118,9 @@ impl LocalWriter {
             }
             Err(error) => {
                 self.remove_staged(entry)?;
+                if matches!(error, StageError::Mismatch { .. }) {
+                    self.run.refuse(entry.path.as_bytes(), &crate::error::chain(&error));
+                }
                 Err(self.failure(&error)?)
             }
         };

@@ -44,12 +44,10 @@ impl Held {
             held.checked_add(more).filter(|&held| held <= most)
         });
         self.0 += taken.map_or(0, |_| more);
-        taken.map(drop).map_err(|_| Failure {
-            code: 4,
-            message:
-                "the server has no memory left for the entries of this run beside those of others; try again later"
-                    .into(),
-            exit: 75,
+        taken.map(drop).map_err(|_| {
+            let message =
+                "the server has no memory left for the entries of this run beside those of others; try again later";
+            Failure::new(4, message.into(), 75)
         })
     }
 }
@@ -68,10 +66,9 @@ impl OpenFiles {
     /// Counts one more, where there may be one.
     pub(super) fn add(&self, most: usize) -> Result<(), Failure> {
         let added = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |open| (open < most).then_some(open + 1));
-        added.map(drop).map_err(|open| Failure {
-            code: 4,
-            message: format!("{open} files are open in this run, which is as many as may be; finish one first"),
-            exit: 4,
+        added.map(drop).map_err(|open| {
+            let message = format!("{open} files are open in this run, which is as many as may be; finish one first");
+            Failure::new(4, message, 4)
         })
     }
 

@@ -1,7 +1,8 @@
 //! The agent: lockstep's extension requests, adapted to a [`Target`] or a [`Source`].
 //!
 //! What always holds: nothing of a client's message is used before its bounds are checked; messages of one file are
-//! handled in order, by one worker; a message out of order is answered with an error and has no effect.
+//! handled in order, by one worker; a message that breaks the rules has no effect, and nothing of its run is published:
+//! every later message is answered like it, what was staged is removed, and the audit log says why.
 
 use std::collections::HashMap;
 use std::io::Read as _;
@@ -88,35 +89,45 @@ struct Failure {
     code: u32,
     message: String,
     exit: u8,
+    /// The other end broke the rules of the protocol.
+    breach: bool,
 }
 
 impl Failure {
     /// Nobody will read it.
     fn gone() -> Failure {
-        Failure { code: 7, message: "the client has gone".into(), exit: 75 }
+        Failure::new(7, "the client has gone".into(), 75)
+    }
+
+    fn new(code: u32, message: String, exit: u8) -> Failure {
+        Failure { code, message, exit, breach: false }
+    }
+
+    fn breach(message: String) -> Failure {
+        Failure { breach: true, ..Failure::new(5, message, 5) }
     }
 
     fn order(what: &str) -> Failure {
-        Failure { code: 5, message: format!("the request is out of order: {what}"), exit: 5 }
+        Failure::breach(format!("the request is out of order: {what}"))
     }
 }
 
 impl From<WireError> for Failure {
     fn from(error: WireError) -> Self {
-        Failure { code: 5, message: error.to_string(), exit: 5 }
+        Failure::breach(error.to_string())
     }
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let code = if matches!(error, Error::Refused { .. }) { 3 } else { 4 };
-        Failure { code, message: crate::error::chain(&error), exit: error.exit().code() }
+        Failure::new(code, crate::error::chain(&error), error.exit().code())
     }
 }
 
 impl From<serde_json::Error> for Failure {
     fn from(error: serde_json::Error) -> Self {
-        Failure { code: 5, message: format!("the options cannot be read: {error}"), exit: 2 }
+        Failure { exit: 2, ..Failure::breach(format!("the options cannot be read: {error}")) }
     }
 }
 
@@ -133,6 +144,8 @@ struct Run {
     open_files: OpenFiles,
     /// The memory of the tree, where a client sent it.
     held: OnceLock<Held>,
+    /// Why nothing of it is published.
+    rejected: OnceLock<Failure>,
     queues: Mutex<Option<Vec<Sender<Job>>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -166,15 +179,30 @@ impl Run {
             let thread = std::thread::Builder::new()
                 .name(format!("agent-{number}"))
                 .spawn(move || match &run.side {
-                    Side::Target(target) => writing::serve(&**target, &run, &receiver),
+                    Side::Target(target) => writing::serve(&run, &**target, &receiver),
                     Side::Source(source) => reading::serve(&**source, &run.tree, &receiver),
                 })
-                .map_err(|error| Failure { code: 4, message: format!("start a thread: {error}"), exit: 75 })?;
+                .map_err(|error| Failure::new(4, format!("start a thread: {error}"), 75))?;
             queues.push(sender);
             locked(&self.threads).push(thread);
         }
         *locked(&self.queues) = Some(queues);
         Ok(())
+    }
+
+    /// Gives a push up because its sender broke the rules. A failure of another kind is none of the run's.
+    fn reject(&self, path: &[u8], failure: &Failure) {
+        if let Side::Target(target) = &self.side
+            && failure.breach
+            && self.rejected.set(failure.clone()).is_ok()
+        {
+            target.reject(path, &failure.message);
+        }
+    }
+
+    /// Fails once the run was rejected.
+    fn is_good(&self) -> Result<(), Failure> {
+        self.rejected.get().map_or(Ok(()), |failure| Err(failure.clone()))
     }
 
     /// Lets the workers finish what they have; no message is taken afterwards.
@@ -317,7 +345,12 @@ impl Control {
             }
             match answer {
                 Ok(body) => job.reply(&body),
-                Err(failure) => job.refuse(&failure),
+                Err(failure) => {
+                    if let Some(run) = locked(&self.shared).as_ref() {
+                        run.reject(b"", &failure);
+                    }
+                    job.refuse(&failure);
+                }
             }
         }
         self.abort();
@@ -343,6 +376,11 @@ impl Control {
         let output = Arc::clone(&job.output);
         let notes = Notes::until(move || output.is_gone());
         let mut fields = Fields(job.payload.bytes());
+        if job.name != "abort"
+            && let Some(run) = locked(&self.shared).as_ref()
+        {
+            run.is_good()?;
+        }
         match job.name {
             "hello" => {
                 let hello = serde_json::json!({
@@ -404,7 +442,11 @@ impl Control {
                 let read = self.entries.read(&raw).map_err(Failure::from);
                 let read = read.and_then(|()| self.held.grow(self.entries.bytes(), self.limits.all_entries_bytes));
                 // A list with a part missing is not to be gone on with, and its memory is for others.
-                read.inspect_err(|_| self.abort())?;
+                if let Err(failure) = read {
+                    run.reject(b"", &failure);
+                    self.abort();
+                    return Err(failure);
+                }
                 Ok(Vec::new())
             }
             "diff" => self.diff(&notes),
@@ -451,6 +493,7 @@ impl Control {
             limits: self.limits,
             open_files: OpenFiles::default(),
             held: OnceLock::new(),
+            rejected: OnceLock::new(),
             queues: Mutex::new(None),
             threads: Mutex::new(Vec::new()),
         });
@@ -468,7 +511,7 @@ impl Control {
         };
         let entries = std::mem::replace(&mut self.entries, EntryList::new(0)).into_entries();
         let _ = run.held.set(std::mem::take(&mut self.held));
-        let tree = Tree::new(entries).map_err(|error| Failure { code: 5, message: error.to_string(), exit: 5 })?;
+        let tree = Tree::new(entries).map_err(|error| Failure::breach(error.to_string()))?;
         let tree = Arc::new(tree);
         let plan = target.diff(&tree, notes)?;
         if notes.stopped() {

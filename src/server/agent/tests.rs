@@ -184,19 +184,18 @@ fn files_go_through_two_lanes_and_a_wrong_digest_fails_alone() {
     assert!(target.commit(&CommitOptions::default(), &Silent::default()).is_err());
 }
 
-#[test]
-fn h23_messages_out_of_order_or_bounds_are_refused() {
-    let memory = Arc::new(Memory::default());
-    let client = client(&memory);
-    let call = |name: &str, body: &[u8]| {
+/// What asks an agent, and says how it was answered.
+fn asked(memory: &Arc<Memory>) -> impl Fn(&str, &[u8]) -> u8 + use<> {
+    let client = client(memory);
+    move |name: &str, body: &[u8]| {
         let mut packet = extension::request(name);
         packet.extend_from_slice(body);
         client.call(packet, false).unwrap().kind
-    };
-    for name in ["diff", "commit", "write", "put", "finish", "plan", "list", "next", "fetch", "attach", "begin", "scan"]
-    {
-        assert_eq!(call(name, &[0; 3]), extension::STATUS, "{name}");
     }
+}
+
+/// Begins a run with one file of ten bytes.
+fn compared(call: &impl Fn(&str, &[u8]) -> u8) {
     let mut begin = Vec::new();
     extension::put_string(&mut begin, b"/x");
     extension::put_string(&mut begin, &serde_json::to_vec(&BeginOptions::default()).unwrap());
@@ -206,24 +205,62 @@ fn h23_messages_out_of_order_or_bounds_are_refused() {
     extension::put_frame(&mut entries, &raw, None);
     assert_eq!(call("entries", &entries), extension::EXTENDED_REPLY);
     assert_eq!(call("diff", &[]), extension::EXTENDED_REPLY);
-    let write = |index: u32, offset: u64, length: u32| {
-        let mut body = index.to_be_bytes().to_vec();
-        body.extend_from_slice(&offset.to_be_bytes());
-        body.push(0);
-        body.extend_from_slice(&length.to_be_bytes());
-        body.extend_from_slice(&[1; 4]);
-        call("write", &body)
-    };
-    assert_eq!(write(0, 0, 4), extension::STATUS, "not open");
-    assert_eq!(call("open", &[0; 12]), extension::EXTENDED_REPLY);
-    for (index, offset, length) in
-        [(9, 0, 4), (0, u64::MAX, 4), (0, 8, 4), (0, 0, 3), (0, 0, 5), (0, 0, 1 << 31), (0, 0, u32::MAX)]
+}
+
+fn block(index: u32, offset: u64, length: u32) -> Vec<u8> {
+    let mut body = index.to_be_bytes().to_vec();
+    body.extend_from_slice(&offset.to_be_bytes());
+    body.push(0);
+    body.extend_from_slice(&length.to_be_bytes());
+    body.extend_from_slice(&[1; 4]);
+    body
+}
+
+#[test]
+fn h23_messages_out_of_order_or_bounds_are_refused() {
+    let memory = Arc::new(Memory::default());
+    let call = asked(&memory);
+    for name in ["diff", "commit", "write", "put", "finish", "plan", "list", "next", "fetch", "attach", "begin", "scan"]
     {
-        assert_eq!(write(index, offset, length), extension::STATUS, "{index} {offset} {length}");
+        assert_eq!(call(name, &[0; 3]), extension::STATUS, "{name}");
     }
-    assert_eq!(write(0, 6, 4), extension::EXTENDED_REPLY);
-    assert_eq!(write(0, 0, 4), extension::STATUS, "descends");
-    assert_eq!(call("put", &u32::MAX.to_be_bytes()), extension::STATUS);
+    // Where nothing was begun there is nothing to give up.
+    compared(&call);
+    assert_eq!(call("open", &[0; 12]), extension::EXTENDED_REPLY);
+    assert_eq!(call("write", &block(0, 0, 4)), extension::EXTENDED_REPLY);
+    assert_eq!(call("write", &block(0, 6, 4)), extension::EXTENDED_REPLY);
+
+    let bad: Vec<(&str, Vec<u8>)> = [(9, 0, 4), (0, u64::MAX, 4), (0, 8, 4), (0, 0, 3), (0, 0, 5), (0, 0, 1 << 31)]
+        .into_iter()
+        .chain([(0, 0, u32::MAX)])
+        .map(|(index, offset, length)| ("write", block(index, offset, length)))
+        .chain([("put", u32::MAX.to_be_bytes().to_vec()), ("open", vec![0xff; 12]), ("begin", vec![0; 3])])
+        .collect();
+    for (name, body) in bad {
+        let memory = Arc::new(Memory::default());
+        let call = asked(&memory);
+        compared(&call);
+        assert_eq!(call("open", &[0; 12]), extension::EXTENDED_REPLY);
+        assert_eq!(call("write", &block(0, 0, 4)), extension::EXTENDED_REPLY);
+        assert_eq!(call(name, &body), extension::STATUS, "{name} {body:?}");
+        // It is as if nothing had been sent, then and afterwards.
+        assert_eq!(locked(&memory.0)[&0], [1; 4], "{name} {body:?}");
+        assert_eq!(call("write", &block(0, 4, 4)), extension::STATUS, "{name} {body:?}");
+        let mut commit = Vec::new();
+        extension::put_string(&mut commit, &serde_json::to_vec(&CommitOptions::default()).unwrap());
+        assert_eq!(call("commit", &commit), extension::STATUS, "{name} {body:?}");
+        assert_eq!(locked(&memory.0)[&0], [1; 4], "{name} {body:?}");
+    }
+    for (body, why) in [(block(0, 0, 4), "not open"), (block(0, 6, 4), "not open")] {
+        let call = asked(&Arc::new(Memory::default()));
+        compared(&call);
+        assert_eq!(call("write", &body), extension::STATUS, "{why}");
+    }
+    let call = asked(&Arc::new(Memory::default()));
+    compared(&call);
+    assert_eq!(call("open", &[0; 12]), extension::EXTENDED_REPLY);
+    assert_eq!(call("write", &block(0, 6, 4)), extension::EXTENDED_REPLY);
+    assert_eq!(call("write", &block(0, 0, 4)), extension::STATUS, "descends");
 }
 
 /// Remembers how it was begun.

@@ -24,8 +24,8 @@ struct Group {
 }
 
 struct Worker<'a> {
-    writer: Box<dyn Writer + 'a>,
     run: &'a Run,
+    writer: Box<dyn Writer + 'a>,
     tree: Arc<Tree>,
     /// Where the next byte of an open file may be, at the least.
     open: HashMap<u32, u64>,
@@ -36,7 +36,7 @@ struct Worker<'a> {
     serial: u32,
 }
 
-pub(super) fn serve(target: &(dyn Target + Send + Sync), run: &Run, jobs: &Receiver<Job>) {
+pub(super) fn serve(run: &Run, target: &(dyn Target + Send + Sync), jobs: &Receiver<Job>) {
     let made = match run.tree.get() {
         Some(tree) => target.writer().map(|writer| (writer, Arc::clone(tree))).map_err(Failure::from),
         None => Err(Failure::order("nothing was compared")),
@@ -44,7 +44,7 @@ pub(super) fn serve(target: &(dyn Target + Send + Sync), run: &Run, jobs: &Recei
     match made {
         Ok((writer, tree)) => {
             let (open, waiting, groups) = (HashMap::new(), HashMap::new(), HashMap::new());
-            Worker { writer, run, tree, open, waiting, groups, serial: 0 }.serve(jobs);
+            Worker { run, writer, tree, open, waiting, groups, serial: 0 }.serve(jobs);
         }
         Err(failure) => jobs.iter().for_each(|job| job.refuse(&failure)),
     }
@@ -78,16 +78,22 @@ impl Worker<'_> {
         jobs.iter().for_each(|job| job.refuse(&failure));
     }
 
-    /// A message that is not in order is refused and has no effect; `Err` ends the worker.
+    /// A message that breaks the rules has no effect, and no later one has; `Err` ends the worker.
     fn handle(&mut self, mut job: Job) -> Result<(), Failure> {
         let payload = std::mem::take(&mut job.payload);
         self.serial = self.serial.wrapping_add(1);
-        match self.apply(&job, payload) {
+        let at = Fields(payload.bytes().get(if job.name == "put" { 4 } else { 0 }..).unwrap_or_default()).u32().ok();
+        let done = self.run.is_good().map_err(Refusal::Message).and_then(|()| self.apply(&job, payload));
+        match done {
             Ok(Done::Now) => job.reply(&[]),
             Ok(Done::Later(count)) => {
                 self.groups.insert(self.serial, Group { job, remaining: count, failures: 0, body: Vec::new() });
             }
-            Err(Refusal::Message(failure)) => job.refuse(&failure),
+            Err(Refusal::Message(failure)) => {
+                let (path, failure) = self.named(at, failure);
+                self.run.reject(&path, &failure);
+                job.refuse(&failure);
+            }
             Err(Refusal::Run(failure)) => {
                 job.refuse(&failure);
                 return Err(failure);
@@ -183,6 +189,20 @@ impl Worker<'_> {
             self.run.open_files.remove();
         }
         was_open
+    }
+
+    /// The path that a message is about, and the failure with its name.
+    fn named(&self, at: Option<u32>, failure: Failure) -> (Vec<u8>, Failure) {
+        if self.run.is_good().is_err() {
+            return (Vec::new(), failure);
+        }
+        match at.and_then(|at| self.tree.entries().get(at as usize)) {
+            Some(entry) => {
+                let message = format!("'{}': {}", entry.path, failure.message);
+                (entry.path.as_bytes().to_vec(), Failure { message, ..failure })
+            }
+            None => (Vec::new(), failure),
+        }
     }
 
     fn size(&self, index: u32) -> Result<u64, WireError> {

@@ -6,24 +6,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use super::{keygen, until};
+
 /// A server that ends with the test. Paths are below its directory.
 pub(crate) struct Served {
     child: Child,
     pub(crate) port: u16,
     at: tempfile::TempDir,
-}
-
-pub(crate) fn said(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
-}
-
-/// Polls until `done`; a test that waits too long fails with what it waited for.
-pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !done() {
-        assert!(started.elapsed() < Duration::from_secs(15), "waited too long for {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
 }
 
 pub(crate) fn write(path: &Path, text: &str) {
@@ -43,6 +32,15 @@ impl Served {
         Served::with(&["sync"], |at| serve.replace("AT", &at.display().to_string()), limits, |at| user(at, "sync", ""))
     }
 
+    /// Serves user `sync`, with a record of logins below `record`.
+    pub(crate) fn recording() -> Served {
+        let audit = |at: &Path| {
+            fs::create_dir(at.join("record")).unwrap();
+            format!("audit = '{}'", at.join("record").display())
+        };
+        Served::with(&["sync"], audit, "", |at| user(at, "sync", ""))
+    }
+
     /// Serves users; each of `keys` is made (`NAME.key`), with a directory of its name, and opens the user of its name.
     pub(crate) fn with(
         keys: &[&str],
@@ -52,7 +50,7 @@ impl Served {
     ) -> Served {
         let at = tempfile::tempdir().unwrap();
         for key in keys {
-            keygen(at.path(), &["-q", "-t", "ed25519", "-N", "", "-C", key, "-f", &format!("{key}.key")]);
+            keygen(at.path(), &["-t", "ed25519", "-N", "", "-C", key, "-f", &format!("{key}.key")]);
             fs::create_dir(at.path().join(key)).ok();
             write(
                 &at.path().join(format!("{key}.keys")),
@@ -236,12 +234,6 @@ impl Drop for Held {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-pub(crate) fn keygen(at: &Path, arguments: &[&str]) {
-    let output = Command::new("ssh-keygen").current_dir(at).args(arguments).output();
-    let output = output.expect("ssh-keygen is not installed: Debian package openssh-client");
-    assert!(output.status.success(), "ssh-keygen {arguments:?}: {}", said(&output));
 }
 
 fn spawn(at: &Path) -> Child {

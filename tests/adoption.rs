@@ -1,0 +1,73 @@
+//! What lies at the target already, brought by other means or edited there.
+
+use std::fs;
+
+use crate::kit::pair::{Pair, damage, options, run_command, with};
+
+#[test]
+fn a_tree_that_was_filled_by_other_means_is_adopted_and_not_sent_again() {
+    for copy in ["-a", "-r"] {
+        let pair = Pair::new();
+        pair.write("large", &vec![3; 2_000_000]);
+        pair.write("d/small", b"small");
+        pair.write("d/damaged", b"good data");
+        run_command("cp", &[copy], &[&pair.source, &pair.target]);
+        fs::write(pair.target.join("more"), "of the target").unwrap();
+        if copy == "-a" {
+            damage(&pair.target.join("d/damaged"));
+        } else {
+            fs::write(pair.target.join("d/damaged"), "bad data!").unwrap();
+        }
+        let (report, sent) = pair.push_counted(&options());
+        assert!(report.is_complete(), "{:?}", report.problems);
+        assert_eq!(sent, 9, "cp {copy}: only what differs is sent");
+        assert_eq!(fs::read(pair.target.join("d/damaged")).unwrap(), b"good data", "cp {copy}");
+        for path in ["large", "d/small", "d/damaged"] {
+            assert!(pair.listed(path).is_some(), "cp {copy}: {path}");
+        }
+        assert_eq!(pair.listed("more"), None);
+        fs::remove_file(pair.target.join("more")).unwrap();
+        assert_eq!(pair.differences(), "");
+        let again = pair.push_counted(&options());
+        assert_eq!((again.0.plan.actions, again.1), (vec![], 0));
+    }
+}
+
+#[test]
+fn an_edit_at_the_target_that_put_its_time_back_is_noticed_and_mended() {
+    let pair = Pair::new();
+    for path in ["a", "b", "c"] {
+        pair.write(path, &[b'x'; 1000]);
+        // Of another day: the table believes no file whose times are those of this moment.
+        let file = fs::File::options().write(true).open(pair.source.join(path)).unwrap();
+        file.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000)).unwrap();
+    }
+    pair.push_counted(&options());
+    let table = fs::read(pair.target.join(".lockstep/digests")).unwrap();
+    assert_eq!(table.len(), 19 + 3 * 80 + 32, "three files are known");
+    damage(&pair.target.join("b"));
+    let (report, sent) = pair.push_counted(&options());
+    assert_eq!((report.plan.actions.len(), sent), (1, 1000), "{:?}", report.plan.actions);
+    assert_eq!(pair.differences(), "");
+    // Without the table of digests everything is hashed again, and nothing is sent.
+    fs::remove_file(pair.target.join(".lockstep/digests")).unwrap();
+    let (report, sent) = pair.push_counted(&options());
+    assert_eq!((report.plan.actions, sent), (vec![], 0));
+    assert!(pair.target.join(".lockstep/digests").exists());
+}
+
+#[test]
+fn checksum_hashes_at_the_target_whatever_was_known_of_it() {
+    let pair = Pair::new();
+    pair.write("a", &[b'x'; 1000]);
+    pair.push_counted(&options());
+    let table = fs::read(pair.target.join(".lockstep/digests")).unwrap();
+    let checksum = with(|begin| begin.checksum = true);
+    let (report, sent) = pair.push_counted(&checksum);
+    assert_eq!((report.committed.unwrap().generation, sent), (1, 0));
+    damage(&pair.target.join("a"));
+    // The table claims to know the damaged file: --checksum does not ask it.
+    fs::write(pair.target.join(".lockstep/digests"), table).unwrap();
+    assert_eq!(pair.push_counted(&checksum).1, 1000);
+    assert_eq!(pair.differences(), "");
+}

@@ -1,0 +1,74 @@
+//! What may stand between a client and a server.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+
+/// Connects whoever comes with `port`. `pass` sees what comes, of either side, and says how much of it is passed on and
+/// whether the connection lives on.
+fn between(port: u16, pass: impl Fn(&mut [u8]) -> (usize, bool) + Send + Sync + 'static) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let own = listener.local_addr().unwrap().port();
+    let pass = Arc::new(pass);
+    std::thread::spawn(move || {
+        for client in listener.incoming().map_while(Result::ok) {
+            let server = TcpStream::connect(("127.0.0.1", port)).unwrap();
+            for (mut from, mut to) in [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)] {
+                let pass = Arc::clone(&pass);
+                std::thread::spawn(move || {
+                    let mut buffer = [0; 16384];
+                    while let Ok(count @ 1..) = from.read(&mut buffer) {
+                        let (passed, lives) = pass(&mut buffer[..count]);
+                        if to.write_all(&buffer[..passed]).is_err() || !lives {
+                            break;
+                        }
+                    }
+                    let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+                });
+            }
+        }
+    });
+    own
+}
+
+/// Takes so many bytes off `left`: how many there were.
+fn take(left: &AtomicUsize, count: usize) -> usize {
+    left.fetch_update(SeqCst, SeqCst, |left| Some(left.saturating_sub(count))).unwrap()
+}
+
+/// Passes on about as many bytes as are `left`, those of both directions counted, and then swallows all that comes.
+pub(crate) fn swallowing(port: u16, left: Arc<AtomicUsize>) -> u16 {
+    between(port, move |data| (if take(&left, data.len()) > 0 { data.len() } else { 0 }, true))
+}
+
+/// Passes on as many bytes as are `left`, and then cuts every connection, in the middle of a packet as it comes; who connects
+/// later is cut at once.
+pub(crate) fn cutting(port: u16, left: Arc<AtomicUsize>) -> u16 {
+    between(port, move |data| {
+        let had = take(&left, data.len());
+        (data.len().min(had), had >= data.len())
+    })
+}
+
+/// The same, but the next byte is passed on with a bit that is another, and so is one of each later part.
+pub(crate) fn spoiling(port: u16, left: Arc<AtomicUsize>) -> u16 {
+    between(port, move |data| {
+        let had = take(&left, data.len());
+        if let Some(byte) = data.get_mut(had) {
+            *byte ^= 0x20;
+        }
+        (data.len(), true)
+    })
+}
+
+/// Passes everything on, and keeps what it saw.
+pub(crate) fn listening(port: u16) -> (u16, Arc<Mutex<Vec<u8>>>) {
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let keeps = Arc::clone(&heard);
+    let own = between(port, move |data| {
+        keeps.lock().unwrap().extend_from_slice(data);
+        (data.len(), true)
+    });
+    (own, heard)
+}
