@@ -426,6 +426,6 @@ mod tests {
     fn h09_the_path_of_an_error_does_not_steer_a_terminal() {
         let source = std::io::ErrorKind::NotFound.into();
         let error = Error::Io { operation: "open", path: "/x/\u{1b}[2J\nok\\n".into(), source };
-        assert_eq!(error.to_string(), "open '/x/\\x1b[2J\\nok\\n'");
+        assert_eq!(error.to_string(), "cannot open '/x/\\x1b[2J\\nok\\n'");
     }
 }

@@ -54,7 +54,7 @@ pub(super) async fn direct(options: &SshOptions) -> Result<(Stream, Duration), C
             Ok(Ok(stream)) => {
                 let round_trip = asked.elapsed();
                 stream.set_nodelay(true).map_err(|error| again(error.to_string()))?;
-                return Ok((Box::new(stream), round_trip));
+                return Ok((Box::new(Prompt { socket: stream, left: PROMPT_READS }), round_trip));
             }
             Ok(Err(error)) => {
                 let why = crate::error::in_words(&error);
@@ -67,6 +67,54 @@ pub(super) async fn direct(options: &SshOptions) -> Result<(Stream, Duration), C
         }
     }
     Err(again(last))
+}
+
+/// How many reads are acknowledged at once: those of key exchange, login and the first requests.
+const PROMPT_READS: u32 = 128;
+
+/// A socket that acknowledges at once while a connection is set up. sshd waits for acknowledgements before it sends more
+/// (it sets TCP_NODELAY late), and the kernel would wait 40 ms for something to send them with.
+struct Prompt {
+    socket: TcpStream,
+    left: u32,
+}
+
+impl AsyncRead for Prompt {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let read = Pin::new(&mut self.socket).poll_read(cx, buf);
+        if self.left > 0 && read.is_ready() {
+            self.left -= 1;
+            // It is a wish; without it everything works, later.
+            let _ = rustix::net::sockopt::set_tcp_quickack(&self.socket, true);
+        }
+        read
+    }
+}
+
+impl AsyncWrite for Prompt {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, data)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write_vectored(cx, data)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.socket.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
 }
 
 /// The standard input and output of the command that makes the connection; it ends with the stream.

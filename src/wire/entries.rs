@@ -3,6 +3,7 @@
 //! What always holds: the entries ascend by path, none comes twice, and together they take no more memory than was agreed,
 //! give or take one message.
 
+use std::cmp::Ordering;
 use std::sync::Arc;
 
 use super::extension::{Fields, WireError};
@@ -53,8 +54,10 @@ impl EntryList {
         while !fields.0.is_empty() {
             let before = fields.0.len();
             let entry = self.entry(&mut fields)?;
-            if self.entries.last().is_some_and(|last| last.path >= entry.path) {
-                return Err(WireError::Order);
+            match self.entries.last().map(|last| last.path.cmp(&entry.path)) {
+                None | Some(Ordering::Less) => {}
+                Some(Ordering::Equal) => return Err(WireError::Twice { path: entry.path.to_string() }),
+                Some(Ordering::Greater) => return Err(WireError::Order { path: entry.path.to_string() }),
             }
             let last = self.entries.last();
             let names = [
@@ -146,7 +149,8 @@ mod tests {
             let [first, second] = [first, second].map(|path| raw(&[entry(path, Content::Directory)]));
             let mut list = EntryList::new(1 << 20);
             list.read(&first).unwrap();
-            assert_eq!(list.read(&second), Err(WireError::Order));
+            let refused = list.read(&second);
+            assert!(matches!(refused, Err(WireError::Order { .. } | WireError::Twice { .. })), "{refused:?}");
         }
     }
 

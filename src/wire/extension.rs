@@ -62,8 +62,18 @@ pub enum WireError {
     Trailing,
     #[error("{0} is out of range")]
     Range(&'static str),
-    #[error("the paths do not ascend")]
-    Order,
+    /// Paths are listed in ascending order.
+    #[error("'{path}' is listed after what it comes before: the paths do not ascend")]
+    Order {
+        /// Safe to print.
+        path: String,
+    },
+    /// Each path is listed once.
+    #[error("'{path}' is listed twice")]
+    Twice {
+        /// Safe to print.
+        path: String,
+    },
     #[error(
         "the list takes more than {most} bytes of memory, which is all that there is for one run; send the tree in parts"
     )]

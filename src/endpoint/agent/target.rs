@@ -91,7 +91,7 @@ fn read_chunk(reply: &[u8], plan: &mut Plan, entries: usize) -> Result<usize, Wi
     for _ in 0..removals {
         let removal = extension::read_removal(&mut fields)?;
         if plan.removals.last().is_some_and(|last| last.path >= removal.path) {
-            return Err(WireError::Order);
+            return Err(WireError::Order { path: removal.path.to_string() });
         }
         plan.removals.push(removal);
     }
