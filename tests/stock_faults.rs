@@ -63,11 +63,11 @@ fn h24_a_file_that_is_hashed_there_while_it_is_sent_is_proven_like_any_other() {
     let pair = Pair::new();
     // Large enough to be followed, with a hole in it and an end that is no multiple of anything.
     let large = fs::File::create(pair.at("source").join("large")).unwrap();
-    large.set_len(40 << 20).unwrap();
-    for at in [0, 9 << 20, (40 << 20) - 5] {
+    large.set_len(140 << 20).unwrap();
+    for at in [0, 9 << 20, (140 << 20) - 5] {
         large.write_all_at(&vec![7; 1 << 20], at).unwrap();
     }
-    large.write_all_at(b"content", 41 << 20).unwrap();
+    large.write_all_at(b"content", 141 << 20).unwrap();
     drop(large);
     pair.write("second", vec![1; 33 << 20]);
     assert!(pair.push(nothing(), nothing(), true).unwrap().is_complete());

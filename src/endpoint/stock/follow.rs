@@ -12,8 +12,11 @@ use super::shell::Spare;
 use crate::endpoint::Error;
 use crate::manifest::Digest;
 
-/// Smaller files are hashed many at a time when they are complete.
-pub(super) const FOLLOW_BYTES: u64 = 32 << 20;
+/// Smaller files are hashed when they are complete, while the next are sent: that takes less of the machine there, and
+/// for the last of them not long.
+pub(super) const FOLLOW_BYTES: u64 = 128 << 20;
+/// The follower is told of so many bytes at a time.
+pub(super) const FOLLOW_STEP_BYTES: u64 = 16 << 20;
 /// Bytes that are read at a time, in units of the command's block.
 const STEP: u64 = 16;
 const BLOCK: u64 = 1 << 20;

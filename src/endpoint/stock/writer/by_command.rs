@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::super::bulk::{Bulk, Done, Starting};
-use super::super::follow::{FOLLOW_BYTES, Follower};
+use super::super::follow::{FOLLOW_BYTES, FOLLOW_STEP_BYTES, Follower};
 use super::super::prove::Unproven;
 use super::super::session::{about, with_attributes};
 use super::super::shell::is_plain;
@@ -180,7 +180,7 @@ impl StockWriter {
         let (Some((followed, told)), Some(follower)) = (&mut self.following, &self.follower) else { return };
         let Some(file) = self.files.get(&number).filter(|_| *followed == number) else { return };
         let reached = file.unanswered.values().next().copied().unwrap_or(file.sent);
-        if reached >= *told + FOLLOW_BYTES / 2 {
+        if reached >= *told + FOLLOW_STEP_BYTES {
             *told = reached;
             follower.reached(reached);
         }
