@@ -310,6 +310,23 @@ fn push_to(served: &Served, sender: &str) -> Output {
 }
 
 #[test]
+fn h46_a_confined_sender_gives_nothing_away_where_the_receiver_has_no_rules() {
+    if without_root("what a sender asks for owners") {
+        return;
+    }
+    let served = Served::with(&["sync"], |_| String::new(), "", |at| user(at, "sync", ""));
+    fs::create_dir_all(served.path("source")).unwrap();
+    fs::write(served.path("source/model"), "weights").unwrap();
+    let sender = "[[rule]]\nmatch = '**'\nmode = '640'\nowner = 'nobody'\ngroup = 'games'\n";
+    let pushed = push_to(&served, sender);
+    assert!(pushed.status.success(), "{}", text(&pushed));
+    let model = served.path("sync/models/model");
+    assert_eq!((mode(&model).as_str(), owner(&model)), ("0640", (0, 0)));
+    let log = fs::read_to_string(served.path("sync/models/.lockstep/audit.jsonl")).unwrap();
+    assert!(log.contains("not given: owner nobody, group games"), "{log}");
+}
+
+#[test]
 fn s12_h45_h46_the_receivers_rules_win_over_what_a_sender_asks_for() {
     if without_root("what a sender asks for owners") {
         return;

@@ -240,6 +240,33 @@ fn a_change_that_the_time_of_a_young_file_hides_is_seen() {
 }
 
 #[test]
+fn what_others_could_have_written_down_is_not_carried_out() {
+    let pair = Pair::new();
+    pair.write("f", "new");
+    let state = pair.at("target/.lockstep");
+    let as_root = rustix::process::geteuid().is_root();
+    for owner in [None, as_root.then_some(65534)] {
+        fs::create_dir_all(state.join("staging/sftp")).unwrap();
+        fs::write(pair.at("target/kept"), "kept").unwrap();
+        // A record that would remove it, of a run after no manifest.
+        let record = format!("lockstep-sftp-commit 1 {}\nD{}\n", "0".repeat(64), "6b657074");
+        fs::write(state.join("staging/sftp/commit"), record).unwrap();
+        let mode = if owner.is_some() { 0o700 } else { 0o777 };
+        fs::set_permissions(&state, fs::Permissions::from_mode(mode)).unwrap();
+        std::os::unix::fs::chown(&state, owner, None).unwrap();
+        if as_root || owner.is_none() {
+            let refused = pair.push(nothing(), nothing(), false).unwrap_err().to_string();
+            let why = if owner.is_some() { "belongs to user 65534" } else { "can be written by others (mode 0777)" };
+            assert!(refused.contains(why), "{refused}");
+        }
+        assert!(pair.at("target/kept").exists());
+        fs::remove_dir_all(pair.at("target")).unwrap();
+    }
+    pair.push(nothing(), nothing(), false).unwrap();
+    pair.in_step();
+}
+
+#[test]
 fn h34_what_was_sent_is_not_sent_again() {
     let pair = Pair::new();
     let content: Vec<u8> = (0..6_000_000u32).map(|at| (at / 3) as u8).collect();

@@ -5,7 +5,7 @@ pub mod mode;
 pub mod rights;
 mod rules;
 
-pub use rules::{Decision, Explanation, Policy, PolicyError, chmod_rules, chown_rules};
+pub use rules::{Decision, Explanation, Policy, PolicyError, Sender, chmod_rules, chown_rules};
 
 use serde::{Deserialize, Serialize};
 

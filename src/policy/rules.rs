@@ -71,6 +71,19 @@ pub struct Policy {
     foreign: usize,
     /// The receiver has rules of its own: a peer's may only say the nine permission bits.
     sovereign: bool,
+    /// A peer's may not say owners and groups.
+    keeps_owners: bool,
+}
+
+/// Whose the sender's rules are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sender {
+    /// Whoever runs this.
+    Oneself,
+    /// Somebody who has the account at this machine, and may do what it may.
+    Peer,
+    /// Somebody who may do things in one directory only.
+    Confined,
 }
 
 /// What a path gets.
@@ -118,20 +131,22 @@ impl Policy {
             return Err(PolicyError::TooMany { rule: spec.rules.len() });
         }
         let rules = spec.rules.iter().enumerate().map(|(at, rule)| compile(at + 1, rule)).collect::<Result<_, _>>()?;
-        Ok(Policy { rules, foreign: 0, sovereign: false })
+        Ok(Policy { rules, ..Policy::default() })
     }
 
     /// The rules of both sides. The receiver's come after the sender's, and so win.
     ///
-    /// With `peer` the sender is somebody else, and its rules grant less: no set-ID or sticky bits for files; and where
-    /// the receiver has rules of its own, no such bits at all, and no owner, group or ACL.
+    /// Where the sender is somebody else its rules grant less: no set-ID or sticky bits for files; and where
+    /// the receiver has rules of its own, no such bits at all, and no owner, group or ACL. A peer that is confined to a
+    /// directory gives nothing away to others there: no owner and no group, whatever the rights of the server.
     ///
     /// # Errors
     /// [`PolicyError`] with the rule that is wrong, the sender's counted first.
-    pub fn of_both(receiver: &PolicySpec, sender: &PolicySpec, peer: bool) -> Result<Policy, PolicyError> {
+    pub fn of_both(receiver: &PolicySpec, sender: &PolicySpec, sent_by: Sender) -> Result<Policy, PolicyError> {
         let policy = Policy::compile(&merge(receiver, sender))?;
-        let foreign = if peer { sender.rules.len() } else { 0 };
-        Ok(Policy { foreign, sovereign: !receiver.rules.is_empty(), ..policy })
+        let foreign = if sent_by == Sender::Oneself { 0 } else { sender.rules.len() };
+        let sovereign = !receiver.rules.is_empty();
+        Ok(Policy { foreign, sovereign, keeps_owners: sovereign || sent_by == Sender::Confined, ..policy })
     }
 
     /// Whether a rule has ACL entries, which not every file system keeps.
@@ -182,13 +197,14 @@ impl Policy {
             decision.withheld.push(format!("the special bits of mode {:04o}", decision.mode));
             decision.mode &= !SPECIAL_BITS;
         }
-        if !self.sovereign {
-            return;
+        if self.keeps_owners {
+            for (field, name) in [("owner", decision.owner.take()), ("group", decision.group.take())] {
+                decision.withheld.extend(name.map(|name| format!("{field} {}", wished(&name))));
+            }
         }
-        for (field, name) in [("owner", decision.owner.take()), ("group", decision.group.take())] {
-            decision.withheld.extend(name.map(|name| format!("{field} {}", wished(&name))));
-        }
-        if let Some(acl) = decision.acl.take().filter(|acl| !acl.is_empty()) {
+        if self.sovereign
+            && let Some(acl) = decision.acl.take().filter(|acl| !acl.is_empty())
+        {
             decision.withheld.push(format!("ACL {}", wished(&acl.to_string())));
         }
     }
@@ -371,9 +387,9 @@ mod tests {
         let rule = |pattern: String| RuleSpec { pattern, mode: Some("600".into()), ..RuleSpec::default() };
         let many = |count: usize, length: usize| PolicySpec { rules: vec![rule("x".repeat(length)); count] };
         for (spec, good) in [(many(1000, 1), true), (many(1001, 1), false), (many(100, 8000), false)] {
-            assert_eq!(Policy::of_both(&PolicySpec::default(), &spec, true).is_ok(), good);
+            assert_eq!(Policy::of_both(&PolicySpec::default(), &spec, Sender::Peer).is_ok(), good);
         }
-        assert!(Policy::of_both(&many(600, 1), &many(600, 1), true).is_err());
+        assert!(Policy::of_both(&many(600, 1), &many(600, 1), Sender::Peer).is_err());
         let nested = rule("{a,".repeat(50_000) + "b" + &"}".repeat(50_000));
         assert!(Policy::compile(&PolicySpec { rules: vec![nested] }).is_err());
     }
@@ -430,20 +446,24 @@ mod tests {
         };
         let sender = PolicySpec { rules: vec![generous("**", "6755"), generous("**/", "3775")] };
         let both =
-            |rules: &[RuleSpec], peer| Policy::of_both(&PolicySpec { rules: rules.to_vec() }, &sender, peer).unwrap();
+            |rules: &[RuleSpec], by| Policy::of_both(&PolicySpec { rules: rules.to_vec() }, &sender, by).unwrap();
         let decide =
             |policy: &Policy, path: &str, directory| policy.decide(&RelPath::new(path).unwrap(), directory, 0o644);
 
-        let own = decide(&both(&[], false), "x", false);
+        let own = decide(&both(&[], Sender::Oneself), "x", false);
         assert_eq!((own.mode, own.owner.as_deref(), own.withheld.len()), (0o6755, Some("root"), 0));
 
-        let open = both(&[], true);
+        let open = both(&[], Sender::Peer);
         let file = decide(&open, "x", false);
         assert_eq!((file.mode, file.owner.as_deref()), (0o755, Some("root")));
         assert_eq!(file.withheld, ["the special bits of mode 6755"]);
         assert_eq!(decide(&open, "d", true).mode, 0o3775);
 
-        let closed = both(&[rule("tool", "4711")], true);
+        let confined = decide(&both(&[], Sender::Confined), "x", false);
+        assert_eq!((confined.mode, confined.owner, confined.acl.is_some()), (0o755, None, true));
+        assert_eq!(confined.withheld, ["the special bits of mode 6755", "owner root"]);
+
+        let closed = both(&[rule("tool", "4711")], Sender::Peer);
         assert_eq!(decide(&closed, "tool", false).mode, 0o4711);
         let file = decide(&closed, "x", false);
         assert_eq!((file.mode, file.owner, file.acl), (0o755, None, None));

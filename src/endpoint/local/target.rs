@@ -21,7 +21,7 @@ use crate::monitor::{Event, Monitor, Problem, Severity};
 use crate::path::RelPath;
 use crate::plan::{Change, Compare, Desired, Need, Plan, diff, require_proof};
 use crate::policy::acl::Principal;
-use crate::policy::{Decision, Policy, PolicySpec};
+use crate::policy::{Decision, Policy, PolicySpec, Sender};
 use crate::root::{Follow, Metadata, Root, RootError};
 use crate::scan::names::{Names, UnknownName};
 use crate::scan::{self, LinkRule, ScanRule};
@@ -142,7 +142,12 @@ impl Target for LocalTarget {
 
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
         let usage = |error: &dyn std::error::Error| Error::Usage(crate::error::chain(error));
-        let policy = Policy::of_both(&self.policy, &options.policy, options.peer).map_err(|error| usage(&error))?;
+        let sent_by = match (options.peer, self.place.confined()) {
+            (false, _) => Sender::Oneself,
+            (true, None) => Sender::Peer,
+            (true, Some(_)) => Sender::Confined,
+        };
+        let policy = Policy::of_both(&self.policy, &options.policy, sent_by).map_err(|error| usage(&error))?;
         let rules = POINTERS.iter().map(|&name| name.to_owned()).chain(options.last.iter().cloned()).collect();
         let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
         let units = FilterSpec { rules: options.units.clone(), only: None };

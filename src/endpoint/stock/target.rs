@@ -205,6 +205,38 @@ fn make_private(session: &Session, paths: &[&[u8]]) -> Result<(), Error> {
     Ok(())
 }
 
+/// What an interrupted run wrote down is done by the next one, with its rights: directories in which others could have
+/// written it are refused. Whose they have to be the file at `own` says, which was made a moment ago.
+fn must_be_own(session: &Session, own: &[u8], paths: impl Iterator<Item = Vec<u8>>) -> Result<(), Error> {
+    let paths: Vec<Vec<u8>> = [own.to_vec()].into_iter().chain(paths).collect();
+    let found = session.batch(paths.iter().map(|path| about(packet::LSTAT, path)))?;
+    let found = found.iter().map(|reply| match reply {
+        Reply::Attributes(found) => Ok(found),
+        _ => Err(session.client.protocol("it does not say what it just made")),
+    });
+    let found: Vec<_> = found.collect::<Result<_, _>>()?;
+    // A server that keeps owners to itself lets nobody tell.
+    let Some((uid, _)) = found[0].owner else { return Ok(()) };
+    // Some file systems know no modes: what counts is what is made.
+    let usual = found[0].mode.unwrap_or_default();
+    for (path, found) in paths.iter().zip(&found).skip(1) {
+        let why = match (found.owner, found.mode) {
+            (Some((other, _)), _) if other != uid => format!("belongs to user {other}, not to {uid}"),
+            (_, Some(mode)) if mode & !usual & 0o022 != 0 => {
+                format!("can be written by others (mode {:04o})", mode & 0o7777)
+            }
+            _ => continue,
+        };
+        let reason = format!(
+            "'{}' {why}: others could have written what it holds; look at it, then remove it or give it to who \
+                      runs here",
+            Escaped(path)
+        );
+        return Err(Error::Refused { by: session.client.host().to_owned(), reason });
+    }
+    Ok(())
+}
+
 impl Target for StockTarget {
     fn describe(&self) -> String {
         self.lanes.describe()
@@ -238,7 +270,10 @@ impl Target for StockTarget {
         if !options.dry_run {
             make_private(&session, &[&at(&root, STATE)])?;
             let wait = Duration::from_secs(options.wait_seconds);
-            lock = Some(Lock::take(&session, &at(&root, STATE), self.describe(), &options.actor, wait)?);
+            let taken = Lock::take(&session, &at(&root, STATE), self.describe(), &options.actor, wait)?;
+            let hidden = rename_to.as_ref().map(|_| root.clone());
+            must_be_own(&session, taken.path(), hidden.into_iter().chain([at(&root, STATE)]))?;
+            lock = Some(taken);
         }
         let shell = self.first_shell(lock.as_ref(), monitor)?;
         let (has_shell, syncs) = (shell.is_some(), shell.as_ref().is_some_and(Shell::syncs));
