@@ -382,6 +382,40 @@ mod tests {
     }
 
     #[test]
+    fn content_is_never_taken_for_a_job() {
+        use std::io::Write as _;
+        let at = tempfile::tempdir().unwrap();
+        let (there, evil) = (at.path().join("there"), at.path().join("evil"));
+        std::fs::write(&there, "there").unwrap();
+        // A tar that gives up at once.
+        let (failing, path) = (at.path().join("bin"), std::env::var("PATH").unwrap());
+        std::fs::create_dir(&failing).unwrap();
+        std::fs::write(failing.join("tar"), "#!/bin/sh\nexit 1\n").unwrap();
+        std::fs::set_permissions(failing.join("tar"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let failing = format!("{}:{path}", failing.display());
+        // What is sent reads as a job that makes a file; more of it than a pipe holds.
+        let job = format!("new {}\n{}0 1\nx0 0\n", evil.as_os_str().len(), evil.display());
+        let content = job.repeat(1 + (300 << 10) / job.len());
+        let named =
+            |word: &str, path: &std::path::Path| format!("{word} {}\n{}", path.as_os_str().len(), path.display());
+        let new = format!("{}0 {}\n{content}0 0\n", named("new", &there), content.len());
+        let tar = format!("{}{}\n{content}0\n", named("tar", at.path()), content.len());
+        for (input, path, what) in
+            [(&new, &path, "a file that is there"), (&tar, &path, "no archive"), (&tar, &failing, "a tar that fails")]
+        {
+            let mut shell = std::process::Command::new("sh");
+            shell.args(["-c", SCRIPT]).env("PATH", path);
+            shell.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::null());
+            let mut shell = shell.spawn().unwrap();
+            // It may end before it has read everything.
+            let _ = shell.stdin.take().unwrap().write_all(input.as_bytes());
+            shell.wait().unwrap();
+            assert!(!evil.exists(), "{what}");
+        }
+        assert_eq!(std::fs::read(&there).unwrap(), b"there");
+    }
+
+    #[test]
     fn the_script_is_safe_in_single_quotes() {
         let inside = SCRIPT.strip_prefix("sh -c '").and_then(|rest| rest.strip_suffix('\'')).unwrap();
         assert!(!inside.contains(['\'', '!']) && !inside.contains("\\\\") && inside.is_ascii());
