@@ -165,9 +165,24 @@ impl<'r> AuditLog<'r> {
     /// # Errors
     /// When they cannot be written; the log is then as it was, or ends in an unfinished line.
     pub fn append(&mut self, records: &[AuditRecord]) -> Result<Head, AuditError> {
+        self.append_all(records.iter().cloned())
+    }
+
+    /// The same for records that are made one by one: of a million files none are held at once.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append).
+    pub fn append_all(&mut self, records: impl IntoIterator<Item = AuditRecord>) -> Result<Head, AuditError> {
         let failed = io_error(self.root);
-        let (text, head) = lines(self.head, records).map_err(|error| failed(error.into()))?;
-        self.file.write_all(&text).and_then(|()| self.file.sync_data()).map_err(&failed)?;
+        let mut lines = Lines::after(self.head);
+        for record in records {
+            lines.add(&record).map_err(|error| failed(error.into()))?;
+            if lines.text.len() >= WRITE_BYTES {
+                self.file.write_all(&std::mem::take(&mut lines.text)).map_err(&failed)?;
+            }
+        }
+        self.file.write_all(&lines.text).and_then(|()| self.file.sync_data()).map_err(&failed)?;
+        let head = lines.head;
         self.head = head;
         // DURABILITY: written after the lines; after a crash between the two the head is behind, which is no fault.
         let (path, new) = (RelPath::new(HEAD)?, RelPath::new(NEW_HEAD)?);
@@ -183,19 +198,38 @@ impl<'r> AuditLog<'r> {
 ///
 /// # Errors
 /// When a record cannot be written as JSON.
-pub fn lines(mut head: Head, records: &[AuditRecord]) -> Result<(Vec<u8>, Head), serde_json::Error> {
-    let time = timestamp(SystemTime::now());
-    let mut text = Vec::with_capacity(records.len() * 512);
-    for record in records {
+pub fn lines(head: Head, records: impl IntoIterator<Item = AuditRecord>) -> Result<(Vec<u8>, Head), serde_json::Error> {
+    let mut lines = Lines::after(head);
+    records.into_iter().try_for_each(|record| lines.add(&record))?;
+    Ok((lines.text, lines.head))
+}
+
+/// So much is written at a time.
+const WRITE_BYTES: usize = 1 << 20;
+
+/// Lines that follow one another.
+struct Lines {
+    head: Head,
+    time: String,
+    text: Vec<u8>,
+}
+
+impl Lines {
+    fn after(head: Head) -> Lines {
+        Lines { head, time: timestamp(SystemTime::now()), text: Vec::new() }
+    }
+
+    fn add(&mut self, record: &AuditRecord) -> Result<(), serde_json::Error> {
+        let (head, text) = (&mut self.head, &mut self.text);
         head.lines += 1;
-        let line = Line { sequence: head.lines, time: &time, record, previous: head.hash.to_string() };
+        let line = Line { sequence: head.lines, time: &self.time, record, previous: head.hash.to_string() };
         let start = text.len();
-        serde_json::to_writer(&mut text, &line)?;
+        serde_json::to_writer(&mut *text, &line)?;
         text.pop();
         head.hash = Digest(Sha256::digest(&text[start..]).into());
         text.extend_from_slice(format!(",\"hash\":\"{}\"}}\n", head.hash).as_bytes());
+        Ok(())
     }
-    Ok((text, head))
 }
 
 /// The head that the end of a log says, and where in `tail` its last complete line ends. `whole` says that the tail is

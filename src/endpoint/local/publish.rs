@@ -324,45 +324,51 @@ fn audit(root: &Root, record: &Record, tree: &Tree, problems: &[(RelPath, String
     };
     let base = AuditRecord { actor: record.actor.clone(), source: record.source.clone(), ..AuditRecord::default() };
     let failed: HashSet<&RelPath> = problems.iter().map(|(path, _)| path).collect();
-    let mut records = Vec::new();
-    for step in record.steps.iter().filter(|step| !failed.contains(step.path())) {
-        let action = match step {
-            Step::RemoveFile(_) | Step::RemoveDirectory(_) => {
-                records.push(AuditRecord { action: "remove".into(), path: step.path().to_string(), ..base.clone() });
-                continue;
-            }
-            Step::ApplyMetadata(_) => "metadata",
-            Step::Replace(_) | Step::NewDirectory(_) | Step::Exchange(_) => "publish",
-        };
-        let whole = matches!(step, Step::NewDirectory(_) | Step::Exchange(_));
-        let from = tree.entries().partition_point(|entry| entry.path < *step.path());
-        let within = tree.entries()[from..].iter().take_while(|entry| entry.path.is_within(step.path()));
-        for entry in within.take(if whole { usize::MAX } else { 1 }) {
-            let file = entry.file();
-            records.push(AuditRecord {
-                action: action.into(),
-                path: entry.path.to_string(),
-                size: file.map(|(size, _)| size),
-                sha256: file.and_then(|(_, digest)| digest).map(|digest| digest.to_string()),
-                mode: Some(format!("{:04o}", entry.mode)),
-                owner: Some(entry.owner.to_string()),
-                group: Some(entry.group.to_string()),
-                acl: record.acls.get(&entry.path).cloned(),
-                ..base.clone()
-            });
-            if let Some(what) = record.withheld.get(&entry.path) {
-                let reason = Some(format!("not given: {what}; the policy here does not grant it"));
-                records.push(AuditRecord {
-                    action: "refuse".into(),
-                    path: entry.path.to_string(),
-                    reason,
-                    ..base.clone()
-                });
-            }
-        }
-    }
-    AuditLog::open(root).map_err(wrong)?.append(&records).map_err(wrong)?;
+    let steps = record.steps.iter().filter(|step| !failed.contains(step.path()));
+    let records = steps.flat_map(|step| records(step, record, tree, &base));
+    AuditLog::open(root).map_err(wrong)?.append_all(records).map_err(wrong)?;
     Ok(())
+}
+
+/// What the audit log is told of a step.
+fn records<'a>(
+    step: &'a Step,
+    record: &'a Record,
+    tree: &'a Tree,
+    base: &'a AuditRecord,
+) -> Box<dyn Iterator<Item = AuditRecord> + 'a> {
+    let action = match step {
+        Step::RemoveFile(_) | Step::RemoveDirectory(_) => {
+            let removed = AuditRecord { action: "remove".into(), path: step.path().to_string(), ..base.clone() };
+            return Box::new(std::iter::once(removed));
+        }
+        Step::ApplyMetadata(_) => "metadata",
+        Step::Replace(_) | Step::NewDirectory(_) | Step::Exchange(_) => "publish",
+    };
+    let whole = matches!(step, Step::NewDirectory(_) | Step::Exchange(_));
+    let from = tree.entries().partition_point(|entry| entry.path < *step.path());
+    let within = tree.entries()[from..].iter().take_while(|entry| entry.path.is_within(step.path()));
+    Box::new(within.take(if whole { usize::MAX } else { 1 }).flat_map(move |entry| {
+        let file = entry.file();
+        let given = AuditRecord {
+            action: action.into(),
+            path: entry.path.to_string(),
+            size: file.map(|(size, _)| size),
+            sha256: file.and_then(|(_, digest)| digest).map(|digest| digest.to_string()),
+            mode: Some(format!("{:04o}", entry.mode)),
+            owner: Some(entry.owner.to_string()),
+            group: Some(entry.group.to_string()),
+            acl: record.acls.get(&entry.path).cloned(),
+            ..base.clone()
+        };
+        let withheld = record.withheld.get(&entry.path).map(|what| AuditRecord {
+            action: "refuse".into(),
+            path: entry.path.to_string(),
+            reason: Some(format!("not given: {what}; the policy here does not grant it")),
+            ..base.clone()
+        });
+        std::iter::once(given).chain(withheld)
+    }))
 }
 
 /// Puts the new manifest in force and clears the staging area, in an order that a crash does not hurt.

@@ -28,15 +28,15 @@ pub(super) fn append(
     removed: &[&RelPath],
     manifest: &Manifest,
 ) -> Result<(), Error> {
-    let records = records(run, state, published, removed, manifest);
-    if records.is_empty() {
+    let mut records = records(run, state, published, removed, manifest).peekable();
+    if records.peek().is_none() {
         return Ok(());
     }
     let session = &run.session;
     let path = at(&run.root, LOG);
     let (head, end) = end_of(run)?;
     let broken = |error: serde_json::Error| Error::Usage(error.to_string());
-    let (text, head) = lines(head, &records).map_err(broken)?;
+    let (text, head) = lines(head, records).map_err(broken)?;
     let handle = match session.call(session::open(&path, open::WRITE | open::CREATE))? {
         Reply::Handle(handle) => handle,
         Reply::Refused(refusal) => return Err(session.refused("open", &path, &refusal)),
@@ -105,20 +105,21 @@ fn end_of(run: &Run) -> Result<(Head, u64), Error> {
     Ok((head, start + complete as u64))
 }
 
-fn records(
+fn records<'a>(
     run: &Run,
-    state: &State,
-    published: &HashSet<u32>,
-    removed: &[&RelPath],
-    manifest: &Manifest,
-) -> Vec<AuditRecord> {
+    state: &'a State,
+    published: &'a HashSet<u32>,
+    removed: &'a [&'a RelPath],
+    manifest: &'a Manifest,
+) -> impl Iterator<Item = AuditRecord> + 'a {
     let (actor, source) = (run.options.actor.clone(), run.options.source.clone());
     let base = AuditRecord { actor, source, ..AuditRecord::default() };
-    let mut records = Vec::new();
-    for action in state.plan.actions.iter().filter(|action| published.contains(&action.index)) {
-        let Some(entry) = manifest.tree.get(&state.source.entries()[action.index as usize].path) else { continue };
+    let gone = base.clone();
+    let actions = state.plan.actions.iter().filter(|action| published.contains(&action.index));
+    let given = actions.filter_map(move |action| {
+        let entry = manifest.tree.get(&state.source.entries()[action.index as usize].path)?;
         let file = entry.file();
-        records.push(AuditRecord {
+        Some(AuditRecord {
             action: if action.change == Change::MetadataOnly { "metadata" } else { "publish" }.into(),
             path: entry.path.to_string(),
             size: file.map(|(size, _)| size),
@@ -127,10 +128,11 @@ fn records(
             owner: Some(entry.owner.to_string()),
             group: Some(entry.group.to_string()),
             ..base.clone()
-        });
-    }
-    for path in removed {
-        records.push(AuditRecord { action: "remove".into(), path: path.to_string(), ..base.clone() });
-    }
-    records
+        })
+    });
+    given.chain(removed.iter().map(move |path| AuditRecord {
+        action: "remove".into(),
+        path: path.to_string(),
+        ..gone.clone()
+    }))
 }
