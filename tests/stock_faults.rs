@@ -59,6 +59,39 @@ fn h24_content_that_changed_on_the_way_is_sent_again_or_never_published() {
 }
 
 #[test]
+fn h34_where_a_command_ends_content_goes_by_sftp() {
+    let mut ended = 0;
+    for count in 0..40 {
+        let pair = Pair::new();
+        for number in 0..20 {
+            pair.write(&format!("d/{number}"), format!("content {number}"));
+        }
+        pair.write("middle", vec![6; 600_000]);
+        pair.write("large", vec![7; 5_000_000]);
+        let left = AtomicUsize::new(count);
+        let cut = Arc::new(AtomicUsize::new(0));
+        let cuts = Arc::clone(&cut);
+        // Only commands are cut, one after so many packets, and those that come after it.
+        let hook: Hook = Arc::new(move |packet| {
+            let go_on = packet.first() != Some(&COMMAND)
+                || left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok();
+            cuts.fetch_add(usize::from(!go_on), Ordering::Relaxed);
+            go_on
+        });
+        match pair.push(hook, nothing(), true) {
+            Ok(report) => {
+                assert!(report.is_complete(), "after {count}: {:?}", report.problems);
+                pair.in_step();
+            }
+            // Without the command nothing brings to the disk what it was to bring there.
+            Err(error) => assert!(error.to_string().contains("stable storage"), "after {count}: {error}"),
+        }
+        ended += usize::from(cut.load(Ordering::Relaxed) > 0);
+    }
+    assert!(ended > 10, "{ended}");
+}
+
+#[test]
 fn h24_a_file_that_is_hashed_there_while_it_is_sent_is_proven_like_any_other() {
     let pair = Pair::new();
     // Large enough to be followed, with a hole in it and an end that is no multiple of anything.

@@ -64,9 +64,15 @@ impl Worker<'_, '_> {
                 }
                 None => {
                     let staged = self.writer.completions(true)?;
+                    let nothing = staged.is_empty();
                     self.complete(staged);
                     if self.again.is_empty() && self.finished.is_empty() {
                         return Ok(());
+                    }
+                    if nothing && self.again.is_empty() {
+                        // A defect of ours; to ask again and again would not end.
+                        let what = format!("{} files were sent and nothing became of them", self.finished.len());
+                        return Err(Error::Protocol { host: "the target".into(), what });
                     }
                 }
             }

@@ -4,6 +4,9 @@
 //! What always holds: pieces are announced with their length when all of their bytes are here, so that a piece is never
 //! left unfinished; jobs are answered in the order in which they were given. What the command wrote proves nothing:
 //! every file is hashed where it lies before it counts.
+//!
+//! RACE: a command outlives its connection by what it has still to write, a few hundred KiB at most. A run that begins at
+//! once may find a file growing; the digest of the whole decides there too.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

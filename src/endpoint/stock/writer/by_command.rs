@@ -117,8 +117,8 @@ impl StockWriter {
             file.queued.clear();
             return self.step(number);
         }
-        if file.route == Route::Pack && file.has_hole {
-            // An archive would fill it up.
+        // An archive would fill holes up; and the command may have ended meanwhile.
+        if file.route == Route::Pack && (file.has_hole || self.bulk.is_none()) {
             file.route = Route::Sftp;
             self.queued += file.queued.iter().map(|(_, block)| block.data().len()).sum::<usize>();
             return self.open_new(number);
