@@ -12,7 +12,7 @@ use rustix::fs::{FlockOperation, OFlags, RenameFlags};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::manifest::Digest;
+use crate::manifest::{Digest, Entry};
 use crate::path::{InvalidPath, RelPath};
 use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 
@@ -59,6 +59,24 @@ pub struct AuditRecord {
     /// Why it was refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+}
+
+impl AuditRecord {
+    /// What happened to an entry and what it got, by whom this record says.
+    #[must_use]
+    pub fn of_entry(&self, action: &str, entry: &Entry) -> AuditRecord {
+        let file = entry.file();
+        AuditRecord {
+            action: action.into(),
+            path: entry.path.to_string(),
+            size: file.map(|(size, _)| size),
+            sha256: file.and_then(|(_, digest)| digest).map(|digest| digest.to_string()),
+            mode: Some(format!("{:04o}", entry.mode)),
+            owner: Some(entry.owner.to_string()),
+            group: Some(entry.group.to_string()),
+            ..self.clone()
+        }
+    }
 }
 
 #[derive(Serialize)]

@@ -349,18 +349,8 @@ fn records<'a>(
     let from = tree.entries().partition_point(|entry| entry.path < *step.path());
     let within = tree.entries()[from..].iter().take_while(|entry| entry.path.is_within(step.path()));
     Box::new(within.take(if whole { usize::MAX } else { 1 }).flat_map(move |entry| {
-        let file = entry.file();
-        let given = AuditRecord {
-            action: action.into(),
-            path: entry.path.to_string(),
-            size: file.map(|(size, _)| size),
-            sha256: file.and_then(|(_, digest)| digest).map(|digest| digest.to_string()),
-            mode: Some(format!("{:04o}", entry.mode)),
-            owner: Some(entry.owner.to_string()),
-            group: Some(entry.group.to_string()),
-            acl: record.acls.get(&entry.path).cloned(),
-            ..base.clone()
-        };
+        let acl = record.acls.get(&entry.path).cloned();
+        let given = AuditRecord { acl, ..base.of_entry(action, entry) };
         let withheld = record.withheld.get(&entry.path).map(|what| AuditRecord {
             action: "refuse".into(),
             path: entry.path.to_string(),

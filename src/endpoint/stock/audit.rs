@@ -118,17 +118,7 @@ fn records<'a>(
     let actions = state.plan.actions.iter().filter(|action| published.contains(&action.index));
     let given = actions.filter_map(move |action| {
         let entry = manifest.tree.get(&state.source.entries()[action.index as usize].path)?;
-        let file = entry.file();
-        Some(AuditRecord {
-            action: if action.change == Change::MetadataOnly { "metadata" } else { "publish" }.into(),
-            path: entry.path.to_string(),
-            size: file.map(|(size, _)| size),
-            sha256: file.and_then(|(_, digest)| digest).map(|digest| digest.to_string()),
-            mode: Some(format!("{:04o}", entry.mode)),
-            owner: Some(entry.owner.to_string()),
-            group: Some(entry.group.to_string()),
-            ..base.clone()
-        })
+        Some(base.of_entry(if action.change == Change::MetadataOnly { "metadata" } else { "publish" }, entry))
     });
     given.chain(removed.iter().map(move |path| AuditRecord {
         action: "remove".into(),

@@ -25,6 +25,7 @@ mod follow;
 mod list;
 mod lock;
 mod names;
+mod place;
 mod prove;
 mod publish;
 mod read;
