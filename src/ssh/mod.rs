@@ -16,7 +16,6 @@ pub mod key_file;
 mod known_hosts;
 mod link;
 mod options;
-mod pattern;
 mod remote;
 mod scan;
 mod sha1;
