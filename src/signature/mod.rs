@@ -154,3 +154,51 @@ fn strong(key: &KeyData) -> Result<(), String> {
 fn fingerprint(key: &KeyData) -> String {
     key.fingerprint(HashAlg::Sha256).to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ssh_key::PrivateKey;
+    use ssh_key::private::{Ed25519Keypair, KeypairData};
+    use ssh_key::public::SkEd25519;
+
+    fn key(seed: u8) -> PrivateKey {
+        PrivateKey::new(KeypairData::Ed25519(Ed25519Keypair::from_seed(&[seed; 32])), "").unwrap()
+    }
+
+    fn made(by: &PrivateKey, message: &[u8]) -> Signature {
+        let made = SshSig::sign(by, NAMESPACE, HashAlg::Sha512, message).unwrap();
+        made.signature().clone()
+    }
+
+    #[test]
+    fn what_an_agent_made_of_something_else_is_not_written() {
+        let (own, other) = (key(1), key(2));
+        let data = own.public_key().key_data();
+        assert!(assemble(data, made(&own, b"list"), b"list").unwrap().starts_with("-----BEGIN SSH SIGNATURE-----\n"));
+        for wrong in [made(&own, b"another"), made(&other, b"list")] {
+            assert!(matches!(assemble(data, wrong, b"list"), Err(SignError::Mismatch { .. })));
+        }
+    }
+
+    #[test]
+    fn security_keys_are_refused_as_what_they_are() {
+        let own = key(1);
+        let KeyData::Ed25519(public) = own.public_key().key_data() else { panic!("it is an Ed25519 key") };
+        let data = KeyData::SkEd25519(SkEd25519::new(*public, "ssh:"));
+        assert!(matches!(assemble(&data, made(&own, b"list"), b"list"), Err(SignError::Weak(_))));
+        let line = PublicKey::from(data).to_openssh().unwrap();
+        let signers = AllowedSigners::parse(format!("a {line}").as_bytes(), &|_| None);
+        let text = assemble(own.public_key().key_data(), made(&own, b"list"), b"list").unwrap();
+        let said = verify(text.as_bytes(), b"list", &signers, None, 0).unwrap_err()[0].to_string();
+        assert!(said.contains("not listed (not understood: line 1: security keys"), "{said}");
+    }
+
+    #[test]
+    fn what_is_signed_is_what_openssh_signs() {
+        // "SSHSIG", the namespace, nothing, the hash's name, the hash: PROTOCOL.sshsig.
+        let signed = to_sign(b"list").unwrap();
+        assert!(signed.starts_with(b"SSHSIG\0\0\0\x1amanifest@lockstep.internal\0\0\0\0\0\0\0\x06sha512\0\0\0\x40"));
+        assert_eq!(signed.len(), 6 + 4 + 26 + 4 + 4 + 6 + 4 + 64);
+    }
+}
