@@ -134,7 +134,7 @@ fn h26_a_valid_signature_over_other_data_or_of_another_namespace_is_refused() {
     fs::copy(data.path("other/.lockstep/manifest.sig"), &signature).unwrap();
     data.refuses(&[], &["signed other data, or what was signed has changed since"]);
 
-    // The right one; then a byte of what is signed changes, in a way that the list's own digest does not show.
+    // The right one; then another list under it, whose own digest is good.
     data.sign("alice");
     ends(&data.verify(&[]), 1, &["weights: differs"]);
     let manifest = data.path("there/.lockstep/manifest");
@@ -155,15 +155,15 @@ fn h26_a_valid_signature_over_other_data_or_of_another_namespace_is_refused() {
     fs::write(&signature, text.replace(last, &format!("{swapped}{}", &last[1..]))).unwrap();
     data.refuses(&[], &["does not count"]);
     // A link that somebody planted is not followed.
-    fs::write(data.path("elsewhere"), &text).unwrap();
+    fs::write(data.path("there/.lockstep/elsewhere"), &text).unwrap();
     fs::remove_file(&signature).unwrap();
-    std::os::unix::fs::symlink("../../elsewhere", &signature).unwrap();
+    std::os::unix::fs::symlink("elsewhere", &signature).unwrap();
     data.refuses(&[], &["is not signed"]);
-    ends(&data.verify(&["--signature", "elsewhere"]), 1, &["weights: differs"]);
+    ends(&data.verify(&["--signature", "there/.lockstep/elsewhere"]), 1, &["weights: differs"]);
     // Signing puts a file in its place.
     data.sign("alice");
     assert!(signature.symlink_metadata().unwrap().is_file());
-    assert!(fs::read_to_string(data.path("elsewhere")).unwrap() == text);
+    assert!(fs::read_to_string(data.path("there/.lockstep/elsewhere")).unwrap() == text);
 }
 
 #[test]
