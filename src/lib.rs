@@ -15,6 +15,7 @@ pub mod manifest;
 pub mod path;
 pub mod plan;
 pub mod policy;
+pub mod signature;
 pub mod wire;
 
 // Local I/O: blocking.

@@ -8,6 +8,7 @@ const LAYERS: &[&[&str]] = &[
     &["error", "monitor"],
     &["path"],
     &["manifest"],
+    &["signature"],
     &["filter"],
     &["plan"],
     &["policy"],
@@ -27,7 +28,7 @@ const LAYERS: &[&[&str]] = &[
 ];
 /// `monitor` speaks of paths; both are leaves.
 const ALLOWED: &[(&str, &str)] = &[("monitor", "path"), ("monitor", "error"), ("path", "error")];
-const PURE: &[&str] = &["path", "manifest", "filter", "plan", "policy", "codec", "wire"];
+const PURE: &[&str] = &["path", "manifest", "signature", "filter", "plan", "policy", "codec", "wire"];
 
 fn rank(module: &str) -> Option<usize> {
     LAYERS.iter().position(|layer| layer.contains(&module))

@@ -32,6 +32,7 @@ mod serve_access;
 mod serve_limits;
 mod serve_wire;
 mod sftp_side_by_side;
+mod signatures;
 mod ssh;
 mod sshd_faults;
 mod stock;

@@ -2,15 +2,14 @@
 //! given.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use super::Failure;
 use super::passphrase;
 use super::remote::Destination;
 use crate::endpoint::link::ConnectError;
 use crate::error::{Escaped, Exit};
+use crate::ssh::SshRemote;
 use crate::ssh::config::{Environment, Files, Given, Keyword, Resolved, resolve};
-use crate::ssh::{Passphrase, SshRemote};
 
 /// How to log in.
 #[derive(Debug, Clone, clap::Args)]
@@ -74,10 +73,7 @@ impl Ssh {
             Some(file) if file.as_os_str().eq_ignore_ascii_case("none") => Files::None,
             Some(file) => Files::One(file.clone()),
         };
-        let ask: Passphrase = Arc::new(|key| {
-            passphrase::ask(&format!("Passphrase for {}: ", Escaped(key.as_os_str().as_encoded_bytes())))
-        });
-        let mut given = Given::new(files, Some(ask));
+        let mut given = Given::new(files, Some(passphrase::of_keys()));
         given.identities.clone_from(&self.identity);
         given.known_hosts.clone_from(&self.known_hosts);
         if let Some(port) = self.port {

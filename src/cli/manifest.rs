@@ -22,6 +22,7 @@ use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
 
 mod diff;
+mod sign;
 
 /// Where a target keeps the manifest of what was published.
 const PUBLISHED: &str = ".lockstep/manifest";
@@ -40,6 +41,12 @@ pub(super) enum Command {
     /// Reads the lists alone: whether a directory still holds what its list says is for 'manifest verify'. Each path that
     /// differs is a line on standard output, and the exit code is then 1.
     Diff(diff::Diff),
+    /// Sign a manifest with an SSH key
+    ///
+    /// Writes a signature that says who vouches for the list, and so for the content of each file on it: 'manifest verify
+    /// --require-signature' checks it, and so does 'ssh-keygen -Y verify' with the namespace manifest@lockstep.internal. The
+    /// list is signed as it stands; whether the directory holds what it says is for 'manifest verify', first.
+    Sign(sign::Sign),
     /// Read every file of a directory and compare it with a list
     ///
     /// Each file that differs, is missing, is not listed or cannot be read is a line on standard output, and the exit
@@ -55,6 +62,7 @@ impl Command {
             Command::Create(create) => create.run(),
             Command::Show { path } => show(&path),
             Command::Diff(diff) => diff.run(),
+            Command::Sign(sign) => sign.run(),
             Command::Verify(verify) => verify.run(),
         }
     }
@@ -90,6 +98,11 @@ pub(super) struct Verify {
     /// A list in the format of sha256sum, with names relative to the directory
     #[arg(long, value_name = "FILE")]
     sums: Option<PathBuf>,
+    /// Refuse a manifest of an earlier publication than this one (exit code 1)
+    #[arg(long, value_name = "N", conflicts_with = "sums")]
+    min_generation: Option<u64>,
+    #[command(flatten)]
+    trust: sign::Trust,
 }
 
 /// A path (`None` for the root) and what is to be said of it.
@@ -237,30 +250,34 @@ fn replace(file: &Path, text: &[u8]) -> std::io::Result<()> {
 
 /// Reads and checks a native manifest: `file`, or that of what was published to `directory`.
 fn load(file: Option<&Path>, directory: &Path) -> Result<Manifest, Failure> {
-    let at = file.map_or_else(|| directory.join(PUBLISHED), Path::to_owned);
-    let mut text = Vec::new();
-    match file {
-        Some(file) => text = std::fs::read(file).map_err(Failure::io("read", file))?,
-        None => {
-            let path = RelPath::new(PUBLISHED).map_err(|error| Failure::usage(error.to_string()))?;
-            match Root::open(directory)?.open_read(&path, Follow::Never) {
-                Ok(mut open) => open.read_to_end(&mut text).map_err(Failure::io("read", &at))?,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                    return Err(Failure::usage(format!(
-                        "'{}' has no manifest: nothing was published there; name a list with --manifest or --sums",
-                        shown(directory)
-                    )));
-                }
-                Err(error) => return Err(error.into()),
-            };
-        }
+    let (at, text) = read_text(file, directory)?;
+    decode(&at, &text)
+}
+
+/// The text of a native manifest, and where it is.
+fn read_text(file: Option<&Path>, directory: &Path) -> Result<(PathBuf, Vec<u8>), Failure> {
+    if let Some(file) = file {
+        return Ok((file.to_owned(), std::fs::read(file).map_err(Failure::io("read", file))?));
     }
-    format::decode(&text).map_err(|error| {
-        Failure::bad_data(format!(
-            "'{}': {}; get the manifest again from where it came from",
-            shown(&at),
-            chain(&error)
-        ))
+    let at = directory.join(PUBLISHED);
+    let path = RelPath::new(PUBLISHED).map_err(|error| Failure::usage(error.to_string()))?;
+    let mut text = Vec::new();
+    match Root::open(directory)?.open_read(&path, Follow::Never) {
+        Ok(mut open) => open.read_to_end(&mut text).map_err(Failure::io("read", &at))?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Failure::usage(format!(
+                "'{}' has no manifest: nothing was published there; name a list with --manifest or --sums",
+                shown(directory)
+            )));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    Ok((at, text))
+}
+
+fn decode(at: &Path, text: &[u8]) -> Result<Manifest, Failure> {
+    format::decode(text).map_err(|error| {
+        Failure::bad_data(format!("'{}': {}; get the manifest again from where it came from", shown(at), chain(&error)))
     })
 }
 
@@ -306,11 +323,27 @@ impl Found {
 }
 
 impl Verify {
+    /// The manifest, when its signature and its generation are what is asked for.
+    fn load(&self) -> Result<Manifest, Failure> {
+        let (at, text) = read_text(self.manifest.as_deref(), &self.directory)?;
+        // Before anything of it is believed: what is signed is these bytes.
+        self.trust.check(self.manifest.as_deref(), &self.directory, &text)?;
+        let manifest = decode(&at, &text)?;
+        match self.min_generation {
+            Some(least) if manifest.generation < least => Err(Failure::bad_data(format!(
+                "'{}' is of generation {}, older than {least}: it was replaced since, and is played again; get the current one",
+                shown(&at),
+                manifest.generation
+            ))),
+            _ => Ok(manifest),
+        }
+    }
+
     fn run(self) -> Result<Exit, Failure> {
         // The list first: a bad one is told before hours of reading.
         let (expected, list) = match &self.sums {
             Some(file) => (listed_sums(file)?, Some(file)),
-            None => (listed(&load(self.manifest.as_deref(), &self.directory)?.tree), self.manifest.as_ref()),
+            None => (listed(&self.load()?.tree), self.manifest.as_ref()),
         };
         let Hashed { tree, unreadable, left_out } = hash(&self.directory)?;
         let root = Root::open(&self.directory)?;
@@ -326,12 +359,13 @@ impl Verify {
             lines.extend(difference.map(|difference| (Some(path.clone()), difference)));
         }
         let known: HashSet<&RelPath> = expected.iter().map(|(path, _)| path).collect();
-        let own = list.and_then(|file| place_of(file, &self.directory));
+        let signature = self.trust.file(self.manifest.as_deref(), &self.directory);
+        let own = [list, signature.as_ref()].map(|file| file.and_then(|file| place_of(file, &self.directory)));
         for entry in tree.entries() {
             let counts =
                 self.sums.is_none() || matches!(entry.content, Content::File { .. } | Content::HardLink { .. });
             let excused =
-                known.contains(&entry.path) || failed.contains(&entry.path) || own.as_ref() == Some(&entry.path);
+                known.contains(&entry.path) || failed.contains(&entry.path) || own.contains(&Some(entry.path.clone()));
             if counts && !excused {
                 lines.push((Some(entry.path.clone()), "not listed".to_owned()));
             }

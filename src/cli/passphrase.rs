@@ -2,10 +2,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Write as _};
+use std::sync::Arc;
 
 use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, Termios, tcgetattr, tcsetattr};
 
 use super::display;
+use crate::error::shown;
+use crate::ssh::Passphrase;
 
 /// A terminal that shows nothing of what is typed, until this is dropped.
 struct Silent {
@@ -59,4 +62,9 @@ pub(super) fn ask(question: &str) -> Option<String> {
     let mut silent = Silent::open()?;
     silent.terminal.write_all(format!("\r\x1b[K{question}").as_bytes()).ok()?;
     String::from_utf8(silent.line()?).ok()
+}
+
+/// Asks for that of a key file.
+pub(super) fn of_keys() -> Passphrase {
+    Arc::new(|key| ask(&format!("Passphrase for {}: ", shown(key))))
 }

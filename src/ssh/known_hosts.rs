@@ -16,8 +16,8 @@ use russh::keys::ssh_key::public::KeyData;
 use russh::keys::{Algorithm, Certificate, PublicKey};
 
 use super::options::SshOptions;
-use super::pattern::wild;
 use super::{quote, sha1, shown};
+use crate::signature::pattern::wild;
 
 /// Shorter RSA keys are not believed, on file or not.
 const MIN_RSA_BITS: u32 = 2048;

@@ -16,10 +16,10 @@ pub mod key_file;
 mod known_hosts;
 mod link;
 mod options;
-mod pattern;
 mod remote;
 mod scan;
 mod sha1;
+mod signing;
 mod trust;
 
 pub use enroll::Enrolled;
@@ -27,6 +27,7 @@ pub use known_hosts::Finding;
 pub use options::{AddressFamily, Keepalive, Passphrase, SshOptions, UnknownHost};
 pub use remote::SshRemote;
 pub use scan::Shown;
+pub use signing::SigningKey;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

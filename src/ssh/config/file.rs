@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::keyword::Keyword;
 use super::{ConfigError, Environment, tokens, words};
 use crate::error::in_words;
-use crate::ssh::pattern::{any_of, wild};
+use crate::signature::pattern::{any_of, wild};
 use crate::ssh::shown;
 
 const MAX_DEPTH: usize = 16;

@@ -1,7 +1,7 @@
-//! Patterns as OpenSSH writes them, in `known_hosts`, `ssh_config` and certificates.
+//! Patterns as OpenSSH writes them, in `known_hosts`, `ssh_config`, `allowed_signers` and certificates.
 
 /// `*` and `?`, in time linear in the product of the lengths.
-pub(super) fn wild(pattern: &[u8], name: &[u8]) -> bool {
+pub fn wild(pattern: &[u8], name: &[u8]) -> bool {
     let (mut p, mut n, mut star) = (0, 0, None);
     while n < name.len() {
         match pattern.get(p) {
@@ -27,7 +27,7 @@ pub(super) fn wild(pattern: &[u8], name: &[u8]) -> bool {
 }
 
 /// Whether a pattern of a list with commas matches, and none with a `!` in front.
-pub(super) fn any_of(list: &str, name: &str) -> bool {
+pub fn any_of(list: &str, name: &str) -> bool {
     let mut found = false;
     for pattern in list.split(',') {
         match pattern.strip_prefix('!') {
