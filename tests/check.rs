@@ -431,10 +431,78 @@ fn s30_a_command_is_started_on_good_data_alone() {
     assert_eq!(std::os::unix::process::ExitStatusExt::signal(&killed.status), Some(9));
     damage(&pair.target.join("top"));
     let mark = pair.target.with_file_name("mark");
-    ends(&exec(&[], &["touch", mark.to_str().unwrap()]), 1, &["modified: top"]);
+    for option in ["--full", "--json", "--combined"] {
+        let refused = exec(&[option], &["touch", mark.to_str().unwrap()]);
+        ends(&refused, 1, &["top"]);
+        assert!(refused.stdout.is_empty(), "{option}: standard output is that of the command");
+    }
     ends(&exec(&["--cached", "--max-age=1h"], &["touch", mark.to_str().unwrap()]), 1, &["not good"]);
     assert!(!mark.exists(), "the command was started on bad data");
     ends(&exec(&[], &[]), 2, &[]);
+}
+
+#[test]
+fn a_run_that_leaves_a_file_as_it_is_leaves_the_time_of_its_hash_too() {
+    use lockstep::root::Metadata;
+    use lockstep::scan::cache::{DigestTable, Known};
+    let pair = published();
+    let table = pair.target.join(".lockstep/digests");
+    let mut digests = DigestTable::from_bytes(&fs::read(&table).unwrap()).unwrap();
+    let top = Metadata::of(&fs::File::open(pair.target.join("top")).unwrap()).unwrap();
+    let known = digests.known(&top).unwrap();
+    digests.insert_as_of(&top, Known { hashed: Some(1_234_567_890), ..known });
+    fs::write(&table, digests.to_bytes()).unwrap();
+    pair.write("new", b"comes later");
+    assert!(pair.push(&options()).is_complete());
+    assert_eq!(verdict(&pair.target, &[])["oldest_hash"], 1_234_567_890);
+    let again = verdict(&pair.target, &["--quick", "--max-age=365d"]);
+    assert!(again["oldest_hash"].as_u64().unwrap() > 1_234_567_890, "{again}");
+    // Nobody knows when: then it is said, and it is older than any age.
+    digests.insert_as_of(&top, Known { hashed: None, ..known });
+    fs::write(&table, digests.to_bytes()).unwrap();
+    assert_eq!(verdict(&pair.target, &[])["undated_files"], 1);
+    assert_eq!(verdict(&pair.target, &["--max-age=365d"])["undated_files"], 0);
+}
+
+/// Does something when files begin to be read.
+struct Meanwhile<F>(F, lockstep::monitor::Counters);
+
+impl<F: Fn() + Send + Sync> lockstep::monitor::Monitor for Meanwhile<F> {
+    fn event(&self, event: lockstep::monitor::Event<'_>) {
+        if matches!(event, lockstep::monitor::Event::Phase(lockstep::monitor::Phase::Transferring)) {
+            (self.0)();
+        }
+    }
+    fn counters(&self) -> &lockstep::monitor::Counters {
+        &self.1
+    }
+}
+
+#[test]
+fn h36_what_changes_while_it_is_checked_is_never_good() {
+    use lockstep::check::{Depth, Kind, Options, Outcome, check};
+    let full = Options { depth: Depth::Full, ..Options::default() };
+    type Change = fn(&Path);
+    let changes: [(Change, Kind, &str); 4] = [
+        (|at| damage(&at.join("top")), Kind::Changed, "top"),
+        (|at| fs::remove_file(at.join("top")).unwrap(), Kind::Changed, "top"),
+        (
+            |at| {
+                fs::remove_file(at.join("top")).unwrap();
+                assert!(Command::new("mkfifo").arg(at.join("top")).status().unwrap().success());
+            },
+            Kind::Changed,
+            "top",
+        ),
+        (|at| fs::remove_file(at.join(".lockstep/manifest")).unwrap(), Kind::Changed, ".lockstep/manifest"),
+    ];
+    for (number, (change, kind, path)) in changes.into_iter().enumerate() {
+        let pair = published();
+        let monitor = Meanwhile(|| change(&pair.target), lockstep::monitor::Counters::default());
+        let report = check(&pair.target, &full, &monitor).unwrap();
+        let found: Vec<_> = report.findings.iter().map(|one| (one.kind, one.path.to_str().unwrap())).collect();
+        assert_eq!((report.outcome(), &found[..]), (Outcome::Bad, &[(kind, path)][..]), "{number}");
+    }
 }
 
 #[test]

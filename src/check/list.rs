@@ -71,6 +71,9 @@ pub(super) fn load(root: &Root, against: Option<&Path>) -> Result<Loaded, CheckE
                 let finding = Finding { path: shown.clone(), kind: Kind::ManifestMissing, message: message.to_owned() };
                 return Ok(Loaded { list: Err(finding), digest: None, metadata: None, shown, inside: None });
             }
+            Err(source) if source.kind() == std::io::ErrorKind::PermissionDenied => {
+                return Err(CheckError::Denied { root: root.shown().to_owned(), source });
+            }
             Err(error) => return Err(error.into()),
         },
     };

@@ -112,6 +112,11 @@ pub enum CheckError {
     Drift(#[from] DriftError),
     #[error("cannot read the list '{}'", crate::error::shown(file))]
     List { file: PathBuf, source: std::io::Error },
+    #[error(
+        "the manifest of '{}' may not be read; check as its owner, or name a list that may be with --against",
+        crate::error::shown(root)
+    )]
+    Denied { root: PathBuf, source: RootError },
     #[error("cannot start a thread to hash with")]
     Thread(#[source] std::io::Error),
     #[error("stopped before everything was looked at")]

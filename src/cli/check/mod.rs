@@ -162,7 +162,7 @@ impl Check {
 }
 
 impl CheckOptions {
-    /// Checks `path`. With `aside` standard output is left to somebody else, but for `--json` and `--combined`.
+    /// Checks `path`. With `aside` standard output is left to somebody else.
     pub(super) fn run(&self, path: &Path, aside: bool) -> Result<Exit, Failure> {
         let timer = self.timeout.map(|seconds| Timer::start(seconds, path)).transpose()?;
         let root = Root::open(path)?;
@@ -196,18 +196,14 @@ impl CheckOptions {
             (_, true) => show::combined(&report),
             _ => show::lines(&report),
         };
-        output(text.as_bytes())?;
+        say(&text, aside)?;
         for note in &report.notes {
             eprintln!("lockstep: note: {note}");
         }
         let summary = show::summary(path, &report, &verdict);
         match report.outcome() {
             Outcome::Good if self.json => Ok(Exit::Done),
-            Outcome::Good if self.combined || aside => {
-                eprintln!("lockstep: {summary}");
-                Ok(Exit::Done)
-            }
-            Outcome::Good => output(format!("{summary}\n").as_bytes()).map(|()| Exit::Done),
+            Outcome::Good => say(&format!("{summary}\n"), aside || self.combined).map(|()| Exit::Done),
             Outcome::Unfinished => Err(Failure::Plain { exit: Exit::Incomplete, message: summary }),
             Outcome::Bad => Err(Failure::bad_data(summary)),
         }
@@ -277,13 +273,18 @@ impl CheckOptions {
         } else {
             format!("'{}': {}\n", shown(path), show::cached(&verdict))
         };
-        if aside && !self.json {
-            eprint!("lockstep: {text}");
-        } else {
-            output(text.as_bytes())?;
-        }
+        say(&text, aside)?;
         Ok(Exit::Done)
     }
+}
+
+/// To standard output, or where that belongs to somebody else to standard error.
+fn say(text: &str, aside: bool) -> Result<(), Failure> {
+    if aside {
+        eprint!("{text}");
+        return Ok(());
+    }
+    output(text.as_bytes())
 }
 
 fn seconds_now() -> u64 {
