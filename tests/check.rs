@@ -272,6 +272,8 @@ fn s11_what_the_training_user_cannot_read_is_said_before_training() {
     let (code, findings) = found(&pair.target, &["--as=61234"]);
     assert_eq!((code, findings.len()), (1, 2), "{findings:?}");
     assert_eq!(findings, ["unreadable data/deep", "unreadable top"]);
+    let (_, findings) = found(&pair.target, &["--as=61234", "--exclude=deep/"]);
+    assert_eq!(findings, ["unreadable top"]);
     fs::set_permissions(outer, fs::Permissions::from_mode(0o700)).unwrap();
     let (_, findings) = found(&pair.target, &["--as=61234"]);
     assert_eq!(findings, [format!("unreadable {}", outer.display())]);
@@ -336,6 +338,11 @@ fn a_verdict_is_kept_and_read_only_while_it_holds() {
     // A copy of the directory is another directory.
     let copy = pair.target.with_file_name("copy");
     assert!(Command::new("cp").arg("-a").args([&pair.target, &copy]).status().unwrap().success());
+    ends(&check(&copy, &["--cached", "--max-age=1h"]), 1, &["another directory"]);
+    // So it is where the inode's number is the same by chance, as that of the top of a file system is.
+    let mut value: serde_json::Value = serde_json::from_str(&fs::read_to_string(&kept).unwrap()).unwrap();
+    value["inode"] = fs::metadata(&copy).unwrap().ino().into();
+    fs::write(copy.join(".lockstep/verdict.json"), value.to_string()).unwrap();
     ends(&check(&copy, &["--cached", "--max-age=1h"]), 1, &["another directory"]);
     // Age, and a clock that was put back.
     let good = fs::read_to_string(&kept).unwrap();

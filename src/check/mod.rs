@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::drift::{self, DriftError, Question};
 use crate::filter::{Filter, FilterError, FilterSpec};
-use crate::manifest::Digest;
+use crate::manifest::{Digest, Timestamp};
 use crate::monitor::{Monitor, Phase};
 use crate::path::{InvalidPath, RelPath};
 use crate::policy::rights::Subject;
@@ -209,6 +209,8 @@ impl Sum {
 pub struct Report {
     /// SHA-256 of the list that was compared with; `None` where there is none that can be read.
     pub list: Option<Digest>,
+    /// The time of change of the list, which no copy of it has.
+    pub list_changed: Option<Timestamp>,
     /// The generation of the manifest; `None` for a list that has none.
     pub generation: Option<u64>,
     /// All that is wrong, by path.
@@ -329,18 +331,31 @@ pub fn check(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Re
     Ok(report)
 }
 
-/// The SHA-256 of the list that [`check`] would compare with, and its generation; `None` where there is none that can be used.
+/// The list that [`check`] would compare with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ListId {
+    /// SHA-256 of its bytes.
+    pub digest: Digest,
+    /// Its time of change.
+    pub changed: Timestamp,
+    /// The generation, where it has one.
+    pub generation: Option<u64>,
+}
+
+/// Which list [`check`] would compare with; `None` where there is none that can be used.
 ///
 /// # Errors
 /// [`CheckError`] when it cannot be read.
-pub fn listed(path: &Path, against: Option<&Path>) -> Result<Option<(Digest, Option<u64>)>, CheckError> {
-    let loaded = list::load(&Root::open(path)?, against)?;
-    Ok(loaded.digest.zip(loaded.list.ok()).map(|(digest, list)| (digest, list.generation)))
+pub fn listed(path: &Path, against: Option<&Path>) -> Result<Option<ListId>, CheckError> {
+    let Loaded { list, digest, metadata, .. } = list::load(&Root::open(path)?, against)?;
+    let (Ok(list), Some(digest), Some(metadata)) = (list, digest, metadata) else { return Ok(None) };
+    Ok(Some(ListId { digest, changed: metadata.ctime, generation: list.generation }))
 }
 
 fn empty(loaded: &Loaded) -> Report {
     Report {
         list: loaded.digest,
+        list_changed: loaded.metadata.map(|found| found.ctime),
         generation: loaded.list.as_ref().ok().and_then(|list| list.generation),
         findings: Vec::new(),
         paths: Vec::new(),
@@ -395,14 +410,14 @@ fn unreadable(
 ) -> Result<(), CheckError> {
     let found = drift::look(path, &Question { policy: None, subject: Some(subject) }, monitor)?;
     let who = crate::error::Escaped(subject.shown.as_bytes()).to_string();
-    let admitted = |inside: &Path| {
+    let admitted = |inside: &Path, directory| {
         let inside = RelPath::new(inside.as_os_str().as_bytes());
-        inside.map_or(true, |inside| takes_part(filter, &inside, false))
+        inside.map_or(true, |inside| takes_part(filter, &inside, directory))
     };
     for denied in found.unreadable {
         let place = match denied.path.strip_prefix(path) {
             Ok(inside) if inside.as_os_str().is_empty() => PathBuf::from("."),
-            Ok(inside) if !admitted(inside) => continue,
+            Ok(inside) if !admitted(inside, denied.what != "read") => continue,
             Ok(inside) => inside.to_owned(),
             Err(_) => denied.path.clone(),
         };
@@ -414,7 +429,11 @@ fn unreadable(
         report.findings.push(Finding { path: place, kind: Kind::Unreadable, message });
     }
     for problem in found.problems {
-        let Some(at) = problem.path.filter(|at| takes_part(filter, at, false)) else { continue };
+        let Some(at) = problem.path else { continue };
+        let directory = path.join(at.as_path()).symlink_metadata().is_ok_and(|found| found.is_dir());
+        if !takes_part(filter, &at, directory) {
+            continue;
+        }
         let known = report.findings.iter().any(|one| one.kind == Kind::Unreadable && one.path == at.as_path());
         if !known {
             let message = problem.message;

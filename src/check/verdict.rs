@@ -12,9 +12,9 @@ use std::time::Duration;
 use rustix::fs::RenameFlags;
 use serde::{Deserialize, Serialize};
 
-use super::{Options, Outcome, Report, now};
+use super::{ListId, Options, Outcome, Report, now};
 use crate::error::{chain, shown};
-use crate::manifest::Digest;
+use crate::manifest::Timestamp;
 use crate::path::RelPath;
 use crate::root::{Follow, Root, RootError};
 
@@ -40,6 +40,8 @@ pub struct Verdict {
     pub depth: String,
     pub who: String,
     pub manifest_sha256: Option<String>,
+    /// The manifest's time of change: a copy has another.
+    pub manifest_changed: Option<String>,
     pub generation: Option<u64>,
     pub files: u64,
     pub bytes: u64,
@@ -92,6 +94,7 @@ impl Verdict {
             depth: options.depth.to_string(),
             who,
             manifest_sha256: report.list.map(|digest| digest.to_string()),
+            manifest_changed: report.list_changed.map(text),
             generation: report.generation,
             files: report.all.files,
             bytes: report.all.bytes,
@@ -116,16 +119,19 @@ impl Verdict {
     ///
     /// # Errors
     /// [`Refused`] with the first reason.
-    pub fn accept(&self, inode: u64, list: Digest, max_age: Duration, options: &Options) -> Result<(), Refused> {
+    pub fn accept(&self, inode: u64, list: &ListId, max_age: Duration, options: &Options) -> Result<(), Refused> {
         let refused = |reason: String| Err(Refused(reason));
         if self.result != Outcome::Good.name() || !self.findings.is_empty() {
             return refused("it says that the data is not good".to_owned());
         }
-        if self.inode != inode {
-            return refused("it is of another directory; it may have been copied with this one".to_owned());
-        }
-        if self.manifest_sha256 != Some(list.to_string()) {
+        if self.manifest_sha256 != Some(list.digest.to_string()) {
             return refused("it is of another manifest: something was published since".to_owned());
+        }
+        if self.inode != inode || self.manifest_changed != Some(text(list.changed)) {
+            return refused(
+                "it is of another directory, or the manifest was written anew; it may have been copied with them"
+                    .to_owned(),
+            );
         }
         match now().checked_sub(self.time) {
             None => return refused("it is from the future: a clock is wrong".to_owned()),
@@ -235,8 +241,8 @@ impl Slot<'_> {
     /// # Errors
     /// [`SlotError`] when it cannot be written.
     pub fn store(&self, verdict: &Verdict) -> Result<(), SlotError> {
-        let mut text = serde_json::to_vec_pretty(verdict).map_err(|error| self.failed("written", error.into()))?;
-        text.push(b'\n');
+        let mut json = serde_json::to_vec_pretty(verdict).map_err(|error| self.failed("written", error.into()))?;
+        json.push(b'\n');
         match self {
             Slot::Root(root) => {
                 let (name, new) = (verdict_path(VERDICT, root)?, verdict_path(NEW_VERDICT, root)?);
@@ -246,7 +252,7 @@ impl Slot<'_> {
                     return Err(error.into());
                 }
                 let mut file = root.create_new(&new, 0o644)?;
-                file.write_all(&text).map_err(|source| self.failed("written", source))?;
+                file.write_all(&json).map_err(|source| self.failed("written", source))?;
                 Ok(root.rename(&new, &name, RenameFlags::empty())?)
             }
             Slot::File(file) => {
@@ -254,7 +260,7 @@ impl Slot<'_> {
                 new.push(format!(".{}.new", std::process::id()));
                 let new = PathBuf::from(new);
                 let written = std::fs::File::create_new(&new)
-                    .and_then(|mut open| open.write_all(&text))
+                    .and_then(|mut open| open.write_all(&json))
                     .and_then(|()| std::fs::rename(&new, file));
                 if written.is_err() {
                     // Best effort: the error that is told is the one that matters.
@@ -268,6 +274,10 @@ impl Slot<'_> {
     fn failed(&self, operation: &'static str, source: std::io::Error) -> SlotError {
         SlotError::Io { file: self.shown(), operation, source }
     }
+}
+
+fn text(time: Timestamp) -> String {
+    format!("{}.{:09}", time.seconds, time.nanoseconds)
 }
 
 fn verdict_path(name: &'static str, root: &Root) -> Result<RelPath, RootError> {

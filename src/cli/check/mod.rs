@@ -254,18 +254,18 @@ impl CheckOptions {
             Err(error) => return Err(slot_failure(&error)),
         };
         let listed = check::listed(path, self.against.as_deref()).map_err(|error| check_failure(&error))?;
-        let Some((list, generation)) = listed else {
+        let Some(list) = listed else {
             return refused("the manifest is missing or damaged".to_owned());
         };
         if let Some(least) = self.min_generation
-            && generation.is_none_or(|generation| generation < least)
+            && list.generation.is_none_or(|generation| generation < least)
         {
             return refused(format!("the manifest is not of generation {least} or later"));
         }
         let inode = root.stat_root()?.inode;
         // `--cached` cannot be given without an age.
         let max_age = self.max_age.unwrap_or_default();
-        if let Err(reason) = verdict.accept(inode, list, max_age, options) {
+        if let Err(reason) = verdict.accept(inode, &list, max_age, options) {
             return refused(reason.to_string());
         }
         let text = if self.json {
