@@ -21,6 +21,7 @@ pub mod wire;
 // Local I/O: blocking.
 pub mod access;
 pub mod audit;
+pub mod check;
 pub mod drift;
 pub mod root;
 pub mod scan;

@@ -20,6 +20,7 @@ const LAYERS: &[&[&str]] = &[
     &["access"],
     &["staging"],
     &["drift"],
+    &["check"],
     &["endpoint"],
     &["sync"],
     &["config"],

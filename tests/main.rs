@@ -8,6 +8,7 @@ mod agent_disk;
 mod agent_wire;
 mod architecture;
 mod certificates;
+mod check;
 mod cli;
 mod confined;
 mod disk;

@@ -16,8 +16,10 @@ use crate::root::RootError;
 
 mod arguments;
 mod audit;
+mod check;
 mod completions;
 pub mod display;
+mod exec;
 mod habits;
 mod job;
 mod keys;
@@ -62,6 +64,8 @@ enum Command {
     // What these say of themselves is longer than a line, and stands with their options.
     Push(push::Push),
     Pull(push::Pull),
+    Check(check::Check),
+    Exec(exec::Exec),
     Serve(serve::Serve),
     SftpServer(sftp_server::SftpServer),
     /// List what a directory holds with its SHA-256, and check a directory against such a list
@@ -88,6 +92,8 @@ impl Command {
         match self {
             Command::Push(command) => command.run(),
             Command::Pull(command) => command.run(),
+            Command::Check(command) => command.run(),
+            Command::Exec(command) => command.run(),
             Command::Serve(command) => command.run(),
             Command::SftpServer(command) => command.run(),
             Command::Manifest(command) => command.run(),

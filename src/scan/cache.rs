@@ -28,6 +28,17 @@ struct Record {
     mtime: Timestamp,
     ctime: Timestamp,
     digest: Digest,
+    /// When the content was read, in seconds since 1970; 0 where that is not known.
+    hashed: u64,
+}
+
+/// A digest, and when the content was read that it is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Known {
+    /// SHA-256.
+    pub digest: Digest,
+    /// Seconds since 1970; `None` where the table does not say.
+    pub hashed: Option<u64>,
 }
 
 /// Digests by device and inode.
@@ -35,21 +46,36 @@ struct Record {
 pub struct DigestTable(HashMap<(u64, u64), Record>);
 
 /// A table as bytes: this line, the records, the SHA-256 of all before.
-const MAGIC: &[u8] = b"lockstep-digests 1\n";
-const RECORD_BYTES: usize = 16 + 64;
+const MAGIC: &[u8] = b"lockstep-digests 2\n";
+const RECORD_BYTES: usize = 16 + 64 + 8;
+/// What was written before: records without the time of hashing.
+const OLD_MAGIC: &[u8] = b"lockstep-digests 1\n";
+const OLD_RECORD_BYTES: usize = 16 + 64;
 
 impl DigestTable {
     /// The digest of the file that `metadata` was taken of, where it is known.
     pub fn get(&self, metadata: &Metadata) -> Option<Digest> {
-        let record = self.0.get(&(metadata.device, metadata.inode))?;
-        let same = (record.size, record.mtime, record.ctime) == (metadata.size, metadata.mtime, metadata.ctime);
-        same.then_some(record.digest)
+        self.known(metadata).map(|known| known.digest)
     }
 
-    /// Adds a digest, with what stat said of the file after it was read. The caller sees to it that the file is settled:
-    /// [`is_settled`], [`is_dated`].
+    /// The same, with the time of hashing.
+    pub fn known(&self, metadata: &Metadata) -> Option<Known> {
+        let record = self.0.get(&(metadata.device, metadata.inode))?;
+        let same = (record.size, record.mtime, record.ctime) == (metadata.size, metadata.mtime, metadata.ctime);
+        same.then_some(Known { digest: record.digest, hashed: Some(record.hashed).filter(|&time| time > 0) })
+    }
+
+    /// Adds a digest of content that was read just now, with what stat said of the file after it was read. The caller
+    /// sees to it that the file is settled: [`is_settled`], [`is_dated`].
     pub fn insert(&mut self, metadata: &Metadata, digest: Digest) {
-        let record = Record { size: metadata.size, mtime: metadata.mtime, ctime: metadata.ctime, digest };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        self.insert_as_of(metadata, Known { digest, hashed: Some(now) });
+    }
+
+    /// The same of content that was read at some time.
+    pub fn insert_as_of(&mut self, metadata: &Metadata, known: Known) {
+        let Metadata { size, mtime, ctime, .. } = *metadata;
+        let record = Record { size, mtime, ctime, digest: known.digest, hashed: known.hashed.unwrap_or(0) };
         self.0.insert((metadata.device, metadata.inode), record);
     }
 
@@ -71,6 +97,7 @@ impl DigestTable {
             bytes.extend_from_slice(&device.to_le_bytes());
             bytes.extend_from_slice(&inode.to_le_bytes());
             bytes.extend_from_slice(&encode(record));
+            bytes.extend_from_slice(&record.hashed.to_le_bytes());
         }
         let digest = Sha256::digest(&bytes);
         bytes.extend_from_slice(&digest);
@@ -80,15 +107,20 @@ impl DigestTable {
     /// Reads it back; bytes that are damaged give `None`.
     pub fn from_bytes(bytes: &[u8]) -> Option<DigestTable> {
         let (body, digest) = bytes.split_at_checked(bytes.len().checked_sub(32)?)?;
-        let records = body.strip_prefix(MAGIC).filter(|records| records.len() % RECORD_BYTES == 0)?;
-        if Sha256::digest(body)[..] != *digest {
+        let (records, length) = match body.strip_prefix(MAGIC) {
+            Some(records) => (records, RECORD_BYTES),
+            None => (body.strip_prefix(OLD_MAGIC)?, OLD_RECORD_BYTES),
+        };
+        if records.len() % length != 0 || Sha256::digest(body)[..] != *digest {
             return None;
         }
         let record = |bytes: &[u8]| {
             let number = |at: usize| Some(u64::from_le_bytes(bytes[at..at + 8].try_into().ok()?));
-            Some(((number(0)?, number(8)?), decode(&bytes[16..])?))
+            let hashed = if length == RECORD_BYTES { number(OLD_RECORD_BYTES)? } else { 0 };
+            let record = decode(&bytes[16..OLD_RECORD_BYTES])?;
+            Some(((number(0)?, number(8)?), Record { hashed, ..record }))
         };
-        records.chunks_exact(RECORD_BYTES).map(record).collect::<Option<HashMap<_, _>>>().map(DigestTable)
+        records.chunks_exact(length).map(record).collect::<Option<HashMap<_, _>>>().map(DigestTable)
     }
 }
 
@@ -148,7 +180,7 @@ impl DigestCache {
                 let mut table = transaction.open_table(TABLE)?;
                 for (metadata, digest) in &trusted {
                     let (size, mtime, ctime) = (metadata.size, metadata.mtime, metadata.ctime);
-                    let record = Record { size, mtime, ctime, digest: *digest };
+                    let record = Record { size, mtime, ctime, digest: *digest, hashed: 0 };
                     table.insert((metadata.device, metadata.inode), encode(&record).as_slice())?;
                 }
             }
@@ -232,6 +264,7 @@ fn decode(bytes: &[u8]) -> Option<Record> {
         mtime: time(8)?,
         ctime: time(20)?,
         digest: Digest(bytes[32..].try_into().ok()?),
+        hashed: 0,
     })
 }
 
@@ -293,6 +326,26 @@ mod tests {
             assert_eq!(DigestTable::from_bytes(&damaged), None, "{at}");
             assert_eq!(DigestTable::from_bytes(&bytes[..at]), None, "{at}");
         }
+    }
+
+    #[test]
+    fn a_table_says_when_a_file_was_hashed_and_one_of_before_does_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("f");
+        std::fs::write(&file, "one").unwrap();
+        let (found, digest) = (metadata_of(&file), Digest([7; 32]));
+        let mut table = DigestTable::default();
+        table.insert_as_of(&found, Known { digest, hashed: Some(1_000_000_000) });
+        let read = DigestTable::from_bytes(&table.to_bytes()).unwrap();
+        assert_eq!(read.known(&found), Some(Known { digest, hashed: Some(1_000_000_000) }));
+        let body = &table.to_bytes()[MAGIC.len()..][..OLD_RECORD_BYTES];
+        let mut old = [OLD_MAGIC, body].concat();
+        let end = Sha256::digest(&old);
+        old.extend_from_slice(&end);
+        let read = DigestTable::from_bytes(&old).unwrap();
+        assert_eq!(read.known(&found), Some(Known { digest, hashed: None }));
+        table.insert(&found, digest);
+        assert!(table.known(&found).unwrap().hashed.unwrap() > 1_000_000_000);
     }
 
     #[test]

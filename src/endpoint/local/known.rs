@@ -18,7 +18,7 @@ use crate::manifest::{Digest, Entry, Tree};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
-use crate::scan::cache::{DigestTable, is_dated, is_settled};
+use crate::scan::cache::{DigestTable, Known, is_dated, is_settled};
 
 const TABLE: &str = ".lockstep/digests";
 const NEW_TABLE: &str = ".lockstep/digests.new";
@@ -180,19 +180,24 @@ pub(super) struct Files<'a> {
     /// What is published.
     tree: &'a Tree,
     table: DigestTable,
+    /// What was known before, for the times of hashing.
+    before: DigestTable,
     /// The directory that was last looked into.
     beside: Option<(RelPath, Root)>,
 }
 
 impl<'a> Files<'a> {
     pub(super) fn new(root: &'a Root, tree: &'a Tree) -> Files<'a> {
-        Files { root, tree, table: DigestTable::default(), beside: None }
+        Files { root, tree, table: DigestTable::default(), before: load(root), beside: None }
     }
 
     /// A file of the target that a run left as it was, as the scan saw it.
     pub(super) fn unchanged(&mut self, entry: &Entry, metadata: &Metadata) {
-        if let Some((_, Some(digest))) = entry.file() {
-            self.table.insert(metadata, digest);
+        let Some((_, Some(digest))) = entry.file() else { return };
+        match self.before.known(metadata).filter(|known| known.digest == digest) {
+            Some(Known { hashed, .. }) => self.table.insert_as_of(metadata, Known { digest, hashed }),
+            // It was hashed by this run.
+            None => self.table.insert(metadata, digest),
         }
     }
 

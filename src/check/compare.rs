@@ -1,0 +1,301 @@
+//! Each listed path with what is there, and what is there with the list. Answers which files have to be read.
+
+use std::collections::{HashMap, HashSet};
+use std::io::Read as _;
+use std::path::PathBuf;
+
+use super::list::{Expected, List, Listed, Loaded};
+use super::{Depth, Finding, Kind, Options, Report, now, takes_part};
+use crate::error::Escaped;
+use crate::filter::Filter;
+use crate::manifest::{Content, Digest, Entry, Timestamp};
+use crate::monitor::Severity;
+use crate::path::RelPath;
+use crate::root::{FileKind, Follow, Metadata, Root};
+use crate::scan::Scanned;
+use crate::scan::cache::DigestTable;
+
+const TABLE: &str = ".lockstep/digests";
+
+/// A file that is to be read, under all its listed names.
+pub(super) struct Job {
+    pub(super) path: RelPath,
+    pub(super) follow: Follow,
+    pub(super) seen: Metadata,
+    pub(super) names: Vec<(RelPath, Digest)>,
+}
+
+/// A listed file whose metadata is right.
+struct Candidate<'a> {
+    path: &'a RelPath,
+    digest: Digest,
+    mtime: Option<Timestamp>,
+    follow: Follow,
+    found: Metadata,
+}
+
+pub(super) struct Compare<'a> {
+    root: &'a Root,
+    options: &'a Options,
+    list: &'a List,
+    loaded: &'a Loaded,
+    filter: &'a Filter,
+    scanned: &'a Scanned,
+    table: DigestTable,
+    candidates: Vec<Candidate<'a>>,
+}
+
+impl<'a> Compare<'a> {
+    pub(super) fn new(
+        root: &'a Root,
+        options: &'a Options,
+        list: &'a List,
+        loaded: &'a Loaded,
+        filter: &'a Filter,
+        scanned: &'a Scanned,
+    ) -> Compare<'a> {
+        let table = table(root);
+        Compare { root, options, list, loaded, filter, scanned, table, candidates: Vec::new() }
+    }
+
+    /// Compares what can be compared without reading.
+    pub(super) fn paths(&mut self, report: &mut Report) {
+        let (mut unread, mut special) = (HashMap::<&RelPath, u64>::new(), HashSet::new());
+        for problem in &self.scanned.problems {
+            let Some(path) = &problem.path else {
+                let (path, message) = (PathBuf::from("."), problem.message.clone());
+                report.findings.push(Finding { path, kind: Kind::Unreadable, message });
+                continue;
+            };
+            if problem.severity == Severity::Skipped {
+                special.insert(path);
+            } else {
+                unread.insert(path, 0);
+            }
+        }
+        let mut listed = HashSet::new();
+        for entry in &self.list.entries {
+            let directory = matches!(entry.expected, Expected::Directory);
+            if !takes_part(self.filter, &entry.path, directory) {
+                continue;
+            }
+            listed.insert(&entry.path);
+            report.paths.push(entry.path.as_path().to_owned());
+            if let Expected::File { size, .. } = entry.expected {
+                report.all.add(size.unwrap_or(0));
+            }
+            let above = entry.path.ancestors().find_map(|above| unread.get_key_value(&above).map(|found| *found.0));
+            match above {
+                _ if unread.contains_key(&entry.path) && !directory => {}
+                Some(above) => *unread.entry(above).or_default() += 1,
+                None => self.path(entry, report),
+            }
+        }
+        for problem in self.scanned.problems.iter().filter(|problem| problem.severity == Severity::Failed) {
+            let Some(path) = &problem.path else { continue };
+            let mut message = problem.message.clone();
+            if let Some(count @ 1..) = unread.get(path) {
+                let beneath = crate::error::counted(*count, "listed path", "listed paths");
+                message += &format!("; {beneath} beneath could not be looked at");
+            }
+            report.findings.push(Finding { path: path.as_path().to_owned(), kind: Kind::Unreadable, message });
+        }
+        if !self.options.allow_unlisted {
+            self.unlisted(&listed, &special, report);
+        }
+    }
+
+    fn unlisted(&self, listed: &HashSet<&RelPath>, special: &HashSet<&RelPath>, report: &mut Report) {
+        let own: Vec<RelPath> = self.options.own.iter().filter_map(|file| self.inside(file)).collect();
+        let excused =
+            |path: &RelPath| listed.contains(path) || own.contains(path) || self.loaded.inside.as_ref() == Some(path);
+        let counts = |entry: &&Entry| {
+            !self.list.sums || matches!(entry.content, Content::File { .. } | Content::HardLink { .. })
+        };
+        let entries = self.scanned.tree.entries().iter().filter(counts).map(|entry| &entry.path);
+        for path in entries.chain(special.iter().copied()).filter(|path| !excused(path)) {
+            let message = "lies there, and the list does not have it".to_owned();
+            report.findings.push(Finding { path: path.as_path().to_owned(), kind: Kind::Unlisted, message });
+        }
+    }
+
+    fn inside(&self, file: &std::path::Path) -> Option<RelPath> {
+        self.root.path_of(&std::fs::File::open(file).ok()?).ok().flatten()
+    }
+
+    fn path(&mut self, listed: &'a Listed, report: &mut Report) {
+        let mut wrong = |kind, message: String| {
+            report.findings.push(Finding { path: listed.path.as_path().to_owned(), kind, message });
+        };
+        let at = self.scanned.tree.position(&listed.path);
+        let mut found = at.and_then(|at| self.scanned.metadata.get(at)).copied();
+        let mut follow = Follow::Never;
+        // As sha256sum itself, which opens whatever has the name: links count for what they lead to, within the tree.
+        if self.list.sums && found.is_none_or(|found| found.kind == FileKind::Symlink) {
+            follow = Follow::Beneath;
+            found = None;
+        }
+        let found = match found {
+            Some(found) => found,
+            None => match self.root.stat(&listed.path, follow) {
+                Ok(found) => found,
+                Err(error) if matches!(error.errno(), Some(2 | 20)) => {
+                    return wrong(Kind::Missing, "is listed, and not there".to_owned());
+                }
+                Err(error) => return wrong(Kind::Unreadable, crate::error::chain(&error)),
+            },
+        };
+        let kind = match &listed.expected {
+            Expected::File { .. } => FileKind::Regular,
+            Expected::Directory => FileKind::Directory,
+            Expected::Link(_) => FileKind::Symlink,
+        };
+        if found.kind != kind {
+            return wrong(Kind::WrongKind, format!("is a {}, and should be a {}", found.kind.name(), kind.name()));
+        }
+        if let (Some(wanted), Some(at)) = (listed.permissions.as_ref().filter(|_| !self.options.ignore_permissions), at)
+        {
+            let is = &self.scanned.tree.entries()[at];
+            if found.mode != wanted.mode {
+                let message = format!("is {:04o}, and should be {:04o}", found.mode, wanted.mode);
+                wrong(Kind::WrongMode, message);
+            }
+            for (kind, is, wanted) in
+                [(Kind::WrongOwner, &is.owner, &wanted.owner), (Kind::WrongGroup, &is.group, &wanted.group)]
+            {
+                if is != wanted {
+                    let (is, wanted) = (Escaped(is.as_bytes()), Escaped(wanted.as_bytes()));
+                    wrong(kind, format!("is {is}, and should be {wanted}"));
+                }
+            }
+        }
+        match &listed.expected {
+            Expected::Directory => {}
+            Expected::Link(target) => match self.root.read_link(&listed.path) {
+                Ok(is) if is[..] == target[..] => {}
+                Ok(is) => {
+                    let message = format!("leads to '{}', and should lead to '{}'", Escaped(&is), Escaped(target));
+                    wrong(Kind::WrongLink, message);
+                }
+                Err(error) => wrong(Kind::Unreadable, crate::error::chain(&error)),
+            },
+            Expected::File { size: Some(size), .. } if *size != found.size => {
+                wrong(Kind::WrongSize, format!("has {} bytes, and should have {size}", found.size));
+            }
+            Expected::File { digest, mtime, size } => {
+                if size.is_none() {
+                    report.all.bytes = report.all.bytes.saturating_add(found.size);
+                }
+                let (path, digest, mtime) = (&listed.path, *digest, *mtime);
+                self.candidates.push(Candidate { path, digest, mtime, follow, found });
+            }
+        }
+    }
+
+    /// Decides for each file whether it has to be read; what has not is counted as what it is.
+    pub(super) fn finish(self, report: &mut Report) -> Vec<Job> {
+        let chosen = match self.options.depth {
+            Depth::Sample(percent) => choose(self.candidates.len(), percent),
+            _ => HashSet::new(),
+        };
+        let mut jobs: Vec<Job> = Vec::new();
+        let mut inodes: HashMap<(u64, u64), usize> = HashMap::new();
+        for (index, candidate) in self.candidates.iter().enumerate() {
+            let Candidate { path, digest, follow, found, .. } = candidate;
+            if !chosen.contains(&index) && self.may_stay_unread(candidate, report) {
+                continue;
+            }
+            if found.links > 1
+                && let Some(&job) = inodes.get(&(found.device, found.inode))
+            {
+                jobs[job].names.push(((*path).clone(), *digest));
+                continue;
+            }
+            inodes.insert((found.device, found.inode), jobs.len());
+            let names = vec![((*path).clone(), *digest)];
+            jobs.push(Job { path: (*path).clone(), follow: *follow, seen: *found, names });
+        }
+        jobs
+    }
+
+    fn may_stay_unread(&self, candidate: &Candidate<'_>, report: &mut Report) -> bool {
+        let Candidate { digest, mtime, found, .. } = candidate;
+        if self.options.depth == Depth::Full {
+            return false;
+        }
+        if let Some(known) = self.table.known(found) {
+            let too_old = self.options.max_age.is_some_and(|most| {
+                known.hashed.is_none_or(|hashed| now().checked_sub(hashed).is_none_or(|age| age > most.as_secs()))
+            });
+            // Another digest than the listed one is not believed: the file is read.
+            if known.digest != *digest || too_old {
+                return false;
+            }
+            report.vouched.add(found.size);
+            match known.hashed {
+                Some(hashed) => report.oldest = Some(report.oldest.map_or(hashed, |oldest| oldest.min(hashed))),
+                None => report.undated_files += 1,
+            }
+            return true;
+        }
+        // Where there is a table, a file that it does not know is one that was put there, or touched, since.
+        if self.options.depth == Depth::Default || !self.table.is_empty() || self.options.max_age.is_some() {
+            return false;
+        }
+        // The time of change cannot be put back: what changed after the list came here was touched since.
+        let before = self.loaded.metadata.is_some_and(|list| found.ctime < list.ctime);
+        if *mtime != Some(found.mtime) || !before {
+            return false;
+        }
+        report.unread.add(found.size);
+        true
+    }
+}
+
+/// What is known of earlier hashing; nothing where the table is missing, damaged or not to be read.
+fn table(root: &Root) -> DigestTable {
+    let read = || -> Option<DigestTable> {
+        let mut file = root.open_read(&RelPath::new(TABLE).ok()?, Follow::Never).ok()?;
+        if Metadata::of(&file).ok()?.kind != FileKind::Regular {
+            return None;
+        }
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).ok()?;
+        DigestTable::from_bytes(&bytes)
+    };
+    read().unwrap_or_default()
+}
+
+/// So many per cent of `count`, rounded up, each with the same chance. Who damages a file cannot know which are read: the
+/// choice starts from what the system gives for hashing.
+fn choose(count: usize, percent: f64) -> HashSet<usize> {
+    use std::hash::{BuildHasher as _, Hasher as _};
+    let state = std::collections::hash_map::RandomState::new();
+    let wanted = ((count as f64 * percent / 100.0).ceil() as usize).min(count);
+    let mut all: Vec<usize> = (0..count).collect();
+    for at in 0..wanted {
+        let mut hasher = state.build_hasher();
+        hasher.write_usize(at);
+        let left = (count - at) as u64;
+        all.swap(at, at + (hasher.finish() % left) as usize);
+    }
+    all.truncate(wanted);
+    all.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sample_has_the_size_asked_for_and_every_file_its_chance() {
+        for (count, percent, wanted) in [(0, 50.0, 0), (1, 1.0, 1), (200, 1.0, 2), (200, 1.2, 3), (7, 100.0, 7)] {
+            let chosen = choose(count, percent);
+            assert_eq!(chosen.len(), wanted, "{count} {percent}");
+            assert!(chosen.iter().all(|&index| index < count));
+        }
+        // 20 of 200, 100 times: each index is left out of all with a chance of 1 in 40,000.
+        let seen: HashSet<usize> = (0..100).flat_map(|_| choose(200, 10.0)).collect();
+        assert!(seen.len() > 190, "{}", seen.len());
+    }
+}

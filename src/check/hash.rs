@@ -1,0 +1,150 @@
+//! Reads files on several threads and compares their digests.
+//!
+//! The kernel is told to read ahead, and that the pages will not be used again; those that were in the cache stay there.
+
+use std::io::{ErrorKind, Read as _};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use rustix::fs::{Advice, fadvise};
+use sha2::{Digest as _, Sha256};
+
+use super::compare::Job;
+use super::{CheckError, Finding, Kind, Options, Report, Sum};
+use crate::manifest::Digest;
+use crate::monitor::{Counters, Event, Monitor, Phase};
+use crate::root::{Metadata, Root};
+
+const BUFFER_BYTES: usize = 512 * 1024;
+/// From here on a file is begun early, so that no thread is left alone with it at the end.
+const LARGE_BYTES: u64 = 64 << 20;
+/// Below, advice costs more than it brings.
+const ADVISED_BYTES: u64 = 1 << 20;
+
+enum Read {
+    Digest(Digest),
+    Changed,
+    Failed(String),
+}
+
+/// Reads what has to be read and adds what differs to the report.
+pub(super) fn run(
+    root: &Root,
+    options: &Options,
+    jobs: &[Job],
+    started: u64,
+    report: &mut Report,
+    monitor: &dyn Monitor,
+) -> Result<(), CheckError> {
+    let mut order: Vec<&Job> = jobs.iter().collect();
+    // Large ones first; the others as they probably lie on the disk.
+    order.sort_by_key(|job| match job.seen.size {
+        size @ LARGE_BYTES.. => (0, u64::MAX - size),
+        _ => (1, job.seen.inode),
+    });
+    let total = jobs.iter().fold(0_u64, |sum, job| sum.saturating_add(job.seen.size));
+    Counters::add(&monitor.counters().total_files, jobs.len() as u64);
+    Counters::add(&monitor.counters().total_bytes, total);
+    monitor.event(Event::Phase(Phase::Transferring));
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = if options.threads == 0 { cores } else { options.threads }.min(jobs.len());
+    let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::with_capacity(jobs.len())));
+    let work = || {
+        if options.nice != 0 {
+            // Of this thread alone. That it may not be is no reason to read nothing.
+            let _ = rustix::process::nice(options.nice);
+        }
+        let mut buffer = vec![0; BUFFER_BYTES];
+        while let Some(job) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let read = read(root, job, &mut buffer, monitor);
+            Counters::add(&monitor.counters().done_files, 1);
+            found.lock().unwrap_or_else(PoisonError::into_inner).push((*job, read));
+        }
+    };
+    std::thread::scope(|scope| {
+        let start = |_| std::thread::Builder::new().name("hash".into()).spawn_scoped(scope, work);
+        let workers: Vec<_> = (0..threads).map(start).collect();
+        for worker in workers {
+            if let Err(panic) = worker.map_err(CheckError::Thread)?.join() {
+                std::panic::resume_unwind(panic);
+            }
+        }
+        Ok::<(), CheckError>(())
+    })?;
+    let found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if monitor.stopped() || found.len() != jobs.len() {
+        return Err(CheckError::Stopped);
+    }
+    let mut sum = Sum::default();
+    for (job, read) in found {
+        for (name, listed) in &job.names {
+            let (kind, message) = match &read {
+                Read::Digest(digest) => {
+                    sum.files += 1;
+                    if digest == listed {
+                        continue;
+                    }
+                    (Kind::Modified, format!("its SHA-256 is {digest}, and should be {listed}"))
+                }
+                Read::Changed => (Kind::Changed, "changed while it was read; let who writes to it end".to_owned()),
+                Read::Failed(reason) => (Kind::Unreadable, reason.clone()),
+            };
+            report.findings.push(Finding { path: name.as_path().to_owned(), kind, message });
+        }
+        if let Read::Digest(_) = read {
+            let bytes = job.seen.size.saturating_mul(job.names.len() as u64);
+            sum.bytes = sum.bytes.saturating_add(bytes);
+        }
+    }
+    report.hashed = sum;
+    if sum.files > 0 {
+        report.oldest = Some(report.oldest.map_or(started, |oldest| oldest.min(started)));
+    }
+    Ok(())
+}
+
+fn read(root: &Root, job: &Job, buffer: &mut [u8], monitor: &dyn Monitor) -> Read {
+    let mut file = match root.open_read(&job.path, job.follow) {
+        Ok(file) => file,
+        // RACE: it was there when the directory was listed.
+        Err(error) if error.kind() == ErrorKind::NotFound => return Read::Changed,
+        Err(error) => return Read::Failed(crate::error::chain(&error)),
+    };
+    // RACE: another file, even a FIFO, may have got the name since: nothing else is read.
+    match Metadata::of(&file) {
+        Ok(found) if found.same_content(&job.seen) && found.kind == job.seen.kind => {}
+        Ok(_) => return Read::Changed,
+        Err(error) => return Read::Failed(crate::error::in_words(&error)),
+    }
+    if job.seen.size >= ADVISED_BYTES {
+        // Advice: a file system that takes none is read all the same.
+        let _ = fadvise(&file, 0, None, Advice::Sequential);
+        let _ = fadvise(&file, 0, None, Advice::NoReuse);
+    }
+    let mut hash = Sha256::new();
+    let mut length = 0_u64;
+    loop {
+        if monitor.stopped() {
+            return Read::Failed("stopped".to_owned());
+        }
+        match file.read(buffer) {
+            Ok(0) => break,
+            Ok(count) => {
+                hash.update(&buffer[..count]);
+                length = length.saturating_add(count as u64);
+                // RACE: one that grows faster than it is read has no end.
+                if length > job.seen.size {
+                    return Read::Changed;
+                }
+                Counters::add(&monitor.counters().done_bytes, count as u64);
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Read::Failed(format!("cannot be read: {}", crate::error::in_words(&error))),
+        }
+    }
+    match Metadata::of(&file) {
+        Ok(found) if found.same_content(&job.seen) => Read::Digest(Digest(hash.finalize().into())),
+        Ok(_) => Read::Changed,
+        Err(error) => Read::Failed(crate::error::in_words(&error)),
+    }
+}

@@ -1,0 +1,290 @@
+//! What a check came to, kept for whoever has no time to check: `.lockstep/verdict.json`, or a file that was named.
+//!
+//! The one of before is removed when a check begins: a check that is killed leaves none, and none never reads as good. It is
+//! signed by nobody; it is as good as the directory that it lies in.
+
+use std::collections::BTreeMap;
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::RenameFlags;
+use serde::{Deserialize, Serialize};
+
+use super::{ListId, Options, Outcome, Report, now};
+use crate::error::{chain, shown};
+use crate::manifest::Timestamp;
+use crate::path::RelPath;
+use crate::root::{Follow, Root, RootError};
+
+const VERDICT: &str = ".lockstep/verdict.json";
+const NEW_VERDICT: &str = ".lockstep/verdict.json.new";
+const FORMAT: &str = "lockstep-verdict 1";
+/// More is no verdict.
+const BYTES_MAX: u64 = 4 << 20;
+
+/// A verdict, as it is stored and as `--json` shows it. Times are seconds since 1970.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct Verdict {
+    pub format: String,
+    /// `good`, `unfinished` or `bad`.
+    pub result: String,
+    /// The directory, for people.
+    pub root: String,
+    /// Its inode number: a copy of the directory is another one.
+    pub inode: u64,
+    /// When the check began.
+    pub time: u64,
+    pub depth: String,
+    pub who: String,
+    pub manifest_sha256: Option<String>,
+    /// The manifest's time of change: a copy has another.
+    pub manifest_changed: Option<String>,
+    pub generation: Option<u64>,
+    pub files: u64,
+    pub bytes: u64,
+    pub hashed_files: u64,
+    pub hashed_bytes: u64,
+    pub vouched_files: u64,
+    pub vouched_bytes: u64,
+    pub unread_files: u64,
+    pub unread_bytes: u64,
+    pub undated_files: u64,
+    pub oldest_hash: Option<u64>,
+    /// How many of each kind.
+    pub findings: BTreeMap<String, u64>,
+    pub notes: Vec<String>,
+    /// Who can read all of it.
+    pub reader: Option<String>,
+    pub allow_unlisted: bool,
+    pub ignore_permissions: bool,
+    pub exclude: Vec<String>,
+}
+
+/// Why a verdict does not stand for a check.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Refused(pub String);
+
+/// A place for verdicts that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum SlotError {
+    #[error("'{}' is there and is no verdict of lockstep; name another file with --verdict", shown(.0))]
+    Foreign(PathBuf),
+    #[error("the verdict '{}' cannot be {operation}", shown(file))]
+    Io { file: PathBuf, operation: &'static str, source: std::io::Error },
+    #[error(transparent)]
+    Root(#[from] RootError),
+}
+
+impl Verdict {
+    /// Of a report.
+    pub fn new(root: &Path, inode: u64, time: u64, options: &Options, who: String, report: &Report) -> Verdict {
+        let whole = root.canonicalize().unwrap_or_else(|_| root.to_owned());
+        let findings = report.counts().into_iter().map(|(kind, count)| (kind.name().to_owned(), count)).collect();
+        Verdict {
+            format: FORMAT.to_owned(),
+            result: report.outcome().name().to_owned(),
+            root: shown(&whole).to_string(),
+            inode,
+            time,
+            depth: options.depth.to_string(),
+            who,
+            manifest_sha256: report.list.map(|digest| digest.to_string()),
+            manifest_changed: report.list_changed.map(text),
+            generation: report.generation,
+            files: report.all.files,
+            bytes: report.all.bytes,
+            hashed_files: report.hashed.files,
+            hashed_bytes: report.hashed.bytes,
+            vouched_files: report.vouched.files,
+            vouched_bytes: report.vouched.bytes,
+            unread_files: report.unread.files,
+            unread_bytes: report.unread.bytes,
+            undated_files: report.undated_files,
+            oldest_hash: report.oldest,
+            findings,
+            notes: report.notes.clone(),
+            reader: options.subject.as_ref().map(|subject| subject.shown.clone()),
+            allow_unlisted: options.allow_unlisted,
+            ignore_permissions: options.ignore_permissions,
+            exclude: options.exclude.clone(),
+        }
+    }
+
+    /// Whether it stands for a check of the directory with this inode and list, as `options` ask for it.
+    ///
+    /// # Errors
+    /// [`Refused`] with the first reason.
+    pub fn accept(&self, inode: u64, list: &ListId, max_age: Duration, options: &Options) -> Result<(), Refused> {
+        let refused = |reason: String| Err(Refused(reason));
+        if self.result != Outcome::Good.name() || !self.findings.is_empty() {
+            return refused("it says that the data is not good".to_owned());
+        }
+        if self.manifest_sha256 != Some(list.digest.to_string()) {
+            return refused("it is of another manifest: something was published since".to_owned());
+        }
+        if self.inode != inode || self.manifest_changed != Some(text(list.changed)) {
+            return refused(
+                "it is of another directory, or the manifest was written anew; it may have been copied with them"
+                    .to_owned(),
+            );
+        }
+        match now().checked_sub(self.time) {
+            None => return refused("it is from the future: a clock is wrong".to_owned()),
+            Some(age) if age > max_age.as_secs() => return refused(format!("it is {age} seconds old")),
+            Some(_) => {}
+        }
+        if self.allow_unlisted && !options.allow_unlisted {
+            return refused("it allowed unlisted files".to_owned());
+        }
+        if self.ignore_permissions && !options.ignore_permissions {
+            return refused("it ignored permissions".to_owned());
+        }
+        if self.exclude != options.exclude {
+            return refused("it left out other paths".to_owned());
+        }
+        match &options.subject {
+            Some(subject) if self.reader.as_ref() != Some(&subject.shown) => {
+                refused("it does not say whether that user can read everything".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Where a verdict is kept.
+#[derive(Debug)]
+pub enum Slot<'a> {
+    /// Within the state directory of the root.
+    Root(&'a Root),
+    /// A file.
+    File(&'a Path),
+}
+
+impl Slot<'_> {
+    /// Where it is, for people.
+    pub fn shown(&self) -> PathBuf {
+        match self {
+            Slot::Root(root) => root.shown().join(VERDICT),
+            Slot::File(file) => (*file).to_owned(),
+        }
+    }
+
+    /// Reads the verdict that is there; `None` where there is none.
+    ///
+    /// # Errors
+    /// [`SlotError`] when what is there cannot be read, or is no verdict.
+    pub fn load(&self) -> Result<Option<Verdict>, SlotError> {
+        let file = match self {
+            Slot::Root(root) => match root.open_read(&verdict_path(VERDICT, root)?, Follow::Never) {
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+                other => other?,
+            },
+            Slot::File(path) => {
+                let nonblocking = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+                let open = std::fs::File::options().read(true).custom_flags(nonblocking).open(path);
+                match open {
+                    Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+                    other => other.map_err(|source| self.failed("opened", source))?,
+                }
+            }
+        };
+        if !file.metadata().map_err(|source| self.failed("looked at", source))?.is_file() {
+            return Err(SlotError::Foreign(self.shown()));
+        }
+        let mut text = Vec::new();
+        file.take(BYTES_MAX).read_to_end(&mut text).map_err(|source| self.failed("read", source))?;
+        match serde_json::from_slice::<Verdict>(&text) {
+            Ok(verdict) if verdict.format == FORMAT => Ok(Some(verdict)),
+            _ => Err(SlotError::Foreign(self.shown())),
+        }
+    }
+
+    /// Removes the verdict of before. Answers why it is still there, where it could not be removed.
+    ///
+    /// # Errors
+    /// [`SlotError::Foreign`] when a file that was named is something else.
+    pub fn clear(&self) -> Result<Option<String>, SlotError> {
+        let removed = match self {
+            // Whatever has this name is a verdict; it goes at once, before anything that may take long.
+            Slot::Root(root) => verdict_path(VERDICT, root).and_then(|path| root.unlink(&path)),
+            Slot::File(file) => match self.load() {
+                Ok(None) => return Ok(None),
+                Err(error @ SlotError::Foreign(_)) => return Err(error),
+                _ => {
+                    let path = (*file).to_owned();
+                    std::fs::remove_file(file).map_err(|source| RootError { operation: "remove", path, source })
+                }
+            },
+        };
+        match removed {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            // A read-only file system answers so for what is not there, too.
+            Err(_) if !self.exists() => Ok(None),
+            other => Ok(other.err().map(|error| chain(&error))),
+        }
+    }
+
+    fn exists(&self) -> bool {
+        match self {
+            Slot::Root(root) => verdict_path(VERDICT, root).is_ok_and(|path| root.stat(&path, Follow::Never).is_ok()),
+            Slot::File(file) => std::fs::symlink_metadata(file).is_ok(),
+        }
+    }
+
+    /// Stores a verdict, whole or not at all.
+    ///
+    /// # Errors
+    /// [`SlotError`] when it cannot be written.
+    pub fn store(&self, verdict: &Verdict) -> Result<(), SlotError> {
+        let mut json = serde_json::to_vec_pretty(verdict).map_err(|error| self.failed("written", error.into()))?;
+        json.push(b'\n');
+        match self {
+            Slot::Root(root) => {
+                let (name, new) = (verdict_path(VERDICT, root)?, verdict_path(NEW_VERDICT, root)?);
+                if let Err(error) = root.unlink(&new)
+                    && error.kind() != ErrorKind::NotFound
+                {
+                    return Err(error.into());
+                }
+                let mut file = root.create_new(&new, 0o644)?;
+                file.write_all(&json).map_err(|source| self.failed("written", source))?;
+                Ok(root.rename(&new, &name, RenameFlags::empty())?)
+            }
+            Slot::File(file) => {
+                let mut new = file.as_os_str().to_owned();
+                new.push(format!(".{}.new", std::process::id()));
+                let new = PathBuf::from(new);
+                let written = std::fs::File::create_new(&new)
+                    .and_then(|mut open| open.write_all(&json))
+                    .and_then(|()| std::fs::rename(&new, file));
+                if written.is_err() {
+                    // Best effort: the error that is told is the one that matters.
+                    let _ = std::fs::remove_file(&new);
+                }
+                written.map_err(|source| self.failed("written", source))
+            }
+        }
+    }
+
+    fn failed(&self, operation: &'static str, source: std::io::Error) -> SlotError {
+        SlotError::Io { file: self.shown(), operation, source }
+    }
+}
+
+fn text(time: Timestamp) -> String {
+    format!("{}.{:09}", time.seconds, time.nanoseconds)
+}
+
+fn verdict_path(name: &'static str, root: &Root) -> Result<RelPath, RootError> {
+    let invalid = |error| RootError {
+        operation: "name",
+        path: root.shown().join(name),
+        source: std::io::Error::new(ErrorKind::InvalidInput, error),
+    };
+    RelPath::new(name).map_err(invalid)
+}

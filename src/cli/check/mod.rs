@@ -1,0 +1,312 @@
+//! `lockstep check`: whether what lies in a directory is what its manifest says.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+
+use super::display::{Display, Verbosity};
+use super::{Failure, output, shown, transfer};
+use crate::check::{self, CheckError, Depth, Options, Outcome, Slot, SlotError, Verdict};
+use crate::drift;
+use crate::error::{Exit, chain};
+use crate::root::Root;
+
+mod show;
+
+/// Check that a directory is what its manifest says: the gate before a training run
+///
+/// Says all that is wrong, and ends with 0 only when nothing is. Files are not read again whose metadata is what it was when
+/// they were last hashed; --full reads every byte.
+#[derive(Debug, Args)]
+pub(super) struct Check {
+    /// The directory
+    path: PathBuf,
+    #[command(flatten)]
+    options: CheckOptions,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CheckOptions {
+    /// Hash only what moved: metadata is compared with the manifest and with what was hashed before
+    #[arg(long, conflicts_with_all = ["sample", "full"])]
+    quick: bool,
+    /// As --quick, and hash so many per cent of the files, chosen at random
+    #[arg(long, value_name = "N%", value_parser = percent, conflicts_with = "full")]
+    sample: Option<f64>,
+    /// Hash every byte
+    #[arg(long)]
+    full: bool,
+    /// Compare with this list, a manifest or the output of sha256sum [default: PATH/.lockstep/manifest]
+    #[arg(long, value_name = "FILE")]
+    against: Option<PathBuf>,
+    /// Refuse a manifest of an earlier generation
+    #[arg(long, value_name = "N")]
+    min_generation: Option<u64>,
+    /// Find what this user, by name or number, cannot read, because of directories above and ACLs too
+    #[arg(long = "as", value_name = "USER")]
+    reader: Option<String>,
+    /// Files that are not listed are no fault
+    #[arg(long)]
+    allow_unlisted: bool,
+    /// Do not compare modes, owners and groups
+    #[arg(long)]
+    ignore_permissions: bool,
+    /// Leave out what matches, a glob as in gitignore(5); may be given several times
+    #[arg(long, value_name = "GLOB")]
+    exclude: Vec<String>,
+    /// Hash what was last hashed longer ago than this, as '12h' or '7d'; with --cached, refuse an older verdict
+    #[arg(long, value_name = "AGE", value_parser = age)]
+    max_age: Option<Duration>,
+    /// Read only the verdict of an earlier check; refused when it is missing, too old, of another manifest or not good
+    #[arg(long, requires = "max_age", conflicts_with_all = ["quick", "sample", "full", "threads", "nice", "timeout", "combined"])]
+    cached: bool,
+    /// How many files are hashed at once [default: the number of cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Give way to others while hashing, as nice(1) does
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(i32).range(0..=19))]
+    nice: i32,
+    /// End with 75 when it takes longer
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    timeout: Option<u64>,
+    /// Keep the verdict in this file [default: PATH/.lockstep/verdict.json, where that may be written]
+    #[arg(long, value_name = "FILE")]
+    verdict: Option<PathBuf>,
+    /// One JSON object a line: the findings, then the verdict
+    #[arg(long, conflicts_with = "combined")]
+    json: bool,
+    /// A line for each path: '=' equal, '-' missing, '+' not listed, '*' differs, '!' error
+    #[arg(long)]
+    combined: bool,
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('%').unwrap_or(text).parse::<f64>().ok();
+    number
+        .filter(|&number| number > 0.0 && number <= 100.0)
+        .ok_or_else(|| "it is a share of the files, more than 0% and at most 100%".to_owned())
+}
+
+fn age(text: &str) -> Result<Duration, String> {
+    let wrong = || "write it as '30s', '10m', '12h' or '7d'".to_owned();
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let seconds = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    number.checked_mul(seconds).filter(|&seconds| seconds > 0).map(Duration::from_secs).ok_or_else(wrong)
+}
+
+/// Ends the process when a check takes too long, whatever its threads are doing then.
+struct Timer(Arc<AtomicBool>);
+
+impl Timer {
+    fn start(seconds: u64, path: &Path) -> Result<Timer, Failure> {
+        let over = Arc::new(AtomicBool::new(false));
+        let (heard, path) = (Arc::clone(&over), path.to_owned());
+        let until = Instant::now() + Duration::from_secs(seconds);
+        let wait = move || {
+            while let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
+                std::thread::sleep(left);
+            }
+            if !heard.swap(true, Ordering::SeqCst) {
+                eprintln!(
+                    "lockstep: '{}' was not checked within {seconds} seconds, so that nothing is known of it; give it \
+                     more time, or --quick",
+                    shown(&path)
+                );
+                std::process::exit(Exit::TryAgain.code().into());
+            }
+        };
+        let started = std::thread::Builder::new().name("timeout".into()).spawn(wait);
+        started.map_err(|error| Failure::Plain { exit: Exit::Io, message: format!("start the timer: {error}") })?;
+        Ok(Timer(over))
+    }
+
+    /// From here on the check counts as done. Does not return where the time was over before.
+    fn disarm(&self) {
+        if self.0.swap(true, Ordering::SeqCst) {
+            // The timer is about to end the process.
+            loop {
+                std::thread::park();
+            }
+        }
+    }
+}
+
+fn check_failure(error: &CheckError) -> Failure {
+    let exit = match error {
+        CheckError::Filter(_) => Exit::Usage,
+        CheckError::Scan(crate::scan::ScanError::Changed(_)) | CheckError::Stopped => Exit::TryAgain,
+        _ => Exit::Io,
+    };
+    Failure::Plain { exit, message: chain(error) }
+}
+
+fn slot_failure(error: &SlotError) -> Failure {
+    let exit = if matches!(error, SlotError::Foreign(_)) { Exit::Usage } else { Exit::Io };
+    Failure::Plain { exit, message: chain(error) }
+}
+
+impl Check {
+    pub(super) fn run(self) -> Result<Exit, Failure> {
+        self.options.run(&self.path, false)
+    }
+}
+
+impl CheckOptions {
+    /// Checks `path`. With `aside` standard output is left to somebody else.
+    pub(super) fn run(&self, path: &Path, aside: bool) -> Result<Exit, Failure> {
+        let timer = self.timeout.map(|seconds| Timer::start(seconds, path)).transpose()?;
+        let root = Root::open(path)?;
+        let slot = self.verdict.as_deref().map_or(Slot::Root(&root), Slot::File);
+        if self.cached {
+            return self.cached(path, &root, &slot, &self.options()?, aside);
+        }
+        let (started, begun) = (Instant::now(), seconds_now());
+        let kept = slot.clear().map_err(|error| slot_failure(&error))?;
+        if let Some(reason) = kept {
+            eprintln!("lockstep: warning: the verdict of an earlier check stays, and is not of this one: {reason}");
+        }
+        let options = self.options()?;
+        let verbosity = if self.json { Verbosity::Quiet } else { Verbosity::Normal };
+        let mut display = Display::new(verbosity, false);
+        let report = check::check(path, &options, &display);
+        display.finish();
+        let report = report.map_err(|error| check_failure(&error))?;
+        let inode = root.stat_root()?.inode;
+        let verdict = Verdict::new(path, inode, begun, &options, transfer::actor(), &report);
+        if let Some(timer) = &timer {
+            timer.disarm();
+        }
+        match slot.store(&verdict) {
+            Err(error) if self.verdict.is_some() => return Err(slot_failure(&error)),
+            // Who may only read checks as well as anybody.
+            _ => {}
+        }
+        let text = match (self.json, self.combined) {
+            (true, _) => show::json(&report, &verdict, started.elapsed()),
+            (_, true) => show::combined(&report),
+            _ => show::lines(&report),
+        };
+        say(&text, aside)?;
+        for note in &report.notes {
+            eprintln!("lockstep: note: {note}");
+        }
+        let summary = show::summary(path, &report, &verdict);
+        match report.outcome() {
+            Outcome::Good if self.json => Ok(Exit::Done),
+            Outcome::Good => say(&format!("{summary}\n"), aside || self.combined).map(|()| Exit::Done),
+            Outcome::Unfinished => Err(Failure::Plain { exit: Exit::Incomplete, message: summary }),
+            Outcome::Bad => Err(Failure::bad_data(summary)),
+        }
+    }
+
+    fn options(&self) -> Result<Options, Failure> {
+        let depth = match (self.quick, self.sample, self.full) {
+            (true, ..) => Depth::Quick,
+            (_, Some(percent), _) => Depth::Sample(percent),
+            (.., true) => Depth::Full,
+            _ => Depth::Default,
+        };
+        let subject = self.reader.as_deref().map(|user| drift::subject(Some(user), None)).transpose();
+        Ok(Options {
+            depth,
+            against: self.against.clone(),
+            min_generation: self.min_generation,
+            subject: subject.map_err(|error| Failure::usage(chain(&error)))?,
+            allow_unlisted: self.allow_unlisted,
+            ignore_permissions: self.ignore_permissions,
+            exclude: self.exclude.clone(),
+            max_age: self.max_age,
+            threads: self.threads.map_or(0, usize::from),
+            nice: self.nice,
+            own: self.verdict.iter().cloned().collect(),
+        })
+    }
+
+    /// Whether an earlier verdict stands for a check now.
+    fn cached(
+        &self,
+        path: &Path,
+        root: &Root,
+        slot: &Slot<'_>,
+        options: &Options,
+        aside: bool,
+    ) -> Result<Exit, Failure> {
+        let refused = |reason: String| {
+            Err(Failure::bad_data(format!(
+                "'{}': no verdict stands for it: {reason}; check it with 'lockstep check'",
+                shown(path)
+            )))
+        };
+        let verdict = match slot.load() {
+            Ok(Some(verdict)) => verdict,
+            Ok(None) => return refused(format!("there is no '{}'", shown(&slot.shown()))),
+            Err(error @ SlotError::Foreign(_)) => return refused(chain(&error)),
+            Err(error) => return Err(slot_failure(&error)),
+        };
+        let listed = check::listed(path, self.against.as_deref()).map_err(|error| check_failure(&error))?;
+        let Some(list) = listed else {
+            return refused("the manifest is missing or damaged".to_owned());
+        };
+        if let Some(least) = self.min_generation
+            && list.generation.is_none_or(|generation| generation < least)
+        {
+            return refused(format!("the manifest is not of generation {least} or later"));
+        }
+        let inode = root.stat_root()?.inode;
+        // `--cached` cannot be given without an age.
+        let max_age = self.max_age.unwrap_or_default();
+        if let Err(reason) = verdict.accept(inode, &list, max_age, options) {
+            return refused(reason.to_string());
+        }
+        let text = if self.json {
+            show::cached_json(&verdict)
+        } else {
+            format!("'{}': {}\n", shown(path), show::cached(&verdict))
+        };
+        say(&text, aside)?;
+        Ok(Exit::Done)
+    }
+}
+
+/// To standard output, or where that belongs to somebody else to standard error.
+fn say(text: &str, aside: bool) -> Result<(), Failure> {
+    if aside {
+        eprint!("{text}");
+        return Ok(());
+    }
+    output(text.as_bytes())
+}
+
+fn seconds_now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_and_ages_are_read_strictly() {
+        for (text, value) in [("5%", 5.0), ("5", 5.0), ("0.5%", 0.5), ("100%", 100.0)] {
+            assert_eq!(percent(text), Ok(value), "{text}");
+        }
+        for text in ["0", "0%", "101", "-1", "nan", "inf", "", "%", "5%%"] {
+            assert!(percent(text).is_err(), "{text}");
+        }
+        assert_eq!(age("7d"), Ok(Duration::from_secs(7 * 86_400)));
+        assert_eq!(age("90s"), Ok(Duration::from_secs(90)));
+        for text in ["", "7", "d", "0d", "-1d", "7w", "7 d", "99999999999999999999d", "9999999999999999999d"] {
+            assert!(age(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,44 @@
+//! `lockstep exec`: a command that is started only on data that was found to be good.
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::check::CheckOptions;
+use super::{Failure, shown};
+use crate::error::{Exit, in_words};
+
+/// Check a directory, and start a command only when it is good
+///
+/// The command takes the place of lockstep: signals reach it, and its exit code is what the caller sees. When the data is not
+/// good nothing is started, and the exit code is that of 'lockstep check'. What the check says goes to standard error.
+#[derive(Debug, Args)]
+#[command(override_usage = "lockstep exec --check PATH [CHECK OPTIONS] -- COMMAND [ARGUMENT]...")]
+pub(super) struct Exec {
+    /// The directory to check
+    #[arg(long = "check", value_name = "PATH", required = true)]
+    path: PathBuf,
+    #[command(flatten)]
+    options: CheckOptions,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+impl Exec {
+    pub(super) fn run(self) -> Result<Exit, Failure> {
+        let verdict = self.options.run(&self.path, true)?;
+        let (Exit::Done, Some((program, arguments))) = (verdict, self.command.split_first()) else {
+            return Ok(if verdict == Exit::Done { Exit::Usage } else { verdict });
+        };
+        // It comes back only where the command could not be started.
+        let error = std::process::Command::new(program).args(arguments).exec();
+        Err(Failure::usage(format!(
+            "the data is good, but '{}' cannot be started: {}",
+            shown(Path::new(program)),
+            in_words(&error)
+        )))
+    }
+}
