@@ -21,6 +21,7 @@ pub mod wire;
 pub mod access;
 pub mod audit;
 pub mod drift;
+pub mod layout;
 pub mod root;
 pub mod scan;
 pub mod staging;

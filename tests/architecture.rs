@@ -19,6 +19,7 @@ const LAYERS: &[&[&str]] = &[
     &["access"],
     &["staging"],
     &["drift"],
+    &["layout"],
     &["endpoint"],
     &["sync"],
     &["config"],
