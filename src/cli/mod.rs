@@ -19,6 +19,7 @@ mod audit;
 mod completions;
 pub mod display;
 mod habits;
+mod inspect;
 mod job;
 mod keys;
 mod login;
@@ -76,6 +77,7 @@ enum Command {
     /// Show and check the record of what was published
     #[command(subcommand)]
     Audit(audit::Command),
+    Inspect(inspect::Inspect),
     Quickstart(quickstart::Quickstart),
     /// Print a completion script for a shell
     Completions(completions::Completions),
@@ -94,6 +96,7 @@ impl Command {
             Command::Policy(command) => command.run(),
             Command::Keys(command) => command.run(),
             Command::Audit(command) => command.run(),
+            Command::Inspect(command) => command.run(),
             Command::Quickstart(command) => command.run(),
             Command::Completions(command) => command.run(),
             Command::Man(command) => command.run(),
