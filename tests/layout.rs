@@ -129,6 +129,9 @@ fn write(name: &str, content: impl AsRef<[u8]>) -> impl Fn(&Path) {
 #[test]
 fn hugging_face_whole_and_damaged() {
     let first = format!("checkpoint-500/{}", SHARDS[0]);
+    let mut holed = archive();
+    let entry = holed.windows(4).position(|window| window == b"PK\x01\x02").unwrap();
+    holed[entry] = 0;
     let listed = |shard: &str| format!(r#"{{"weight_map":{{"a":"{shard}"}}}}"#);
     damage(
         hugging_face,
@@ -150,6 +153,18 @@ fn hugging_face_whole_and_damaged() {
                 &|at| cut(at, "checkpoint-500/optimizer.pt", 1),
                 1,
                 &["optimizer.pt", "cut off"],
+            ),
+            (
+                "two archives in one",
+                &write("checkpoint-500/optimizer.pt", [archive(), archive()].concat()),
+                1,
+                &["bytes behind where it should be"],
+            ),
+            (
+                "no entry where the directory is",
+                &write("checkpoint-500/optimizer.pt", holed),
+                1,
+                &["not where the end"],
             ),
             ("zeros", &write("checkpoint-500/rng_state.pth", [0; 64]), 1, &["begins with zeros"]),
             ("no state", &remove("checkpoint-500/trainer_state.json"), 4, &["no 'trainer_state.json'"]),
@@ -417,4 +432,31 @@ proptest! {
             prop_assert!(report.findings.iter().any(|finding| finding.path.as_ref() == Some(&path)), "{name}");
         }
     }
+}
+
+/// What Python's own modules write, zip files of 64 bits and pickles of each protocol, is read as it is meant.
+#[test]
+fn what_python_writes_is_understood() {
+    let script = "
+import os, pickle, zipfile
+with zipfile.ZipFile('many.pt', 'w') as z:
+    for i in range(66000): z.writestr(f'a/{i}', b'')
+with zipfile.ZipFile('__0_0.distcp', 'w') as z: z.writestr('a', b'x' * 1000)
+for protocol in (2, 3, 4, 5):
+    os.mkdir(str(protocol))
+    names = {f'w{i}': (f'__{i}_0.distcp', i) for i in range(3)}
+    with open(f'{protocol}/.metadata', 'wb') as f: pickle.dump(names, f, protocol=protocol)
+    for i in range(3): os.link('__0_0.distcp', f'{protocol}/__{i}_0.distcp')
+os.remove('__0_0.distcp')
+";
+    let at = tempfile::tempdir().unwrap();
+    let python = Command::new("python3").args(["-c", script]).current_dir(at.path()).output();
+    ends(&python.expect("python3 is not installed: Debian package python3"), 0, &[]);
+    ends(&inspect(at.path(), &[]), 0, &["torch-dcp: 2", "torch-dcp: 5", "13 files looked into"]);
+    for protocol in ["2", "3", "4", "5"] {
+        fs::remove_file(at.path().join(protocol).join("__2_0.distcp")).unwrap();
+        ends(&inspect(at.path(), &[]), 4, &[&format!("'{protocol}/__2_0.distcp' is missing")]);
+    }
+    cut(at.path(), "many.pt", 1);
+    ends(&inspect(at.path(), &[]), 1, &["'many.pt' is damaged"]);
 }

@@ -158,7 +158,8 @@ fn text(report: &Report) -> String {
     }
     for finding in &report.findings {
         let (path, kind) = (place(finding.path.as_ref()), word(finding.kind));
-        let _ = writeln!(text, "'{path}' {} ({kind}): {}; {}", finding.what, finding.why, finding.hint);
+        let kind = if finding.what.contains(kind) { String::new() } else { format!(" ({kind})") };
+        let _ = writeln!(text, "'{path}' {}{kind}: {}; {}", finding.what, finding.why, finding.hint);
     }
     if report.more > 0 {
         let _ = writeln!(text, "… and {} more", report.more);
