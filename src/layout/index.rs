@@ -11,7 +11,9 @@ use super::safetensors::{Text, words};
 use crate::error::Escaped;
 
 /// The largest index that is read, in bytes.
-pub const INDEX_MAX: u64 = 100_000_000;
+pub const INDEX_MAX: u64 = 50_000_000;
+/// The most shards that an index may list.
+pub const SHARDS_MAX: usize = 100_000;
 
 #[derive(Deserialize)]
 struct Index {
@@ -32,6 +34,9 @@ impl<'de> Deserialize<'de> for Shards {
                 let (mut shards, mut tensors) = (BTreeSet::new(), HashSet::new());
                 while let Some((tensor, shard)) = map.next_entry::<Text<'de>, Text<'de>>()? {
                     if !shards.contains(&*shard.0) {
+                        if shards.len() == SHARDS_MAX {
+                            return Err(de::Error::custom(format!("it lists more than {SHARDS_MAX} shards")));
+                        }
                         shards.insert(shard.0.into_owned());
                     }
                     if let Some(twice) = tensors.replace(tensor) {
@@ -128,6 +133,12 @@ mod tests {
         }
         assert!(shards(format!("{{\"x\":{}", "[".repeat(200_000)).as_bytes()).is_err());
         assert!(shards(b"{\"weight_map\":{\"a\":\"\xff\"}}").is_err());
+        let many = |count: usize| {
+            let map: Vec<String> = (0..count).map(|at| format!("\"{at}\":\"{at}\"")).collect();
+            shards(format!("{{\"weight_map\":{{{}}}}}", map.join(",")).as_bytes())
+        };
+        assert_eq!(many(SHARDS_MAX).unwrap().len(), SHARDS_MAX);
+        assert!(many(SHARDS_MAX + 1).unwrap_err().contains("more than 100000 shards"));
     }
 
     #[test]

@@ -66,18 +66,22 @@ pub fn grouped<'a>(names: impl Iterator<Item = &'a [u8]>) -> BTreeMap<Vec<u8>, B
     groups
 }
 
-/// More names than this are not looked for in one `.metadata`.
-pub const MENTIONS_MAX: usize = 1_000_000;
+/// The most names that are taken from one `.metadata`.
+pub const MENTIONS_MAX: usize = 100_000;
 /// A string in a pickle that may be a name ends at most so many bytes behind where its opcode is.
-pub const MENTION_LENGTH_MAX: usize = 5 + 4095;
+pub const MENTION_LENGTH_MAX: usize = 5 + MENTION_MAX;
+/// The longest name, in bytes: longer ones are no file's of this layout.
+const MENTION_MAX: usize = 1024;
 
 /// Collects strings of a pickle that end in `.distcp`: the files that a `.metadata` names. It is not unpickled: a pickle is
 /// a program. Strings stand in it as an opcode (BINUNICODE or SHORT_BINUNICODE, `pickletools`), a length and their text.
-pub fn mentions(bytes: &[u8], found: &mut BTreeSet<Vec<u8>>) {
+/// False, and the rest is not looked at, where they are more than [`MENTIONS_MAX`].
+#[must_use]
+pub fn mentions(bytes: &[u8], found: &mut BTreeSet<Vec<u8>>) -> bool {
     const SUFFIX: &[u8] = b".distcp";
     for end in bytes.windows(SUFFIX.len()).enumerate().filter(|(_, window)| *window == SUFFIX).map(|(at, _)| at) {
         let end = end + SUFFIX.len();
-        let string = (SUFFIX.len()..=end.min(4095)).find_map(|length| {
+        let string = (SUFFIX.len()..=end.min(MENTION_MAX)).find_map(|length| {
             let start = end - length;
             let short = start.checked_sub(2).map(|at| &bytes[at..start]);
             let long = start.checked_sub(5).map(|at| &bytes[at..start]);
@@ -86,12 +90,15 @@ pub fn mentions(bytes: &[u8], found: &mut BTreeSet<Vec<u8>>) {
             (is_short || is_long).then(|| &bytes[start..end])
         });
         if let Some(string) = string
-            && found.len() < MENTIONS_MAX
             && !found.contains(string)
         {
+            if found.len() == MENTIONS_MAX {
+                return false;
+            }
             found.insert(string.to_vec());
         }
     }
+    true
 }
 
 #[cfg(test)]
@@ -132,9 +139,18 @@ mod tests {
         pickle.extend(long.as_bytes());
         // Text that is no string of its own.
         pickle.extend(b"\x8c\x05__9_9.distcp .distcp");
-        mentions(&pickle, &mut found);
+        assert!(mentions(&pickle, &mut found));
         let expected: BTreeSet<Vec<u8>> =
             [&b"__0_0.distcp"[..], b"x__1_0.distcp", long.as_bytes()].map(<[u8]>::to_vec).into();
         assert_eq!(found, expected);
+        let many: Vec<u8> =
+            (0..=MENTIONS_MAX).flat_map(|at| format!("\u{8}X__{at:06}_0.distcp").into_bytes()).collect();
+        let many: Vec<u8> = many
+            .split(|&byte| byte == 8)
+            .skip(1)
+            .flat_map(|name| [b"X", &((name.len() - 1) as u32).to_le_bytes()[..], &name[1..]].concat())
+            .collect();
+        assert!(!mentions(&many, &mut BTreeSet::new()));
+        assert!(mentions(&many[..many.len() - 1], &mut BTreeSet::new()));
     }
 }

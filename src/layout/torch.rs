@@ -112,7 +112,9 @@ fn read_names(file: &Open) -> Result<BTreeSet<Vec<u8>>, String> {
     while at < file.size {
         let from = at.saturating_sub(names::MENTION_LENGTH_MAX as u64);
         let to = file.size.min(at + PIECE);
-        names::mentions(&file.read(from, to - from)?, &mut found);
+        if !names::mentions(&file.read(from, to - from)?, &mut found) {
+            return Err(format!("it names more than {} files", names::MENTIONS_MAX));
+        }
         at = to;
     }
     Ok(found)
