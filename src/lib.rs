@@ -23,6 +23,7 @@ pub mod access;
 pub mod audit;
 pub mod check;
 pub mod drift;
+pub mod layout;
 pub mod root;
 pub mod scan;
 pub mod staging;

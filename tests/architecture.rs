@@ -20,6 +20,7 @@ const LAYERS: &[&[&str]] = &[
     &["access"],
     &["staging"],
     &["drift"],
+    &["layout"],
     &["check"],
     &["endpoint"],
     &["sync"],

@@ -21,6 +21,7 @@ mod completions;
 pub mod display;
 mod exec;
 mod habits;
+mod inspect;
 mod job;
 mod keys;
 mod login;
@@ -80,6 +81,7 @@ enum Command {
     /// Show and check the record of what was published
     #[command(subcommand)]
     Audit(audit::Command),
+    Inspect(inspect::Inspect),
     Quickstart(quickstart::Quickstart),
     /// Print a completion script for a shell
     Completions(completions::Completions),
@@ -100,6 +102,7 @@ impl Command {
             Command::Policy(command) => command.run(),
             Command::Keys(command) => command.run(),
             Command::Audit(command) => command.run(),
+            Command::Inspect(command) => command.run(),
             Command::Quickstart(command) => command.run(),
             Command::Completions(command) => command.run(),
             Command::Man(command) => command.run(),
