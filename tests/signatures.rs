@@ -353,3 +353,30 @@ fn a_list_in_a_file_has_its_signature_beside_it() {
     fs::write(data.path("data/other.sig"), "").unwrap();
     ends(&verify(), 1, &["other.sig: not listed"]);
 }
+
+#[test]
+fn s30_training_starts_only_on_what_an_allowed_signer_has_signed() {
+    let signed = Signed::new();
+    let trust = ["--require-signature", "--allowed-signers", "allowed"];
+    let check = |more: &[&str]| signed.run(&[&["check"], &trust[..], more, &["there"]].concat());
+    let exec = || signed.run(&[&["exec", "--check", "there"], &trust[..], &["--", "touch", "started"]].concat());
+    ends(&check(&[]), 3, &["is not signed"]);
+    ends(&exec(), 3, &["is not signed"]);
+    assert!(!signed.path("started").exists());
+    signed.sign("alice");
+    done(&check(&[]));
+    done(&check(&["--cached", "--max-age", "1d"]));
+    ends(&check(&["--signer", "bob@x"]), 3, &["does not count"]);
+    done(&exec());
+    assert!(signed.path("started").exists());
+    // Signed or not, data that is not what is listed is bad; and a list that was changed is not what was signed.
+    fs::write(signed.path("there/weights"), "9876543210").unwrap();
+    ends(&check(&[]), 1, &["modified"]);
+    done(&signed.run(&["push", "--checksum", "data", "there"]));
+    let manifest = signed.path("there/.lockstep/manifest");
+    let text = fs::read_to_string(&manifest).unwrap();
+    fs::write(&manifest, text.replacen("generation", "generation ", 1)).unwrap();
+    for more in [&["--cached", "--max-age", "1d"][..], &[]] {
+        ends(&check(more), 3, &["does not count"]);
+    }
+}

@@ -24,6 +24,8 @@ use crate::root::{FileKind, Follow, Metadata, Root};
 mod diff;
 mod sign;
 
+pub(super) use sign::Trust;
+
 /// Where a target keeps the manifest of what was published.
 const PUBLISHED: &str = ".lockstep/manifest";
 
@@ -96,7 +98,7 @@ pub(super) struct Verify {
     #[arg(long, value_name = "FILE", conflicts_with = "sums")]
     manifest: Option<PathBuf>,
     /// A list in the format of sha256sum, with names relative to the directory
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "require_signature")]
     sums: Option<PathBuf>,
     /// Refuse a manifest of an earlier publication than this one (exit code 1)
     #[arg(long, value_name = "N", conflicts_with = "sums")]
@@ -255,7 +257,7 @@ fn load(file: Option<&Path>, directory: &Path) -> Result<Manifest, Failure> {
 }
 
 /// The text of a native manifest, and where it is.
-fn read_text(file: Option<&Path>, directory: &Path) -> Result<(PathBuf, Vec<u8>), Failure> {
+pub(super) fn read_text(file: Option<&Path>, directory: &Path) -> Result<(PathBuf, Vec<u8>), Failure> {
     if let Some(file) = file {
         return Ok((file.to_owned(), std::fs::read(file).map_err(Failure::io("read", file))?));
     }

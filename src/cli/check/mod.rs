@@ -6,12 +6,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use sha2::{Digest as _, Sha256};
 
 use super::display::{Display, Verbosity};
+use super::manifest::{Trust, read_text};
 use super::{Failure, output, shown, transfer};
 use crate::check::{self, CheckError, Depth, Options, Outcome, Slot, SlotError, Verdict};
 use crate::drift;
 use crate::error::{Exit, chain};
+use crate::manifest::Digest;
 use crate::root::Root;
 
 mod show;
@@ -75,6 +78,8 @@ pub(super) struct CheckOptions {
     /// Keep the verdict in this file [default: PATH/.lockstep/verdict.json, where that may be written]
     #[arg(long, value_name = "FILE")]
     verdict: Option<PathBuf>,
+    #[command(flatten)]
+    trust: Trust,
     /// One JSON object a line: the findings, then the verdict
     #[arg(long, conflicts_with = "combined")]
     json: bool,
@@ -155,6 +160,12 @@ fn slot_failure(error: &SlotError) -> Failure {
     Failure::Plain { exit, message: chain(error) }
 }
 
+/// Somebody has put another list there between two looks at it.
+fn not_what_was_signed(path: &Path) -> Failure {
+    let message = format!("'{}': the list changed while it was checked; check again", shown(path));
+    Failure::Plain { exit: Exit::Trust, message }
+}
+
 impl Check {
     pub(super) fn run(self) -> Result<Exit, Failure> {
         self.options.run(&self.path, false)
@@ -175,12 +186,16 @@ impl CheckOptions {
         if let Some(reason) = kept {
             eprintln!("lockstep: warning: the verdict of an earlier check stays, and is not of this one: {reason}");
         }
+        let signed = self.signed(path)?;
         let options = self.options()?;
         let verbosity = if self.json { Verbosity::Quiet } else { Verbosity::Normal };
         let mut display = Display::new(verbosity, false);
         let report = check::check(path, &options, &display);
         display.finish();
         let report = report.map_err(|error| check_failure(&error))?;
+        if signed.is_some() && report.list != signed {
+            return Err(not_what_was_signed(path));
+        }
         let inode = root.stat_root()?.inode;
         let verdict = Verdict::new(path, inode, begun, &options, transfer::actor(), &report);
         if let Some(timer) = &timer {
@@ -207,6 +222,16 @@ impl CheckOptions {
             Outcome::Unfinished => Err(Failure::Plain { exit: Exit::Incomplete, message: summary }),
             Outcome::Bad => Err(Failure::bad_data(summary)),
         }
+    }
+
+    /// The SHA-256 of the list, where it has to be signed and is.
+    fn signed(&self, path: &Path) -> Result<Option<Digest>, Failure> {
+        if !self.trust.is_required() {
+            return Ok(None);
+        }
+        let (_, text) = read_text(self.against.as_deref(), path)?;
+        self.trust.check(self.against.as_deref(), path, &text)?;
+        Ok(Some(Digest(Sha256::digest(&text).into())))
     }
 
     fn options(&self) -> Result<Options, Failure> {
@@ -247,6 +272,8 @@ impl CheckOptions {
                 shown(path)
             )))
         };
+        // Before anything is believed that stands there.
+        let signed = self.signed(path)?;
         let verdict = match slot.load() {
             Ok(Some(verdict)) => verdict,
             Ok(None) => return refused(format!("there is no '{}'", shown(&slot.shown()))),
@@ -257,6 +284,9 @@ impl CheckOptions {
         let Some(list) = listed else {
             return refused("the manifest is missing or damaged".to_owned());
         };
+        if signed.is_some_and(|signed| signed != list.digest) {
+            return Err(not_what_was_signed(path));
+        }
         if let Some(least) = self.min_generation
             && list.generation.is_none_or(|generation| generation < least)
         {

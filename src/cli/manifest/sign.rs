@@ -37,9 +37,9 @@ pub(in super::super) struct Sign {
 
 /// What a signature must be.
 #[derive(Debug, Args)]
-pub(super) struct Trust {
+pub(in crate::cli) struct Trust {
     /// Read nothing of the list unless an allowed signer has signed it (exit code 3)
-    #[arg(long, requires = "allowed_signers", conflicts_with = "sums")]
+    #[arg(long, requires = "allowed_signers")]
     require_signature: bool,
     /// Who may sign, in the format of ssh-keygen(1), ALLOWED SIGNERS
     #[arg(long, value_name = "FILE", requires = "require_signature")]
@@ -119,6 +119,11 @@ fn store(directory: &Path, text: &[u8]) -> Result<PathBuf, Failure> {
 }
 
 impl Trust {
+    /// Whether one is asked for.
+    pub(in crate::cli) fn is_required(&self) -> bool {
+        self.require_signature
+    }
+
     /// Where the signature is, if one is asked for.
     pub(super) fn file(&self, manifest: Option<&Path>, directory: &Path) -> Option<PathBuf> {
         let usual = || manifest.map_or_else(|| directory.join(SIGNATURE), beside);
@@ -126,7 +131,7 @@ impl Trust {
     }
 
     /// Checks that `text`, the manifest `manifest` or that of `directory`, is signed as asked, and says by whom.
-    pub(super) fn check(&self, manifest: Option<&Path>, directory: &Path, text: &[u8]) -> Result<(), Failure> {
+    pub(in crate::cli) fn check(&self, manifest: Option<&Path>, directory: &Path, text: &[u8]) -> Result<(), Failure> {
         let (Some(at), Some(list)) = (self.file(manifest, directory), &self.allowed_signers) else { return Ok(()) };
         let of = manifest.map_or_else(|| directory.join(PUBLISHED), Path::to_owned);
         let signers = AllowedSigners::parse(&listed(list)?, &local);
