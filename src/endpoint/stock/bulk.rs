@@ -106,7 +106,7 @@ impl Bulk {
         bulk.send(Bytes::from_static(b"0 1\nx0 0\n"))?;
         let written = (bulk.shell.status()?, bulk.shell.status()?);
         bulk.pack = Some(bulk.open_pack()?);
-        bulk.end_pack()?;
+        bulk.flush()?;
         bulk.due.clear();
         let unpacked = bulk.shell.status()?;
         match (written.0.as_str(), written.1.as_str(), unpacked.as_str()) {
@@ -130,7 +130,7 @@ impl Bulk {
     /// # Errors
     /// When the command has ended, here and below.
     pub(super) fn begin(&mut self, number: u64, path: &[u8], from: u64) -> Result<(), String> {
-        self.end_pack()?;
+        self.flush()?;
         self.send_name(if from == 0 { "new" } else { "more" }, path)?;
         self.writing = Some(Writing { number, at: from, held: Vec::new(), held_bytes: 0 });
         Ok(())
@@ -196,15 +196,7 @@ impl Bulk {
             self.send_pack(&mut pack)?;
         }
         self.pack = Some(pack);
-        if full { self.end_pack() } else { Ok(()) }
-    }
-
-    /// Ends what is open, as far as it waits for nothing but more of the same.
-    ///
-    /// # Errors
-    /// As [`Bulk::begin`].
-    pub(super) fn flush(&mut self) -> Result<(), String> {
-        self.end_pack()
+        if full { self.flush() } else { Ok(()) }
     }
 
     /// What was done; with `wait`, at least one thing when any is due.
@@ -254,7 +246,11 @@ impl Bulk {
         std::mem::take(&mut pack.held).into_iter().try_for_each(|bytes| self.send(bytes))
     }
 
-    fn end_pack(&mut self) -> Result<(), String> {
+    /// Ends the archive, which waits for nothing but more files.
+    ///
+    /// # Errors
+    /// As [`Bulk::begin`].
+    pub(super) fn flush(&mut self) -> Result<(), String> {
         let Some(mut pack) = self.pack.take() else { return Ok(()) };
         tar::end(&mut pack.tail);
         pack.close_tail();

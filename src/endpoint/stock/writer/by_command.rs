@@ -130,9 +130,9 @@ impl StockWriter {
             return self.with_bulk(Bulk::end).map(drop);
         }
         let blocks: Vec<Block> = std::mem::take(&mut file.queued).into_iter().map(|(_, block)| block).collect();
-        let path = self.entry(index)?.0.path.clone();
-        let (name, modified) = (self.run.staged_name(&path, false), self.run.permissions(self.entry(index)?.0)?.mtime);
-        self.with_bulk(|bulk| bulk.pack(number, &name, modified.seconds, &blocks)).map(drop)
+        let entry = self.entry(index)?.0;
+        let (name, modified) = (self.run.staged_name(&entry.path, false), entry.mtime.seconds);
+        self.with_bulk(|bulk| bulk.pack(number, &name, modified, &blocks)).map(drop)
     }
 
     /// Has the command give a file up that will not be finished, and removes what there is of it.

@@ -222,9 +222,12 @@ impl StockWriter {
                 }
                 let (index, path, size, packed) = (file.index, file.path.clone(), file.size, file.route == Route::Pack);
                 let announced = file.digest.unwrap_or_default();
-                let wanted = self.run.permissions(self.entry(index)?.0)?;
                 // An archive has set the time; special bits are looked at when they are set.
-                let grant = (packed && wanted.mode & SPECIAL_BITS == 0).then_some((announced, wanted));
+                let grant = match packed {
+                    true => Some((announced, self.run.permissions(self.entry(index)?.0)?)),
+                    false => None,
+                };
+                let grant = grant.filter(|(_, wanted)| wanted.mode & SPECIAL_BITS == 0);
                 self.unproven_bytes += size;
                 self.unproven.push(Unproven { id: number, path, size, grant });
                 self.prove(false);
