@@ -27,6 +27,7 @@ mod pipes;
 mod policy;
 mod push;
 mod quickstart;
+mod repair;
 mod rogue;
 mod scenarios_permissions;
 mod serve;

@@ -202,7 +202,8 @@ impl<'a> Compare<'a> {
         let mut inodes: HashMap<(u64, u64), usize> = HashMap::new();
         for (index, candidate) in self.candidates.iter().enumerate() {
             let Candidate { path, digest, follow, found, .. } = candidate;
-            if !chosen.contains(&index) && self.may_stay_unread(candidate, report) {
+            let asked = chosen.contains(&index) || self.options.read.contains(*path);
+            if !asked && self.may_stay_unread(candidate, report) {
                 continue;
             }
             if found.links > 1

@@ -4,7 +4,7 @@
 //! much was hashed, how much an earlier hash vouches for, and how much nobody has read. A file that could not be looked at
 //! is a finding, never good.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -21,6 +21,8 @@ use crate::scan::{self, LinkRule, ScanError, ScanRule};
 mod compare;
 mod hash;
 mod list;
+pub mod quarantine;
+pub mod repair;
 mod verdict;
 
 use compare::Compare;
@@ -74,6 +76,8 @@ pub struct Options {
     pub threads: usize,
     /// How much the threads that hash give way to others, as for nice(1).
     pub nice: i32,
+    /// Files that are read whatever is known of them.
+    pub read: BTreeSet<RelPath>,
     /// Files beside the list that may lie in the tree without being listed.
     pub own: Vec<PathBuf>,
 }
@@ -91,6 +95,7 @@ impl Default for Options {
             max_age: None,
             threads: 0,
             nice: 0,
+            read: BTreeSet::new(),
             own: Vec::new(),
         }
     }

@@ -64,7 +64,7 @@ impl Place {
         })
     }
 
-    fn bytes(&self) -> &[u8] {
+    pub(super) fn bytes(&self) -> &[u8] {
         match self {
             Place::Here(path) => path.as_os_str().as_bytes(),
             Place::There(there) => there.path.as_bytes(),

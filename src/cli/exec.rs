@@ -20,11 +20,11 @@ pub(super) struct Exec {
     /// The directory to check
     #[arg(long = "check", value_name = "PATH", required = true)]
     path: PathBuf,
-    #[command(flatten)]
-    options: CheckOptions,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
+    #[command(flatten)]
+    options: CheckOptions,
 }
 
 impl Exec {

@@ -97,6 +97,12 @@ enum Proof {
 }
 
 impl Reach {
+    /// An option that was given, and that means nothing where no other machine takes part.
+    pub(super) fn given(&self) -> Option<&'static str> {
+        let given = [(self.remote != Ways::Auto, "--remote"), (self.verify != Proof::Auto, "--verify")];
+        given.into_iter().find(|(given, _)| *given).map(|(_, option)| option)
+    }
+
     /// The ways to try, in this order.
     pub(super) fn ways(&self, ssh: &Ssh) -> Vec<Way> {
         let exec = || Way::LockstepExec(ssh.remote_command.clone());

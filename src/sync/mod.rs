@@ -18,6 +18,7 @@ use crate::plan::{Change, Need, Plan};
 mod listed;
 mod pace;
 mod queue;
+pub mod repair;
 mod worker;
 
 use pace::Pace;

@@ -1,5 +1,6 @@
 //! `lockstep check`: whether what lies in a directory is what its manifest says.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,15 +9,20 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use sha2::{Digest as _, Sha256};
 
+use super::arguments::Place;
 use super::display::{Display, Verbosity};
 use super::manifest::{Trust, read_text};
+use super::stop::Stop;
 use super::{Failure, output, shown, transfer};
-use crate::check::{self, CheckError, Depth, Options, Outcome, Slot, SlotError, Verdict};
+use crate::check::{self, CheckError, Depth, Options, Outcome, Report, Slot, SlotError, Verdict};
 use crate::drift;
 use crate::error::{Exit, chain};
 use crate::manifest::Digest;
 use crate::root::Root;
+use crate::sync::repair::is_left_over;
 
+mod quarantine;
+mod repair;
 mod show;
 
 /// Check that a directory is what its manifest says: the gate before a training run
@@ -79,6 +85,10 @@ pub(super) struct CheckOptions {
     #[arg(long, value_name = "FILE")]
     verdict: Option<PathBuf>,
     #[command(flatten)]
+    repair: repair::Repair,
+    #[command(flatten)]
+    quarantine: quarantine::Quarantine,
+    #[command(flatten)]
     trust: Trust,
     /// One JSON object a line: the findings, then the verdict
     #[arg(long, conflicts_with = "combined")]
@@ -86,6 +96,9 @@ pub(super) struct CheckOptions {
     /// A line for each path: '=' equal, '-' missing, '+' not listed, '*' differs, '!' error
     #[arg(long)]
     combined: bool,
+    // What follows stands under its heading.
+    #[command(flatten)]
+    access: repair::Access,
 }
 
 fn percent(text: &str) -> Result<f64, String> {
@@ -186,15 +199,24 @@ impl CheckOptions {
         if let Some(reason) = kept {
             eprintln!("lockstep: warning: the verdict of an earlier check stays, and is not of this one: {reason}");
         }
+        let place = self.repair.place(&self.access, path)?;
         let signed = self.signed(path)?;
         let options = self.options()?;
-        let verbosity = if self.json { Verbosity::Quiet } else { Verbosity::Normal };
-        let mut display = Display::new(verbosity, false);
-        let report = check::check(path, &options, &display);
-        display.finish();
-        let report = report.map_err(|error| check_failure(&error))?;
-        if signed.is_some() && report.list != signed {
-            return Err(not_what_was_signed(path));
+        let mut report = self.look(path, &options, signed, None)?;
+        // What a first check has said is not said twice.
+        let (mut said, mut not_repaired) = (false, None);
+        let unfinished = report.outcome() == Outcome::Unfinished && is_left_over(&root);
+        if let Some(place) = place.as_ref().filter(|_| report.outcome() == Outcome::Bad || unfinished) {
+            said = true;
+            match self.mend(path, &root, place, (&options, &report), aside) {
+                Ok(Some(tried)) => {
+                    let again = Options { read: tried.read, ..options.clone() };
+                    report = self.look(path, &again, signed, Some(&tried.stop))?;
+                    said = false;
+                }
+                Ok(None) => {}
+                Err(failure) => not_repaired = Some(failure),
+            }
         }
         let inode = root.stat_root()?.inode;
         let verdict = Verdict::new(path, inode, begun, &options, transfer::actor(), &report);
@@ -209,6 +231,7 @@ impl CheckOptions {
         let text = match (self.json, self.combined) {
             (true, _) => show::json(&report, &verdict, started.elapsed()),
             (_, true) => show::combined(&report),
+            _ if said => String::new(),
             _ => show::lines(&report),
         };
         say(&text, aside)?;
@@ -219,9 +242,71 @@ impl CheckOptions {
         match report.outcome() {
             Outcome::Good if self.json => Ok(Exit::Done),
             Outcome::Good => say(&format!("{summary}\n"), aside || self.combined).map(|()| Exit::Done),
-            Outcome::Unfinished => Err(Failure::Plain { exit: Exit::Incomplete, message: summary }),
-            Outcome::Bad => Err(Failure::bad_data(summary)),
+            Outcome::Unfinished => {
+                if let Some(failure) = not_repaired {
+                    eprintln!("lockstep: {summary}");
+                    return Err(failure);
+                }
+                self.quarantine.run(path, &root, &options, &report, self.json, aside || self.combined)?;
+                Err(Failure::Plain { exit: Exit::Incomplete, message: summary })
+            }
+            Outcome::Bad => {
+                let waits = not_repaired.as_ref().is_some_and(|failure| failure.exit() == Exit::TryAgain);
+                if !waits && !stopped(not_repaired.as_ref()) {
+                    self.quarantine.run(path, &root, &options, &report, self.json, aside || self.combined)?;
+                }
+                let Some(failure) = not_repaired else { return Err(Failure::bad_data(summary)) };
+                eprintln!("lockstep: {summary}");
+                Err(failure)
+            }
         }
+    }
+
+    /// Checks once.
+    fn look(
+        &self,
+        path: &Path,
+        options: &Options,
+        signed: Option<Digest>,
+        stop: Option<&Stop>,
+    ) -> Result<Report, Failure> {
+        let verbosity = if self.json { Verbosity::Quiet } else { Verbosity::Normal };
+        let mut display = Display::new(verbosity, false);
+        if let Some(stop) = stop {
+            display = display.stopped_by(stop.flag());
+        }
+        let report = check::check(path, options, &display);
+        display.finish();
+        let report = report.map_err(|error| match stop.and_then(Stop::exit) {
+            Some(exit) => Failure::plain(exit, &error),
+            None => check_failure(&error),
+        })?;
+        if signed.is_some() && report.list != signed {
+            return Err(not_what_was_signed(path));
+        }
+        Ok(report)
+    }
+
+    /// Says what a first check has found, and has it mended from the good copy. `None` where nothing could be.
+    fn mend(
+        &self,
+        path: &Path,
+        root: &Root,
+        place: &Place,
+        (options, report): (&Options, &Report),
+        aside: bool,
+    ) -> Result<Option<repair::Tried>, Failure> {
+        let telling = repair::Telling { json: self.json, aside: aside || self.combined };
+        match (self.json, self.combined) {
+            (true, _) => say(&show::before_repair(report), aside)?,
+            (_, true) => {}
+            _ => say(&show::lines(report), aside)?,
+        }
+        let text = match report.list {
+            None => None,
+            Some(_) => Some(read_text(self.against.as_deref(), path)?.1),
+        };
+        self.repair.run(path, root, (place, &self.access), text.as_deref(), (options, report), telling)
     }
 
     /// The SHA-256 of the list, where it has to be signed and is.
@@ -253,6 +338,7 @@ impl CheckOptions {
             max_age: self.max_age,
             threads: self.threads.map_or(0, usize::from),
             nice: self.nice,
+            read: BTreeSet::new(),
             own: self.verdict.iter().cloned().collect(),
         })
     }
@@ -306,6 +392,11 @@ impl CheckOptions {
         say(&text, aside)?;
         Ok(Exit::Done)
     }
+}
+
+/// Whether a signal ended it.
+fn stopped(failure: Option<&Failure>) -> bool {
+    failure.is_some_and(|failure| matches!(failure.exit(), Exit::Interrupted | Exit::Terminated | Exit::HungUp))
 }
 
 /// To standard output, or where that belongs to somebody else to standard error.

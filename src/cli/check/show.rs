@@ -39,17 +39,31 @@ pub(super) fn combined(report: &Report) -> String {
     })
 }
 
-/// The findings, then the verdict.
-pub(super) fn json(report: &Report, verdict: &Verdict, took: Duration) -> String {
-    let mut text = String::new();
-    for finding in &report.findings {
-        let line = json!({
+fn findings(report: &Report) -> impl Iterator<Item = Value> + '_ {
+    report.findings.iter().map(|finding| {
+        json!({
             "event": "finding",
             "kind": finding.kind.name(),
             "symbol": finding.kind.symbol().to_string(),
             "path": shown(&finding.path).to_string(),
             "message": finding.message,
-        });
+        })
+    })
+}
+
+/// The findings of a check that another one follows.
+pub(super) fn before_repair(report: &Report) -> String {
+    findings(report).fold(String::new(), |mut text, mut line| {
+        line["before_repair"] = json!(true);
+        let _ = writeln!(text, "{line}");
+        text
+    })
+}
+
+/// The findings, then the verdict.
+pub(super) fn json(report: &Report, verdict: &Verdict, took: Duration) -> String {
+    let mut text = String::new();
+    for line in findings(report) {
         let _ = writeln!(text, "{line}");
     }
     let mut line = verdict_json(verdict);
@@ -136,7 +150,7 @@ fn advice(report: &Report) -> &'static str {
     if has(&[Kind::ManifestMissing, Kind::ManifestDamaged]) {
         "Without its manifest nothing is known of the data: push it again, or name a list with --against"
     } else if has(&[Kind::Missing, Kind::Modified, Kind::WrongSize, Kind::WrongKind, Kind::WrongLink]) {
-        "Do not train on it: push it again from a good copy, then check again"
+        "Do not train on it: push it again, or repair it from a good copy (--repair), then check again"
     } else if has(&[Kind::Changed]) {
         "Somebody writes to it: wait for that to end, then check again"
     } else if has(&[Kind::OldGeneration]) {

@@ -6,9 +6,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use sha2::{Digest as _, Sha256};
 
+use super::area::Area;
 use super::metadata::{Acls, apply_directory};
 use super::publish::{self, Record};
-use super::target::{MANIFEST, Run, STAGING, State, io, rel};
+use super::target::{MANIFEST, Run, State, io, rel};
 use super::{known, links, unit};
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
@@ -63,7 +64,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     if nothing && state.old_manifest.generation > 0 {
         // What is staged of a unit that is held back saves the next run from sending it again.
         if !held_back {
-            run.root.remove_tree(&rel(STAGING)?).map_err(io)?;
+            run.root.remove_tree(&rel(Area::Run.in_root())?).map_err(io)?;
         }
         return Ok(Committed {
             generation: state.old_manifest.generation,
@@ -83,7 +84,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let record = Record { actor, source: from, steps, inodes, withheld: withheld_rights, acls: acls_given };
     publish::write_down(&run.root, staging, &record, &text, &acls)?;
     state.recorded = true;
-    let published = publish::carry_out(&run.root, staging, &record, manifest, text, &acls)?;
+    let published = publish::carry_out(&run.root, staging, Area::Run, &record, manifest, text, &acls)?;
     remember(run, state, &record, &published.manifest, monitor);
     if let Some(birth) = &run.birth {
         birth.appear(&run.root)?;
@@ -134,7 +135,7 @@ fn decided(run: &Run, state: &State, failed: &HashSet<u32>) -> (Notes, Notes) {
     (withheld, acls)
 }
 
-fn shown(problems: impl IntoIterator<Item = (RelPath, String)>) -> Vec<(String, String)> {
+pub(super) fn shown(problems: impl IntoIterator<Item = (RelPath, String)>) -> Vec<(String, String)> {
     // A directory may fail twice for one reason: when it is made, and when it gets its permissions.
     let mut told = BTreeSet::new();
     let shown = problems.into_iter().map(|(path, reason)| (path.to_string(), reason));
@@ -143,7 +144,7 @@ fn shown(problems: impl IntoIterator<Item = (RelPath, String)>) -> Vec<(String, 
 
 /// The entries that are not to be published: those that failed at the source, and files that nobody staged. What was
 /// compared and found to differ is a change of content.
-fn not_staged(state: &mut State, options: &CommitOptions) -> HashSet<u32> {
+pub(super) fn not_staged(state: &mut State, options: &CommitOptions) -> HashSet<u32> {
     let source = Arc::clone(&state.source);
     let mut failed: HashSet<u32> = options.failed.iter().copied().collect();
     for action in &mut state.plan.actions {
@@ -169,7 +170,12 @@ fn not_staged(state: &mut State, options: &CommitOptions) -> HashSet<u32> {
 
 /// Adds to `failed` what must not appear without that which failed: the rest of its unit, and every marker and pointer,
 /// since it may say of just this that it is complete.
-fn withhold(run: &Run, state: &State, options: &CommitOptions, failed: &mut HashSet<u32>) -> Vec<(RelPath, String)> {
+pub(super) fn withhold(
+    run: &Run,
+    state: &State,
+    options: &CommitOptions,
+    failed: &mut HashSet<u32>,
+) -> Vec<(RelPath, String)> {
     let entries = state.source.entries();
     let unreadable: Vec<RelPath> = options.unreadable.iter().filter_map(|path| RelPath::new(path).ok()).collect();
     if failed.is_empty() && unreadable.is_empty() {
@@ -225,7 +231,7 @@ fn remember(run: &Run, state: &State, record: &Record, manifest: &Manifest, moni
 }
 
 /// Makes the staged tree what is to be published: with its links, without what failed.
-fn settle(run: &Run, staging: &Root, state: &State, failed: &HashSet<u32>) -> Result<(), Error> {
+pub(super) fn settle(run: &Run, staging: &Root, state: &State, failed: &HashSet<u32>) -> Result<(), Error> {
     let source = &state.source;
     let mut linked: HashSet<&RelPath> = HashSet::new();
     for action in &state.plan.actions {
@@ -247,9 +253,11 @@ fn settle(run: &Run, staging: &Root, state: &State, failed: &HashSet<u32>) -> Re
             }
             Content::HardLink { first } => {
                 staging.remove_tree(&path).map_err(io)?;
-                let from =
-                    if linked.contains(first) { staged_in_root(&run.staged_path(first)?)? } else { first.clone() };
-                run.root.hard_link(&from, &staged_in_root(&path)?).map_err(io)?;
+                let made = match linked.contains(first) {
+                    true => staging.hard_link(&run.staged_path(first)?, &path),
+                    false => run.root.hard_link_to(first, staging, &path),
+                };
+                made.map_err(io)?;
             }
             _ => {}
         }
@@ -258,7 +266,7 @@ fn settle(run: &Run, staging: &Root, state: &State, failed: &HashSet<u32>) -> Re
 }
 
 /// Gives new directories their permissions, from the leaves up.
-fn settle_directories(run: &Run, staging: &Root, state: &State, failed: &HashSet<u32>) -> Result<(), Error> {
+pub(super) fn settle_directories(run: &Run, staging: &Root, state: &State, failed: &HashSet<u32>) -> Result<(), Error> {
     let awaits_pointer: HashSet<RelPath> = state
         .source
         .entries()
@@ -286,12 +294,6 @@ fn settle_directories(run: &Run, staging: &Root, state: &State, failed: &HashSet
         }
     }
     Ok(())
-}
-
-fn staged_in_root(path: &RelPath) -> Result<RelPath, Error> {
-    rel(STAGING)?
-        .join(path.as_bytes())
-        .map_err(|error| Error::Refused { by: "the staging directory".into(), reason: error.to_string() })
 }
 
 /// What the root holds once the steps are done, as far as this and earlier runs vouch for it.

@@ -191,6 +191,11 @@ impl<'a> Files<'a> {
         Files { root, tree, table: DigestTable::default(), before: load(root), beside: None }
     }
 
+    /// What is known stays, and the files of `tree` that are looked at are added.
+    pub(super) fn amending(root: &'a Root, tree: &'a Tree) -> Files<'a> {
+        Files { table: load(root), before: DigestTable::default(), ..Files::new(root, tree) }
+    }
+
     /// A file of the target that a run left as it was, as the scan saw it.
     pub(super) fn unchanged(&mut self, entry: &Entry, metadata: &Metadata) {
         let Some((_, Some(digest))) = entry.file() else { return };

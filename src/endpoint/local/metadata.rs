@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use rustix::fs::RenameFlags;
 
-use super::target::{Run, STAGING, io, rel, stage_failure};
+use super::target::{Run, io, rel, stage_failure};
 use crate::access::{AclLists, Inode};
 use crate::endpoint::Error;
 use crate::manifest::{Content, Digest, Entry, Tree};
@@ -153,10 +153,10 @@ impl<'a> Existing<'a> {
         let file = copy.readable().map_or(Ok(()), std::fs::File::sync_all);
         file.map_err(|source| failed(self.root, path, "write to stable storage", source))?;
         self.staging.rename_to(&rel(COPY)?, self.root, path, RenameFlags::empty()).map_err(io)?;
-        let link = rel(STAGING)?.join(COPY).map_err(|error| Error::Usage(error.to_string()))?;
+        let link = rel(COPY)?;
         for other in others {
-            self.root.hard_link(path, &link).map_err(io)?;
-            self.root.rename(&link, other, RenameFlags::empty()).map_err(io)?;
+            self.root.hard_link_to(path, self.staging, &link).map_err(io)?;
+            self.staging.rename_to(&link, self.root, other, RenameFlags::empty()).map_err(io)?;
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! A side of a run that lies on this machine.
 
+mod area;
 mod commit;
 mod fold;
 mod known;
@@ -8,6 +9,7 @@ mod metadata;
 mod place;
 mod publish;
 mod refusals;
+mod repair;
 mod room;
 mod source;
 mod target;
@@ -16,6 +18,7 @@ mod writer;
 
 pub use place::{anywhere, beneath};
 pub(crate) use refusals::recorded;
+pub use repair::Repair;
 pub use source::LocalSource;
 pub use target::LocalTarget;
 pub(in crate::endpoint) use target::POINTERS;

@@ -9,8 +9,9 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use rustix::fs::{Mode, RenameFlags};
 use rustix::io::Errno;
 
+use super::area::Area;
 use super::metadata::{Acls, Existing};
-use super::target::{MANIFEST, STAGED, STAGING, STATE, io, rel};
+use super::target::{MANIFEST, STATE, io, rel};
 use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::Error;
 use crate::manifest::{Content, Entry, Manifest, Tree, format};
@@ -134,23 +135,25 @@ pub(super) struct Published {
     pub(super) problems: Vec<(RelPath, String)>,
 }
 
-/// Does what was written down, puts the manifest in force and clears the staging area.
+/// Does what was written down, puts the manifest in force and clears the staging area. The manifest of a repair only
+/// tells what the things it brings back are to have: that of the root is left alone, whatever could not be done.
 pub(super) fn carry_out(
     root: &Root,
     staging: &Root,
+    area: Area,
     record: &Record,
     mut manifest: Manifest,
     mut text: Vec<u8>,
     acls: &Acls,
 ) -> Result<Published, Error> {
     let problems = execute(root, staging, record, &manifest.tree, acls)?;
-    if !problems.is_empty() {
+    if !problems.is_empty() && area == Area::Run {
         manifest.tree = amend(root, manifest.tree, record, &problems)?;
         text = format::encode(&manifest);
         store(staging, NEW_MANIFEST, &text)?;
     }
-    audit(root, record, &manifest.tree, &problems)?;
-    finish(root)?;
+    audit(root, area, record, &manifest.tree, &problems)?;
+    finish(root, area)?;
     Ok(Published { manifest, text, problems })
 }
 
@@ -317,7 +320,7 @@ fn amend(root: &Root, tree: Tree, record: &Record, problems: &[(RelPath, String)
 }
 
 /// Tells the audit log. A run that was interrupted between this and its end tells it once more when it is finished.
-fn audit(root: &Root, record: &Record, tree: &Tree, problems: &[(RelPath, String)]) -> Result<(), Error> {
+fn audit(root: &Root, area: Area, record: &Record, tree: &Tree, problems: &[(RelPath, String)]) -> Result<(), Error> {
     let wrong = |error: crate::audit::AuditError| Error::Refused {
         by: "the audit log".into(),
         reason: crate::error::chain(&error),
@@ -325,7 +328,7 @@ fn audit(root: &Root, record: &Record, tree: &Tree, problems: &[(RelPath, String
     let base = AuditRecord { actor: record.actor.clone(), source: record.source.clone(), ..AuditRecord::default() };
     let failed: HashSet<&RelPath> = problems.iter().map(|(path, _)| path).collect();
     let steps = record.steps.iter().filter(|step| !failed.contains(step.path()));
-    let records = steps.flat_map(|step| records(step, record, tree, &base));
+    let records = steps.flat_map(|step| records(step, area, record, tree, &base));
     AuditLog::open(root).map_err(wrong)?.append_all(records).map_err(wrong)?;
     Ok(())
 }
@@ -333,6 +336,7 @@ fn audit(root: &Root, record: &Record, tree: &Tree, problems: &[(RelPath, String
 /// What the audit log is told of a step.
 fn records<'a>(
     step: &'a Step,
+    area: Area,
     record: &'a Record,
     tree: &'a Tree,
     base: &'a AuditRecord,
@@ -342,6 +346,7 @@ fn records<'a>(
             let removed = AuditRecord { action: "remove".into(), path: step.path().to_string(), ..base.clone() };
             return Box::new(std::iter::once(removed));
         }
+        _ if area == Area::Repair => "repair",
         Step::ApplyMetadata(_) => "metadata",
         Step::Replace(_) | Step::NewDirectory(_) | Step::Exchange(_) => "publish",
     };
@@ -362,17 +367,19 @@ fn records<'a>(
 }
 
 /// Puts the new manifest in force and clears the staging area, in an order that a crash does not hurt.
-fn finish(root: &Root) -> Result<(), Error> {
-    let path = rel(STAGING)?;
-    let staging = root.subroot(&path).map_err(io)?;
+fn finish(root: &Root, area: Area) -> Result<(), Error> {
+    let path = rel(area.in_root())?;
     // DURABILITY: what was renamed first, then the manifest that lists it, then the record that would do it again.
     root.sync_filesystem().map_err(io)?;
-    match staging.rename_to(&rel(NEW_MANIFEST)?, root, &rel(MANIFEST)?, RenameFlags::empty()) {
-        Ok(()) => {}
-        Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) => return Err(io(error)),
+    if area == Area::Run {
+        let staging = root.subroot(&path).map_err(io)?;
+        match staging.rename_to(&rel(NEW_MANIFEST)?, root, &rel(MANIFEST)?, RenameFlags::empty()) {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(io(error)),
+        }
+        root.sync_dir(Some(&rel(STATE)?)).map_err(io)?;
     }
-    root.sync_dir(Some(&rel(STATE)?)).map_err(io)?;
     root.remove_tree(&path).map_err(io)
 }
 
@@ -393,7 +400,15 @@ pub(super) fn read(root: &Root, name: &str) -> Result<Option<Vec<u8>>, Error> {
 /// Finishes what an interrupted run had begun to publish. Says whether there was something to finish. `state` is the
 /// directory `.lockstep` of the root, which nobody else may have a hand in: what is written down there is done.
 pub(super) fn recover(root: &Root, state: &Root) -> Result<bool, Error> {
-    let staging = match state.subroot(&rel(STAGED)?) {
+    let mut finished = false;
+    for area in Area::ALL {
+        finished |= recover_in(root, state, area)?;
+    }
+    Ok(finished)
+}
+
+fn recover_in(root: &Root, state: &Root, area: Area) -> Result<bool, Error> {
+    let staging = match state.subroot(&rel(area.in_state())?) {
         Ok(staging) => staging,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(io(error)),
@@ -401,7 +416,7 @@ pub(super) fn recover(root: &Root, state: &Root) -> Result<bool, Error> {
     let Some(record) = read(&staging, RECORD)? else { return Ok(false) };
     let Some(text) = read(&staging, NEW_MANIFEST)? else {
         // It was put in force already: only the clearing was cut off.
-        finish(root)?;
+        finish(root, area)?;
         return Ok(true);
     };
     let damaged = |what: &str| Error::Refused {
@@ -415,7 +430,7 @@ pub(super) fn recover(root: &Root, state: &Root) -> Result<bool, Error> {
     let record = std::str::from_utf8(&record).ok().and_then(Record::parse).ok_or_else(|| damaged("the record"))?;
     let acls = read(&staging, ACLS)?.and_then(|bytes| Acls::parse(std::str::from_utf8(&bytes).ok()?));
     let acls = acls.ok_or_else(|| damaged("the list of ACLs"))?;
-    carry_out(root, &staging, &record, manifest, text, &acls)?;
+    carry_out(root, &staging, area, &record, manifest, text, &acls)?;
     Ok(true)
 }
 

@@ -8,9 +8,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::area::Area;
 use super::links::{self, Confined};
 use super::place::{Birth, Place};
 use super::refusals::Refusals;
+use super::repair::{self, Repair};
 use super::writer::LocalWriter;
 use super::{commit, fold, known, metadata, publish, room};
 use crate::access::AclLists;
@@ -29,9 +31,6 @@ use crate::staging::{Ids, Journal, LockError, Permissions, RootLock, StageError}
 
 pub(super) const STATE: &str = ".lockstep";
 pub(super) const MANIFEST: &str = ".lockstep/manifest";
-pub(super) const STAGING: &str = ".lockstep/staging/current";
-/// The same below `.lockstep`.
-pub(super) const STAGED: &str = "staging/current";
 /// Clocks of machines that exchange data differ by less.
 const CLOCK_TOLERANCE_SECONDS: i64 = 60;
 /// Names that are published last and removed first wherever they occur.
@@ -42,6 +41,8 @@ pub(in crate::endpoint) const POINTERS: [&str; 5] =
 pub struct LocalTarget {
     place: Place,
     policy: PolicySpec,
+    /// It is mended rather than brought up to date.
+    repair: Option<Arc<Repair>>,
     run: Mutex<Option<Arc<Run>>>,
 }
 
@@ -53,8 +54,9 @@ pub(super) struct Run {
     pub(super) staging: Option<Root>,
     confined: Option<Confined>,
     pub(super) options: BeginOptions,
+    pub(super) repair: Option<Arc<Repair>>,
     policy: Policy,
-    ids: Ids,
+    pub(super) ids: Ids,
     last: Filter,
     units: Filter,
     state: Mutex<State>,
@@ -85,7 +87,7 @@ pub(super) struct State {
     /// The disk is full: staging is given up.
     pub(super) full: bool,
     /// The other end broke the rules: staging is given up, and nothing is published.
-    rejected: bool,
+    pub(super) rejected: bool,
     /// What is to be published is written down: staging is needed until that is done.
     pub(super) recorded: bool,
 }
@@ -101,13 +103,19 @@ pub(super) fn rel(path: &str) -> Result<RelPath, Error> {
 impl LocalTarget {
     /// The directory at `path`, which need not be there yet. `policy` is the receiver's: it wins over a sender's.
     pub fn new(path: &Path, policy: PolicySpec) -> LocalTarget {
-        LocalTarget { place: Place::Named(path.to_owned()), policy, run: Mutex::new(None) }
+        LocalTarget { place: Place::Named(path.to_owned()), policy, repair: None, run: Mutex::new(None) }
+    }
+
+    /// The directory at `path`, which is there, to be made again what a list says. A run on it brings only what the list
+    /// has, and leaves the manifest as it is.
+    pub fn repairing(path: &Path, repair: Repair) -> LocalTarget {
+        LocalTarget { repair: Some(Arc::new(repair)), ..LocalTarget::new(path, PolicySpec::default()) }
     }
 
     /// The directory at `path` below `root` (`None` is `root` itself), for a client that may reach nothing else: no
     /// name is looked up outside `root`, and no link is followed.
     pub fn beneath(root: Arc<Root>, path: Option<RelPath>, policy: PolicySpec) -> LocalTarget {
-        LocalTarget { place: Place::Beneath(root, path), policy, run: Mutex::new(None) }
+        LocalTarget { place: Place::Beneath(root, path), policy, repair: None, run: Mutex::new(None) }
     }
 
     fn run(&self) -> Result<Arc<Run>, Error> {
@@ -152,7 +160,7 @@ impl Target for LocalTarget {
         let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
         let units = FilterSpec { rules: options.units.clone(), only: None };
         let units = Filter::compile(&units).map_err(|error| usage(&error))?;
-        let Some((root, birth)) = self.open_root(options.dry_run)? else {
+        let Some((root, birth)) = self.open_root(options.dry_run || self.repair.is_some())? else {
             // A dry run on nothing: compared with an empty directory that is never written to.
             *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
             return Ok(());
@@ -173,12 +181,17 @@ impl Target for LocalTarget {
                 }
                 other => Error::Usage(crate::error::chain(&other)),
             })?;
-            let path = rel(STAGED)?;
+            let area = if self.repair.is_some() { Area::Repair } else { Area::Run };
+            let path = rel(area.in_state())?;
             if publish::recover(&root, taken.state())? {
                 monitor.event(Event::Warning(&format!(
                     "{}: an earlier run was interrupted while it published; it was finished first",
                     self.describe()
                 )));
+            }
+            if area == Area::Run {
+                // A repair that stopped half way is begun anew: what it wanted is what this run brings a newer one of.
+                taken.state().remove_tree(&rel(Area::Repair.in_state())?).map_err(io)?;
             }
             taken.state().mkdir_all(&path.join("tree").map_err(|error| usage(&error))?, 0o700).map_err(io)?;
             staging = Some(taken.state().subroot(&path).map_err(io)?);
@@ -190,6 +203,7 @@ impl Target for LocalTarget {
             staging,
             confined: self.place.confined(),
             options: options.clone(),
+            repair: self.repair.clone(),
             policy,
             ids: Ids::default(),
             last,
@@ -230,7 +244,10 @@ impl Target for LocalTarget {
             let reason = "the run was refused; nothing of it is published".to_owned();
             return Err(Error::Refused { by: "the receiver".into(), reason });
         }
-        let committed = commit::commit(&run, options, monitor);
+        let committed = match &run.repair {
+            Some(wanted) => repair::commit(&run, wanted, options, monitor),
+            None => commit::commit(&run, options, monitor),
+        };
         run.record_refusals();
         match &committed {
             Ok(_) => *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None,
@@ -250,7 +267,7 @@ impl Target for LocalTarget {
             let state = run.state();
             (state.full || state.rejected) && !state.recorded
         };
-        if given_up && let Ok(path) = rel(STAGING) {
+        if given_up && let Ok(path) = rel(run.area().in_root()) {
             // What is staged would only keep the disk full, or came from somebody who is not to be believed.
             let _ = run.root.remove_tree(&path);
         }
@@ -276,6 +293,10 @@ impl Run {
 
     pub(super) fn refusals(&self) -> MutexGuard<'_, Refusals> {
         self.refusals.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    pub(super) fn area(&self) -> Area {
+        if self.repair.is_some() { Area::Repair } else { Area::Run }
     }
 
     /// What is staged is given up when the disk is full: it would only keep it full. What was refused is recorded.
@@ -321,6 +342,9 @@ impl Run {
 
     /// The same, and whether a rule says so.
     pub(super) fn decided(&self, entry: &Entry) -> Result<(Permissions, bool), Error> {
+        if let Some(repair) = &self.repair {
+            return Ok((repair::permissions(self, repair, entry)?, false));
+        }
         let directory = entry.is_directory();
         let decision = self.decision(entry);
         let (mode, ruled) = (decision.mode, decision.rule.is_some());
@@ -344,6 +368,9 @@ impl Run {
     }
 
     fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {
+        if let Some(wanted) = &self.repair {
+            return repair::diff(self, wanted, source, monitor);
+        }
         for entry in source.entries() {
             if entry.path.components().any(|name| name == STATE.as_bytes()) {
                 let reason = format!("'{}' lies in the directory that lockstep keeps for itself", entry.path);
@@ -434,7 +461,7 @@ impl Run {
     }
 
     /// Finds what an earlier run left to go on with, drops the rest, and makes the staging directories.
-    fn prepare(&self, staging: &Root, source: &Tree, plan: &mut Plan) -> Result<(), Error> {
+    pub(super) fn prepare(&self, staging: &Root, source: &Tree, plan: &mut Plan) -> Result<(), Error> {
         let stage_error = |error: StageError| stage_failure(&error, staging);
         let before = Journal::load(staging).map_err(stage_error)?;
         let mut files = Vec::new();
@@ -490,7 +517,7 @@ fn staged_in(tree: &[u8], path: &RelPath) -> Result<RelPath, Error> {
 }
 
 /// What is not staged yet.
-fn needed(source: &Tree, plan: &Plan) -> room::Need {
+pub(super) fn needed(source: &Tree, plan: &Plan) -> room::Need {
     let mut need = room::Need::default();
     for action in plan.actions.iter().filter(|action| action.change != Change::MetadataOnly) {
         let size = source.entries()[action.index as usize].file().map_or(0, |(size, _)| size);

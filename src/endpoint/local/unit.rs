@@ -10,8 +10,9 @@ use std::io::ErrorKind;
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
+use super::area::Area;
 use super::metadata::apply_directory;
-use super::target::{Run, STAGING, State, io, rel, stage_failure};
+use super::target::{Run, State, io, rel, stage_failure};
 use crate::access::Inode;
 use crate::endpoint::{BLOCK_BYTES, Error};
 use crate::manifest::{Content, Digest, Entry};
@@ -127,7 +128,7 @@ impl Unit<'_> {
     }
 
     fn below_root(&self, staged: &RelPath) -> Result<RelPath, Error> {
-        rel(STAGING)?.join(staged.as_bytes()).map_err(|error| Error::Usage(error.to_string()))
+        rel(Area::Run.in_root())?.join(staged.as_bytes()).map_err(|error| Error::Usage(error.to_string()))
     }
 
     fn link(&self, from: &RelPath, path: &RelPath) -> Result<(), RootError> {
