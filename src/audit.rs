@@ -34,7 +34,7 @@ pub struct AuditRecord {
     pub actor: String,
     /// Where the content came from.
     pub source: String,
-    /// `publish`, `remove`, `metadata` or `refuse`; of a listener: `login`, `session` or `refuse`.
+    /// `publish`, `remove`, `metadata`, `repair`, `quarantine` or `refuse`; of a listener: `login`, `session` or `refuse`.
     pub action: String,
     /// The path below the root, escaped.
     pub path: String,

@@ -26,6 +26,7 @@ mod pipeline;
 mod pipes;
 mod policy;
 mod push;
+mod quarantine;
 mod quickstart;
 mod repair;
 mod rogue;

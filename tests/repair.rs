@@ -6,10 +6,18 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use lockstep::check::repair::Wanted;
+use lockstep::endpoint::local::LocalSource;
+use lockstep::endpoint::{Block, Error, Fetch, Produced, Reader, Scan, ScanOptions, Source};
+use lockstep::manifest::{Digest, Tree, format};
+use lockstep::monitor::{Monitor, Silent};
 use lockstep::root::Root;
 use lockstep::staging::RootLock;
+use lockstep::sync::repair::{self, HowToRepair};
 
 use crate::kit::area::{contents, lockstep, run_traced, sample, traced};
 use crate::kit::own::Server;
@@ -34,7 +42,7 @@ fn published() -> Pair {
 }
 
 fn spec() -> lockstep::policy::PolicySpec {
-    lockstep::policy::PolicySpec { rules: vec![rule("data/deep/", "2750")], ..Default::default() }
+    lockstep::policy::PolicySpec { rules: vec![rule("data/deep/", "2750")] }
 }
 
 fn age(at: &Path) {
@@ -49,7 +57,7 @@ fn check(pair: &Pair, arguments: &[&str]) -> Output {
     command.output().unwrap()
 }
 
-fn repair(pair: &Pair, arguments: &[&str]) -> Output {
+fn mend(pair: &Pair, arguments: &[&str]) -> Output {
     check(pair, &[&["--repair", pair.source.to_str().unwrap()], arguments].concat())
 }
 
@@ -132,7 +140,7 @@ fn each_kind_of_damage_is_mended_and_checked_again() {
             let list = manifest(&pair.target);
             harm(&pair.target);
             assert_eq!(check(&pair, &[depth]).status.code(), Some(1), "{when}");
-            let output = repair(&pair, &[depth]);
+            let output = mend(&pair, &[depth]);
             assert_eq!(output.status.code(), Some(0), "{when}: {}", text(&output));
             assert!(text(&output).contains("repaired ") && text(&output).contains("good, by a"), "{}", text(&output));
             let quick = check(&pair, &["--quick", "--json"]);
@@ -157,7 +165,7 @@ fn what_changed_without_any_time_moving_is_mended_although_the_table_knows_bette
     known.insert(&found, listed);
     fs::write(&table, known.to_bytes()).unwrap();
     done(&check(&pair, &[]));
-    ends(&repair(&pair, &["--full"]), 0, &["modified: data/a.bin", "repaired 1 file (2.93 KiB) from"]);
+    ends(&mend(&pair, &["--full"]), 0, &["modified: data/a.bin", "repaired 1 file (2.93 KiB) from"]);
     assert_mended(&pair, &list, "a failing disk");
 }
 
@@ -172,7 +180,7 @@ fn owners_are_mended_by_root_and_what_may_not_be_given_away_is_said_by_others() 
     let give =
         |owner: &str, path: &str| assert!(Command::new("chown").args(["-hR", owner, path]).status().unwrap().success());
     give("65534:65534", pair.target.join("top").to_str().unwrap());
-    ends(&repair(&pair, &[]), 0, &["wrong-owner: top", "no file fetched; permissions set of 1 path"]);
+    ends(&mend(&pair, &[]), 0, &["wrong-owner: top", "no file fetched; permissions set of 1 path"]);
     assert_mended(&pair, &list, "another owner");
 
     // Who is not root can neither take the place of root's files nor pretend to.
@@ -194,9 +202,12 @@ fn owners_are_mended_by_root_and_what_may_not_be_given_away_is_said_by_others() 
     assert_eq!(fs::metadata(pair.target.join("data/a.bin")).unwrap().uid(), 65534);
 }
 
+/// What is wrong with a copy, and what is said of it.
+type Copy = (&'static str, fn(&Path), &'static str);
+
 #[test]
 fn a_copy_that_is_no_better_is_refused_and_what_was_there_stays() {
-    let copies: [(&str, fn(&Path), &str); 5] = [
+    let copies: [Copy; 5] = [
         ("damaged in the same file", |copy| damage(&copy.join("data/a.bin")), "the good copy's SHA-256 is"),
         ("damaged in a large file", |copy| damage(&copy.join("data/b.bin")), "the good copy's SHA-256 is"),
         (
@@ -225,7 +236,7 @@ fn a_copy_that_is_no_better_is_refused_and_what_was_there_stays() {
         let files = ["data/a.bin", "data/b.bin"].map(|name| pair.target.join(name));
         let before = files.clone().map(|file| fs::metadata(file).unwrap().ino());
         harm(&pair.source);
-        let output = repair(&pair, &[]);
+        let output = mend(&pair, &[]);
         ends(&output, 1, &[words, "2 paths not repaired", "1 wrong-size"]);
         let refused = usize::from(when.contains("large"));
         assert_eq!(fs::metadata(&files[refused]).unwrap().ino(), before[refused], "{when}");
@@ -249,16 +260,16 @@ fn what_nobody_lists_is_neither_removed_nor_replaced() {
     fs::create_dir(pair.target.join("top")).unwrap();
     fs::write(pair.target.join("top/mine"), "mine").unwrap();
     fs::remove_file(pair.target.join("empty")).unwrap();
-    let output = repair(&pair, &[]);
+    let output = mend(&pair, &[]);
     ends(&output, 1, &["a directory lies there, with things in it that nobody lists", "repaired 1 file"]);
     for name in ["data/new", "top/mine"] {
         assert_eq!(fs::read_to_string(pair.target.join(name)).unwrap(), "mine");
     }
     assert!(pair.target.join("empty").exists());
     fs::remove_dir_all(pair.target.join("top")).unwrap();
-    ends(&repair(&pair, &["--allow-unlisted"]), 0, &["good, by a"]);
+    ends(&mend(&pair, &["--allow-unlisted"]), 0, &["good, by a"]);
     // Only unlisted things: there is nothing to fetch, and no word of a repair.
-    let output = repair(&pair, &[]);
+    let output = mend(&pair, &[]);
     ends(&output, 1, &["1 unlisted"]);
     assert!(!text(&output).contains("repaired"), "{}", text(&output));
     assert_eq!(text(&output).matches("unlisted: data/new").count(), 1);
@@ -293,7 +304,7 @@ fn without_a_list_nothing_is_repaired_and_pull_is_named() {
         let pair = published();
         harm(&pair.target.join(".lockstep/manifest"));
         fs::remove_file(pair.target.join("top")).unwrap();
-        ends(&repair(&pair, &[]), 1, &["was not repaired", "lockstep pull ", "manifest-"]);
+        ends(&mend(&pair, &[]), 1, &["was not repaired", "lockstep pull ", "manifest-"]);
         assert!(!pair.target.join("top").exists());
     }
 }
@@ -303,10 +314,10 @@ fn wrong_usage_is_said_before_anything_is_looked_at() {
     let pair = published();
     let target = pair.target.to_str().unwrap();
     ends(&check(&pair, &["--repair", target]), 2, &["is the directory itself"]);
-    ends(&repair(&pair, &["-P", "22"]), 2, &["-P is for another machine"]);
-    ends(&repair(&pair, &["--remote", "sftp"]), 2, &["--remote is for another machine"]);
+    ends(&mend(&pair, &["-P", "22"]), 2, &["-P is for another machine"]);
+    ends(&mend(&pair, &["--remote", "sftp"]), 2, &["--remote is for another machine"]);
     ends(&check(&pair, &["--identity", "key"]), 2, &["--identity is for another machine"]);
-    ends(&repair(&pair, &["--cached", "--max-age", "1d"]), 2, &["cannot be used with"]);
+    ends(&mend(&pair, &["--cached", "--max-age", "1d"]), 2, &["cannot be used with"]);
     ends(&check(&pair, &["--verbose"]), 2, &["--repair"]);
     ends(&check(&pair, &["--repair", "host:"]), 2, &["names no path"]);
     // On good data the copy is not asked at all.
@@ -324,7 +335,7 @@ fn programs_are_told_each_path() {
     let pair = published();
     fs::remove_dir_all(pair.target.join("data/deep")).unwrap();
     fs::set_permissions(pair.target.join("data/a.bin"), fs::Permissions::from_mode(0o666)).unwrap();
-    let output = repair(&pair, &["--json"]);
+    let output = mend(&pair, &["--json"]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));
     let all = objects(&output);
     let of = |event: &str| all.iter().filter(|one| one["event"] == event).cloned().collect::<Vec<_>>();
@@ -360,7 +371,7 @@ fn a_list_of_sha256sum_is_a_measure_too() {
     damage(&pair.target.join("data/a.bin"));
     fs::set_permissions(pair.target.join("data/a.bin"), fs::Permissions::from_mode(0o604)).unwrap();
     fs::remove_dir_all(pair.target.join("data/deep")).unwrap();
-    let output = repair(&pair, &against);
+    let output = mend(&pair, &against);
     ends(&output, 0, &["repaired 2 files", "good"]);
     assert!(contents(&pair.target) == contents(&pair.source) && manifest(&pair.target) == own);
     assert_eq!(fs::metadata(pair.target.join("data/a.bin")).unwrap().mode() & 0o7777, 0o604);
@@ -373,14 +384,14 @@ fn a_run_that_goes_on_is_named_and_one_that_was_interrupted_is_gone_on_with() {
     fs::remove_file(pair.target.join("top")).unwrap();
     let root = Root::open(&pair.target).unwrap();
     let lock = RootLock::take(&root, "ana@gpu01", Duration::ZERO, &|| false).unwrap();
-    ends(&repair(&pair, &["--quarantine"]), 75, &["in use by ana@gpu01", "was not repaired", "missing: top"]);
+    ends(&mend(&pair, &["--quarantine"]), 75, &["in use by ana@gpu01", "was not repaired", "missing: top"]);
     assert!(!pair.target.join("top").exists());
     drop(lock);
     // What an interrupted push has staged is not the repair's.
     let staged = pair.target.join(".lockstep/staging/current/tree/next");
     fs::create_dir_all(staged.parent().unwrap()).unwrap();
     fs::write(&staged, "half").unwrap();
-    ends(&repair(&pair, &[]), 4, &["repaired 1 file", "1 unfinished"]);
+    ends(&mend(&pair, &[]), 4, &["repaired 1 file", "1 unfinished"]);
     assert_eq!(fs::read_to_string(staged).unwrap(), "half");
     // And what a repair has left is not the push's.
     let left = pair.target.join(".lockstep/staging/repair/tree");
@@ -401,13 +412,13 @@ fn a_signature_stays_valid_and_is_asked_for_first() {
     let allowed = at.join("allowed");
     let signed = ["--require-signature", "--allowed-signers", allowed.to_str().unwrap()];
     damage(&pair.target.join("data/a.bin"));
-    ends(&repair(&pair, &signed), 0, &["is signed by alice@x", "repaired 1 file"]);
+    ends(&mend(&pair, &signed), 0, &["is signed by alice@x", "repaired 1 file"]);
     ends(&check(&pair, &signed), 0, &["is signed by alice@x"]);
     damage(&pair.target.join("data/a.bin"));
     let signature = pair.target.join(".lockstep/manifest.sig");
     fs::write(&signature, "no signature").unwrap();
     let before = contents(&pair.target);
-    ends(&repair(&pair, &signed), 3, &["does not count"]);
+    ends(&mend(&pair, &signed), 3, &["does not count"]);
     assert!(contents(&pair.target) == before);
 }
 
@@ -473,7 +484,7 @@ fn h32_killed_at_any_step_each_file_is_old_or_good_and_the_next_repair_goes_on()
             killed += usize::from(!output.status.success());
             assert_old_or_good(&pair.target, &old, &good, &when);
             assert!(manifest(&pair.target) == list, "{when}");
-            let again = repair(&pair, &[]);
+            let again = mend(&pair, &[]);
             assert_eq!(again.status.code(), Some(0), "{when}: {}", text(&again));
             assert_mended(&pair, &list, &when);
         }
@@ -506,8 +517,80 @@ fn one_that_is_stopped_leaves_the_old_and_is_gone_on_with() {
     ends(&output, 130, &["stopped before the end"]);
     assert!(fs::read(&file).unwrap() == old && staged.exists());
     ends(&check(&pair, &["--quick"]), 1, &["unfinished: .lockstep/staging/repair"]);
-    ends(&repair(&pair, &[]), 0, &["repaired 1 file"]);
+    ends(&mend(&pair, &[]), 0, &["repaired 1 file"]);
     assert!(fs::read(&file).unwrap() == fs::read(pair.source.join("weights")).unwrap() && !staged.exists());
+}
+
+/// A copy that says of everything that it is what the list wants, and sends something else.
+struct Liar(Tree);
+
+impl Source for Liar {
+    fn describe(&self) -> String {
+        "liar".into()
+    }
+
+    fn scan(&self, _: &ScanOptions, _: &dyn Monitor) -> Result<Scan, Error> {
+        Ok(Scan { tree: self.0.clone(), problems: Vec::new() })
+    }
+
+    fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error> {
+        Ok(Box::new(Lies(tree, Vec::new())))
+    }
+
+    fn remember(&self, _: &Tree, _: &[(u32, Digest)]) {}
+}
+
+struct Lies(Arc<Tree>, Vec<u32>);
+
+impl Reader for Lies {
+    fn wants_more(&self) -> bool {
+        self.1.is_empty()
+    }
+
+    fn push(&mut self, fetch: Fetch) {
+        self.1.push(fetch.index);
+    }
+
+    fn next(&mut self) -> Result<Option<Produced>, Error> {
+        let Some(index) = self.1.pop() else { return Ok(None) };
+        let (size, digest) = self.0.entries()[index as usize].file().unwrap();
+        let block = Block::copy_of(&vec![b'x'; size as usize]);
+        Ok(Some(Produced::Whole { index, block, digest: digest.unwrap() }))
+    }
+}
+
+#[test]
+fn h24_a_copy_that_lies_brings_nothing_and_neither_does_one_that_comes_too_late() {
+    let pair = published();
+    fs::write(pair.target.join("top"), "bad").unwrap();
+    fs::remove_file(pair.target.join("data/deep/c.txt")).unwrap();
+    let before = contents(&pair.target);
+    let root = Root::open(&pair.target).unwrap();
+    let asked = lockstep::check::Options::default();
+    let found = lockstep::check::check(&pair.target, &asked, &Silent::default()).unwrap();
+    let list = manifest(&pair.target);
+    let wanted = || lockstep::check::repair::wanted(&root, &list, &asked, &found).unwrap();
+    let liar = Liar(format::decode(&list).unwrap().tree);
+    let how = HowToRepair { actor: "tester@here".into(), workers: 2, retries: 2 };
+    let go = |source: &dyn Source, wanted: &Wanted| {
+        repair::repair(source, &pair.target, wanted, &how, &Silent::default(), &AtomicBool::new(false))
+    };
+    let lied = go(&liar, &wanted()).unwrap();
+    assert!(lied.mended.is_empty(), "{:?}", lied.mended);
+    assert_eq!(lied.failed.len(), 2, "{:?}", lied.failed);
+    assert!(lied.failed.iter().all(|(_, why)| why.contains("its SHA-256 is")), "{:?}", lied.failed);
+    assert!(contents(&pair.target) == before && manifest(&pair.target) == list);
+    // Something was published since the check: what the check wanted is not wanted any more.
+    let good = LocalSource::new(&pair.source, None).unwrap();
+    let late = Wanted { manifest: Some(Digest([7; 32])), ..wanted() };
+    let refused = go(&good, &late).unwrap_err();
+    assert_eq!(refused.exit(), lockstep::error::Exit::TryAgain);
+    assert!(refused.to_string().contains("its manifest was replaced since it was checked"), "{refused}");
+    assert!(contents(&pair.target) == before);
+    assert_eq!(go(&good, &wanted()).unwrap().mended.len(), 3);
+    assert!(contents(&pair.target) == contents(&pair.source));
+    // The list that was read is not the one that was compared with.
+    assert!(lockstep::check::repair::wanted(&root, b"other", &asked, &found).is_err());
 }
 
 /// Damages what was pushed to `target`, has it repaired by `repair`, and looks.

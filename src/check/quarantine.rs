@@ -168,18 +168,18 @@ pub fn decide(root: &Root, options: &Options, report: &Report, globs: &[String])
     {
         return Ok(Decision::Whole);
     }
-    let (mut bad, mut outside) = (BTreeSet::new(), false);
+    let (mut bad, mut gone, mut outside) = (BTreeSet::new(), false, false);
     for finding in damage {
         let path = RelPath::new(finding.path.as_os_str().as_bytes()).ok();
         match path.and_then(|path| unit_of(&units, &path, true)) {
             Some(unit) if is_directory(root, &unit) => drop(bad.insert(unit)),
-            Some(_) => {}
+            Some(_) => gone = true,
             None => outside = true,
         }
     }
-    match (bad.is_empty(), outside) {
-        (true, true) => stay("what is wrong lies in none of the checkpoints that it holds"),
-        (true, false) => stay("the checkpoints that are wrong are not there at all"),
+    match (bad.is_empty(), gone) {
+        (true, true) => stay("the checkpoints that are wrong are not there at all"),
+        (true, false) => stay("what is wrong lies in none of the checkpoints that it holds"),
         (false, _) => Ok(Decision::Units(bad, outside)),
     }
 }
@@ -201,6 +201,8 @@ fn is_damage(root: &Root, options: &Options, finding: &Finding) -> bool {
 /// Where a directory is, and where it goes.
 struct Way {
     above: Root,
+    /// The whole path of `above`.
+    place: PathBuf,
     name: RelPath,
     from: PathBuf,
     to: Root,
@@ -232,6 +234,7 @@ impl Way {
         if (found.device, found.inode) != (checked.device, checked.inode) {
             return Err(NotMoved::Replaced(from));
         }
+        let beside = from.parent().unwrap_or(&top).to_owned();
         let place = match (to, within) {
             (Some(to), _) => std::path::absolute(to).map_err(|source| NotMoved::Io {
                 operation: "find",
@@ -239,7 +242,7 @@ impl Way {
                 source,
             })?,
             (None, Some(_)) => top.join(WITHIN),
-            (None, None) => above.shown().join(BESIDE),
+            (None, None) => beside.join(BESIDE),
         };
         let make = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&place);
         make.map_err(|source| NotMoved::Io { operation: "make", path: place.clone(), source })?;
@@ -255,7 +258,7 @@ impl Way {
         if there.device != found.device {
             return Err(NotMoved::OtherFileSystem { from, to: place });
         }
-        Ok(Way { above, name, from, to })
+        Ok(Way { above, place: beside, name, from, to })
     }
 
     /// Renames it to its name and the time, or that and a number where somebody was faster.
@@ -340,7 +343,7 @@ pub fn move_aside(
     let not_audited = audited.and_then(Result::err).map(|error| chain(&error));
     drop((lock, above));
     let last_good = match within {
-        Some(unit) => newest_listed(root, unit, report).map(|(path, how)| (way.above.shown().join(path), how)),
+        Some(unit) => newest_listed(root, unit, report).map(|(path, how)| (way.place.join(path), how)),
         None => newest_beside(&way, monitor),
     };
     Ok(Moved { pointers: pointers(&way), from: way.from, to: moved, last_good, not_audited })
@@ -383,12 +386,12 @@ fn newest_beside(way: &Way, monitor: &dyn Monitor) -> Option<(PathBuf, String)> 
     let count = crate::error::counted(beside.len() as u64, "one", "of them");
     let options = Options { depth: Depth::Quick, ..Options::default() };
     let good = beside.into_iter().rev().find(|(_, path)| {
-        let report = super::check(&way.above.shown().join(path.as_path()), &options, monitor);
+        let report = super::check(&way.place.join(path.as_path()), &options, monitor);
         report.is_ok_and(|report| report.outcome() == Outcome::Good)
     });
     let by = if numbers.is_empty() { "the one published last" } else { "the one with the highest number" };
     let how = format!("{by} that a quick check finds good, of {count} with a manifest beside it");
-    good.map(|(_, path)| (way.above.shown().join(path.as_path()), how))
+    good.map(|(_, path)| (way.place.join(path.as_path()), how))
 }
 
 /// When a directory was published, in seconds; `None` where it has no manifest that can be read.
@@ -425,7 +428,7 @@ fn pointers(way: &Way) -> Vec<PathBuf> {
     };
     let paths = names.iter().filter_map(|name| RelPath::new(name).ok());
     let named = paths.filter(|path| way.above.stat(path, Follow::Never).is_ok_and(|found| names_it(path, found.kind)));
-    let mut named: Vec<PathBuf> = named.map(|path| way.above.shown().join(path.as_path())).collect();
+    let mut named: Vec<PathBuf> = named.map(|path| way.place.join(path.as_path())).collect();
     named.sort();
     named
 }

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::unix::ffi::OsStrExt as _;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use sha2::{Digest as _, Sha256};
@@ -25,7 +26,7 @@ pub struct Wanted {
     /// The list tells names and digests alone: sizes, times and modes are those of the good copy.
     pub sums: bool,
     /// All that the list has; nothing where it tells digests alone.
-    pub listed: Tree,
+    pub listed: Arc<Tree>,
     /// SHA-256 of the tree's own manifest, where that is the list.
     pub manifest: Option<Digest>,
     /// Modes and owners of what is there stay.
@@ -93,7 +94,7 @@ pub fn wanted(root: &Root, text: &[u8], options: &Options, report: &Report) -> R
     above(root, &listed, &mut entries);
     let tree = Tree::new(entries.into_values().collect()).map_err(|_| NotMendable::NoList)?;
     let manifest = options.against.is_none().then_some(digest);
-    Ok(Wanted { tree, sums, listed, manifest, as_it_is: sums || options.ignore_permissions })
+    Ok(Wanted { tree, sums, listed: Arc::new(listed), manifest, as_it_is: sums || options.ignore_permissions })
 }
 
 type Entries = BTreeMap<RelPath, Entry>;
@@ -146,8 +147,8 @@ fn above(root: &Root, listed: &Tree, entries: &mut Entries) {
     let mtime = Timestamp { seconds: now.as_secs() as i64, nanoseconds: 0 };
     let above: BTreeSet<RelPath> = entries.keys().flat_map(|path| path.ancestors().collect::<Vec<_>>()).collect();
     // Numbers are names too.
-    let owner: std::sync::Arc<str> = rustix::process::geteuid().as_raw().to_string().into();
-    let group: std::sync::Arc<str> = rustix::process::getegid().as_raw().to_string().into();
+    let owner: Arc<str> = rustix::process::geteuid().as_raw().to_string().into();
+    let group: Arc<str> = rustix::process::getegid().as_raw().to_string().into();
     for path in above {
         if entries.contains_key(&path) || root.stat(&path, Follow::Never).is_ok() {
             continue;

@@ -92,7 +92,7 @@ pub fn repair(
     stop: &AtomicBool,
 ) -> Result<Repaired, Error> {
     let copy = GoodCopy { source, wanted, found: OnceLock::new() };
-    let by = Repair { manifest: wanted.manifest, listed: wanted.listed.clone(), as_it_is: wanted.as_it_is };
+    let by = Repair { manifest: wanted.manifest, listed: Arc::clone(&wanted.listed), as_it_is: wanted.as_it_is };
     let target = LocalTarget::repairing(root, by);
     let options = Options {
         scan: ScanOptions { links: Links::All, ..ScanOptions::default() },

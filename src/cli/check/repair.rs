@@ -213,6 +213,8 @@ fn failed(path: &Path, error: Error, stop: &Stop) -> Failure {
         Error::Locked { holder, .. } => {
             (Exit::TryAgain, format!("it is in use by {holder}; check again when that has ended"))
         }
+        // In a check that word is for data that is not wrong.
+        error if error.exit() == Exit::Incomplete => (Exit::BadData, chain(&error)),
         error => (error.exit(), chain(&error)),
     };
     Failure::Plain { exit, message: format!("'{}' was not repaired: {reason}", shown(path)) }

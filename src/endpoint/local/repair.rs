@@ -11,7 +11,7 @@ use super::metadata::Acls;
 use super::publish::{self, Record};
 use super::target::{Run, State, io, needed, rel};
 use super::{commit, known, links, room};
-use crate::access::{AclLists, Inode};
+use crate::access::Inode;
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::{Exit, chain};
 use crate::filter::{Filter, FilterSpec};
@@ -31,7 +31,7 @@ pub struct Repair {
     /// SHA-256 of the root's own manifest, where that is the list: another one ends the repair. `None` for another list.
     pub manifest: Option<Digest>,
     /// All that the list has.
-    pub listed: Tree,
+    pub listed: Arc<Tree>,
     /// Modes and owners stay as they are; what is not there gets the mode of its entry.
     pub as_it_is: bool,
 }
@@ -88,7 +88,7 @@ pub(super) fn permissions(run: &Run, repair: &Repair, entry: &Entry) -> Result<P
     };
     let kept = there.filter(|found| found.mode == mode);
     let kept = kept.and_then(|_| Inode::open(&run.root, Some(&entry.path)).ok()?.acls().ok());
-    let acl = Some(kept.unwrap_or_else(AclLists::default));
+    let acl = Some(kept.unwrap_or_default());
     Ok(Permissions { mode, uid, gid, acl, mtime: entry.mtime })
 }
 
