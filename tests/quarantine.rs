@@ -191,11 +191,11 @@ fn what_is_good_unfinished_or_not_readable_for_somebody_stays() {
             "a run over SFTP",
             |at| {
                 damage(&at.join("weights"));
-                fs::write(at.join(".lockstep/lock.sftp"), "{}").unwrap();
+                fs::write(at.join(".lockstep/lock.sftp"), r#"{"actor":"bo@gpu02","pid":7}"#).unwrap();
             },
             &[],
             1,
-            "is in use by a run over SFTP",
+            "is in use by bo@gpu02 (process 7)",
         ),
         (
             "what others may write to",

@@ -354,7 +354,10 @@ fn programs_are_told_each_path() {
         (&repair["fetched_files"], &repair["fetched_bytes"], &repair["failed"]),
         (&1.into(), &5.into(), &0.into())
     );
-    assert_eq!((&all.last().unwrap()["event"], &all.last().unwrap()["result"]), (&"verdict".into(), &"good".into()));
+    let verdict = all.last().unwrap();
+    assert_eq!((&verdict["event"], &verdict["result"]), (&"verdict".into(), &"good".into()));
+    // What was mended was read from the disk, whatever is known of it; and nothing else.
+    assert_eq!((&verdict["depth"], &verdict["hashed_files"]), (&"default".into(), &2.into()));
     let audit = Command::new(lockstep()).args(["audit", "show", "-n", "3"]).arg(&pair.target).output().unwrap();
     ends(&audit, 0, &["repair data/a.bin", "repair data/deep ", "repair data/deep/c.txt 5 bytes"]);
 }
@@ -385,8 +388,13 @@ fn a_run_that_goes_on_is_named_and_one_that_was_interrupted_is_gone_on_with() {
     let root = Root::open(&pair.target).unwrap();
     let lock = RootLock::take(&root, "ana@gpu01", Duration::ZERO, &|| false).unwrap();
     ends(&mend(&pair, &["--quarantine"]), 75, &["in use by ana@gpu01", "was not repaired", "missing: top"]);
-    assert!(!pair.target.join("top").exists());
     drop(lock);
+    // A run over plain SFTP has a lock of its own.
+    let sftp = pair.target.join(".lockstep/lock.sftp");
+    fs::write(&sftp, r#"{"actor":"bo@gpu02","pid":7}"#).unwrap();
+    ends(&mend(&pair, &["--quarantine"]), 75, &["in use by bo@gpu02 (process 7)"]);
+    assert!(!pair.target.join("top").exists());
+    fs::remove_file(sftp).unwrap();
     // What an interrupted push has staged is not the repair's.
     let staged = pair.target.join(".lockstep/staging/current/tree/next");
     fs::create_dir_all(staged.parent().unwrap()).unwrap();

@@ -24,7 +24,7 @@ use crate::manifest::format;
 use crate::monitor::Monitor;
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Root, RootError};
-use crate::staging::{LockError, RootLock};
+use crate::staging::{LockError, RootLock, sftp_holder};
 
 /// Names of checkpoints that are units where no glob says it.
 pub const UNITS: [&str; 12] = [
@@ -50,9 +50,6 @@ const NAME_MAX: usize = 255;
 /// Within the state directory: what lies there takes part in no check and no run.
 const WITHIN: &str = ".lockstep/quarantine";
 const BESIDE: &str = ".quarantine";
-/// The lock of a run over plain SFTP, and for how long it stands when its holder is silent.
-const SFTP_LOCK: &str = ".lockstep/lock.sftp";
-const SFTP_SILENCE: Duration = Duration::from_secs(300);
 
 /// What is to be moved.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -255,9 +252,6 @@ impl Way {
         if there.uid != rustix::process::geteuid().as_raw() || there.mode & 0o022 != 0 {
             return Err(NotMoved::Foreign(place));
         }
-        if there.device != found.device {
-            return Err(NotMoved::OtherFileSystem { from, to: place });
-        }
         Ok(Way { above, place: beside, name, from, to })
     }
 
@@ -279,7 +273,7 @@ impl Way {
                 Err(error) => match error.errno().map(Errno::from_raw_os_error) {
                     Some(Errno::EXIST | Errno::NOTEMPTY) if number < 100 => {}
                     Some(Errno::BUSY) => return Err(NotMoved::MountPoint(self.from.clone())),
-                    // A bind mount is another place to rename(2), although it is the same device.
+                    // Another file system, or a bind mount of the same one.
                     Some(Errno::XDEV) => {
                         let to = self.to.shown().to_owned();
                         return Err(NotMoved::OtherFileSystem { from: self.from.clone(), to });
@@ -299,11 +293,8 @@ fn lock(root: &Root, actor: &str) -> Result<Option<RootLock>, NotMoved> {
     if !state {
         return Ok(None);
     }
-    let sftp = RelPath::new(SFTP_LOCK).ok().and_then(|lock| root.stat(&lock, Follow::Never).ok());
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let silent = |seconds: i64| now.saturating_sub(Duration::from_secs(seconds.max(0).unsigned_abs()));
-    if sftp.is_some_and(|lock| silent(lock.mtime.seconds) < SFTP_SILENCE) {
-        return Err(NotMoved::InUse { path: path(), holder: "a run over SFTP".to_owned() });
+    if let Some(holder) = sftp_holder(root) {
+        return Err(NotMoved::InUse { path: path(), holder });
     }
     match RootLock::take(root, actor, Duration::ZERO, &|| false) {
         Ok(lock) => Ok(Some(lock)),

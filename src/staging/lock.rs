@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
@@ -14,6 +14,10 @@ use crate::root::{Follow, Root, RootError};
 
 const LOCK: &str = "lock";
 const PAUSE: Duration = Duration::from_millis(50);
+/// The lock of a run over plain SFTP, and for how long it stands when its holder is silent.
+const SFTP_LOCK: &str = ".lockstep/lock.sftp";
+const SFTP_SILENCE: Duration = Duration::from_secs(300);
+const UNKNOWN: &str = "another run";
 
 /// Why a root was not locked.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +82,18 @@ impl RootLock {
     }
 }
 
+/// Who brings something to `root` over plain SFTP from another machine; such a run has a lock of its own, which stands until
+/// its holder has been silent for five minutes. `None` where nobody does.
+pub fn sftp_holder(root: &Root) -> Option<String> {
+    let path = RelPath::new(SFTP_LOCK).ok()?;
+    let found = root.stat(&path, Follow::Never).ok()?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let written = Duration::from_secs(u64::try_from(found.mtime.seconds).unwrap_or(0));
+    let stands = now.saturating_sub(written) < SFTP_SILENCE;
+    stands
+        .then(|| root.open_read(&path, Follow::Never).map_or_else(|_| UNKNOWN.to_owned(), |mut file| holder(&mut file)))
+}
+
 fn holder(file: &mut File) -> String {
     let mut text = Vec::new();
     let _ = file.seek(SeekFrom::Start(0));
@@ -85,7 +101,7 @@ fn holder(file: &mut File) -> String {
     let value: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
     match value["actor"].as_str() {
         Some(actor) => format!("{} (process {})", Escaped(actor.as_bytes()), value["pid"]),
-        None => "another run".to_owned(),
+        None => UNKNOWN.to_owned(),
     }
 }
 

@@ -12,5 +12,5 @@ mod state;
 pub use file::{Permissions, SET_OWNER, StageError, StagedFile, apply, hash_of};
 pub use ids::Ids;
 pub use journal::Journal;
-pub use lock::{LockError, RootLock};
+pub use lock::{LockError, RootLock, sftp_holder};
 pub use state::must_be_own;

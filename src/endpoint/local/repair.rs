@@ -23,7 +23,7 @@ use crate::plan::{Compare, Desired, Need, Plan, diff as compare};
 use crate::root::{FileKind, Follow, Metadata};
 use crate::scan::names::Names;
 use crate::scan::{self, LinkRule, ScanRule};
-use crate::staging::Permissions;
+use crate::staging::{Permissions, sftp_holder};
 
 /// What a repair goes by.
 #[derive(Debug, Default)]
@@ -43,6 +43,10 @@ impl Repair {
 
 /// The list has to be in force still: what was published since is not undone.
 fn in_force(run: &Run, repair: &Repair, monitor: &dyn Monitor) -> Result<(), Error> {
+    // A run over plain SFTP has another lock.
+    if let Some(holder) = sftp_holder(&run.root) {
+        return Err(Error::Locked { root: crate::error::shown(run.root.shown()).to_string(), holder });
+    }
     let Some(wanted) = repair.manifest else { return Ok(()) };
     let (_, now) = commit::read_manifest(&run.root, monitor)?;
     if now == wanted {
