@@ -42,8 +42,15 @@ pub enum LockError {
 /// A root that is locked until this is dropped.
 #[derive(Debug)]
 pub struct RootLock {
-    _file: File,
+    file: File,
     state: Root,
+}
+
+impl Drop for RootLock {
+    fn drop(&mut self) {
+        // RACE: a process that is started at this moment has the descriptor until it becomes another program.
+        let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
+    }
 }
 
 impl RootLock {
@@ -73,7 +80,7 @@ impl RootLock {
             file.write_all(text.as_bytes())
         };
         write(&mut file).map_err(failed)?;
-        Ok(RootLock { _file: file, state })
+        Ok(RootLock { file, state })
     }
 
     /// The directory `.lockstep` of the root, as it was found to be nobody else's.
