@@ -675,3 +675,27 @@ fn a_copy_behind_our_own_listener_mends() {
     };
     mends_over_a_wire(&source, &target, &repair, &["connected to the subsystem 'lockstep'"]);
 }
+
+#[test]
+fn many_files_are_asked_for_by_name_or_found_in_a_list_of_all() {
+    let server = Sshd::start();
+    // Names of 40 bytes: just as many as are named to the copy, and more.
+    for count in [409, 500] {
+        let (source, target) = (server.path("source"), server.path("target"));
+        let _ = (fs::remove_dir_all(&source), fs::remove_dir_all(&target));
+        fs::create_dir_all(source.join("many")).unwrap();
+        for number in 0..count {
+            fs::write(source.join(format!("many/{number:035}")), number.to_string()).unwrap();
+        }
+        done(&server.run(&["push", "source", "target"]));
+        let from = server.remote("source");
+        for way in ["lockstep", "sftp"] {
+            for entry in fs::read_dir(target.join("many")).unwrap() {
+                fs::remove_file(entry.unwrap().path()).unwrap();
+            }
+            let output = server.lockstep(&["check", "target", "--remote", way, "--repair", &from]);
+            ends(&output, 0, &[&format!("repaired {count} files (")]);
+            assert!(contents(&target) == contents(&source));
+        }
+    }
+}
