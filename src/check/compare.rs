@@ -1,7 +1,6 @@
 //! Each listed path with what is there, and what is there with the list. Answers which files have to be read.
 
 use std::collections::{HashMap, HashSet};
-use std::io::Read as _;
 use std::path::PathBuf;
 
 use super::list::{Expected, List, Listed, Loaded};
@@ -14,8 +13,7 @@ use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::scan::Scanned;
 use crate::scan::cache::DigestTable;
-
-const TABLE: &str = ".lockstep/digests";
+use crate::staging::load_digests;
 
 /// A file that is to be read, under all its listed names.
 pub(super) struct Job {
@@ -54,7 +52,7 @@ impl<'a> Compare<'a> {
         filter: &'a Filter,
         scanned: &'a Scanned,
     ) -> Compare<'a> {
-        let table = table(root);
+        let table = load_digests(root);
         Compare { root, options, list, loaded, filter, scanned, table, candidates: Vec::new() }
     }
 
@@ -250,20 +248,6 @@ impl<'a> Compare<'a> {
         report.unread.add(found.size);
         true
     }
-}
-
-/// What is known of earlier hashing; nothing where the table is missing, damaged or not to be read.
-fn table(root: &Root) -> DigestTable {
-    let read = || -> Option<DigestTable> {
-        let mut file = root.open_read(&RelPath::new(TABLE).ok()?, Follow::Never).ok()?;
-        if Metadata::of(&file).ok()?.kind != FileKind::Regular {
-            return None;
-        }
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).ok()?;
-        DigestTable::from_bytes(&bytes)
-    };
-    read().unwrap_or_default()
 }
 
 /// So many per cent of `count`, rounded up, each with the same chance. Who damages a file cannot know which are read: the

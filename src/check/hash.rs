@@ -5,11 +5,13 @@
 use std::io::{ErrorKind, Read as _};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
 
 use rustix::fs::{Advice, fadvise};
 use sha2::{Digest as _, Sha256};
 
 use super::compare::Job;
+use super::remember::Hashed;
 use super::{CheckError, Finding, Kind, Options, Report, Sum};
 use crate::manifest::Digest;
 use crate::monitor::{Counters, Event, Monitor, Phase};
@@ -27,7 +29,7 @@ enum Read {
     Failed(String),
 }
 
-/// Reads what has to be read and adds what differs to the report.
+/// Reads what has to be read, adds what differs to the report, and answers what was found.
 pub(super) fn run(
     root: &Root,
     options: &Options,
@@ -35,7 +37,7 @@ pub(super) fn run(
     started: u64,
     report: &mut Report,
     monitor: &dyn Monitor,
-) -> Result<(), CheckError> {
+) -> Result<Vec<Hashed>, CheckError> {
     let mut order: Vec<&Job> = jobs.iter().collect();
     // Large ones first; the others as they probably lie on the disk.
     order.sort_by_key(|job| match job.seen.size {
@@ -56,9 +58,10 @@ pub(super) fn run(
         }
         let mut buffer = vec![0; BUFFER_BYTES];
         while let Some(job) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let looked = SystemTime::now();
             let read = read(root, job, &mut buffer, monitor);
             Counters::add(&monitor.counters().done_files, 1);
-            found.lock().unwrap_or_else(PoisonError::into_inner).push((*job, read));
+            found.lock().unwrap_or_else(PoisonError::into_inner).push((*job, read, looked));
         }
     };
     std::thread::scope(|scope| {
@@ -75,8 +78,8 @@ pub(super) fn run(
     if monitor.stopped() || found.len() != jobs.len() {
         return Err(CheckError::Stopped);
     }
-    let mut sum = Sum::default();
-    for (job, read) in found {
+    let (mut sum, mut hashed) = (Sum::default(), Vec::with_capacity(found.len()));
+    for (job, read, looked) in found {
         for (name, listed) in &job.names {
             let (kind, message) = match &read {
                 Read::Digest(digest) => {
@@ -91,7 +94,8 @@ pub(super) fn run(
             };
             report.findings.push(Finding { path: name.as_path().to_owned(), kind, message });
         }
-        if let Read::Digest(_) = read {
+        if let Read::Digest(digest) = read {
+            hashed.push(Hashed { seen: job.seen, digest, looked });
             let bytes = job.seen.size.saturating_mul(job.names.len() as u64);
             sum.bytes = sum.bytes.saturating_add(bytes);
         }
@@ -100,7 +104,7 @@ pub(super) fn run(
     if sum.files > 0 {
         report.oldest = Some(report.oldest.map_or(started, |oldest| oldest.min(started)));
     }
-    Ok(())
+    Ok(hashed)
 }
 
 fn read(root: &Root, job: &Job, buffer: &mut [u8], monitor: &dyn Monitor) -> Read {

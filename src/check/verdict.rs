@@ -56,6 +56,9 @@ pub struct Verdict {
     /// How many of each kind.
     pub findings: BTreeMap<String, u64>,
     pub notes: Vec<String>,
+    /// Checkpoints that were recognised, by layout and path.
+    #[serde(default)]
+    pub layouts: Vec<String>,
     /// Who can read all of it.
     pub reader: Option<String>,
     pub allow_unlisted: bool,
@@ -91,7 +94,7 @@ impl Verdict {
             root: shown(&whole).to_string(),
             inode,
             time,
-            depth: options.depth.to_string(),
+            depth: if report.layout_alone { "layout".to_owned() } else { options.depth.to_string() },
             who,
             manifest_sha256: report.list.map(|digest| digest.to_string()),
             manifest_changed: report.list_changed.map(text),
@@ -108,6 +111,7 @@ impl Verdict {
             oldest_hash: report.oldest,
             findings,
             notes: report.notes.clone(),
+            layouts: report.layouts.clone(),
             reader: options.subject.as_ref().map(|subject| subject.shown.clone()),
             allow_unlisted: options.allow_unlisted,
             ignore_permissions: options.ignore_permissions,

@@ -9,12 +9,14 @@ use clap::Args;
 use sha2::{Digest as _, Sha256};
 
 use super::display::{Display, Verbosity};
+use super::inspect::Rules;
 use super::manifest::{Trust, read_text};
 use super::{Failure, output, shown, transfer};
 use crate::check::{self, CheckError, Depth, Options, Outcome, Slot, SlotError, Verdict};
 use crate::drift;
 use crate::error::{Exit, chain};
 use crate::manifest::Digest;
+use crate::path::RelPath;
 use crate::root::Root;
 
 mod show;
@@ -57,6 +59,13 @@ pub(super) struct CheckOptions {
     /// Do not compare modes, owners and groups
     #[arg(long)]
     ignore_permissions: bool,
+    /// Whose rules a checkpoint has to meet [default: those of every layout that is recognised]. Without a manifest a layout that
+    /// is asked for decides alone, and content is not compared
+    #[arg(long, value_enum)]
+    layout: Option<Rules>,
+    /// A file that every checkpoint has to hold, as _SUCCESS; where none is recognised, the directory itself
+    #[arg(long, value_name = "NAME")]
+    marker: Option<String>,
     /// Leave out what matches, a glob as in gitignore(5); may be given several times
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
@@ -183,9 +192,6 @@ impl CheckOptions {
         }
         let (started, begun) = (Instant::now(), seconds_now());
         let kept = slot.clear().map_err(|error| slot_failure(&error))?;
-        if let Some(reason) = kept {
-            eprintln!("lockstep: warning: the verdict of an earlier check stays, and is not of this one: {reason}");
-        }
         let signed = self.signed(path)?;
         let options = self.options()?;
         let verbosity = if self.json { Verbosity::Quiet } else { Verbosity::Normal };
@@ -215,6 +221,11 @@ impl CheckOptions {
         for note in &report.notes {
             eprintln!("lockstep: note: {note}");
         }
+        if let Some(reason) = kept
+            && report.outcome() != Outcome::Good
+        {
+            eprintln!("lockstep: warning: the verdict of an earlier check stays, and is not of this one: {reason}");
+        }
         let summary = show::summary(path, &report, &verdict);
         match report.outcome() {
             Outcome::Good if self.json => Ok(Exit::Done),
@@ -241,6 +252,11 @@ impl CheckOptions {
             (.., true) => Depth::Full,
             _ => Depth::Default,
         };
+        if let Some(marker) = &self.marker
+            && let Err(error) = RelPath::new(marker)
+        {
+            return Err(Failure::usage(format!("--marker: {error}; name a file within the checkpoint")));
+        }
         let subject = self.reader.as_deref().map(|user| drift::subject(Some(user), None)).transpose();
         Ok(Options {
             depth,
@@ -253,6 +269,8 @@ impl CheckOptions {
             max_age: self.max_age,
             threads: self.threads.map_or(0, usize::from),
             nice: self.nice,
+            layout: self.layout.map(Rules::wanted),
+            marker: self.marker.as_ref().map(|marker| marker.as_bytes().to_vec()),
             own: self.verdict.iter().cloned().collect(),
         })
     }

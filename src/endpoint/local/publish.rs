@@ -13,7 +13,7 @@ use super::metadata::{Acls, Existing};
 use super::target::{MANIFEST, STAGED, STAGING, STATE, io, rel};
 use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::Error;
-use crate::manifest::{Content, Entry, Manifest, Tree, format};
+use crate::manifest::{Audience, Content, Entry, Manifest, Tree, format};
 use crate::path::RelPath;
 use crate::plan::publish::Step;
 use crate::root::{Follow, Metadata, Root};
@@ -150,7 +150,12 @@ pub(super) fn carry_out(
         store(staging, NEW_MANIFEST, &text)?;
     }
     audit(root, record, &manifest.tree, &problems)?;
+    let audience = Audience::of(&manifest.tree);
+    if let Ok(file) = staging.open_read(&rel(NEW_MANIFEST)?, Follow::Never) {
+        crate::staging::admit(&file, &audience);
+    }
     finish(root)?;
+    crate::staging::open_state(root, &audience);
     Ok(Published { manifest, text, problems })
 }
 
