@@ -10,6 +10,7 @@ mod architecture;
 mod certificates;
 mod check;
 mod check_layouts;
+mod check_sample;
 mod cli;
 mod confined;
 mod disk;

@@ -24,6 +24,7 @@ mod hash;
 mod layouts;
 mod list;
 mod remember;
+mod sample;
 mod verdict;
 
 use compare::Compare;
@@ -37,7 +38,8 @@ pub enum Depth {
     Quick,
     /// The same, and everything that the digest table does not vouch for is hashed.
     Default,
-    /// As quick, and so many per cent of all files, chosen at random, are hashed.
+    /// As quick, and so many per cent of all files, chosen at random, are hashed; of large files whose blocks are known so
+    /// many per cent of the blocks.
     Sample(f64),
     /// Every byte.
     Full,
@@ -233,6 +235,8 @@ pub struct Report {
     pub all: Sum,
     /// Read in this run.
     pub hashed: Sum,
+    /// Of which some blocks were read. They are counted among those that are not read as well.
+    pub sampled: Sum,
     /// Not read: metadata is what it was when the digest was computed.
     pub vouched: Sum,
     /// Not read by anybody that is known of: size and times are as listed.
@@ -381,6 +385,7 @@ fn empty(loaded: &Loaded) -> Report {
         paths: Vec::new(),
         all: Sum::default(),
         hashed: Sum::default(),
+        sampled: Sum::default(),
         vouched: Sum::default(),
         unread: Sum::default(),
         oldest: None,

@@ -17,6 +17,7 @@ const NEW_TABLE: &str = ".lockstep/digests.checked";
 pub(super) struct Hashed {
     pub(super) seen: Metadata,
     pub(super) digest: Digest,
+    pub(super) blocks: Option<Box<[u32]>>,
     pub(super) looked: SystemTime,
 }
 
@@ -37,6 +38,9 @@ pub(super) fn store(root: &Root, hashed: &[Hashed], monitor: &dyn Monitor) {
         let mut table = load_digests(root);
         for one in settled {
             table.insert(&one.seen, one.digest);
+            if let Some(blocks) = &one.blocks {
+                table.set_blocks(&one.seen, blocks.clone());
+            }
         }
         store_digests(root, &table, NEW_TABLE).map_err(|error| crate::error::chain(&error))
     };

@@ -47,6 +47,11 @@ pub struct Verdict {
     pub bytes: u64,
     pub hashed_files: u64,
     pub hashed_bytes: u64,
+    /// Large files of which some blocks were read, and so many bytes of them.
+    #[serde(default)]
+    pub sampled_files: u64,
+    #[serde(default)]
+    pub sampled_bytes: u64,
     pub vouched_files: u64,
     pub vouched_bytes: u64,
     pub unread_files: u64,
@@ -103,6 +108,8 @@ impl Verdict {
             bytes: report.all.bytes,
             hashed_files: report.hashed.files,
             hashed_bytes: report.hashed.bytes,
+            sampled_files: report.sampled.files,
+            sampled_bytes: report.sampled.bytes,
             vouched_files: report.vouched.files,
             vouched_bytes: report.vouched.bytes,
             unread_files: report.unread.files,

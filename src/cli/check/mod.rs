@@ -38,7 +38,7 @@ pub(super) struct CheckOptions {
     /// Hash only what moved: metadata is compared with the manifest and with what was hashed before
     #[arg(long, conflicts_with_all = ["sample", "full"])]
     quick: bool,
-    /// As --quick, and hash so many per cent of the files, chosen at random
+    /// As --quick, and hash so many per cent of the files, chosen at random, and of large ones so much in blocks
     #[arg(long, value_name = "N%", value_parser = percent, conflicts_with = "full")]
     sample: Option<f64>,
     /// Hash every byte

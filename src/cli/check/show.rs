@@ -107,6 +107,10 @@ fn read(verdict: &Verdict) -> String {
         verdict.hashed_files,
         verdict.files
     )];
+    if verdict.sampled_files > 0 {
+        let files = counted(verdict.sampled_files, "large file", "large files");
+        parts.push(format!("read {} in blocks of {files}", bytes(verdict.sampled_bytes)));
+    }
     if verdict.vouched_files > 0 {
         let files = counted(verdict.vouched_files, "file", "files");
         parts.push(format!("{files} unchanged since they were hashed"));

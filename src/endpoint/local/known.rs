@@ -168,7 +168,12 @@ impl<'a> Files<'a> {
     pub(super) fn unchanged(&mut self, entry: &Entry, metadata: &Metadata) {
         let Some((_, Some(digest))) = entry.file() else { return };
         match self.before.known(metadata).filter(|known| known.digest == digest) {
-            Some(Known { hashed, .. }) => self.table.insert_as_of(metadata, Known { digest, hashed }),
+            Some(Known { hashed, .. }) => {
+                self.table.insert_as_of(metadata, Known { digest, hashed });
+                if let Some(blocks) = self.before.blocks(metadata) {
+                    self.table.set_blocks(metadata, blocks.into());
+                }
+            }
             // It was hashed by this run.
             None => self.table.insert(metadata, digest),
         }
