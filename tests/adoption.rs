@@ -44,7 +44,8 @@ fn an_edit_at_the_target_that_put_its_time_back_is_noticed_and_mended() {
     }
     pair.push_counted(&options());
     let table = fs::read(pair.target.join(".lockstep/digests")).unwrap();
-    assert_eq!(table.len(), 19 + 3 * 88 + 32, "three files are known");
+    let known = lockstep::scan::cache::DigestTable::from_bytes(&table).unwrap();
+    assert_eq!(known.len(), 3, "three files are known");
     damage(&pair.target.join("b"));
     let (report, sent) = pair.push_counted(&options());
     assert_eq!((report.plan.actions.len(), sent), (1, 1000), "{:?}", report.plan.actions);

@@ -220,6 +220,14 @@ fn what_is_good_unfinished_or_not_readable_for_somebody_stays() {
         assert_eq!(inode(&unit), before, "{when}");
     }
     let there = Checkpoints::each();
+    // A file that is cut off, or only half written yet.
+    let save = there.path("checkpoint-7");
+    fs::create_dir(&save).unwrap();
+    fs::write(save.join("config.json"), "{}").unwrap();
+    fs::write(save.join("model.safetensors"), [9, 0, 0, 0, 0, 0, 0, 0, b'{']).unwrap();
+    let output = there.check(&["checkpoint-7", "--layout", "huggingface", "--quarantine"]);
+    ends(&output, 1, &["damaged: model.safetensors", "a save that goes on looks the same"]);
+    assert!(save.exists());
     ends(
         &there.check(&["there/checkpoint-300", "--quarantine", "--cached", "--max-age=1d"]),
         2,

@@ -121,6 +121,26 @@ fn s14_s15_a_tree_of_everything_arrives_by_a_stock_server_and_comes_back() {
 }
 
 #[test]
+fn the_manifest_is_for_those_who_may_read_what_it_lists() {
+    for configuration in [SHELL, NO_SHELL] {
+        let sshd = Sshd::start(configuration);
+        sshd.write("d/open", "1");
+        sshd.write("secret", "2");
+        let mode = |name: &str| fs::metadata(sshd.path("target/.lockstep").join(name)).unwrap().mode() & 0o7777;
+        // The last time nothing changes but the permissions.
+        for (secret, directory, manifest, state) in
+            [(0o600, 0o755, 0o600, 0o700), (0o644, 0o755, 0o644, 0o711), (0o640, 0o750, 0o640, 0o711)]
+        {
+            for (path, mode) in [("d", directory), ("d/open", 0o644), ("secret", secret)] {
+                fs::set_permissions(sshd.path("source").join(path), fs::Permissions::from_mode(mode)).unwrap();
+            }
+            sshd.pushed(&[]);
+            assert_eq!((mode("manifest"), mode("")), (manifest, state), "{secret:o}");
+        }
+    }
+}
+
+#[test]
 fn what_changes_goes_over_and_what_is_gone_goes_with_delete() {
     let sshd = Sshd::start(SHELL);
     sample(&sshd.path("source"));

@@ -1,10 +1,10 @@
 //! Each listed path with what is there, and what is there with the list. Answers which files have to be read.
 
 use std::collections::{HashMap, HashSet};
-use std::io::Read as _;
 use std::path::PathBuf;
 
 use super::list::{Expected, List, Listed, Loaded};
+use super::sample::choose;
 use super::{Depth, Finding, Kind, Options, Report, now, takes_part};
 use crate::error::Escaped;
 use crate::filter::Filter;
@@ -13,9 +13,9 @@ use crate::monitor::Severity;
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::scan::Scanned;
+use crate::scan::blocks::BLOCK_BYTES;
 use crate::scan::cache::DigestTable;
-
-const TABLE: &str = ".lockstep/digests";
+use crate::staging::load_digests;
 
 /// A file that is to be read, under all its listed names.
 pub(super) struct Job {
@@ -23,6 +23,15 @@ pub(super) struct Job {
     pub(super) follow: Follow,
     pub(super) seen: Metadata,
     pub(super) names: Vec<(RelPath, Digest)>,
+    /// The blocks that are read of it, by number, with their checksums; `None` for the whole file.
+    pub(super) blocks: Option<Vec<(u64, u32)>>,
+}
+
+impl Job {
+    /// How much is read.
+    pub(super) fn bytes(&self) -> u64 {
+        self.blocks.as_ref().map_or(self.seen.size, |blocks| (blocks.len() as u64 * BLOCK_BYTES).min(self.seen.size))
+    }
 }
 
 /// A listed file whose metadata is right.
@@ -54,7 +63,7 @@ impl<'a> Compare<'a> {
         filter: &'a Filter,
         scanned: &'a Scanned,
     ) -> Compare<'a> {
-        let table = table(root);
+        let table = load_digests(root);
         Compare { root, options, list, loaded, filter, scanned, table, candidates: Vec::new() }
     }
 
@@ -194,29 +203,50 @@ impl<'a> Compare<'a> {
 
     /// Decides for each file whether it has to be read; what has not is counted as what it is.
     pub(super) fn finish(self, report: &mut Report) -> Vec<Job> {
-        let chosen = match self.options.depth {
-            Depth::Sample(percent) => choose(self.candidates.len(), percent),
-            _ => HashSet::new(),
-        };
+        let mut chosen = HashSet::new();
+        if let Depth::Sample(percent) = self.options.depth {
+            // A file whose blocks are known is looked at in some of them.
+            let whole: Vec<usize> = (0..self.candidates.len())
+                .filter(|&index| self.table.blocks(&self.candidates[index].found).is_none())
+                .collect();
+            chosen.extend(choose(whole.len(), percent).into_iter().map(|at| whole[at]));
+        }
         let mut jobs: Vec<Job> = Vec::new();
         let mut inodes: HashMap<(u64, u64), usize> = HashMap::new();
         for (index, candidate) in self.candidates.iter().enumerate() {
             let Candidate { path, digest, follow, found, .. } = candidate;
             let asked = chosen.contains(&index) || self.options.read.contains(*path);
+            let mut blocks = None;
             if !asked && self.may_stay_unread(candidate, report) {
-                continue;
+                blocks = self.some_blocks(found);
+                if blocks.is_none() {
+                    continue;
+                }
             }
             if found.links > 1
                 && let Some(&job) = inodes.get(&(found.device, found.inode))
             {
-                jobs[job].names.push(((*path).clone(), *digest));
+                let job: &mut Job = &mut jobs[job];
+                job.names.push(((*path).clone(), *digest));
+                // Under another name it has to be read whole: then that is enough.
+                job.blocks = job.blocks.take().filter(|_| blocks.is_some());
                 continue;
             }
             inodes.insert((found.device, found.inode), jobs.len());
             let names = vec![((*path).clone(), *digest)];
-            jobs.push(Job { path: (*path).clone(), follow: *follow, seen: *found, names });
+            jobs.push(Job { path: (*path).clone(), follow: *follow, seen: *found, names, blocks });
         }
         jobs
+    }
+
+    /// A choice of the blocks of a large file, one at least, where a sample is asked for and they are known.
+    fn some_blocks(&self, found: &Metadata) -> Option<Vec<(u64, u32)>> {
+        let Depth::Sample(percent) = self.options.depth else { return None };
+        let blocks = self.table.blocks(found)?;
+        let mut some: Vec<_> =
+            choose(blocks.len(), percent).into_iter().map(|index| (index as u64, blocks[index])).collect();
+        some.sort_unstable();
+        Some(some)
     }
 
     fn may_stay_unread(&self, candidate: &Candidate<'_>, report: &mut Report) -> bool {
@@ -250,53 +280,5 @@ impl<'a> Compare<'a> {
         }
         report.unread.add(found.size);
         true
-    }
-}
-
-/// What is known of earlier hashing; nothing where the table is missing, damaged or not to be read.
-fn table(root: &Root) -> DigestTable {
-    let read = || -> Option<DigestTable> {
-        let mut file = root.open_read(&RelPath::new(TABLE).ok()?, Follow::Never).ok()?;
-        if Metadata::of(&file).ok()?.kind != FileKind::Regular {
-            return None;
-        }
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).ok()?;
-        DigestTable::from_bytes(&bytes)
-    };
-    read().unwrap_or_default()
-}
-
-/// So many per cent of `count`, rounded up, each with the same chance. Who damages a file cannot know which are read: the
-/// choice starts from what the system gives for hashing.
-fn choose(count: usize, percent: f64) -> HashSet<usize> {
-    use std::hash::{BuildHasher as _, Hasher as _};
-    let state = std::collections::hash_map::RandomState::new();
-    let wanted = ((count as f64 * percent / 100.0).ceil() as usize).min(count);
-    let mut all: Vec<usize> = (0..count).collect();
-    for at in 0..wanted {
-        let mut hasher = state.build_hasher();
-        hasher.write_usize(at);
-        let left = (count - at) as u64;
-        all.swap(at, at + (hasher.finish() % left) as usize);
-    }
-    all.truncate(wanted);
-    all.into_iter().collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_sample_has_the_size_asked_for_and_every_file_its_chance() {
-        for (count, percent, wanted) in [(0, 50.0, 0), (1, 1.0, 1), (200, 1.0, 2), (200, 1.2, 3), (7, 100.0, 7)] {
-            let chosen = choose(count, percent);
-            assert_eq!(chosen.len(), wanted, "{count} {percent}");
-            assert!(chosen.iter().all(|&index| index < count));
-        }
-        // 20 of 200, 100 times: each index is left out of all with a chance of 1 in 40,000.
-        let seen: HashSet<usize> = (0..100).flat_map(|_| choose(200, 10.0)).collect();
-        assert!(seen.len() > 190, "{}", seen.len());
     }
 }

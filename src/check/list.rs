@@ -27,6 +27,13 @@ pub(super) struct Loaded {
     pub(super) inside: Option<RelPath>,
 }
 
+impl Loaded {
+    /// Whether the tree has no manifest at all, and no other list was named.
+    pub(super) fn is_missing(&self) -> bool {
+        matches!(&self.list, Err(finding) if finding.kind == Kind::ManifestMissing)
+    }
+}
+
 pub(super) struct List {
     pub(super) generation: Option<u64>,
     /// The list tells files alone, by name and digest.

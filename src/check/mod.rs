@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::drift::{self, DriftError, Question};
 use crate::filter::{Filter, FilterError, FilterSpec};
+use crate::layout::Wanted;
 use crate::manifest::{Digest, Timestamp};
 use crate::monitor::{Monitor, Phase};
 use crate::path::{InvalidPath, RelPath};
@@ -20,9 +21,12 @@ use crate::scan::{self, LinkRule, ScanError, ScanRule};
 
 mod compare;
 mod hash;
+mod layouts;
 mod list;
 pub mod quarantine;
+mod remember;
 pub mod repair;
+mod sample;
 mod verdict;
 
 use compare::Compare;
@@ -36,7 +40,8 @@ pub enum Depth {
     Quick,
     /// The same, and everything that the digest table does not vouch for is hashed.
     Default,
-    /// As quick, and so many per cent of all files, chosen at random, are hashed.
+    /// As quick, and so many per cent of all files, chosen at random, are hashed; of large files whose blocks are known so
+    /// many per cent of the blocks.
     Sample(f64),
     /// Every byte.
     Full,
@@ -78,6 +83,11 @@ pub struct Options {
     pub nice: i32,
     /// Files that are read whatever is known of them.
     pub read: BTreeSet<RelPath>,
+    /// Whose rules a checkpoint has to meet; `None` is those of every layout that is recognised. Where it is asked for and
+    /// there is no manifest, the layout alone says whether the tree is good.
+    pub layout: Option<Wanted>,
+    /// A file that every checkpoint has to hold.
+    pub marker: Option<Vec<u8>>,
     /// Files beside the list that may lie in the tree without being listed.
     pub own: Vec<PathBuf>,
 }
@@ -96,6 +106,8 @@ impl Default for Options {
             threads: 0,
             nice: 0,
             read: BTreeSet::new(),
+            layout: None,
+            marker: None,
             own: Vec::new(),
         }
     }
@@ -138,6 +150,7 @@ pub enum Kind {
     Unfinished,
     Unreadable,
     Changed,
+    Damaged,
     Missing,
     Modified,
     WrongSize,
@@ -159,6 +172,7 @@ impl Kind {
             Kind::Unfinished => "unfinished",
             Kind::Unreadable => "unreadable",
             Kind::Changed => "changed",
+            Kind::Damaged => "damaged",
             Kind::Missing => "missing",
             Kind::Modified => "modified",
             Kind::WrongSize => "wrong-size",
@@ -176,7 +190,7 @@ impl Kind {
         match self {
             Kind::Missing => '-',
             Kind::Unlisted => '+',
-            Kind::Modified | Kind::WrongSize | Kind::WrongKind | Kind::WrongLink => '*',
+            Kind::Modified | Kind::Damaged | Kind::WrongSize | Kind::WrongKind | Kind::WrongLink => '*',
             Kind::WrongMode | Kind::WrongOwner | Kind::WrongGroup => '*',
             _ => '!',
         }
@@ -226,6 +240,8 @@ pub struct Report {
     pub all: Sum,
     /// Read in this run.
     pub hashed: Sum,
+    /// Of which some blocks were read. They are counted among those that are not read as well.
+    pub sampled: Sum,
     /// Not read: metadata is what it was when the digest was computed.
     pub vouched: Sum,
     /// Not read by anybody that is known of: size and times are as listed.
@@ -234,6 +250,10 @@ pub struct Report {
     pub oldest: Option<u64>,
     /// Files that a digest of unknown age vouches for.
     pub undated_files: u64,
+    /// The checkpoints that were recognised, by layout and path.
+    pub layouts: Vec<String>,
+    /// Nothing but the layout says that the tree is complete.
+    pub layout_alone: bool,
     /// What was not looked at, and why.
     pub notes: Vec<String>,
 }
@@ -284,6 +304,8 @@ fn now() -> u64 {
 }
 
 const STAGING: &str = ".lockstep/staging";
+/// Of a run of lockstep there, of one over plain SFTP, and of a repair.
+const STAGED: [&str; 3] = ["current", "sftp", "repair"];
 
 /// Compares what lies at `path` with its list.
 ///
@@ -307,16 +329,18 @@ pub fn check(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Re
         };
         report.findings.push(Finding { path: loaded.shown.clone(), kind: Kind::OldGeneration, message });
     }
+    let rule = ScanRule { filter: filter.clone(), links: LinkRule::All, ignore_files: false, report_special: true };
+    let scanned = scan::scan(&root, &rule, None, monitor)?;
+    layouts::look(&root, path, options, &loaded, &scanned, &mut report);
     match &loaded.list {
         Ok(list) => {
-            let rule =
-                ScanRule { filter: filter.clone(), links: LinkRule::All, ignore_files: false, report_special: true };
-            let scanned = scan::scan(&root, &rule, None, monitor)?;
             let mut compare = Compare::new(&root, options, list, &loaded, &filter, &scanned);
             compare.paths(&mut report);
             let jobs = compare.finish(&mut report);
-            hash::run(&root, options, &jobs, started, &mut report, monitor)?;
+            let hashed = hash::run(&root, options, &jobs, started, &mut report, monitor)?;
+            remember::store(&root, &hashed, monitor);
         }
+        Err(_) if report.layout_alone => {}
         Err(finding) => report.findings.push(finding.clone()),
     }
     if let Some(subject) = &options.subject {
@@ -366,10 +390,13 @@ fn empty(loaded: &Loaded) -> Report {
         paths: Vec::new(),
         all: Sum::default(),
         hashed: Sum::default(),
+        sampled: Sum::default(),
         vouched: Sum::default(),
         unread: Sum::default(),
         oldest: None,
         undated_files: 0,
+        layouts: Vec::new(),
+        layout_alone: false,
         notes: Vec::new(),
     }
 }
@@ -380,6 +407,7 @@ fn staging(root: &Root, report: &mut Report) {
         let Ok(staging) = RelPath::new(STAGING) else { return Ok(None) };
         let names = match root.names(Some(&staging), Follow::Never) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => return by_name(root, &staging),
             other => other?,
         };
         for name in names {
@@ -404,6 +432,20 @@ fn staging(root: &Root, report: &mut Report) {
             report.notes.push(format!("whether an interrupted run is left over could not be looked at: {reason}"));
         }
     }
+}
+
+/// Who may enter the staging directory, and not list it, asks for the names that runs use: they are there while a run is
+/// not finished.
+fn by_name(root: &Root, staging: &RelPath) -> Result<Option<PathBuf>, RootError> {
+    for name in STAGED {
+        let Ok(path) = staging.join(name) else { continue };
+        match root.stat(&path, Follow::Never) {
+            Ok(_) => return Ok(Some(path.as_path().to_owned())),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
 }
 
 fn unreadable(

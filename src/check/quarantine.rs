@@ -141,6 +141,9 @@ pub fn decide(root: &Root, options: &Options, report: &Report, globs: &[String])
     if has(Kind::ManifestMissing) {
         return stay("without a manifest nothing is known of it");
     }
+    if report.layout_alone {
+        return stay("without a manifest its layout alone is known, and a save that goes on looks the same");
+    }
     if has(Kind::ManifestDamaged) && options.against.is_some() {
         return stay("the list of --against is damaged, and says nothing of the tree");
     }
@@ -189,7 +192,7 @@ fn is_directory(root: &Root, path: &RelPath) -> bool {
 fn is_damage(root: &Root, options: &Options, finding: &Finding) -> bool {
     match finding.kind {
         Kind::Missing | Kind::Modified | Kind::WrongSize | Kind::WrongKind | Kind::WrongLink | Kind::Unlisted => true,
-        Kind::ManifestDamaged => true,
+        Kind::Damaged | Kind::ManifestDamaged => true,
         Kind::Unreadable => !is_denied(root, finding, options.subject.as_ref()),
         _ => false,
     }

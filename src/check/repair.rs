@@ -61,7 +61,7 @@ pub fn is_denied(root: &Root, finding: &Finding, subject: Option<&Subject>) -> b
 /// The paths that a good copy can mend.
 fn mendable(root: &Root, options: &Options, report: &Report) -> BTreeSet<RelPath> {
     let mends = |finding: &&Finding| match finding.kind {
-        Kind::Missing | Kind::Modified | Kind::WrongSize | Kind::WrongKind | Kind::WrongLink => true,
+        Kind::Missing | Kind::Modified | Kind::Damaged | Kind::WrongSize | Kind::WrongKind | Kind::WrongLink => true,
         Kind::WrongMode | Kind::WrongOwner | Kind::WrongGroup => true,
         Kind::Unreadable => !is_denied(root, finding, options.subject.as_ref()),
         _ => false,

@@ -47,6 +47,11 @@ pub struct Verdict {
     pub bytes: u64,
     pub hashed_files: u64,
     pub hashed_bytes: u64,
+    /// Large files of which some blocks were read, and so many bytes of them.
+    #[serde(default)]
+    pub sampled_files: u64,
+    #[serde(default)]
+    pub sampled_bytes: u64,
     pub vouched_files: u64,
     pub vouched_bytes: u64,
     pub unread_files: u64,
@@ -56,6 +61,9 @@ pub struct Verdict {
     /// How many of each kind.
     pub findings: BTreeMap<String, u64>,
     pub notes: Vec<String>,
+    /// Checkpoints that were recognised, by layout and path.
+    #[serde(default)]
+    pub layouts: Vec<String>,
     /// Who can read all of it.
     pub reader: Option<String>,
     pub allow_unlisted: bool,
@@ -91,7 +99,7 @@ impl Verdict {
             root: shown(&whole).to_string(),
             inode,
             time,
-            depth: options.depth.to_string(),
+            depth: if report.layout_alone { "layout".to_owned() } else { options.depth.to_string() },
             who,
             manifest_sha256: report.list.map(|digest| digest.to_string()),
             manifest_changed: report.list_changed.map(text),
@@ -100,6 +108,8 @@ impl Verdict {
             bytes: report.all.bytes,
             hashed_files: report.hashed.files,
             hashed_bytes: report.hashed.bytes,
+            sampled_files: report.sampled.files,
+            sampled_bytes: report.sampled.bytes,
             vouched_files: report.vouched.files,
             vouched_bytes: report.vouched.bytes,
             unread_files: report.unread.files,
@@ -108,6 +118,7 @@ impl Verdict {
             oldest_hash: report.oldest,
             findings,
             notes: report.notes.clone(),
+            layouts: report.layouts.clone(),
             reader: options.subject.as_ref().map(|subject| subject.shown.clone()),
             allow_unlisted: options.allow_unlisted,
             ignore_permissions: options.ignore_permissions,

@@ -13,7 +13,7 @@ use crate::path::RelPath;
 use crate::root::Root;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Rules {
+pub(super) enum Rules {
     /// Those of every layout that is recognised
     Auto,
     #[value(name = "huggingface")]
@@ -29,7 +29,7 @@ enum Rules {
 }
 
 impl Rules {
-    fn wanted(self) -> Wanted {
+    pub(super) fn wanted(self) -> Wanted {
         Wanted::Only(match self {
             Rules::Auto => return Wanted::Auto,
             Rules::None => return Wanted::Nothing,
@@ -97,6 +97,7 @@ impl Inspect {
             wanted: self.layout.wanted(),
             marker: self.marker.as_ref().map(|marker| marker.as_bytes().to_vec()),
             root_name: whole.file_name().map(|name| name.as_encoded_bytes().to_vec()),
+            names_only: false,
         };
         let report = layout::inspect(&Root::open(&self.path)?, &options)?;
         let verdict = self.verdict(&report);

@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::tree::{Item, Items, below};
+use super::pointers::POINTER_MAX;
+use super::tree::{Item, Items, Open, below};
 use super::{Kind, Layout, Look, names};
 use crate::error::Escaped;
 use crate::path::RelPath;
@@ -43,7 +44,14 @@ impl Look<'_> {
     }
 
     fn deepspeed_pointer(&mut self, directory: Option<&RelPath>, numbered: &[(u64, Vec<u8>)], known: bool) {
-        let (Some(path), Some(tag)) = (below(directory, POINTER), self.pointer(directory, POINTER)) else { return };
+        let Some(path) = below(directory, POINTER) else { return };
+        // A file that is no pointer is of another program, where nothing else is of this one.
+        if !known
+            && Open::new(self.root, &path).and_then(|file| file.whole(POINTER_MAX)).is_ok_and(|text| text.is_none())
+        {
+            return;
+        }
+        let Some(tag) = self.pointer(directory, POINTER) else { return };
         let named = below(directory, &tag);
         let states = named.clone().is_some_and(|named| {
             self.tree.get(&Some(named)).is_some_and(|items| items.keys().any(|name| is_state(name)))

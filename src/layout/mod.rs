@@ -8,6 +8,7 @@
 use crate::error::Escaped;
 use crate::path::RelPath;
 use crate::root::{Root, RootError};
+use crate::scan::Scanned;
 
 mod contents;
 mod deepspeed;
@@ -71,6 +72,8 @@ pub struct Options {
     pub marker: Option<Vec<u8>>,
     /// The last component of the root's own path, where it says something (`checkpoint-500`).
     pub root_name: Option<Vec<u8>>,
+    /// Files of weights are not held against what they say of themselves: names, indices and pointers alone.
+    pub names_only: bool,
 }
 
 /// A layout that was recognised.
@@ -212,10 +215,28 @@ impl Look<'_> {
 pub fn inspect(root: &Root, options: &Options) -> Result<Report, RootError> {
     let mut report = Report::default();
     let tree = tree::walk(root, &mut report)?;
-    let mut look = Look { root, tree: &tree, options, report };
-    for (directory, items) in &tree {
+    Ok(look(root, &tree, options, report))
+}
+
+/// The same of a tree that was listed already. What could not be listed is no finding here: who listed it knows.
+pub fn inspect_listed(root: &Root, listed: &Scanned, options: &Options) -> Report {
+    let speaks = |name: &[u8]| tree::speaks(name, options.names_only);
+    let named = options.root_name.as_deref().is_some_and(speaks) || options.marker.is_some();
+    // Most trees are no checkpoints, and may hold a million files.
+    if options.wanted == Wanted::Auto && !named && !listed.tree.entries().iter().any(|entry| speaks(entry.path.name()))
+    {
+        return Report::default();
+    }
+    look(root, &tree::of_listing(root, listed), options, Report::default())
+}
+
+fn look(root: &Root, tree: &Tree, options: &Options, report: Report) -> Report {
+    let mut look = Look { root, tree, options, report };
+    for (directory, items) in tree {
         let directory = directory.as_ref();
-        look.contents(directory, items);
+        if !options.names_only {
+            look.contents(directory, items);
+        }
         if look.wants(Layout::HuggingFace) {
             look.huggingface(directory, items);
         }
@@ -231,7 +252,7 @@ pub fn inspect(root: &Root, options: &Options) -> Result<Report, RootError> {
         look.unfinished(directory, items);
     }
     look.finish();
-    Ok(look.report)
+    look.report
 }
 
 impl Look<'_> {

@@ -6,7 +6,7 @@ use crate::error::Escaped;
 use crate::path::RelPath;
 
 /// A pointer holds one name.
-const POINTER_MAX: u64 = 4096;
+pub(super) const POINTER_MAX: u64 = 4096;
 
 pub(super) const SAVED_AGAIN: &str =
     "wait until the save is done, or name an older checkpoint that is whole in the pointer";

@@ -8,8 +8,10 @@ use std::os::unix::fs::FileExt as _;
 use super::{Kind, Report};
 use crate::error::chain;
 use crate::filter::STATE_DIRECTORY;
+use crate::manifest::Content;
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root, RootError};
+use crate::scan::Scanned;
 
 /// What a name in a directory is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +105,59 @@ fn list(
         items.insert(name, item);
     }
     Ok(items)
+}
+
+/// The same of a listing.
+pub(super) fn of_listing(root: &Root, listed: &Scanned) -> Tree {
+    let mut tree = Tree::from([(None, Items::new())]);
+    for (entry, metadata) in listed.tree.entries().iter().zip(&listed.metadata) {
+        let item = match entry.content {
+            Content::Directory => {
+                tree.entry(Some(entry.path.clone())).or_default();
+                Item::Directory
+            }
+            Content::File { .. } | Content::HardLink { .. } => Item::File { size: metadata.size },
+            Content::Symlink { .. } => followed(root, &entry.path),
+        };
+        tree.entry(entry.path.parent()).or_default().insert(entry.path.name().to_vec(), item);
+    }
+    tree
+}
+
+/// Whether a name may mean something to the rules of a layout, or its file to those of contents. Where none does there is
+/// nothing to look at.
+pub(super) fn speaks(name: &[u8], names_only: bool) -> bool {
+    const CONTENTS: [&[u8]; 5] = [b".safetensors", b".bin", b".pt", b".pth", b".ckpt"];
+    const ENDS: [&[u8]; 12] = [
+        b"model.safetensors",
+        b"pytorch_model.bin",
+        b"adapter_model.bin",
+        b"model_states.pt",
+        b"optim_states.pt",
+        b".distcp",
+        b".nemo",
+        b".incomplete",
+        b"-unfinished",
+        b".metadata",
+        b".metadata.tmp",
+        b"latest",
+    ];
+    const BEGINS: [&[u8]; 7] = [
+        b"checkpoint",
+        b"tmp-checkpoint-",
+        b"iter_",
+        b"global_step",
+        b"latest_checkpointed_iteration",
+        b"mp_rank_",
+        b"release",
+    ];
+    let is_index = || name.ends_with(b".json") && name.windows(7).any(|part| part == b".index.");
+    ENDS.iter().any(|end| name.ends_with(end))
+        || BEGINS.iter().any(|begin| name.starts_with(begin))
+        || !names_only && CONTENTS.iter().any(|end| name.ends_with(end))
+        || name == b"weights"
+        || is_index()
+        || super::index::numbered(name).is_some()
 }
 
 fn followed(root: &Root, path: &RelPath) -> Item {

@@ -8,8 +8,11 @@ use std::sync::Arc;
 
 use crate::path::RelPath;
 
+mod audience;
 pub mod format;
 pub mod sums;
+
+pub use audience::Audience;
 
 /// A SHA-256 digest.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]

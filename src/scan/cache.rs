@@ -14,6 +14,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use sha2::{Digest as _, Sha256};
 
+use super::blocks::BLOCK_BYTES;
 use crate::manifest::{Digest, Timestamp};
 use crate::root::Metadata;
 
@@ -41,15 +42,21 @@ pub struct Known {
     pub hashed: Option<u64>,
 }
 
-/// Digests by device and inode.
+/// Digests by device and inode, and the checksums of the blocks of large files.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct DigestTable(HashMap<(u64, u64), Record>);
+pub struct DigestTable {
+    records: HashMap<(u64, u64), Record>,
+    /// Only of files that have a record, and of the content that it is of.
+    blocks: HashMap<(u64, u64), Box<[u32]>>,
+}
 
-/// A table as bytes: this line, the records, the SHA-256 of all before.
-const MAGIC: &[u8] = b"lockstep-digests 2\n";
+/// A table as bytes: this line, how many records (8 bytes), the records, lists of blocks (device, inode, how many,
+/// checksums), the SHA-256 of all before.
+const MAGIC: &[u8] = b"lockstep-digests 3\n";
 const RECORD_BYTES: usize = 16 + 64 + 8;
-/// What was written before: records without the time of hashing.
-const OLD_MAGIC: &[u8] = b"lockstep-digests 1\n";
+/// What was written before: records alone; and records without the time of hashing.
+const EARLIER: [(&[u8], usize); 2] =
+    [(b"lockstep-digests 2\n", RECORD_BYTES), (b"lockstep-digests 1\n", OLD_RECORD_BYTES)];
 const OLD_RECORD_BYTES: usize = 16 + 64;
 
 impl DigestTable {
@@ -60,9 +67,16 @@ impl DigestTable {
 
     /// The same, with the time of hashing.
     pub fn known(&self, metadata: &Metadata) -> Option<Known> {
-        let record = self.0.get(&(metadata.device, metadata.inode))?;
+        let record = self.records.get(&(metadata.device, metadata.inode))?;
         let same = (record.size, record.mtime, record.ctime) == (metadata.size, metadata.mtime, metadata.ctime);
         same.then_some(Known { digest: record.digest, hashed: Some(record.hashed).filter(|&time| time > 0) })
+    }
+
+    /// The checksums of its blocks, where they are known.
+    pub fn blocks(&self, metadata: &Metadata) -> Option<&[u32]> {
+        self.known(metadata)?;
+        let blocks = self.blocks.get(&(metadata.device, metadata.inode))?;
+        (blocks.len() as u64 == metadata.size.div_ceil(BLOCK_BYTES)).then_some(blocks)
     }
 
     /// Adds a digest of content that was read just now, with what stat said of the file after it was read. The caller
@@ -76,28 +90,45 @@ impl DigestTable {
     pub fn insert_as_of(&mut self, metadata: &Metadata, known: Known) {
         let Metadata { size, mtime, ctime, .. } = *metadata;
         let record = Record { size, mtime, ctime, digest: known.digest, hashed: known.hashed.unwrap_or(0) };
-        self.0.insert((metadata.device, metadata.inode), record);
+        let key = (metadata.device, metadata.inode);
+        self.records.insert(key, record);
+        self.blocks.remove(&key);
+    }
+
+    /// Adds the checksums of the blocks of a file whose digest was added.
+    pub fn set_blocks(&mut self, metadata: &Metadata, blocks: Box<[u32]>) {
+        if self.known(metadata).is_some() {
+            self.blocks.insert((metadata.device, metadata.inode), blocks);
+        }
     }
 
     /// How many digests it holds.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.records.len()
     }
 
     /// Whether it holds none.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.records.is_empty()
     }
 
     /// The whole table as bytes.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(MAGIC.len() + self.0.len() * RECORD_BYTES + 32);
+        let of_blocks: usize = self.blocks.values().map(|blocks| 24 + 4 * blocks.len()).sum();
+        let mut bytes = Vec::with_capacity(MAGIC.len() + 8 + self.records.len() * RECORD_BYTES + of_blocks + 32);
         bytes.extend_from_slice(MAGIC);
-        for ((device, inode), record) in &self.0 {
+        bytes.extend_from_slice(&(self.records.len() as u64).to_le_bytes());
+        for ((device, inode), record) in &self.records {
             bytes.extend_from_slice(&device.to_le_bytes());
             bytes.extend_from_slice(&inode.to_le_bytes());
             bytes.extend_from_slice(&encode(record));
             bytes.extend_from_slice(&record.hashed.to_le_bytes());
+        }
+        for ((device, inode), blocks) in &self.blocks {
+            for number in [*device, *inode, blocks.len() as u64] {
+                bytes.extend_from_slice(&number.to_le_bytes());
+            }
+            blocks.iter().for_each(|sum| bytes.extend_from_slice(&sum.to_le_bytes()));
         }
         let digest = Sha256::digest(&bytes);
         bytes.extend_from_slice(&digest);
@@ -107,21 +138,48 @@ impl DigestTable {
     /// Reads it back; bytes that are damaged give `None`.
     pub fn from_bytes(bytes: &[u8]) -> Option<DigestTable> {
         let (body, digest) = bytes.split_at_checked(bytes.len().checked_sub(32)?)?;
-        let (records, length) = match body.strip_prefix(MAGIC) {
-            Some(records) => (records, RECORD_BYTES),
-            None => (body.strip_prefix(OLD_MAGIC)?, OLD_RECORD_BYTES),
-        };
-        if records.len() % length != 0 || Sha256::digest(body)[..] != *digest {
+        if Sha256::digest(body)[..] != *digest {
             return None;
         }
-        let record = |bytes: &[u8]| {
-            let number = |at: usize| Some(u64::from_le_bytes(bytes[at..at + 8].try_into().ok()?));
-            let hashed = if length == RECORD_BYTES { number(OLD_RECORD_BYTES)? } else { 0 };
-            let record = decode(&bytes[16..OLD_RECORD_BYTES])?;
-            Some(((number(0)?, number(8)?), Record { hashed, ..record }))
+        let Some(body) = body.strip_prefix(MAGIC) else {
+            let (records, length) =
+                EARLIER.iter().find_map(|(magic, length)| Some((body.strip_prefix(*magic)?, *length)))?;
+            return Some(DigestTable { records: read_records(records, length)?, blocks: HashMap::new() });
         };
-        records.chunks_exact(length).map(record).collect::<Option<HashMap<_, _>>>().map(DigestTable)
+        let (count, body) = body.split_at_checked(8)?;
+        let length = usize::try_from(number(count, 0)?).ok()?.checked_mul(RECORD_BYTES)?;
+        let (records, lists) = body.split_at_checked(length)?;
+        Some(DigestTable { records: read_records(records, RECORD_BYTES)?, blocks: read_blocks(lists)? })
     }
+}
+
+fn number(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
+}
+
+fn read_records(bytes: &[u8], length: usize) -> Option<HashMap<(u64, u64), Record>> {
+    if bytes.len() % length != 0 {
+        return None;
+    }
+    let record = |bytes: &[u8]| {
+        let hashed = if length == RECORD_BYTES { number(bytes, OLD_RECORD_BYTES)? } else { 0 };
+        let record = decode(&bytes[16..OLD_RECORD_BYTES])?;
+        Some(((number(bytes, 0)?, number(bytes, 8)?), Record { hashed, ..record }))
+    };
+    bytes.chunks_exact(length).map(record).collect()
+}
+
+fn read_blocks(mut bytes: &[u8]) -> Option<HashMap<(u64, u64), Box<[u32]>>> {
+    let mut blocks = HashMap::new();
+    while !bytes.is_empty() {
+        let key = (number(bytes, 0)?, number(bytes, 8)?);
+        let length = usize::try_from(number(bytes, 16)?).ok()?.checked_mul(4)?;
+        let (list, rest) = bytes[24..].split_at_checked(length)?;
+        let sum = |bytes: &[u8]| bytes.try_into().ok().map(u32::from_le_bytes);
+        blocks.insert(key, list.chunks_exact(4).map(sum).collect::<Option<Box<[u32]>>>()?);
+        bytes = rest;
+    }
+    Some(blocks)
 }
 
 /// The digests of one root's files. Loaded whole; written at the end.
@@ -145,7 +203,7 @@ impl DigestCache {
     /// Reads what is there. A cache that is damaged, in use or not there is empty.
     pub fn load(file: &Path) -> DigestCache {
         let records = if file.exists() { read(file).unwrap_or_default() } else { HashMap::new() };
-        DigestCache { file: file.to_owned(), table: DigestTable(records) }
+        DigestCache { file: file.to_owned(), table: DigestTable { records, blocks: HashMap::new() } }
     }
 
     /// What it holds.
@@ -317,6 +375,9 @@ mod tests {
             let file = directory.path().join(number.to_string());
             std::fs::write(&file, [number]).unwrap();
             table.insert(&metadata_of(&file), Digest([number; 32]));
+            // Longer than the file has blocks: then it is not used, and kept all the same.
+            table.set_blocks(&metadata_of(&file), (0..u32::from(number)).collect());
+            assert_eq!(table.blocks(&metadata_of(&file)).is_some(), number == 1);
         }
         let bytes = table.to_bytes();
         assert_eq!(DigestTable::from_bytes(&bytes), Some(table));
@@ -338,12 +399,13 @@ mod tests {
         table.insert_as_of(&found, Known { digest, hashed: Some(1_000_000_000) });
         let read = DigestTable::from_bytes(&table.to_bytes()).unwrap();
         assert_eq!(read.known(&found), Some(Known { digest, hashed: Some(1_000_000_000) }));
-        let body = &table.to_bytes()[MAGIC.len()..][..OLD_RECORD_BYTES];
-        let mut old = [OLD_MAGIC, body].concat();
-        let end = Sha256::digest(&old);
-        old.extend_from_slice(&end);
-        let read = DigestTable::from_bytes(&old).unwrap();
-        assert_eq!(read.known(&found), Some(Known { digest, hashed: None }));
+        for ((magic, length), hashed) in EARLIER.into_iter().zip([Some(1_000_000_000), None]) {
+            let mut old = [magic, &table.to_bytes()[MAGIC.len() + 8..][..length]].concat();
+            let end = Sha256::digest(&old);
+            old.extend_from_slice(&end);
+            let read = DigestTable::from_bytes(&old).unwrap();
+            assert_eq!(read.known(&found), Some(Known { digest, hashed }));
+        }
         table.insert(&found, digest);
         assert!(table.known(&found).unwrap().hashed.unwrap() > 1_000_000_000);
     }

@@ -13,6 +13,7 @@ use crate::monitor::{Counters, Monitor, Problem, Severity};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 
+pub mod blocks;
 pub mod cache;
 pub mod names;
 

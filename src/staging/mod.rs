@@ -3,12 +3,16 @@
 //! What always holds: a staged file is born 0600 in a directory of mode 0700 on the target's own file system, and gets
 //! owner, ACL and mode only after its SHA-256 was found to be the one that was announced.
 
+mod audience;
+mod digests;
 mod file;
 mod ids;
 mod journal;
 mod lock;
 mod state;
 
+pub use audience::{admit, open_state};
+pub use digests::{load_digests, store_digests};
 pub use file::{Permissions, SET_OWNER, StageError, StagedFile, apply, hash_of};
 pub use ids::Ids;
 pub use journal::Journal;

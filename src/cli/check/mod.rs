@@ -11,6 +11,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::arguments::Place;
 use super::display::{Display, Verbosity};
+use super::inspect::Rules;
 use super::manifest::{Trust, read_text};
 use super::stop::Stop;
 use super::{Failure, output, shown, transfer};
@@ -18,6 +19,7 @@ use crate::check::{self, CheckError, Depth, Options, Outcome, Report, Slot, Slot
 use crate::drift;
 use crate::error::{Exit, chain};
 use crate::manifest::Digest;
+use crate::path::RelPath;
 use crate::root::Root;
 use crate::sync::repair::is_left_over;
 
@@ -42,7 +44,7 @@ pub(super) struct CheckOptions {
     /// Hash only what moved: metadata is compared with the manifest and with what was hashed before
     #[arg(long, conflicts_with_all = ["sample", "full"])]
     quick: bool,
-    /// As --quick, and hash so many per cent of the files, chosen at random
+    /// As --quick, and hash so many per cent of the files, chosen at random, and of large ones so much in blocks
     #[arg(long, value_name = "N%", value_parser = percent, conflicts_with = "full")]
     sample: Option<f64>,
     /// Hash every byte
@@ -63,6 +65,13 @@ pub(super) struct CheckOptions {
     /// Do not compare modes, owners and groups
     #[arg(long)]
     ignore_permissions: bool,
+    /// Whose rules a checkpoint has to meet [default: those of every layout that is recognised]. Without a manifest a layout that
+    /// is asked for decides alone, and content is not compared
+    #[arg(long, value_enum)]
+    layout: Option<Rules>,
+    /// A file that every checkpoint has to hold, as _SUCCESS; where none is recognised, the directory itself
+    #[arg(long, value_name = "NAME")]
+    marker: Option<String>,
     /// Leave out what matches, a glob as in gitignore(5); may be given several times
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
@@ -196,9 +205,6 @@ impl CheckOptions {
         }
         let (started, begun) = (Instant::now(), seconds_now());
         let kept = slot.clear().map_err(|error| slot_failure(&error))?;
-        if let Some(reason) = kept {
-            eprintln!("lockstep: warning: the verdict of an earlier check stays, and is not of this one: {reason}");
-        }
         let place = self.repair.place(&self.access, path)?;
         let signed = self.signed(path)?;
         let options = self.options()?;
@@ -237,6 +243,11 @@ impl CheckOptions {
         say(&text, aside)?;
         for note in &report.notes {
             eprintln!("lockstep: note: {note}");
+        }
+        if let Some(reason) = kept
+            && report.outcome() != Outcome::Good
+        {
+            eprintln!("lockstep: warning: the verdict of an earlier check stays, and is not of this one: {reason}");
         }
         let summary = show::summary(path, &report, &verdict);
         match report.outcome() {
@@ -326,6 +337,11 @@ impl CheckOptions {
             (.., true) => Depth::Full,
             _ => Depth::Default,
         };
+        if let Some(marker) = &self.marker
+            && let Err(error) = RelPath::new(marker)
+        {
+            return Err(Failure::usage(format!("--marker: {error}; name a file within the checkpoint")));
+        }
         let subject = self.reader.as_deref().map(|user| drift::subject(Some(user), None)).transpose();
         Ok(Options {
             depth,
@@ -339,6 +355,8 @@ impl CheckOptions {
             threads: self.threads.map_or(0, usize::from),
             nice: self.nice,
             read: BTreeSet::new(),
+            layout: self.layout.map(Rules::wanted),
+            marker: self.marker.as_ref().map(|marker| marker.as_bytes().to_vec()),
             own: self.verdict.iter().cloned().collect(),
         })
     }

@@ -100,7 +100,10 @@ pub(super) fn cached(verdict: &Verdict) -> String {
 /// One paragraph: how deep, how much of it was read, what is wrong, what to do.
 pub(super) fn summary(path: &Path, report: &Report, verdict: &Verdict) -> String {
     let files = counted(verdict.files, "file", "files");
-    let head = format!("'{}': {}, by a {} check of {files}", shown(path), verdict.result, verdict.depth);
+    let head = match report.layout_alone {
+        true => format!("'{}': {}, by the layout alone of {files}", shown(path), verdict.result),
+        false => format!("'{}': {}, by a {} check of {files}", shown(path), verdict.result, verdict.depth),
+    };
     if report.findings.is_empty() {
         return format!("{head}. {}", read(verdict));
     }
@@ -118,6 +121,10 @@ fn read(verdict: &Verdict) -> String {
         verdict.hashed_files,
         verdict.files
     )];
+    if verdict.sampled_files > 0 {
+        let files = counted(verdict.sampled_files, "large file", "large files");
+        parts.push(format!("read {} in blocks of {files}", bytes(verdict.sampled_bytes)));
+    }
     if verdict.vouched_files > 0 {
         let files = counted(verdict.vouched_files, "file", "files");
         parts.push(format!("{files} unchanged since they were hashed"));
@@ -147,9 +154,12 @@ fn time(seconds: u64) -> String {
 /// What to do about the worst of it.
 fn advice(report: &Report) -> &'static str {
     let has = |kinds: &[Kind]| report.findings.iter().any(|finding| kinds.contains(&finding.kind));
-    if has(&[Kind::ManifestMissing, Kind::ManifestDamaged]) {
+    if has(&[Kind::ManifestMissing]) && !report.layouts.is_empty() {
+        "Without a manifest nothing is known of the content: push it, or name a list with --against; --layout auto asks \
+         only whether it is complete"
+    } else if has(&[Kind::ManifestMissing, Kind::ManifestDamaged]) {
         "Without its manifest nothing is known of the data: push it again, or name a list with --against"
-    } else if has(&[Kind::Missing, Kind::Modified, Kind::WrongSize, Kind::WrongKind, Kind::WrongLink]) {
+    } else if has(&[Kind::Missing, Kind::Modified, Kind::Damaged, Kind::WrongSize, Kind::WrongKind, Kind::WrongLink]) {
         "Do not train on it: push it again, or repair it from a good copy (--repair), then check again"
     } else if has(&[Kind::Changed]) {
         "Somebody writes to it: wait for that to end, then check again"
@@ -162,6 +172,7 @@ fn advice(report: &Report) -> &'static str {
     } else if has(&[Kind::Unlisted]) {
         "Remove what is not listed, or give --allow-unlisted"
     } else {
-        "Let the run that brings it come to its end, then check again"
+        "Let what brings or writes it come to its end, then check again; where a layout asks for what need not be there, \
+         give --layout none"
     }
 }

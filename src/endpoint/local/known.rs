@@ -4,55 +4,28 @@
 //! Every other file that may be what the source has is hashed where it lies instead of being sent: a tree that was filled
 //! by other means is adopted, and an edit that kept size and time shows.
 
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{ErrorKind, Read as _};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
 
-use rustix::fs::RenameFlags;
 use sha2::{Digest as _, Sha256};
 
-use super::target::{io, rel};
-use crate::endpoint::Error;
 use crate::manifest::{Digest, Entry, Tree};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::scan::cache::{DigestTable, Known, is_dated, is_settled};
+use crate::staging::{load_digests, store_digests};
 
-const TABLE: &str = ".lockstep/digests";
 const NEW_TABLE: &str = ".lockstep/digests.new";
 /// What is hashed between two times that the table is stored: so much is lost when the machine stops.
 const BATCH_BYTES: u64 = 64 << 30;
 const BUFFER_BYTES: usize = 512 * 1024;
 
-/// The table of `root`. One that is absent, damaged or not to be read is empty: files are hashed again then.
-pub(super) fn load(root: &Root) -> DigestTable {
-    let mut bytes = Vec::new();
-    let read = |bytes: &mut Vec<u8>| -> Option<()> {
-        let mut file = root.open_read(&rel(TABLE).ok()?, Follow::Never).ok()?;
-        let regular = Metadata::of(&file).ok()?.kind == FileKind::Regular;
-        regular.then(|| file.read_to_end(bytes).ok())?.map(drop)
-    };
-    read(&mut bytes).and_then(|()| DigestTable::from_bytes(&bytes)).unwrap_or_default()
-}
-
-/// Replaces the table of `root`. It is not brought to stable storage: a torn one is seen by its own digest.
-fn store(root: &Root, table: &DigestTable) -> Result<(), Error> {
-    let (name, new) = (rel(TABLE)?, rel(NEW_TABLE)?);
-    root.remove_tree(&new).map_err(io)?;
-    let mut file = root.create_new(&new, 0o600).map_err(io)?;
-    file.write_all(&table.to_bytes()).map_err(|source| Error::Io {
-        operation: "write",
-        path: crate::error::shown(&root.shown().join(TABLE)).to_string(),
-        source,
-    })?;
-    root.rename(&new, &name, RenameFlags::empty()).map_err(io)
-}
-
 /// Stores the table; that it could not be makes the next run slower, not wrong.
 fn keep(root: &Root, table: &DigestTable, monitor: &dyn Monitor) {
-    if let Err(error) = store(root, table) {
+    if let Err(error) = store_digests(root, table, NEW_TABLE) {
         let reason = crate::error::chain(&error);
         monitor.event(Event::Detail(&format!("what was hashed is not remembered: {reason}")));
     }
@@ -90,7 +63,7 @@ pub(super) fn complete(look: &Look<'_>, target: &mut Tree, monitor: &dyn Monitor
 }
 
 fn find(look: &Look<'_>, target: &mut Tree, monitor: &dyn Monitor) {
-    let mut table = if look.hash_all { DigestTable::default() } else { load(look.root) };
+    let mut table = if look.hash_all { DigestTable::default() } else { load_digests(look.root) };
     let mut unknown = Vec::new();
     for (index, metadata) in look.metadata.iter().enumerate() {
         let entry = &target.entries()[index];
@@ -188,19 +161,24 @@ pub(super) struct Files<'a> {
 
 impl<'a> Files<'a> {
     pub(super) fn new(root: &'a Root, tree: &'a Tree) -> Files<'a> {
-        Files { root, tree, table: DigestTable::default(), before: load(root), beside: None }
+        Files { root, tree, table: DigestTable::default(), before: load_digests(root), beside: None }
     }
 
     /// What is known stays, and the files of `tree` that are looked at are added.
     pub(super) fn amending(root: &'a Root, tree: &'a Tree) -> Files<'a> {
-        Files { table: load(root), before: DigestTable::default(), ..Files::new(root, tree) }
+        Files { table: load_digests(root), before: DigestTable::default(), ..Files::new(root, tree) }
     }
 
     /// A file of the target that a run left as it was, as the scan saw it.
     pub(super) fn unchanged(&mut self, entry: &Entry, metadata: &Metadata) {
         let Some((_, Some(digest))) = entry.file() else { return };
         match self.before.known(metadata).filter(|known| known.digest == digest) {
-            Some(Known { hashed, .. }) => self.table.insert_as_of(metadata, Known { digest, hashed }),
+            Some(Known { hashed, .. }) => {
+                self.table.insert_as_of(metadata, Known { digest, hashed });
+                if let Some(blocks) = self.before.blocks(metadata) {
+                    self.table.set_blocks(metadata, blocks.into());
+                }
+            }
             // It was hashed by this run.
             None => self.table.insert(metadata, digest),
         }

@@ -14,7 +14,7 @@ use super::metadata::{Acls, Existing};
 use super::target::{MANIFEST, STATE, io, rel};
 use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::Error;
-use crate::manifest::{Content, Entry, Manifest, Tree, format};
+use crate::manifest::{Audience, Content, Entry, Manifest, Tree, format};
 use crate::path::RelPath;
 use crate::plan::publish::Step;
 use crate::root::{Follow, Metadata, Root};
@@ -153,7 +153,16 @@ pub(super) fn carry_out(
         store(staging, NEW_MANIFEST, &text)?;
     }
     audit(root, area, record, &manifest.tree, &problems)?;
+    if area == Area::Repair {
+        finish(root, area)?;
+        return Ok(Published { manifest, text, problems });
+    }
+    let audience = Audience::of(&manifest.tree);
+    if let Ok(file) = staging.open_read(&rel(NEW_MANIFEST)?, Follow::Never) {
+        crate::staging::admit(&file, &audience);
+    }
     finish(root, area)?;
+    crate::staging::open_state(root, &audience);
     Ok(Published { manifest, text, problems })
 }
 

@@ -23,7 +23,7 @@ use super::{DIRECTORY, at, audit, below, kind_of};
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
 use crate::filter::{Filter, FilterSpec};
-use crate::manifest::{Content, Digest, Entry, Manifest, Tree, format};
+use crate::manifest::{Audience, Content, Digest, Entry, Manifest, Tree, format};
 use crate::monitor::{Event, Monitor, Silent};
 use crate::path::RelPath;
 use crate::plan::outcome::{Outcome, entries_after};
@@ -99,7 +99,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let published: HashSet<u32> =
         paths.into_iter().filter(|(_, path)| !done.left(path)).map(|(index, _)| index).collect();
     audit::append(run, state, &published, &removed, &manifest)?;
-    finish(run)?;
+    finish(run, &manifest.tree)?;
     if let Some(path) = &run.rename_to {
         appear(run, path)?;
     }
@@ -373,8 +373,9 @@ fn bring_to_disk(run: &Run) -> Result<(), Error> {
 }
 
 /// Puts the new manifest in force and clears the staging area, in an order that a crash does not hurt.
-fn finish(run: &Run) -> Result<(), Error> {
+fn finish(run: &Run, tree: &Tree) -> Result<(), Error> {
     let session = &run.session;
+    admit(run, tree)?;
     bring_to_disk(run)?;
     let (from, to) = (at(&run.staging, NEW_MANIFEST), at(&run.root, MANIFEST));
     match replace(session, &from, &to)? {
@@ -383,6 +384,35 @@ fn finish(run: &Run) -> Result<(), Error> {
     }
     session.order(about(packet::REMOVE, &at(&run.staging, RECORD)))?.ok();
     clear(run)
+}
+
+/// Lets those read the staged manifest who may read what it lists, as far as mode and group can say so: there are no ACLs
+/// here. Best effort; it is never readable by more.
+fn admit(run: &Run, tree: &Tree) -> Result<(), Error> {
+    let session = &run.session;
+    let audience = Audience::of(tree);
+    if !audience.others && audience.group.is_none() {
+        return Ok(());
+    }
+    let manifest = at(&run.staging, NEW_MANIFEST);
+    let set = |path: &[u8], attributes: &Attributes| with_attributes(packet::SETSTAT, path, attributes);
+    let of_mode = |mode| Attributes { mode: Some(mode), ..Attributes::default() };
+    let readable = if audience.others {
+        session.order(set(&manifest, &of_mode(0o644)))?.is_ok()
+    } else {
+        // All that is listed has this group, and a file of it has the number.
+        let listed = tree.entries().iter().find(|entry| entry.is_directory() || entry.file().is_some());
+        let listed = listed.map(|entry| session.stat(packet::LSTAT, &below(&run.root, &entry.path))).transpose()?;
+        let Some((_, gid)) = listed.and_then(Result::ok).and_then(|found| found.owner) else { return Ok(()) };
+        // chown(2) leaves what is given as -1.
+        let group = Attributes { owner: Some((u32::MAX, gid)), ..Attributes::default() };
+        session.order(set(&manifest, &group))?.is_ok() && session.order(set(&manifest, &of_mode(0o640)))?.is_ok()
+    };
+    if readable {
+        let entered = [at(&run.root, STATE), at(&run.root, ".lockstep/staging")];
+        let _ = session.all(entered.iter().map(|path| set(path, &of_mode(0o711))))?;
+    }
+    Ok(())
 }
 
 /// Removes the staging area with everything in it.
@@ -442,8 +472,8 @@ pub(super) fn recover(run: &Run) -> Result<bool, Error> {
         let manifest = format::decode(text).map_err(|_| damaged("the manifest"))?;
         check_parents(run, &record.steps)?;
         let done = execute(run, &record.steps, &manifest.tree, true)?;
-        mend(run, manifest, Vec::new(), &old.tree, &done)?;
-        finish(run)?;
+        let (manifest, _) = mend(run, manifest, Vec::new(), &old.tree, &done)?;
+        finish(run, &manifest.tree)?;
     } else {
         // Another run has published since, or it was all done: what is staged is older than what is there.
         session.order(about(packet::REMOVE, &path))?.ok();

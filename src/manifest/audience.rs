@@ -1,0 +1,110 @@
+//! Who may read a manifest: those who may read everything that it lists.
+//!
+//! It tells names, sizes and digests, so that nobody is to read it who could not find them out by himself. Who can, has
+//! to: a training job runs as a user who receives nothing, and checks what it reads.
+
+use std::sync::Arc;
+
+use super::{Content, Tree};
+
+const READ: u32 = 0o4;
+const READ_AND_ENTER: u32 = 0o5;
+
+/// Who may read all of a tree by mode, owner and group. ACLs are not counted.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Audience {
+    /// Everybody.
+    pub others: bool,
+    /// The members of this group.
+    pub group: Option<Arc<str>>,
+    /// This user.
+    pub user: Option<Arc<str>>,
+}
+
+impl Audience {
+    /// Of all files and directories of `tree`. Of an empty tree nobody.
+    pub fn of(tree: &Tree) -> Audience {
+        let mut counted = tree.entries().iter().filter_map(|entry| match entry.content {
+            Content::Directory => Some((entry, READ_AND_ENTER)),
+            Content::File { .. } => Some((entry, READ)),
+            // Links have no permissions of their own, and a further name has those of the first.
+            Content::Symlink { .. } | Content::HardLink { .. } => None,
+        });
+        let Some((first, needed)) = counted.next() else { return Audience::default() };
+        let has = |mode: u32, shift: u32, needed: u32| mode >> shift & needed == needed;
+        let granted = |shift| has(first.mode, shift, needed);
+        let mut audience = Audience {
+            others: granted(0),
+            group: granted(3).then(|| Arc::clone(&first.group)),
+            user: granted(6).then(|| Arc::clone(&first.owner)),
+        };
+        for (entry, needed) in counted {
+            audience.others &= has(entry.mode, 0, needed);
+            audience.group = audience.group.filter(|group| *group == entry.group && has(entry.mode, 3, needed));
+            audience.user = audience.user.filter(|user| *user == entry.owner && has(entry.mode, 6, needed));
+        }
+        audience
+    }
+
+    /// Whether there is nobody but who receives.
+    pub fn is_empty(&self) -> bool {
+        !self.others && self.group.is_none() && self.user.is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::{Digest, Entry, Timestamp};
+    use crate::path::RelPath;
+
+    fn tree(entries: &[(&str, u32, &str, &str)]) -> Tree {
+        let entry = |&(path, mode, owner, group): &(&str, u32, &str, &str)| Entry {
+            path: RelPath::new(path.trim_end_matches('/')).unwrap(),
+            content: match path.ends_with('/') {
+                true => Content::Directory,
+                false => Content::File { size: 1, digest: Some(Digest([1; 32])) },
+            },
+            mtime: Timestamp::default(),
+            mode,
+            owner: owner.into(),
+            group: group.into(),
+        };
+        Tree::new(entries.iter().map(entry).collect()).unwrap()
+    }
+
+    #[test]
+    fn who_may_read_everything_may_read_the_manifest_and_nobody_else() {
+        type Case = (
+            &'static [(&'static str, u32, &'static str, &'static str)],
+            bool,
+            Option<&'static str>,
+            Option<&'static str>,
+        );
+        let cases: [Case; 8] = [
+            (&[], false, None, None),
+            (
+                &[("f", 0o644, "ana", "ml"), ("d/", 0o755, "ana", "ml"), ("d/g", 0o444, "ana", "ml")],
+                true,
+                Some("ml"),
+                Some("ana"),
+            ),
+            (&[("f", 0o644, "ana", "ml"), ("weights", 0o600, "ana", "ml")], false, None, Some("ana")),
+            (&[("f", 0o640, "ana", "ml"), ("g", 0o640, "bo", "ml")], false, Some("ml"), None),
+            (&[("f", 0o640, "ana", "ml"), ("g", 0o640, "ana", "ops")], false, None, Some("ana")),
+            (&[("f", 0o644, "ana", "ml"), ("g", 0o644, "bo", "ops")], true, None, None),
+            // To list a directory without being let in is not to read it.
+            (&[("d/", 0o744, "ana", "ml"), ("d/f", 0o644, "ana", "ml")], false, None, Some("ana")),
+            (&[("f", 0o600, "ana", "ml"), ("g", 0o600, "bo", "ml")], false, None, None),
+        ];
+        for (entries, others, group, user) in cases {
+            let audience = Audience::of(&tree(entries));
+            assert_eq!(
+                (audience.others, audience.group.as_deref(), audience.user.as_deref()),
+                (others, group, user),
+                "{entries:?}"
+            );
+            assert_eq!(audience.is_empty(), !others && group.is_none() && user.is_none());
+        }
+    }
+}
