@@ -38,8 +38,16 @@ pub enum LockError {
 /// A root that is locked until this is dropped.
 #[derive(Debug)]
 pub struct RootLock {
-    _file: File,
+    file: File,
     state: Root,
+}
+
+impl Drop for RootLock {
+    fn drop(&mut self) {
+        // A child that another thread starts at this moment has the descriptor too, until it has become another program:
+        // closing alone would leave the lock with it. It cannot fail for a lock that is held.
+        let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
+    }
 }
 
 impl RootLock {
@@ -69,7 +77,7 @@ impl RootLock {
             file.write_all(text.as_bytes())
         };
         write(&mut file).map_err(failed)?;
-        Ok(RootLock { _file: file, state })
+        Ok(RootLock { file, state })
     }
 
     /// The directory `.lockstep` of the root, as it was found to be nobody else's.

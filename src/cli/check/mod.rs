@@ -271,6 +271,7 @@ impl CheckOptions {
             nice: self.nice,
             layout: self.layout.map(Rules::wanted),
             marker: self.marker.as_ref().map(|marker| marker.as_bytes().to_vec()),
+            all_paths: self.combined,
             own: self.verdict.iter().cloned().collect(),
         })
     }
