@@ -89,6 +89,11 @@ impl Filter {
         Ok(filter)
     }
 
+    /// Whether everything takes part but what is lockstep's own.
+    pub fn has_no_rules(&self) -> bool {
+        self.only.is_none() && self.user.is_empty() && self.nested.is_empty() && self.top.is_none()
+    }
+
     /// Whether a path takes part. Ask for a directory before what lies below it: what a directory that does not take
     /// part holds does not either.
     pub fn admits(&self, path: &RelPath, directory: bool) -> bool {

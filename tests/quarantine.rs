@@ -313,3 +313,26 @@ fn directories_that_are_moved_by_themselves_can_be_named() {
     ends(&there.check(&["step-1", "--quarantine"]), 1, &["step-1' to '"]);
     assert!(!there.path("step-1").exists());
 }
+
+#[test]
+fn files_that_are_called_like_checkpoints_are_none_and_a_damaged_list_moves_nothing_that_may_be_good() {
+    let there = Checkpoints::new();
+    fs::create_dir(there.path("run")).unwrap();
+    for name in ["step_10.pt", "step_20.pt"] {
+        fs::write(there.path("run").join(name), name).unwrap();
+    }
+    done(&there.run(&["push", "run", "there"]));
+    damage(&there.path("there/step_20.pt"));
+    ends(&there.check(&["there", "--quarantine"]), 1, &["modified: step_20.pt", "there' to '"]);
+    assert!(!there.path("there").exists());
+
+    let there = Checkpoints::together();
+    let list = there.path("there/.lockstep/manifest");
+    fs::write(&list, &fs::read(&list).unwrap()[..100]).unwrap();
+    ends(&there.check(&["there", "--quarantine"]), 1, &["nobody knows which of the checkpoints in it are good"]);
+    assert!(there.path("there/checkpoint-100").exists());
+    let there = Checkpoints::each();
+    let list = there.path("there/checkpoint-200/.lockstep/manifest");
+    fs::write(&list, &fs::read(&list).unwrap()[..100]).unwrap();
+    ends(&there.check(&["there/checkpoint-200", "--quarantine"]), 1, &["moved '", "there/checkpoint-300'"]);
+}

@@ -52,6 +52,8 @@ pub(super) struct Compare<'a> {
     scanned: &'a Scanned,
     table: DigestTable,
     candidates: Vec<Candidate<'a>>,
+    /// The first of the scanned entries that is not before the listed one that is looked at.
+    next: usize,
 }
 
 impl<'a> Compare<'a> {
@@ -64,7 +66,7 @@ impl<'a> Compare<'a> {
         scanned: &'a Scanned,
     ) -> Compare<'a> {
         let table = load_digests(root);
-        Compare { root, options, list, loaded, filter, scanned, table, candidates: Vec::new() }
+        Compare { root, options, list, loaded, filter, scanned, table, candidates: Vec::new(), next: 0 }
     }
 
     /// Compares what can be compared without reading.
@@ -89,11 +91,17 @@ impl<'a> Compare<'a> {
                 continue;
             }
             listed.insert(&entry.path);
-            report.paths.push(entry.path.as_path().to_owned());
+            if self.options.all_paths {
+                report.paths.push(entry.path.as_path().to_owned());
+            }
             if let Expected::File { size, .. } = entry.expected {
                 report.all.add(size.unwrap_or(0));
             }
-            let above = entry.path.ancestors().find_map(|above| unread.get_key_value(&above).map(|found| *found.0));
+            let mut ancestors = entry.path.ancestors();
+            let above = match unread.is_empty() {
+                true => None,
+                false => ancestors.find_map(|above| unread.get_key_value(&above).map(|found| *found.0)),
+            };
             match above {
                 _ if unread.contains_key(&entry.path) && !directory => {}
                 Some(above) => *unread.entry(above).or_default() += 1,
@@ -132,11 +140,20 @@ impl<'a> Compare<'a> {
         self.root.path_of(&std::fs::File::open(file).ok()?).ok().flatten()
     }
 
+    /// Where a path is in what was scanned. Paths are asked for in order.
+    fn position(&mut self, path: &RelPath) -> Option<usize> {
+        let entries = self.scanned.tree.entries();
+        while entries.get(self.next).is_some_and(|entry| entry.path < *path) {
+            self.next += 1;
+        }
+        entries.get(self.next).is_some_and(|entry| entry.path == *path).then_some(self.next)
+    }
+
     fn path(&mut self, listed: &'a Listed, report: &mut Report) {
         let mut wrong = |kind, message: String| {
             report.findings.push(Finding { path: listed.path.as_path().to_owned(), kind, message });
         };
-        let at = self.scanned.tree.position(&listed.path);
+        let at = self.position(&listed.path);
         let mut found = at.and_then(|at| self.scanned.metadata.get(at)).copied();
         let mut follow = Follow::Never;
         // As sha256sum itself, which opens whatever has the name: links count for what they lead to, within the tree.

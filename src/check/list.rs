@@ -10,6 +10,7 @@ use super::{CheckError, Finding, Kind};
 use crate::manifest::{Content, Digest, Timestamp, Tree, format, sums};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
+use crate::scan::cache::is_settled;
 
 const MANIFEST: &str = ".lockstep/manifest";
 const NATIVE: &[u8] = b"lockstep-manifest\t";
@@ -98,6 +99,22 @@ pub(super) fn load(root: &Root, against: Option<&Path>) -> Result<Loaded, CheckE
     let list = if native { native_list(&text) } else { sums_list(&text) };
     let list = list.map_err(|message| Finding { path: shown.clone(), kind: Kind::ManifestDamaged, message });
     Ok(Loaded { list, digest, metadata: Some(metadata), shown, inside })
+}
+
+/// Whether the list is still the one that was loaded.
+pub(super) fn is_same(root: &Root, against: Option<&Path>, loaded: &Loaded) -> Result<bool, CheckError> {
+    let now = match against {
+        Some(file) => std::fs::File::open(file).ok().and_then(|file| Metadata::of(&file).ok()),
+        None => root.stat(&RelPath::new(MANIFEST)?, Follow::Never).ok(),
+    };
+    let (Some(now), Some(before)) = (&now, &loaded.metadata) else {
+        return Ok(now.is_none() && loaded.metadata.is_none() || load(root, against)?.digest == loaded.digest);
+    };
+    // One that was written a moment ago may be written again without its times showing it.
+    match now.same_content(before) && is_settled(before, std::time::SystemTime::now()) {
+        true => Ok(true),
+        false => Ok(load(root, against)?.digest == loaded.digest),
+    }
 }
 
 fn native_list(text: &[u8]) -> Result<List, String> {

@@ -21,12 +21,14 @@ use crate::scan::{self, LinkRule, ScanError, ScanRule};
 
 mod compare;
 mod hash;
+mod index;
 mod layouts;
 mod list;
 pub mod quarantine;
 mod remember;
 pub mod repair;
 mod sample;
+mod unchanged;
 mod verdict;
 
 use compare::Compare;
@@ -88,6 +90,8 @@ pub struct Options {
     pub layout: Option<Wanted>,
     /// A file that every checkpoint has to hold.
     pub marker: Option<Vec<u8>>,
+    /// The listed paths are asked for, those that are good too.
+    pub all_paths: bool,
     /// Files beside the list that may lie in the tree without being listed.
     pub own: Vec<PathBuf>,
 }
@@ -108,6 +112,7 @@ impl Default for Options {
             read: BTreeSet::new(),
             layout: None,
             marker: None,
+            all_paths: false,
             own: Vec::new(),
         }
     }
@@ -224,7 +229,7 @@ impl Sum {
 }
 
 /// What was found.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Report {
     /// SHA-256 of the list that was compared with; `None` where there is none that can be read.
     pub list: Option<Digest>,
@@ -234,7 +239,7 @@ pub struct Report {
     pub generation: Option<u64>,
     /// All that is wrong, by path.
     pub findings: Vec<Finding>,
-    /// The listed paths.
+    /// The listed paths, where they are asked for.
     pub paths: Vec<PathBuf>,
     /// Listed files.
     pub all: Sum,
@@ -312,14 +317,61 @@ const STAGED: [&str; 3] = ["current", "sftp", "repair"];
 /// # Errors
 /// [`CheckError`] when it could not be done: then nothing is known of the tree.
 pub fn check(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Report, CheckError> {
-    let started = now();
     monitor.event(crate::monitor::Event::Phase(Phase::Scanning));
     let root = Root::open(path)?;
-    let rules = options.exclude.clone();
-    let filter = Filter::compile(&FilterSpec { rules, only: None })?;
-    let loaded = list::load(&root, options.against.as_deref())?;
-    let mut report = empty(&loaded);
+    let filter = Filter::compile(&FilterSpec { rules: options.exclude.clone(), only: None })?;
+    let mut report = match unchanged::look(&root, options, monitor) {
+        Some(report) => report,
+        None => compare_all(path, &root, options, &filter, monitor)?,
+    };
     staging(&root, &mut report);
+    if let Some(subject) = &options.subject {
+        unreadable(path, subject, &filter, &mut report, monitor)?;
+    }
+    if monitor.stopped() {
+        return Err(CheckError::Stopped);
+    }
+    report.findings.sort();
+    report.findings.dedup();
+    Ok(report)
+}
+
+/// The same by list and tree, and what the next check is told of it.
+fn compare_all(
+    path: &Path,
+    root: &Root,
+    options: &Options,
+    filter: &Filter,
+    monitor: &dyn Monitor,
+) -> Result<Report, CheckError> {
+    let (started, looked) = (now(), SystemTime::now());
+    let loaded = list::load(root, options.against.as_deref())?;
+    let mut report = empty(&loaded);
+    old_generation(options, &loaded, &mut report);
+    let rule = ScanRule { filter: filter.clone(), links: LinkRule::All, ignore_files: false, report_special: true };
+    let scanned = scan::scan(root, &rule, None, monitor)?;
+    layouts::look(root, path, options, &loaded, &scanned, &mut report);
+    match &loaded.list {
+        Ok(list) => {
+            let mut compare = Compare::new(root, options, list, &loaded, filter, &scanned);
+            compare.paths(&mut report);
+            let jobs = compare.finish(&mut report);
+            let hashed = hash::run(root, options, &jobs, started, &mut report, monitor)?;
+            remember::store(root, &hashed, monitor);
+        }
+        Err(_) if report.layout_alone => {}
+        Err(finding) => report.findings.push(finding.clone()),
+    }
+    // RACE: what was published meanwhile was compared with the list of before.
+    if !list::is_same(root, options.against.as_deref(), &loaded)? {
+        let message = "was replaced while the tree was checked; check again".to_owned();
+        report.findings.push(Finding { path: loaded.shown.clone(), kind: Kind::Changed, message });
+    }
+    unchanged::keep(root, options, &loaded, &scanned, &report, looked, monitor);
+    Ok(report)
+}
+
+fn old_generation(options: &Options, loaded: &Loaded, report: &mut Report) {
     if let (Some(least), Ok(list)) = (options.min_generation, &loaded.list)
         && list.generation.is_none_or(|generation| generation < least)
     {
@@ -329,35 +381,6 @@ pub fn check(path: &Path, options: &Options, monitor: &dyn Monitor) -> Result<Re
         };
         report.findings.push(Finding { path: loaded.shown.clone(), kind: Kind::OldGeneration, message });
     }
-    let rule = ScanRule { filter: filter.clone(), links: LinkRule::All, ignore_files: false, report_special: true };
-    let scanned = scan::scan(&root, &rule, None, monitor)?;
-    layouts::look(&root, path, options, &loaded, &scanned, &mut report);
-    match &loaded.list {
-        Ok(list) => {
-            let mut compare = Compare::new(&root, options, list, &loaded, &filter, &scanned);
-            compare.paths(&mut report);
-            let jobs = compare.finish(&mut report);
-            let hashed = hash::run(&root, options, &jobs, started, &mut report, monitor)?;
-            remember::store(&root, &hashed, monitor);
-        }
-        Err(_) if report.layout_alone => {}
-        Err(finding) => report.findings.push(finding.clone()),
-    }
-    if let Some(subject) = &options.subject {
-        unreadable(path, subject, &filter, &mut report, monitor)?;
-    }
-    // RACE: what was published meanwhile was compared with the list of before.
-    let again = list::load(&root, options.against.as_deref())?;
-    if again.digest != loaded.digest {
-        let message = "was replaced while the tree was checked; check again".to_owned();
-        report.findings.push(Finding { path: loaded.shown.clone(), kind: Kind::Changed, message });
-    }
-    if monitor.stopped() {
-        return Err(CheckError::Stopped);
-    }
-    report.findings.sort();
-    report.findings.dedup();
-    Ok(report)
 }
 
 /// The list that [`check`] would compare with.
@@ -386,18 +409,7 @@ fn empty(loaded: &Loaded) -> Report {
         list: loaded.digest,
         list_changed: loaded.metadata.map(|found| found.ctime),
         generation: loaded.list.as_ref().ok().and_then(|list| list.generation),
-        findings: Vec::new(),
-        paths: Vec::new(),
-        all: Sum::default(),
-        hashed: Sum::default(),
-        sampled: Sum::default(),
-        vouched: Sum::default(),
-        unread: Sum::default(),
-        oldest: None,
-        undated_files: 0,
-        layouts: Vec::new(),
-        layout_alone: false,
-        notes: Vec::new(),
+        ..Report::default()
     }
 }
 
@@ -492,5 +504,6 @@ fn unreadable(
 
 /// Whether the filter leaves a path in, with all directories above it.
 fn takes_part(filter: &Filter, path: &RelPath, directory: bool) -> bool {
-    path.ancestors().all(|above| filter.admits(&above, true)) && filter.admits(path, directory)
+    let one = || filter.admits(path, directory);
+    if filter.has_no_rules() { one() } else { path.ancestors().all(|above| filter.admits(&above, true)) && one() }
 }

@@ -18,7 +18,7 @@ use super::repair::is_denied;
 use super::{Depth, Finding, Kind, Options, Outcome, Report};
 use crate::audit::{AuditLog, AuditRecord};
 use crate::error::{chain, shown};
-use crate::filter::{Filter, FilterError, FilterSpec};
+use crate::filter::{Filter, FilterError, FilterSpec, STATE_DIRECTORY};
 use crate::layout::names::pattern;
 use crate::manifest::format;
 use crate::monitor::Monitor;
@@ -124,11 +124,17 @@ fn unit_of(units: &Filter, path: &RelPath, directory: bool) -> Option<RelPath> {
     path.ancestors().chain(own).find(|above| !units.admits(above, true))
 }
 
-/// Decides what of the tree at `root` is moved after `report`. `globs` say which directories are moved by themselves.
+/// Decides what of the tree at `root`, whose list has the paths `listed`, is moved after `report`. `globs` say which directories are moved by themselves.
 ///
 /// # Errors
 /// When a glob is none.
-pub fn decide(root: &Root, options: &Options, report: &Report, globs: &[String]) -> Result<Decision, FilterError> {
+pub fn decide(
+    root: &Root,
+    options: &Options,
+    report: &Report,
+    listed: &[RelPath],
+    globs: &[String],
+) -> Result<Decision, FilterError> {
     let stay = |reason: &str| Ok(Decision::Stay(reason.to_owned()));
     let has = |kind: Kind| report.findings.iter().any(|finding| finding.kind == kind);
     match report.outcome() {
@@ -161,17 +167,26 @@ pub fn decide(root: &Root, options: &Options, report: &Report, globs: &[String])
     let units = units(globs)?;
     let own = root.shown().canonicalize().unwrap_or_else(|_| root.shown().to_owned());
     let own = own.file_name().and_then(|name| RelPath::new(name.as_bytes()).ok());
-    let listed = report.paths.iter().filter_map(|path| RelPath::new(path.as_os_str().as_bytes()).ok());
     // The steps of DeepSpeed within a checkpoint are no checkpoints of their own.
-    if own.is_some_and(|own| !units.admits(&own, true))
-        || !listed.into_iter().any(|path| unit_of(&units, &path, true).is_some())
-    {
+    if own.is_some_and(|own| !units.admits(&own, true)) {
         return Ok(Decision::Whole);
+    }
+    let names = root.names(None, Follow::Never).unwrap_or_default();
+    let names = names.iter().filter(|name| *name != STATE_DIRECTORY);
+    let there = names.filter_map(|name| RelPath::new(name).ok()).filter(|path| is_directory(root, path));
+    let there = there.filter_map(|path| unit_of(&units, &path, true));
+    let known: BTreeSet<RelPath> = listed.iter().filter_map(|path| unit_of(&units, path, false)).chain(there).collect();
+    if known.is_empty() {
+        return Ok(Decision::Whole);
+    }
+    if has(Kind::ManifestDamaged) {
+        return stay("without its manifest nobody knows which of the checkpoints in it are good");
     }
     let (mut bad, mut gone, mut outside) = (BTreeSet::new(), false, false);
     for finding in damage {
         let path = RelPath::new(finding.path.as_os_str().as_bytes()).ok();
-        match path.and_then(|path| unit_of(&units, &path, true)) {
+        let unit = path.and_then(|path| path.ancestors().chain([path.clone()]).find(|above| known.contains(above)));
+        match unit {
             Some(unit) if is_directory(root, &unit) => drop(bad.insert(unit)),
             Some(_) => gone = true,
             None => outside = true,
@@ -315,7 +330,7 @@ pub fn move_aside(
     within: Option<&RelPath>,
     to: Option<&Path>,
     actor: &str,
-    report: &Report,
+    (report, listed): (&Report, &[RelPath]),
     monitor: &dyn Monitor,
 ) -> Result<Moved, NotMoved> {
     let lock = lock(root, actor)?;
@@ -337,21 +352,20 @@ pub fn move_aside(
     let not_audited = audited.and_then(Result::err).map(|error| chain(&error));
     drop((lock, above));
     let last_good = match within {
-        Some(unit) => newest_listed(root, unit, report).map(|(path, how)| (way.place.join(path), how)),
+        Some(unit) => newest_listed(root, unit, report, listed).map(|(path, how)| (way.place.join(path), how)),
         None => newest_beside(&way, monitor),
     };
     Ok(Moved { pointers: pointers(&way), from: way.from, to: moved, last_good, not_audited })
 }
 
 /// The newest of the units beside one in which nothing was found.
-fn newest_listed(root: &Root, unit: &RelPath, report: &Report) -> Option<(PathBuf, String)> {
+fn newest_listed(root: &Root, unit: &RelPath, report: &Report, listed: &[RelPath]) -> Option<(PathBuf, String)> {
     let (wanted, _) = pattern(unit.name())?;
     let bad = |path: &RelPath| report.findings.iter().any(|finding| finding.path.starts_with(path.as_path()));
-    let listed = report.paths.iter().filter_map(|path| RelPath::new(path.as_os_str().as_bytes()).ok());
-    let beside = listed.filter(|path| path.parent() == unit.parent() && path != unit && is_directory(root, path));
-    let numbered = beside.filter_map(|path| {
+    let beside = listed.iter().filter(|path| path.parent() == unit.parent() && *path != unit);
+    let numbered = beside.filter(|path| is_directory(root, path)).filter_map(|path| {
         let (same, numbers) = pattern(path.name())?;
-        (same == wanted && !bad(&path)).then_some((numbers, path))
+        (same == wanted && !bad(path)).then_some((numbers, path))
     });
     let (_, newest) = numbered.max()?;
     let name = RelPath::new(newest.name()).ok()?;

@@ -21,15 +21,20 @@ pub(super) struct Hashed {
     pub(super) looked: SystemTime,
 }
 
-/// Adds it to the digest table of a root that lockstep publishes to, where the one who checks is who receives. That it
-/// cannot be kept makes the next check slower, not wrong.
-pub(super) fn store(root: &Root, hashed: &[Hashed], monitor: &dyn Monitor) {
-    let settled: Vec<&Hashed> = hashed.iter().filter(|one| is_settled(&one.seen, one.looked)).collect();
+/// Whether the state directory of the root is that of the one who checks.
+pub(super) fn is_own(root: &Root) -> bool {
     let own = || -> Option<bool> {
         let state = root.subroot(&RelPath::new(STATE).ok()?).ok()?;
         Some(state.stat_root().ok()?.uid == rustix::process::geteuid().as_raw())
     };
-    if settled.is_empty() || own() != Some(true) {
+    own() == Some(true)
+}
+
+/// Adds it to the digest table of a root that lockstep publishes to, where the one who checks is who receives. That it
+/// cannot be kept makes the next check slower, not wrong.
+pub(super) fn store(root: &Root, hashed: &[Hashed], monitor: &dyn Monitor) {
+    let settled: Vec<&Hashed> = hashed.iter().filter(|one| is_settled(&one.seen, one.looked)).collect();
+    if settled.is_empty() || !is_own(root) {
         return;
     }
     // RACE: a run that publishes at the same time writes a table of its own, and one of the two gets the name. What the

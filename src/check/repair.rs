@@ -97,6 +97,15 @@ pub fn wanted(root: &Root, text: &[u8], options: &Options, report: &Report) -> R
     Ok(Wanted { tree, sums, listed: Arc::new(listed), manifest, as_it_is: sums || options.ignore_permissions })
 }
 
+/// The paths of a list; none where it cannot be read.
+pub fn listed(text: &[u8]) -> Vec<RelPath> {
+    if text.starts_with(NATIVE) {
+        let tree = format::decode(text).map(|manifest| manifest.tree).unwrap_or_default();
+        return tree.into_entries().into_iter().map(|entry| entry.path).collect();
+    }
+    sums::parse(text).unwrap_or_default().into_iter().map(|(path, _)| path).collect()
+}
+
 type Entries = BTreeMap<RelPath, Entry>;
 
 /// The entries at `paths`. The names of one file are had together: they would be two files else.

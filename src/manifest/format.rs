@@ -199,15 +199,29 @@ impl std::fmt::Display for Time {
 }
 
 fn timestamp(field: &[u8]) -> Option<Timestamp> {
-    let text = std::str::from_utf8(field).ok()?;
-    let (seconds, nanoseconds) = text.split_once('.')?;
-    let time = Timestamp { seconds: seconds.parse().ok()?, nanoseconds: nanoseconds.parse().ok()? };
-    (Time(time).to_string() == text).then_some(time)
+    let at = field.iter().position(|&byte| byte == b'.')?;
+    let (seconds, nanoseconds) = (&field[..at], &field[at + 1..]);
+    if nanoseconds.len() != 9 || !nanoseconds.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    let seconds = match seconds.strip_prefix(b"-") {
+        Some(before) if before != b"0" => decimal(before).map(i128::from).map(std::ops::Neg::neg),
+        Some(_) => None,
+        None => decimal(seconds).map(i128::from),
+    };
+    let nanoseconds = nanoseconds.iter().fold(0, |sum, digit| sum * 10 + u32::from(digit - b'0'));
+    Some(Timestamp { seconds: i64::try_from(seconds?).ok()?, nanoseconds })
 }
 
 fn decimal(field: &[u8]) -> Option<u64> {
     let canonical = field == b"0" || field.first().is_some_and(|first| (b'1'..=b'9').contains(first));
-    if canonical { std::str::from_utf8(field).ok()?.parse().ok() } else { None }
+    if !canonical {
+        return None;
+    }
+    field.iter().try_fold(0_u64, |sum, &digit| {
+        let digit = digit.checked_sub(b'0').filter(|&digit| digit < 10)?;
+        sum.checked_mul(10)?.checked_add(digit.into())
+    })
 }
 
 fn mode(field: &[u8]) -> Option<u32> {
@@ -244,7 +258,9 @@ fn hex_escape(byte: u8, text: &mut String) {
 
 /// `None` when the field is not exactly what [`escape`] writes.
 fn unescape(field: &[u8]) -> Option<Vec<u8>> {
-    if !field.contains(&b'\\') && std::str::from_utf8(field).is_ok_and(|text| !text.contains(must_escape)) {
+    let plain = field.iter().all(|&byte| matches!(byte, b' '..=b'~') && byte != b'\\');
+    let clean = || !field.contains(&b'\\') && std::str::from_utf8(field).is_ok_and(|text| !text.contains(must_escape));
+    if plain || clean() {
         return Some(field.to_vec());
     }
     let mut bytes = Vec::with_capacity(field.len());

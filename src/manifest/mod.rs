@@ -23,20 +23,30 @@ impl Digest {
     pub fn from_hex(text: &[u8]) -> Option<Digest> {
         let digits: &[u8; 64] = text.try_into().ok()?;
         let mut bytes = [0; 32];
+        let mut all = 0;
         for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-            *byte = hex_value(pair[0])? << 4 | hex_value(pair[1])?;
+            let (high, low) = (HEX[usize::from(pair[0])], HEX[usize::from(pair[1])]);
+            all |= high | low;
+            *byte = high << 4 | (low & 15);
         }
-        Some(Digest(bytes))
+        (all < 16).then_some(Digest(bytes))
     }
 }
 
 fn hex_value(digit: u8) -> Option<u8> {
-    match digit {
-        b'0'..=b'9' => Some(digit - b'0'),
-        b'a'..=b'f' => Some(digit - b'a' + 10),
-        _ => None,
-    }
+    Some(HEX[usize::from(digit)]).filter(|&value| value < 16)
 }
+
+/// The value of each digit; 255 for what is none. Upper case is none.
+const HEX: [u8; 256] = {
+    let mut values = [255; 256];
+    let mut value = 0;
+    while value < 16 {
+        values[b"0123456789abcdef"[value] as usize] = value as u8;
+        value += 1;
+    }
+    values
+};
 
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

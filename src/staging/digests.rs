@@ -30,18 +30,26 @@ pub fn load_digests(root: &Root) -> DigestTable {
     read().unwrap_or_default()
 }
 
-/// Replaces the table of `root`, by a file that is called `new` until it is whole. Who may read the manifest may read the
-/// table. It is not brought to stable storage: a torn one is seen by its own digest.
+/// Replaces the table of `root`, by a file that is called `new` until it is whole.
 ///
 /// # Errors
 /// [`RootError`] when it cannot be written.
 pub fn store_digests(root: &Root, table: &DigestTable, new: &str) -> Result<(), RootError> {
-    let name = RelPath::new(TABLE).map_err(|error| invalid(root, error))?;
+    store_beside_manifest(root, TABLE, new, &table.to_bytes())
+}
+
+/// Replaces a file beside the manifest of `root`: who may read the manifest may read it. It is called `new` until it is
+/// whole, and not brought to stable storage: a torn one has to be seen by what is in it.
+///
+/// # Errors
+/// [`RootError`] when it cannot be written.
+pub fn store_beside_manifest(root: &Root, name: &str, new: &str, bytes: &[u8]) -> Result<(), RootError> {
+    let name = RelPath::new(name).map_err(|error| invalid(root, error))?;
     let new = RelPath::new(new).map_err(|error| invalid(root, error))?;
     root.remove_tree(&new)?;
     let mut file = root.create_new(&new, 0o600)?;
     let failed = |source| RootError { operation: "write", path: root.shown().join(new.as_path()), source };
-    file.write_all(&table.to_bytes()).map_err(failed)?;
+    file.write_all(bytes).map_err(failed)?;
     as_manifest(root, &file);
     root.rename(&new, &name, RenameFlags::empty())
 }

@@ -48,7 +48,8 @@ pub struct RootLock {
 
 impl Drop for RootLock {
     fn drop(&mut self) {
-        // RACE: a process that is started at this moment has the descriptor until it becomes another program.
+        // A child that another thread starts at this moment has the descriptor too, until it has become another program:
+        // closing alone would leave the lock with it. It cannot fail for a lock that is held.
         let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
     }
 }

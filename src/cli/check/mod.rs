@@ -357,6 +357,7 @@ impl CheckOptions {
             read: BTreeSet::new(),
             layout: self.layout.map(Rules::wanted),
             marker: self.marker.as_ref().map(|marker| marker.as_bytes().to_vec()),
+            all_paths: self.combined,
             own: self.verdict.iter().cloned().collect(),
         })
     }

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::json;
 
-use super::{Failure, check_failure, say, shown, transfer};
+use super::{Failure, check_failure, read_text, say, shown, transfer};
 use crate::check::quarantine::{self, Decision, Moved};
+use crate::check::repair::listed;
 use crate::check::{CheckError, Options, Report};
 use crate::error::{Escaped, chain};
 use crate::monitor::Silent;
@@ -37,7 +38,10 @@ impl Quarantine {
         aside: bool,
     ) -> Result<(), Failure> {
         let Some(to) = &self.to else { return Ok(()) };
-        let decided = quarantine::decide(root, options, report, &self.units);
+        // Nobody else needs the paths of what is good.
+        let text = report.list.and_then(|_| read_text(options.against.as_deref(), path).ok());
+        let listed = text.map_or_else(Vec::new, |(_, text)| listed(&text));
+        let decided = quarantine::decide(root, options, report, &listed, &self.units);
         let decided = decided.map_err(|error| check_failure(&CheckError::Filter(error)))?;
         let (units, outside): (Vec<Option<RelPath>>, bool) = match decided {
             Decision::Stay(reason) => return stays(path, &reason, json, aside),
@@ -53,7 +57,14 @@ impl Quarantine {
         let actor = transfer::actor();
         for unit in units {
             let at = unit.as_ref().map_or_else(|| path.to_owned(), |unit| path.join(unit.as_path()));
-            match quarantine::move_aside(root, unit.as_ref(), to.as_deref(), &actor, report, &Silent::default()) {
+            match quarantine::move_aside(
+                root,
+                unit.as_ref(),
+                to.as_deref(),
+                &actor,
+                (report, &listed),
+                &Silent::default(),
+            ) {
                 Ok(moved) => tell(&moved, json, aside)?,
                 Err(error) => stays(&at, &chain(&error), json, aside)?,
             }
