@@ -11,7 +11,7 @@ use crate::kit::{done, ends, text, until};
 
 const DEPTHS: [&[&str]; 4] = [&["--quick"], &[], &["--sample=100%"], &["--full"]];
 
-fn published() -> Pair {
+pub(crate) fn published() -> Pair {
     let pair = Pair::new();
     pair.write("data/a.bin", &[1; 3000]);
     pair.write("data/b.bin", &vec![2; 2 << 20]);
@@ -27,12 +27,12 @@ fn published() -> Pair {
     pair
 }
 
-fn check(target: &Path, arguments: &[&str]) -> Output {
+pub(crate) fn check(target: &Path, arguments: &[&str]) -> Output {
     Command::new(lockstep()).arg("check").args(arguments).arg(target).output().unwrap()
 }
 
 /// The objects of `--json`, the verdict last.
-fn objects(output: &Output) -> Vec<serde_json::Value> {
+pub(crate) fn objects(output: &Output) -> Vec<serde_json::Value> {
     let said = String::from_utf8(output.stdout.clone()).unwrap();
     said.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
@@ -154,67 +154,10 @@ fn s30_every_damage_is_found_at_every_depth() {
 }
 
 /// A good check, of a tree that is old enough to be believed.
-fn look(target: &Path) {
+pub(crate) fn look(target: &Path) {
     std::thread::sleep(std::time::Duration::from_millis(30));
     done(&check(target, &[]));
     assert!(target.join(".lockstep/index").exists());
-}
-
-/// How many files a check opened.
-fn opened(target: &Path, arguments: &[&str]) -> (Output, usize) {
-    let mut strace = Command::new("strace");
-    strace.args(["-f", "-qq", "-e", "trace=openat,openat2", "-o"]).arg(target.with_file_name("trace"));
-    let output = strace.args([lockstep(), "check"]).args(arguments).arg(target).output();
-    let trace = fs::read_to_string(target.with_file_name("trace")).unwrap();
-    (output.expect("strace is not installed: Debian package strace"), trace.matches("digests").count())
-}
-
-#[test]
-fn where_nothing_moved_the_next_check_goes_by_what_the_last_saw() {
-    let pair = published();
-    look(&pair.target);
-    // Neither manifest nor table is read again.
-    let quick = |more: &[&str]| opened(&pair.target, &[&["--json"], more].concat());
-    let verdict = |output: &Output| objects(output).pop().unwrap();
-    let (output, tables) = quick(&[]);
-    assert_eq!((verdict(&output)["vouched_files"].as_u64(), tables), (Some(4), 0), "{}", text(&output));
-    let first = verdict(&output);
-    for more in [&["--quick"][..], &["--max-age=1d"], &["--min-generation=1"], &["--as=root"]] {
-        let (output, tables) = quick(more);
-        done(&output);
-        assert_eq!((&verdict(&output)["manifest_sha256"], tables), (&first["manifest_sha256"], 0), "{more:?}");
-    }
-    // What asks for something else is not answered by it.
-    for more in [&["--full"][..], &["--exclude=x"], &["--layout=none"], &["--min-generation=2"]] {
-        assert!(quick(more).1 > 0, "{more:?}");
-    }
-    std::thread::sleep(std::time::Duration::from_millis(2100));
-    assert!(quick(&["--max-age=1s"]).1 > 0);
-    assert_eq!(quick(&["--max-age=1m"]).1, 0);
-    // Who can read it is asked each time: directories above are no part of the tree.
-    fs::set_permissions(pair.target.parent().unwrap(), fs::Permissions::from_mode(0o700)).unwrap();
-    ends(&check(&pair.target, &["--as=61234"]), 1, &["unreadable"]);
-    // What was waived is not seen, and a new publication is looked at.
-    let index = pair.target.join(".lockstep/index");
-    fs::remove_file(&index).unwrap();
-    fs::write(pair.target.join("extra"), "x").unwrap();
-    done(&check(&pair.target, &["--allow-unlisted"]));
-    assert!(!index.exists());
-    fs::remove_file(pair.target.join("extra")).unwrap();
-    look(&pair.target);
-    pair.write("top", b"another");
-    assert!(pair.push(&options()).is_complete());
-    assert!(quick(&[]).1 > 0);
-    // One that is damaged is none.
-    std::thread::sleep(std::time::Duration::from_millis(30));
-    look(&pair.target);
-    let mut bytes = fs::read(&index).unwrap();
-    let last = bytes.len() - 33;
-    bytes[last] ^= 1;
-    fs::write(&index, bytes).unwrap();
-    let (output, tables) = quick(&[]);
-    done(&output);
-    assert!(tables > 0);
 }
 
 #[test]

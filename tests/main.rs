@@ -9,6 +9,7 @@ mod agent_wire;
 mod architecture;
 mod certificates;
 mod check;
+mod check_index;
 mod check_layouts;
 mod check_sample;
 mod cli;
