@@ -31,7 +31,7 @@ fn metadata(file: &Path) -> Metadata {
 #[test]
 fn blocks_of_large_files_are_sampled_and_what_the_disk_lost_is_found_in_them() {
     let pair = Pair::new();
-    let noise: Vec<u8> = (0..SIZE).map(|at| (at * 2_654_435_761 >> 13) as u8).collect();
+    let noise: Vec<u8> = (0..SIZE).map(|at| ((at * 2_654_435_761) >> 13) as u8).collect();
     pair.write("large.bin", &noise);
     pair.write("small.txt", b"small");
     assert!(pair.push(&options()).is_complete());

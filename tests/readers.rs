@@ -46,7 +46,7 @@ impl Shared {
             group: Some(group.into()),
             ..RuleSpec::default()
         };
-        let policy = PolicySpec { rules: rules.iter().map(rule).collect(), ..PolicySpec::default() };
+        let policy = PolicySpec { rules: rules.iter().map(rule).collect() };
         assert!(self.pair.push_with(&options(), policy).unwrap().is_complete());
         fs::set_permissions(&self.pair.target, Permissions::from_mode(0o755)).unwrap();
     }

@@ -87,7 +87,7 @@ mod tests {
     #[test]
     fn blocks_are_the_same_however_the_bytes_come() {
         assert!(BlockSums::of(LISTED_BYTES - 1).is_none());
-        let data: Vec<u8> = (0..LISTED_BYTES + 5).map(|at| (at * 31 >> 7) as u8).collect();
+        let data: Vec<u8> = (0..LISTED_BYTES + 5).map(|at| ((at * 31) >> 7) as u8).collect();
         let expected: Vec<u32> = data.chunks(BLOCK_BYTES as usize).map(sum_of).collect();
         assert_eq!(expected.len(), 17);
         for step in [7 << 20, BLOCK_BYTES as usize, 99_991] {

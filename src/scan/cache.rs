@@ -47,7 +47,7 @@ pub struct Known {
 pub struct DigestTable {
     records: HashMap<(u64, u64), Record>,
     /// Only of files that have a record, and of the content that it is of.
-    blocks: HashMap<(u64, u64), Box<[u32]>>,
+    blocks: Blocks,
 }
 
 /// A table as bytes: this line, how many records (8 bytes), the records, lists of blocks (device, inode, how many,
@@ -158,7 +158,7 @@ fn number(bytes: &[u8], at: usize) -> Option<u64> {
 }
 
 fn read_records(bytes: &[u8], length: usize) -> Option<HashMap<(u64, u64), Record>> {
-    if bytes.len() % length != 0 {
+    if !bytes.len().is_multiple_of(length) {
         return None;
     }
     let record = |bytes: &[u8]| {
@@ -169,7 +169,10 @@ fn read_records(bytes: &[u8], length: usize) -> Option<HashMap<(u64, u64), Recor
     bytes.chunks_exact(length).map(record).collect()
 }
 
-fn read_blocks(mut bytes: &[u8]) -> Option<HashMap<(u64, u64), Box<[u32]>>> {
+/// By device and inode, the sums of a file's blocks.
+type Blocks = HashMap<(u64, u64), Box<[u32]>>;
+
+fn read_blocks(mut bytes: &[u8]) -> Option<Blocks> {
     let mut blocks = HashMap::new();
     while !bytes.is_empty() {
         let key = (number(bytes, 0)?, number(bytes, 8)?);
