@@ -1,6 +1,5 @@
 //! Signatures of OpenSSF Model Signing: making one of what was published, and what is asked of one.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
@@ -18,7 +17,7 @@ use crate::error::{Escaped, Exit, chain, counted, in_words};
 use crate::manifest::{Digest, Tree, format, sums};
 use crate::path::RelPath;
 use crate::root::{Follow, Root};
-use crate::signature::oms::{self, PrivateKey, PublicKey, Refusal, Statement};
+use crate::signature::oms::{self, Listed, PrivateKey, PublicKey, Refusal, Statement};
 
 /// Where the signature of what was published lies: where a run that publishes more does not remove it, and no check takes it
 /// for a part of the data.
@@ -81,11 +80,9 @@ pub(super) fn sign(asked: &Sign) -> Result<Exit, Failure> {
         }
         None => shown(&store(path, SIGNATURE, made.as_bytes())?).to_string(),
     };
-    let files = oms::files(&tree);
-    let left: Vec<String> =
-        files.keys().filter(|path| statement.ignores(path)).map(|path| format!("'{path}'")).collect();
+    let left = left_out(&statement, &oms::listed(&tree));
     if !left.is_empty() {
-        eprintln!("lockstep: note: not signed, since model_signing leaves it out: {}", some_of(&left));
+        eprintln!("lockstep: note: not signed, as model_signing does not look at them: {}", some_of(&left));
     }
     eprintln!(
         "signed '{}' ({}) with P-256 key {}: '{to}'",
@@ -148,6 +145,11 @@ fn as_listed(path: &Path, signature: Option<&Path>, text: &[u8]) -> Result<(), F
     Err(Failure::Plain { exit, message })
 }
 
+/// What is listed and not signed.
+fn left_out(statement: &Statement, listed: &Listed) -> Vec<String> {
+    listed.keys().filter(|path| statement.ignores(path)).map(|path| format!("'{path}'")).collect()
+}
+
 /// The first few.
 fn some_of(all: &[String]) -> String {
     let more = all.len().saturating_sub(NAMED);
@@ -174,9 +176,11 @@ impl Model {
         let published = file.is_none().then(|| usual_name(directory));
         let at = file.map_or_else(|| usual(directory), Path::to_owned);
         let text = read_signature(&at, published, directory, oms::MAX_BYTES).map_err(|reason| {
+            let beside = published.filter(|name| *name == SIGNATURE).map(|_| directory.join(BESIDE));
+            let beside = beside.map(|at| format!(", nor '{}'", shown(&at))).unwrap_or_default();
             untrusted(format!(
-                "'{}' is not signed: '{}': {reason}; name the signature with --signature, or have it signed (lockstep \
-                 manifest sign --format oms, model_signing sign key)",
+                "'{}' is not signed: '{}'{beside}: {reason}; name the signature with --signature, or have it signed \
+                 (lockstep manifest sign --format oms, model_signing sign key)",
                 shown(directory),
                 shown(&at)
             ))
@@ -200,10 +204,14 @@ impl Model {
                 None => return Ok(None),
             },
         };
-        let files = files(&at, &text)?;
+        let listed = files(&at, &text)?;
         let own = place_of(&self.at, directory);
-        let wrong = oms::disagreements(&self.statement, &files, own.as_ref());
+        let wrong = oms::disagreements(&self.statement, &listed, own.as_ref());
         if wrong.is_empty() {
+            let left = left_out(&self.statement, &listed);
+            if !left.is_empty() {
+                eprintln!("lockstep: note: listed, and left out by the signature: {}", some_of(&left));
+            }
             return Ok(Some((at, text)));
         }
         Err(untrusted(format!(
@@ -217,14 +225,18 @@ impl Model {
 }
 
 /// The files of a list: a manifest, or what sha256sum writes.
-fn files(at: &Path, text: &[u8]) -> Result<BTreeMap<RelPath, Digest>, Failure> {
+fn files(at: &Path, text: &[u8]) -> Result<Listed, Failure> {
     let wrong = |error: &dyn std::error::Error| {
         Failure::bad_data(format!("'{}', {}; the list is not used", shown(at), chain(error)))
     };
     if text.starts_with(b"lockstep-manifest\t") {
-        return Ok(oms::files(&format::decode(text).map_err(|error| wrong(&error))?.tree));
+        return Ok(oms::listed(&format::decode(text).map_err(|error| wrong(&error))?.tree));
     }
-    Ok(sums::parse(text).map_err(|error| wrong(&error))?.into_iter().collect())
+    Ok(sums::parse(text)
+        .map_err(|error| wrong(&error))?
+        .into_iter()
+        .map(|(path, digest)| (path, Some(digest)))
+        .collect())
 }
 
 fn refused(at: &Path, key: &Path, refusal: &Refusal) -> Failure {

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 use crate::error::Escaped;
-use crate::manifest::{Content, Digest, Tree};
+use crate::manifest::{Digest, Tree};
 use crate::path::RelPath;
 
 mod key;
@@ -154,27 +154,35 @@ fn enveloped(payload: &[u8]) -> Vec<u8> {
     text
 }
 
-/// In what a list and a signature contradict each other, a line each, by path. `own` is the signature, if it lies in the tree.
-pub fn disagreements(statement: &Statement, listed: &BTreeMap<RelPath, Digest>, own: Option<&RelPath>) -> Vec<String> {
+/// What a list says of the names in it that are no directories: the digest of a file; `None` for a link.
+pub type Listed = BTreeMap<RelPath, Option<Digest>>;
+
+/// In what a list and a signature contradict each other, by path. `own` is the signature, if it lies in the tree.
+pub fn disagreements(statement: &Statement, listed: &Listed, own: Option<&RelPath>) -> Vec<String> {
     let signed: BTreeMap<&RelPath, &Digest> = statement.files.iter().map(|(path, digest)| (path, digest)).collect();
-    let unsigned =
-        listed.keys().filter(|path| !signed.contains_key(path) && !statement.ignores(path) && own != Some(path));
-    let mut found: Vec<(&RelPath, &str)> = unsigned.map(|path| (path, "is listed but not signed")).collect();
-    for (path, digest) in signed {
-        match listed.get(path) {
-            Some(listed) if listed == digest => {}
-            Some(_) => found.push((path, "is signed with another digest")),
-            None => found.push((path, "is signed but not listed as a file")),
+    let mut found: Vec<(&RelPath, &str)> = Vec::new();
+    for (path, digest) in listed {
+        match (signed.get(path), digest) {
+            (Some(signed), Some(digest)) if *signed == digest => {}
+            (Some(_), Some(_)) => found.push((path, "is signed with another digest")),
+            (Some(_), None) => found.push((path, "is signed as a file and listed as a link")),
+            (None, _) if statement.ignores(path) || own == Some(path) => {}
+            (None, Some(_)) => found.push((path, "is listed but not signed")),
+            // Whatever it leads to would be taken for a part of the model.
+            (None, None) => found.push((path, "is a link, which is not signed")),
         }
     }
+    found.extend(
+        signed.keys().filter(|path| !listed.contains_key(path)).map(|path| (*path, "is signed but not listed")),
+    );
     found.sort();
     found.into_iter().map(|(path, what)| format!("'{path}' {what}")).collect()
 }
 
-/// The files of a tree under all their names.
-pub fn files(tree: &Tree) -> BTreeMap<RelPath, Digest> {
-    let files = tree.entries().iter().filter(|entry| !matches!(entry.content, Content::Directory));
-    files.filter_map(|entry| Some((entry.path.clone(), statement::digest(tree, entry)?))).collect()
+/// What a manifest lists.
+pub fn listed(tree: &Tree) -> Listed {
+    let names = tree.entries().iter().filter(|entry| !entry.is_directory());
+    names.map(|entry| (entry.path.clone(), statement::digest(tree, entry))).collect()
 }
 
 fn unreadable(error: &dyn std::fmt::Display) -> Refusal {

@@ -4,7 +4,7 @@ use p256::pkcs8::EncodePrivateKey as _;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::manifest::{Entry, Timestamp};
+use crate::manifest::{Content, Entry, Timestamp};
 
 fn key(seed: u8) -> PrivateKey {
     let pem = p256::SecretKey::from_slice(&[seed; 32]).unwrap().to_pkcs8_pem(p256::pkcs8::LineEnding::LF).unwrap();
@@ -194,19 +194,22 @@ fn another_order_and_more_fields_are_accepted_and_odd_paths_excuse_nothing() {
 #[test]
 fn a_list_that_contradicts_a_signature_is_told_by_path() {
     let listed = |text: &[(&str, u8)]| {
-        text.iter().map(|(path, digest)| (RelPath::new(path).unwrap(), Digest([*digest; 32]))).collect()
+        let digest = |digest: u8| (digest > 0).then_some(Digest([digest; 32]));
+        text.iter().map(|(path, byte)| (RelPath::new(path).unwrap(), digest(*byte))).collect()
     };
-    let good = [("a", 1), ("d/\u{e9}\n", 2), ("d/.gitignore", 3), ("z", 1), (".gitattributes", 9), ("own", 9)];
+    let good = [("a", 1), ("d/\u{e9}\n", 2), ("d/.gitignore", 3), ("z", 1), (".gitattributes", 0), ("own", 9)];
     let own = RelPath::new("own").unwrap();
     assert_eq!(disagreements(&statement(), &listed(&good), Some(&own)), [""; 0]);
-    let bad = [("a", 2), ("d/\u{e9}\n", 2), ("d/.gitignore", 3), ("x", 1), ("own", 9)];
+    let bad = [("a", 2), ("d/\u{e9}\n", 2), ("d/.gitignore", 0), ("x", 1), ("link", 0), ("own", 9)];
     assert_eq!(
         disagreements(&statement(), &listed(&bad), None),
         [
             "'a' is signed with another digest",
+            "'d/.gitignore' is signed as a file and listed as a link",
+            "'link' is a link, which is not signed",
             "'own' is listed but not signed",
             "'x' is listed but not signed",
-            "'z' is signed but not listed as a file",
+            "'z' is signed but not listed",
         ]
     );
 }
