@@ -29,6 +29,7 @@ const NAMES_BYTES: usize = 64 * 1024;
 fn is_usual(options: &Options) -> bool {
     !options.all_paths
         && options.against.is_none()
+        && options.key.is_none()
         && options.exclude.is_empty()
         && options.layout.is_none()
         && options.marker.is_none()
