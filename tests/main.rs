@@ -25,6 +25,7 @@ mod kit;
 mod layout;
 mod model;
 mod names;
+mod oms;
 mod pipeline;
 mod pipes;
 mod policy;

@@ -86,7 +86,7 @@ fn a_damaged_checkpoint_is_moved_whole_and_the_last_good_one_is_named() {
     let output = there.check(&["there/best", "--quarantine"]);
     let moved = only(&there.path("there/.quarantine"));
     ends(&output, 1, &["modified: weights", "moved '", moved.to_str().unwrap(), "bad, by a default check"]);
-    ends(&output, 1, &["the last good one is", "there/checkpoint-200'", "the highest number", "of 3 of them"]);
+    ends(&output, 1, &["the last good one is", "there/checkpoint-200'", "the highest number", "of 3 directories"]);
     let name = moved.file_name().unwrap().to_str().unwrap().strip_prefix("checkpoint-300-").unwrap();
     assert!(name.len() == 16 && name.as_bytes()[8] == b'T' && name.ends_with('Z'), "{name}");
     assert_eq!(inode(&moved), before);
@@ -104,7 +104,7 @@ fn a_damaged_checkpoint_is_moved_whole_and_the_last_good_one_is_named() {
     damage(&there.path("there/checkpoint-200/weights"));
     damage(&there.path("there/checkpoint-90/weights"));
     let output = there.check(&["there/checkpoint-90", "--quarantine=aside"]);
-    ends(&output, 1, &["there/checkpoint-100'", "of 2 of them"]);
+    ends(&output, 1, &["there/checkpoint-100'", "of 2 directories"]);
     assert!(only(&there.path("aside")).join("weights").exists());
     damage(&there.path("there/checkpoint-100/weights"));
     ends(&there.check(&["there/checkpoint-200", "--quarantine"]), 1, &["none beside it is known to be good"]);

@@ -8,7 +8,7 @@ use super::sample::choose;
 use super::{Depth, Finding, Kind, Options, Report, now, takes_part};
 use crate::error::Escaped;
 use crate::filter::Filter;
-use crate::manifest::{Content, Digest, Entry, Timestamp};
+use crate::manifest::{Digest, Timestamp};
 use crate::monitor::Severity;
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
@@ -126,13 +126,24 @@ impl<'a> Compare<'a> {
         let own: Vec<RelPath> = self.options.own.iter().filter_map(|file| self.inside(file)).collect();
         let excused =
             |path: &RelPath| listed.contains(path) || own.contains(path) || self.loaded.inside.as_ref() == Some(path);
-        let counts = |entry: &&Entry| {
-            !self.list.sums || matches!(entry.content, Content::File { .. } | Content::HardLink { .. })
-        };
-        let entries = self.scanned.tree.entries().iter().filter(counts).map(|entry| &entry.path);
-        for path in entries.chain(special.iter().copied()).filter(|path| !excused(path)) {
+        let mut unproven = Vec::new();
+        let entries = self.scanned.tree.entries().iter().map(|entry| (&entry.path, Some(&entry.content)));
+        for (path, content) in entries.chain(special.iter().map(|path| (*path, None))) {
+            if excused(path) {
+                continue;
+            }
+            if !self.list.scope.covers(self.root, path, content) {
+                unproven.extend(self.list.scope.leaves_out(path, content).then_some(path));
+                continue;
+            }
             let message = "lies there, and the list does not have it".to_owned();
             report.findings.push(Finding { path: path.as_path().to_owned(), kind: Kind::Unlisted, message });
+        }
+        if let Some(first) = unproven.first() {
+            let paths = crate::error::counted(unproven.len() as u64, "path", "paths");
+            report
+                .notes
+                .push(format!("the signature leaves out {paths} ('{first}' first): nothing proves what is there"));
         }
     }
 
@@ -156,8 +167,7 @@ impl<'a> Compare<'a> {
         let at = self.position(&listed.path);
         let mut found = at.and_then(|at| self.scanned.metadata.get(at)).copied();
         let mut follow = Follow::Never;
-        // As sha256sum itself, which opens whatever has the name: links count for what they lead to, within the tree.
-        if self.list.sums && found.is_none_or(|found| found.kind == FileKind::Symlink) {
+        if self.list.scope.follows() && found.is_none_or(|found| found.kind == FileKind::Symlink) {
             follow = Follow::Beneath;
             found = None;
         }

@@ -1,4 +1,5 @@
-//! The list that a tree is compared with: its own manifest, or a file in the native format or that of sha256sum.
+//! The list that a tree is compared with: its own manifest, or a file in the native format or that of sha256sum, or the
+//! signature of a model, which lists what it signs.
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -6,11 +7,12 @@ use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
 
-use super::{CheckError, Finding, Kind};
+use super::{CheckError, Finding, Kind, Options};
 use crate::manifest::{Content, Digest, Timestamp, Tree, format, sums};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::scan::cache::is_settled;
+use crate::signature::oms::{self, PublicKey, Statement};
 
 const MANIFEST: &str = ".lockstep/manifest";
 const NATIVE: &[u8] = b"lockstep-manifest\t";
@@ -37,10 +39,55 @@ impl Loaded {
 
 pub(super) struct List {
     pub(super) generation: Option<u64>,
-    /// The list tells files alone, by name and digest.
-    pub(super) sums: bool,
+    pub(super) scope: Scope,
     /// Sorted by path.
     pub(super) entries: Vec<Listed>,
+}
+
+/// Of what a list tells.
+pub(super) enum Scope {
+    /// Of all that lies there.
+    Tree,
+    /// Of files alone, by name and digest. As sha256sum itself, which opens whatever has the name, it takes a link for the
+    /// file that it leads to, within the tree.
+    Sums,
+    /// Of files likewise; links are taken so where the signature says it.
+    Signed(Statement),
+}
+
+impl Scope {
+    /// Whether a link may stand where a file is listed.
+    pub(super) fn follows(&self) -> bool {
+        match self {
+            Scope::Tree => false,
+            Scope::Sums => true,
+            Scope::Signed(statement) => statement.links,
+        }
+    }
+
+    /// Whether the signature says of something that lies there that it is not signed.
+    pub(super) fn leaves_out(&self, path: &RelPath, content: Option<&Content>) -> bool {
+        let Scope::Signed(statement) = self else { return false };
+        !matches!(content, Some(Content::Directory)) && statement.ignores(path)
+    }
+
+    /// Whether something that lies there ought to be listed.
+    pub(super) fn covers(&self, root: &Root, path: &RelPath, content: Option<&Content>) -> bool {
+        match (self, content) {
+            (Scope::Tree, _) => true,
+            (Scope::Sums, content) => {
+                content.is_none_or(|content| matches!(content, Content::File { .. } | Content::HardLink { .. }))
+            }
+            (Scope::Signed(statement), None) => !statement.ignores(path),
+            (Scope::Signed(statement), Some(content)) => {
+                // What such a link leads to is signed under its own name.
+                let directory = statement.links
+                    && matches!(content, Content::Symlink { .. })
+                    && root.stat(path, Follow::Beneath).is_ok_and(|found| found.kind == FileKind::Directory);
+                statement.covers(path, content) && !directory
+            }
+        }
+    }
 }
 
 pub(super) struct Listed {
@@ -66,8 +113,8 @@ pub(super) struct Permissions {
     pub(super) group: Arc<str>,
 }
 
-/// Reads the list.
-pub(super) fn load(root: &Root, against: Option<&Path>) -> Result<Loaded, CheckError> {
+/// Reads the list. With a key it is a signature, which has to be by that key.
+pub(super) fn load(root: &Root, against: Option<&Path>, key: Option<&PublicKey>) -> Result<Loaded, CheckError> {
     let shown = against.map_or_else(|| PathBuf::from(MANIFEST), Path::to_owned);
     let failed = |source| CheckError::List { file: shown.clone(), source };
     let mut file = match against {
@@ -96,24 +143,30 @@ pub(super) fn load(root: &Root, against: Option<&Path>) -> Result<Loaded, CheckE
     let inside = root.path_of(&file).ok().flatten();
     let digest = Some(Digest(Sha256::digest(&text).into()));
     let native = against.is_none() || text.starts_with(NATIVE);
-    let list = if native { native_list(&text) } else { sums_list(&text) };
+    let list = match key {
+        Some(key) => signed_list(&text, key),
+        None if native => native_list(&text),
+        None => sums_list(&text),
+    };
     let list = list.map_err(|message| Finding { path: shown.clone(), kind: Kind::ManifestDamaged, message });
     Ok(Loaded { list, digest, metadata: Some(metadata), shown, inside })
 }
 
 /// Whether the list is still the one that was loaded.
-pub(super) fn is_same(root: &Root, against: Option<&Path>, loaded: &Loaded) -> Result<bool, CheckError> {
+pub(super) fn is_same(root: &Root, options: &Options, loaded: &Loaded) -> Result<bool, CheckError> {
+    let against = options.against.as_deref();
+    let again = || load(root, against, options.key.as_ref());
     let now = match against {
         Some(file) => std::fs::File::open(file).ok().and_then(|file| Metadata::of(&file).ok()),
         None => root.stat(&RelPath::new(MANIFEST)?, Follow::Never).ok(),
     };
     let (Some(now), Some(before)) = (&now, &loaded.metadata) else {
-        return Ok(now.is_none() && loaded.metadata.is_none() || load(root, against)?.digest == loaded.digest);
+        return Ok(now.is_none() && loaded.metadata.is_none() || again()?.digest == loaded.digest);
     };
     // One that was written a moment ago may be written again without its times showing it.
     match now.same_content(before) && is_settled(before, std::time::SystemTime::now()) {
         true => Ok(true),
-        false => Ok(load(root, against)?.digest == loaded.digest),
+        false => Ok(again()?.digest == loaded.digest),
     }
 }
 
@@ -133,7 +186,7 @@ fn native_list(text: &[u8]) -> Result<List, String> {
         let permissions = permissions.then_some(Permissions { mode, owner, group });
         Some(Listed { path: entry.path.clone(), expected, permissions })
     });
-    Ok(List { generation: Some(manifest.generation), sums: false, entries: entries.collect() })
+    Ok(List { generation: Some(manifest.generation), scope: Scope::Tree, entries: entries.collect() })
 }
 
 fn file(tree: &Tree, path: &RelPath) -> Option<Expected> {
@@ -143,18 +196,32 @@ fn file(tree: &Tree, path: &RelPath) -> Option<Expected> {
 }
 
 fn sums_list(text: &[u8]) -> Result<List, String> {
+    if text.starts_with(b"{") {
+        return Err("it is no list; a signature is named with --signature, and proven with --oms-key".to_owned());
+    }
     let wrong = |error| format!("{error}; it is neither a manifest of lockstep nor a list as sha256sum writes it");
     let sums = sums::parse(text).map_err(wrong)?;
     // As sha256sum itself: who lists nothing has forgotten something.
     if sums.is_empty() {
         return Err("it lists nothing".to_owned());
     }
+    Ok(List { generation: None, scope: Scope::Sums, entries: digests(sums) })
+}
+
+fn signed_list(text: &[u8], key: &PublicKey) -> Result<List, String> {
+    let statement = oms::verify(text, key).map_err(|refusal| format!("does not count: {refusal}"))?;
+    let entries = digests(statement.files.clone());
+    Ok(List { generation: None, scope: Scope::Signed(statement), entries })
+}
+
+/// Files of which nothing else is known.
+fn digests(files: Vec<(RelPath, Digest)>) -> Vec<Listed> {
     let listed = |(path, digest)| Listed {
         path,
         expected: Expected::File { digest, size: None, mtime: None },
         permissions: None,
     };
-    let mut entries: Vec<Listed> = sums.into_iter().map(listed).collect();
+    let mut entries: Vec<Listed> = files.into_iter().map(listed).collect();
     entries.sort_by(|a, b| a.path.cmp(&b.path));
-    Ok(List { generation: None, sums: true, entries })
+    entries
 }

@@ -18,6 +18,7 @@ use crate::path::{InvalidPath, RelPath};
 use crate::policy::rights::Subject;
 use crate::root::{FileKind, Follow, Root, RootError};
 use crate::scan::{self, LinkRule, ScanError, ScanRule};
+use crate::signature::oms::PublicKey;
 
 mod compare;
 mod hash;
@@ -67,6 +68,8 @@ pub struct Options {
     pub depth: Depth,
     /// The list to compare with; `None` is the manifest of the tree itself.
     pub against: Option<PathBuf>,
+    /// The list is the signature of a model, by this key.
+    pub key: Option<PublicKey>,
     /// The least generation that is good.
     pub min_generation: Option<u64>,
     /// Who has to be able to read all of it.
@@ -101,6 +104,7 @@ impl Default for Options {
         Options {
             depth: Depth::Default,
             against: None,
+            key: None,
             min_generation: None,
             subject: None,
             allow_unlisted: false,
@@ -345,7 +349,7 @@ fn compare_all(
     monitor: &dyn Monitor,
 ) -> Result<Report, CheckError> {
     let (started, looked) = (now(), SystemTime::now());
-    let loaded = list::load(root, options.against.as_deref())?;
+    let loaded = list::load(root, options.against.as_deref(), options.key.as_ref())?;
     let mut report = empty(&loaded);
     old_generation(options, &loaded, &mut report);
     let rule = ScanRule { filter: filter.clone(), links: LinkRule::All, ignore_files: false, report_special: true };
@@ -363,7 +367,7 @@ fn compare_all(
         Err(finding) => report.findings.push(finding.clone()),
     }
     // RACE: what was published meanwhile was compared with the list of before.
-    if !list::is_same(root, options.against.as_deref(), &loaded)? {
+    if !list::is_same(root, options, &loaded)? {
         let message = "was replaced while the tree was checked; check again".to_owned();
         report.findings.push(Finding { path: loaded.shown.clone(), kind: Kind::Changed, message });
     }
@@ -394,12 +398,13 @@ pub struct ListId {
     pub generation: Option<u64>,
 }
 
-/// Which list [`check`] would compare with; `None` where there is none that can be used.
+/// Which list [`check`] would compare with, as [`Options`] has them; `None` where there is none that can be used.
 ///
 /// # Errors
 /// [`CheckError`] when it cannot be read.
-pub fn listed(path: &Path, against: Option<&Path>) -> Result<Option<ListId>, CheckError> {
-    let Loaded { list, digest, metadata, .. } = list::load(&Root::open(path)?, against)?;
+pub fn listed(path: &Path, options: &Options) -> Result<Option<ListId>, CheckError> {
+    let loaded = list::load(&Root::open(path)?, options.against.as_deref(), options.key.as_ref())?;
+    let Loaded { list, digest, metadata, .. } = loaded;
     let (Ok(list), Some(digest), Some(metadata)) = (list, digest, metadata) else { return Ok(None) };
     Ok(Some(ListId { digest, changed: metadata.ctime, generation: list.generation }))
 }

@@ -20,7 +20,6 @@ use crate::audit::{AuditLog, AuditRecord};
 use crate::error::{chain, shown};
 use crate::filter::{Filter, FilterError, FilterSpec, STATE_DIRECTORY};
 use crate::layout::names::pattern;
-use crate::manifest::format;
 use crate::monitor::Monitor;
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Root, RootError};
@@ -372,42 +371,28 @@ fn newest_listed(root: &Root, unit: &RelPath, report: &Report, listed: &[RelPath
     Some((name.as_path().to_owned(), "it has the highest number of those in which this check found nothing".to_owned()))
 }
 
-/// The newest directory beside the one that was moved which has a manifest and is good by a quick check: by the numbers in
-/// the names where the moved one has some, else by when they were published.
+/// The directory beside the one that was moved that has the highest number, a manifest, and is good by a quick check. Where
+/// the name has no number nothing beside it is another version of it.
 fn newest_beside(way: &Way, monitor: &dyn Monitor) -> Option<(PathBuf, String)> {
-    let (wanted, numbers) = pattern(way.name.as_bytes()).unwrap_or_default();
+    let (wanted, _) = pattern(way.name.as_bytes()).filter(|(_, numbers)| !numbers.is_empty())?;
     let mut beside = Vec::new();
     for name in way.above.names(None, Follow::Never).ok()? {
-        let Ok(path) = RelPath::new(&name) else { continue };
-        if name.starts_with(b".") || !is_directory(&way.above, &path) {
-            continue;
+        let (Ok(path), Some((same, numbers))) = (RelPath::new(&name), pattern(&name)) else { continue };
+        let manifest = path.join(".lockstep/manifest").ok();
+        let published = manifest.is_some_and(|manifest| way.above.stat(&manifest, Follow::Never).is_ok());
+        if same == wanted && published {
+            beside.push((numbers, path));
         }
-        let Some(created) = published(&way.above, &path) else { continue };
-        let order = match (numbers.is_empty(), pattern(&name)) {
-            (false, Some((same, numbers))) if same == wanted => numbers,
-            (false, _) => continue,
-            (true, _) => vec![created],
-        };
-        beside.push((order, path));
     }
     beside.sort();
-    let count = crate::error::counted(beside.len() as u64, "one", "of them");
+    let count = crate::error::counted(beside.len() as u64, "directory", "directories");
     let options = Options { depth: Depth::Quick, ..Options::default() };
     let good = beside.into_iter().rev().find(|(_, path)| {
         let report = super::check(&way.place.join(path.as_path()), &options, monitor);
         report.is_ok_and(|report| report.outcome() == Outcome::Good)
     });
-    let by = if numbers.is_empty() { "the one published last" } else { "the one with the highest number" };
-    let how = format!("{by} that a quick check finds good, of {count} with a manifest beside it");
+    let how = format!("the highest number that a quick check finds good, of {count} beside it with a manifest");
     good.map(|(_, path)| (way.place.join(path.as_path()), how))
-}
-
-/// When a directory was published, in seconds; `None` where it has no manifest that can be read.
-fn published(above: &Root, directory: &RelPath) -> Option<u64> {
-    let path = directory.join(".lockstep/manifest").ok()?;
-    let mut text = Vec::new();
-    above.open_read(&path, Follow::Never).ok()?.read_to_end(&mut text).ok()?;
-    u64::try_from(format::decode(&text).ok()?.created.seconds).ok()
 }
 
 /// The pointers and links beside it that name what was moved.

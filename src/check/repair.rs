@@ -15,6 +15,7 @@ use crate::manifest::{Content, Digest, Entry, Timestamp, Tree, format, sums};
 use crate::path::RelPath;
 use crate::policy::rights::Subject;
 use crate::root::{FileKind, Follow, Root};
+use crate::signature::oms;
 
 const NATIVE: &[u8] = b"lockstep-manifest\t";
 
@@ -83,9 +84,10 @@ pub fn wanted(root: &Root, text: &[u8], options: &Options, report: &Report) -> R
         return Err(NotMendable::Changed);
     }
     let paths = mendable(root, options, report);
-    let sums = options.against.is_some() && !text.starts_with(NATIVE);
-    let (listed, mut entries) = if sums {
-        (Tree::default(), of_sums(root, text, &paths)?)
+    let digests = digests(text, options)?;
+    let sums = digests.is_some();
+    let (listed, mut entries) = if let Some(digests) = digests {
+        (Tree::default(), of_digests(root, digests, &paths))
     } else {
         let listed = format::decode(text).map_err(|_| NotMendable::NoList)?.tree;
         let entries = of_manifest(&listed, &paths);
@@ -97,13 +99,35 @@ pub fn wanted(root: &Root, text: &[u8], options: &Options, report: &Report) -> R
     Ok(Wanted { tree, sums, listed: Arc::new(listed), manifest, as_it_is: sums || options.ignore_permissions })
 }
 
-/// The paths of a list; none where it cannot be read.
-pub fn listed(text: &[u8]) -> Vec<RelPath> {
-    if text.starts_with(NATIVE) {
-        let tree = format::decode(text).map(|manifest| manifest.tree).unwrap_or_default();
-        return tree.into_entries().into_iter().map(|entry| entry.path).collect();
+/// Names and digests, where a list tells nothing else: that of sha256sum, or the signature of a model.
+struct Digests {
+    files: Vec<(RelPath, Digest)>,
+    /// A link may stand where a file is listed.
+    links: bool,
+}
+
+fn digests(text: &[u8], options: &Options) -> Result<Option<Digests>, NotMendable> {
+    if let Some(key) = &options.key {
+        let statement = oms::verify(text, key).map_err(|_| NotMendable::Changed)?;
+        return Ok(Some(Digests { links: statement.links, files: statement.files }));
     }
-    sums::parse(text).unwrap_or_default().into_iter().map(|(path, _)| path).collect()
+    if options.against.is_none() || text.starts_with(NATIVE) {
+        return Ok(None);
+    }
+    let files = sums::parse(text).map_err(|_| NotMendable::NoList)?;
+    Ok(Some(Digests { files, links: true }))
+}
+
+/// The paths of a list with this text; none where it cannot be read.
+pub fn listed(text: &[u8], options: &Options) -> Vec<RelPath> {
+    match digests(text, options) {
+        Ok(Some(digests)) => digests.files.into_iter().map(|(path, _)| path).collect(),
+        Ok(None) => {
+            let tree = format::decode(text).map(|manifest| manifest.tree).unwrap_or_default();
+            tree.into_entries().into_iter().map(|entry| entry.path).collect()
+        }
+        Err(_) => Vec::new(),
+    }
 }
 
 type Entries = BTreeMap<RelPath, Entry>;
@@ -131,13 +155,13 @@ fn of_manifest(listed: &Tree, paths: &BTreeSet<RelPath>) -> Entries {
 }
 
 /// The same of a list of names and digests. A name that leads to a file in the tree stands for that file.
-fn of_sums(root: &Root, text: &[u8], paths: &BTreeSet<RelPath>) -> Result<Entries, NotMendable> {
+fn of_digests(root: &Root, Digests { files, links }: Digests, paths: &BTreeSet<RelPath>) -> Entries {
     let mut entries = Entries::new();
-    for (path, digest) in sums::parse(text).map_err(|_| NotMendable::NoList)? {
+    for (path, digest) in files {
         if !paths.contains(&path) {
             continue;
         }
-        let link = root.stat(&path, Follow::Never).is_ok_and(|found| found.kind == FileKind::Symlink);
+        let link = links && root.stat(&path, Follow::Never).is_ok_and(|found| found.kind == FileKind::Symlink);
         let led = || root.path_of(&root.open_read(&path, Follow::Beneath).ok()?).ok().flatten();
         let Some(path) = (if link { led() } else { Some(path) }) else { continue };
         let content = Content::File { size: 0, digest: Some(digest) };
@@ -147,7 +171,7 @@ fn of_sums(root: &Root, text: &[u8], paths: &BTreeSet<RelPath>) -> Result<Entrie
             Entry { path, content, mtime: Timestamp::default(), mode: 0o644, group: "".into(), owner },
         );
     }
-    Ok(entries)
+    entries
 }
 
 /// Adds the directories above that are not there.

@@ -30,6 +30,7 @@ fn is_usual(options: &Options) -> bool {
     !options.all_paths
         && options.read.is_empty()
         && options.against.is_none()
+        && options.key.is_none()
         && options.exclude.is_empty()
         && options.layout.is_none()
         && options.marker.is_none()

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, CommandFactory as _};
 
 use super::{Cli, Failure, output};
-use crate::error::Exit;
+use crate::error::{Escaped, Exit};
 
 #[derive(Debug, Args)]
 pub(super) struct Completions {
@@ -24,6 +24,9 @@ impl Completions {
 
 #[derive(Debug, Args)]
 pub(super) struct Man {
+    /// The command whose page it is, as 'check' or 'manifest sign' [default: the page of lockstep]
+    #[arg(conflicts_with = "to")]
+    command: Vec<String>,
     /// Write the pages of all commands here, as lockstep.1, lockstep-manifest.1 and so on
     #[arg(long, value_name = "DIR")]
     to: Option<PathBuf>,
@@ -38,10 +41,26 @@ impl Man {
             }
             None => {
                 let mut page = Vec::new();
-                clap_mangen::Man::new(Cli::command()).render(&mut page).map_err(Failure::Output)?;
+                let title = [&["lockstep".to_owned()], &self.command[..]].concat().join("-");
+                clap_mangen::Man::new(self.page()?).title(title).render(&mut page).map_err(Failure::Output)?;
                 output(&page)?;
             }
         }
         Ok(Exit::Done)
+    }
+
+    fn page(&self) -> Result<clap::Command, Failure> {
+        let mut command = Cli::command();
+        command.build();
+        let mut name = String::from("lockstep");
+        for word in &self.command {
+            let Some(found) = command.find_subcommand(word).cloned() else {
+                let message = format!("'{name}' has no command '{}'; see {name} --help", Escaped(word.as_bytes()));
+                return Err(Failure::usage(message));
+            };
+            command = found;
+            name = format!("{name} {word}");
+        }
+        Ok(command)
     }
 }

@@ -16,14 +16,17 @@ use super::{Failure, output, shown};
 use crate::endpoint::local::LocalSource;
 use crate::endpoint::{Fetch, Links, Produced, ScanOptions, Source as _};
 use crate::error::{Escaped, Exit, chain, counted};
-use crate::manifest::{Content, Digest, Manifest, Timestamp, Tree, format, sums};
+use crate::manifest::{Content, Digest, Entry, Manifest, Timestamp, Tree, format, sums};
 use crate::monitor::Severity;
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
+use crate::signature::oms::Statement;
 
 mod diff;
+mod model;
 mod sign;
 
+pub(super) use model::Model;
 pub(super) use sign::Trust;
 
 /// Where a target keeps the manifest of what was published.
@@ -43,11 +46,18 @@ pub(super) enum Command {
     /// Reads the lists alone: whether a directory still holds what its list says is for 'manifest verify'. Each path that
     /// differs is a line on standard output, and the exit code is then 1.
     Diff(diff::Diff),
-    /// Sign a manifest with an SSH key
+    /// Sign a manifest with an SSH key, or the files that it lists for OpenSSF Model Signing
     ///
-    /// Writes a signature that says who vouches for the list, and so for the content of each file on it: 'manifest verify
-    /// --require-signature' checks it, and so does 'ssh-keygen -Y verify' with the namespace manifest@lockstep.internal. The
-    /// list is signed as it stands; whether the directory holds what it says is for 'manifest verify', first.
+    /// Writes a signature that says who vouches for the list, and so for the content of each file on it: 'check' and 'manifest
+    /// verify' check it with --require-signature.
+    ///
+    /// --format sshsig, the default, is for those who have lockstep or OpenSSH: 'ssh-keygen -Y verify' checks it too, with the
+    /// namespace manifest@lockstep.internal. All of the list is signed as it stands; whether the directory holds what it says is
+    /// for 'manifest verify', first.
+    ///
+    /// --format oms is for those who have model_signing (of PyPI): 'model_signing verify key PATH --signature
+    /// PATH/.lockstep/model.sig --public_key PUB.pem' checks it. Files alone are signed, by name and SHA-256, and only when
+    /// the directory holds what its manifest says.
     Sign(sign::Sign),
     /// Read every file of a directory and compare it with a list
     ///
@@ -261,20 +271,25 @@ pub(super) fn read_text(file: Option<&Path>, directory: &Path) -> Result<(PathBu
     if let Some(file) = file {
         return Ok((file.to_owned(), std::fs::read(file).map_err(Failure::io("read", file))?));
     }
+    published(directory)?.ok_or_else(|| {
+        Failure::usage(format!(
+            "'{}' has no manifest: nothing was published there; name a list with --manifest or --sums",
+            shown(directory)
+        ))
+    })
+}
+
+/// The manifest of what was published to a directory, and where it is; `None` where nothing was.
+pub(super) fn published(directory: &Path) -> Result<Option<(PathBuf, Vec<u8>)>, Failure> {
     let at = directory.join(PUBLISHED);
     let path = RelPath::new(PUBLISHED).map_err(|error| Failure::usage(error.to_string()))?;
     let mut text = Vec::new();
     match Root::open(directory)?.open_read(&path, Follow::Never) {
         Ok(mut open) => open.read_to_end(&mut text).map_err(Failure::io("read", &at))?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Failure::usage(format!(
-                "'{}' has no manifest: nothing was published there; name a list with --manifest or --sums",
-                shown(directory)
-            )));
-        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    Ok((at, text))
+    Ok(Some((at, text)))
 }
 
 fn decode(at: &Path, text: &[u8]) -> Result<Manifest, Failure> {
@@ -324,12 +339,65 @@ impl Found {
     }
 }
 
+/// What a directory is compared with.
+struct Against {
+    expected: Vec<(RelPath, Expected)>,
+    /// It tells files alone, by digest.
+    files_only: bool,
+    /// The signature of a model that is the list.
+    signed: Option<Statement>,
+}
+
+impl Against {
+    fn tree(tree: &Tree) -> Against {
+        Against { expected: listed(tree), files_only: false, signed: None }
+    }
+
+    fn signed(statement: Statement) -> Against {
+        let expected = statement.files.iter().map(|(path, digest)| (path.clone(), Expected::Digest(*digest)));
+        Against { expected: expected.collect(), files_only: true, signed: Some(statement) }
+    }
+
+    /// Whether a link may stand where a file is listed.
+    fn follows(&self) -> bool {
+        self.files_only && self.signed.as_ref().is_none_or(|statement| statement.links)
+    }
+
+    /// Whether what lies there ought to be listed.
+    fn covers(&self, root: &Root, entry: &Entry) -> bool {
+        let Some(statement) = &self.signed else {
+            return !self.files_only || matches!(entry.content, Content::File { .. } | Content::HardLink { .. });
+        };
+        // What such a link leads to is signed under its own name.
+        let directory = statement.links
+            && matches!(entry.content, Content::Symlink { .. })
+            && root.stat(&entry.path, Follow::Beneath).is_ok_and(|found| found.kind == FileKind::Directory);
+        statement.covers(&entry.path, &entry.content) && !directory
+    }
+}
+
 impl Verify {
-    /// The manifest, when its signature and its generation are what is asked for.
-    fn load(&self) -> Result<Manifest, Failure> {
-        let (at, text) = read_text(self.manifest.as_deref(), &self.directory)?;
-        // Before anything of it is believed: what is signed is these bytes.
-        self.trust.check(self.manifest.as_deref(), &self.directory, &text)?;
+    /// The list, when its signature and its generation are what is asked for.
+    fn against(&self) -> Result<Against, Failure> {
+        if let Some(file) = &self.sums {
+            return Ok(Against { expected: listed_sums(file)?, files_only: true, signed: None });
+        }
+        let (at, text) = match self.trust.model(&self.directory)? {
+            None => {
+                let (at, text) = read_text(self.manifest.as_deref(), &self.directory)?;
+                // Before anything of it is believed: what is signed is these bytes.
+                self.trust.check(self.manifest.as_deref(), &self.directory, &text)?;
+                (at, text)
+            }
+            Some(model) => match model.list(self.manifest.as_deref(), &self.directory)? {
+                Some(list) => list,
+                None if self.min_generation.is_some() => {
+                    let message = "what is signed has no generation, and --min-generation asks for one";
+                    return Err(Failure::bad_data(message));
+                }
+                None => return Ok(Against::signed(model.statement)),
+            },
+        };
         let manifest = decode(&at, &text)?;
         match self.min_generation {
             Some(least) if manifest.generation < least => Err(Failure::bad_data(format!(
@@ -337,23 +405,22 @@ impl Verify {
                 shown(&at),
                 manifest.generation
             ))),
-            _ => Ok(manifest),
+            _ => Ok(Against::tree(&manifest.tree)),
         }
     }
 
     fn run(self) -> Result<Exit, Failure> {
         // The list first: a bad one is told before hours of reading.
-        let (expected, list) = match &self.sums {
-            Some(file) => (listed_sums(file)?, Some(file)),
-            None => (listed(&self.load()?.tree), self.manifest.as_ref()),
-        };
+        let against = self.against()?;
+        let expected = &against.expected;
+        let list = self.sums.as_ref().or(self.manifest.as_ref());
         let Hashed { tree, unreadable, left_out } = hash(&self.directory)?;
         let root = Root::open(&self.directory)?;
         let mut lines: Vec<Remark> =
             unreadable.into_iter().map(|(path, message)| (path, format!("unreadable: {message}"))).collect();
         let failed: HashSet<RelPath> = lines.iter().filter_map(|(path, _)| path.clone()).collect();
         for (path, expected) in expected.iter().filter(|(path, _)| !failed.contains(path)) {
-            let difference = match find(&root, &tree, path, self.sums.is_some()) {
+            let difference = match find(&root, &tree, path, against.follows()) {
                 Ok(None) => Some("missing".to_owned()),
                 Ok(Some(found)) => expected.difference(&found),
                 Err(message) => Some(format!("unreadable: {message}")),
@@ -364,17 +431,16 @@ impl Verify {
         let signature = self.trust.file(self.manifest.as_deref(), &self.directory);
         let own = [list, signature.as_ref()].map(|file| file.and_then(|file| place_of(file, &self.directory)));
         for entry in tree.entries() {
-            let counts =
-                self.sums.is_none() || matches!(entry.content, Content::File { .. } | Content::HardLink { .. });
             let excused =
                 known.contains(&entry.path) || failed.contains(&entry.path) || own.contains(&Some(entry.path.clone()));
-            if counts && !excused {
+            if !excused && against.covers(&root, entry) {
                 lines.push((Some(entry.path.clone()), "not listed".to_owned()));
             }
         }
         // A path that is listed and became a FIFO is told above, as what it is now.
         for (path, _) in left_out {
-            if !path.as_ref().is_some_and(|path| known.contains(path)) {
+            let ignored = |path| against.signed.as_ref().is_some_and(|statement| statement.ignores(path));
+            if !path.as_ref().is_some_and(|path| known.contains(path) || ignored(path)) {
                 lines.push((path, "not listed".to_owned()));
             }
         }

@@ -1,4 +1,5 @@
-//! Signatures of manifests, as OpenSSH writes them (PROTOCOL.sshsig), so that `ssh-keygen -Y` makes and checks them too.
+//! Signatures of manifests, as OpenSSH writes them (PROTOCOL.sshsig), so that `ssh-keygen -Y` makes and checks them too; and
+//! of models, in the format of OpenSSF Model Signing ([`oms`]).
 //!
 //! What always holds: a signature counts only in [`NAMESPACE`], so that one that was made for something else proves
 //! nothing here, and only by a key of the list of [`AllowedSigners`], never by the one that it brings along.
@@ -8,6 +9,7 @@ use ssh_key::{Algorithm, HashAlg, LineEnding, PublicKey, Signature, SshSig};
 
 use crate::error::Escaped;
 
+pub mod oms;
 pub mod pattern;
 mod signers;
 

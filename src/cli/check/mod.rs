@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 use super::arguments::Place;
 use super::display::{Display, Verbosity};
 use super::inspect::Rules;
-use super::manifest::{Trust, read_text};
+use super::manifest::{Model, Trust, read_text};
 use super::stop::Stop;
 use super::{Failure, output, shown, transfer};
 use crate::check::{self, CheckError, Depth, Options, Outcome, Report, Slot, SlotError, Verdict};
@@ -168,7 +168,7 @@ impl Timer {
     }
 }
 
-fn check_failure(error: &CheckError) -> Failure {
+pub(super) fn check_failure(error: &CheckError) -> Failure {
     let exit = match error {
         CheckError::Filter(_) => Exit::Usage,
         CheckError::Scan(crate::scan::ScanError::Changed(_)) | CheckError::Stopped => Exit::TryAgain,
@@ -188,6 +188,14 @@ fn not_what_was_signed(path: &Path) -> Failure {
     Failure::Plain { exit: Exit::Trust, message }
 }
 
+/// A list that was signed as asked.
+struct Signed {
+    /// SHA-256 of its bytes.
+    digest: Digest,
+    /// The signature, where what it signs is the list.
+    model: Option<Model>,
+}
+
 impl Check {
     pub(super) fn run(self) -> Result<Exit, Failure> {
         self.options.run(&self.path, false)
@@ -201,14 +209,15 @@ impl CheckOptions {
         let root = Root::open(path)?;
         let slot = self.verdict.as_deref().map_or(Slot::Root(&root), Slot::File);
         if self.cached {
-            return self.cached(path, &root, &slot, &self.options()?, aside);
+            return self.cached(path, &root, &slot, aside);
         }
         let (started, begun) = (Instant::now(), seconds_now());
         let kept = slot.clear().map_err(|error| slot_failure(&error))?;
         let place = self.repair.place(&self.access, path)?;
         let signed = self.signed(path)?;
-        let options = self.options()?;
-        let mut report = self.look(path, &options, signed, None)?;
+        let options = self.options(path, signed.as_ref())?;
+        let digest = signed.map(|signed| signed.digest);
+        let mut report = self.look(path, &options, digest, None)?;
         // What a first check has said is not said twice.
         let (mut said, mut not_repaired) = (false, None);
         let unfinished = report.outcome() == Outcome::Unfinished && is_left_over(&root);
@@ -217,7 +226,7 @@ impl CheckOptions {
             match self.mend(path, &root, place, (&options, &report), aside) {
                 Ok(Some(tried)) => {
                     let again = Options { read: tried.read, ..options.clone() };
-                    report = self.look(path, &again, signed, Some(&tried.stop))?;
+                    report = self.look(path, &again, digest, Some(&tried.stop))?;
                     said = false;
                 }
                 Ok(None) => {}
@@ -315,22 +324,31 @@ impl CheckOptions {
         }
         let text = match report.list {
             None => None,
-            Some(_) => Some(read_text(self.against.as_deref(), path)?.1),
+            Some(_) => Some(read_text(options.against.as_deref(), path)?.1),
         };
         self.repair.run(path, root, (place, &self.access), text.as_deref(), (options, report), telling)
     }
 
-    /// The SHA-256 of the list, where it has to be signed and is.
-    fn signed(&self, path: &Path) -> Result<Option<Digest>, Failure> {
+    /// The list, where it has to be signed and is.
+    fn signed(&self, path: &Path) -> Result<Option<Signed>, Failure> {
         if !self.trust.is_required() {
             return Ok(None);
         }
-        let (_, text) = read_text(self.against.as_deref(), path)?;
-        self.trust.check(self.against.as_deref(), path, &text)?;
-        Ok(Some(Digest(Sha256::digest(&text).into())))
+        let against = self.against.as_deref();
+        let digest = |text: &[u8]| Digest(Sha256::digest(text).into());
+        if let Some(model) = self.trust.model(path)? {
+            return Ok(Some(match model.list(against, path)? {
+                Some((_, text)) => Signed { digest: digest(&text), model: None },
+                None => Signed { digest: model.digest, model: Some(model) },
+            }));
+        }
+        let (_, text) = read_text(against, path)?;
+        self.trust.check(against, path, &text)?;
+        Ok(Some(Signed { digest: digest(&text), model: None }))
     }
 
-    fn options(&self) -> Result<Options, Failure> {
+    fn options(&self, path: &Path, signed: Option<&Signed>) -> Result<Options, Failure> {
+        let model = signed.and_then(|signed| signed.model.as_ref());
         let depth = match (self.quick, self.sample, self.full) {
             (true, ..) => Depth::Quick,
             (_, Some(percent), _) => Depth::Sample(percent),
@@ -345,7 +363,8 @@ impl CheckOptions {
         let subject = self.reader.as_deref().map(|user| drift::subject(Some(user), None)).transpose();
         Ok(Options {
             depth,
-            against: self.against.clone(),
+            against: model.map(|model| model.at.clone()).or_else(|| self.against.clone()),
+            key: model.map(|model| model.key.clone()),
             min_generation: self.min_generation,
             subject: subject.map_err(|error| Failure::usage(chain(&error)))?,
             allow_unlisted: self.allow_unlisted,
@@ -358,19 +377,12 @@ impl CheckOptions {
             layout: self.layout.map(Rules::wanted),
             marker: self.marker.as_ref().map(|marker| marker.as_bytes().to_vec()),
             all_paths: self.combined,
-            own: self.verdict.iter().cloned().collect(),
+            own: self.verdict.iter().cloned().chain(self.trust.file(self.against.as_deref(), path)).collect(),
         })
     }
 
     /// Whether an earlier verdict stands for a check now.
-    fn cached(
-        &self,
-        path: &Path,
-        root: &Root,
-        slot: &Slot<'_>,
-        options: &Options,
-        aside: bool,
-    ) -> Result<Exit, Failure> {
+    fn cached(&self, path: &Path, root: &Root, slot: &Slot<'_>, aside: bool) -> Result<Exit, Failure> {
         let refused = |reason: String| {
             Err(Failure::bad_data(format!(
                 "'{}': no verdict stands for it: {reason}; check it with 'lockstep check'",
@@ -379,17 +391,18 @@ impl CheckOptions {
         };
         // Before anything is believed that stands there.
         let signed = self.signed(path)?;
+        let options = self.options(path, signed.as_ref())?;
         let verdict = match slot.load() {
             Ok(Some(verdict)) => verdict,
             Ok(None) => return refused(format!("there is no '{}'", shown(&slot.shown()))),
             Err(error @ SlotError::Foreign(_)) => return refused(chain(&error)),
             Err(error) => return Err(slot_failure(&error)),
         };
-        let listed = check::listed(path, self.against.as_deref()).map_err(|error| check_failure(&error))?;
+        let listed = check::listed(path, &options).map_err(|error| check_failure(&error))?;
         let Some(list) = listed else {
             return refused("the manifest is missing or damaged".to_owned());
         };
-        if signed.is_some_and(|signed| signed != list.digest) {
+        if signed.is_some_and(|signed| signed.digest != list.digest) {
             return Err(not_what_was_signed(path));
         }
         if let Some(least) = self.min_generation
@@ -400,7 +413,7 @@ impl CheckOptions {
         let inode = root.stat_root()?.inode;
         // `--cached` cannot be given without an age.
         let max_age = self.max_age.unwrap_or_default();
-        if let Err(reason) = verdict.accept(inode, &list, max_age, options) {
+        if let Err(reason) = verdict.accept(inode, &list, max_age, &options) {
             return refused(reason.to_string());
         }
         let text = if self.json {

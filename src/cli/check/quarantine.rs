@@ -40,7 +40,7 @@ impl Quarantine {
         let Some(to) = &self.to else { return Ok(()) };
         // Nobody else needs the paths of what is good.
         let text = report.list.and_then(|_| read_text(options.against.as_deref(), path).ok());
-        let listed = text.map_or_else(Vec::new, |(_, text)| listed(&text));
+        let listed = text.map_or_else(Vec::new, |(_, text)| listed(&text, options));
         let decided = quarantine::decide(root, options, report, &listed, &self.units);
         let decided = decided.map_err(|error| check_failure(&CheckError::Filter(error)))?;
         let (units, outside): (Vec<Option<RelPath>>, bool) = match decided {
