@@ -486,3 +486,21 @@ fn at_a_terminal(models: &Models, key: &str, typed: &str) -> String {
     child.wait().unwrap();
     String::from_utf8_lossy(&seen).into_owned()
 }
+
+#[test]
+fn what_a_signature_lists_is_had_again_from_a_good_copy() {
+    let models = Models::new();
+    done(&models.sign(&["there"]));
+    fs::copy(models.path("there/.lockstep/model.sig"), models.path("model/model.sig")).unwrap();
+    fs::write(models.path("model/weights"), "bad").unwrap();
+    fs::remove_dir_all(models.path("model/deep")).unwrap();
+    ends(&models.check(&["model", "--repair", "data"]), 0, &["repaired 3 files", "good"]);
+    assert_eq!(
+        fs::read(models.path("model/deep/er/shard")).unwrap(),
+        fs::read(models.path("data/deep/er/shard")).unwrap()
+    );
+    for at in ["model/weights", "data/weights"] {
+        fs::write(models.path(at), "bad").unwrap();
+    }
+    ends(&models.check(&["model", "--repair", "data"]), 1, &["the good copy's SHA-256 is", "1 path not repaired"]);
+}
