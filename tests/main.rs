@@ -19,6 +19,7 @@ mod interop;
 mod keys;
 mod killed;
 mod kit;
+mod kubernetes;
 mod layout;
 mod model;
 mod names;

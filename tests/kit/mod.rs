@@ -10,6 +10,7 @@ pub(crate) mod area;
 pub(crate) mod own;
 pub(crate) mod pair;
 pub(crate) mod proxy;
+pub(crate) mod python;
 pub(crate) mod raw;
 pub(crate) mod served;
 pub(crate) mod sshd;
