@@ -36,6 +36,7 @@ mod serve_limits;
 mod serve_wire;
 mod sftp_side_by_side;
 mod signatures;
+mod slurm;
 mod ssh;
 mod sshd_faults;
 mod stock;
