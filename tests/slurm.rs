@@ -5,9 +5,11 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use rustix::process::{Signal, kill_process};
+
 use crate::kit::area::lockstep;
 use crate::kit::pair::damage;
-use crate::kit::slurm::{Slurm, kill_one, output};
+use crate::kit::slurm::{Slurm, find, output};
 use crate::kit::{done, text, until};
 
 /// A name with a blank, and one that would be a command to Slurm where it was printed as it is.
@@ -153,16 +155,19 @@ fn h62_a_check_that_does_not_end(slurm: &Slurm) {
     let (data, against) = endless(slurm);
     let mut late = srun(slurm, shown(&data), &format!("{against} --timeout 1"), 2);
     refused(slurm, &mut late, &[shown(&data), "was not checked within 1 seconds", "give it more time"]);
-    // The check itself, then the script that waits for it.
-    let script = slurm.path("lockstep-taskprolog.sh");
-    for (words, said) in [(["lockstep\0check", shown(&data)], "was killed"), (["bash", shown(&script)], "")] {
-        let mut command = srun(slurm, shown(&data), &against, 1);
+    // The check itself, then the script that waits for it, and the check with it.
+    let (check, script) = (["lockstep\0check", shown(&data)], slurm.path("lockstep-taskprolog.sh"));
+    for (words, said) in [(&check[..], "was killed"), (&["bash", shown(&script)], "")] {
+        // An end also where this test fails.
+        let mut command = srun(slurm, shown(&data), &format!("{against} --timeout 120"), 1);
         let killed = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        kill_one(&words);
+        until("the check", || find(&check).is_some());
+        kill_process(find(words).unwrap(), Signal::KILL).unwrap();
         let output = killed.wait_with_output().unwrap();
         assert!(!output.status.success(), "{}", text(&output));
         assert_eq!(ran(&output), 0, "{}", text(&output));
         assert!(text(&output).contains(said), "{}", text(&output));
+        until("the end of the check", || find(&check).is_none());
         slurm.rest();
     }
 }

@@ -44,7 +44,8 @@ check() {
     answer=
     for path in "${paths[@]}"; do
         [ -n "$path" ] || continue
-        said=$("$lockstep" check "${options[@]}" -- "$path" 2>&1 3>&- 9>&-) && continue
+        # Slurm reads to the end of 3, and the lock is held until the end of 9: a check that outlives this script has neither.
+        said=$(exec 2>&1 3>&- 9>&-; exec "$lockstep" check "${options[@]}" -- "$path") && continue
         code=$?
         if [ -z "$said" ]; then
             said="lockstep: '$path': the check was killed or could not be started (exit code $code); nothing is known of it"

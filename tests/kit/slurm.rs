@@ -173,19 +173,17 @@ pub(crate) fn output(command: &mut Command) -> Output {
     command.output().unwrap_or_else(|error| panic!("{command:?} ({error}): {PACKAGES}"))
 }
 
-/// Kills a process whose arguments have all these words, as soon as there is one.
-pub(crate) fn kill_one(words: &[&str]) {
-    until(&format!("a process with {words:?}"), || {
-        for entry in fs::read_dir("/proc").unwrap().flatten() {
-            let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
-            let arguments = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let arguments = String::from_utf8_lossy(&arguments);
-            if words.iter().all(|word| arguments.contains(word)) && !arguments.contains("srun") {
-                return kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).is_ok();
-            }
-        }
-        false
+/// A process whose arguments have all these words, the oldest of them; not srun, which has them too.
+pub(crate) fn find(words: &[&str]) -> Option<Pid> {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let mut processes: Vec<i32> = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    processes.sort_unstable();
+    let found = processes.into_iter().find(|process| {
+        let arguments = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+        let arguments = String::from_utf8_lossy(&arguments);
+        words.iter().all(|word| arguments.contains(word)) && !arguments.starts_with("srun")
     });
+    found.and_then(Pid::from_raw)
 }
 
 impl Drop for Slurm {
