@@ -43,6 +43,7 @@ mod stock;
 mod stock_faults;
 mod stock_order;
 mod stock_pipes;
+mod systemd;
 mod units;
 mod wire;
 mod wire_openssh;
