@@ -26,17 +26,16 @@ wrong=
 mapfile -t paths <"$list" || wrong="lockstep: '$list' cannot be read on this node"$'\n'
 for path in "${paths[@]}"; do
     case $path in '' | '#'*) continue ;; esac
+    late="lockstep: ${path@Q} was not looked at within $limit seconds; its storage is slow, or does not answer"
     left=$((limit - SECONDS))
     if [ "$left" -lt 1 ]; then
-        wrong+="lockstep: '$path' was not looked at within $limit seconds; its storage is slow, or does not answer"$'\n'
+        wrong+=$late$'\n'
         continue
     fi
     said=$(timeout -k 1 "$left" "$lockstep" check --cached "${options[@]}" -- "$path" 2>&1) && continue
     code=$?
-    case $code in
-        124 | 137) said="lockstep: '$path' was not looked at within $limit seconds; its storage is slow, or does not answer" ;;
-    esac
-    wrong+="${said:-lockstep: '$path': the check ended with $code and said nothing}"$'\n'
+    case $code in 124 | 137) said=$late ;; esac
+    wrong+="${said:-lockstep: ${path@Q}: the check ended with $code and said nothing}"$'\n'
 done
 
 # Whole or not at all: what is not there counts as bad.

@@ -47,12 +47,17 @@ check() {
         # Slurm reads to the end of 3, and the lock is held until the end of 9: a check that outlives this script has neither.
         said=$(exec 2>&1 3>&- 9>&-; exec "$lockstep" check "${options[@]}" -- "$path") && continue
         code=$?
-        if [ -z "$said" ]; then
-            said="lockstep: '$path': the check was killed or could not be started (exit code $code); nothing is known of it"
-        elif [ "$(wc -l <<<"$said")" -gt $((findings + 1)) ]; then
+        if [ "$(wc -l <<<"$said")" -gt $((findings + 1)) ]; then
             # The last line is the summary: how much of what was found, and what to do.
             said="$(head -n "$findings" <<<"$said")"$'\n...\n'"$(tail -n 1 <<<"$said")"
         fi
+        case $code in
+            [1-5] | 75) ;;
+            *)
+                said+="${said:+$'\n'}lockstep: ${path@Q}: the check was killed or could not be started (exit code $code); "
+                said+="nothing is known of it, so check it again"
+                ;;
+        esac
         answer+="$said"$'\n'
     done
     answer=${answer%$'\n'}
