@@ -13,6 +13,7 @@ pub(crate) mod proxy;
 pub(crate) mod python;
 pub(crate) mod raw;
 pub(crate) mod served;
+pub(crate) mod slurm;
 pub(crate) mod sshd;
 
 /// All that a command said.
