@@ -72,3 +72,27 @@ fn checksum_hashes_at_the_target_whatever_was_known_of_it() {
     assert_eq!(pair.push_counted(&checksum).1, 1000);
     assert_eq!(pair.differences(), "");
 }
+
+#[test]
+fn a_push_of_one_file_leaves_what_is_known_of_its_neighbours() {
+    let pair = Pair::new();
+    let old = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+    for path in ["a", "d/b"] {
+        pair.write(path, b"before");
+        fs::File::options().write(true).open(pair.source.join(path)).unwrap().set_modified(old).unwrap();
+    }
+    pair.push_counted(&options());
+    let known = || {
+        let table = fs::read(pair.target.join(".lockstep/digests")).unwrap();
+        lockstep::scan::cache::DigestTable::from_bytes(&table).unwrap().len()
+    };
+    assert_eq!(known(), 2);
+    let file = pair.source.with_file_name("new");
+    fs::write(&file, b"another").unwrap();
+    fs::File::options().write(true).open(&file).unwrap().set_modified(old).unwrap();
+    let push =
+        std::process::Command::new(crate::kit::area::lockstep()).arg("push").arg(&file).arg(&pair.target).output();
+    crate::kit::done(&push.unwrap());
+    assert_eq!(fs::read(pair.target.join("new")).unwrap(), b"another");
+    assert_eq!(known(), 3);
+}

@@ -111,7 +111,7 @@ fn tasks_and_batch_scripts(slurm: &Slurm) {
 
     damage(&data.join("weights"));
     damage(&data.join(COMMAND));
-    let words = ["modified: weights", shown(&data), "push it again from a good copy"];
+    let words = ["modified: weights", shown(&data), "repair it from a good copy (--repair)"];
     let said = refused(slurm, &mut srun(slurm, shown(&data), "", 3), &words);
     // One of them checked, and says what is wrong; the others waited for it.
     assert_eq!(said.matches("another task of this node found it bad").count(), 2, "{said}");

@@ -45,11 +45,6 @@ impl Audience {
         }
         audience
     }
-
-    /// Whether there is nobody but who receives.
-    pub fn is_empty(&self) -> bool {
-        !self.others && self.group.is_none() && self.user.is_none()
-    }
 }
 
 #[cfg(test)]
@@ -104,7 +99,6 @@ mod tests {
                 (others, group, user),
                 "{entries:?}"
             );
-            assert_eq!(audience.is_empty(), !others && group.is_none() && user.is_none());
         }
     }
 }

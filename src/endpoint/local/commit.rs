@@ -224,6 +224,8 @@ fn remember(run: &Run, state: &State, record: &Record, manifest: &Manifest, moni
                 files.published(index, metadata);
             }
             _ if firsts.contains(&entry.path) || planned() || in_whole(&entry.path) => files.look(index),
+            // The filter kept it out of this run.
+            _ if state.target.position(&entry.path).is_none() => files.apart(index),
             _ => {}
         }
     }

@@ -184,6 +184,17 @@ impl<'a> Files<'a> {
         }
     }
 
+    /// A file of the target that a run had nothing to do with: what was known of it is known still.
+    pub(super) fn apart(&mut self, index: usize) {
+        let tree = self.tree;
+        let entry = &tree.entries()[index];
+        let Some(metadata) = self.stat(&entry.path) else { return };
+        let known = self.before.known(&metadata).map(|known| known.digest);
+        if known.is_some() && entry.file().is_some_and(|(_, listed)| listed == known) {
+            self.unchanged(entry, &metadata);
+        }
+    }
+
     /// A file that is published, with what stat said of it when it had got its content and permissions.
     pub(super) fn published(&mut self, index: usize, metadata: &Metadata) {
         let entry = &self.tree.entries()[index];

@@ -366,10 +366,11 @@ fn bring_to_disk(run: &Run) -> Result<(), Error> {
     }
     let synced =
         spare.running().map_or_else(|| Err("there is no command".into()), |it| it.run(Job::Sync, &[&run.root]));
-    synced.map(drop).map_err(|reason| {
-        spare.lose();
-        failed(reason)
-    })
+    let Err(reason) = synced else { return Ok(()) };
+    spare.lose();
+    // A command ends with its connection. Then that is what is wrong, and the next run goes on from here.
+    let _ = run.session.stat(packet::LSTAT, &run.root)?;
+    Err(failed(reason))
 }
 
 /// Puts the new manifest in force and clears the staging area, in an order that a crash does not hurt.
