@@ -35,5 +35,6 @@ pub mod sync;
 // Shells: never import each other; `cli` alone puts them together.
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod server;
 pub mod ssh;

@@ -25,7 +25,7 @@ const LAYERS: &[&[&str]] = &[
     &["endpoint"],
     &["sync"],
     &["config"],
-    &["ssh", "server"],
+    &["ssh", "server", "daemon"],
     &["cli"],
 ];
 /// `monitor` speaks of paths; both are leaves.

@@ -14,6 +14,7 @@ mod check_layouts;
 mod check_sample;
 mod cli;
 mod confined;
+mod daemon;
 mod disk;
 mod hostile_agent;
 mod hostile_races;

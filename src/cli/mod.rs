@@ -18,11 +18,14 @@ mod arguments;
 mod audit;
 mod check;
 mod completions;
+mod control;
+mod daemon;
 pub mod display;
 mod exec;
 mod habits;
 mod inspect;
 mod job;
+mod jobs;
 mod keys;
 mod login;
 mod look;
@@ -67,6 +70,10 @@ enum Command {
     Pull(push::Pull),
     Check(check::Check),
     Exec(exec::Exec),
+    Daemon(daemon::Daemon),
+    /// Pause, resume and hurry the jobs of a running daemon
+    #[command(subcommand)]
+    Jobs(jobs::Command),
     Serve(serve::Serve),
     SftpServer(sftp_server::SftpServer),
     /// List what a directory holds with its SHA-256, and check a directory against such a list
@@ -96,6 +103,8 @@ impl Command {
             Command::Pull(command) => command.run(),
             Command::Check(command) => command.run(),
             Command::Exec(command) => command.run(),
+            Command::Daemon(command) => command.run(),
+            Command::Jobs(command) => command.run(),
             Command::Serve(command) => command.run(),
             Command::SftpServer(command) => command.run(),
             Command::Manifest(command) => command.run(),

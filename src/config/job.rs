@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de};
 
@@ -41,6 +42,76 @@ pub struct Job {
     /// At most this much a second, to each target.
     #[serde(default, deserialize_with = "some_from_text")]
     pub bandwidth: Option<Bandwidth>,
+    /// For the daemon: how long a file or unit has to be left alone before it is sent.
+    #[serde(default = "usual_settle", deserialize_with = "from_text")]
+    pub settle: Period,
+    /// For the daemon: how changes are noticed.
+    #[serde(default)]
+    pub watch: Watch,
+    /// For the daemon: how often a source that gives no events is looked at.
+    #[serde(default = "usual_poll", deserialize_with = "from_text")]
+    pub poll: Period,
+    /// For the daemon: how often everything is looked at, whatever was noticed.
+    #[serde(default = "usual_rescan", deserialize_with = "from_text")]
+    pub rescan: Period,
+    /// For the daemon: the longest wait between two tries of a target that fails.
+    #[serde(default = "usual_retry", deserialize_with = "from_text")]
+    pub retry_max: Period,
+}
+
+/// Longer than any writer needs between two writes of one file that are meant to be seen together.
+fn usual_settle() -> Period {
+    Period(Duration::from_secs(2))
+}
+
+fn usual_poll() -> Period {
+    Period(Duration::from_secs(30))
+}
+
+fn usual_rescan() -> Period {
+    Period(Duration::from_secs(3600))
+}
+
+fn usual_retry() -> Period {
+    Period(Duration::from_secs(300))
+}
+
+/// How changes are noticed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Watch {
+    /// By events where the file system gives them, else by polling.
+    #[default]
+    Auto,
+    /// By events.
+    Events,
+    /// By looking every so often.
+    Polling,
+}
+
+/// A length of time, as `500ms`, `2s`, `10m`, `12h` or `7d`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Period(pub Duration);
+
+impl FromStr for Period {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Period, String> {
+        let wrong = || format!("'{text}' is no length of time: write it as '500ms', '2s', '10m', '12h' or '7d'");
+        let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+        let milliseconds = match unit {
+            "ms" => 1,
+            "s" => 1000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            "d" => 86_400_000,
+            _ => return Err(wrong()),
+        };
+        let number: u64 = number.parse().map_err(|_| wrong())?;
+        // Beyond ten years nothing is meant.
+        let all = number.checked_mul(milliseconds).filter(|&all| all < 3650 * 86_400_000).ok_or_else(wrong)?;
+        Ok(Period(Duration::from_millis(all)))
+    }
 }
 
 /// When a unit is complete.
@@ -142,6 +213,16 @@ fn some_from_text<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(input: D)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lengths_of_time() {
+        for (text, milliseconds) in [("0s", 0), ("500ms", 500), ("2s", 2000), ("10m", 600_000), ("7d", 604_800_000)] {
+            assert_eq!(text.parse(), Ok(Period(Duration::from_millis(milliseconds))), "{text}");
+        }
+        for wrong in ["", "0", "s", "-1s", "1.5s", "1w", "2 s", "99999999999999999999s", "4000d"] {
+            assert!(wrong.parse::<Period>().is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn rates() {

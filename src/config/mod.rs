@@ -4,6 +4,7 @@
 //! file, line and column, so that nothing is found out in the middle of a run.
 
 mod address;
+mod daemon;
 mod error;
 mod job;
 mod serve;
@@ -20,9 +21,10 @@ use serde::de::IgnoredAny;
 use toml::Spanned;
 
 pub use address::AddressList;
+pub use daemon::Daemon;
 pub(crate) use error::meant;
 pub use error::{ConfigError, Position, Untrusted};
-pub use job::{Bandwidth, Delete, Job, Layout, Ready};
+pub use job::{Bandwidth, Delete, Job, Layout, Period, Ready, Watch};
 pub use serve::{Serve, ServeLimits, ServeUser};
 
 use crate::filter::{Filter, FilterSpec};
@@ -48,6 +50,9 @@ pub struct Config {
     /// The listener, if this machine runs one.
     #[serde(default)]
     pub serve: Option<Serve>,
+    /// What runs the jobs by itself.
+    #[serde(default)]
+    pub daemon: Daemon,
 }
 
 /// Only where things stand in the text.
@@ -59,6 +64,8 @@ struct Places {
     job: Vec<Spanned<IgnoredAny>>,
     #[serde(default)]
     serve: Option<Spanned<ServePlaces>>,
+    #[serde(default)]
+    daemon: Option<Spanned<IgnoredAny>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -154,6 +161,8 @@ impl Config {
             let checked = self.check_job(job).and_then(|()| unique(&mut names, &job.name));
             checked.map_err(|message| (place(&places.job, at), format!("job '{}': {message}", job.name)))?;
         }
+        let at_daemon = |message| (places.daemon.as_ref().map(Spanned::span), message);
+        self.daemon.check().map_err(at_daemon)?;
         let mut names = BTreeSet::new();
         let Some(serve) = &self.serve else { return Ok(()) };
         serve.check().map_err(|message| (places.serve.as_ref().map(Spanned::span), message))?;

@@ -1,0 +1,172 @@
+//! `lockstep daemon`: keeps the jobs of the configuration in step by itself.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
+
+use super::arguments::Place;
+use super::transfer::{config_file, load_config, state_directory};
+use super::{Failure, login, remote};
+use crate::codec::CompressOptions;
+use crate::config::Config;
+use crate::daemon::{Connect, Daemon as Running, DaemonError, Places, Trouble};
+use crate::endpoint::Target;
+use crate::endpoint::local::LocalTarget;
+use crate::error::{Exit, chain};
+use crate::monitor::Monitor;
+use crate::policy::PolicySpec;
+
+/// Watch the sources of all jobs, and keep their targets in step
+///
+/// It stays in the foreground. SIGTERM and Ctrl-C end it: what is being published is, and what arrived of the rest is kept for
+/// the next start. SIGHUP reads the configuration anew; the one of before stays where the new one is wrong.
+#[derive(Debug, clap::Args)]
+pub(super) struct Daemon {
+    /// The configuration with the jobs [default: $LOCKSTEP_CONFIG, or /etc/lockstep/config.toml]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Say what is chosen and why
+    #[arg(short, long)]
+    verbose: bool,
+    #[command(flatten)]
+    reach: remote::Reach,
+    #[command(flatten)]
+    ssh: login::Ssh,
+}
+
+/// Connections as the command line and the user's ssh configuration say.
+struct Dialler {
+    reach: remote::Reach,
+    ssh: login::Ssh,
+}
+
+impl Connect for Dialler {
+    fn target(&self, target: &str, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble> {
+        let failed = |failure: Failure| Trouble { message: chain(&failure), exit: failure.exit() };
+        match Place::parse(std::ffi::OsStr::new(target)).map_err(failed)? {
+            Place::Here(path) => Ok(Box::new(LocalTarget::new(&path, PolicySpec::default()))),
+            Place::There(there) => {
+                let compress = CompressOptions::default();
+                remote::target(&there, &self.ssh, &self.reach, None, compress, monitor).map_err(failed)
+            }
+        }
+    }
+}
+
+/// What a signal asks for.
+const STOP: u8 = 1;
+const RELOAD: u8 = 2;
+
+impl Daemon {
+    pub(super) fn run(self) -> Result<Exit, Failure> {
+        self.log();
+        let file = config_file(self.config.as_deref());
+        let config = load_config(self.config.as_deref())?;
+        let places = places(&config)?;
+        let asked = signals()?;
+        let connect: Arc<dyn Connect> = Arc::new(Dialler { reach: self.reach, ssh: self.ssh });
+        let running = Running::start(config, places, connect).map_err(|error| failure(&error))?;
+        tracing::info!(config = %crate::error::shown(&file), "started");
+        loop {
+            match asked.swap(0, Ordering::SeqCst) {
+                STOP => break,
+                RELOAD => reload(&running, &file),
+                _ if running.reload_wanted() => reload(&running, &file),
+                _ => {}
+            }
+            if !running.is_alive() {
+                let message = "a thread of the daemon ended that should not have; see the log".to_owned();
+                return Err(Failure::Plain { exit: Exit::Io, message });
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        tracing::info!("stopping");
+        if !running.stop() {
+            tracing::warn!("ended in the middle of a run; what arrived is kept, and the next start goes on from there");
+        }
+        Ok(Exit::Done)
+    }
+
+    fn log(&self) {
+        let usual = if self.verbose { "lockstep=debug" } else { "lockstep=info" };
+        let filter = tracing_subscriber::EnvFilter::try_from_env("LOCKSTEP_LOG")
+            .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(usual));
+        // The journal has the time already.
+        let journal = std::env::var_os("JOURNAL_STREAM").is_some();
+        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+        let log = log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
+        // Only the first is taken, and this is it.
+        let _ = if journal { log.without_time().try_init() } else { log.try_init() };
+    }
+}
+
+fn reload(running: &Running, file: &Path) {
+    let taken = Config::load(file).map_err(|error| chain(&error));
+    match taken.and_then(|config| running.take(config).map_err(|error| chain(&error))) {
+        Ok(()) => tracing::info!(config = %crate::error::shown(file), "read anew"),
+        Err(reason) => running.keep_configuration(reason),
+    }
+}
+
+fn failure(error: &DaemonError) -> Failure {
+    let exit = match error {
+        DaemonError::Config(_) | DaemonError::NoJob(_) => Exit::Usage,
+        DaemonError::Running { .. } => Exit::TryAgain,
+        _ => Exit::Io,
+    };
+    Failure::Plain { exit, message: chain(error) }
+}
+
+/// A directory of systemd's, by its variable; the first where there are several.
+fn given(variable: &str) -> Option<PathBuf> {
+    let value = std::env::var(variable).ok()?;
+    value.split(':').next().filter(|path| path.starts_with('/')).map(PathBuf::from)
+}
+
+fn places(config: &Config) -> Result<Places, Failure> {
+    let state = config.daemon.state.clone().or_else(|| given("STATE_DIRECTORY")).or_else(state_directory);
+    let state =
+        state.ok_or_else(|| Failure::usage("there is no home directory to keep state in; name one: [daemon] state"))?;
+    Ok(Places { state, socket: super::control::socket_of(config)? })
+}
+
+/// Listens for the signals that ask for something.
+fn signals() -> Result<Arc<AtomicU8>, Failure> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let failed = |error: std::io::Error| Failure::Plain {
+        exit: Exit::Io,
+        message: format!("cannot listen for signals: {error}"),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    let asked = Arc::new(AtomicU8::new(0));
+    let heard = Arc::clone(&asked);
+    let (mut interrupt, mut terminate, mut hangup) = {
+        let _guard = runtime.enter();
+        let listen = |kind| signal(kind).map_err(failed);
+        (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?, listen(SignalKind::hangup())?)
+    };
+    let listen = move || {
+        runtime.block_on(async {
+            let mut stops = 0;
+            loop {
+                let wish = tokio::select! {
+                    _ = interrupt.recv() => STOP,
+                    _ = terminate.recv() => STOP,
+                    _ = hangup.recv() => RELOAD,
+                };
+                // A reload does not put a stop off; and who asks a second time means at once.
+                stops += u32::from(wish == STOP);
+                if stops > 1 {
+                    std::process::exit(Exit::Terminated.code().into());
+                }
+                heard.fetch_max(if wish == STOP { STOP } else { RELOAD }, Ordering::SeqCst);
+                if wish == STOP {
+                    heard.store(STOP, Ordering::SeqCst);
+                }
+            }
+        });
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(listen).map_err(failed)?;
+    Ok(asked)
+}

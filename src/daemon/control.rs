@@ -1,0 +1,105 @@
+//! Where a daemon can be asked: a Unix socket, one JSON object a line in, one out.
+//!
+//! Whoever may connect may ask for anything: the socket is 0600, or 0660 where its directory has another group, so that the file
+//! system says who that is.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+/// More is no request.
+const REQUEST_BYTES: u64 = 64 * 1024;
+/// Whoever asks has so long to say what.
+const PATIENCE: Duration = Duration::from_secs(5);
+const CONNECTIONS: usize = 16;
+
+/// Answers a request.
+pub(super) type Answer = dyn Fn(&Value) -> Result<Value, String> + Send + Sync;
+
+/// The socket; it goes when this is dropped.
+pub(super) struct Control {
+    path: PathBuf,
+    stop: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Control {
+    /// Listens at `path`. What an earlier daemon left there is removed; that none runs is known by its lock.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub(super) fn listen(path: &Path, answer: Arc<Answer>) -> std::io::Result<Control> {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        // RACE: between bind and chmod the socket has the mode of the umask. Its directory is ours alone, or root's.
+        let listener = UnixListener::bind(path)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let heard = Arc::clone(&stop);
+        let serve = move || serve(&listener, &heard, &answer);
+        let thread = Some(std::thread::Builder::new().name("control".into()).spawn(serve)?);
+        Ok(Control { path: path.to_owned(), stop, thread })
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        // Wakes the thread, which waits in accept.
+        let _ = UnixStream::connect(&self.path);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+fn serve(listener: &UnixListener, stop: &AtomicBool, answer: &Arc<Answer>) {
+    let open = Arc::new(AtomicUsize::new(0));
+    for stream in listener.incoming() {
+        if stop.load(Ordering::SeqCst) {
+            return;
+        }
+        let Ok(stream) = stream else {
+            // Out of descriptors, most likely: it passes.
+            std::thread::sleep(Duration::from_millis(100));
+            continue;
+        };
+        if open.fetch_add(1, Ordering::SeqCst) >= CONNECTIONS {
+            open.fetch_sub(1, Ordering::SeqCst);
+            continue;
+        }
+        let (answer, one) = (Arc::clone(answer), Arc::clone(&open));
+        let talk = move || {
+            // Whoever went away is owed nothing.
+            let _ = talk(&stream, &*answer);
+            one.fetch_sub(1, Ordering::SeqCst);
+        };
+        if std::thread::Builder::new().name("asked".into()).spawn(talk).is_err() {
+            open.fetch_sub(1, Ordering::SeqCst);
+            tracing::warn!("a request was not answered: no thread could be started");
+        }
+    }
+}
+
+fn talk(stream: &UnixStream, answer: &Answer) -> std::io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut line = Vec::new();
+    let mut reader = BufReader::new(stream.take(REQUEST_BYTES));
+    reader.read_until(b'\n', &mut line)?;
+    let answered = match serde_json::from_slice::<Value>(&line) {
+        Ok(request) => answer(&request).unwrap_or_else(|error| json!({ "error": error })),
+        Err(error) => json!({ "error": format!("this is no request: {error}") }),
+    };
+    let mut stream = stream;
+    stream.write_all(format!("{answered}\n").as_bytes())
+}

@@ -1,0 +1,221 @@
+//! The threads of one job: one that watches its source, one for each target.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::feed::{Feed, FeedOptions};
+use super::recent::Recent;
+use super::run::Plan;
+use super::status::{JobStatus, Trouble, Watching};
+use super::target::Lane;
+use super::{Connect, Places, clock};
+use crate::config::Job;
+use crate::policy::PolicySpec;
+
+/// How often it is seen whether a source that is gone is back.
+const GONE_PAUSE: Duration = Duration::from_secs(2);
+
+pub(super) struct JobThreads {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    job: Job,
+    policy: PolicySpec,
+    stop: Arc<AtomicBool>,
+    lanes: Vec<Lane>,
+    feed: Mutex<Option<Arc<Feed>>>,
+    halted: Mutex<Option<Trouble>>,
+    paused: AtomicBool,
+}
+
+impl JobThreads {
+    /// A job that is not started yet.
+    pub(super) fn new(job: Job, policy: PolicySpec) -> JobThreads {
+        let stop = Arc::new(AtomicBool::new(false));
+        let lanes = job.targets.iter().map(|target| Lane::new(target, Arc::clone(&stop))).collect();
+        let shared = Shared {
+            job,
+            policy,
+            stop,
+            lanes,
+            feed: Mutex::default(),
+            halted: Mutex::default(),
+            paused: AtomicBool::new(false),
+        };
+        JobThreads { shared: Arc::new(shared), threads: Vec::new() }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.shared.job.name
+    }
+
+    pub(super) fn is_of(&self, job: &Job, policy: &PolicySpec) -> bool {
+        self.shared.job == *job && self.shared.policy == *policy
+    }
+
+    /// Starts its threads, where they do not run already.
+    pub(super) fn start(
+        &mut self,
+        places: &Places,
+        connect: &Arc<dyn Connect>,
+        recent: &Arc<Recent>,
+    ) -> std::io::Result<()> {
+        if !self.threads.is_empty() {
+            return Ok(());
+        }
+        let actor = actor();
+        for number in 0..self.shared.lanes.len() {
+            let (shared, connect, recent) = (Arc::clone(&self.shared), Arc::clone(connect), Arc::clone(recent));
+            let (actor, state): (String, PathBuf) = (actor.clone(), places.state.clone());
+            let serve = move || {
+                let plan = Plan { job: &shared.job, policy: &shared.policy, actor: &actor, state: &state };
+                shared.lanes[number].serve(&plan, &*connect, &recent);
+            };
+            self.threads.push(std::thread::Builder::new().name("target".into()).spawn(serve)?);
+        }
+        let shared = Arc::clone(&self.shared);
+        self.threads.push(std::thread::Builder::new().name("watch".into()).spawn(move || shared.watch())?);
+        Ok(())
+    }
+
+    pub(super) fn pause(&self, paused: bool) {
+        self.shared.paused.store(paused, Ordering::Relaxed);
+        self.shared.lanes.iter().for_each(|lane| lane.pause(paused));
+    }
+
+    /// Tries again at once what waits for its time.
+    pub(super) fn hurry(&self) {
+        self.shared.lanes.iter().for_each(Lane::hurry);
+    }
+
+    pub(super) fn is_alive(&self) -> bool {
+        self.threads.iter().all(|thread| !thread.is_finished())
+    }
+
+    pub(super) fn ask_to_stop(&self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        if let Some(feed) = self.shared.feed() {
+            feed.stop();
+        }
+        self.shared.lanes.iter().for_each(Lane::wake);
+    }
+
+    /// Waits for its threads. True where all ended in time.
+    pub(super) fn join(self, until: Instant) -> bool {
+        while self.threads.iter().any(|thread| !thread.is_finished()) {
+            if Instant::now() >= until {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.threads.into_iter().for_each(|thread| drop(thread.join()));
+        true
+    }
+
+    pub(super) fn status(&self) -> JobStatus {
+        let shared = &self.shared;
+        let feed = shared.feed();
+        let starting = || Watching { mode: "starting".into(), ..Watching::default() };
+        let (unfinished, unfinished_count) = feed.as_ref().map(|feed| feed.unfinished()).unwrap_or_default();
+        JobStatus {
+            name: shared.job.name.clone(),
+            source: crate::error::shown(&shared.job.source).to_string(),
+            paused: shared.paused.load(Ordering::Relaxed),
+            watching: feed.as_ref().map_or_else(starting, |feed| feed.watching()),
+            unfinished,
+            unfinished_count,
+            halted: shared.halted.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            targets: shared.lanes.iter().map(Lane::status).collect(),
+        }
+    }
+}
+
+impl Shared {
+    fn feed(&self) -> Option<Arc<Feed>> {
+        self.feed.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Passes on what may be sent. A source that cannot be watched is tried again, and nothing is sent meanwhile.
+    fn watch(&self) {
+        while !self.stopped() {
+            match Feed::start(&self.job.source, self.feed_options()) {
+                Ok(feed) => {
+                    *self.feed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(feed));
+                    self.pass_on();
+                }
+                Err(error) => self.halt(Some(crate::error::chain(&error))),
+            }
+            self.pause_for(GONE_PAUSE);
+        }
+    }
+
+    fn pass_on(&self) {
+        let Some(feed) = self.feed() else { return };
+        // RACE: asked to stop before the feed was there to be told.
+        while !self.stopped() {
+            let ready = feed.next(Some(Instant::now() + GONE_PAUSE));
+            self.halt(feed.gone());
+            if let Some(ready) = ready
+                && self.halted.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+            {
+                self.lanes.iter().for_each(|lane| lane.add(ready.clone()));
+            }
+        }
+    }
+
+    /// Says that nothing is sent, and why; or that it is again.
+    fn halt(&self, reason: Option<String>) {
+        let mut halted = self.halted.lock().unwrap_or_else(PoisonError::into_inner);
+        let (job, source) = (self.job.name.as_str(), crate::error::shown(&self.job.source).to_string());
+        match (&*halted, reason) {
+            (Some(known), Some(reason)) if known.message == reason => {}
+            (_, Some(reason)) => {
+                tracing::error!(job, source, "nothing is sent: {reason}");
+                let hint = "nothing is deleted at the targets; bring the source back, or change the job".to_owned();
+                *halted = Some(Trouble { time: clock(), message: reason, hint: Some(hint), times: 1 });
+            }
+            (Some(_), None) => {
+                tracing::info!(job, source, "the source is there again");
+                *halted = None;
+            }
+            (None, None) => {}
+        }
+    }
+
+    fn pause_for(&self, pause: Duration) {
+        let until = Instant::now() + pause;
+        while !self.stopped() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn feed_options(&self) -> FeedOptions {
+        let job = &self.job;
+        FeedOptions {
+            settle: job.settle.0,
+            unit: job.unit.clone(),
+            ready: job.ready.clone(),
+            last: job.last.clone(),
+            exclude: job.exclude.clone(),
+            watch: job.watch,
+            poll: job.poll.0,
+            rescan: job.rescan.0,
+        }
+    }
+}
+
+/// `user@host` of whoever runs this, for locks and the audit log.
+fn actor() -> String {
+    let user = uzers::get_current_username()
+        .map_or_else(|| rustix::process::getuid().as_raw().to_string(), |name| name.to_string_lossy().into_owned());
+    format!("{user}@{}", rustix::system::uname().nodename().to_string_lossy())
+}

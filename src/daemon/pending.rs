@@ -1,0 +1,142 @@
+//! What a target has yet to get. Pure: what was noticed goes in, what is to be compared comes out, and goes back in where
+//! the run failed.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use super::feed::Ready;
+use crate::path::RelPath;
+
+/// More single paths than this are not worth naming: everything is compared instead.
+const PATHS_MAX: usize = 10_000;
+
+/// What is to be compared and sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Work {
+    /// All but these.
+    Everything { except: BTreeSet<RelPath> },
+    /// These alone.
+    Paths(BTreeSet<RelPath>),
+}
+
+/// What has not been published yet.
+#[derive(Debug, Default)]
+pub(super) struct Pending {
+    work: Option<Work>,
+    since: Option<Instant>,
+}
+
+impl Pending {
+    /// Something became ready.
+    pub(super) fn add(&mut self, ready: Ready, now: Instant) {
+        self.since.get_or_insert(now);
+        self.work = Some(match (self.work.take(), ready) {
+            // It was looked at just now: what was left out before has become ready or not by this.
+            (_, Ready::Everything { except }) => Work::Everything { except },
+            (None, Ready::Paths(paths)) => Work::Paths(paths),
+            (Some(Work::Paths(mut all)), Ready::Paths(paths)) => {
+                all.extend(paths);
+                Work::Paths(all)
+            }
+            (Some(Work::Everything { mut except }), Ready::Paths(paths)) => {
+                // What lies in a directory that is finished now is finished, too.
+                except.retain(|left| !paths.iter().any(|path| left.is_within(path)));
+                Work::Everything { except }
+            }
+        });
+        if matches!(&self.work, Some(Work::Paths(paths)) if paths.len() > PATHS_MAX) {
+            self.work = Some(Work::Everything { except: BTreeSet::new() });
+        }
+    }
+
+    /// What there is to do, which is in somebody's hands from now on.
+    pub(super) fn take(&mut self) -> Option<Work> {
+        self.work.take()
+    }
+
+    /// A run that was to do `work` did not come to its end.
+    pub(super) fn put_back(&mut self, work: Work) {
+        let later = self.work.take();
+        self.work = Some(match (work, later) {
+            (work, None) => work,
+            // Of what became ready since more is known.
+            (Work::Everything { .. }, Some(later @ Work::Everything { .. })) => later,
+            (Work::Paths(paths), Some(Work::Paths(mut later))) => {
+                later.extend(paths);
+                Work::Paths(later)
+            }
+            (Work::Everything { mut except }, Some(Work::Paths(paths))) => {
+                except.retain(|left| !paths.iter().any(|path| left.is_within(path)));
+                Work::Everything { except }
+            }
+            (Work::Paths(_), Some(later @ Work::Everything { .. })) => later,
+        });
+    }
+
+    /// A run has done its work. What became ready meanwhile waits since then.
+    pub(super) fn done(&mut self, now: Instant) {
+        self.since = self.work.is_some().then_some(now);
+    }
+
+    /// Since when something waits or is being sent.
+    pub(super) fn since(&self) -> Option<Instant> {
+        self.since
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.work.is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(paths: &[&str]) -> BTreeSet<RelPath> {
+        paths.iter().map(|path| RelPath::new(path).unwrap()).collect()
+    }
+
+    #[test]
+    fn what_becomes_ready_adds_up_and_nothing_is_lost_when_a_run_fails() {
+        let (now, mut pending) = (Instant::now(), Pending::default());
+        assert!(pending.is_empty() && pending.take().is_none() && pending.since().is_none());
+        pending.add(Ready::Paths(set(&["a"])), now);
+        pending.add(Ready::Paths(set(&["b"])), now);
+        let work = pending.take().unwrap();
+        assert_eq!(work, Work::Paths(set(&["a", "b"])));
+        assert!(pending.since().is_some(), "what is being sent still waits");
+        pending.add(Ready::Paths(set(&["c"])), now);
+        pending.put_back(work);
+        assert_eq!(pending.take(), Some(Work::Paths(set(&["a", "b", "c"]))));
+        pending.done(now);
+        assert!(pending.since().is_none());
+    }
+
+    #[test]
+    fn everything_takes_single_paths_in_and_what_is_finished_is_left_out_no_more() {
+        let (now, mut pending) = (Instant::now(), Pending::default());
+        pending.add(Ready::Paths(set(&["a"])), now);
+        pending.add(Ready::Everything { except: set(&["unit/x", "unit-2", "w"]) }, now);
+        pending.add(Ready::Paths(set(&["unit"])), now);
+        let work = pending.take().unwrap();
+        assert_eq!(work, Work::Everything { except: set(&["unit-2", "w"]) });
+        pending.add(Ready::Paths(set(&["w"])), now);
+        pending.put_back(work.clone());
+        assert_eq!(pending.take(), Some(Work::Everything { except: set(&["unit-2"]) }));
+        // What was left out is not sent because a run failed.
+        pending.add(Ready::Everything { except: set(&["new"]) }, now);
+        pending.put_back(work);
+        assert_eq!(pending.take(), Some(Work::Everything { except: set(&["new"]) }));
+        pending.put_back(Work::Paths(set(&["a"])));
+        pending.add(Ready::Everything { except: set(&["a"]) }, now);
+        assert_eq!(pending.take(), Some(Work::Everything { except: set(&["a"]) }));
+    }
+
+    #[test]
+    fn too_many_paths_are_everything() {
+        let mut pending = Pending::default();
+        let many = (0..=PATHS_MAX).map(|number| RelPath::new(number.to_string()).unwrap()).collect();
+        pending.add(Ready::Paths(many), Instant::now());
+        assert_eq!(pending.take(), Some(Work::Everything { except: BTreeSet::new() }));
+    }
+}

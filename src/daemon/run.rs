@@ -1,0 +1,164 @@
+//! One run: what is to be sent of a job, to one target.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use super::pending::Work;
+use super::tally::Tally;
+use super::{Connect, Trouble};
+use crate::config::{Delete, Job};
+use crate::endpoint::local::LocalSource;
+use crate::endpoint::{BeginOptions, ScanOptions};
+use crate::error::{Exit, chain};
+use crate::filter::FilterSpec;
+use crate::monitor::Severity;
+use crate::path::RelPath;
+use crate::policy::PolicySpec;
+use crate::root::{Follow, Root};
+use crate::sync::{self, Options, SyncReport};
+
+/// Connections of a run, and how often a file is sent again that changed or arrived damaged.
+const WORKERS: usize = 2;
+const RETRIES: u32 = 2;
+/// Another run on the same target, a push by hand for instance, is waited for so many seconds.
+const WAIT_SECONDS: u64 = 30;
+
+/// What the runs of a job have in common.
+pub(super) struct Plan<'a> {
+    pub(super) job: &'a Job,
+    pub(super) policy: &'a PolicySpec,
+    pub(super) actor: &'a str,
+    /// Where digests of the source are kept.
+    pub(super) state: &'a Path,
+}
+
+/// A run that came to its end.
+#[derive(Debug, Default)]
+pub(super) struct Done {
+    pub(super) generation: Option<u64>,
+    pub(super) published: u64,
+    pub(super) removed: u64,
+    pub(super) verified_bytes: u64,
+    pub(super) transferred_bytes: u64,
+    pub(super) wire_bytes: u64,
+}
+
+/// Sends `work` to `target`.
+///
+/// # Errors
+/// [`Trouble`] when not all of it is there now; what was published before stays.
+pub(super) fn run(
+    plan: &Plan<'_>,
+    target: &str,
+    work: &Work,
+    connect: &dyn Connect,
+    tally: &Tally,
+    stop: &AtomicBool,
+) -> Result<Done, Trouble> {
+    let job = plan.job;
+    let failed = |error: &dyn std::error::Error, exit| Trouble { message: chain(error), exit };
+    let root = Root::open(&job.source).map_err(|error| failed(&error, Exit::Io))?;
+    let Some(options) = options(plan, work, &root) else { return Ok(Done::default()) };
+    let source = LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
+    let target = connect.target(target, tally)?;
+    let report = sync::run(&source, &*target, &options, tally, stop).map_err(|error| failed(&error, error.exit()))?;
+    concluded(report)
+}
+
+/// What is asked of the engine; `None` where nothing of the work is left to do.
+fn options(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<Options> {
+    let job = plan.job;
+    let mut filter = FilterSpec { rules: job.exclude.clone(), only: None };
+    match work {
+        Work::Everything { except } => filter.rules.extend(except.iter().map(rule)),
+        Work::Paths(paths) => {
+            // What is gone is asked for where it is to be removed there, too.
+            let counts = |path: &&RelPath| job.delete == Delete::Mirror || root.stat(path, Follow::Never).is_ok();
+            let only: Vec<Vec<u8>> = paths.iter().filter(counts).map(|path| path.as_bytes().to_vec()).collect();
+            if only.is_empty() {
+                return None;
+            }
+            filter.only = Some(only);
+        }
+    }
+    Some(Options {
+        scan: ScanOptions { filter: filter.clone(), ..ScanOptions::default() },
+        begin: BeginOptions {
+            policy: plan.policy.clone(),
+            filter,
+            last: job.last.clone(),
+            units: job.unit.iter().cloned().collect(),
+            wait_seconds: WAIT_SECONDS,
+            actor: plan.actor.to_owned(),
+            source: crate::error::shown(&job.source).to_string(),
+            ..BeginOptions::default()
+        },
+        delete: job.delete == Delete::Mirror,
+        max_delete: job.max_delete,
+        workers: WORKERS,
+        retries: RETRIES,
+        bandwidth: job.bandwidth.map(|rate| rate.0),
+    })
+}
+
+/// The gitignore line for just this path. Bytes that are not UTF-8 are matched by `?`, one for each: it may leave out more,
+/// which then waits for the next time.
+fn rule(path: &RelPath) -> String {
+    let mut line = String::from("/");
+    for chunk in path.as_bytes().utf8_chunks() {
+        for c in chunk.valid().chars() {
+            if matches!(c, '*' | '?' | '[' | ']' | '{' | '}' | '\\' | '!' | '#' | ' ') {
+                line.push('\\');
+            }
+            // A line ends at a line feed, whatever stands before it.
+            line.push(if c == '\n' || c == '\r' { '?' } else { c });
+        }
+        chunk.invalid().iter().for_each(|_| line.push('?'));
+    }
+    line
+}
+
+fn concluded(report: SyncReport) -> Result<Done, Trouble> {
+    let failed: Vec<_> = report.problems.iter().filter(|problem| problem.severity == Severity::Failed).collect();
+    if let Some(first) = failed.first() {
+        let path = first.path.as_ref().map_or_else(|| ".".to_owned(), ToString::to_string);
+        let more = if failed.len() > 1 { format!(" (and {} more paths)", failed.len() - 1) } else { String::new() };
+        return Err(Trouble { message: format!("'{path}': {}{more}", first.message), exit: Exit::Incomplete });
+    }
+    let committed = report.committed.unwrap_or_default();
+    Ok(Done {
+        generation: Some(committed.generation),
+        published: committed.published,
+        removed: committed.removed,
+        verified_bytes: report.verified_bytes,
+        transferred_bytes: report.transferred_bytes,
+        wire_bytes: report.wire_bytes,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::filter::Filter;
+
+    #[test]
+    fn a_path_that_is_left_out_is_matched_by_its_rule_and_its_neighbours_are_not() {
+        for name in
+            ["plain", "a b", "with*star", "que?ry", "[set]", "!bang", "#hash", "tail ", "back\\slash", "{a,b}", "é"]
+        {
+            for path in [name.to_owned(), format!("d/{name}")] {
+                let path = RelPath::new(&path).unwrap();
+                let filter = Filter::compile(&FilterSpec { rules: vec![rule(&path)], only: None }).unwrap();
+                assert!(!filter.admits(&path, false) && !filter.admits(&path, true), "{path}");
+                for other in ["withXstar", "queXry", "s", "a", "deeper/plain", "plain2"] {
+                    assert!(filter.admits(&RelPath::new(other).unwrap(), false), "{path} {other}");
+                }
+            }
+        }
+        for odd in [&b"caf\xe9"[..], b"two\nlines", b"d/\xff\xfe"] {
+            let path = RelPath::new(odd).unwrap();
+            let filter = Filter::compile(&FilterSpec { rules: vec![rule(&path)], only: None }).unwrap();
+            assert!(!filter.admits(&path, false), "{path}");
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! The daemon: what changes arrives at every target by itself, and what goes wrong at one holds up no other.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::kit::area::lockstep;
+use crate::kit::{done, ends, text, until};
+
+/// A daemon in an area of its own; it ends with this.
+pub(crate) struct Running {
+    at: tempfile::TempDir,
+    child: Option<Child>,
+}
+
+impl Running {
+    /// With a configuration in which `AT` stands for the area.
+    pub(crate) fn start(config: &str) -> Running {
+        let at = tempfile::tempdir().unwrap();
+        let mut running = Running { at, child: None };
+        fs::create_dir(running.path("source")).unwrap();
+        running.configure(config);
+        running.launch();
+        running
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.at.path().join(name)
+    }
+
+    pub(crate) fn configure(&self, config: &str) {
+        let own = format!("[daemon]\nstate = \"AT/state\"\nsocket = \"AT/daemon.sock\"\n{config}");
+        fs::write(self.path("config.toml"), own.replace("AT", self.at.path().to_str().unwrap())).unwrap();
+    }
+
+    pub(crate) fn launch(&mut self) {
+        let log = fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
+        let mut command = self.command(&["daemon", "--config"]);
+        let child = command.arg(self.path("config.toml")).stderr(log).stdout(Stdio::null()).spawn().unwrap();
+        self.child = Some(child);
+        until("the daemon to answer", || self.path("daemon.sock").exists() && self.ask("status").is_some());
+    }
+
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(lockstep());
+        command.args(arguments).env("HOME", self.at.path()).env_remove("SSH_AUTH_SOCK").env_remove("XDG_STATE_HOME");
+        command
+    }
+
+    pub(crate) fn jobs(&self, arguments: &[&str]) -> Output {
+        let mut command = self.command(&["jobs"]);
+        command.args(arguments).arg("--socket").arg(self.path("daemon.sock")).output().unwrap()
+    }
+
+    fn ask(&self, request: &str) -> Option<Value> {
+        use std::io::{BufRead as _, Write as _};
+        let mut stream = std::os::unix::net::UnixStream::connect(self.path("daemon.sock")).ok()?;
+        stream.write_all(format!("{}\n", json!({ "request": request })).as_bytes()).ok()?;
+        let mut line = String::new();
+        std::io::BufReader::new(stream).read_line(&mut line).ok()?;
+        serde_json::from_str(&line).ok()
+    }
+
+    pub(crate) fn status(&self) -> Value {
+        self.ask("status").unwrap()["status"].clone()
+    }
+
+    /// The state of a target of the first job.
+    pub(crate) fn target(&self, number: usize) -> Value {
+        self.status()["jobs"][0]["targets"][number].clone()
+    }
+
+    pub(crate) fn signal(&self, signal: &str) {
+        let pid = self.child.as_ref().unwrap().id().to_string();
+        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+    }
+
+    /// Ends it as systemd does, and gives its exit status.
+    pub(crate) fn stop(&mut self) -> Option<i32> {
+        self.signal("-TERM");
+        self.child.take().unwrap().wait().unwrap().code()
+    }
+
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).unwrap()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+            if std::thread::panicking() {
+                eprintln!("{}", self.log());
+            }
+        }
+    }
+}
+
+fn holds(path: &Path, content: &str) -> bool {
+    fs::read_to_string(path).is_ok_and(|found| found == content)
+}
+
+const TWO: &str = r#"
+[[job]]
+name = "data"
+source = "AT/source"
+targets = ["AT/one", "AT/two"]
+settle = "0s"
+poll = "100ms"
+retry_max = "1s"
+"#;
+
+#[test]
+fn s28_what_changes_arrives_at_every_target_and_is_good() {
+    let mut running = Running::start(TWO);
+    fs::create_dir(running.path("source/d")).unwrap();
+    fs::write(running.path("source/d/a"), "first").unwrap();
+    for target in ["one", "two"] {
+        until("the first file", || holds(&running.path(target).join("d/a"), "first"));
+    }
+    fs::write(running.path("source/d/a"), "second, and longer").unwrap();
+    fs::write(running.path("source/b"), "new").unwrap();
+    for target in ["one", "two"] {
+        until("the change", || holds(&running.path(target).join("d/a"), "second, and longer"));
+        until("the new file", || holds(&running.path(target).join("b"), "new"));
+        until("it to be idle", || running.target(usize::from(target == "two"))["state"] == "idle");
+        done(&running.command(&["check"]).arg(running.path(target)).output().unwrap());
+    }
+    // Deleting is never the default.
+    fs::remove_file(running.path("source/b")).unwrap();
+    let runs = running.target(0)["runs"].as_u64().unwrap();
+    until("another look", || running.target(0)["runs"].as_u64().unwrap() > runs + 1);
+    assert!(running.path("one/b").exists());
+    let status = running.status();
+    assert_eq!(status["format"], "lockstep-status 1");
+    assert!(status["recent"].as_array().unwrap().len() >= 2, "{status}");
+    assert_eq!(running.stop(), Some(0), "{}", running.log());
+    assert!(!running.path("daemon.sock").exists());
+}
+
+#[test]
+fn h30_a_target_that_fails_holds_up_no_other_and_catches_up() {
+    let running = Running::start(TWO);
+    // A file where the directory should be: nothing can be published there.
+    fs::write(running.path("two"), "in the way").unwrap();
+    fs::write(running.path("source/a"), "content").unwrap();
+    until("the good target", || holds(&running.path("one/a"), "content"));
+    until("the failure to be told", || running.target(1)["last_error"].is_object());
+    let target = running.target(1);
+    assert!(target["failures"].as_u64().unwrap() >= 1, "{target}");
+    assert!(target["last_error"]["message"].as_str().unwrap().contains("two"), "{target}");
+    assert!(target["lag_units"].as_u64().unwrap() >= 1, "{target}");
+    assert_eq!(running.target(0)["failures"], 0);
+    fs::remove_file(running.path("two")).unwrap();
+    until("the other target to catch up", || holds(&running.path("two/a"), "content"));
+    until("it to be idle", || running.target(1)["state"] == "idle" && running.target(1)["last_error"].is_null());
+}
+
+#[test]
+fn h38_a_source_that_is_gone_halts_the_job_and_deletes_nothing() {
+    let running = Running::start(&format!("{TWO}delete = \"mirror\"\n"));
+    fs::write(running.path("source/a"), "content").unwrap();
+    until("the first file", || holds(&running.path("one/a"), "content") && holds(&running.path("two/a"), "content"));
+    fs::rename(running.path("source"), running.path("elsewhere")).unwrap();
+    until("the job to halt", || running.status()["jobs"][0]["halted"].is_object());
+    // An empty directory in its place, as a file system that is not mounted.
+    fs::create_dir(running.path("source")).unwrap();
+    until("the refusal", || {
+        running.target(0)["last_error"]["message"].as_str().is_some_and(|told| told.contains("safety"))
+    });
+    assert!(holds(&running.path("one/a"), "content") && holds(&running.path("two/a"), "content"));
+    fs::remove_dir(running.path("source")).unwrap();
+    fs::rename(running.path("elsewhere"), running.path("source")).unwrap();
+    fs::write(running.path("source/b"), "more").unwrap();
+    until("it to go on", || holds(&running.path("one/b"), "more"));
+    assert!(running.status()["jobs"][0]["halted"].is_null());
+}
+
+#[test]
+fn jobs_are_paused_and_resumed_and_a_bad_configuration_is_not_taken() {
+    let running = Running::start(TWO);
+    fs::write(running.path("source/a"), "content").unwrap();
+    until("the first file", || holds(&running.path("one/a"), "content"));
+    ends(&running.jobs(&["pause", "dta"]), 2, &["there is no job 'dta'", "data"]);
+    done(&running.jobs(&["pause", "data"]));
+    until("it to be paused", || running.target(0)["state"] == "paused" && running.target(1)["state"] == "paused");
+    fs::write(running.path("source/b"), "later").unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(400));
+    assert!(!running.path("one/b").exists());
+    done(&running.jobs(&["resume"]));
+    until("it to go on", || holds(&running.path("one/b"), "later"));
+    // The old configuration stays while the new one is wrong, and says so.
+    running.configure(&TWO.replace("settle", "setle"));
+    running.signal("-HUP");
+    until("the error", || running.status()["config_error"].is_string());
+    assert!(running.status()["config_error"].as_str().unwrap().contains("setle"));
+    fs::write(running.path("source/c"), "still").unwrap();
+    until("it to work on", || holds(&running.path("one/c"), "still"));
+    running.configure(&TWO.replace(", \"AT/two\"", ", \"AT/three\""));
+    done(&running.jobs(&["reload"]));
+    until("the new target", || holds(&running.path("three/c"), "still"));
+    assert!(running.status()["config_error"].is_null());
+}
+
+#[test]
+fn a_second_daemon_on_the_same_state_is_refused_and_a_killed_one_leaves_nothing_in_the_way() {
+    let mut running = Running::start(TWO);
+    let second = running.command(&["daemon", "--config"]).arg(running.path("config.toml")).output().unwrap();
+    ends(&second, 75, &["another daemon (process"]);
+    fs::write(running.path("source/a"), "content").unwrap();
+    until("the first file", || holds(&running.path("one/a"), "content"));
+    running.signal("-KILL");
+    running.child.take().unwrap().wait().unwrap();
+    fs::write(running.path("source/b"), "after").unwrap();
+    running.launch();
+    until("what changed meanwhile", || {
+        holds(&running.path("one/b"), "after") && holds(&running.path("two/b"), "after")
+    });
+    assert_eq!(running.stop(), Some(0));
+    let none = running.jobs(&["pause"]);
+    ends(&none, 5, &["no daemon listens"]);
+    let empty = running.path("empty.toml");
+    fs::write(&empty, "").unwrap();
+    let idle = running.command(&["daemon", "--config"]).arg(&empty).output().unwrap();
+    ends(&idle, 2, &["has no [[job]]"]);
+    assert!(text(&idle).contains("empty.toml"));
+}
