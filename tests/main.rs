@@ -27,6 +27,7 @@ mod kubernetes;
 mod layout;
 mod model;
 mod names;
+mod notify;
 mod oms;
 mod pipeline;
 mod pipes;

@@ -10,7 +10,7 @@ list=/etc/lockstep/slurm-paths
 # What 'lockstep check' gets besides: how old a verdict may be, and maybe --require-signature, --as or --verdict.
 options=(--max-age 1d)
 # Where the answers lie, by the job's number. Only root may write there.
-answers=/run/lockstep/slurm
+answers=/run/lockstep-slurm
 # All paths together get so many seconds. Less than BatchStartTimeout.
 limit=8
 

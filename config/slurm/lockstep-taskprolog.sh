@@ -11,7 +11,7 @@ PATH=/usr/bin:/bin
 lockstep=/usr/bin/lockstep
 # As in lockstep-prolog.sh.
 list=/etc/lockstep/slurm-paths
-answers=/run/lockstep/slurm
+answers=/run/lockstep-slurm
 # How much of what a check says is shown: so many findings of each path, and so many bytes of a line.
 findings=3
 width=1000

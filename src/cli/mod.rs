@@ -30,6 +30,7 @@ mod keys;
 mod login;
 mod look;
 mod manifest;
+mod notify;
 mod passphrase;
 mod policy;
 mod push;
