@@ -288,7 +288,7 @@ impl Daemon {
         jobs.iter().for_each(JobThreads::ask_to_stop);
         let until = Instant::now() + GRACE;
         // Not `all`: each is waited for.
-        jobs.into_iter().fold(true, |all, job| job.join(until) && all)
+        jobs.into_iter().map(|job| job.join(until)).filter(|in_time| !in_time).count() == 0
     }
 }
 
