@@ -241,9 +241,8 @@ impl Daemon {
         }
         // Those that go end before others begin: they may be of the same source and targets.
         before.iter().for_each(JobThreads::ask_to_stop);
-        let until = Instant::now() + GRACE;
         for job in before {
-            if !job.join(until) {
+            if !job.join(Instant::now() + GRACE) {
                 tracing::warn!("a run of a job that is no more goes on for a while");
             }
         }
@@ -288,7 +287,7 @@ impl Daemon {
         jobs.iter().for_each(JobThreads::ask_to_stop);
         let until = Instant::now() + GRACE;
         // Not `all`: each is waited for.
-        jobs.into_iter().map(|job| job.join(until)).filter(|in_time| !in_time).count() == 0
+        jobs.into_iter().fold(true, |all, job| job.join(until) && all)
     }
 }
 
