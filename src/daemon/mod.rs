@@ -286,8 +286,8 @@ impl Daemon {
         let jobs = std::mem::take(&mut self.shared.running().jobs);
         jobs.iter().for_each(JobThreads::ask_to_stop);
         let until = Instant::now() + GRACE;
-        // Not `all`: each is waited for.
-        jobs.into_iter().fold(true, |all, job| job.join(until) && all)
+        let late = jobs.into_iter().map(|job| job.join(until)).filter(|ended| !ended).count();
+        late == 0
     }
 }
 
