@@ -89,6 +89,8 @@ impl Running {
 }
 
 impl Drop for Running {
+    // A test that failed says what the daemon said.
+    #[allow(clippy::print_stderr)]
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
             let _ = child.kill();
