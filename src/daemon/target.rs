@@ -29,7 +29,17 @@ struct Inner {
     failures_in_a_row: u64,
     next_try: Option<Instant>,
     halted: bool,
+    /// All that was added up to this number is published.
+    done_through: u64,
     known: TargetStatus,
+}
+
+/// What became of a run.
+pub(super) enum Happened<'a> {
+    /// All that was to be done is; `changed` where that was anything.
+    Published { changed: bool },
+    /// It failed, and the one before had not.
+    BeganToFail(&'a Trouble),
 }
 
 impl Lane {
@@ -44,10 +54,15 @@ impl Lane {
     }
 
     /// Something may be sent.
-    pub(super) fn add(&self, ready: Ready) {
+    pub(super) fn add(&self, ready: Ready, number: u64) {
         let mut inner = self.inner();
-        inner.pending.add(ready, Instant::now());
+        inner.pending.add(ready, number, Instant::now());
         self.woken.notify_all();
+    }
+
+    /// All that was added up to this number is published.
+    pub(super) fn done_through(&self) -> u64 {
+        self.inner().done_through
     }
 
     /// Begins no run from now on, or begins them again.
@@ -94,8 +109,14 @@ impl Lane {
     }
 
     /// The thread: ends when the stop flag is set.
-    pub(super) fn serve(&self, plan: &Plan<'_>, connect: &dyn Connect, recent: &Recent) {
-        while let Some((work, tally)) = self.wait(&plan.job.name) {
+    pub(super) fn serve(
+        &self,
+        plan: &Plan<'_>,
+        connect: &dyn Connect,
+        recent: &Recent,
+        happened: &dyn Fn(Happened<'_>),
+    ) {
+        while let Some((work, through, tally)) = self.wait(&plan.job.name) {
             let started = Instant::now();
             let result = run(plan, &self.target, &work, connect, &tally, &self.stop);
             let stopped = self.stop.load(Ordering::Relaxed);
@@ -104,8 +125,10 @@ impl Lane {
             match result {
                 Ok(done) => {
                     inner.succeeded(&done);
+                    inner.done_through = through;
                     drop(inner);
                     self.tell(plan, &done, started.elapsed(), recent);
+                    happened(Happened::Published { changed: done.published + done.removed > 0 });
                 }
                 Err(trouble) => {
                     inner.pending.put_back(work);
@@ -113,15 +136,19 @@ impl Lane {
                         return;
                     }
                     inner.failed(&trouble, plan.job.retry_max.0);
+                    let first = inner.failures_in_a_row == 1;
                     drop(inner);
                     self.tell_trouble(plan, &trouble, started.elapsed(), recent);
+                    if first {
+                        happened(Happened::BeganToFail(&trouble));
+                    }
                 }
             }
         }
     }
 
     /// Waits for work; `None` to end.
-    fn wait(&self, job: &str) -> Option<(super::pending::Work, Arc<Tally>)> {
+    fn wait(&self, job: &str) -> Option<(super::pending::Work, u64, Arc<Tally>)> {
         let mut inner = self.inner();
         loop {
             if self.stop.load(Ordering::Relaxed) {
@@ -136,7 +163,7 @@ impl Lane {
                 let tally = Arc::new(Tally::new(job, &self.target, Arc::clone(&self.stop)));
                 inner.tally = Some(Arc::clone(&tally));
                 inner.next_try = None;
-                return Some((work, tally));
+                return Some((work, inner.pending.through(), tally));
             }
             inner = match early.filter(|_| !inner.paused && !inner.pending.is_empty()) {
                 Some(at) => {
