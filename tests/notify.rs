@@ -1,6 +1,7 @@
 //! What the services tell systemd, and the sockets that they get from there.
 
 use std::fs;
+use std::io::Write as _;
 use std::net::TcpListener;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
@@ -82,7 +83,7 @@ impl Drop for Service {
             let _ = child.wait();
         }
         if std::thread::panicking() {
-            eprintln!("{}\n{}", self.heard, self.log());
+            let _ = writeln!(std::io::stderr(), "{}\n{}", self.heard, self.log());
         }
     }
 }
@@ -97,7 +98,7 @@ const DAEMON: &str = "[daemon]\nstate = \"AT/state\"\nsocket = \"AT/sock\"\n\
 fn the_server_says_that_it_listens_reloads_and_stops() {
     let mut service = Service::new();
     service.write("config.toml", SERVE);
-    service.start(&lockstep(), &["serve"]);
+    service.start(lockstep(), &["serve"]);
     service.hears("READY=1");
     service.hears("STATUS=listening on 127.0.0.1:");
     service.hears("connections: 0");
@@ -127,7 +128,7 @@ fn the_daemon_says_how_things_stand_and_that_it_works() {
     let mut service = Service::new();
     service.write("config.toml", DAEMON);
     fs::write(service.path("source/a"), "content").unwrap();
-    service.start(&lockstep(), &["daemon"]);
+    service.start(lockstep(), &["daemon"]);
     service.hears("READY=1");
     service.hears("STATUS=in step: 1 of 1 targets");
     for _ in 0..3 {
@@ -161,7 +162,7 @@ fn activate(service: &mut Service, options: &[&str], port: u16) {
     let address = format!("--listen=127.0.0.1:{port}");
     // Only what is named is passed on.
     let environment = ["-E", "NOTIFY_SOCKET", "-E", "HOME"];
-    service.start(program, &[options, &environment, &[&address, &lockstep(), "serve"]].concat());
+    service.start(program, &[options, &environment, &[&address, lockstep(), "serve"]].concat());
     until("it to listen", || service.log().contains("Listening on"));
 }
 

@@ -245,8 +245,10 @@ impl Daemon {
         }
         // Those that go end before others begin: they may be of the same source and targets.
         before.iter().for_each(JobThreads::ask_to_stop);
+        // All together, not each: the watchdog waits meanwhile.
+        let until = Instant::now() + GRACE;
         for job in before {
-            if !job.join(Instant::now() + GRACE) {
+            if !job.join(until) {
                 tracing::warn!("a run of a job that is no more goes on for a while");
             }
         }
