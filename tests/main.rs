@@ -20,6 +20,7 @@ mod disk;
 mod hostile_agent;
 mod hostile_races;
 mod hostile_server;
+mod install;
 mod interop;
 mod keys;
 mod killed;
