@@ -103,3 +103,50 @@ fn another_prefix_is_in_the_units_too_and_wrong_use_is_told() {
         assert!(!empty.exists(), "{options:?}");
     }
 }
+
+/// Where the assets of the Debian package go, with their modes; those that are made first come from `made`.
+fn packaged(made: &Path) -> BTreeSet<(PathBuf, u32)> {
+    let project = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let cargo: toml::Table = toml::from_str(&fs::read_to_string(project.join("Cargo.toml")).unwrap()).unwrap();
+    let assets = cargo["package"]["metadata"]["deb"]["assets"].as_array().unwrap();
+    let mut found = BTreeSet::new();
+    for asset in assets {
+        let [from, to, mode] = [0, 1, 2].map(|part| asset[part].as_str().unwrap());
+        let from = match from.strip_prefix("target/package/") {
+            Some(rest) => made.join(rest),
+            None if from == "target/release/lockstep" => made.join("usr/bin/lockstep"),
+            None => project.join(from),
+        };
+        let (before, after) = from.file_name().unwrap().to_str().unwrap().split_once('*').unwrap_or_default();
+        let entries = fs::read_dir(from.parent().unwrap()).unwrap().map(|entry| entry.unwrap());
+        let names = entries.filter(|entry| entry.file_type().unwrap().is_file()).map(|entry| entry.file_name());
+        let matching = names.map(|name| name.into_string().unwrap()).filter(|name| {
+            from.ends_with(name)
+                || (from.to_str().unwrap().contains('*') && name.starts_with(before) && name.ends_with(after))
+        });
+        let to = to.replace("vendor-completions", "site-functions");
+        let matching: Vec<_> =
+            matching.map(|name| (Path::new(&to).join(name), u32::from_str_radix(mode, 8).unwrap())).collect();
+        assert!(!matching.is_empty(), "{}: there is no such file", from.display());
+        found.extend(matching);
+    }
+    found
+}
+
+#[test]
+fn the_debian_package_holds_what_the_script_installs() {
+    let at = tempfile::tempdir().unwrap();
+    done(&install(at.path(), &[]));
+    let mut installed: BTreeSet<(PathBuf, u32)> =
+        files(at.path()).into_iter().map(|file| (file.clone(), mode(&at.path().join(file)))).collect();
+    // The package has a file of its own for the licence, and dpkg knows what it installed.
+    installed.retain(|(file, _)| {
+        !file.starts_with("usr/share/lockstep") && !file.file_name().unwrap().to_str().unwrap().starts_with("LICENSE")
+    });
+    assert_eq!(packaged(at.path()), installed);
+    for script in ["postinst", "prerm", "postrm"] {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/debian").join(script);
+        done(&Command::new("sh").arg("-n").arg(&script).output().unwrap());
+        assert_eq!(mode(&script), 0o755, "{}", script.display());
+    }
+}
