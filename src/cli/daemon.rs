@@ -98,12 +98,10 @@ impl Daemon {
         let usual = if self.verbose { "lockstep=debug" } else { "lockstep=info" };
         let filter = tracing_subscriber::EnvFilter::try_from_env("LOCKSTEP_LOG")
             .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(usual));
-        // The journal has the time already.
-        let journal = std::env::var_os("JOURNAL_STREAM").is_some();
         let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
         let log = log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
         // Only the first is taken, and this is it.
-        let _ = if journal { log.without_time().try_init() } else { log.try_init() };
+        let _ = if notify::to_journal() { log.without_time().try_init() } else { log.try_init() };
     }
 }
 

@@ -55,6 +55,13 @@ pub(super) fn alive() {
     notify(&[NotifyState::Watchdog]);
 }
 
+/// Whether standard error is the journal, which has the time of each line by itself.
+pub(super) fn to_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
+    // The variable is inherited by children whose standard error is something else.
+    rustix::fs::fstat(std::io::stderr()).is_ok_and(|found| stream == format!("{}:{}", found.st_dev, found.st_ino))
+}
+
 /// One line without control characters: a line end would begin another message.
 fn line(text: &str) -> String {
     let text =

@@ -295,6 +295,7 @@ fn log() {
     // A log that nobody reads any more must not end the server.
     let lines =
         fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(false).log_internal_errors(false);
+    let lines = if notify::to_journal() { lines.without_time().boxed() } else { lines.boxed() };
     let library = Library.with_filter(EnvFilter::new("off,russh=warn"));
     let _ = tracing_subscriber::registry().with(lines.with_filter(filter)).with(library).try_init();
 }
