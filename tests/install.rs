@@ -11,7 +11,7 @@ use crate::kit::{done, ends, text};
 
 fn install(at: &Path, more: &[&str]) -> Output {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/install");
-    Command::new(script).args(["--binary", &lockstep(), "--destdir"]).arg(at).args(more).output().unwrap()
+    Command::new(script).args(["--binary", lockstep(), "--destdir"]).arg(at).args(more).output().unwrap()
 }
 
 /// All files below a directory.
