@@ -15,6 +15,7 @@ use super::target::{Happened, Lane};
 use super::tell::{Happening, Teller};
 use super::{Connect, Places, clock};
 use crate::config::Job;
+use crate::path::RelPath;
 use crate::policy::PolicySpec;
 
 /// How often it is seen whether a source that is gone is back.
@@ -90,7 +91,10 @@ impl JobThreads {
             let (actor, state): (String, PathBuf) = (actor.clone(), places.state.clone());
             let teller = teller.clone();
             let serve = move || {
-                let plan = Plan { job: &shared.job, policy: &shared.policy, actor: &actor, state: &state };
+                let watched = Arc::clone(&shared);
+                let guard =
+                    Arc::new(move |path: &RelPath| watched.feed().is_some_and(|feed| feed.is_being_written(path)));
+                let plan = Plan { job: &shared.job, policy: &shared.policy, actor: &actor, state: &state, guard };
                 let happened = |what: Happened<'_>| shared.happened(number, &what, &teller);
                 shared.lanes[number].serve(&plan, &*connect, &recent, &happened);
             };
