@@ -14,7 +14,7 @@ use crate::plan::safety::DeleteLimit;
 pub struct Job {
     /// What `push NAME` and the daemon call it.
     pub name: String,
-    /// The directory that is sent; absolute.
+    /// The directory that is sent: absolute, or `[USER@]HOST:PATH`, which is fetched from there.
     pub source: PathBuf,
     /// `[USER@]HOST:PATH`, or a directory of this machine; each gets all of it.
     pub targets: Vec<String>,
@@ -66,6 +66,13 @@ pub struct Job {
     /// For the daemon: the longest wait between two tries of a target that fails.
     #[serde(default = "usual_retry", deserialize_with = "from_text")]
     pub retry_max: Period,
+}
+
+impl Job {
+    /// The source, where it is a directory of another machine.
+    pub fn remote_source(&self) -> Option<&str> {
+        self.source.to_str().filter(|source| !source.starts_with('/'))
+    }
 }
 
 /// Longer than any writer needs between two writes of one file that are meant to be seen together.

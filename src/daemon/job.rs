@@ -1,6 +1,6 @@
 //! The threads of one job: one that watches its source, one for each target.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,6 +18,8 @@ use crate::config::Job;
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
 
+/// Another machine is not asked more often.
+const REMOTE_PAUSE: Duration = Duration::from_secs(1);
 /// How often it is seen whether a source that is gone is back.
 const GONE_PAUSE: Duration = Duration::from_secs(2);
 
@@ -34,6 +36,8 @@ struct Shared {
     feed: Mutex<Option<Arc<Feed>>>,
     halted: Mutex<Option<Trouble>>,
     paused: AtomicBool,
+    /// Somebody wants a source of another machine to be compared at once.
+    asked: AtomicBool,
     safety: Mutex<Safety>,
 }
 
@@ -61,6 +65,7 @@ impl JobThreads {
             feed: Mutex::default(),
             halted: Mutex::default(),
             paused: AtomicBool::new(false),
+            asked: AtomicBool::new(false),
             safety: Mutex::default(),
         };
         JobThreads { shared: Arc::new(shared), threads: Vec::new() }
@@ -110,8 +115,9 @@ impl JobThreads {
         self.shared.lanes.iter().for_each(|lane| lane.pause(paused));
     }
 
-    /// Tries again at once what waits for its time.
+    /// Tries again at once what waits for its time, and asks a source of another machine what it has.
     pub(super) fn hurry(&self) {
+        self.shared.asked.store(true, Ordering::Relaxed);
         self.shared.lanes.iter().for_each(Lane::hurry);
     }
 
@@ -142,7 +148,8 @@ impl JobThreads {
     pub(super) fn status(&self) -> JobStatus {
         let shared = &self.shared;
         let feed = shared.feed();
-        let starting = || Watching { mode: "starting".into(), ..Watching::default() };
+        let mode = if shared.job.remote_source().is_some() { "polling" } else { "starting" };
+        let starting = || Watching { mode: mode.into(), ..Watching::default() };
         let (unfinished, unfinished_count) = feed.as_ref().map(|feed| feed.unfinished()).unwrap_or_default();
         JobStatus {
             name: shared.job.name.clone(),
@@ -166,8 +173,25 @@ impl Shared {
         self.stop.load(Ordering::Relaxed)
     }
 
+    /// A source of another machine gives no events: all of it is compared every so often, and when somebody asks for it.
+    fn ask_again(&self) {
+        while !self.stopped() {
+            let ready = Ready::Everything { except: BTreeSet::new() };
+            let number = self.hand_out(&ready);
+            self.lanes.iter().for_each(|lane| lane.add(ready.clone(), number));
+            self.asked.store(false, Ordering::Relaxed);
+            let until = Instant::now() + self.job.poll.0.max(REMOTE_PAUSE);
+            while !self.stopped() && !self.asked.load(Ordering::Relaxed) && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
+
     /// Passes on what may be sent. A source that cannot be watched is tried again, and nothing is sent meanwhile.
     fn watch(&self) {
+        if self.job.remote_source().is_some() {
+            return self.ask_again();
+        }
         while !self.stopped() {
             match Feed::start(&self.job.source, self.feed_options()) {
                 Ok(feed) => {

@@ -16,7 +16,7 @@ use rustix::fs::FlockOperation;
 use serde_json::{Value, json};
 
 use crate::config::Config;
-use crate::endpoint::Target;
+use crate::endpoint::{Source, Target};
 use crate::error::{Exit, shown};
 use crate::monitor::Monitor;
 
@@ -57,6 +57,12 @@ pub trait Connect: Send + Sync {
     /// # Errors
     /// [`Trouble`].
     fn target(&self, target: &str, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble>;
+
+    /// Opens a source of another machine, likewise.
+    ///
+    /// # Errors
+    /// [`Trouble`].
+    fn source(&self, source: &str, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble>;
 }
 
 /// Where a daemon keeps what it knows, and where it is asked.

@@ -10,7 +10,7 @@ use super::{Connect, Trouble};
 use crate::config::{Delete, Job};
 use crate::endpoint::guarded::{BEING_WRITTEN, Guard, Guarded};
 use crate::endpoint::local::LocalSource;
-use crate::endpoint::{BeginOptions, ScanOptions};
+use crate::endpoint::{BeginOptions, ScanOptions, Source};
 use crate::error::{Exit, chain};
 use crate::filter::FilterSpec;
 use crate::monitor::Severity;
@@ -66,18 +66,25 @@ pub(super) fn run(
 ) -> Result<Done, Trouble> {
     let job = plan.job;
     let failed = |error: &dyn std::error::Error, exit| Trouble { message: chain(error), exit };
-    let root = Root::open(&job.source).map_err(|error| failed(&error, Exit::Io))?;
-    let Some(options) = options(plan, work, &root) else { return Ok(Done::default()) };
-    let source = LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
-    let source = Guarded::new(source, Arc::clone(&plan.guard));
+    let (source, options): (Box<dyn Source>, Options) = match job.remote_source() {
+        Some(source) => {
+            (connect.source(source, tally)?, options(plan, FilterSpec { rules: job.exclude.clone(), only: None }))
+        }
+        None => {
+            let root = Root::open(&job.source).map_err(|error| failed(&error, Exit::Io))?;
+            let Some(filter) = filter(job, work, &root) else { return Ok(Done::default()) };
+            let source =
+                LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
+            (Box::new(Guarded::new(source, Arc::clone(&plan.guard))), options(plan, filter))
+        }
+    };
     let target = connect.target(target, tally)?;
-    let report = sync::run(&source, &*target, &options, tally, stop).map_err(|error| failed(&error, error.exit()))?;
+    let report = sync::run(&*source, &*target, &options, tally, stop).map_err(|error| failed(&error, error.exit()))?;
     concluded(report)
 }
 
-/// What is asked of the engine; `None` where nothing of the work is left to do.
-fn options(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<Options> {
-    let job = plan.job;
+/// What of the source takes part; `None` where nothing of the work is left to do.
+fn filter(job: &Job, work: &Work, root: &Root) -> Option<FilterSpec> {
     let mut filter = FilterSpec { rules: job.exclude.clone(), only: None };
     match work {
         Work::Everything { except } => filter.rules.extend(except.iter().map(rule)),
@@ -91,7 +98,13 @@ fn options(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<Options> {
             filter.only = Some(only);
         }
     }
-    Some(Options {
+    Some(filter)
+}
+
+/// What is asked of the engine.
+fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
+    let job = plan.job;
+    Options {
         scan: ScanOptions { filter: filter.clone(), ..ScanOptions::default() },
         begin: BeginOptions {
             policy: plan.policy.clone(),
@@ -108,7 +121,7 @@ fn options(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<Options> {
         workers: WORKERS,
         retries: RETRIES,
         bandwidth: job.bandwidth.map(|rate| rate.0),
-    })
+    }
 }
 
 /// The gitignore line for just this path. Bytes that are not UTF-8 are matched by `?`, one for each: it may leave out more,
