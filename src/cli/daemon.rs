@@ -93,6 +93,7 @@ impl Daemon {
                 _ if running.reload_wanted() => reload(&running, &file),
                 _ => {}
             }
+            running.tick();
             if !running.is_alive() {
                 let message = "a thread of the daemon ended that should not have; see the log".to_owned();
                 return Err(Failure::Plain { exit: Exit::Io, message });

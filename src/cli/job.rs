@@ -6,7 +6,7 @@ use super::arguments::{Place, Route};
 use super::stop::Stop;
 use super::transfer::{How, Rate, config_file, load_config};
 use super::{Failure, shown};
-use crate::config::{Config, Delete, Job, Ready};
+use crate::config::{Config, Delete, Job, Ready, Schedule};
 use crate::error::{Escaped, Exit, chain};
 use crate::sync::Options;
 
@@ -117,9 +117,10 @@ fn options(config: &Config, job: &Job, how: &How) -> Result<Options, Failure> {
     options.begin.units = job.unit.iter().cloned().collect();
     options.delete = job.delete == Delete::Mirror;
     options.max_delete = job.max_delete;
-    options.bandwidth = match how.bwlimit {
+    options.bandwidth = crate::sync::Rate::new(match how.bwlimit {
         Some(Rate(limit)) => limit,
-        None => job.bandwidth.map(|rate| rate.0),
-    };
+        // What holds now holds for this run.
+        None => job.bandwidth.as_ref().and_then(Schedule::now),
+    });
     Ok(options)
 }

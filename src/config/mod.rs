@@ -24,7 +24,7 @@ pub use address::AddressList;
 pub use daemon::Daemon;
 pub(crate) use error::meant;
 pub use error::{ConfigError, Position, Untrusted};
-pub use job::{Bandwidth, Delete, Job, Layout, Period, Ready, Watch};
+pub use job::{Bandwidth, Delete, Job, Layout, Period, Ready, Schedule, Watch};
 pub use serve::{Serve, ServeLimits, ServeUser};
 
 use crate::filter::{Filter, FilterSpec};

@@ -14,9 +14,10 @@ use super::status::{JobStatus, Trouble, Watching};
 use super::target::{Happened, Lane};
 use super::tell::{Happening, Teller};
 use super::{Connect, Places, clock};
-use crate::config::Job;
+use crate::config::{Job, Schedule};
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
+use crate::sync::Rate;
 
 /// Another machine is not asked more often.
 const REMOTE_PAUSE: Duration = Duration::from_secs(1);
@@ -33,6 +34,8 @@ struct Shared {
     policy: PolicySpec,
     stop: Arc<AtomicBool>,
     lanes: Vec<Lane>,
+    /// What may go to each target now.
+    rates: Vec<Rate>,
     feed: Mutex<Option<Arc<Feed>>>,
     halted: Mutex<Option<Trouble>>,
     paused: AtomicBool,
@@ -57,7 +60,9 @@ impl JobThreads {
     pub(super) fn new(job: Job, policy: PolicySpec) -> JobThreads {
         let stop = Arc::new(AtomicBool::new(false));
         let lanes = job.targets.iter().map(|target| Lane::new(target, Arc::clone(&stop))).collect();
+        let rates = job.targets.iter().map(|_| Rate::default()).collect();
         let shared = Shared {
+            rates,
             job,
             policy,
             stop,
@@ -91,6 +96,7 @@ impl JobThreads {
             return Ok(());
         }
         let actor = actor();
+        self.shared.keep_rate();
         for number in 0..self.shared.lanes.len() {
             let (shared, connect, recent) = (Arc::clone(&self.shared), Arc::clone(connect), Arc::clone(recent));
             let (actor, state): (String, PathBuf) = (actor.clone(), places.state.clone());
@@ -99,7 +105,8 @@ impl JobThreads {
                 let watched = Arc::clone(&shared);
                 let guard =
                     Arc::new(move |path: &RelPath| watched.feed().is_some_and(|feed| feed.is_being_written(path)));
-                let plan = Plan { job: &shared.job, policy: &shared.policy, actor: &actor, state: &state, guard };
+                let rate = shared.rates[number].clone();
+                let plan = Plan { job: &shared.job, policy: &shared.policy, actor: &actor, state: &state, guard, rate };
                 let happened = |what: Happened<'_>| shared.happened(number, &what, &teller);
                 shared.lanes[number].serve(&plan, &*connect, &recent, &happened);
             };
@@ -131,6 +138,11 @@ impl JobThreads {
             feed.stop();
         }
         self.shared.lanes.iter().for_each(Lane::wake);
+    }
+
+    /// Has what goes on keep to the rate of this time of the day.
+    pub(super) fn keep_rate(&self) {
+        self.shared.keep_rate();
     }
 
     /// Waits for its threads. True where all ended in time.
@@ -167,6 +179,11 @@ impl JobThreads {
 impl Shared {
     fn feed(&self) -> Option<Arc<Feed>> {
         self.feed.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn keep_rate(&self) {
+        let rate = self.job.bandwidth.as_ref().and_then(Schedule::now);
+        self.rates.iter().for_each(|one| one.set(rate));
     }
 
     fn stopped(&self) -> bool {

@@ -286,6 +286,11 @@ impl Daemon {
         self.shared.reload_wanted.swap(false, Ordering::SeqCst)
     }
 
+    /// What has to be done now and then: once a second is often enough.
+    pub fn tick(&self) {
+        self.shared.running().jobs.iter().for_each(JobThreads::keep_rate);
+    }
+
     /// Whether every thread that should be there is.
     pub fn is_alive(&self) -> bool {
         self.shared.running().jobs.iter().all(JobThreads::is_alive)

@@ -17,7 +17,7 @@ use crate::monitor::Severity;
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
 use crate::root::{Follow, Root};
-use crate::sync::{self, Options, SyncReport};
+use crate::sync::{self, Options, Rate, SyncReport};
 
 /// Connections of a run, and how often a file is sent again that changed or arrived damaged.
 const WORKERS: usize = 2;
@@ -37,6 +37,8 @@ pub(super) struct Plan<'a> {
     pub(super) state: &'a Path,
     /// Whether a file of the source is in somebody's hands.
     pub(super) guard: Guard,
+    /// What may go to each target now.
+    pub(super) rate: Rate,
 }
 
 /// A run that came to its end.
@@ -120,7 +122,7 @@ fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
         max_delete: job.max_delete,
         workers: WORKERS,
         retries: RETRIES,
-        bandwidth: job.bandwidth.map(|rate| rate.0),
+        bandwidth: plan.rate.clone(),
     }
 }
 
