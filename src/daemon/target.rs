@@ -92,7 +92,7 @@ impl Lane {
             Some(tally) => tally.state(),
             None if inner.paused => State::Paused,
             None if inner.halted => State::Halted,
-            None if inner.next_try.is_some() => State::Retrying,
+            None if inner.next_try.is_some() && inner.failures_in_a_row > 0 => State::Retrying,
             None => State::Idle,
         };
         status.progress = inner.tally.as_ref().map(|tally| tally.progress());
@@ -104,7 +104,7 @@ impl Lane {
             Some(_) => progress.total_files.saturating_sub(progress.done_files).max(1),
         };
         let wait = |at: Instant| clock() + at.saturating_duration_since(Instant::now()).as_secs();
-        status.next_try = inner.next_try.map(wait);
+        status.next_try = inner.next_try.filter(|_| inner.failures_in_a_row > 0).map(wait);
         status
     }
 
@@ -124,11 +124,19 @@ impl Lane {
             inner.tally = None;
             match result {
                 Ok(done) => {
+                    let left = done.left > 0;
+                    if left {
+                        inner.pending.put_back(work);
+                        inner.left(plan.job.settle.0);
+                    } else {
+                        inner.done_through = through;
+                    }
                     inner.succeeded(&done);
-                    inner.done_through = through;
                     drop(inner);
                     self.tell(plan, &done, started.elapsed(), recent);
-                    happened(Happened::Published { changed: done.published + done.removed > 0 });
+                    if !left {
+                        happened(Happened::Published { changed: done.published + done.removed > 0 });
+                    }
                 }
                 Err(trouble) => {
                     inner.pending.put_back(work);
@@ -218,10 +226,15 @@ impl Lane {
 }
 
 impl Inner {
+    /// Somebody writes to a part of what was to be sent: it is looked at again when he may have finished.
+    fn left(&mut self, settle: Duration) {
+        self.next_try = Some(Instant::now() + settle.max(Duration::from_millis(250)));
+    }
+
     fn succeeded(&mut self, done: &Done) {
         let now = clock();
         self.pending.done(Instant::now());
-        (self.failures_in_a_row, self.next_try, self.halted) = (0, None, false);
+        (self.failures_in_a_row, self.halted) = (0, false);
         self.known.runs += 1;
         self.known.last_success = Some(now);
         self.known.last_error = None;
