@@ -13,6 +13,7 @@ mod check_index;
 mod check_layouts;
 mod check_names;
 mod check_sample;
+mod check_trust;
 mod cli;
 mod confined;
 mod daemon;
