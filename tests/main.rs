@@ -16,6 +16,7 @@ mod cli;
 mod confined;
 mod daemon;
 mod disk;
+mod feed;
 mod hostile_agent;
 mod hostile_races;
 mod hostile_server;

@@ -73,7 +73,14 @@ impl JobThreads {
             let (shared, connect, recent) = (Arc::clone(&self.shared), Arc::clone(connect), Arc::clone(recent));
             let (actor, state): (String, PathBuf) = (actor.clone(), places.state.clone());
             let serve = move || {
-                let plan = Plan { job: &shared.job, policy: &shared.policy, actor: &actor, state: &state };
+                let held_back = || shared.feed().map(|feed| feed.held_back()).unwrap_or_default();
+                let plan = Plan {
+                    job: &shared.job,
+                    policy: &shared.policy,
+                    actor: &actor,
+                    state: &state,
+                    held_back: &held_back,
+                };
                 shared.lanes[number].serve(&plan, &*connect, &recent);
             };
             self.threads.push(std::thread::Builder::new().name("target".into()).spawn(serve)?);

@@ -21,15 +21,24 @@ use crate::error::{Exit, shown};
 use crate::monitor::Monitor;
 
 mod backoff;
+mod complete;
 mod control;
 pub mod feed;
+mod filesystem;
+mod follow;
 mod job;
+mod look;
 mod pending;
+mod polling;
 mod recent;
 mod run;
+mod settle;
 pub mod status;
 mod tally;
 mod target;
+mod temporary;
+mod watch;
+mod writers;
 
 use control::Control;
 use job::JobThreads;
@@ -287,7 +296,7 @@ impl Daemon {
         jobs.iter().for_each(JobThreads::ask_to_stop);
         let until = Instant::now() + GRACE;
         // Not `all`: each is waited for.
-        jobs.into_iter().fold(true, |all, job| job.join(until) && all)
+        jobs.into_iter().map(|job| job.join(until)).filter(|in_time| !in_time).count() == 0
     }
 }
 

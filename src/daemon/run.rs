@@ -1,5 +1,6 @@
 //! One run: what is to be sent of a job, to one target.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -30,6 +31,8 @@ pub(super) struct Plan<'a> {
     pub(super) actor: &'a str,
     /// Where digests of the source are kept.
     pub(super) state: &'a Path,
+    /// What is not to be sent at the moment of asking.
+    pub(super) held_back: &'a dyn Fn() -> BTreeSet<RelPath>,
 }
 
 /// A run that came to its end.
@@ -69,6 +72,8 @@ pub(super) fn run(
 fn options(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<Options> {
     let job = plan.job;
     let mut filter = FilterSpec { rules: job.exclude.clone(), only: None };
+    // The work may have waited for long: what changes again since then is left out, and comes when it is finished.
+    filter.rules.extend((plan.held_back)().iter().map(rule));
     match work {
         Work::Everything { except } => filter.rules.extend(except.iter().map(rule)),
         Work::Paths(paths) => {
