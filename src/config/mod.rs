@@ -24,7 +24,7 @@ pub use address::AddressList;
 pub use daemon::Daemon;
 pub(crate) use error::meant;
 pub use error::{ConfigError, Position, Untrusted};
-pub use job::{Bandwidth, Delete, Job, Layout, Period, Ready, Watch};
+pub use job::{Bandwidth, Delete, Job, Layout, Period, Ready, Schedule, Watch};
 pub use serve::{Serve, ServeLimits, ServeUser};
 
 use crate::filter::{Filter, FilterSpec};
@@ -176,13 +176,40 @@ impl Config {
     }
 
     fn check_job(&self, job: &Job) -> Result<(), String> {
-        absolute("source", &job.source)?;
+        match job.remote_source() {
+            None => absolute("source", &job.source)?,
+            Some(source) if source.split('/').next().is_some_and(|host| host.contains(':')) => {
+                if let Some(target) = job.targets.iter().find(|target| !target.starts_with('/')) {
+                    return Err(format!(
+                        "'{target}' is on another machine, and so is the source '{source}': one has to be here"
+                    ));
+                }
+                if job.watch == Watch::Events {
+                    return Err(format!("'watch' cannot be 'events': the source '{source}' is on another machine"));
+                }
+                if job.ready != Ready::Settled {
+                    return Err(format!("'ready' is for a source of this machine; '{source}' is on another one"));
+                }
+            }
+            Some(_) => absolute("source", &job.source)?,
+        }
         if job.targets.is_empty() || job.targets.iter().any(String::is_empty) {
             return Err("'targets' needs at least one [USER@]HOST:PATH, and none that is empty".into());
         }
         // A name alone would be a directory of whatever the run happens to start in; most likely a host was meant.
         if let Some(target) = job.targets.iter().find(|target| !target.starts_with('/') && !target.contains(':')) {
             return Err(format!("the target '{target}' is neither [USER@]HOST:PATH nor a path that starts with '/'"));
+        }
+        if let Some(quorum) = job.quorum.filter(|&quorum| quorum == 0 || quorum > job.targets.len()) {
+            return Err(format!(
+                "'quorum' is {quorum}, and has to be from 1 to the number of targets, {}",
+                job.targets.len()
+            ));
+        }
+        for (field, command) in [("on_published", &job.on_published), ("on_failed", &job.on_failed)] {
+            if command.first().is_some_and(|program| !program.starts_with('/')) {
+                return Err(format!("'{field}' has to begin with the whole path of a program: no shell looks for it"));
+            }
         }
         for (field, lines) in [("exclude", &job.exclude), ("last", &job.last)] {
             globs(field, lines)?;

@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::follow::Follower;
 use super::settle::{Rules, Settle};
@@ -24,6 +24,8 @@ const SHOWN: usize = 20;
 /// A filter of more paths or bytes than this would be slow; beyond it directories are held back as a whole.
 const HELD_BACK_MAX: usize = 2000;
 const HELD_BACK_BYTES_MAX: usize = 128 << 10;
+/// What the kernel has told is waited for at most so long.
+const CATCH_UP_MAX: Duration = Duration::from_secs(5);
 
 /// What may be sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,6 +82,7 @@ pub struct Feed {
 pub(super) struct Shared {
     state: Mutex<State>,
     woken: Condvar,
+    caught_up: Condvar,
     /// Readable when the thread is to end.
     pub(super) stop: OwnedFd,
 }
@@ -92,6 +95,11 @@ pub(super) struct State {
     pub(super) paths: BTreeSet<RelPath>,
     pub(super) watching: Watching,
     pub(super) gone: Option<String>,
+    /// Where the kernel tells of changes.
+    pub(super) events: Option<Arc<OwnedFd>>,
+    /// How often the thread began to take in events, and up to which time it has taken note of them.
+    begun: u64,
+    ended: u64,
 }
 
 impl Shared {
@@ -101,6 +109,38 @@ impl Shared {
 
     pub(super) fn is_stopped(&self) -> bool {
         self.state().stopped
+    }
+
+    /// Events are about to be taken from the kernel.
+    pub(super) fn begin(&self) {
+        self.state().begun += 1;
+    }
+
+    /// All that was taken from the kernel is in the state.
+    pub(super) fn end(&self) {
+        let mut state = self.state();
+        state.ended = state.begun;
+        drop(state);
+        self.caught_up.notify_all();
+    }
+
+    /// The state, when it holds all that the kernel knew at this moment. Where that takes too long (everything is being looked
+    /// at), as it is.
+    fn caught_up(&self) -> MutexGuard<'_, State> {
+        let until = Instant::now() + CATCH_UP_MAX;
+        let mut state = self.state();
+        let begun = state.begun;
+        loop {
+            let Some(events) = &state.events else { return state };
+            // Under the lock: what is not readable any more was taken by a round that has begun.
+            let told = !is_readable(events);
+            let now = Instant::now();
+            if state.ended > begun || (told && state.ended == state.begun) || state.stopped || now >= until {
+                return state;
+            }
+            let waited = self.caught_up.wait_timeout(state, until - now);
+            state = waited.map_or_else(|poisoned| poisoned.into_inner().0, |waited| waited.0);
+        }
     }
 
     /// Wakes whoever waits for something to send.
@@ -127,9 +167,13 @@ impl Feed {
             paths: BTreeSet::new(),
             watching: Watching { mode: "starting".to_owned(), ..Watching::default() },
             gone: None,
+            events: None,
+            begun: 0,
+            ended: 0,
         };
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
-        let shared = Arc::new(Shared { state: Mutex::new(state), woken: Condvar::new(), stop });
+        let shared =
+            Arc::new(Shared { state: Mutex::new(state), woken: Condvar::new(), caught_up: Condvar::new(), stop });
         let follower = Follower::new(Arc::clone(&shared), source.to_owned(), options, filter);
         let thread = std::thread::Builder::new().name("feed".to_owned()).spawn(move || follower.run());
         Ok(Feed { shared, thread: Some(thread.map_err(failed)?) })
@@ -184,7 +228,13 @@ impl Feed {
     /// What is not to be sent at this moment, whatever was ready before: it changes again, or is not finished. Where it is
     /// very much, the directories that hold it.
     pub fn held_back(&self) -> BTreeSet<RelPath> {
-        held_back(&self.shared.state().settle)
+        held_back(&self.shared.caught_up().settle)
+    }
+
+    /// Whether a file is being written: it was changed, by all that is known up to this moment, and not closed since, or not
+    /// left alone for long enough. Of what lies in a unit: whether the unit is. It becomes ready again by itself.
+    pub fn is_being_written(&self, path: &RelPath) -> bool {
+        self.shared.caught_up().settle.is_in_hands(path)
     }
 
     /// Why the source cannot be watched now. It goes on by itself when it is back.
@@ -200,6 +250,11 @@ impl Drop for Feed {
             let _ = thread.join();
         }
     }
+}
+
+fn is_readable(events: &OwnedFd) -> bool {
+    let mut watched = [PollFd::new(events, PollFlags::IN)];
+    poll(&mut watched, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
 }
 
 fn held_back(settle: &Settle) -> BTreeSet<RelPath> {

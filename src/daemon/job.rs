@@ -1,20 +1,26 @@
 //! The threads of one job: one that watches its source, one for each target.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::feed::{Feed, FeedOptions};
+use super::feed::{Feed, FeedOptions, Ready};
 use super::recent::Recent;
 use super::run::Plan;
 use super::status::{JobStatus, Trouble, Watching};
-use super::target::Lane;
+use super::target::{Happened, Lane};
+use super::tell::{Happening, Teller};
 use super::{Connect, Places, clock};
-use crate::config::Job;
+use crate::config::{Job, Schedule};
+use crate::path::RelPath;
 use crate::policy::PolicySpec;
+use crate::sync::Rate;
 
+/// Another machine is not asked more often.
+const REMOTE_PAUSE: Duration = Duration::from_secs(1);
 /// How often it is seen whether a source that is gone is back.
 const GONE_PAUSE: Duration = Duration::from_secs(2);
 
@@ -28,9 +34,25 @@ struct Shared {
     policy: PolicySpec,
     stop: Arc<AtomicBool>,
     lanes: Vec<Lane>,
+    /// What may go to each target now.
+    rates: Vec<Rate>,
     feed: Mutex<Option<Arc<Feed>>>,
     halted: Mutex<Option<Trouble>>,
     paused: AtomicBool,
+    /// Somebody wants a source of another machine to be compared at once.
+    asked: AtomicBool,
+    safety: Mutex<Safety>,
+}
+
+/// What is on its way, and what is at as many targets as it has to be.
+#[derive(Default)]
+struct Safety {
+    /// What was handed out and is not safe yet, by number: the paths, or `None` for everything.
+    open: BTreeMap<u64, Option<Vec<String>>>,
+    /// All up to this number is safe.
+    safe_through: u64,
+    /// Something was published since others were told last.
+    changed: bool,
 }
 
 impl JobThreads {
@@ -38,7 +60,9 @@ impl JobThreads {
     pub(super) fn new(job: Job, policy: PolicySpec) -> JobThreads {
         let stop = Arc::new(AtomicBool::new(false));
         let lanes = job.targets.iter().map(|target| Lane::new(target, Arc::clone(&stop))).collect();
+        let rates = job.targets.iter().map(|_| Rate::default()).collect();
         let shared = Shared {
+            rates,
             job,
             policy,
             stop,
@@ -46,6 +70,8 @@ impl JobThreads {
             feed: Mutex::default(),
             halted: Mutex::default(),
             paused: AtomicBool::new(false),
+            asked: AtomicBool::new(false),
+            safety: Mutex::default(),
         };
         JobThreads { shared: Arc::new(shared), threads: Vec::new() }
     }
@@ -64,15 +90,22 @@ impl JobThreads {
         places: &Places,
         connect: &Arc<dyn Connect>,
         recent: &Arc<Recent>,
+        teller: &Teller,
     ) -> std::io::Result<()> {
         if !self.threads.is_empty() {
             return Ok(());
         }
         let actor = actor();
+        self.shared.keep_rate();
         for number in 0..self.shared.lanes.len() {
             let (shared, connect, recent) = (Arc::clone(&self.shared), Arc::clone(connect), Arc::clone(recent));
             let (actor, state): (String, PathBuf) = (actor.clone(), places.state.clone());
+            let teller = teller.clone();
             let serve = move || {
+                let watched = Arc::clone(&shared);
+                let guard =
+                    Arc::new(move |path: &RelPath| watched.feed().is_some_and(|feed| feed.is_being_written(path)));
+                let rate = shared.rates[number].clone();
                 let held_back = || shared.feed().map(|feed| feed.held_back()).unwrap_or_default();
                 let plan = Plan {
                     job: &shared.job,
@@ -80,8 +113,11 @@ impl JobThreads {
                     actor: &actor,
                     state: &state,
                     held_back: &held_back,
+                    guard,
+                    rate,
                 };
-                shared.lanes[number].serve(&plan, &*connect, &recent);
+                let happened = |what: Happened<'_>| shared.happened(number, &what, &teller);
+                shared.lanes[number].serve(&plan, &*connect, &recent, &happened);
             };
             self.threads.push(std::thread::Builder::new().name("target".into()).spawn(serve)?);
         }
@@ -95,8 +131,9 @@ impl JobThreads {
         self.shared.lanes.iter().for_each(|lane| lane.pause(paused));
     }
 
-    /// Tries again at once what waits for its time.
+    /// Tries again at once what waits for its time, and asks a source of another machine what it has.
     pub(super) fn hurry(&self) {
+        self.shared.asked.store(true, Ordering::Relaxed);
         self.shared.lanes.iter().for_each(Lane::hurry);
     }
 
@@ -110,6 +147,11 @@ impl JobThreads {
             feed.stop();
         }
         self.shared.lanes.iter().for_each(Lane::wake);
+    }
+
+    /// Has what goes on keep to the rate of this time of the day.
+    pub(super) fn keep_rate(&self) {
+        self.shared.keep_rate();
     }
 
     /// Waits for its threads. True where all ended in time.
@@ -127,7 +169,8 @@ impl JobThreads {
     pub(super) fn status(&self) -> JobStatus {
         let shared = &self.shared;
         let feed = shared.feed();
-        let starting = || Watching { mode: "starting".into(), ..Watching::default() };
+        let mode = if shared.job.remote_source().is_some() { "polling" } else { "starting" };
+        let starting = || Watching { mode: mode.into(), ..Watching::default() };
         let (unfinished, unfinished_count) = feed.as_ref().map(|feed| feed.unfinished()).unwrap_or_default();
         JobStatus {
             name: shared.job.name.clone(),
@@ -147,12 +190,34 @@ impl Shared {
         self.feed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    fn keep_rate(&self) {
+        let rate = self.job.bandwidth.as_ref().and_then(Schedule::now);
+        self.rates.iter().for_each(|one| one.set(rate));
+    }
+
     fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
 
+    /// A source of another machine gives no events: all of it is compared every so often, and when somebody asks for it.
+    fn ask_again(&self) {
+        while !self.stopped() {
+            let ready = Ready::Everything { except: BTreeSet::new() };
+            let number = self.hand_out(&ready);
+            self.lanes.iter().for_each(|lane| lane.add(ready.clone(), number));
+            self.asked.store(false, Ordering::Relaxed);
+            let until = Instant::now() + self.job.poll.0.max(REMOTE_PAUSE);
+            while !self.stopped() && !self.asked.load(Ordering::Relaxed) && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
+
     /// Passes on what may be sent. A source that cannot be watched is tried again, and nothing is sent meanwhile.
     fn watch(&self) {
+        if self.job.remote_source().is_some() {
+            return self.ask_again();
+        }
         while !self.stopped() {
             match Feed::start(&self.job.source, self.feed_options()) {
                 Ok(feed) => {
@@ -174,9 +239,67 @@ impl Shared {
             if let Some(ready) = ready
                 && self.halted.lock().unwrap_or_else(PoisonError::into_inner).is_none()
             {
-                self.lanes.iter().for_each(|lane| lane.add(ready.clone()));
+                let number = self.hand_out(&ready);
+                self.lanes.iter().for_each(|lane| lane.add(ready.clone(), number));
             }
         }
+    }
+
+    /// Notes what is on its way from now on, and gives it a number.
+    fn hand_out(&self, ready: &Ready) -> u64 {
+        let mut safety = self.safety.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = safety.open.last_key_value().map_or(safety.safe_through, |(last, _)| *last) + 1;
+        let paths = match ready {
+            Ready::Everything { .. } => None,
+            Ready::Paths(paths) => Some(paths.iter().map(ToString::to_string).collect()),
+        };
+        // Where everything is compared anyway, what was open before is a part of it.
+        if paths.is_none() {
+            safety.open.clear();
+        }
+        safety.open.insert(number, paths);
+        number
+    }
+
+    /// A target's run ended.
+    fn happened(&self, lane: usize, what: &Happened<'_>, teller: &Teller) {
+        let (job, source) = (self.job.name.as_str(), crate::error::shown(&self.job.source).to_string());
+        match what {
+            Happened::Published { changed } => {
+                self.safety.lock().unwrap_or_else(PoisonError::into_inner).changed |= changed;
+                let mut through: Vec<u64> = self.lanes.iter().map(Lane::done_through).collect();
+                through.sort_unstable_by(|a, b| b.cmp(a));
+                let quorum = self.job.quorum.unwrap_or(through.len()).clamp(1, through.len());
+                let now_safe = through[quorum - 1];
+                let Some(paths) = self.settled(now_safe) else { return };
+                let there = self.lanes.iter().filter(|lane| lane.done_through() >= now_safe);
+                let targets: Vec<&str> = there.map(|lane| lane.target.as_str()).collect();
+                tracing::debug!(job, targets = targets.len(), "safe");
+                if !self.job.on_published.is_empty() {
+                    let command = &self.job.on_published;
+                    teller.tell(Happening::published(command, job, &source, &targets, paths.as_deref()));
+                }
+            }
+            Happened::BeganToFail(trouble) if !self.job.on_failed.is_empty() => {
+                let (command, target) = (&self.job.on_failed, self.lanes[lane].target.as_str());
+                teller.tell(Happening::failed(command, job, &source, target, &trouble.message));
+            }
+            Happened::BeganToFail(_) => {}
+        }
+    }
+
+    /// Takes what is safe now out of what is on its way: its paths, or everything. `None` where nothing more is.
+    fn settled(&self, through: u64) -> Option<Option<Vec<String>>> {
+        let mut safety = self.safety.lock().unwrap_or_else(PoisonError::into_inner);
+        if through <= safety.safe_through {
+            return None;
+        }
+        safety.safe_through = through;
+        let later = safety.open.split_off(&(through + 1));
+        let settled = std::mem::replace(&mut safety.open, later);
+        let paths: Option<Vec<Vec<String>>> = settled.into_values().collect();
+        // Most looks at everything find nothing to do.
+        std::mem::take(&mut safety.changed).then(|| paths.map(|paths| paths.concat()))
     }
 
     /// Says that nothing is sent, and why; or that it is again.

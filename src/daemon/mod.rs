@@ -16,7 +16,7 @@ use rustix::fs::FlockOperation;
 use serde_json::{Value, json};
 
 use crate::config::Config;
-use crate::endpoint::Target;
+use crate::endpoint::{Source, Target};
 use crate::error::{Exit, shown};
 use crate::monitor::Monitor;
 
@@ -36,6 +36,7 @@ mod settle;
 pub mod status;
 mod tally;
 mod target;
+mod tell;
 mod temporary;
 mod watch;
 mod writers;
@@ -44,6 +45,7 @@ use control::Control;
 use job::JobThreads;
 use recent::Recent;
 use status::{FORMAT, Status};
+use tell::Teller;
 
 /// How long a stop waits for what goes on.
 const GRACE: Duration = Duration::from_secs(10);
@@ -64,6 +66,12 @@ pub trait Connect: Send + Sync {
     /// # Errors
     /// [`Trouble`].
     fn target(&self, target: &str, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble>;
+
+    /// Opens a source of another machine, likewise.
+    ///
+    /// # Errors
+    /// [`Trouble`].
+    fn source(&self, source: &str, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble>;
 }
 
 /// Where a daemon keeps what it knows, and where it is asked.
@@ -127,6 +135,7 @@ struct Shared {
     places: Places,
     connect: Arc<dyn Connect>,
     recent: Arc<Recent>,
+    teller: Teller,
     running: Mutex<Running>,
     /// A reload that somebody asked for by the socket.
     reload_wanted: AtomicBool,
@@ -210,6 +219,7 @@ impl Daemon {
             places: places.clone(),
             connect,
             recent: Arc::default(),
+            teller: Teller::start().map_err(DaemonError::Thread)?,
             running: Mutex::new(Running { config: Config::default(), config_error: None, jobs: Vec::new() }),
             reload_wanted: AtomicBool::new(false),
         });
@@ -256,7 +266,8 @@ impl Daemon {
             }
         }
         for job in &mut jobs {
-            job.start(&self.shared.places, &self.shared.connect, &self.shared.recent).map_err(DaemonError::Thread)?;
+            let Shared { places, connect, recent, teller, .. } = &*self.shared;
+            job.start(places, connect, recent, teller).map_err(DaemonError::Thread)?;
         }
         (running.jobs, running.config, running.config_error) = (jobs, config, None);
         Ok(())
@@ -284,6 +295,11 @@ impl Daemon {
         self.shared.reload_wanted.swap(false, Ordering::SeqCst)
     }
 
+    /// What has to be done now and then: once a second is often enough.
+    pub fn tick(&self) {
+        self.shared.running().jobs.iter().for_each(JobThreads::keep_rate);
+    }
+
     /// Whether every thread that should be there is.
     pub fn is_alive(&self) -> bool {
         self.shared.running().jobs.iter().all(JobThreads::is_alive)
@@ -295,8 +311,8 @@ impl Daemon {
         let jobs = std::mem::take(&mut self.shared.running().jobs);
         jobs.iter().for_each(JobThreads::ask_to_stop);
         let until = Instant::now() + GRACE;
-        // Not `all`: each is waited for.
-        jobs.into_iter().map(|job| job.join(until)).filter(|in_time| !in_time).count() == 0
+        let late = jobs.into_iter().map(|job| job.join(until)).filter(|ended| !ended).count();
+        late == 0
     }
 }
 

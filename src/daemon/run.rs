@@ -2,27 +2,32 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::pending::Work;
 use super::tally::Tally;
 use super::{Connect, Trouble};
 use crate::config::{Delete, Job};
+use crate::endpoint::guarded::{BEING_WRITTEN, Guard, Guarded};
 use crate::endpoint::local::LocalSource;
-use crate::endpoint::{BeginOptions, ScanOptions};
+use crate::endpoint::{BeginOptions, ScanOptions, Source};
 use crate::error::{Exit, chain};
 use crate::filter::FilterSpec;
 use crate::monitor::Severity;
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
 use crate::root::{Follow, Root};
-use crate::sync::{self, Options, SyncReport};
+use crate::sync::{self, Options, Rate, SyncReport};
 
 /// Connections of a run, and how often a file is sent again that changed or arrived damaged.
 const WORKERS: usize = 2;
 const RETRIES: u32 = 2;
 /// Another run on the same target, a push by hand for instance, is waited for so many seconds.
 const WAIT_SECONDS: u64 = 30;
+
+/// How the target says that it did not publish what came with something that failed.
+const HELD_BACK: [&str; 2] = ["is held back", "is not published, since"];
 
 /// What the runs of a job have in common.
 pub(super) struct Plan<'a> {
@@ -33,11 +38,17 @@ pub(super) struct Plan<'a> {
     pub(super) state: &'a Path,
     /// What is not to be sent at the moment of asking.
     pub(super) held_back: &'a dyn Fn() -> BTreeSet<RelPath>,
+    /// Whether a file of the source is in somebody's hands.
+    pub(super) guard: Guard,
+    /// What may go to each target now.
+    pub(super) rate: Rate,
 }
 
 /// A run that came to its end.
 #[derive(Debug, Default)]
 pub(super) struct Done {
+    /// Files that were left because somebody writes to them: they become ready again by themselves.
+    pub(super) left: u64,
     pub(super) generation: Option<u64>,
     pub(super) published: u64,
     pub(super) removed: u64,
@@ -60,16 +71,25 @@ pub(super) fn run(
 ) -> Result<Done, Trouble> {
     let job = plan.job;
     let failed = |error: &dyn std::error::Error, exit| Trouble { message: chain(error), exit };
-    let root = Root::open(&job.source).map_err(|error| failed(&error, Exit::Io))?;
-    let Some(options) = options(plan, work, &root) else { return Ok(Done::default()) };
-    let source = LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
+    let (source, options): (Box<dyn Source>, Options) = match job.remote_source() {
+        Some(source) => {
+            (connect.source(source, tally)?, options(plan, FilterSpec { rules: job.exclude.clone(), only: None }))
+        }
+        None => {
+            let root = Root::open(&job.source).map_err(|error| failed(&error, Exit::Io))?;
+            let Some(filter) = filter(plan, work, &root) else { return Ok(Done::default()) };
+            let source =
+                LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
+            (Box::new(Guarded::new(source, Arc::clone(&plan.guard))), options(plan, filter))
+        }
+    };
     let target = connect.target(target, tally)?;
-    let report = sync::run(&source, &*target, &options, tally, stop).map_err(|error| failed(&error, error.exit()))?;
+    let report = sync::run(&*source, &*target, &options, tally, stop).map_err(|error| failed(&error, error.exit()))?;
     concluded(report)
 }
 
-/// What is asked of the engine; `None` where nothing of the work is left to do.
-fn options(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<Options> {
+/// What of the source takes part; `None` where nothing of the work is left to do.
+fn filter(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<FilterSpec> {
     let job = plan.job;
     let mut filter = FilterSpec { rules: job.exclude.clone(), only: None };
     // The work may have waited for long: what changes again since then is left out, and comes when it is finished.
@@ -86,7 +106,13 @@ fn options(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<Options> {
             filter.only = Some(only);
         }
     }
-    Some(Options {
+    Some(filter)
+}
+
+/// What is asked of the engine.
+fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
+    let job = plan.job;
+    Options {
         scan: ScanOptions { filter: filter.clone(), ..ScanOptions::default() },
         begin: BeginOptions {
             policy: plan.policy.clone(),
@@ -102,8 +128,8 @@ fn options(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<Options> {
         max_delete: job.max_delete,
         workers: WORKERS,
         retries: RETRIES,
-        bandwidth: job.bandwidth.map(|rate| rate.0),
-    })
+        bandwidth: plan.rate.clone(),
+    }
 }
 
 /// The gitignore line for just this path. Bytes that are not UTF-8 are matched by `?`, one for each: it may leave out more,
@@ -124,7 +150,12 @@ fn rule(path: &RelPath) -> String {
 }
 
 fn concluded(report: SyncReport) -> Result<Done, Trouble> {
-    let failed: Vec<_> = report.problems.iter().filter(|problem| problem.severity == Severity::Failed).collect();
+    let mut failed: Vec<_> = report.problems.iter().filter(|problem| problem.severity == Severity::Failed).collect();
+    let all = failed.len();
+    failed.retain(|problem| problem.message != BEING_WRITTEN);
+    let left = (all - failed.len()) as u64;
+    // What was held back with them is no failure either: it is looked at again together with them.
+    failed.retain(|problem| left == 0 || !HELD_BACK.iter().any(|held| problem.message.starts_with(held)));
     if let Some(first) = failed.first() {
         let path = first.path.as_ref().map_or_else(|| ".".to_owned(), ToString::to_string);
         let more = if failed.len() > 1 { format!(" (and {} more paths)", failed.len() - 1) } else { String::new() };
@@ -132,6 +163,7 @@ fn concluded(report: SyncReport) -> Result<Done, Trouble> {
     }
     let committed = report.committed.unwrap_or_default();
     Ok(Done {
+        left,
         generation: Some(committed.generation),
         published: committed.published,
         removed: committed.removed,

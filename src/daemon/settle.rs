@@ -468,6 +468,15 @@ impl Settle {
         waiting.map(|(path, _)| path).chain(&self.temporary)
     }
 
+    /// Whether a file changed and is not finished, or lies in a unit that is not.
+    pub(super) fn is_in_hands(&self, path: &RelPath) -> bool {
+        match self.place(path, false) {
+            (_, Some(_)) => true,
+            (Some(unit), _) => self.waiting.contains_key(&unit),
+            (None, _) => self.waiting.contains_key(path) || self.open.contains_key(path) || self.is_marked(path),
+        }
+    }
+
     /// Whether a directory is in a unit or is one, or is in something temporary: what happens there is no news of its own.
     pub(super) fn is_part(&self, directory: &RelPath) -> bool {
         let (unit, temporary) = self.place(directory, true);

@@ -5,8 +5,9 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags};
 use rustix::io::Errno;
@@ -29,7 +30,7 @@ pub(super) struct Event {
 /// The watches of a source. `None` as a path is its top.
 #[derive(Debug)]
 pub(super) struct Watches {
-    inotify: OwnedFd,
+    inotify: Arc<OwnedFd>,
     paths: HashMap<i32, Option<RelPath>>,
     watches: BTreeMap<Option<RelPath>, i32>,
     queue: VecDeque<Event>,
@@ -42,12 +43,17 @@ impl Watches {
     /// As inotify_init1(2): EMFILE where this user has too many.
     pub(super) fn new() -> rustix::io::Result<Watches> {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-        Ok(Watches { inotify, paths: HashMap::new(), watches: BTreeMap::new(), queue: VecDeque::new() })
+        Ok(Watches {
+            inotify: Arc::new(inotify),
+            paths: HashMap::new(),
+            watches: BTreeMap::new(),
+            queue: VecDeque::new(),
+        })
     }
 
     /// To be polled.
-    pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
-        self.inotify.as_fd()
+    pub(super) fn descriptor(&self) -> &Arc<OwnedFd> {
+        &self.inotify
     }
 
     pub(super) fn count(&self) -> usize {

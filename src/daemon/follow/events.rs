@@ -1,6 +1,6 @@
 //! Following by events.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -92,17 +92,25 @@ impl Visit for Cover<'_> {
 
 impl Follower {
     pub(super) fn follow_events(&mut self, identity: Identity) -> End {
-        match self.events(identity) {
+        let end = match self.events(identity) {
             Ok(never) => match never {},
             Err(end) => end,
-        }
+        };
+        self.shared.state().events = None;
+        self.shared.end();
+        end
     }
 
     fn events(&mut self, identity: Identity) -> Result<std::convert::Infallible, End> {
         let mut watches = watches()?;
         loop {
             let began = Instant::now();
+            self.shared.begin();
+            self.shared.state().events = Some(std::sync::Arc::clone(watches.descriptor()));
             self.look(identity, &mut watches)?;
+            if watches.is_empty() {
+                self.shared.end();
+            }
             let looked = Instant::now();
             let anew = self.until_doubt(identity, &mut watches, looked, looked - began)?;
             if anew {
@@ -171,11 +179,12 @@ impl Follower {
             let until = [Some(rescan), Some(checked + ROOT_PAUSE), due].into_iter().flatten().min();
             // What was taken into memory meanwhile wakes nobody.
             if watches.is_empty() {
-                self.wait(Some(watches.descriptor()), until);
+                self.wait(Some(watches.descriptor().as_fd()), until);
             }
             if self.shared.is_stopped() {
                 return Err(End::Stopped);
             }
+            self.shared.begin();
             watches.pump().map_err(|errno| End::Poll(crate::error::in_words(&std::io::Error::from(errno))))?;
             let now = Instant::now();
             if !watches.is_empty() || now >= checked + ROOT_PAUSE || due.is_some_and(|due| due <= now) {
@@ -187,6 +196,7 @@ impl Follower {
                 }
                 self.settle(&root);
             }
+            self.shared.end();
             doubt.look |= doubt.gone > GONE_MAX || self.shared.state().settle.shrink();
             doubt.gone = 0;
             let may = looked + took * LOOK_SHARE;
