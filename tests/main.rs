@@ -18,6 +18,7 @@ mod confined;
 mod daemon;
 mod disk;
 mod feed;
+mod feed_limits;
 mod hostile_agent;
 mod hostile_races;
 mod hostile_server;
