@@ -204,6 +204,30 @@ fn a_file_that_is_held_open_waits_for_its_close_however_long_it_rests() {
 }
 
 #[test]
+fn whether_a_file_is_being_written_is_known_at_the_moment_of_asking() {
+    let mut source = Source::new();
+    source.write("a", "x");
+    fs::create_dir(source.path("ckpt-1")).unwrap();
+    source.write("ckpt-1/w", "x");
+    source.write("b.tmp", "x");
+    source.started(options());
+    let in_hands = |path: &str| source.feed().is_being_written(&rel(path));
+    assert!(!in_hands("a") && !in_hands("ckpt-1/w") && in_hands("b.tmp"));
+    for round in 0..300 {
+        let mut file = File::options().append(true).open(source.path("a")).unwrap();
+        file.write_all(b"more").unwrap();
+        assert!(in_hands("a"), "{round}");
+        assert_eq!(source.feed().held_back(), set(&["a", "b.tmp"]), "{round}");
+        drop(file);
+        assert!(!in_hands("a"), "{round}");
+    }
+    let file = File::create(source.path("ckpt-1/v")).unwrap();
+    assert!(in_hands("ckpt-1/w"), "the unit changes");
+    drop(file);
+    assert!(!in_hands("ckpt-1/w"));
+}
+
+#[test]
 fn directories_that_are_moved_in_out_and_within() {
     let mut source = Source::new();
     let outside = source.at.path().join("outside");

@@ -132,8 +132,19 @@ impl Follower {
         let _ = poll(&mut watched, left.as_ref());
     }
 
-    /// Answers what is asked of the files, and hands out what is ready.
+    /// Hands out what is ready.
     fn settle(&mut self, root: &Root) {
+        self.judge(root);
+        let mut state = self.shared.state();
+        let ready = state.settle.take();
+        if !ready.is_empty() {
+            state.paths.extend(ready);
+            self.shared.tell();
+        }
+    }
+
+    /// Answers what is asked of the files, until nothing is.
+    fn judge(&mut self, root: &Root) {
         loop {
             let now = Instant::now();
             let asks = self.shared.state().settle.due(now);
@@ -154,12 +165,6 @@ impl Follower {
                     }
                 }
             }
-        }
-        let mut state = self.shared.state();
-        let ready = state.settle.take();
-        if !ready.is_empty() {
-            state.paths.extend(ready);
-            self.shared.tell();
         }
     }
 

@@ -153,7 +153,7 @@ impl Follower {
             Some(why) if self.options.watch == Watch::Auto => return Err(End::Poll(why)),
             why => {
                 self.drop_gone(&root);
-                self.settle(&root);
+                self.judge(&root);
                 // RACE: replaced while it was looked at.
                 self.again(identity)?;
                 let directories = directories as u64;

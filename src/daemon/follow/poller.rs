@@ -55,12 +55,13 @@ impl Follower {
             } else if due.is_some_and(|due| due <= now) {
                 everything |= self.look_again(&root, &mut snapshot, now);
             }
-            self.settle(&root);
             if std::mem::take(&mut everything) {
+                self.judge(&root);
                 let directories = snapshot.directories() as u64;
                 let why = Some(why.clone());
                 self.hand_out_everything(Watching { mode: "polling".to_owned(), directories, why, last_scan: None });
             } else {
+                self.settle(&root);
                 self.shared.state().watching.last_scan = Some(crate::daemon::clock());
             }
         }
