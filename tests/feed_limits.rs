@@ -110,6 +110,30 @@ fn h37_h38_a_file_system_that_is_unmounted_halts_the_job_until_it_is_back() {
 }
 
 #[test]
+fn h38_what_is_deleted_goes_from_a_mirror_and_the_limit_is_of_the_whole() {
+    let running = Running::start(&format!("{JOB}delete = \"mirror\"\nmax_delete = \"50%\"\n"));
+    for name in ["a", "b", "c", "d"] {
+        fs::write(running.path("source").join(name), name).unwrap();
+    }
+    until("the files", || ["a", "b", "c", "d"].iter().all(|name| holds(&running.path("target").join(name), name)));
+    fs::remove_file(running.path("source/a")).unwrap();
+    until("it to go", || !running.path("target/a").exists());
+    assert!(running.target(0)["last_error"].is_null(), "{}", running.log());
+    // Two of three are too many, even when they are seen to go one by one.
+    done(&running.jobs(&["pause"]));
+    until("it to be paused", || running.target(0)["state"] == "paused");
+    for name in ["b", "c"] {
+        fs::remove_file(running.path("source").join(name)).unwrap();
+    }
+    until("the work to wait", || running.target(0)["lag_units"].as_u64().unwrap() > 0);
+    done(&running.jobs(&["resume"]));
+    until("the refusal", || {
+        running.target(0)["last_error"]["message"].as_str().is_some_and(|told| told.contains("over the limit"))
+    });
+    assert!(holds(&running.path("target/b"), "b") && holds(&running.path("target/c"), "c"));
+}
+
+#[test]
 fn what_is_written_to_again_before_its_turn_comes_is_not_sent_half_written() {
     let running = Running::start(JOB);
     fs::write(running.path("source/first"), "x").unwrap();

@@ -27,6 +27,8 @@ const ROOT_PAUSE: Duration = Duration::from_secs(2);
 /// How often it is seen whether a source that is gone is back.
 const GONE_PAUSE: Duration = Duration::from_millis(500);
 
+const REPLACED_PAUSE: Duration = Duration::from_millis(50);
+
 /// Why a source is not followed as it was any more.
 #[derive(Debug)]
 pub(super) enum End {
@@ -78,9 +80,14 @@ impl Follower {
                 Some(why) => self.poll(identity, why),
                 None => self.follow_events(identity),
             };
-            if let End::Poll(why) = end {
-                tracing::warn!(source = %crate::error::shown(&self.source), "changes are looked for: {why}");
-                polls = Some(why);
+            match end {
+                End::Poll(why) => {
+                    tracing::warn!(source = %crate::error::shown(&self.source), "changes are looked for: {why}");
+                    polls = Some(why);
+                }
+                // What is there and cannot be listed must not be tried all the time.
+                End::Replaced => self.wait(None, Some(Instant::now() + REPLACED_PAUSE)),
+                End::Stopped | End::Again => {}
             }
         }
     }
@@ -112,6 +119,13 @@ impl Follower {
             Ok((root, found)) if found == identity => Ok(root),
             _ => Err(End::Replaced),
         }
+    }
+
+    /// The top of the source cannot be listed.
+    fn lost(&self, error: &dyn std::error::Error) -> End {
+        self.shared.state().gone = Some(crate::error::chain(error));
+        self.shared.tell();
+        End::Replaced
     }
 
     fn polls_because(&self, root: &Root) -> Option<String> {

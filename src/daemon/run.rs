@@ -97,9 +97,13 @@ fn filter(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<FilterSpec> {
     match work {
         Work::Everything { except } => filter.rules.extend(except.iter().map(rule)),
         Work::Paths(paths) => {
-            // What is gone is asked for where it is to be removed there, too.
-            let counts = |path: &&RelPath| job.delete == Delete::Mirror || root.stat(path, Follow::Never).is_ok();
-            let only: Vec<Vec<u8>> = paths.iter().filter(counts).map(|path| path.as_bytes().to_vec()).collect();
+            let there = paths.iter().filter(|path| root.stat(path, Follow::Never).is_ok());
+            let only: Vec<Vec<u8>> = there.map(|path| path.as_bytes().to_vec()).collect();
+            let gone = only.len() < paths.len();
+            // What is to be removed there is compared with everything: the limits on deleting are of the whole.
+            if gone && job.delete == Delete::Mirror {
+                return Some(filter);
+            }
             if only.is_empty() {
                 return None;
             }

@@ -20,8 +20,6 @@ use crate::root::{FileKind, Follow, Metadata, Root};
 /// A look because of a doubt comes so many times later than the last one took: a storm of events must not make it look all
 /// the time.
 const LOOK_SHARE: u32 = 4;
-/// So many deletions at once are compared as a whole, so that the limits on deleting see them together.
-const GONE_MAX: usize = 100;
 
 /// What the events of one batch leave to do.
 #[derive(Debug, Default)]
@@ -32,7 +30,6 @@ struct Doubt {
     anew: bool,
     /// The source itself was moved, removed or unmounted.
     top: bool,
-    gone: usize,
 }
 
 /// Watches directories while they are walked, and notes what is in them.
@@ -141,7 +138,7 @@ impl Follower {
         if self.shared.is_stopped() {
             return Err(End::Stopped);
         }
-        walked.map_err(|_| End::Replaced)?;
+        walked.map_err(|error| self.lost(&error))?;
         if cover.full {
             return Err(End::Poll(limit_of_watches(directories)));
         }
@@ -197,8 +194,7 @@ impl Follower {
                 self.settle(&root);
             }
             self.shared.end();
-            doubt.look |= doubt.gone > GONE_MAX || self.shared.state().settle.shrink();
-            doubt.gone = 0;
+            doubt.look |= self.shared.state().settle.shrink();
             let may = looked + took * LOOK_SHARE;
             if now >= rescan || (doubt.look && now >= may) {
                 return Ok(doubt.anew);
@@ -232,30 +228,22 @@ impl Follower {
             };
             // A path that is too long cannot be sent; the scan of a run says so.
             let Ok(path) = path else { continue };
-            self.change(root, watches, &event, &path, doubt)?;
+            self.change(root, watches, &event, &path)?;
         }
         Ok(())
     }
 
-    fn change(
-        &mut self,
-        root: &Root,
-        watches: &mut Watches,
-        event: &Event,
-        path: &RelPath,
-        doubt: &mut Doubt,
-    ) -> Result<(), End> {
+    fn change(&mut self, root: &Root, watches: &mut Watches, event: &Event, path: &RelPath) -> Result<(), End> {
         let (flags, directory) = (event.flags, event.flags.contains(ReadFlags::ISDIR));
         let counts = self.filter.admits(path, directory);
         let now = Instant::now();
         if flags.contains(ReadFlags::MOVED_FROM) {
-            return self.moved(root, watches, event, path, doubt);
+            return self.moved(root, watches, event, path);
         }
         if !counts {
             return Ok(());
         }
         if flags.contains(ReadFlags::DELETE) {
-            doubt.gone += 1;
             self.shared.state().settle.gone(path, now);
         } else if flags.intersects(ReadFlags::CREATE | ReadFlags::MOVED_TO) {
             if directory {
@@ -286,14 +274,7 @@ impl Follower {
         }
     }
 
-    fn moved(
-        &mut self,
-        root: &Root,
-        watches: &mut Watches,
-        event: &Event,
-        from: &RelPath,
-        doubt: &mut Doubt,
-    ) -> Result<(), End> {
+    fn moved(&mut self, root: &Root, watches: &mut Watches, event: &Event, from: &RelPath) -> Result<(), End> {
         let (now, directory) = (Instant::now(), event.flags.contains(ReadFlags::ISDIR));
         // RACE: the kernel tells both halves one after the other, but they may be read in two pieces. A second half that comes
         // still later is something new.
@@ -309,7 +290,6 @@ impl Follower {
             if directory {
                 watches.drop_within(from);
             }
-            doubt.gone += 1;
             if self.filter.admits(from, directory) {
                 self.shared.state().settle.gone(from, now);
             }

@@ -80,7 +80,7 @@ impl Follower {
             }
         };
         let stopped = || shared.is_stopped();
-        snapshot.look(root, None, &self.filter, &stopped, &mut each).map_err(|_| End::Replaced)
+        snapshot.look(root, None, &self.filter, &stopped, &mut each).map_err(|error| self.lost(&error))
     }
 
     /// Takes note of changes. True when everything has to be compared: something is missing, and only by comparing it is
