@@ -442,6 +442,21 @@ fn h38_a_root_that_is_removed_made_again_or_replaced_is_looked_at_from_the_start
 }
 
 #[test]
+fn h38_a_directory_above_the_root_that_is_replaced_is_noticed_though_no_event_tells() {
+    for watch in [Watch::Events, Watch::Polling] {
+        let mut source = Source::new();
+        fs::create_dir_all(source.path("up/root")).unwrap();
+        source.feed = Some(Feed::start(&source.path("up/root"), FeedOptions { watch, ..options() }).unwrap());
+        source.everything();
+        fs::rename(source.path("up"), source.path("away")).unwrap();
+        fs::create_dir_all(source.path("up/root")).unwrap();
+        source.everything();
+        source.write("up/root/a", "x");
+        source.ready(&set(&["a"]));
+    }
+}
+
+#[test]
 fn a_feed_ends_and_everything_is_looked_at_every_so_often() {
     let mut source = Source::new();
     source.started(FeedOptions { rescan: Duration::from_millis(200), ..options() });
