@@ -18,6 +18,8 @@ mod cli;
 mod confined;
 mod daemon;
 mod disk;
+mod feed;
+mod feed_limits;
 mod hostile_agent;
 mod hostile_races;
 mod hostile_server;

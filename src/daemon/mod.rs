@@ -21,16 +21,25 @@ use crate::error::{Exit, shown};
 use crate::monitor::Monitor;
 
 mod backoff;
+mod complete;
 mod control;
 pub mod feed;
+mod filesystem;
+mod follow;
 mod job;
+mod look;
 mod pending;
+mod polling;
 mod recent;
 mod run;
+mod settle;
 pub mod status;
 mod tally;
 mod target;
 mod tell;
+mod temporary;
+mod watch;
+mod writers;
 
 use control::Control;
 use job::JobThreads;
