@@ -53,5 +53,6 @@ mod stock_order;
 mod stock_pipes;
 mod systemd;
 mod units;
+mod web;
 mod wire;
 mod wire_openssh;

@@ -23,17 +23,25 @@ use crate::monitor::Monitor;
 mod backoff;
 mod control;
 pub mod feed;
+pub mod history;
+pub mod http;
 mod job;
+pub mod metrics;
+pub mod page;
 mod pending;
 mod recent;
 mod run;
+pub mod samples;
+mod shows;
 pub mod status;
 mod tally;
 mod target;
+pub mod words;
 
 use control::Control;
 use job::JobThreads;
 use recent::Recent;
+use shows::Shows;
 use status::{FORMAT, Status};
 
 /// How long a stop waits for what goes on.
@@ -79,6 +87,8 @@ pub enum DaemonError {
     Running { state: PathBuf, holder: String },
     #[error("cannot listen on the control socket '{}'", shown(path))]
     Socket { path: PathBuf, source: std::io::Error },
+    #[error("cannot serve the page on '{address}'")]
+    Listen { address: std::net::SocketAddr, source: std::io::Error },
     #[error("cannot start a thread")]
     Thread(#[source] std::io::Error),
     #[error(transparent)]
@@ -110,6 +120,7 @@ fn remedy(exit: Exit) -> Option<String> {
 pub struct Daemon {
     shared: Arc<Shared>,
     control: Option<Control>,
+    shows: Shows,
     _lock: File,
 }
 
@@ -200,11 +211,13 @@ impl Daemon {
             started: clock(),
             places: places.clone(),
             connect,
-            recent: Arc::default(),
+            recent: Arc::new(Recent::open(&places.state)),
             running: Mutex::new(Running { config: Config::default(), config_error: None, jobs: Vec::new() }),
             reload_wanted: AtomicBool::new(false),
         });
-        let daemon = Daemon { control: None, _lock: lock, shared };
+        let watched = Arc::clone(&shared);
+        let shows = Shows::start(Arc::new(move || watched.status())).map_err(DaemonError::Thread)?;
+        let daemon = Daemon { control: None, shows, _lock: lock, shared };
         daemon.take(config)?;
         let answering = Arc::clone(&daemon.shared);
         let control = Control::listen(&places.socket, Arc::new(move |request| answering.answer(request)));
@@ -220,6 +233,9 @@ impl Daemon {
         if config.jobs.is_empty() {
             return Err(DaemonError::NoJob(config.path));
         }
+        // What cannot be listened on is known before a job ends.
+        let shown = self.shows.prepare(&config.daemon);
+        let shown = shown.map_err(|(address, source)| DaemonError::Listen { address, source })?;
         let mut running = self.shared.running();
         let mut jobs = Vec::with_capacity(config.jobs.len());
         let mut before = std::mem::take(&mut running.jobs);
@@ -250,6 +266,9 @@ impl Daemon {
             job.start(&self.shared.places, &self.shared.connect, &self.shared.recent).map_err(DaemonError::Thread)?;
         }
         (running.jobs, running.config, running.config_error) = (jobs, config, None);
+        // Who is asked for the status just now waits for this lock.
+        drop(running);
+        self.shows.show(shown);
         Ok(())
     }
 
