@@ -300,7 +300,7 @@ fn an_older_generation_than_asked_for_is_refused() {
 }
 
 #[test]
-fn lists_of_sha256sum_are_compared_with_and_need_no_manifest() {
+fn s20_lists_of_sha256sum_are_compared_with_and_need_no_manifest() {
     let at = tempfile::tempdir().unwrap();
     let (tree, list) = (at.path().join("tree"), at.path().join("list"));
     fs::create_dir(&tree).unwrap();

@@ -18,9 +18,15 @@ pub(crate) struct Running {
 impl Running {
     /// With a configuration in which `AT` stands for the area.
     pub(crate) fn start(config: &str) -> Running {
+        Running::prepared(config, |_| {})
+    }
+
+    /// The same in an area that something is done to first.
+    pub(crate) fn prepared(config: &str, prepare: impl FnOnce(&Path)) -> Running {
         let at = tempfile::tempdir().unwrap();
         let mut running = Running { at, child: None };
         fs::create_dir(running.path("source")).unwrap();
+        prepare(running.at.path());
         running.configure(config);
         running.launch();
         running
@@ -89,6 +95,8 @@ impl Running {
 }
 
 impl Drop for Running {
+    // A test that failed says what the daemon said.
+    #[allow(clippy::print_stderr)]
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
             let _ = child.kill();
@@ -144,9 +152,8 @@ fn s28_what_changes_arrives_at_every_target_and_is_good() {
 
 #[test]
 fn h30_a_target_that_fails_holds_up_no_other_and_catches_up() {
-    let running = Running::start(TWO);
     // A file where the directory should be: nothing can be published there.
-    fs::write(running.path("two"), "in the way").unwrap();
+    let running = Running::prepared(TWO, |at| fs::write(at.join("two"), "in the way").unwrap());
     fs::write(running.path("source/a"), "content").unwrap();
     until("the good target", || holds(&running.path("one/a"), "content"));
     until("the failure to be told", || running.target(1)["last_error"].is_object());
@@ -228,4 +235,33 @@ fn a_second_daemon_on_the_same_state_is_refused_and_a_killed_one_leaves_nothing_
     let idle = running.command(&["daemon", "--config"]).arg(&empty).output().unwrap();
     ends(&idle, 2, &["has no [[job]]"]);
     assert!(text(&idle).contains("empty.toml"));
+}
+
+#[test]
+fn others_are_told_when_enough_targets_have_it_and_when_one_begins_to_fail() {
+    let told = "on_published = [\"/bin/sh\", \"-c\", \"cat >> AT/told\"]\non_failed = [\"/bin/sh\", \"-c\", \"cat >> AT/failed\"]\n";
+    let config = format!("{TWO}quorum = 1\n{told}");
+    let running = Running::prepared(&config, |at| fs::write(at.join("two"), "in the way").unwrap());
+    fs::write(running.path("source/a"), "content").unwrap();
+    let lines = |name: &str| -> Vec<Value> {
+        let text = fs::read_to_string(running.path(name)).unwrap_or_default();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    until("the news", || !lines("told").is_empty() && !lines("failed").is_empty());
+    let (published, failed) = (lines("told").remove(0), lines("failed").remove(0));
+    assert_eq!((&published["event"], &published["job"]), (&"published".into(), &"data".into()), "{published}");
+    let one = running.path("one").display().to_string();
+    assert_eq!(published["targets"], json!([one]), "{published}");
+    assert_eq!(failed["target"], running.path("two").display().to_string(), "{failed}");
+    // Looking again and finding nothing is no news, nor is that it still fails.
+    until("it to be tried again", || running.target(1)["failures"].as_u64().unwrap() > 2);
+    assert_eq!((lines("told").len(), lines("failed").len()), (1, 1));
+    for (wrong, words) in [
+        ("quorum = 3\n", "from 1 to the number of targets, 2"),
+        ("on_published = [\"notify\"]\n", "the whole path of a program"),
+    ] {
+        running.configure(&format!("{TWO}{wrong}"));
+        running.signal("-HUP");
+        until(words, || running.status()["config_error"].as_str().is_some_and(|error| error.contains(words)));
+    }
 }

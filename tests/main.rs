@@ -11,6 +11,7 @@ mod certificates;
 mod check;
 mod check_index;
 mod check_layouts;
+mod check_names;
 mod check_sample;
 mod cli;
 mod confined;

@@ -122,8 +122,7 @@ pub(super) fn load(root: &Root, against: Option<&Path>, key: Option<&PublicKey>)
         None => match root.open_read(&RelPath::new(MANIFEST)?, Follow::Never) {
             Ok(file) => file,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let message = "nothing was published here by lockstep: push to it, or name a list with --against";
-                let finding = Finding { path: shown.clone(), kind: Kind::ManifestMissing, message: message.to_owned() };
+                let finding = Finding { path: shown.clone(), kind: Kind::ManifestMissing, message: unpublished(root) };
                 return Ok(Loaded { list: Err(finding), digest: None, metadata: None, shown, inside: None });
             }
             Err(source) if source.kind() == std::io::ErrorKind::PermissionDenied => {
@@ -150,6 +149,29 @@ pub(super) fn load(root: &Root, against: Option<&Path>, key: Option<&PublicKey>)
     };
     let list = list.map_err(|message| Finding { path: shown.clone(), kind: Kind::ManifestDamaged, message });
     Ok(Loaded { list, digest, metadata: Some(metadata), shown, inside })
+}
+
+/// What there is to say of a directory without a manifest.
+fn unpublished(root: &Root) -> String {
+    let published = |name: &Vec<u8>| {
+        let manifest = RelPath::new(name).and_then(|name| name.join(MANIFEST));
+        manifest.is_ok_and(|manifest| root.stat(&manifest, Follow::Never).is_ok())
+    };
+    let mut inside = root.names(None, Follow::Never).unwrap_or_default();
+    inside.retain(published);
+    inside.sort();
+    let told: Vec<String> = inside.iter().take(3).map(|name| format!("'{}'", crate::error::Escaped(name))).collect();
+    match inside.len() {
+        0 => "nothing was published here by lockstep: push to it, or name a list with --against".to_owned(),
+        1..=3 => format!(
+            "nothing was published here, but to {} in it: check {}",
+            told.join(", "),
+            if inside.len() == 1 { "that" } else { "those" }
+        ),
+        all => {
+            format!("nothing was published here, but to {} and {} more in it: check those", told.join(", "), all - 3)
+        }
+    }
 }
 
 /// Whether the list is still the one that was loaded.

@@ -54,6 +54,15 @@ pub struct Job {
     /// For the daemon: how often everything is looked at, whatever was noticed.
     #[serde(default = "usual_rescan", deserialize_with = "from_text")]
     pub rescan: Period,
+    /// For the daemon: at how many targets something has to be before it counts as safe; all, where it is left out.
+    #[serde(default)]
+    pub quorum: Option<usize>,
+    /// For the daemon: a program and its arguments, started when something is safe.
+    #[serde(default)]
+    pub on_published: Vec<String>,
+    /// For the daemon: a program and its arguments, started when a target begins to fail.
+    #[serde(default)]
+    pub on_failed: Vec<String>,
     /// For the daemon: the longest wait between two tries of a target that fails.
     #[serde(default = "usual_retry", deserialize_with = "from_text")]
     pub retry_max: Period,

@@ -184,6 +184,17 @@ impl Config {
         if let Some(target) = job.targets.iter().find(|target| !target.starts_with('/') && !target.contains(':')) {
             return Err(format!("the target '{target}' is neither [USER@]HOST:PATH nor a path that starts with '/'"));
         }
+        if let Some(quorum) = job.quorum.filter(|&quorum| quorum == 0 || quorum > job.targets.len()) {
+            return Err(format!(
+                "'quorum' is {quorum}, and has to be from 1 to the number of targets, {}",
+                job.targets.len()
+            ));
+        }
+        for (field, command) in [("on_published", &job.on_published), ("on_failed", &job.on_failed)] {
+            if command.first().is_some_and(|program| !program.starts_with('/')) {
+                return Err(format!("'{field}' has to begin with the whole path of a program: no shell looks for it"));
+            }
+        }
         for (field, lines) in [("exclude", &job.exclude), ("last", &job.last)] {
             globs(field, lines)?;
         }

@@ -126,6 +126,12 @@ impl Feed {
         (Vec::new(), 0)
     }
 
+    /// Whether a file is being written: it was changed, by all that is known up to this moment, and not closed since, or not
+    /// left alone for long enough.
+    pub fn is_being_written(&self, _path: &RelPath) -> bool {
+        false
+    }
+
     /// Why the source cannot be watched now.
     pub fn gone(&self) -> Option<String> {
         let found = std::fs::metadata(&self.directory);

@@ -1,18 +1,21 @@
 //! The threads of one job: one that watches its source, one for each target.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::feed::{Feed, FeedOptions};
+use super::feed::{Feed, FeedOptions, Ready};
 use super::recent::Recent;
 use super::run::Plan;
 use super::status::{JobStatus, Trouble, Watching};
-use super::target::Lane;
+use super::target::{Happened, Lane};
+use super::tell::{Happening, Teller};
 use super::{Connect, Places, clock};
 use crate::config::Job;
+use crate::path::RelPath;
 use crate::policy::PolicySpec;
 
 /// How often it is seen whether a source that is gone is back.
@@ -31,6 +34,18 @@ struct Shared {
     feed: Mutex<Option<Arc<Feed>>>,
     halted: Mutex<Option<Trouble>>,
     paused: AtomicBool,
+    safety: Mutex<Safety>,
+}
+
+/// What is on its way, and what is at as many targets as it has to be.
+#[derive(Default)]
+struct Safety {
+    /// What was handed out and is not safe yet, by number: the paths, or `None` for everything.
+    open: BTreeMap<u64, Option<Vec<String>>>,
+    /// All up to this number is safe.
+    safe_through: u64,
+    /// Something was published since others were told last.
+    changed: bool,
 }
 
 impl JobThreads {
@@ -46,6 +61,7 @@ impl JobThreads {
             feed: Mutex::default(),
             halted: Mutex::default(),
             paused: AtomicBool::new(false),
+            safety: Mutex::default(),
         };
         JobThreads { shared: Arc::new(shared), threads: Vec::new() }
     }
@@ -64,6 +80,7 @@ impl JobThreads {
         places: &Places,
         connect: &Arc<dyn Connect>,
         recent: &Arc<Recent>,
+        teller: &Teller,
     ) -> std::io::Result<()> {
         if !self.threads.is_empty() {
             return Ok(());
@@ -72,9 +89,14 @@ impl JobThreads {
         for number in 0..self.shared.lanes.len() {
             let (shared, connect, recent) = (Arc::clone(&self.shared), Arc::clone(connect), Arc::clone(recent));
             let (actor, state): (String, PathBuf) = (actor.clone(), places.state.clone());
+            let teller = teller.clone();
             let serve = move || {
-                let plan = Plan { job: &shared.job, policy: &shared.policy, actor: &actor, state: &state };
-                shared.lanes[number].serve(&plan, &*connect, &recent);
+                let watched = Arc::clone(&shared);
+                let guard =
+                    Arc::new(move |path: &RelPath| watched.feed().is_some_and(|feed| feed.is_being_written(path)));
+                let plan = Plan { job: &shared.job, policy: &shared.policy, actor: &actor, state: &state, guard };
+                let happened = |what: Happened<'_>| shared.happened(number, &what, &teller);
+                shared.lanes[number].serve(&plan, &*connect, &recent, &happened);
             };
             self.threads.push(std::thread::Builder::new().name("target".into()).spawn(serve)?);
         }
@@ -167,9 +189,67 @@ impl Shared {
             if let Some(ready) = ready
                 && self.halted.lock().unwrap_or_else(PoisonError::into_inner).is_none()
             {
-                self.lanes.iter().for_each(|lane| lane.add(ready.clone()));
+                let number = self.hand_out(&ready);
+                self.lanes.iter().for_each(|lane| lane.add(ready.clone(), number));
             }
         }
+    }
+
+    /// Notes what is on its way from now on, and gives it a number.
+    fn hand_out(&self, ready: &Ready) -> u64 {
+        let mut safety = self.safety.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = safety.open.last_key_value().map_or(safety.safe_through, |(last, _)| *last) + 1;
+        let paths = match ready {
+            Ready::Everything { .. } => None,
+            Ready::Paths(paths) => Some(paths.iter().map(ToString::to_string).collect()),
+        };
+        // Where everything is compared anyway, what was open before is a part of it.
+        if paths.is_none() {
+            safety.open.clear();
+        }
+        safety.open.insert(number, paths);
+        number
+    }
+
+    /// A target's run ended.
+    fn happened(&self, lane: usize, what: &Happened<'_>, teller: &Teller) {
+        let (job, source) = (self.job.name.as_str(), crate::error::shown(&self.job.source).to_string());
+        match what {
+            Happened::Published { changed } => {
+                self.safety.lock().unwrap_or_else(PoisonError::into_inner).changed |= changed;
+                let mut through: Vec<u64> = self.lanes.iter().map(Lane::done_through).collect();
+                through.sort_unstable_by(|a, b| b.cmp(a));
+                let quorum = self.job.quorum.unwrap_or(through.len()).clamp(1, through.len());
+                let now_safe = through[quorum - 1];
+                let Some(paths) = self.settled(now_safe) else { return };
+                let there = self.lanes.iter().filter(|lane| lane.done_through() >= now_safe);
+                let targets: Vec<&str> = there.map(|lane| lane.target.as_str()).collect();
+                tracing::debug!(job, targets = targets.len(), "safe");
+                if !self.job.on_published.is_empty() {
+                    let command = &self.job.on_published;
+                    teller.tell(Happening::published(command, job, &source, &targets, paths.as_deref()));
+                }
+            }
+            Happened::BeganToFail(trouble) if !self.job.on_failed.is_empty() => {
+                let (command, target) = (&self.job.on_failed, self.lanes[lane].target.as_str());
+                teller.tell(Happening::failed(command, job, &source, target, &trouble.message));
+            }
+            Happened::BeganToFail(_) => {}
+        }
+    }
+
+    /// Takes what is safe now out of what is on its way: its paths, or everything. `None` where nothing more is.
+    fn settled(&self, through: u64) -> Option<Option<Vec<String>>> {
+        let mut safety = self.safety.lock().unwrap_or_else(PoisonError::into_inner);
+        if through <= safety.safe_through {
+            return None;
+        }
+        safety.safe_through = through;
+        let later = safety.open.split_off(&(through + 1));
+        let settled = std::mem::replace(&mut safety.open, later);
+        let paths: Option<Vec<Vec<String>>> = settled.into_values().collect();
+        // Most looks at everything find nothing to do.
+        std::mem::take(&mut safety.changed).then(|| paths.map(|paths| paths.concat()))
     }
 
     /// Says that nothing is sent, and why; or that it is again.

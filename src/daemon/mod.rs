@@ -36,6 +36,7 @@ mod shows;
 pub mod status;
 mod tally;
 mod target;
+mod tell;
 pub mod words;
 
 use control::Control;
@@ -43,6 +44,7 @@ use job::JobThreads;
 use recent::Recent;
 use shows::Shows;
 use status::{FORMAT, Status};
+use tell::Teller;
 
 /// How long a stop waits for what goes on.
 const GRACE: Duration = Duration::from_secs(10);
@@ -129,6 +131,7 @@ struct Shared {
     places: Places,
     connect: Arc<dyn Connect>,
     recent: Arc<Recent>,
+    teller: Teller,
     running: Mutex<Running>,
     /// A reload that somebody asked for by the socket.
     reload_wanted: AtomicBool,
@@ -212,6 +215,7 @@ impl Daemon {
             places: places.clone(),
             connect,
             recent: Arc::new(Recent::open(&places.state)),
+            teller: Teller::start().map_err(DaemonError::Thread)?,
             running: Mutex::new(Running { config: Config::default(), config_error: None, jobs: Vec::new() }),
             reload_wanted: AtomicBool::new(false),
         });
@@ -263,7 +267,8 @@ impl Daemon {
             }
         }
         for job in &mut jobs {
-            job.start(&self.shared.places, &self.shared.connect, &self.shared.recent).map_err(DaemonError::Thread)?;
+            let Shared { places, connect, recent, teller, .. } = &*self.shared;
+            job.start(places, connect, recent, teller).map_err(DaemonError::Thread)?;
         }
         (running.jobs, running.config, running.config_error) = (jobs, config, None);
         // Who is asked for the status just now waits for this lock.
@@ -305,8 +310,8 @@ impl Daemon {
         let jobs = std::mem::take(&mut self.shared.running().jobs);
         jobs.iter().for_each(JobThreads::ask_to_stop);
         let until = Instant::now() + GRACE;
-        // Not `all`: each is waited for.
-        jobs.into_iter().fold(true, |all, job| job.join(until) && all)
+        let late = jobs.into_iter().map(|job| job.join(until)).filter(|ended| !ended).count();
+        late == 0
     }
 }
 

@@ -24,12 +24,15 @@ pub(super) enum Work {
 pub(super) struct Pending {
     work: Option<Work>,
     since: Option<Instant>,
+    /// The number of what was added last.
+    through: u64,
 }
 
 impl Pending {
-    /// Something became ready.
-    pub(super) fn add(&mut self, ready: Ready, now: Instant) {
+    /// Something became ready; `number` grows from one to the next.
+    pub(super) fn add(&mut self, ready: Ready, number: u64, now: Instant) {
         self.since.get_or_insert(now);
+        self.through = number;
         self.work = Some(match (self.work.take(), ready) {
             // It was looked at just now: what was left out before has become ready or not by this.
             (_, Ready::Everything { except }) => Work::Everything { except },
@@ -52,6 +55,11 @@ impl Pending {
     /// What there is to do, which is in somebody's hands from now on.
     pub(super) fn take(&mut self) -> Option<Work> {
         self.work.take()
+    }
+
+    /// The number of what was added last: once all that was taken is done, everything up to it is.
+    pub(super) fn through(&self) -> u64 {
+        self.through
     }
 
     /// A run that was to do `work` did not come to its end.
@@ -100,12 +108,12 @@ mod tests {
     fn what_becomes_ready_adds_up_and_nothing_is_lost_when_a_run_fails() {
         let (now, mut pending) = (Instant::now(), Pending::default());
         assert!(pending.is_empty() && pending.take().is_none() && pending.since().is_none());
-        pending.add(Ready::Paths(set(&["a"])), now);
-        pending.add(Ready::Paths(set(&["b"])), now);
+        pending.add(Ready::Paths(set(&["a"])), 1, now);
+        pending.add(Ready::Paths(set(&["b"])), 1, now);
         let work = pending.take().unwrap();
         assert_eq!(work, Work::Paths(set(&["a", "b"])));
         assert!(pending.since().is_some(), "what is being sent still waits");
-        pending.add(Ready::Paths(set(&["c"])), now);
+        pending.add(Ready::Paths(set(&["c"])), 1, now);
         pending.put_back(work);
         assert_eq!(pending.take(), Some(Work::Paths(set(&["a", "b", "c"]))));
         pending.done(now);
@@ -115,20 +123,20 @@ mod tests {
     #[test]
     fn everything_takes_single_paths_in_and_what_is_finished_is_left_out_no_more() {
         let (now, mut pending) = (Instant::now(), Pending::default());
-        pending.add(Ready::Paths(set(&["a"])), now);
-        pending.add(Ready::Everything { except: set(&["unit/x", "unit-2", "w"]) }, now);
-        pending.add(Ready::Paths(set(&["unit"])), now);
+        pending.add(Ready::Paths(set(&["a"])), 1, now);
+        pending.add(Ready::Everything { except: set(&["unit/x", "unit-2", "w"]) }, 1, now);
+        pending.add(Ready::Paths(set(&["unit"])), 1, now);
         let work = pending.take().unwrap();
         assert_eq!(work, Work::Everything { except: set(&["unit-2", "w"]) });
-        pending.add(Ready::Paths(set(&["w"])), now);
+        pending.add(Ready::Paths(set(&["w"])), 1, now);
         pending.put_back(work.clone());
         assert_eq!(pending.take(), Some(Work::Everything { except: set(&["unit-2"]) }));
         // What was left out is not sent because a run failed.
-        pending.add(Ready::Everything { except: set(&["new"]) }, now);
+        pending.add(Ready::Everything { except: set(&["new"]) }, 1, now);
         pending.put_back(work);
         assert_eq!(pending.take(), Some(Work::Everything { except: set(&["new"]) }));
         pending.put_back(Work::Paths(set(&["a"])));
-        pending.add(Ready::Everything { except: set(&["a"]) }, now);
+        pending.add(Ready::Everything { except: set(&["a"]) }, 1, now);
         assert_eq!(pending.take(), Some(Work::Everything { except: set(&["a"]) }));
     }
 
@@ -136,7 +144,7 @@ mod tests {
     fn too_many_paths_are_everything() {
         let mut pending = Pending::default();
         let many = (0..=PATHS_MAX).map(|number| RelPath::new(number.to_string()).unwrap()).collect();
-        pending.add(Ready::Paths(many), Instant::now());
+        pending.add(Ready::Paths(many), 1, Instant::now());
         assert_eq!(pending.take(), Some(Work::Everything { except: BTreeSet::new() }));
     }
 }

@@ -1,12 +1,14 @@
 //! One run: what is to be sent of a job, to one target.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::pending::Work;
 use super::tally::Tally;
 use super::{Connect, Trouble};
 use crate::config::{Delete, Job};
+use crate::endpoint::guarded::{BEING_WRITTEN, Guard, Guarded};
 use crate::endpoint::local::LocalSource;
 use crate::endpoint::{BeginOptions, ScanOptions};
 use crate::error::{Exit, chain};
@@ -23,6 +25,9 @@ const RETRIES: u32 = 2;
 /// Another run on the same target, a push by hand for instance, is waited for so many seconds.
 const WAIT_SECONDS: u64 = 30;
 
+/// How the target says that it did not publish what came with something that failed.
+const HELD_BACK: [&str; 2] = ["is held back", "is not published, since"];
+
 /// What the runs of a job have in common.
 pub(super) struct Plan<'a> {
     pub(super) job: &'a Job,
@@ -30,11 +35,15 @@ pub(super) struct Plan<'a> {
     pub(super) actor: &'a str,
     /// Where digests of the source are kept.
     pub(super) state: &'a Path,
+    /// Whether a file of the source is in somebody's hands.
+    pub(super) guard: Guard,
 }
 
 /// A run that came to its end.
 #[derive(Debug, Default)]
 pub(super) struct Done {
+    /// Files that were left because somebody writes to them: they become ready again by themselves.
+    pub(super) left: u64,
     pub(super) generation: Option<u64>,
     pub(super) published: u64,
     pub(super) removed: u64,
@@ -60,6 +69,7 @@ pub(super) fn run(
     let root = Root::open(&job.source).map_err(|error| failed(&error, Exit::Io))?;
     let Some(options) = options(plan, work, &root) else { return Ok(Done::default()) };
     let source = LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
+    let source = Guarded::new(source, Arc::clone(&plan.guard));
     let target = connect.target(target, tally)?;
     let report = sync::run(&source, &*target, &options, tally, stop).map_err(|error| failed(&error, error.exit()))?;
     concluded(report)
@@ -119,7 +129,12 @@ fn rule(path: &RelPath) -> String {
 }
 
 fn concluded(report: SyncReport) -> Result<Done, Trouble> {
-    let failed: Vec<_> = report.problems.iter().filter(|problem| problem.severity == Severity::Failed).collect();
+    let mut failed: Vec<_> = report.problems.iter().filter(|problem| problem.severity == Severity::Failed).collect();
+    let all = failed.len();
+    failed.retain(|problem| problem.message != BEING_WRITTEN);
+    let left = (all - failed.len()) as u64;
+    // What was held back with them is no failure either: it is looked at again together with them.
+    failed.retain(|problem| left == 0 || !HELD_BACK.iter().any(|held| problem.message.starts_with(held)));
     if let Some(first) = failed.first() {
         let path = first.path.as_ref().map_or_else(|| ".".to_owned(), ToString::to_string);
         let more = if failed.len() > 1 { format!(" (and {} more paths)", failed.len() - 1) } else { String::new() };
@@ -127,6 +142,7 @@ fn concluded(report: SyncReport) -> Result<Done, Trouble> {
     }
     let committed = report.committed.unwrap_or_default();
     Ok(Done {
+        left,
         generation: Some(committed.generation),
         published: committed.published,
         removed: committed.removed,

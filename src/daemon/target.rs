@@ -29,7 +29,17 @@ struct Inner {
     failures_in_a_row: u64,
     next_try: Option<Instant>,
     halted: bool,
+    /// All that was added up to this number is published.
+    done_through: u64,
     known: TargetStatus,
+}
+
+/// What became of a run.
+pub(super) enum Happened<'a> {
+    /// All that was to be done is; `changed` where that was anything.
+    Published { changed: bool },
+    /// It failed, and the one before had not.
+    BeganToFail(&'a Trouble),
 }
 
 impl Lane {
@@ -44,10 +54,15 @@ impl Lane {
     }
 
     /// Something may be sent.
-    pub(super) fn add(&self, ready: Ready) {
+    pub(super) fn add(&self, ready: Ready, number: u64) {
         let mut inner = self.inner();
-        inner.pending.add(ready, Instant::now());
+        inner.pending.add(ready, number, Instant::now());
         self.woken.notify_all();
+    }
+
+    /// All that was added up to this number is published.
+    pub(super) fn done_through(&self) -> u64 {
+        self.inner().done_through
     }
 
     /// Begins no run from now on, or begins them again.
@@ -77,7 +92,7 @@ impl Lane {
             Some(tally) => tally.state(),
             None if inner.paused => State::Paused,
             None if inner.halted => State::Halted,
-            None if inner.next_try.is_some() => State::Retrying,
+            None if inner.next_try.is_some() && inner.failures_in_a_row > 0 => State::Retrying,
             None => State::Idle,
         };
         status.progress = inner.tally.as_ref().map(|tally| tally.progress());
@@ -89,13 +104,19 @@ impl Lane {
             Some(_) => progress.total_files.saturating_sub(progress.done_files).max(1),
         };
         let wait = |at: Instant| clock() + at.saturating_duration_since(Instant::now()).as_secs();
-        status.next_try = inner.next_try.map(wait);
+        status.next_try = inner.next_try.filter(|_| inner.failures_in_a_row > 0).map(wait);
         status
     }
 
     /// The thread: ends when the stop flag is set.
-    pub(super) fn serve(&self, plan: &Plan<'_>, connect: &dyn Connect, recent: &Recent) {
-        while let Some((work, tally)) = self.wait(&plan.job.name) {
+    pub(super) fn serve(
+        &self,
+        plan: &Plan<'_>,
+        connect: &dyn Connect,
+        recent: &Recent,
+        happened: &dyn Fn(Happened<'_>),
+    ) {
+        while let Some((work, through, tally)) = self.wait(&plan.job.name) {
             let started = Instant::now();
             let result = run(plan, &self.target, &work, connect, &tally, &self.stop);
             let stopped = self.stop.load(Ordering::Relaxed);
@@ -103,9 +124,19 @@ impl Lane {
             inner.tally = None;
             match result {
                 Ok(done) => {
+                    let left = done.left > 0;
+                    if left {
+                        inner.pending.put_back(work);
+                        inner.left(plan.job.settle.0);
+                    } else {
+                        inner.done_through = through;
+                    }
                     inner.succeeded(&done);
                     drop(inner);
                     self.tell(plan, &done, started.elapsed(), recent);
+                    if !left {
+                        happened(Happened::Published { changed: done.published + done.removed > 0 });
+                    }
                 }
                 Err(trouble) => {
                     inner.pending.put_back(work);
@@ -113,15 +144,19 @@ impl Lane {
                         return;
                     }
                     inner.failed(&trouble, plan.job.retry_max.0);
+                    let first = inner.failures_in_a_row == 1;
                     drop(inner);
                     self.tell_trouble(plan, &trouble, started.elapsed(), recent);
+                    if first {
+                        happened(Happened::BeganToFail(&trouble));
+                    }
                 }
             }
         }
     }
 
     /// Waits for work; `None` to end.
-    fn wait(&self, job: &str) -> Option<(super::pending::Work, Arc<Tally>)> {
+    fn wait(&self, job: &str) -> Option<(super::pending::Work, u64, Arc<Tally>)> {
         let mut inner = self.inner();
         loop {
             if self.stop.load(Ordering::Relaxed) {
@@ -136,7 +171,7 @@ impl Lane {
                 let tally = Arc::new(Tally::new(job, &self.target, Arc::clone(&self.stop)));
                 inner.tally = Some(Arc::clone(&tally));
                 inner.next_try = None;
-                return Some((work, tally));
+                return Some((work, inner.pending.through(), tally));
             }
             inner = match early.filter(|_| !inner.paused && !inner.pending.is_empty()) {
                 Some(at) => {
@@ -191,10 +226,15 @@ impl Lane {
 }
 
 impl Inner {
+    /// Somebody writes to a part of what was to be sent: it is looked at again when he may have finished.
+    fn left(&mut self, settle: Duration) {
+        self.next_try = Some(Instant::now() + settle.max(Duration::from_millis(250)));
+    }
+
     fn succeeded(&mut self, done: &Done) {
         let now = clock();
         self.pending.done(Instant::now());
-        (self.failures_in_a_row, self.next_try, self.halted) = (0, None, false);
+        (self.failures_in_a_row, self.halted) = (0, false);
         self.known.runs += 1;
         self.known.last_success = Some(now);
         self.known.last_error = None;

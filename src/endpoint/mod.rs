@@ -18,6 +18,7 @@ use crate::policy::PolicySpec;
 pub mod agent;
 pub mod algorithms;
 pub mod client;
+pub mod guarded;
 pub mod link;
 pub mod local;
 pub mod memory;

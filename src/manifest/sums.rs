@@ -19,6 +19,8 @@ pub enum LineProblem {
     Path(#[from] InvalidPath),
     #[error("the name occurs twice")]
     Twice,
+    #[error("the name lies below '{0}', which is listed as a file")]
+    BelowFile(RelPath),
     #[error("the last line has no line end: the file may be cut off")]
     CutOff,
 }
@@ -52,6 +54,11 @@ pub fn parse(text: &[u8]) -> Result<Vec<(RelPath, Digest)>, SumsError> {
         }
         sums.push((path, digest));
         rest = &rest[end + 1..];
+    }
+    for (number, (path, _)) in (1..).zip(&sums) {
+        if let Some(above) = path.ancestors().find(|above| seen.contains(above)) {
+            return Err(SumsError { line: number, problem: LineProblem::BelowFile(above) });
+        }
     }
     Ok(sums)
 }
@@ -174,6 +181,14 @@ mod tests {
             theirs.sort();
             assert_eq!(theirs, parse(&ours).unwrap(), "{form:?}");
         }
+    }
+
+    #[test]
+    fn h11_a_file_that_is_listed_as_a_directory_too_is_refused() {
+        let line = |name: &str| format!("{}  {name}\n", Digest([7; 32]));
+        let error = parse([line("a/b/c"), line("x"), line("a/b")].concat().as_bytes()).unwrap_err();
+        assert_eq!((error.line, error.to_string().contains("below 'a/b'")), (1, true), "{error}");
+        assert!(parse([line("a-b"), line("a"), line("ab")].concat().as_bytes()).is_ok());
     }
 
     #[test]

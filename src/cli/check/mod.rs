@@ -27,11 +27,36 @@ mod quarantine;
 mod repair;
 mod show;
 
+const ABOUT: &str = "\
+Depths:
+  --quick        names and metadata; what moved since it was hashed is hashed
+  (none)         the same, and whatever no earlier hash vouches for
+  --sample N%    as --quick, and so much of the files and of the blocks of large ones
+  --full         every byte
+What a depth cannot find is in docs/check.md. The summary says how much was hashed now, and when the oldest hash was made.
+
+Exit codes:
+  0   good: training may start
+  1   bad: all that is wrong was said
+  2   wrong usage
+  3   not signed as it has to be
+  4   nothing is wrong but that something is not finished
+  5   the directory or its manifest cannot be looked at
+  75  the time of --timeout was over, or the tree changed under the check
+Anything else, a signal too, means: do not start.
+
+Examples:
+  lockstep check /data/checkpoint-1000
+  lockstep exec --check /data/checkpoint-1000 --as trainer -- torchrun train.py
+  lockstep check --cached --max-age 7d /data/checkpoint-1000
+  lockstep check --repair sync@gpu01:/data/checkpoint-1000 /data/checkpoint-1000";
+
 /// Check that a directory is what its manifest says: the gate before a training run
 ///
 /// Says all that is wrong, and ends with 0 only when nothing is. Files are not read again whose metadata is what it was when
 /// they were last hashed; --full reads every byte.
 #[derive(Debug, Args)]
+#[command(after_long_help = ABOUT)]
 pub(super) struct Check {
     /// The directory
     path: PathBuf,

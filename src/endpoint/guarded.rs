@@ -1,0 +1,123 @@
+//! A source whose files may be in somebody's hands: each is asked about once more when it has been read.
+//!
+//! stat before and after the reading tells that a file changed meanwhile, not that it is half written and its writer rests.
+//! Who watches the tree may know.
+
+use std::sync::Arc;
+
+use crate::endpoint::{Crew, Error, Fetch, Produced, Reader, Scan, ScanOptions, Source};
+use crate::manifest::{Digest, Tree};
+use crate::monitor::Monitor;
+use crate::path::RelPath;
+
+/// What is said of a file that is in somebody's hands.
+pub const BEING_WRITTEN: &str = "is being written; it is sent when its writer has finished";
+
+/// Whether a file that was read a moment ago is in somebody's hands.
+pub type Guard = Arc<dyn Fn(&RelPath) -> bool + Send + Sync>;
+
+/// A source with a guard.
+pub struct Guarded<S> {
+    source: S,
+    guard: Guard,
+}
+
+impl<S> Guarded<S> {
+    /// `guard` is asked about each file after all of it was read, and before anything of it can be published.
+    pub fn new(source: S, guard: Guard) -> Guarded<S> {
+        Guarded { source, guard }
+    }
+}
+
+impl<S: Source> Source for Guarded<S> {
+    fn describe(&self) -> String {
+        self.source.describe()
+    }
+
+    fn scan(&self, options: &ScanOptions, monitor: &dyn Monitor) -> Result<Scan, Error> {
+        self.source.scan(options, monitor)
+    }
+
+    fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error> {
+        let inner = self.source.reader(Arc::clone(&tree))?;
+        Ok(Box::new(GuardedReader { inner, tree, guard: &self.guard }))
+    }
+
+    fn remember(&self, tree: &Tree, digests: &[(u32, Digest)]) {
+        self.source.remember(tree, digests);
+    }
+
+    fn wire_bytes(&self) -> u64 {
+        self.source.wire_bytes()
+    }
+
+    fn crew(&self) -> Crew {
+        self.source.crew()
+    }
+}
+
+struct GuardedReader<'a> {
+    inner: Box<dyn Reader + 'a>,
+    tree: Arc<Tree>,
+    guard: &'a Guard,
+}
+
+impl Reader for GuardedReader<'_> {
+    fn wants_more(&self) -> bool {
+        self.inner.wants_more()
+    }
+
+    fn push(&mut self, fetch: Fetch) {
+        self.inner.push(fetch);
+    }
+
+    fn next(&mut self) -> Result<Option<Produced>, Error> {
+        let produced = self.inner.next()?;
+        // Every change before the end of the reading has been noticed by the time that the guard answers.
+        let read = match &produced {
+            Some(Produced::Whole { index, .. } | Produced::End { index, .. }) => *index,
+            _ => return Ok(produced),
+        };
+        let held = self.tree.entries().get(read as usize).is_some_and(|entry| (self.guard)(&entry.path));
+        match held {
+            true => Ok(Some(Produced::Failed { index: read, message: BEING_WRITTEN.to_owned(), retry: false })),
+            false => Ok(produced),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::endpoint::local::LocalSource;
+    use crate::monitor::Silent;
+
+    #[test]
+    fn a_file_in_somebodys_hands_is_read_and_not_handed_on() {
+        let at = tempfile::tempdir().unwrap();
+        std::fs::write(at.path().join("small"), "x").unwrap();
+        std::fs::write(at.path().join("large"), vec![7; 2 << 20]).unwrap();
+        for held in ["small", "large", "none"] {
+            let guard: Guard = Arc::new(move |path: &RelPath| path.as_bytes() == held.as_bytes());
+            let source = Guarded::new(LocalSource::new(at.path(), None).unwrap(), guard);
+            let tree = Arc::new(source.scan(&ScanOptions::default(), &Silent::default()).unwrap().tree);
+            let mut reader = source.reader(Arc::clone(&tree)).unwrap();
+            (0..2).for_each(|index| reader.push(Fetch { index, from: 0, unless: None }));
+            let (mut whole, mut failed) = (Vec::new(), Vec::new());
+            while let Some(produced) = reader.next().unwrap() {
+                let name = |index: u32| tree.entries()[index as usize].path.to_string();
+                match produced {
+                    Produced::Whole { index, .. } | Produced::End { index, .. } => whole.push(name(index)),
+                    Produced::Failed { index, message, retry } => {
+                        assert!(!retry && message == BEING_WRITTEN);
+                        failed.push(name(index));
+                    }
+                    _ => {}
+                }
+            }
+            let expected: Vec<&str> = ["large", "small"].into_iter().filter(|name| *name != held).collect();
+            assert_eq!(whole, expected);
+            assert_eq!(failed, ["large", "small"].into_iter().filter(|name| *name == held).collect::<Vec<_>>());
+        }
+    }
+}
