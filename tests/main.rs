@@ -55,5 +55,6 @@ mod stock_pipes;
 mod systemd;
 mod units;
 mod web;
+mod web_daemon;
 mod wire;
 mod wire_openssh;

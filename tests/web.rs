@@ -285,7 +285,7 @@ fn every_route_answers_and_nothing_else_does() {
 }
 
 #[test]
-fn h28_a_page_of_another_host_cannot_read_it_and_nobody_else_may_listen() {
+fn a_page_of_another_host_cannot_read_it_and_nobody_else_may_listen() {
     let server = serve(example());
     for host in ["evil.example", "127.0.0.1.evil.example:80", "gpu01", ""] {
         let answer = raw(server.address(), format!("GET /status.json HTTP/1.1\r\nHost: {host}\r\n\r\n").as_bytes());
@@ -298,7 +298,7 @@ fn h28_a_page_of_another_host_cannot_read_it_and_nobody_else_may_listen() {
 }
 
 #[test]
-fn h29_whoever_sends_rubbish_or_nothing_holds_up_no_other() {
+fn whoever_sends_rubbish_or_nothing_holds_up_no_other() {
     let server = serve(example());
     let address = server.address();
     for (bytes, status) in [
@@ -350,7 +350,7 @@ fn a_browser_shows_every_target_and_what_is_wrong_first() {
 }
 
 #[test]
-fn h27_hostile_names_are_text_in_a_browser() {
+fn h09_hostile_names_are_text_in_a_browser() {
     let server = serve(hostile());
     let dom = dom(&format!("http://{}/", server.address()));
     assert!(!dom.contains("<script"), "{dom}");

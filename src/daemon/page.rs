@@ -196,7 +196,7 @@ impl Page {
             target.last_success.map_or_else(|| "<span class=\"muted\">never</span>".into(), |at| self.ago(at));
         let title = target.generation.map_or_else(String::new, |number| format!(" title=\"generation {number}\""));
         self.put(format_args!("</td><td data-label=\"Last success\"{title}>{success}</td>"));
-        self.plot("lag", "Lag", series, |point| point.lag_seconds, &|most| span(most));
+        self.plot("lag", "Lag", series, |point| point.lag_seconds, &|most| words::short(most));
         self.plot("rate", "Rate", series, |point| point.bytes_per_second, &|most| format!("{}/s", BinaryBytes(most)));
         self.put(format_args!("</tr>\n"));
     }
@@ -232,13 +232,13 @@ impl Page {
         let most_words = words(most);
         self.put(format_args!(
             "<td class=\"plot\" data-label=\"{label}\"><div><svg class=\"{class}\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" \
-             preserveAspectRatio=\"none\" role=\"img\"><title>{label} of the last {}, at most {most_words}</title>\
+             preserveAspectRatio=\"none\" role=\"img\"><title>{label} of the last {}, max {most_words}</title>\
              <path class=\"base\" d=\"M0 {HEIGHT}H{WIDTH}\"/>",
             span(series.span_seconds)
         ));
         let (line, area) = curve(series, self.now, most, value);
         self.put(format_args!(
-            "<path class=\"area\" d=\"{area}\"/><path class=\"line\" d=\"{line}\"/></svg><small>at most {most_words}</small></div></td>"
+            "<path class=\"area\" d=\"{area}\"/><path class=\"line\" d=\"{line}\"/></svg><small>max {most_words}</small></div></td>"
         ));
     }
 

@@ -195,10 +195,10 @@ pub fn short(seconds: u64) -> String {
     }
 }
 
-/// How long ago something was: `3 hours ago`, `now`.
+/// How long ago something was: `3 hours ago`, `just now`.
 pub fn age(now: u64, then: u64) -> String {
     match now.saturating_sub(then) {
-        0 => "now".to_owned(),
+        0 => "just now".to_owned(),
         seconds => format!("{} ago", span(seconds)),
     }
 }
@@ -239,7 +239,7 @@ mod tests {
         ] {
             assert_eq!((span(seconds).as_str(), short(seconds).as_str()), (words, column));
         }
-        assert_eq!(age(5, 9), "now");
+        assert_eq!(age(5, 9), "just now");
     }
 
     #[test]
