@@ -358,3 +358,108 @@ fn h09_hostile_names_are_text_in_a_browser() {
     assert!(!dom.contains('\u{1b}'));
     assert!(page::render(&hostile(), &History::new()).contains("\\x1b[31m"));
 }
+
+/// The names of metrics in an expression.
+fn names(text: &str) -> Vec<&str> {
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    words.filter(|word| word.starts_with("lockstep_")).collect()
+}
+
+/// Every metric that there is, with all that a status may have.
+fn written() -> Vec<String> {
+    let mut status = example();
+    for target in status.jobs.iter_mut().flat_map(|job| &mut job.targets) {
+        target.progress = Some(Progress::default());
+        target.next_try = Some(NOW);
+    }
+    let text = metrics::render(&status);
+    text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next().map(str::to_owned)).collect()
+}
+
+#[test]
+fn the_dashboard_asks_for_metrics_that_there_are() {
+    let dashboard: serde_json::Value = serde_json::from_str(include_str!("../config/grafana.json")).unwrap();
+    assert_eq!(dashboard["__inputs"][0]["pluginId"], "prometheus");
+    let (mut asked, mut expressions, mut left) = (Vec::new(), Vec::new(), vec![&dashboard]);
+    while let Some(value) = left.pop() {
+        match value {
+            serde_json::Value::Object(fields) => {
+                for key in ["expr", "definition"] {
+                    let text = fields.get(key).and_then(|text| text.as_str());
+                    asked.extend(text.map(names).unwrap_or_default());
+                }
+                expressions.extend(fields.get("expr").and_then(|text| text.as_str()));
+                left.extend(fields.values());
+            }
+            serde_json::Value::Array(values) => left.extend(values),
+            _ => {}
+        }
+    }
+    let written = written();
+    assert!(expressions.len() > 20);
+    for name in asked {
+        assert!(written.iter().any(|metric| metric == name), "{name}");
+    }
+    // Prometheus itself reads each expression, as a rule.
+    let rules: Vec<_> = expressions
+        .iter()
+        .enumerate()
+        .map(|(number, text)| {
+            let text = text.replace("$__rate_interval", "5m");
+            serde_json::json!({ "record": format!("panel:{number}"), "expr": text })
+        })
+        .collect();
+    let at = tempfile::tempdir().unwrap();
+    let file = at.path().join("rules.yml");
+    fs::write(&file, serde_json::json!({ "groups": [{ "name": "panels", "rules": rules }] }).to_string()).unwrap();
+    let output = with_input(Command::new("promtool").args(["check", "rules"]).arg(&file), "prometheus", "");
+    assert!(output.status.success(), "{}", text(&output));
+}
+
+#[test]
+fn the_alerts_are_raised_when_they_should_be() {
+    let rules = concat!(env!("CARGO_MANIFEST_DIR"), "/config/prometheus-rules.yml");
+    let output = with_input(Command::new("promtool").args(["check", "rules", rules]), "prometheus", "");
+    assert!(output.status.success(), "{}", text(&output));
+    let written = written();
+    for line in fs::read_to_string(rules).unwrap().lines().filter(|line| line.trim_start().starts_with("expr:")) {
+        for name in names(line) {
+            assert!(written.iter().any(|metric| metric == name), "{name}");
+        }
+    }
+    let labels = "instance=\"gpu01\",job=\"data\"";
+    let series = |name: &str, labels: &str, values: &str| serde_json::json!({ "series": format!("{name}{{{labels}}}"), "values": values });
+    let tests = serde_json::json!({
+        "rule_files": [rules],
+        "tests": [{
+            "interval": "1m",
+            "input_series": [
+                series("up", "instance=\"gpu01\",job=\"lockstep\"", "0x60"),
+                series("lockstep_target_lag_seconds", &format!("{labels},target=\"a\""), "0+60x120"),
+                series("lockstep_target_lag_seconds", "instance=\"gpu01\",job=\"quiet\",target=\"a\"", "0+60x120"),
+                series("lockstep_job_paused", "instance=\"gpu01\",job=\"quiet\"", "1x120"),
+                series("lockstep_job_paused", labels, "0x120"),
+                series("lockstep_job_halted", labels, "1x120"),
+                series("lockstep_status_timestamp_seconds", "instance=\"gpu02\"", "0x120"),
+            ],
+            "promql_expr_test": [{
+                "expr": "sum by (alertname, job) (ALERTS{alertstate=\"firing\"})",
+                "eval_time": "70m",
+                "exp_samples": [
+                    { "labels": "{alertname=\"LockstepTargetBehind\", job=\"data\"}", "value": 1 },
+                    { "labels": "{alertname=\"LockstepJobHalted\", job=\"data\"}", "value": 1 },
+                    { "labels": "{alertname=\"LockstepSilent\"}", "value": 1 },
+                ],
+            }, {
+                "expr": "sum by (alertname) (ALERTS{alertstate=\"firing\",alertname=\"LockstepDown\"})",
+                "eval_time": "10m",
+                "exp_samples": [{ "labels": "{alertname=\"LockstepDown\"}", "value": 1 }],
+            }],
+        }],
+    });
+    let at = tempfile::tempdir().unwrap();
+    let file = at.path().join("tests.yml");
+    fs::write(&file, tests.to_string()).unwrap();
+    let output = with_input(Command::new("promtool").args(["test", "rules"]).arg(&file), "prometheus", "");
+    assert!(output.status.success(), "{}", text(&output));
+}
