@@ -72,6 +72,20 @@ fn s28_an_operator_sees_what_is_behind_and_what_to_do() {
         let shown = status(&running, &[]);
         shown.status.code() == Some(0) && text(&shown).contains("2 in step")
     });
+    until("the history to tell it", || text(&history(&running, &[])).contains("/two: 1 path, 7 B in"));
+    ends(&history(&running, &[]), 0, &["/one: 1 path, 7 B in", "/two: failed: ", ", generation "]);
+    ends(&status(&running, &[]), 0, &["Published last", "/two: 1 path, 7 B"]);
+    let (one, two) = (running.path("one"), running.path("two"));
+    let of_one = history(&running, &["--target", one.to_str().unwrap(), "--job", "data", "--since", "1h", "--json"]);
+    done(&of_one);
+    let lines: Vec<Value> = text(&of_one).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(!lines.is_empty() && lines.iter().all(|line| line["target"] == one.to_str().unwrap()), "{lines:?}");
+    assert_eq!(text(&history(&running, &["-n", "1", "--target", two.to_str().unwrap()])).lines().count(), 1);
+    ends(&history(&running, &["--job", "other"]), 0, &["nothing of that"]);
+    ends(&history(&running, &["--since", "yesterday"]), 2, &["'12h'"]);
+
+    assert_eq!(running.stop(), Some(0), "{}", running.log());
+    ends(&status(&running, &[]), 5, &["no daemon listens"]);
     ends(&history(&running, &[]), 0, &["/two: 1 path"]);
     // What was published before is known to the next daemon.
     running.launch();
