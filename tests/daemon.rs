@@ -7,12 +7,15 @@ use std::process::{Child, Command, Output, Stdio};
 use serde_json::{Value, json};
 
 use crate::kit::area::lockstep;
+use crate::kit::served::Served;
 use crate::kit::{done, ends, text, until};
 
 /// A daemon in an area of its own; it ends with this.
 pub(crate) struct Running {
     at: tempfile::TempDir,
     child: Option<Child>,
+    /// Further arguments of its command.
+    arguments: Vec<String>,
 }
 
 impl Running {
@@ -21,10 +24,23 @@ impl Running {
         Running::prepared(config, |_| {})
     }
 
+    /// With a login at a server, which the configuration calls `sync@SERVER`.
+    fn at_server(served: &Served, config: &str) -> Running {
+        let login =
+            ["-P".into(), served.port.to_string(), "--identity".into(), served.path("sync.key").display().to_string()];
+        let known = ["--known-hosts".into(), served.path("known").display().to_string(), "-F".into(), "none".into()];
+        let arguments = login.into_iter().chain(known).collect();
+        Running::new(&config.replace("SERVER", "127.0.0.1"), |_| {}, arguments)
+    }
+
     /// The same in an area that something is done to first.
     pub(crate) fn prepared(config: &str, prepare: impl FnOnce(&Path)) -> Running {
+        Running::new(config, prepare, Vec::new())
+    }
+
+    fn new(config: &str, prepare: impl FnOnce(&Path), arguments: Vec<String>) -> Running {
         let at = tempfile::tempdir().unwrap();
-        let mut running = Running { at, child: None };
+        let mut running = Running { at, child: None, arguments };
         fs::create_dir(running.path("source")).unwrap();
         prepare(running.at.path());
         running.configure(config);
@@ -44,7 +60,8 @@ impl Running {
     pub(crate) fn launch(&mut self) {
         let log = fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
         let mut command = self.command(&["daemon", "--config"]);
-        let child = command.arg(self.path("config.toml")).stderr(log).stdout(Stdio::null()).spawn().unwrap();
+        command.arg(self.path("config.toml")).args(&self.arguments);
+        let child = command.stderr(log).stdout(Stdio::null()).spawn().unwrap();
         self.child = Some(child);
         until("the daemon to answer", || self.path("daemon.sock").exists() && self.ask("status").is_some());
     }
@@ -264,4 +281,43 @@ fn others_are_told_when_enough_targets_have_it_and_when_one_begins_to_fail() {
         running.signal("-HUP");
         until(words, || running.status()["config_error"].as_str().is_some_and(|error| error.contains(words)));
     }
+}
+
+#[test]
+fn s21_s28_it_sends_to_a_server_which_may_be_away_for_a_while() {
+    let served = Served::start("", "");
+    let job = "[[job]]\nname = \"data\"\nsource = \"AT/source\"\ntargets = [\"sync@SERVER:/data\"]\npoll = \"100ms\"\nsettle = \"0s\"\nretry_max = \"1s\"\n";
+    let running = Running::at_server(&served, job);
+    let there = served.path("sync/data");
+    fs::write(running.path("source/a"), "first").unwrap();
+    until("the first file", || holds(&there.join("a"), "first"));
+    done(&running.command(&["check", "--full"]).arg(&there).output().unwrap());
+    // The server is held for a moment, as a network that is cut.
+    served.signal(rustix::process::Signal::STOP);
+    fs::write(running.path("source/b"), "second").unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    assert!(!there.join("b").exists());
+    served.signal(rustix::process::Signal::CONT);
+    until("the second file", || holds(&there.join("b"), "second"));
+}
+
+#[test]
+fn s19_a_job_whose_source_is_another_machine_fetches_what_changes_there() {
+    let served = Served::start("", "");
+    let there = served.path("sync/data");
+    fs::create_dir(&there).unwrap();
+    fs::write(there.join("a"), "first").unwrap();
+    let job = "[[job]]\nname = \"data\"\nsource = \"sync@SERVER:/data\"\ntargets = [\"AT/here\"]\npoll = \"1s\"\nretry_max = \"1s\"\n";
+    let running = Running::at_server(&served, job);
+    until("the first file", || holds(&running.path("here/a"), "first"));
+    fs::write(there.join("b"), "second").unwrap();
+    done(&running.jobs(&["now"]));
+    until("the second file", || holds(&running.path("here/b"), "second"));
+    assert_eq!(running.status()["jobs"][0]["watching"]["mode"], "polling");
+    let both = job.replace("AT/here", "sync@SERVER:/other").replace("SERVER", "127.0.0.1");
+    running.configure(&both);
+    running.signal("-HUP");
+    until("the refusal", || {
+        running.status()["config_error"].as_str().is_some_and(|error| error.contains("one has to be here"))
+    });
 }

@@ -30,7 +30,7 @@ fn options(checksum: bool) -> Options {
         max_delete: DeleteLimit::Unlimited,
         workers: 1,
         retries: 1,
-        bandwidth: None,
+        bandwidth: lockstep::sync::Rate::default(),
     }
 }
 

@@ -230,6 +230,6 @@ pub(super) fn options() -> Options {
         max_delete: DeleteLimit::Unlimited,
         workers: 2,
         retries: 2,
-        bandwidth: None,
+        bandwidth: lockstep::sync::Rate::default(),
     }
 }

@@ -11,8 +11,8 @@ use super::{Failure, login, remote};
 use crate::codec::CompressOptions;
 use crate::config::Config;
 use crate::daemon::{Connect, Daemon as Running, DaemonError, Places, Trouble};
-use crate::endpoint::Target;
-use crate::endpoint::local::LocalTarget;
+use crate::endpoint::local::{LocalSource, LocalTarget};
+use crate::endpoint::{Source, Target};
 use crate::error::{Exit, chain};
 use crate::monitor::Monitor;
 use crate::policy::PolicySpec;
@@ -43,14 +43,32 @@ struct Dialler {
 
 impl Connect for Dialler {
     fn target(&self, target: &str, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble> {
-        let failed = |failure: Failure| Trouble { message: chain(&failure), exit: failure.exit() };
-        match Place::parse(std::ffi::OsStr::new(target)).map_err(failed)? {
+        match Place::parse(std::ffi::OsStr::new(target)).map_err(Dialler::failed)? {
             Place::Here(path) => Ok(Box::new(LocalTarget::new(&path, PolicySpec::default()))),
             Place::There(there) => {
                 let compress = CompressOptions::default();
-                remote::target(&there, &self.ssh, &self.reach, None, compress, monitor).map_err(failed)
+                remote::target(&there, &self.ssh, &self.reach, None, compress, monitor).map_err(Dialler::failed)
             }
         }
+    }
+
+    fn source(&self, source: &str, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble> {
+        match Place::parse(std::ffi::OsStr::new(source)).map_err(Dialler::failed)? {
+            Place::Here(path) => {
+                let opened = LocalSource::new(&path, None);
+                opened.map(|source| Box::new(source) as Box<dyn Source>).map_err(|error| Dialler::failed(error.into()))
+            }
+            Place::There(there) => {
+                let compress = CompressOptions::default();
+                remote::source(&there, &self.ssh, &self.reach, None, compress, monitor).map_err(Dialler::failed)
+            }
+        }
+    }
+}
+
+impl Dialler {
+    fn failed(failure: Failure) -> Trouble {
+        Trouble { message: chain(&failure), exit: failure.exit() }
     }
 }
 
@@ -75,6 +93,7 @@ impl Daemon {
                 _ if running.reload_wanted() => reload(&running, &file),
                 _ => {}
             }
+            running.tick();
             if !running.is_alive() {
                 let message = "a thread of the daemon ended that should not have; see the log".to_owned();
                 return Err(Failure::Plain { exit: Exit::Io, message });

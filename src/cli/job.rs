@@ -6,7 +6,7 @@ use super::arguments::{Place, Route};
 use super::stop::Stop;
 use super::transfer::{How, Rate, config_file, load_config};
 use super::{Failure, shown};
-use crate::config::{Config, Delete, Job, Ready};
+use crate::config::{Config, Delete, Job, Ready, Schedule};
 use crate::error::{Escaped, Exit, chain};
 use crate::sync::Options;
 
@@ -42,7 +42,9 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
         return Err(Failure::Plain { exit: Exit::Incomplete, message });
     }
     // Said once, before anybody is connected to, and with the exit code of a push of the same directory.
-    if !std::fs::metadata(&job.source).map_err(Failure::io("open", &job.source))?.is_dir() {
+    if job.remote_source().is_none()
+        && !std::fs::metadata(&job.source).map_err(Failure::io("open", &job.source))?.is_dir()
+    {
         return Err(wrong(format!("its source '{}' is not a directory", shown(&job.source))));
     }
     let stop = Stop::on_signals()?;
@@ -73,7 +75,11 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
 
 fn to_one(job: &Job, target: &str, how: &How, options: Options, stop: &Stop) -> Result<Exit, Failure> {
     let mut display = how.display(stop);
-    let source = Place::Here(job.source.clone()).source(how, &display)?;
+    let source = match job.remote_source() {
+        Some(source) => Place::parse(OsStr::new(source))?,
+        None => Place::Here(job.source.clone()),
+    };
+    let source = source.source(how, &display)?;
     let place = Place::parse(OsStr::new(target))?;
     let sending = matches!(place, Place::There(_));
     let target = place.target(how, &display)?;
@@ -111,9 +117,10 @@ fn options(config: &Config, job: &Job, how: &How) -> Result<Options, Failure> {
     options.begin.units = job.unit.iter().cloned().collect();
     options.delete = job.delete == Delete::Mirror;
     options.max_delete = job.max_delete;
-    options.bandwidth = match how.bwlimit {
+    options.bandwidth = crate::sync::Rate::new(match how.bwlimit {
         Some(Rate(limit)) => limit,
-        None => job.bandwidth.map(|rate| rate.0),
-    };
+        // What holds now holds for this run.
+        None => job.bandwidth.as_ref().and_then(Schedule::now),
+    });
     Ok(options)
 }

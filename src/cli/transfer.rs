@@ -228,7 +228,7 @@ impl How {
             max_delete: self.max_delete.unwrap_or_default(),
             workers: self.workers(),
             retries: self.retries,
-            bandwidth: self.bwlimit.and_then(|Rate(rate)| rate),
+            bandwidth: sync::Rate::new(self.bwlimit.and_then(|Rate(rate)| rate)),
         })
     }
 

@@ -14,7 +14,7 @@ use crate::plan::safety::DeleteLimit;
 pub struct Job {
     /// What `push NAME` and the daemon call it.
     pub name: String,
-    /// The directory that is sent; absolute.
+    /// The directory that is sent: absolute, or `[USER@]HOST:PATH`, which is fetched from there.
     pub source: PathBuf,
     /// `[USER@]HOST:PATH`, or a directory of this machine; each gets all of it.
     pub targets: Vec<String>,
@@ -39,9 +39,9 @@ pub struct Job {
     /// The name of the policy that is asked for at the targets.
     #[serde(default)]
     pub policy: Option<String>,
-    /// At most this much a second, to each target.
+    /// At most this much a second, to each target; it may depend on the time of day.
     #[serde(default, deserialize_with = "some_from_text")]
-    pub bandwidth: Option<Bandwidth>,
+    pub bandwidth: Option<Schedule>,
     /// For the daemon: how long a file or unit has to be left alone before it is sent.
     #[serde(default = "usual_settle", deserialize_with = "from_text")]
     pub settle: Period,
@@ -66,6 +66,13 @@ pub struct Job {
     /// For the daemon: the longest wait between two tries of a target that fails.
     #[serde(default = "usual_retry", deserialize_with = "from_text")]
     pub retry_max: Period,
+}
+
+impl Job {
+    /// The source, where it is a directory of another machine.
+    pub fn remote_source(&self) -> Option<&str> {
+        self.source.to_str().filter(|source| !source.starts_with('/'))
+    }
 }
 
 /// Longer than any writer needs between two writes of one file that are meant to be seen together.
@@ -211,6 +218,57 @@ impl FromStr for Bandwidth {
     }
 }
 
+/// How much may go at which time of the day.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Schedule(Vec<(u32, Option<Bandwidth>)>);
+
+impl Schedule {
+    /// Bytes a second that may go at this minute of the day; `None` for as many as can.
+    pub fn at(&self, minute: u32) -> Option<u64> {
+        let begun = self.0.iter().rev().find(|(from, _)| *from <= minute);
+        // Before the first of the day what began the day before goes on.
+        begun.or(self.0.last()).and_then(|(_, rate)| rate.map(|Bandwidth(rate)| rate))
+    }
+
+    /// The same now, by the clock of this machine.
+    pub fn now(&self) -> Option<u64> {
+        use chrono::Timelike as _;
+        let now = chrono::Local::now();
+        self.at(now.hour() * 60 + now.minute())
+    }
+}
+
+impl FromStr for Schedule {
+    type Err = String;
+
+    /// Reads a rate, which holds always, or `08:00,1GB/s 20:00,off`: times of the day in ascending order, each with what holds
+    /// from then on.
+    fn from_str(text: &str) -> Result<Schedule, String> {
+        if !text.contains(',') {
+            return Ok(Schedule(vec![(0, Some(text.parse()?))]));
+        }
+        let mut parts: Vec<(u32, Option<Bandwidth>)> = Vec::new();
+        for part in text.split_whitespace() {
+            let wrong = || format!("'{part}' is not a time and a rate: write it as '08:00,1GB/s' or '20:00,off'");
+            let (time, rate) = part.split_once(',').ok_or_else(wrong)?;
+            let number = |text: &str| text.parse::<u32>().ok().filter(|_| text.len() == 2);
+            let (hour, minute) = time
+                .split_once(':')
+                .and_then(|(hour, minute)| Some((number(hour)?, number(minute)?)))
+                .ok_or_else(wrong)?;
+            if hour > 23 || minute > 59 {
+                return Err(wrong());
+            }
+            let at = hour * 60 + minute;
+            if parts.last().is_some_and(|(before, _)| *before >= at) {
+                return Err(format!("'{part}' is not after the time before it; name the times of a day in order"));
+            }
+            parts.push((at, if rate == "off" { None } else { Some(rate.parse()?) }));
+        }
+        Ok(Schedule(parts))
+    }
+}
+
 fn from_text<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(input: D) -> Result<T, D::Error> {
     String::deserialize(input)?.parse().map_err(de::Error::custom)
 }
@@ -230,6 +288,20 @@ mod tests {
         }
         for wrong in ["", "0", "s", "-1s", "1.5s", "1w", "2 s", "99999999999999999999s", "4000d"] {
             assert!(wrong.parse::<Period>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn rates_by_the_time_of_day() {
+        let always: Schedule = "2 GB/s".parse().unwrap();
+        assert_eq!((always.at(0), always.at(1439)), (Some(2_000_000_000), Some(2_000_000_000)));
+        let night: Schedule = "08:00,1GB/s 20:00,off".parse().unwrap();
+        let at = |hour: u32| night.at(hour * 60);
+        assert_eq!([7, 8, 19, 20, 0].map(at), [None, Some(1_000_000_000), Some(1_000_000_000), None, None]);
+        for wrong in
+            ["8:00,1GB/s", "24:00,off", "08:00", "08:00,", "08:00,fast", "20:00,off 08:00,1m", "08:00,1m 08:00,2m", ","]
+        {
+            assert!(wrong.parse::<Schedule>().is_err(), "{wrong}");
         }
     }
 

@@ -24,7 +24,7 @@ pub use address::AddressList;
 pub use daemon::Daemon;
 pub(crate) use error::meant;
 pub use error::{ConfigError, Position, Untrusted};
-pub use job::{Bandwidth, Delete, Job, Layout, Period, Ready, Watch};
+pub use job::{Bandwidth, Delete, Job, Layout, Period, Ready, Schedule, Watch};
 pub use serve::{Serve, ServeLimits, ServeUser};
 
 use crate::filter::{Filter, FilterSpec};
@@ -176,7 +176,23 @@ impl Config {
     }
 
     fn check_job(&self, job: &Job) -> Result<(), String> {
-        absolute("source", &job.source)?;
+        match job.remote_source() {
+            None => absolute("source", &job.source)?,
+            Some(source) if source.split('/').next().is_some_and(|host| host.contains(':')) => {
+                if let Some(target) = job.targets.iter().find(|target| !target.starts_with('/')) {
+                    return Err(format!(
+                        "'{target}' is on another machine, and so is the source '{source}': one has to be here"
+                    ));
+                }
+                if job.watch == Watch::Events {
+                    return Err(format!("'watch' cannot be 'events': the source '{source}' is on another machine"));
+                }
+                if job.ready != Ready::Settled {
+                    return Err(format!("'ready' is for a source of this machine; '{source}' is on another one"));
+                }
+            }
+            Some(_) => absolute("source", &job.source)?,
+        }
         if job.targets.is_empty() || job.targets.iter().any(String::is_empty) {
             return Err("'targets' needs at least one [USER@]HOST:PATH, and none that is empty".into());
         }

@@ -36,7 +36,7 @@ fn a_job_is_read_as_it_is_written() {
     let job = config.job("checkpoints").unwrap();
     assert_eq!((job.targets.len(), &job.ready), (2, &Ready::Layout(Layout::HuggingFace)));
     assert_eq!((job.delete, job.max_delete), (Delete::Mirror, DeleteLimit::Percent(10.0)));
-    assert_eq!(job.bandwidth, Some(Bandwidth(2_000_000_000)));
+    assert_eq!(job.bandwidth.as_ref().and_then(|rate| rate.at(0)), Some(2_000_000_000));
     assert_eq!(config.policy("weights").unwrap().rules[0].mode.as_deref(), Some("600"));
     let plain = parse(JOB).unwrap().jobs.remove(0);
     assert_eq!((plain.delete, plain.ready, plain.max_delete), (Delete::Never, Ready::Settled, DeleteLimit::Unlimited));
@@ -50,7 +50,7 @@ fn h49_an_unknown_key_is_named_with_its_place_and_the_nearest_known() {
         ("[[policy.a.rules]]\nmatch = 'x'\n", ":1:12: unknown key 'rules'; did you mean 'rule'?"),
         ("\n[[jobs]]\n", ":2:3: unknown key 'jobs'; did you mean 'job'?"),
         ("[serve]\nlisten = '[::]:22'\nhostkey = '/k'\n", ":3:1: unknown key 'hostkey'; did you mean 'host_key'?"),
-        ("zzzzzzzz = 1\n", ":1:1: unknown key 'zzzzzzzz'; there are: policy, job, serve"),
+        ("zzzzzzzz = 1\n", ":1:1: unknown key 'zzzzzzzz'; there are: policy, job, serve, daemon"),
         (&format!("{JOB}  deleet = 'mirror'\n"), ":5:3: unknown key 'deleet'; did you mean 'delete'?"),
     ] {
         let error = parse(text).unwrap_err().to_string();

@@ -1,6 +1,6 @@
 //! The threads of one job: one that watches its source, one for each target.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,10 +14,13 @@ use super::status::{JobStatus, Trouble, Watching};
 use super::target::{Happened, Lane};
 use super::tell::{Happening, Teller};
 use super::{Connect, Places, clock};
-use crate::config::Job;
+use crate::config::{Job, Schedule};
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
+use crate::sync::Rate;
 
+/// Another machine is not asked more often.
+const REMOTE_PAUSE: Duration = Duration::from_secs(1);
 /// How often it is seen whether a source that is gone is back.
 const GONE_PAUSE: Duration = Duration::from_secs(2);
 
@@ -31,9 +34,13 @@ struct Shared {
     policy: PolicySpec,
     stop: Arc<AtomicBool>,
     lanes: Vec<Lane>,
+    /// What may go to each target now.
+    rates: Vec<Rate>,
     feed: Mutex<Option<Arc<Feed>>>,
     halted: Mutex<Option<Trouble>>,
     paused: AtomicBool,
+    /// Somebody wants a source of another machine to be compared at once.
+    asked: AtomicBool,
     safety: Mutex<Safety>,
 }
 
@@ -53,7 +60,9 @@ impl JobThreads {
     pub(super) fn new(job: Job, policy: PolicySpec) -> JobThreads {
         let stop = Arc::new(AtomicBool::new(false));
         let lanes = job.targets.iter().map(|target| Lane::new(target, Arc::clone(&stop))).collect();
+        let rates = job.targets.iter().map(|_| Rate::default()).collect();
         let shared = Shared {
+            rates,
             job,
             policy,
             stop,
@@ -61,6 +70,7 @@ impl JobThreads {
             feed: Mutex::default(),
             halted: Mutex::default(),
             paused: AtomicBool::new(false),
+            asked: AtomicBool::new(false),
             safety: Mutex::default(),
         };
         JobThreads { shared: Arc::new(shared), threads: Vec::new() }
@@ -86,6 +96,7 @@ impl JobThreads {
             return Ok(());
         }
         let actor = actor();
+        self.shared.keep_rate();
         for number in 0..self.shared.lanes.len() {
             let (shared, connect, recent) = (Arc::clone(&self.shared), Arc::clone(connect), Arc::clone(recent));
             let (actor, state): (String, PathBuf) = (actor.clone(), places.state.clone());
@@ -94,7 +105,8 @@ impl JobThreads {
                 let watched = Arc::clone(&shared);
                 let guard =
                     Arc::new(move |path: &RelPath| watched.feed().is_some_and(|feed| feed.is_being_written(path)));
-                let plan = Plan { job: &shared.job, policy: &shared.policy, actor: &actor, state: &state, guard };
+                let rate = shared.rates[number].clone();
+                let plan = Plan { job: &shared.job, policy: &shared.policy, actor: &actor, state: &state, guard, rate };
                 let happened = |what: Happened<'_>| shared.happened(number, &what, &teller);
                 shared.lanes[number].serve(&plan, &*connect, &recent, &happened);
             };
@@ -110,8 +122,9 @@ impl JobThreads {
         self.shared.lanes.iter().for_each(|lane| lane.pause(paused));
     }
 
-    /// Tries again at once what waits for its time.
+    /// Tries again at once what waits for its time, and asks a source of another machine what it has.
     pub(super) fn hurry(&self) {
+        self.shared.asked.store(true, Ordering::Relaxed);
         self.shared.lanes.iter().for_each(Lane::hurry);
     }
 
@@ -125,6 +138,11 @@ impl JobThreads {
             feed.stop();
         }
         self.shared.lanes.iter().for_each(Lane::wake);
+    }
+
+    /// Has what goes on keep to the rate of this time of the day.
+    pub(super) fn keep_rate(&self) {
+        self.shared.keep_rate();
     }
 
     /// Waits for its threads. True where all ended in time.
@@ -142,7 +160,8 @@ impl JobThreads {
     pub(super) fn status(&self) -> JobStatus {
         let shared = &self.shared;
         let feed = shared.feed();
-        let starting = || Watching { mode: "starting".into(), ..Watching::default() };
+        let mode = if shared.job.remote_source().is_some() { "polling" } else { "starting" };
+        let starting = || Watching { mode: mode.into(), ..Watching::default() };
         let (unfinished, unfinished_count) = feed.as_ref().map(|feed| feed.unfinished()).unwrap_or_default();
         JobStatus {
             name: shared.job.name.clone(),
@@ -162,12 +181,34 @@ impl Shared {
         self.feed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    fn keep_rate(&self) {
+        let rate = self.job.bandwidth.as_ref().and_then(Schedule::now);
+        self.rates.iter().for_each(|one| one.set(rate));
+    }
+
     fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
 
+    /// A source of another machine gives no events: all of it is compared every so often, and when somebody asks for it.
+    fn ask_again(&self) {
+        while !self.stopped() {
+            let ready = Ready::Everything { except: BTreeSet::new() };
+            let number = self.hand_out(&ready);
+            self.lanes.iter().for_each(|lane| lane.add(ready.clone(), number));
+            self.asked.store(false, Ordering::Relaxed);
+            let until = Instant::now() + self.job.poll.0.max(REMOTE_PAUSE);
+            while !self.stopped() && !self.asked.load(Ordering::Relaxed) && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
+
     /// Passes on what may be sent. A source that cannot be watched is tried again, and nothing is sent meanwhile.
     fn watch(&self) {
+        if self.job.remote_source().is_some() {
+            return self.ask_again();
+        }
         while !self.stopped() {
             match Feed::start(&self.job.source, self.feed_options()) {
                 Ok(feed) => {

@@ -16,7 +16,7 @@ use rustix::fs::FlockOperation;
 use serde_json::{Value, json};
 
 use crate::config::Config;
-use crate::endpoint::Target;
+use crate::endpoint::{Source, Target};
 use crate::error::{Exit, shown};
 use crate::monitor::Monitor;
 
@@ -65,6 +65,12 @@ pub trait Connect: Send + Sync {
     /// # Errors
     /// [`Trouble`].
     fn target(&self, target: &str, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble>;
+
+    /// Opens a source of another machine, likewise.
+    ///
+    /// # Errors
+    /// [`Trouble`].
+    fn source(&self, source: &str, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble>;
 }
 
 /// Where a daemon keeps what it knows, and where it is asked.
@@ -297,6 +303,11 @@ impl Daemon {
     /// Whether somebody asked by the socket to read the configuration anew, since this was asked last.
     pub fn reload_wanted(&self) -> bool {
         self.shared.reload_wanted.swap(false, Ordering::SeqCst)
+    }
+
+    /// What has to be done now and then: once a second is often enough.
+    pub fn tick(&self) {
+        self.shared.running().jobs.iter().for_each(JobThreads::keep_rate);
     }
 
     /// Whether every thread that should be there is.

@@ -10,14 +10,14 @@ use super::{Connect, Trouble};
 use crate::config::{Delete, Job};
 use crate::endpoint::guarded::{BEING_WRITTEN, Guard, Guarded};
 use crate::endpoint::local::LocalSource;
-use crate::endpoint::{BeginOptions, ScanOptions};
+use crate::endpoint::{BeginOptions, ScanOptions, Source};
 use crate::error::{Exit, chain};
 use crate::filter::FilterSpec;
 use crate::monitor::Severity;
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
 use crate::root::{Follow, Root};
-use crate::sync::{self, Options, SyncReport};
+use crate::sync::{self, Options, Rate, SyncReport};
 
 /// Connections of a run, and how often a file is sent again that changed or arrived damaged.
 const WORKERS: usize = 2;
@@ -37,6 +37,8 @@ pub(super) struct Plan<'a> {
     pub(super) state: &'a Path,
     /// Whether a file of the source is in somebody's hands.
     pub(super) guard: Guard,
+    /// What may go to each target now.
+    pub(super) rate: Rate,
 }
 
 /// A run that came to its end.
@@ -66,18 +68,25 @@ pub(super) fn run(
 ) -> Result<Done, Trouble> {
     let job = plan.job;
     let failed = |error: &dyn std::error::Error, exit| Trouble { message: chain(error), exit };
-    let root = Root::open(&job.source).map_err(|error| failed(&error, Exit::Io))?;
-    let Some(options) = options(plan, work, &root) else { return Ok(Done::default()) };
-    let source = LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
-    let source = Guarded::new(source, Arc::clone(&plan.guard));
+    let (source, options): (Box<dyn Source>, Options) = match job.remote_source() {
+        Some(source) => {
+            (connect.source(source, tally)?, options(plan, FilterSpec { rules: job.exclude.clone(), only: None }))
+        }
+        None => {
+            let root = Root::open(&job.source).map_err(|error| failed(&error, Exit::Io))?;
+            let Some(filter) = filter(job, work, &root) else { return Ok(Done::default()) };
+            let source =
+                LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
+            (Box::new(Guarded::new(source, Arc::clone(&plan.guard))), options(plan, filter))
+        }
+    };
     let target = connect.target(target, tally)?;
-    let report = sync::run(&source, &*target, &options, tally, stop).map_err(|error| failed(&error, error.exit()))?;
+    let report = sync::run(&*source, &*target, &options, tally, stop).map_err(|error| failed(&error, error.exit()))?;
     concluded(report)
 }
 
-/// What is asked of the engine; `None` where nothing of the work is left to do.
-fn options(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<Options> {
-    let job = plan.job;
+/// What of the source takes part; `None` where nothing of the work is left to do.
+fn filter(job: &Job, work: &Work, root: &Root) -> Option<FilterSpec> {
     let mut filter = FilterSpec { rules: job.exclude.clone(), only: None };
     match work {
         Work::Everything { except } => filter.rules.extend(except.iter().map(rule)),
@@ -91,7 +100,13 @@ fn options(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<Options> {
             filter.only = Some(only);
         }
     }
-    Some(Options {
+    Some(filter)
+}
+
+/// What is asked of the engine.
+fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
+    let job = plan.job;
+    Options {
         scan: ScanOptions { filter: filter.clone(), ..ScanOptions::default() },
         begin: BeginOptions {
             policy: plan.policy.clone(),
@@ -107,8 +122,8 @@ fn options(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<Options> {
         max_delete: job.max_delete,
         workers: WORKERS,
         retries: RETRIES,
-        bandwidth: job.bandwidth.map(|rate| rate.0),
-    })
+        bandwidth: plan.rate.clone(),
+    }
 }
 
 /// The gitignore line for just this path. Bytes that are not UTF-8 are matched by `?`, one for each: it may leave out more,

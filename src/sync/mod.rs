@@ -22,6 +22,7 @@ pub mod repair;
 mod worker;
 
 use pace::Pace;
+pub use pace::Rate;
 use queue::Queue;
 
 /// How a run is done.
@@ -39,8 +40,8 @@ pub struct Options {
     pub workers: usize,
     /// How often a file is sent again after its content did not match or it changed while it was read.
     pub retries: u32,
-    /// At most so many bytes a second, on the wire where there is one; `None` for as fast as it goes.
-    pub bandwidth: Option<u64>,
+    /// At most so many bytes a second, on the wire where there is one.
+    pub bandwidth: Rate,
 }
 
 /// What a run did.
@@ -81,7 +82,7 @@ struct Shared<'a> {
     queue: Queue,
     retries: u32,
     monitor: &'a dyn Monitor,
-    pace: Option<Pace>,
+    pace: Pace,
     /// Bytes over the wire so far, both directions; 0 where there is none.
     wire_bytes: &'a (dyn Fn() -> u64 + Sync),
     /// The user's wish.
@@ -290,7 +291,7 @@ fn transfer(
         queue,
         retries: options.retries,
         monitor,
-        pace: options.bandwidth.map(Pace::new),
+        pace: Pace::new(options.bandwidth.clone()),
         wire_bytes: &wire_bytes,
         stop,
         broken: AtomicBool::new(false),

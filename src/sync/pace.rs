@@ -1,6 +1,7 @@
 //! A limit on how fast content goes: a bucket of bytes that fills at the rate asked for.
 
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// What may go at once after a pause, in seconds of the rate.
@@ -8,9 +9,32 @@ const BURST_SECONDS: f64 = 0.25;
 /// The longest sleep: a run that is stopped is to notice it.
 const STEP: Duration = Duration::from_millis(100);
 
+/// How many bytes a second may go; it may be changed while a run goes on.
+#[derive(Debug, Clone, Default)]
+pub struct Rate(Arc<AtomicU64>);
+
+impl Rate {
+    /// At most so many; `None` for as fast as it goes.
+    pub fn new(rate: Option<u64>) -> Rate {
+        let made = Rate::default();
+        made.set(rate);
+        made
+    }
+
+    /// From now on.
+    pub fn set(&self, rate: Option<u64>) {
+        self.0.store(rate.map_or(0, |rate| rate.max(1)), Ordering::Relaxed);
+    }
+
+    /// What holds now.
+    pub fn get(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|&rate| rate > 0)
+    }
+}
+
 /// Shared by the workers of one run.
 pub(super) struct Pace {
-    rate: f64,
+    rate: Rate,
     state: Mutex<State>,
 }
 
@@ -22,16 +46,17 @@ struct State {
 }
 
 impl Pace {
-    /// At most `rate` bytes a second, at least 1.
-    pub(super) fn new(rate: u64) -> Pace {
-        let rate = rate.max(1) as f64;
-        Pace { rate, state: Mutex::new(State { allowed: rate * BURST_SECONDS, spent: 0, at: Instant::now() }) }
+    pub(super) fn new(rate: Rate) -> Pace {
+        let allowed = rate.get().unwrap_or(0) as f64 * BURST_SECONDS;
+        Pace { rate, state: Mutex::new(State { allowed, spent: 0, at: Instant::now() }) }
     }
 
     /// Notes that `spent` bytes have gone since the start of the run, and waits until more may go, or until `stopped`.
     pub(super) fn wait(&self, spent: u64, stopped: &dyn Fn() -> bool) {
         let mut debt = self.note(spent, Instant::now());
-        while !debt.is_zero() && !stopped() {
+        let before = self.rate.get();
+        // Another rate is another wait: the next block finds it.
+        while !debt.is_zero() && !stopped() && self.rate.get() == before {
             let step = debt.min(STEP);
             std::thread::sleep(step);
             debt -= step;
@@ -43,13 +68,17 @@ impl Pace {
         let mut state = super::lock(&self.state);
         let elapsed = now.saturating_duration_since(state.at).as_secs_f64();
         state.at = now.max(state.at);
-        state.allowed = (state.allowed + elapsed * self.rate).min(self.rate * BURST_SECONDS);
         // Workers may tell their sums out of order.
         let more = spent.saturating_sub(state.spent);
         state.spent += more;
-        state.allowed -= more as f64;
+        let Some(rate) = self.rate.get().map(|rate| rate as f64) else {
+            // What went while there was no limit is not owed when there is one again.
+            state.allowed = 0.0;
+            return Duration::ZERO;
+        };
+        state.allowed = (state.allowed + elapsed * rate).min(rate * BURST_SECONDS) - more as f64;
         // A year is as good as for ever, and can be added to.
-        Duration::from_secs_f64((-state.allowed / self.rate).clamp(0.0, 3e7))
+        Duration::from_secs_f64((-state.allowed / rate).clamp(0.0, 3e7))
     }
 }
 
@@ -59,7 +88,8 @@ mod tests {
 
     #[test]
     fn what_goes_is_bounded_by_the_rate_and_a_small_burst() {
-        let pace = Pace::new(1000);
+        let rate = Rate::new(Some(1000));
+        let pace = Pace::new(rate.clone());
         let start = Instant::now();
         let at = |milliseconds| start + Duration::from_millis(milliseconds);
         assert_eq!(pace.note(200, at(0)), Duration::ZERO);
@@ -72,5 +102,11 @@ mod tests {
         assert_eq!(pace.note(1500, at(60_000)), Duration::ZERO);
         let debt = pace.note(2500, at(60_000)).as_secs_f64();
         assert!((0.99..1.01).contains(&debt), "{debt}");
+        // Without a limit anything may go, and it is not owed afterwards.
+        rate.set(None);
+        assert_eq!(pace.note(1_000_000, at(60_000)), Duration::ZERO);
+        rate.set(Some(100));
+        let debt = pace.note(1_000_050, at(60_000)).as_secs_f64();
+        assert!((0.49..0.51).contains(&debt), "{debt}");
     }
 }

@@ -101,7 +101,7 @@ pub fn repair(
         max_delete: DeleteLimit::Unlimited,
         workers: how.workers,
         retries: how.retries,
-        bandwidth: None,
+        bandwidth: super::Rate::default(),
     };
     let report = run(&copy, &target, &options, monitor, stop)?;
     let failed = report.problems.into_iter().filter(|problem| problem.severity == Severity::Failed);

@@ -139,10 +139,8 @@ impl Worker<'_, '_> {
         let counters = self.shared.monitor.counters();
         let wire = (self.shared.wire_bytes)();
         counters.wire_bytes.fetch_max(wire, Ordering::Relaxed);
-        if let Some(pace) = &self.shared.pace {
-            let spent = if wire > 0 { wire } else { Counters::get(&counters.transferred_bytes) };
-            pace.wait(spent, &|| self.shared.stopped());
-        }
+        let spent = if wire > 0 { wire } else { Counters::get(&counters.transferred_bytes) };
+        self.shared.pace.wait(spent, &|| self.shared.stopped());
     }
 
     fn open_once(&mut self, index: u32) -> Result<(), Error> {

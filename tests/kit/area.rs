@@ -302,7 +302,7 @@ pub(crate) fn options() -> Options {
         max_delete: DeleteLimit::Unlimited,
         workers: 1,
         retries: 2,
-        bandwidth: None,
+        bandwidth: lockstep::sync::Rate::default(),
     }
 }
 

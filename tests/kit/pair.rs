@@ -22,7 +22,7 @@ pub(crate) fn options() -> Options {
         max_delete: DeleteLimit::Unlimited,
         workers: 2,
         retries: 2,
-        bandwidth: None,
+        bandwidth: lockstep::sync::Rate::default(),
     }
 }
 
