@@ -125,7 +125,7 @@ fn frame(text: &str, width: usize, height: usize) -> String {
     frame + "\x1b[J"
 }
 
-/// A status for people, in lines of at most `width` columns (of [`NARROW`] where it is less).
+/// A status for people, in lines of at most `width` columns (of `NARROW` where it is less).
 pub(super) fn table(status: &Standing, width: usize, colour: bool) -> String {
     let mut table = Table { text: String::new(), width: width.max(NARROW), colour, now: status.now };
     let counts: Vec<String> = words::counts(status)

@@ -1,6 +1,6 @@
 //! The page that a browser shows: all of a status, and how it went. HTML alone, which the browser asks for again every few seconds.
 //!
-//! Every name and message is hostile: nothing gets into the page but through [`Html`].
+//! Every name and message is hostile: nothing gets into the page but through `Html`.
 
 use std::fmt::{Display, Write as _};
 
