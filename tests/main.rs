@@ -59,5 +59,7 @@ mod stock_order;
 mod stock_pipes;
 mod systemd;
 mod units;
+mod web;
+mod web_daemon;
 mod wire;
 mod wire_openssh;

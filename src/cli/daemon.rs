@@ -176,11 +176,14 @@ fn given(variable: &str) -> Option<PathBuf> {
     value.split(':').next().filter(|path| path.starts_with('/')).map(PathBuf::from)
 }
 
-fn places(config: &Config) -> Result<Places, Failure> {
+/// The state directory of the daemon of this configuration.
+pub(super) fn state_of(config: &Config) -> Result<PathBuf, Failure> {
     let state = config.daemon.state.clone().or_else(|| given("STATE_DIRECTORY")).or_else(state_directory);
-    let state =
-        state.ok_or_else(|| Failure::usage("there is no home directory to keep state in; name one: [daemon] state"))?;
-    Ok(Places { state, socket: super::control::socket_of(config)? })
+    state.ok_or_else(|| Failure::usage("there is no home directory to keep state in; name one: [daemon] state"))
+}
+
+fn places(config: &Config) -> Result<Places, Failure> {
+    Ok(Places { state: state_of(config)?, socket: super::control::socket_of(config)? })
 }
 
 /// Listens for the signals that ask for something.

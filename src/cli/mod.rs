@@ -23,6 +23,7 @@ mod daemon;
 pub mod display;
 mod exec;
 mod habits;
+mod history;
 mod inspect;
 mod job;
 mod jobs;
@@ -39,6 +40,7 @@ mod remote;
 pub mod report;
 mod serve;
 mod sftp_server;
+mod status;
 mod stop;
 mod transfer;
 
@@ -72,6 +74,8 @@ enum Command {
     Check(check::Check),
     Exec(exec::Exec),
     Daemon(daemon::Daemon),
+    Status(status::Status),
+    History(history::History),
     /// Pause, resume and hurry the jobs of a running daemon
     #[command(subcommand)]
     Jobs(jobs::Command),
@@ -105,6 +109,8 @@ impl Command {
             Command::Check(command) => command.run(),
             Command::Exec(command) => command.run(),
             Command::Daemon(command) => command.run(),
+            Command::Status(command) => command.run(),
+            Command::History(command) => command.run(),
             Command::Jobs(command) => command.run(),
             Command::Serve(command) => command.run(),
             Command::SftpServer(command) => command.run(),

@@ -26,24 +26,32 @@ mod control;
 pub mod feed;
 mod filesystem;
 mod follow;
+pub mod history;
+pub mod http;
 mod job;
 mod look;
+pub mod metrics;
+pub mod page;
 mod pending;
 mod polling;
 mod recent;
 mod run;
+pub mod samples;
 mod settle;
+mod shows;
 pub mod status;
 mod tally;
 mod target;
 mod tell;
 mod temporary;
 mod watch;
+pub mod words;
 mod writers;
 
 use control::Control;
 use job::JobThreads;
 use recent::Recent;
+use shows::Shows;
 use status::{FORMAT, Status};
 use tell::Teller;
 
@@ -96,6 +104,8 @@ pub enum DaemonError {
     Running { state: PathBuf, holder: String },
     #[error("cannot listen on the control socket '{}'", shown(path))]
     Socket { path: PathBuf, source: std::io::Error },
+    #[error("cannot serve the page on '{address}'")]
+    Listen { address: std::net::SocketAddr, source: std::io::Error },
     #[error("cannot start a thread")]
     Thread(#[source] std::io::Error),
     #[error(transparent)]
@@ -127,6 +137,7 @@ fn remedy(exit: Exit) -> Option<String> {
 pub struct Daemon {
     shared: Arc<Shared>,
     control: Option<Control>,
+    shows: Shows,
     _lock: File,
 }
 
@@ -218,12 +229,14 @@ impl Daemon {
             started: clock(),
             places: places.clone(),
             connect,
-            recent: Arc::default(),
+            recent: Arc::new(Recent::open(&places.state)),
             teller: Teller::start().map_err(DaemonError::Thread)?,
             running: Mutex::new(Running { config: Config::default(), config_error: None, jobs: Vec::new() }),
             reload_wanted: AtomicBool::new(false),
         });
-        let daemon = Daemon { control: None, _lock: lock, shared };
+        let watched = Arc::clone(&shared);
+        let shows = Shows::start(Arc::new(move || watched.status())).map_err(DaemonError::Thread)?;
+        let daemon = Daemon { control: None, shows, _lock: lock, shared };
         daemon.take(config)?;
         let answering = Arc::clone(&daemon.shared);
         let control = Control::listen(&places.socket, Arc::new(move |request| answering.answer(request)));
@@ -239,6 +252,9 @@ impl Daemon {
         if config.jobs.is_empty() {
             return Err(DaemonError::NoJob(config.path));
         }
+        // What cannot be listened on is known before a job ends.
+        let shown = self.shows.prepare(&config.daemon);
+        let shown = shown.map_err(|(address, source)| DaemonError::Listen { address, source })?;
         let mut running = self.shared.running();
         let mut jobs = Vec::with_capacity(config.jobs.len());
         let mut before = std::mem::take(&mut running.jobs);
@@ -272,6 +288,9 @@ impl Daemon {
             job.start(places, connect, recent, teller).map_err(DaemonError::Thread)?;
         }
         (running.jobs, running.config, running.config_error) = (jobs, config, None);
+        // Who is asked for the status just now waits for this lock.
+        drop(running);
+        self.shows.show(shown);
         Ok(())
     }
 
