@@ -106,13 +106,14 @@ impl JobThreads {
                 let guard =
                     Arc::new(move |path: &RelPath| watched.feed().is_some_and(|feed| feed.is_being_written(path)));
                 let rate = shared.rates[number].clone();
-                let held_back = || shared.feed().map(|feed| feed.held_back()).unwrap_or_default();
+                let source = Arc::clone(&shared);
+                let held_back = Arc::new(move || source.feed().map(|feed| feed.held_back()).unwrap_or_default());
                 let plan = Plan {
                     job: &shared.job,
                     policy: &shared.policy,
                     actor: &actor,
                     state: &state,
-                    held_back: &held_back,
+                    held_back,
                     guard,
                     rate,
                 };

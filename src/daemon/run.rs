@@ -1,6 +1,5 @@
 //! One run: what is to be sent of a job, to one target.
 
-use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -9,9 +8,9 @@ use super::pending::Work;
 use super::tally::Tally;
 use super::{Connect, Trouble};
 use crate::config::{Delete, Job};
-use crate::endpoint::guarded::{BEING_WRITTEN, Guard, Guarded};
+use crate::endpoint::guarded::{BEING_WRITTEN, Guard, Guarded, HeldBack};
 use crate::endpoint::local::LocalSource;
-use crate::endpoint::{BeginOptions, ScanOptions, Source};
+use crate::endpoint::{BeginOptions, Error, ScanOptions, Source};
 use crate::error::{Exit, chain};
 use crate::filter::FilterSpec;
 use crate::monitor::Severity;
@@ -37,7 +36,7 @@ pub(super) struct Plan<'a> {
     /// Where digests of the source are kept.
     pub(super) state: &'a Path,
     /// What is not to be sent at the moment of asking.
-    pub(super) held_back: &'a dyn Fn() -> BTreeSet<RelPath>,
+    pub(super) held_back: HeldBack,
     /// Whether a file of the source is in somebody's hands.
     pub(super) guard: Guard,
     /// What may go to each target now.
@@ -80,12 +79,19 @@ pub(super) fn run(
             let Some(filter) = filter(plan, work, &root) else { return Ok(Done::default()) };
             let source =
                 LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
-            (Box::new(Guarded::new(source, Arc::clone(&plan.guard))), options(plan, filter))
+            (
+                Box::new(Guarded::new(source, Arc::clone(&plan.guard), Arc::clone(&plan.held_back))),
+                options(plan, filter),
+            )
         }
     };
     let target = connect.target(target, tally)?;
-    let report = sync::run(&*source, &*target, &options, tally, stop).map_err(|error| failed(&error, error.exit()))?;
-    concluded(report)
+    match sync::run(&*source, &*target, &options, tally, stop) {
+        Ok(report) => concluded(report),
+        // A unit was begun between asking what is not finished and looking.
+        Err(Error::Remote { message, .. }) if message == BEING_WRITTEN => Ok(Done { left: 1, ..Done::default() }),
+        Err(error) => Err(failed(&error, error.exit())),
+    }
 }
 
 /// What of the source takes part; `None` where nothing of the work is left to do.

@@ -3,10 +3,12 @@
 //! stat before and after the reading tells that a file changed meanwhile, not that it is half written and its writer rests.
 //! Who watches the tree may know.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::endpoint::{Crew, Error, Fetch, Produced, Reader, Scan, ScanOptions, Source};
-use crate::manifest::{Digest, Tree};
+use crate::error::Exit;
+use crate::manifest::{Digest, Entry, Tree};
 use crate::monitor::Monitor;
 use crate::path::RelPath;
 
@@ -16,16 +18,22 @@ pub const BEING_WRITTEN: &str = "is being written; it is sent when its writer ha
 /// Whether a file that was read a moment ago is in somebody's hands.
 pub type Guard = Arc<dyn Fn(&RelPath) -> bool + Send + Sync>;
 
+/// What is not to be sent at the moment of asking, directories too.
+pub type HeldBack = Arc<dyn Fn() -> BTreeSet<RelPath> + Send + Sync>;
+
 /// A source with a guard.
 pub struct Guarded<S> {
     source: S,
     guard: Guard,
+    held_back: HeldBack,
 }
 
 impl<S> Guarded<S> {
-    /// `guard` is asked about each file after all of it was read, and before anything of it can be published.
-    pub fn new(source: S, guard: Guard) -> Guarded<S> {
-        Guarded { source, guard }
+    /// `guard` is asked about each file after all of it was read, and before anything of it can be published; `held_back` after
+    /// the tree was listed: a directory that is not finished, and holds no file yet that `guard` could be asked about, ends the
+    /// run.
+    pub fn new(source: S, guard: Guard, held_back: HeldBack) -> Guarded<S> {
+        Guarded { source, guard, held_back }
     }
 }
 
@@ -35,7 +43,14 @@ impl<S: Source> Source for Guarded<S> {
     }
 
     fn scan(&self, options: &ScanOptions, monitor: &dyn Monitor) -> Result<Scan, Error> {
-        self.source.scan(options, monitor)
+        let scan = self.source.scan(options, monitor)?;
+        // All that was listed has been noticed by the time that this answers.
+        let held = (self.held_back)();
+        let unfinished = |path: &&RelPath| scan.tree.get(path).is_some_and(Entry::is_directory);
+        match held.iter().find(unfinished) {
+            None => Ok(scan),
+            Some(_) => Err(Error::Remote { message: BEING_WRITTEN.to_owned(), exit: Exit::TryAgain }),
+        }
     }
 
     fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error> {
@@ -99,7 +114,7 @@ mod tests {
         std::fs::write(at.path().join("large"), vec![7; 2 << 20]).unwrap();
         for held in ["small", "large", "none"] {
             let guard: Guard = Arc::new(move |path: &RelPath| path.as_bytes() == held.as_bytes());
-            let source = Guarded::new(LocalSource::new(at.path(), None).unwrap(), guard);
+            let source = Guarded::new(LocalSource::new(at.path(), None).unwrap(), guard, Arc::new(BTreeSet::new));
             let tree = Arc::new(source.scan(&ScanOptions::default(), &Silent::default()).unwrap().tree);
             let mut reader = source.reader(Arc::clone(&tree)).unwrap();
             (0..2).for_each(|index| reader.push(Fetch { index, from: 0, unless: None }));
@@ -118,6 +133,18 @@ mod tests {
             let expected: Vec<&str> = ["large", "small"].into_iter().filter(|name| *name != held).collect();
             assert_eq!(whole, expected);
             assert_eq!(failed, ["large", "small"].into_iter().filter(|name| *name == held).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_directory_that_is_not_finished_ends_the_run_and_a_file_does_not() {
+        let at = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(at.path().join("checkpoint-30")).unwrap();
+        std::fs::write(at.path().join("file"), "x").unwrap();
+        for (held, good) in [("checkpoint-30", false), ("file", true), ("elsewhere", true)] {
+            let held_back: HeldBack = Arc::new(move || BTreeSet::from([RelPath::new(held).unwrap()]));
+            let source = Guarded::new(LocalSource::new(at.path(), None).unwrap(), Arc::new(|_| false), held_back);
+            assert_eq!(source.scan(&ScanOptions::default(), &Silent::default()).is_ok(), good, "{held}");
         }
     }
 }
