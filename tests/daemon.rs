@@ -301,6 +301,7 @@ fn s21_s28_it_sends_to_a_server_which_may_be_away_for_a_while() {
     let there = served.path("sync/data");
     fs::write(running.path("source/a"), "first").unwrap();
     until("the first file", || holds(&there.join("a"), "first"));
+    until("it to be idle", || running.target(0)["state"] == "idle");
     done(&running.command(&["check", "--full"]).arg(&there).output().unwrap());
     // The server is held for a moment, as a network that is cut.
     served.signal(rustix::process::Signal::STOP);

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use crate::daemon::{Running, holds};
 use crate::kit::area::lockstep;
-use crate::kit::{done, until};
+use crate::kit::{done, stops, until};
 
 const JOB: &str = r#"
 [[job]]
@@ -35,6 +35,7 @@ fn h37_a_queue_that_overflows_is_followed_by_a_look_at_everything() {
     until("the first files", || ["kept", "before"].iter().all(|name| holds(&running.path("target").join(name), "old")));
     // Nobody reads what the kernel tells, and it is more than the kernel keeps.
     running.signal("-STOP");
+    stops(running.pid());
     let limit = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap();
     // In turn: the kernel makes one of two that are the same.
     let [mut one, mut other] = ["one", "other"].map(|name| File::create(running.path("source").join(name)).unwrap());

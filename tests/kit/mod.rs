@@ -45,6 +45,15 @@ pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// Waits until a process that was sent SIGSTOP has stopped, with all its threads.
+pub(crate) fn stops(pid: u32) {
+    until("it to stop", || {
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        let stopped = |stat: String| stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T"));
+        threads.flatten().all(|thread| fs::read_to_string(thread.path().join("stat")).is_ok_and(stopped))
+    });
+}
+
 /// Runs ssh-keygen in a directory.
 #[track_caller]
 pub(crate) fn keygen(at: &Path, arguments: &[&str]) {

@@ -99,10 +99,13 @@ impl Served {
         }
     }
 
-    /// Sends a signal to the server.
+    /// Sends a signal to the server. One that is to stop has stopped, with all its threads.
     pub(crate) fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, signal).unwrap();
+        if signal == rustix::process::Signal::STOP {
+            super::stops(self.child.id());
+        }
     }
 
     /// Replaces text in the configuration, and has it read.
