@@ -384,6 +384,7 @@ fn the_examples_of_a_sender_and_a_receiver_work_with_each_other() {
         "receiver.toml",
         &[
             ("/etc/lockstep", &etc),
+            ("/var/lib/lockstep", &etc),
             ("\"/data/", &data),
             ("\"/var/log/lockstep\"", &format!("\"{log}\"")),
             ("192.168.1.0/24", "127.0.0.0/8"),

@@ -134,7 +134,7 @@ fn what_is_checked_is_said_by_the_environment(slurm: &Slurm) {
         (format!("{}\n{}", shown(&good), shown(&colon)), "", ["unlisted: added", "Remove what is not listed"]),
         (format!("{}:/not/there", shown(&good)), "", ["'/not/there'", "No such file"]),
         (":".to_owned(), "", ["LOCKSTEP_CHECK is set", "names no path"]),
-        (shown(&good).to_owned(), "--quick --help", ["'--help'", "checks nothing"]),
+        (shown(&good).to_owned(), "--quick --help", ["'--help'", "does not belong there"]),
         (shown(&good).to_owned(), "--no-such-option", ["unexpected argument", "--no-such-option"]),
     ] {
         refused(slurm, &mut srun(slurm, &paths, check_options, 1), &words);

@@ -10,7 +10,7 @@ list=/etc/lockstep/slurm-paths
 # What 'lockstep check' gets besides: how old a verdict may be, and maybe --require-signature, --as or --verdict.
 options=(--max-age 1d)
 # Where the answers lie, by the job's number. Only root may write there.
-answers=/run/lockstep/slurm
+answers=/run/lockstep-slurm
 # All paths together get so many seconds. Less than BatchStartTimeout.
 limit=8
 
@@ -32,8 +32,11 @@ for path in "${paths[@]}"; do
         wrong+=$late$'\n'
         continue
     fi
-    said=$(timeout -k 1 "$left" "$lockstep" check --cached "${options[@]}" -- "$path" 2>&1) && continue
-    code=$?
+    # What it says is asked for as well: where no pipe can be made, nothing is run and nothing fails.
+    said=
+    code=126
+    said=$(timeout -k 1 "$left" "$lockstep" check --cached "${options[@]}" -- "$path" 2>&1) && code=0 || code=$?
+    [ "$code" = 0 ] && [[ $said == *": good, "* ]] && continue
     case $code in 124 | 137) said=$late ;; esac
     wrong+="${said:-lockstep: ${path@Q}: the check ended with $code and said nothing}"$'\n'
 done

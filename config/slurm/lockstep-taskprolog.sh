@@ -11,7 +11,7 @@ PATH=/usr/bin:/bin
 lockstep=/usr/bin/lockstep
 # As in lockstep-prolog.sh.
 list=/etc/lockstep/slurm-paths
-answers=/run/lockstep/slurm
+answers=/run/lockstep-slurm
 # How much of what a check says is shown: so many findings of each path, and so many bytes of a line.
 findings=3
 width=1000
@@ -38,21 +38,27 @@ step() {
     echo "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.${SLURM_STEP_ID:-batch}.$daemon.${20}"
 }
 
-# Checks all paths; 'answer' is 'good', or what is wrong.
+# Checks all paths; 'answer' is 'good', or what is wrong. It is good only where each check ended with 0 and said so.
 check() {
-    local path said code
+    local path said code bad=
     answer=
     for path in "${paths[@]}"; do
         [ -n "$path" ] || continue
         # Slurm reads to the end of 3, and the lock is held until the end of 9: a check that outlives this script has neither.
-        said=$(exec 2>&1 3>&- 9>&-; exec "$lockstep" check "${options[@]}" -- "$path") && continue
-        code=$?
+        # What it says is asked for as well: where no pipe can be made, nothing is run and nothing fails.
+        said=
+        code=126
+        said=$(exec 2>&1 3>&- 9>&-; exec "$lockstep" check "${options[@]}" -- "$path") && code=0 || code=$?
+        [ "$code" = 0 ] && [[ $said == *": good, "* ]] && continue
+        bad=1
+        [ -n "$said" ] || said="lockstep: ${path@Q}: the check said nothing (exit code $code); check it by hand"
         if [ "$(wc -l <<<"$said")" -gt $((findings + 1)) ]; then
             # The last line is the summary: how much of what was found, and what to do.
             said="$(head -n "$findings" <<<"$said")"$'\n...\n'"$(tail -n 1 <<<"$said")"
         fi
         case $code in
             [1-5] | 75) ;;
+            0) ;;
             *)
                 said+="${said:+$'\n'}lockstep: ${path@Q}: the check was killed or could not be started (exit code $code); "
                 said+="nothing is known of it, so check it again"
@@ -61,7 +67,7 @@ check() {
         answer+="$said"$'\n'
     done
     answer=${answer%$'\n'}
-    answer=${answer:-good}
+    [ -n "$bad" ] || answer=good
 }
 
 if [ -e "$list" ]; then
@@ -77,8 +83,8 @@ paths=($LOCKSTEP_CHECK)
 IFS=$' \t\n'
 [ -n "${paths[*]// /}" ] || refuse "lockstep: LOCKSTEP_CHECK is set, and names no path"
 for option in "${options[@]}"; do
-    # They would end with 0 without a check.
-    case $option in -h* | --help) refuse "lockstep: LOCKSTEP_CHECK_OPTIONS: '$option' checks nothing" ;; esac
+    # They would end with 0 without a check, or say it in a way that is not read here.
+    case $option in -[!-]*h* | -h | --help | --json) refuse "lockstep: LOCKSTEP_CHECK_OPTIONS: '$option' does not belong there" ;; esac
 done
 
 # One task of a step on a node checks, the others wait and take its answer from a directory that only this user can write to.

@@ -19,6 +19,7 @@ use crate::manifest::Digest;
 use crate::monitor::{Counters, Event, Monitor, Phase};
 use crate::root::{Metadata, Root};
 use crate::scan::blocks::{BLOCK_BYTES, BlockSum, BlockSums};
+use crate::staging::clean_pages;
 
 const BUFFER_BYTES: usize = 512 * 1024;
 /// From here on a file is begun early, so that no thread is left alone with it at the end.
@@ -136,6 +137,9 @@ fn read(root: &Root, job: &Job, buffer: &mut [u8], monitor: &dyn Monitor) -> Rea
         Ok(found) if found.same_content(&job.seen) && found.kind == job.seen.kind => {}
         Ok(_) => return Read::Changed,
         Err(error) => return Read::Failed(crate::error::in_words(&error)),
+    }
+    if job.blocks.is_none() {
+        clean_pages(&file, &job.seen);
     }
     if job.blocks.is_none() && job.seen.size >= ADVISED_BYTES {
         // Advice: a file system that takes none is read all the same.

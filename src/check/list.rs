@@ -2,6 +2,7 @@
 //! signature of a model, which lists what it signs.
 
 use std::io::Read as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -118,7 +119,11 @@ pub(super) fn load(root: &Root, against: Option<&Path>, key: Option<&PublicKey>)
     let shown = against.map_or_else(|| PathBuf::from(MANIFEST), Path::to_owned);
     let failed = |source| CheckError::List { file: shown.clone(), source };
     let mut file = match against {
-        Some(file) => std::fs::File::open(file).map_err(failed)?,
+        // A FIFO must not block here; what it is, is looked at next.
+        Some(file) => {
+            let nonblocking = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+            std::fs::File::options().read(true).custom_flags(nonblocking).open(file).map_err(failed)?
+        }
         None => match root.open_read(&RelPath::new(MANIFEST)?, Follow::Never) {
             Ok(file) => file,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {

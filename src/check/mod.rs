@@ -444,9 +444,11 @@ fn staging(root: &Root, report: &mut Report) {
                 "a run that brings something is going on, or was interrupted; run it again to its end".to_owned();
             report.findings.push(Finding { path, kind: Kind::Unfinished, message });
         }
+        // What cannot be known is not good.
         Err(error) => {
-            let reason = crate::error::chain(&error);
-            report.notes.push(format!("whether an interrupted run is left over could not be looked at: {reason}"));
+            let message =
+                format!("whether an interrupted run is left over cannot be seen: {}", crate::error::chain(&error));
+            report.findings.push(Finding { path: PathBuf::from(STAGING), kind: Kind::Unreadable, message });
         }
     }
 }

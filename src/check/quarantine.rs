@@ -80,6 +80,8 @@ pub enum NotMoved {
     Inside { from: PathBuf, to: PathBuf },
     #[error("'{}' can be written to by others, or belongs to somebody else; make it yours (chmod 700), or name another", shown(.0))]
     Foreign(PathBuf),
+    #[error("'{}' is a symbolic link, which somebody may have put there; remove it, or name a directory with --quarantine=DIR", shown(.0))]
+    Link(PathBuf),
     #[error("'{}' is another directory than the one that was checked; check again", shown(.0))]
     Replaced(PathBuf),
     #[error("'{}' has no directory above it", shown(.0))]
@@ -162,6 +164,11 @@ pub fn decide(
             false => "only permissions are wrong, which 'lockstep policy apply', chmod or chown mend where it is",
         };
         return stay(reason);
+    }
+    if damage.iter().all(|finding| finding.kind == Kind::Unlisted) {
+        return stay(
+            "all that is listed is as it should be, and somebody may be writing what is not listed; remove that",
+        );
     }
     let units = units(globs)?;
     let own = root.shown().canonicalize().unwrap_or_else(|_| root.shown().to_owned());
@@ -258,6 +265,10 @@ impl Way {
             (None, Some(_)) => top.join(WITHIN),
             (None, None) => beside.join(BESIDE),
         };
+        // RACE: whoever may write beside the directory may put a link here afterwards; whose it leads to is seen below.
+        if to.is_none() && place.symlink_metadata().is_ok_and(|found| found.is_symlink()) {
+            return Err(NotMoved::Link(place));
+        }
         let make = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&place);
         make.map_err(|source| NotMoved::Io { operation: "make", path: place.clone(), source })?;
         let place = real(&place)?;

@@ -147,6 +147,12 @@ fn directory(
     Some(count == inside.len())
 }
 
+fn inside(root: &Root, file: &std::path::Path) -> bool {
+    let open = std::fs::File::open(file).ok();
+    open.and_then(|file| root.path_of(&file).ok().flatten())
+        .is_some_and(|path| path.components().next() != Some(STATE_DIRECTORY))
+}
+
 /// Keeps what a good check saw, where the one who checks is the one who receives. That it cannot be kept makes the next
 /// check slower, not wrong.
 pub(super) fn keep(
@@ -165,7 +171,9 @@ pub(super) fn keep(
         && scanned.problems.is_empty();
     let read = report.unread.files == 0 && report.undated_files == 0;
     let settled = || scanned.metadata.iter().all(|found| found.kind != FileKind::Regular || is_settled(found, looked));
-    if !strict || !read || !settled() || !super::remember::is_own(root) {
+    // What is excused as a signature or a verdict of this check is not excused in the next.
+    let excused = options.own.iter().any(|file| inside(root, file));
+    if excused || !strict || !read || !settled() || !super::remember::is_own(root) {
         return;
     }
     let (Some(manifest), Some(digest), Some(generation)) = (loaded.metadata, loaded.digest, report.generation) else {

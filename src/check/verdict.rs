@@ -13,10 +13,12 @@ use rustix::fs::RenameFlags;
 use serde::{Deserialize, Serialize};
 
 use super::{ListId, Options, Outcome, Report, now};
-use crate::error::{chain, shown};
+use crate::error::{Escaped, chain, shown};
+use crate::layout::Wanted;
 use crate::manifest::Timestamp;
 use crate::path::RelPath;
 use crate::root::{Follow, Root, RootError};
+use crate::staging::as_manifest;
 
 const VERDICT: &str = ".lockstep/verdict.json";
 const NEW_VERDICT: &str = ".lockstep/verdict.json.new";
@@ -69,6 +71,11 @@ pub struct Verdict {
     pub allow_unlisted: bool,
     pub ignore_permissions: bool,
     pub exclude: Vec<String>,
+    /// Whose rules were asked for, and the marker that each checkpoint was to hold.
+    #[serde(default)]
+    pub layout: Option<String>,
+    #[serde(default)]
+    pub marker: Option<String>,
 }
 
 /// Why a verdict does not stand for a check.
@@ -123,6 +130,8 @@ impl Verdict {
             allow_unlisted: options.allow_unlisted,
             ignore_permissions: options.ignore_permissions,
             exclude: options.exclude.clone(),
+            layout: options.layout.map(|wanted| wanted.name().to_owned()),
+            marker: options.marker.as_deref().map(|marker| Escaped(marker).to_string()),
         }
     }
 
@@ -157,6 +166,16 @@ impl Verdict {
         }
         if self.exclude != options.exclude {
             return refused("it left out other paths".to_owned());
+        }
+        let layout = options.layout.map(Wanted::name);
+        let waived = self.layout.as_deref() == Some(Wanted::Nothing.name()) && options.layout != Some(Wanted::Nothing);
+        if waived || layout.is_some_and(|layout| self.layout.as_deref() != Some(layout)) {
+            return refused("it was asked for the rules of another layout".to_owned());
+        }
+        if let Some(marker) = options.marker.as_deref().map(|marker| Escaped(marker).to_string())
+            && self.marker.as_ref() != Some(&marker)
+        {
+            return refused(format!("it does not say whether each checkpoint has '{marker}'"));
         }
         match &options.subject {
             Some(subject) if self.reader.as_ref() != Some(&subject.shown) => {
@@ -257,12 +276,10 @@ impl Slot<'_> {
         match self {
             Slot::Root(root) => {
                 let (name, new) = (verdict_path(VERDICT, root)?, verdict_path(NEW_VERDICT, root)?);
-                if let Err(error) = root.unlink(&new)
-                    && error.kind() != ErrorKind::NotFound
-                {
-                    return Err(error.into());
-                }
-                let mut file = root.create_new(&new, 0o644)?;
+                root.remove_tree(&new)?;
+                // It names paths: for those who may read the manifest.
+                let mut file = root.create_new(&new, 0o600)?;
+                as_manifest(root, &file);
                 file.write_all(&json).map_err(|source| self.failed("written", source))?;
                 Ok(root.rename(&new, &name, RenameFlags::empty())?)
             }

@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use super::arguments::Place;
 use super::transfer::{config_file, load_config, state_directory};
-use super::{Failure, login, remote};
+use super::{Failure, login, notify, remote};
 use crate::codec::CompressOptions;
 use crate::config::Config;
+use crate::daemon::status::{State, Status, TargetStatus};
 use crate::daemon::{Connect, Daemon as Running, DaemonError, Places, Trouble};
 use crate::endpoint::local::{LocalSource, LocalTarget};
 use crate::endpoint::{Source, Target};
-use crate::error::{Exit, chain};
+use crate::error::{Escaped, Exit, chain};
 use crate::monitor::Monitor;
 use crate::policy::PolicySpec;
 
@@ -73,8 +74,8 @@ impl Dialler {
 }
 
 /// What a signal asks for.
-const STOP: u8 = 1;
-const RELOAD: u8 = 2;
+const RELOAD: u8 = 1;
+const STOP: u8 = 2;
 
 impl Daemon {
     pub(super) fn run(self) -> Result<Exit, Failure> {
@@ -86,6 +87,8 @@ impl Daemon {
         let connect: Arc<dyn Connect> = Arc::new(Dialler { reach: self.reach, ssh: self.ssh });
         let running = Running::start(config, places, connect).map_err(|error| failure(&error))?;
         tracing::info!(config = %crate::error::shown(&file), "started");
+        notify::ready();
+        let mut pulse = notify::Pulse::new();
         loop {
             match asked.swap(0, Ordering::SeqCst) {
                 STOP => break,
@@ -98,8 +101,11 @@ impl Daemon {
                 let message = "a thread of the daemon ended that should not have; see the log".to_owned();
                 return Err(Failure::Plain { exit: Exit::Io, message });
             }
+            pulse.beat(|| in_a_line(&running.status()));
             std::thread::sleep(Duration::from_millis(50));
         }
+        notify::stopping();
+        pulse.say("stopping: what is being published is, and what arrived of the rest is kept".into());
         tracing::info!("stopping");
         if !running.stop() {
             tracing::warn!("ended in the middle of a run; what arrived is kept, and the next start goes on from there");
@@ -111,21 +117,48 @@ impl Daemon {
         let usual = if self.verbose { "lockstep=debug" } else { "lockstep=info" };
         let filter = tracing_subscriber::EnvFilter::try_from_env("LOCKSTEP_LOG")
             .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(usual));
-        // The journal has the time already.
-        let journal = std::env::var_os("JOURNAL_STREAM").is_some();
         let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
         let log = log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
         // Only the first is taken, and this is it.
-        let _ = if journal { log.without_time().try_init() } else { log.try_init() };
+        let _ = if notify::to_journal() { log.without_time().try_init() } else { log.try_init() };
     }
 }
 
 fn reload(running: &Running, file: &Path) {
+    notify::reloading();
     let taken = Config::load(file).map_err(|error| chain(&error));
     match taken.and_then(|config| running.take(config).map_err(|error| chain(&error))) {
         Ok(()) => tracing::info!(config = %crate::error::shown(file), "read anew"),
         Err(reason) => running.keep_configuration(reason),
     }
+    notify::ready();
+}
+
+/// How things stand, for `systemctl status`: the worst first, and of a failure one example.
+fn in_a_line(status: &Status) -> String {
+    let mut parts = Vec::new();
+    if let Some(reason) = &status.config_error {
+        parts.push(format!("the configuration of before stays in force: {reason}"));
+    }
+    let targets = || status.jobs.iter().flat_map(|job| job.targets.iter().map(move |target| (job, target)));
+    let count = |wanted: &dyn Fn(&TargetStatus) -> bool| targets().filter(|(_, target)| wanted(target)).count();
+    let in_step = count(&|target| target.state == State::Idle && target.lag_units == 0);
+    parts.push(format!("in step: {in_step} of {} targets", targets().count()));
+    for state in State::ALL.into_iter().filter(|state| *state != State::Idle) {
+        match count(&|target| target.state == state) {
+            0 => {}
+            some => parts.push(format!("{}: {some}", state.name())),
+        }
+    }
+    let name = |text: &str| Escaped(text.as_bytes()).to_string();
+    let halted = status.jobs.iter().find_map(|job| Some((&job.name, job.halted.as_ref()?)));
+    let failing = targets().find_map(|(job, target)| Some((job, target, target.last_error.as_ref()?)));
+    if let Some((job, trouble)) = halted {
+        parts.push(format!("job {}: {}", name(job), trouble.message));
+    } else if let Some((job, target, trouble)) = failing {
+        parts.push(format!("{} to {}: {}", name(&job.name), name(&target.target), trouble.message));
+    }
+    parts.join("; ")
 }
 
 fn failure(error: &DaemonError) -> Failure {
@@ -182,10 +215,7 @@ fn signals() -> Result<Arc<AtomicU8>, Failure> {
                 if stops > 1 {
                     std::process::exit(Exit::Terminated.code().into());
                 }
-                heard.fetch_max(if wish == STOP { STOP } else { RELOAD }, Ordering::SeqCst);
-                if wish == STOP {
-                    heard.store(STOP, Ordering::SeqCst);
-                }
+                heard.fetch_max(wish, Ordering::SeqCst);
             }
         });
     };

@@ -31,6 +31,7 @@ mod keys;
 mod login;
 mod look;
 mod manifest;
+mod notify;
 mod passphrase;
 mod policy;
 mod push;

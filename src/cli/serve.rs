@@ -3,8 +3,11 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::Failure;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::{Failure, notify};
 use crate::config::{AddressList, Config, DEFAULT_PATH};
 use crate::error::{Exit, chain};
 use crate::server::agent::{Agent, Extensions, Factory, SharedTarget};
@@ -16,7 +19,8 @@ use crate::server::session::{Session, SessionConfig};
 
 /// Listen for SSH connections: public keys only, file transfer only
 ///
-/// The users are those of [serve] in the configuration, or with --user one user who is described here.
+/// The users are those of [serve] in the configuration, or with --user one user who is described here. Sockets that systemd
+/// passes (LISTEN_FDS) are used instead of addresses.
 #[derive(Debug, clap::Args)]
 pub(super) struct Serve {
     /// The configuration with [serve] and its users [default: $LOCKSTEP_CONFIG, or /etc/lockstep/config.toml]
@@ -161,14 +165,18 @@ impl Serve {
         }
         log();
         raise_limit_of_files();
+        let passed = notify::sockets()?;
         let config = self.read()?;
+        if !passed.is_empty() && passed.iter().map(|(_, address)| *address).ne(config.listen.iter().copied()) {
+            tracing::info!("the sockets that systemd passed are used; 'listen' is not");
+        }
         let failed = |exit, message: String| Failure::Plain { exit, message };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .build()
             .map_err(|error| failed(Exit::Io, format!("no threads to serve with: {error}")))?;
         runtime.block_on(async {
-            let listener = listener::bind(config).await.map_err(|error| {
+            let listener = listener::bind_with(config, passed).await.map_err(|error| {
                 let usage = !matches!(error, ServeError::Listen { .. } | ServeError::Audit(_));
                 failed(if usage { Exit::Usage } else { Exit::Io }, chain(&error))
             })?;
@@ -179,10 +187,15 @@ impl Serve {
                 let port = listener.local_addr().port();
                 std::fs::write(path, format!("{port}\n")).map_err(Failure::io("write", path))?;
             }
+            let addresses: Vec<String> = listener.addresses().iter().map(SocketAddr::to_string).collect();
+            let listening = format!("listening on {}", addresses.join(", "));
             let factory: SessionFactory = Arc::new(session);
             let (running, reloader) = listener.start(factory);
             let (stop, stopped) = tokio::sync::watch::channel(false);
-            tokio::spawn(signals(self, reloader, stop));
+            let signals =
+                Signals::listen().map_err(|error| failed(Exit::Io, format!("listening for signals: {error}")))?;
+            notify::ready();
+            tokio::spawn(signals.follow(Service { serve: self, reloader, stop, listening }));
             running.run(stopped).await;
             Ok(Exit::Done)
         })
@@ -200,32 +213,75 @@ impl Serve {
     }
 }
 
+/// What signals act on.
+struct Service {
+    serve: Serve,
+    reloader: Reloader,
+    stop: tokio::sync::watch::Sender<bool>,
+    listening: String,
+}
+
+impl Service {
+    /// Everything stays as it was when the new configuration is not right; gives why.
+    async fn reload(&self) -> Option<String> {
+        notify::reloading();
+        let reloaded = match self.serve.read() {
+            Ok(config) => self.reloader.reload(config).await.map_err(|error| chain(&error)),
+            Err(failure) => Err(chain(&failure)),
+        };
+        notify::ready();
+        let reason = reloaded.err()?;
+        tracing::error!(reason, "not reloaded: everything stays as it was");
+        Some(reason)
+    }
+
+    fn status(&self, wrong: Option<&str>) -> String {
+        let doing = if *self.stop.borrow() { "stopping" } else { &self.listening };
+        let connections = self.reloader.connections();
+        let wrong = wrong.map(|reason| format!("; not reloaded: {reason}")).unwrap_or_default();
+        format!("{doing}; connections: {connections}{wrong}")
+    }
+}
+
 /// SIGHUP reloads; SIGTERM and SIGINT stop, the second one at once.
-async fn signals(serve: Serve, reloader: Reloader, stop: tokio::sync::watch::Sender<bool>) {
-    use tokio::signal::unix::{SignalKind, signal};
-    let kinds = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
-    let [Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)] = kinds else {
-        // Without signals there is nothing to wait for but the end of the process.
-        return std::future::pending().await;
-    };
-    loop {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            _ = hangup.recv() => {
-                let reloaded = match serve.read() {
-                    Ok(config) => reloader.reload(config).await.map_err(|error| chain(&error)),
-                    Err(failure) => Err(chain(&failure)),
-                };
-                if let Err(reason) = reloaded {
-                    tracing::error!(reason, "not reloaded: everything stays as it was");
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    /// From now on none of them ends the process by itself.
+    fn listen() -> std::io::Result<Signals> {
+        let [terminate, interrupt, hangup] =
+            [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
+        Ok(Signals { terminate: terminate?, interrupt: interrupt?, hangup: hangup? })
+    }
+
+    /// Does what they ask for, and tells systemd meanwhile how things stand.
+    async fn follow(mut self, service: Service) {
+        let (mut pulse, mut wrong) = (notify::Pulse::new(), None);
+        let mut beat = tokio::time::interval(Duration::from_millis(250));
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => {}
+                _ = self.interrupt.recv() => {}
+                _ = self.hangup.recv() => {
+                    wrong = service.reload().await;
+                    pulse.say(service.status(wrong.as_deref()));
+                    continue;
                 }
-                continue;
+                _ = beat.tick() => {
+                    pulse.beat(|| service.status(wrong.as_deref()));
+                    continue;
+                }
             }
-        }
-        if stop.send_replace(true) {
-            tracing::warn!("stopped at once");
-            std::process::exit(Exit::Incomplete.code().into());
+            if service.stop.send_replace(true) {
+                tracing::warn!("stopped at once");
+                std::process::exit(Exit::Incomplete.code().into());
+            }
+            notify::stopping();
+            pulse.say(service.status(wrong.as_deref()));
         }
     }
 }
@@ -239,6 +295,7 @@ fn log() {
     // A log that nobody reads any more must not end the server.
     let lines =
         fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(false).log_internal_errors(false);
+    let lines = if notify::to_journal() { lines.without_time().boxed() } else { lines.boxed() };
     let library = Library.with_filter(EnvFilter::new("off,russh=warn"));
     let _ = tracing_subscriber::registry().with(lines.with_filter(filter)).with(library).try_init();
 }

@@ -1,16 +1,31 @@
 //! What of a source may be sent now.
 //!
-//! Events are hints; the scan is the truth. This feed has no events yet: everything is looked at when it starts, and then
-//! every so often.
+//! Events are hints; the scan is the truth. Everything is looked at when a feed starts, every so often, and after every doubt.
+//! What always holds: what is not finished is in no answer, and what is finished is in a later one.
 
 use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use super::follow::Follower;
+use super::settle::{Rules, Settle};
 use super::status::Watching;
 use crate::config::{Ready as WhenReady, Watch};
+use crate::filter::{Filter, FilterSpec};
 use crate::path::RelPath;
+
+/// So many unfinished paths are named to people.
+const SHOWN: usize = 20;
+/// A filter of more paths or bytes than this would be slow; beyond it directories are held back as a whole.
+const HELD_BACK_MAX: usize = 2000;
+const HELD_BACK_BYTES_MAX: usize = 128 << 10;
+/// What the kernel has told is waited for at most so long.
+const CATCH_UP_MAX: Duration = Duration::from_secs(5);
 
 /// What may be sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,89 +71,222 @@ pub struct FeedError {
     pub reason: std::io::Error,
 }
 
-/// Watches a source.
+/// Watches a source, on a thread of its own that ends with it.
 #[derive(Debug)]
 pub struct Feed {
-    directory: PathBuf,
-    every: Duration,
-    state: Mutex<State>,
-    woken: Condvar,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
 }
 
-#[derive(Debug, Default)]
-struct State {
-    stopped: bool,
-    last: Option<(Instant, u64)>,
+#[derive(Debug)]
+pub(super) struct Shared {
+    state: Mutex<State>,
+    woken: Condvar,
+    caught_up: Condvar,
+    /// Readable when the thread is to end.
+    pub(super) stop: OwnedFd,
+}
+
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) stopped: bool,
+    pub(super) settle: Settle,
+    pub(super) everything: bool,
+    pub(super) paths: BTreeSet<RelPath>,
+    pub(super) watching: Watching,
+    pub(super) gone: Option<String>,
+    /// Where the kernel tells of changes.
+    pub(super) events: Option<Arc<OwnedFd>>,
+    /// How often the thread began to take in events, and up to which time it has taken note of them.
+    begun: u64,
+    ended: u64,
+}
+
+impl Shared {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        self.state().stopped
+    }
+
+    /// Events are about to be taken from the kernel.
+    pub(super) fn begin(&self) {
+        self.state().begun += 1;
+    }
+
+    /// All that was taken from the kernel is in the state.
+    pub(super) fn end(&self) {
+        let mut state = self.state();
+        state.ended = state.begun;
+        drop(state);
+        self.caught_up.notify_all();
+    }
+
+    /// The state, when it holds all that the kernel knew at this moment. Where that takes too long (everything is being looked
+    /// at), as it is.
+    fn caught_up(&self) -> MutexGuard<'_, State> {
+        let until = Instant::now() + CATCH_UP_MAX;
+        let mut state = self.state();
+        let begun = state.begun;
+        loop {
+            let Some(events) = &state.events else { return state };
+            // Under the lock: what is not readable any more was taken by a round that has begun.
+            let told = !is_readable(events);
+            let now = Instant::now();
+            if state.ended > begun || (told && state.ended == state.begun) || state.stopped || now >= until {
+                return state;
+            }
+            let waited = self.caught_up.wait_timeout(state, until - now);
+            state = waited.map_or_else(|poisoned| poisoned.into_inner().0, |waited| waited.0);
+        }
+    }
+
+    /// Wakes whoever waits for something to send.
+    pub(super) fn tell(&self) {
+        self.woken.notify_all();
+    }
 }
 
 impl Feed {
-    /// Begins to watch `source`.
+    /// Begins to watch `source`. It need not be there yet: [`Feed::gone`] says so.
     ///
     /// # Errors
-    /// [`FeedError`].
+    /// [`FeedError`] where a glob is none, or the system gives no thread or descriptor.
     pub fn start(source: &Path, options: FeedOptions) -> Result<Feed, FeedError> {
-        let every = options.poll.min(options.rescan);
-        Ok(Feed { directory: source.to_owned(), every, state: Mutex::default(), woken: Condvar::new() })
-    }
-
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        let failed = |reason| FeedError { source_directory: source.to_owned(), reason };
+        let wrong = |error: crate::filter::FilterError| failed(std::io::Error::other(error));
+        let rules = Rules::new(options.settle, options.ready.clone(), options.unit.as_deref(), &options.last);
+        let filter = FilterSpec { rules: options.exclude.clone(), only: None };
+        let filter = Filter::compile(&filter).map_err(wrong)?;
+        let state = State {
+            stopped: false,
+            settle: Settle::new(rules.map_err(wrong)?),
+            everything: false,
+            paths: BTreeSet::new(),
+            watching: Watching { mode: "starting".to_owned(), ..Watching::default() },
+            gone: None,
+            events: None,
+            begun: 0,
+            ended: 0,
+        };
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
+        let shared =
+            Arc::new(Shared { state: Mutex::new(state), woken: Condvar::new(), caught_up: Condvar::new(), stop });
+        let follower = Follower::new(Arc::clone(&shared), source.to_owned(), options, filter);
+        let thread = std::thread::Builder::new().name("feed".to_owned()).spawn(move || follower.run());
+        Ok(Feed { shared, thread: Some(thread.map_err(failed)?) })
     }
 
     /// Waits until something may be sent, at most until `deadline`; `None` when there is nothing by then, or the feed was
     /// stopped.
     pub fn next(&self, deadline: Option<Instant>) -> Option<Ready> {
-        let mut state = self.state();
+        let mut state = self.shared.state();
         loop {
-            let now = Instant::now();
-            let due = state.last.map_or(now, |(last, _)| last + self.every);
             if state.stopped {
                 return None;
             }
-            if due <= now {
-                let clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-                state.last = Some((now, clock));
-                return Some(Ready::Everything { except: BTreeSet::new() });
+            if std::mem::take(&mut state.everything) {
+                return Some(Ready::Everything { except: held_back(&state.settle) });
             }
-            if deadline.is_some_and(|deadline| deadline <= now) {
-                return None;
+            if !state.paths.is_empty() {
+                return Some(Ready::Paths(std::mem::take(&mut state.paths)));
             }
-            let until = deadline.map_or(due, |deadline| deadline.min(due));
-            let waited = self.woken.wait_timeout(state, until - now);
-            state = waited.map_or_else(|poisoned| poisoned.into_inner().0, |waited| waited.0);
+            let now = Instant::now();
+            state = match deadline {
+                Some(deadline) if deadline <= now => return None,
+                Some(deadline) => {
+                    let waited = self.shared.woken.wait_timeout(state, deadline - now);
+                    waited.map_or_else(|poisoned| poisoned.into_inner().0, |waited| waited.0)
+                }
+                None => self.shared.woken.wait(state).unwrap_or_else(PoisonError::into_inner),
+            };
         }
     }
 
     /// Ends it: whoever waits gets nothing.
     pub fn stop(&self) {
-        self.state().stopped = true;
-        self.woken.notify_all();
+        self.shared.state().stopped = true;
+        self.shared.tell();
+        // It only fails where it was written to before.
+        let _ = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
     }
 
     /// How it watches.
     pub fn watching(&self) -> Watching {
-        let last_scan = self.state().last.map(|(_, clock)| clock);
-        Watching { mode: "polling".into(), directories: 0, why: None, last_scan }
+        self.shared.state().watching.clone()
     }
 
     /// What changed and is not finished: the first of them, and how many there are.
     pub fn unfinished(&self) -> (Vec<String>, u64) {
-        (Vec::new(), 0)
+        let state = self.shared.state();
+        let shown = state.settle.unfinished().take(SHOWN).map(ToString::to_string).collect();
+        (shown, state.settle.unfinished().count() as u64)
+    }
+
+    /// What is not to be sent at this moment, whatever was ready before: it changes again, or is not finished. Where it is
+    /// very much, the directories that hold it.
+    pub fn held_back(&self) -> BTreeSet<RelPath> {
+        held_back(&self.shared.caught_up().settle)
     }
 
     /// Whether a file is being written: it was changed, by all that is known up to this moment, and not closed since, or not
-    /// left alone for long enough.
-    pub fn is_being_written(&self, _path: &RelPath) -> bool {
-        false
+    /// left alone for long enough. Of what lies in a unit: whether the unit is. It becomes ready again by itself.
+    pub fn is_being_written(&self, path: &RelPath) -> bool {
+        self.shared.caught_up().settle.is_in_hands(path)
     }
 
-    /// Why the source cannot be watched now.
+    /// Why the source cannot be watched now. It goes on by itself when it is back.
     pub fn gone(&self) -> Option<String> {
-        let found = std::fs::metadata(&self.directory);
-        match found {
-            Ok(found) if found.is_dir() => None,
-            Ok(_) => Some("it is not a directory".into()),
-            Err(error) => Some(crate::error::in_words(&error)),
+        self.shared.state().gone.clone()
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        self.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
         }
+    }
+}
+
+fn is_readable(events: &OwnedFd) -> bool {
+    let mut watched = [PollFd::new(events, PollFlags::IN)];
+    poll(&mut watched, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
+}
+
+fn held_back(settle: &Settle) -> BTreeSet<RelPath> {
+    gathered(settle.unfinished().cloned().collect(), HELD_BACK_MAX)
+}
+
+/// At most so many paths that cover all of `paths`: those that lie deepest are replaced by their directories, as far as there are
+/// any.
+fn gathered(mut paths: BTreeSet<RelPath>, most: usize) -> BTreeSet<RelPath> {
+    let bytes = |paths: &BTreeSet<RelPath>| paths.iter().map(|path| path.as_bytes().len()).sum::<usize>();
+    while paths.len() > most || bytes(&paths) > HELD_BACK_BYTES_MAX {
+        let deepest = paths.iter().map(RelPath::depth).max().unwrap_or(1);
+        if deepest == 1 {
+            break;
+        }
+        let up = |path: RelPath| if path.depth() == deepest { path.parent().unwrap_or(path) } else { path };
+        paths = paths.into_iter().map(up).collect();
+    }
+    paths
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn very_many_paths_are_held_back_by_their_directories() {
+        let set = |paths: &[&str]| paths.iter().map(|path| RelPath::new(path).unwrap()).collect::<BTreeSet<_>>();
+        let paths = set(&["a/b/1", "a/b/2", "a/c", "d"]);
+        assert_eq!(gathered(paths.clone(), 4), paths);
+        assert_eq!(gathered(paths.clone(), 3), set(&["a/b", "a/c", "d"]));
+        assert_eq!(gathered(paths, 2), set(&["a", "d"]));
+        assert_eq!(gathered(set(&["a", "b"]), 1), set(&["a", "b"]));
     }
 }

@@ -106,7 +106,16 @@ impl JobThreads {
                 let guard =
                     Arc::new(move |path: &RelPath| watched.feed().is_some_and(|feed| feed.is_being_written(path)));
                 let rate = shared.rates[number].clone();
-                let plan = Plan { job: &shared.job, policy: &shared.policy, actor: &actor, state: &state, guard, rate };
+                let held_back = || shared.feed().map(|feed| feed.held_back()).unwrap_or_default();
+                let plan = Plan {
+                    job: &shared.job,
+                    policy: &shared.policy,
+                    actor: &actor,
+                    state: &state,
+                    held_back: &held_back,
+                    guard,
+                    rate,
+                };
                 let happened = |what: Happened<'_>| shared.happened(number, &what, &teller);
                 shared.lanes[number].serve(&plan, &*connect, &recent, &happened);
             };

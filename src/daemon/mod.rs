@@ -21,23 +21,32 @@ use crate::error::{Exit, shown};
 use crate::monitor::Monitor;
 
 mod backoff;
+mod complete;
 mod control;
 pub mod feed;
+mod filesystem;
+mod follow;
 pub mod history;
 pub mod http;
 mod job;
+mod look;
 pub mod metrics;
 pub mod page;
 mod pending;
+mod polling;
 mod recent;
 mod run;
 pub mod samples;
+mod settle;
 mod shows;
 pub mod status;
 mod tally;
 mod target;
 mod tell;
+mod temporary;
+mod watch;
 pub mod words;
+mod writers;
 
 use control::Control;
 use job::JobThreads;
@@ -267,8 +276,10 @@ impl Daemon {
         }
         // Those that go end before others begin: they may be of the same source and targets.
         before.iter().for_each(JobThreads::ask_to_stop);
+        // All together, not each: the watchdog waits meanwhile.
+        let until = Instant::now() + GRACE;
         for job in before {
-            if !job.join(Instant::now() + GRACE) {
+            if !job.join(until) {
                 tracing::warn!("a run of a job that is no more goes on for a while");
             }
         }

@@ -1,5 +1,6 @@
 //! One run: what is to be sent of a job, to one target.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -35,6 +36,8 @@ pub(super) struct Plan<'a> {
     pub(super) actor: &'a str,
     /// Where digests of the source are kept.
     pub(super) state: &'a Path,
+    /// What is not to be sent at the moment of asking.
+    pub(super) held_back: &'a dyn Fn() -> BTreeSet<RelPath>,
     /// Whether a file of the source is in somebody's hands.
     pub(super) guard: Guard,
     /// What may go to each target now.
@@ -74,7 +77,7 @@ pub(super) fn run(
         }
         None => {
             let root = Root::open(&job.source).map_err(|error| failed(&error, Exit::Io))?;
-            let Some(filter) = filter(job, work, &root) else { return Ok(Done::default()) };
+            let Some(filter) = filter(plan, work, &root) else { return Ok(Done::default()) };
             let source =
                 LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
             (Box::new(Guarded::new(source, Arc::clone(&plan.guard))), options(plan, filter))
@@ -86,14 +89,21 @@ pub(super) fn run(
 }
 
 /// What of the source takes part; `None` where nothing of the work is left to do.
-fn filter(job: &Job, work: &Work, root: &Root) -> Option<FilterSpec> {
+fn filter(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<FilterSpec> {
+    let job = plan.job;
     let mut filter = FilterSpec { rules: job.exclude.clone(), only: None };
+    // The work may have waited for long: what changes again since then is left out, and comes when it is finished.
+    filter.rules.extend((plan.held_back)().iter().map(rule));
     match work {
         Work::Everything { except } => filter.rules.extend(except.iter().map(rule)),
         Work::Paths(paths) => {
-            // What is gone is asked for where it is to be removed there, too.
-            let counts = |path: &&RelPath| job.delete == Delete::Mirror || root.stat(path, Follow::Never).is_ok();
-            let only: Vec<Vec<u8>> = paths.iter().filter(counts).map(|path| path.as_bytes().to_vec()).collect();
+            let there = paths.iter().filter(|path| root.stat(path, Follow::Never).is_ok());
+            let only: Vec<Vec<u8>> = there.map(|path| path.as_bytes().to_vec()).collect();
+            let gone = only.len() < paths.len();
+            // What is to be removed there is compared with everything: the limits on deleting are of the whole.
+            if gone && job.delete == Delete::Mirror {
+                return Some(filter);
+            }
             if only.is_empty() {
                 return None;
             }

@@ -14,7 +14,7 @@ use super::{Drift, DriftError, Findings, MANIFEST, Question, look};
 use crate::access::Inode;
 use crate::audit::{AuditError, AuditLog, AuditRecord};
 use crate::error::Escaped;
-use crate::manifest::{Audience, Manifest, Timestamp, Tree, format};
+use crate::manifest::{Manifest, Timestamp, Tree, format};
 use crate::monitor::Monitor;
 use crate::path::{InvalidPath, RelPath};
 use crate::root::{FileKind, Follow, Metadata, Root, RootError};
@@ -223,7 +223,7 @@ fn store(root: &Root, manifest: &Manifest) -> Result<(), MendError> {
     let mut file = root.create_new(&new, 0o600)?;
     let written = file.write_all(&format::encode(manifest)).and_then(|()| file.sync_all());
     written.map_err(|source| MendError::Manifest { root: crate::error::shown(root.shown()).to_string(), source })?;
-    let audience = Audience::of(&manifest.tree);
+    let audience = crate::staging::audience_of(root, &manifest.tree);
     admit(&file, &audience);
     root.rename(&new, &RelPath::new(MANIFEST)?, RenameFlags::empty())?;
     open_state(root, &audience);

@@ -63,6 +63,17 @@ pub enum Wanted {
     Nothing,
 }
 
+impl Wanted {
+    /// As options and documents write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Wanted::Auto => "auto",
+            Wanted::Only(layout) => layout.name(),
+            Wanted::Nothing => "none",
+        }
+    }
+}
+
 /// What is asked.
 #[derive(Debug, Clone, Default)]
 pub struct Options {

@@ -32,18 +32,29 @@ impl Audience {
         });
         let Some((first, needed)) = counted.next() else { return Audience::default() };
         let has = |mode: u32, shift: u32, needed: u32| mode >> shift & needed == needed;
-        let granted = |shift| has(first.mode, shift, needed);
+        // Whoever is in the group or owns it is not one of the others, and may be kept out by his own digit.
+        let everybody = |mode, needed| has(mode, 0, needed) && has(mode, 3, needed);
         let mut audience = Audience {
-            others: granted(0),
-            group: granted(3).then(|| Arc::clone(&first.group)),
-            user: granted(6).then(|| Arc::clone(&first.owner)),
+            others: everybody(first.mode, needed),
+            group: has(first.mode, 3, needed).then(|| Arc::clone(&first.group)),
+            user: has(first.mode, 6, needed).then(|| Arc::clone(&first.owner)),
         };
         for (entry, needed) in counted {
-            audience.others &= has(entry.mode, 0, needed);
+            audience.others &= everybody(entry.mode, needed);
             audience.group = audience.group.filter(|group| *group == entry.group && has(entry.mode, 3, needed));
             audience.user = audience.user.filter(|user| *user == entry.owner && has(entry.mode, 6, needed));
         }
         audience
+    }
+
+    /// Those of them who may list a directory as well, that of the tree itself: its mode, and the names of its owner and group.
+    pub fn within(mut self, mode: u32, owner: &str, group: &str) -> Audience {
+        let has = |shift: u32| mode >> shift & READ_AND_ENTER == READ_AND_ENTER;
+        let everybody = has(0) && has(3);
+        self.others &= everybody;
+        self.group = self.group.filter(|of| everybody || **of == *group && has(3));
+        self.user = self.user.filter(|of| everybody || **of == *owner && has(6));
+        self
     }
 }
 
@@ -69,6 +80,18 @@ mod tests {
     }
 
     #[test]
+    fn who_may_not_list_the_directory_itself_may_not_read_its_manifest() {
+        let all = || Audience { others: true, group: Some("ml".into()), user: Some("ana".into()) };
+        let none = Audience::default();
+        assert_eq!(all().within(0o755, "root", "root"), all());
+        assert_eq!(all().within(0o711, "root", "root"), none);
+        assert_eq!(all().within(0o750, "root", "ml"), Audience { group: Some("ml".into()), ..Audience::default() });
+        assert_eq!(all().within(0o700, "ana", "ml"), Audience { user: Some("ana".into()), ..Audience::default() });
+        // One who is in the group is kept out.
+        assert_eq!(all().within(0o705, "root", "root"), none);
+    }
+
+    #[test]
     fn who_may_read_everything_may_read_the_manifest_and_nobody_else() {
         type Case = (
             &'static [(&'static str, u32, &'static str, &'static str)],
@@ -76,7 +99,9 @@ mod tests {
             Option<&'static str>,
             Option<&'static str>,
         );
-        let cases: [Case; 8] = [
+        let cases: [Case; 9] = [
+            // A group that is kept out is kept out, although others are not.
+            (&[("f", 0o604, "ana", "ml")], false, None, Some("ana")),
             (&[], false, None, None),
             (
                 &[("f", 0o644, "ana", "ml"), ("d/", 0o755, "ana", "ml"), ("d/g", 0o444, "ana", "ml")],

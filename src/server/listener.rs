@@ -188,13 +188,30 @@ pub struct Listener {
 /// # Errors
 /// [`ServeError`].
 pub async fn bind(config: ServeConfig) -> Result<Listener, ServeError> {
+    bind_with(config, Vec::new()).await
+}
+
+/// The same with sockets that listen already, each with its address and set not to block; where there is none, those of the
+/// configuration are made.
+///
+/// # Errors
+/// [`ServeError`].
+pub async fn bind_with(
+    config: ServeConfig,
+    passed: Vec<(std::net::TcpListener, SocketAddr)>,
+) -> Result<Listener, ServeError> {
     let key = host_key::load_or_create(&config.host_key)?;
     let (settings, problems) = prepare(&config, &key)?;
     let settings = Arc::new(settings);
     let recorder = config.audit.as_deref().map_or_else(|| Ok(Recorder::default()), Recorder::open)?;
     let fingerprint = key.public_key().fingerprint(HashAlg::Sha256).to_string();
     let mut sockets = Vec::new();
-    for &address in &config.listen {
+    let own = if passed.is_empty() { config.listen.as_slice() } else { &[] };
+    for (socket, address) in passed {
+        let socket = TcpListener::from_std(socket).map_err(|reason| ServeError::Listen { address, reason })?;
+        sockets.push((socket, address));
+    }
+    for &address in own {
         let listen = |reason| ServeError::Listen { address, reason };
         let socket = TcpListener::bind(address).await.map_err(listen)?;
         let bound = socket.local_addr().map_err(listen)?;
@@ -421,6 +438,11 @@ pub struct Reloader {
 }
 
 impl Reloader {
+    /// How many clients are connected.
+    pub fn connections(&self) -> usize {
+        self.server.limits.connections()
+    }
+
     /// From now on `config` decides. Who may no longer be here, or under other conditions, is ended.
     ///
     /// Addresses, host key and audit log stay as they are until the next start.

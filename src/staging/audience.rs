@@ -5,17 +5,24 @@ use std::fs::File;
 use rustix::process::geteuid;
 
 use crate::access::{AclLists, Inode};
-use crate::manifest::Audience;
+use crate::manifest::{Audience, Tree};
 use crate::path::RelPath;
 use crate::policy::acl::Acl;
 use crate::root::Root;
-use crate::scan::names::{group_id, user_id};
+use crate::scan::names::{Names, group_id, user_id};
 
 const STATE: &str = ".lockstep";
 const STAGING: &str = "staging";
 const MANIFEST: &str = "manifest";
 /// May be entered, so that what lies in it and is meant for somebody can be opened by its name; not listed.
 const PASSED: u32 = 0o711;
+
+/// Who may read all of `tree` at `root`.
+pub fn audience_of(root: &Root, tree: &Tree) -> Audience {
+    let Ok(found) = root.stat_root() else { return Audience::default() };
+    let mut names = Names::default();
+    Audience::of(tree).within(found.mode, &names.user(found.uid), &names.group(found.gid))
+}
 
 /// Lets `audience` read a manifest that is about to be put in force. Best effort: who may not read it is told so when he
 /// checks, and it is never readable by more.
@@ -59,8 +66,14 @@ pub fn as_manifest(root: &Root, file: &File) {
         let (found, lists) = (manifest.metadata().ok()?, manifest.acls().ok()?);
         let inode = Inode::of(file).ok()?;
         let own = inode.metadata().ok()?;
-        if found.gid != own.gid && inode.set_owner(None, Some(found.gid)).is_err() {
-            return None;
+        let other_group = found.gid != own.gid && inode.set_owner(None, Some(found.gid)).is_err();
+        if other_group && found.mode & 0o044 == 0o040 {
+            // To a group that one is not a member of nothing can be given but by an ACL.
+            let named = [format!("group:{}:r--", found.gid), "group::---".to_owned()];
+            let acl = Acl::parse(&named).ok()?;
+            let access = acl.access_xattr(0o640, false, |_, name| name.parse::<u32>()).ok()?;
+            inode.set_mode(0o600).ok()?;
+            return inode.set_acls(&AclLists { access, default: None }).ok();
         }
         inode.set_mode(found.mode & 0o644).ok()?;
         if lists.access.is_some() { inode.set_acls(&lists).ok() } else { Some(()) }

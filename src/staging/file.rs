@@ -11,6 +11,7 @@ use crate::access::{AclLists, Inode};
 use crate::manifest::{Digest, Timestamp};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root, RootError};
+use crate::scan::cache::is_settled;
 
 const EXECUTE_BITS: u32 = 0o111;
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
@@ -165,6 +166,19 @@ impl StagedFile {
         let inode = self.file.into();
         apply(&inode, wanted)?;
         inode.metadata().map_err(failed("look at the staged file"))
+    }
+}
+
+/// A page that is dirty already is written to through a mapping without any time moving. So a file that changed not long ago has
+/// its dirty pages written out before its content is remembered by its times: the next store to each then moves them.
+///
+/// What has not changed for longer than this has no dirty pages: the kernel writes them out within half a minute, unless it is
+/// told to wait.
+pub fn clean_pages(file: &File, seen: &Metadata) {
+    const YOUNG: std::time::Duration = std::time::Duration::from_secs(15 * 60);
+    if !is_settled(seen, std::time::SystemTime::now() - YOUNG) {
+        // Where it cannot be (a file system that is read-only), nobody writes.
+        let _ = rustix::fs::fdatasync(file);
     }
 }
 

@@ -68,7 +68,7 @@ impl Slurm {
                 ("/usr/bin/lockstep", "lockstep"),
                 ("/etc/lockstep/", "etc/"),
                 ("/etc/slurm/", ""),
-                ("/run/lockstep/", "run/"),
+                ("/run/lockstep-slurm", "run/slurm"),
             ] {
                 changed = changed.replace(&format!("={usual}"), &format!("={}", self.path(here).display()));
             }

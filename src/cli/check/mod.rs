@@ -1,6 +1,7 @@
 //! `lockstep check`: whether what lies in a directory is what its manifest says.
 
 use std::collections::BTreeSet;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +16,7 @@ use super::inspect::Rules;
 use super::manifest::{Model, Trust, read_text};
 use super::stop::Stop;
 use super::{Failure, output, shown, transfer};
-use crate::check::{self, CheckError, Depth, Options, Outcome, Report, Slot, SlotError, Verdict};
+use crate::check::{self, CheckError, Depth, Kind, Options, Outcome, Report, Slot, SlotError, Verdict};
 use crate::drift;
 use crate::error::{Exit, chain};
 use crate::manifest::Digest;
@@ -42,7 +43,7 @@ Exit codes:
   3   not signed as it has to be
   4   nothing is wrong but that something is not finished
   5   the directory or its manifest cannot be looked at
-  75  the time of --timeout was over, or the tree changed under the check
+  75  the time of --timeout was over, or files changed while they were checked
 Anything else, a signal too, means: do not start.
 
 Examples:
@@ -169,7 +170,9 @@ impl Timer {
                 std::thread::sleep(left);
             }
             if !heard.swap(true, Ordering::SeqCst) {
-                eprintln!(
+                // Whoever cannot be told is stopped all the same.
+                let _ = writeln!(
+                    std::io::stderr(),
                     "lockstep: '{}' was not checked within {seconds} seconds, so that nothing is known of it; give it \
                      more time, or --quick",
                     shown(&path)
@@ -213,6 +216,18 @@ fn not_what_was_signed(path: &Path) -> Failure {
     Failure::Plain { exit: Exit::Trust, message }
 }
 
+/// Why the verdict of an earlier check is still there. It is said unless this check comes to the same.
+struct Kept(Option<String>);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        if let Some(reason) = &self.0 {
+            let told = "the verdict of an earlier check stays, and is not of this one";
+            let _ = writeln!(std::io::stderr(), "lockstep: warning: {told}: {reason}");
+        }
+    }
+}
+
 /// A list that was signed as asked.
 struct Signed {
     /// SHA-256 of its bytes.
@@ -237,14 +252,14 @@ impl CheckOptions {
             return self.cached(path, &root, &slot, aside);
         }
         let (started, begun) = (Instant::now(), seconds_now());
-        let kept = slot.clear().map_err(|error| slot_failure(&error))?;
         let place = self.repair.place(&self.access, path)?;
+        let mut kept = Kept(slot.clear().map_err(|error| slot_failure(&error))?);
         let signed = self.signed(path)?;
         let options = self.options(path, signed.as_ref())?;
         let digest = signed.map(|signed| signed.digest);
         let mut report = self.look(path, &options, digest, None)?;
         // What a first check has said is not said twice.
-        let (mut said, mut not_repaired) = (false, None);
+        let (mut said, mut not_repaired, mut stop) = (false, None, None);
         let unfinished = report.outcome() == Outcome::Unfinished && is_left_over(&root);
         if let Some(place) = place.as_ref().filter(|_| report.outcome() == Outcome::Bad || unfinished) {
             said = true;
@@ -253,6 +268,7 @@ impl CheckOptions {
                     let again = Options { read: tried.read, ..options.clone() };
                     report = self.look(path, &again, digest, Some(&tried.stop))?;
                     said = false;
+                    stop = Some(tried.stop);
                 }
                 Ok(None) => {}
                 Err(failure) => not_repaired = Some(failure),
@@ -278,15 +294,18 @@ impl CheckOptions {
         for note in &report.notes {
             eprintln!("lockstep: note: {note}");
         }
-        if let Some(reason) = kept
-            && report.outcome() != Outcome::Good
-        {
-            eprintln!("lockstep: warning: the verdict of an earlier check stays, and is not of this one: {reason}");
+        if report.outcome() == Outcome::Good {
+            kept.0 = None;
         }
         let summary = show::summary(path, &report, &verdict);
         match report.outcome() {
-            Outcome::Good if self.json => Ok(Exit::Done),
-            Outcome::Good => say(&format!("{summary}\n"), aside || self.combined).map(|()| Exit::Done),
+            Outcome::Good => {
+                if !self.json {
+                    say(&format!("{summary}\n"), aside || self.combined)?;
+                }
+                // From a repair on signals are heard here: whoever sent one wants nothing to be started.
+                stop.as_ref().map_or(Ok(()), Stop::check).map(|()| Exit::Done)
+            }
             Outcome::Unfinished => {
                 if let Some(failure) = not_repaired {
                     eprintln!("lockstep: {summary}");
@@ -300,7 +319,12 @@ impl CheckOptions {
                 if !waits && !stopped(not_repaired.as_ref()) {
                     self.quarantine.run(path, &root, &options, &report, self.json, aside || self.combined)?;
                 }
-                let Some(failure) = not_repaired else { return Err(Failure::bad_data(summary)) };
+                let Some(failure) = not_repaired else {
+                    // Nothing is known to be wrong but that somebody wrote to it.
+                    let moved = report.findings.iter().all(|finding| finding.kind == Kind::Changed);
+                    let exit = if moved { Exit::TryAgain } else { Exit::BadData };
+                    return Err(Failure::Plain { exit, message: summary });
+                };
                 eprintln!("lockstep: {summary}");
                 Err(failure)
             }

@@ -85,10 +85,12 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     publish::write_down(&run.root, staging, &record, &text, &acls)?;
     state.recorded = true;
     let published = publish::carry_out(&run.root, staging, Area::Run, &record, manifest, text, &acls)?;
-    remember(run, state, &record, &published.manifest, monitor);
     if let Some(birth) = &run.birth {
         birth.appear(&run.root)?;
+        // Only now it has the mode that it keeps.
+        publish::admit_readers(&run.root, &published.manifest.tree)?;
     }
+    remember(run, state, &record, &published.manifest, monitor);
     let generation = published.manifest.generation;
     // What a step could not do is claimed by nobody, nor what was to come with it.
     let undone: BTreeSet<&RelPath> = published.problems.iter().map(|(path, _)| path).collect();

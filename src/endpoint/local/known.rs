@@ -16,7 +16,7 @@ use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::scan::cache::{DigestTable, Known, is_dated, is_settled};
-use crate::staging::{load_digests, store_digests};
+use crate::staging::{clean_pages, load_digests, store_digests};
 
 const NEW_TABLE: &str = ".lockstep/digests.new";
 /// What is hashed between two times that the table is stored: so much is lost when the machine stops.
@@ -132,6 +132,7 @@ fn hash_one(root: &Root, path: &RelPath, seen: &Metadata, buffer: &mut [u8], mon
     if !Metadata::of(&file).ok()?.same_content(seen) {
         return None;
     }
+    clean_pages(&file, seen);
     let mut hash = Sha256::new();
     loop {
         if monitor.stopped() {

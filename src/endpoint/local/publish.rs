@@ -14,7 +14,7 @@ use super::metadata::{Acls, Existing};
 use super::target::{MANIFEST, STATE, io, rel};
 use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::Error;
-use crate::manifest::{Audience, Content, Entry, Manifest, Tree, format};
+use crate::manifest::{Content, Entry, Manifest, Tree, format};
 use crate::path::RelPath;
 use crate::plan::publish::Step;
 use crate::root::{Follow, Metadata, Root};
@@ -157,13 +157,23 @@ pub(super) fn carry_out(
         finish(root, area)?;
         return Ok(Published { manifest, text, problems });
     }
-    let audience = Audience::of(&manifest.tree);
+    let audience = crate::staging::audience_of(root, &manifest.tree);
     if let Ok(file) = staging.open_read(&rel(NEW_MANIFEST)?, Follow::Never) {
         crate::staging::admit(&file, &audience);
     }
     finish(root, area)?;
     crate::staging::open_state(root, &audience);
     Ok(Published { manifest, text, problems })
+}
+
+/// Lets those read the manifest in force who may read what it lists.
+pub(super) fn admit_readers(root: &Root, tree: &Tree) -> Result<(), Error> {
+    let audience = crate::staging::audience_of(root, tree);
+    if let Ok(file) = root.open_read(&rel(MANIFEST)?, Follow::Never) {
+        crate::staging::admit(&file, &audience);
+    }
+    crate::staging::open_state(root, &audience);
+    Ok(())
 }
 
 fn store(staging: &Root, name: &str, bytes: &[u8]) -> Result<(), Error> {

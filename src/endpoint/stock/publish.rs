@@ -391,7 +391,16 @@ fn finish(run: &Run, tree: &Tree) -> Result<(), Error> {
 /// here. Best effort; it is never readable by more.
 fn admit(run: &Run, tree: &Tree) -> Result<(), Error> {
     let session = &run.session;
-    let audience = Audience::of(tree);
+    // All that is listed has this group, and a file of it has the number.
+    let listed = tree.entries().iter().find(|entry| entry.is_directory() || entry.file().is_some());
+    let listed = listed.map(|entry| session.stat(packet::LSTAT, &below(&run.root, &entry.path))).transpose()?;
+    let gid = listed.and_then(Result::ok).and_then(|found| found.owner).map(|(_, gid)| gid);
+    let directory = session.stat(packet::LSTAT, &run.root)?.ok();
+    // A directory that is made by this run gets this mode when it appears.
+    let mode = directory.as_ref().and_then(|found| found.mode).filter(|_| run.rename_to.is_none()).unwrap_or(0o755);
+    let of_group = gid.is_some() && directory.and_then(|found| found.owner).map(|(_, gid)| gid) == gid;
+    let group = Audience::of(tree).group.filter(|_| of_group).unwrap_or_default();
+    let audience = Audience::of(tree).within(mode, "", &group);
     if !audience.others && audience.group.is_none() {
         return Ok(());
     }
@@ -401,10 +410,7 @@ fn admit(run: &Run, tree: &Tree) -> Result<(), Error> {
     let readable = if audience.others {
         session.order(set(&manifest, &of_mode(0o644)))?.is_ok()
     } else {
-        // All that is listed has this group, and a file of it has the number.
-        let listed = tree.entries().iter().find(|entry| entry.is_directory() || entry.file().is_some());
-        let listed = listed.map(|entry| session.stat(packet::LSTAT, &below(&run.root, &entry.path))).transpose()?;
-        let Some((_, gid)) = listed.and_then(Result::ok).and_then(|found| found.owner) else { return Ok(()) };
+        let Some(gid) = gid else { return Ok(()) };
         // chown(2) leaves what is given as -1.
         let group = Attributes { owner: Some((u32::MAX, gid)), ..Attributes::default() };
         session.order(set(&manifest, &group))?.is_ok() && session.order(set(&manifest, &of_mode(0o640)))?.is_ok()

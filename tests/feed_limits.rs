@@ -1,0 +1,156 @@
+//! What the kernel cannot tell: its queue overflows, its watches run out, a file system goes away; and work that waited while a
+//! file was written to again.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::process::Command;
+
+use crate::daemon::{Running, holds};
+use crate::kit::area::lockstep;
+use crate::kit::{done, until};
+
+const JOB: &str = r#"
+[[job]]
+name = "data"
+source = "AT/source"
+targets = ["AT/target"]
+settle = "0s"
+poll = "100ms"
+retry_max = "1s"
+"#;
+
+/// A command that runs lockstep in namespaces of its own, after a script.
+fn unshared(options: &str, script: &str) -> Command {
+    let mut command = Command::new("unshare");
+    command.args([options, "sh", "-c", &format!("{script} && exec \"$@\""), "sh"]).arg(lockstep());
+    command
+}
+
+#[test]
+fn h37_a_queue_that_overflows_is_followed_by_a_look_at_everything() {
+    let running = Running::start(JOB);
+    for name in ["kept", "before"] {
+        fs::write(running.path("source").join(name), "old").unwrap();
+    }
+    until("the first files", || ["kept", "before"].iter().all(|name| holds(&running.path("target").join(name), "old")));
+    // Nobody reads what the kernel tells, and it is more than the kernel keeps.
+    running.signal("-STOP");
+    let limit = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap();
+    // In turn: the kernel makes one of two that are the same.
+    let [mut one, mut other] = ["one", "other"].map(|name| File::create(running.path("source").join(name)).unwrap());
+    for _ in 0..limit.trim().parse::<usize>().unwrap() / 2 + 100 {
+        one.write_all(b"x").unwrap();
+        other.write_all(b"x").unwrap();
+    }
+    drop((one, other));
+    fs::write(running.path("source/kept"), "changed").unwrap();
+    fs::create_dir_all(running.path("source/d/e")).unwrap();
+    fs::write(running.path("source/d/e/last"), "x").unwrap();
+    running.signal("-CONT");
+    until("what nobody told of", || {
+        holds(&running.path("target/kept"), "changed") && holds(&running.path("target/d/e/last"), "x")
+    });
+    // That they were closed was not told either.
+    until("what was written to", || running.path("target/one").exists() && running.path("target/other").exists());
+    assert!(running.log().contains("more changed than the kernel can tell of"));
+    // It is watched again, the new directories too.
+    fs::write(running.path("source/d/e/after"), "x").unwrap();
+    until("a change after it", || holds(&running.path("target/d/e/after"), "x"));
+    assert_eq!(running.status()["jobs"][0]["watching"]["mode"], "events");
+}
+
+#[test]
+fn h37_too_few_watches_are_told_with_the_setting_and_it_polls() {
+    let mut running = Running::start(JOB);
+    assert_eq!(running.stop(), Some(0));
+    for number in 0..6 {
+        fs::create_dir(running.path(&format!("source/{number}"))).unwrap();
+    }
+    fs::write(running.path("source/5/a"), "x").unwrap();
+    running.launch_by(unshared("-Ur", "echo 5 > /proc/sys/user/max_inotify_watches"));
+    until("the file", || holds(&running.path("target/5/a"), "x"));
+    let watching = running.status()["jobs"][0]["watching"].clone();
+    assert_eq!((&watching["mode"], &watching["directories"]), (&"polling".into(), &7.into()), "{watching}");
+    let why = watching["why"].as_str().unwrap();
+    assert!(why.contains("its 7 directories") && why.contains("sysctl -w fs.inotify.max_user_watches="), "{why}");
+    assert!(running.log().contains("fs.inotify.max_user_watches"), "{}", running.log());
+    fs::write(running.path("source/3/b"), "later").unwrap();
+    until("what is found by looking", || holds(&running.path("target/3/b"), "later"));
+    // The limit is reached only later on.
+    assert_eq!(running.stop(), Some(0));
+    running.launch_by(unshared("-Ur", "echo 8 > /proc/sys/user/max_inotify_watches"));
+    until("the start", || running.status()["jobs"][0]["watching"]["mode"] == "events");
+    fs::create_dir_all(running.path("source/more/and/more")).unwrap();
+    fs::write(running.path("source/more/and/more/c"), "x").unwrap();
+    until("it to poll", || running.status()["jobs"][0]["watching"]["mode"] == "polling");
+    until("what is found by looking", || holds(&running.path("target/more/and/more/c"), "x"));
+}
+
+#[test]
+fn h37_h38_a_file_system_that_is_unmounted_halts_the_job_until_it_is_back() {
+    let mut running = Running::start(&format!("{JOB}delete = \"mirror\"\n"));
+    assert_eq!(running.stop(), Some(0));
+    let source = running.path("source").display().to_string();
+    let mount = format!("mount -t tmpfs none '{source}' && echo x > '{source}/a' && echo x > '{source}/b'");
+    running.launch_by(unshared("-Urm", &mount));
+    until("the files", || holds(&running.path("target/a"), "x\n") && holds(&running.path("target/b"), "x\n"));
+    let pid = running.pid().to_string();
+    let inside = |script: &str| {
+        let arguments = ["-t", &pid, "-U", "-m", "--preserve-credentials", "sh", "-c", script];
+        Command::new("nsenter").args(arguments).output().expect("nsenter is not installed: Debian package util-linux")
+    };
+    until("it to be unmounted", || inside(&format!("umount '{source}'")).status.success());
+    until("the job to halt", || running.status()["jobs"][0]["halted"].is_object());
+    let said = running.status()["jobs"][0]["halted"]["message"].to_string();
+    assert!(said.contains("is not mounted"), "{said}");
+    assert!(holds(&running.path("target/a"), "x\n") && holds(&running.path("target/b"), "x\n"));
+    done(&inside(&format!("{mount} && echo new > '{source}/c'")));
+    until("what is new", || holds(&running.path("target/c"), "new\n"));
+    until("the job to go on", || running.status()["jobs"][0]["halted"].is_null());
+}
+
+#[test]
+fn h38_what_is_deleted_goes_from_a_mirror_and_the_limit_is_of_the_whole() {
+    let running = Running::start(&format!("{JOB}delete = \"mirror\"\nmax_delete = \"50%\"\n"));
+    for name in ["a", "b", "c", "d"] {
+        fs::write(running.path("source").join(name), name).unwrap();
+    }
+    until("the files", || ["a", "b", "c", "d"].iter().all(|name| holds(&running.path("target").join(name), name)));
+    fs::remove_file(running.path("source/a")).unwrap();
+    until("it to go", || !running.path("target/a").exists());
+    assert!(running.target(0)["last_error"].is_null(), "{}", running.log());
+    // Two of three are too many, even when they are seen to go one by one.
+    done(&running.jobs(&["pause"]));
+    until("it to be paused", || running.target(0)["state"] == "paused");
+    for name in ["b", "c"] {
+        fs::remove_file(running.path("source").join(name)).unwrap();
+    }
+    until("the work to wait", || running.target(0)["lag_units"].as_u64().unwrap() > 0);
+    done(&running.jobs(&["resume"]));
+    until("the refusal", || {
+        running.target(0)["last_error"]["message"].as_str().is_some_and(|told| told.contains("over the limit"))
+    });
+    assert!(holds(&running.path("target/b"), "b") && holds(&running.path("target/c"), "c"));
+}
+
+#[test]
+fn what_is_written_to_again_before_its_turn_comes_is_not_sent_half_written() {
+    let running = Running::start(JOB);
+    fs::write(running.path("source/first"), "x").unwrap();
+    until("the first file", || holds(&running.path("target/first"), "x"));
+    done(&running.jobs(&["pause"]));
+    until("it to be paused", || running.target(0)["state"] == "paused");
+    fs::write(running.path("source/a"), "whole").unwrap();
+    fs::write(running.path("source/b"), "whole").unwrap();
+    until("the work to wait", || running.target(0)["lag_units"].as_u64().unwrap() > 0);
+    let mut file = File::create(running.path("source/a")).unwrap();
+    file.write_all(b"ha").unwrap();
+    done(&running.jobs(&["resume"]));
+    until("the other file", || holds(&running.path("target/b"), "whole"));
+    until("it to be idle", || running.target(0)["state"] == "idle");
+    assert!(!running.path("target/a").exists());
+    assert_eq!(running.status()["jobs"][0]["unfinished"], serde_json::json!(["a"]));
+    file.write_all(b"lf and half").unwrap();
+    drop(file);
+    until("the file as it is in the end", || holds(&running.path("target/a"), "half and half"));
+}
