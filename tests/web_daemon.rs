@@ -126,6 +126,13 @@ fn the_file_of_metrics_is_written_and_the_page_moves_with_the_configuration() {
 }
 
 #[test]
+fn it_stops_though_somebody_removed_its_socket() {
+    let mut running = Running::start(TWO);
+    fs::remove_file(running.path("daemon.sock")).unwrap();
+    assert_eq!(running.stop(), Some(0), "{}", running.log());
+}
+
+#[test]
 fn watching_follows_a_daemon_that_goes_and_comes() {
     let mut running = Running::start(TWO);
     let mut command = running.command(&["status", "--watch", "--json", "--socket"]);
