@@ -133,6 +133,7 @@ fn s30_every_damage_is_found_at_every_depth() {
             "a run not finished",
             |at| {
                 fs::create_dir_all(at.join(".lockstep/staging/current/tree")).unwrap();
+                fs::write(at.join(".lockstep/staging/current/tree/part"), "x").unwrap();
             },
             4,
             &["unfinished .lockstep/staging/current"],

@@ -429,9 +429,8 @@ fn staging(root: &Root, report: &mut Report) {
         };
         for name in names {
             let Ok(path) = staging.join(&name) else { continue };
-            let empty = root.stat(&path, Follow::Never)?.kind == FileKind::Directory
-                && root.names(Some(&path), Follow::Never)?.is_empty();
-            if !empty {
+            // A run that has found nothing to do so far has made directories alone.
+            if !holds_nothing(root, &path)? {
                 return Ok(Some(path.as_path().to_owned()));
             }
         }
@@ -453,9 +452,38 @@ fn staging(root: &Root, report: &mut Report) {
     }
 }
 
+/// Whether there is nothing but directories at `path`.
+fn holds_nothing(root: &Root, path: &RelPath) -> Result<bool, RootError> {
+    match root.stat(path, Follow::Never) {
+        Ok(found) if found.kind == FileKind::Directory => {}
+        // RACE: the run has ended.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(true),
+        other => return other.map(|_| false),
+    }
+    for name in root.names(Some(path), Follow::Never)? {
+        let Ok(inside) = path.join(&name) else { return Ok(false) };
+        if !holds_nothing(root, &inside)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Who may enter the staging directory, and not list it, asks for the names that runs use: they are there while a run is
 /// not finished.
+///
+/// A run that finds nothing to do is there for a moment as well, and what it has made cannot be looked into: it is waited for.
 fn by_name(root: &Root, staging: &RelPath) -> Result<Option<PathBuf>, RootError> {
+    for _ in 0..20 {
+        if named(root, staging)?.is_none() {
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    named(root, staging)
+}
+
+fn named(root: &Root, staging: &RelPath) -> Result<Option<PathBuf>, RootError> {
     for name in STAGED {
         let Ok(path) = staging.join(name) else { continue };
         match root.stat(&path, Follow::Never) {

@@ -18,6 +18,8 @@ const REQUEST_BYTES: u64 = 64 * 1024;
 /// Whoever asks has so long to say what.
 const PATIENCE: Duration = Duration::from_secs(5);
 const CONNECTIONS: usize = 16;
+/// How long a stop waits for the thread that answers.
+const WAKING: Duration = Duration::from_secs(1);
 
 /// Answers a request.
 pub(super) type Answer = dyn Fn(&Value) -> Result<Value, String> + Send + Sync;
@@ -53,10 +55,17 @@ impl Control {
 impl Drop for Control {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
-        // Wakes the thread, which waits in accept.
-        let _ = UnixStream::connect(&self.path);
+        // Wakes the thread, which waits in accept. Where the file is gone, or is another's by now, nothing wakes it: it holds
+        // nothing, and a stop must not wait for it for ever.
+        let woken = UnixStream::connect(&self.path).is_ok();
+        let until = std::time::Instant::now() + WAKING;
         if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+            while woken && !thread.is_finished() && std::time::Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            if thread.is_finished() {
+                let _ = thread.join();
+            }
         }
         let _ = std::fs::remove_file(&self.path);
     }
