@@ -391,7 +391,8 @@ fn nothing_is_signed_that_is_not_there_or_that_the_format_cannot_hold() {
     fs::rename(models.path("there/deep-1"), models.path("deep-1")).unwrap();
     ends(&models.sign(&["there"]), 1, &["'deep-1' is missing"]);
     fs::rename(models.path("deep-1"), models.path("there/deep-1")).unwrap();
-    fs::create_dir_all(models.path("there/.lockstep/staging/x/y")).unwrap();
+    fs::create_dir_all(models.path("there/.lockstep/staging/x")).unwrap();
+    fs::write(models.path("there/.lockstep/staging/x/y"), "part").unwrap();
     ends(&models.sign(&["there"]), 4, &["is unfinished"]);
     fs::remove_dir_all(models.path("there/.lockstep/staging")).unwrap();
     nothing();

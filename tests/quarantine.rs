@@ -160,7 +160,10 @@ fn what_is_good_unfinished_or_not_readable_for_somebody_stays() {
         ("good", |_| {}, &[], 0, ""),
         (
             "unfinished",
-            |at| fs::create_dir_all(at.join(".lockstep/staging/current/tree")).unwrap(),
+            |at| {
+                fs::create_dir_all(at.join(".lockstep/staging/current/tree")).unwrap();
+                fs::write(at.join(".lockstep/staging/current/tree/part"), "x").unwrap();
+            },
             &[],
             4,
             "a run which brings something is not finished",
