@@ -143,12 +143,7 @@ fn parse_links(text: &str) -> Result<Links, String> {
     }
 }
 
-/// `user@host` of whoever runs this, for locks and the audit log.
-pub(super) fn actor() -> String {
-    let user = uzers::get_current_username()
-        .map_or_else(|| rustix::process::getuid().as_raw().to_string(), |name| name.to_string_lossy().into_owned());
-    format!("{user}@{}", rustix::system::uname().nodename().to_string_lossy())
-}
+pub(super) use crate::scan::names::actor;
 
 /// A sender's file of `[[rule]]` tables; none is no rule.
 fn read_policy(file: Option<&Path>) -> Result<PolicySpec, Failure> {

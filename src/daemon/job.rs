@@ -95,7 +95,7 @@ impl JobThreads {
         if !self.threads.is_empty() {
             return Ok(());
         }
-        let actor = actor();
+        let actor = crate::scan::names::actor();
         self.shared.keep_rate();
         for number in 0..self.shared.lanes.len() {
             let (shared, connect, recent) = (Arc::clone(&self.shared), Arc::clone(connect), Arc::clone(recent));
@@ -342,11 +342,4 @@ impl Shared {
             rescan: job.rescan.0,
         }
     }
-}
-
-/// `user@host` of whoever runs this, for locks and the audit log.
-fn actor() -> String {
-    let user = uzers::get_current_username()
-        .map_or_else(|| rustix::process::getuid().as_raw().to_string(), |name| name.to_string_lossy().into_owned());
-    format!("{user}@{}", rustix::system::uname().nodename().to_string_lossy())
 }

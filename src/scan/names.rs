@@ -26,6 +26,13 @@ impl Names {
     }
 }
 
+/// `user@host` of whoever runs this, for locks and the audit log.
+pub fn actor() -> String {
+    let user = uzers::get_current_username()
+        .map_or_else(|| rustix::process::getuid().as_raw().to_string(), |name| name.to_string_lossy().into_owned());
+    format!("{user}@{}", rustix::system::uname().nodename().to_string_lossy())
+}
+
 /// A name that this machine does not know.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("there is no {kind} '{}' on this machine; create it, or name another", Escaped(name.as_bytes()))]
