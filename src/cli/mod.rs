@@ -18,6 +18,7 @@ mod arguments;
 mod audit;
 mod check;
 mod completions;
+mod connections;
 mod control;
 mod daemon;
 pub mod display;
