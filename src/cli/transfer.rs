@@ -218,6 +218,7 @@ impl How {
                 verify_disk: self.verify_disk,
                 wait_seconds: self.wait,
                 dry_run: self.dry_run,
+                stage_only: false,
                 actor: actor(),
                 source: String::new(),
             },

@@ -280,6 +280,9 @@ pub struct BeginOptions {
     pub wait_seconds: u64,
     /// Only look: create and change nothing.
     pub dry_run: bool,
+    /// Only stage: a later run that wants the same files publishes them.
+    #[serde(default)]
+    pub stage_only: bool,
     /// Who runs it, for the audit log and the lock: `user@host`.
     pub actor: String,
     /// Where the content comes from, for the audit log.
@@ -343,6 +346,10 @@ pub trait Target: Sync {
     /// published or kept, and the audit log is to say why. The run is still ended by [`Target::abort`].
     fn reject(&self, path: &[u8], reason: &str) {
         let _ = (path, reason);
+    }
+    /// Whether it can keep what was staged by a run that does not publish ([`BeginOptions::stage_only`]).
+    fn stages_early(&self) -> bool {
+        false
     }
     /// How the target proves what it holds, for `-v` and the summary.
     fn verification(&self) -> String;

@@ -70,6 +70,22 @@ pub struct SyncReport {
 }
 
 impl SyncReport {
+    /// A run that had nothing to do.
+    fn of_nothing(started: Instant) -> SyncReport {
+        SyncReport {
+            tree: Arc::default(),
+            plan: Plan::default(),
+            committed: None,
+            problems: Vec::new(),
+            verified_files: 0,
+            verified_bytes: 0,
+            transferred_bytes: 0,
+            wire_bytes: 0,
+            deletion_held_back: false,
+            elapsed: started.elapsed(),
+        }
+    }
+
     /// Whether every path of the source is at the target now (or would be).
     pub fn is_complete(&self) -> bool {
         !self.problems.iter().any(|problem| problem.severity == Severity::Failed)
@@ -136,6 +152,9 @@ pub fn run(
     stop: &AtomicBool,
 ) -> Result<SyncReport, Error> {
     let started = Instant::now();
+    if options.begin.stage_only && !target.stages_early() {
+        return Ok(SyncReport::of_nothing(started));
+    }
     monitor.event(Event::Phase(Phase::Scanning));
     let (begun, scanned) = std::thread::scope(|scope| {
         let begun = scope.spawn(|| target.begin(&options.begin, monitor));
@@ -159,7 +178,7 @@ pub fn run(
         // A source that breaks the rules is not to be believed in anything it has said.
         target.reject(b"", &crate::error::chain(error));
     }
-    if result.is_err() || options.begin.dry_run {
+    if result.is_err() || options.begin.dry_run || options.begin.stage_only {
         target.abort();
     }
     result
@@ -202,6 +221,10 @@ fn run_begun(
 
     let outcome = transfer(source, target, options, monitor, stop, &tree, &plan)?;
     check(stop).inspect_err(|_| source.remember(&tree, &outcome.digests))?;
+    if options.begin.stage_only {
+        source.remember(&tree, &outcome.digests);
+        return Ok(report(plan, None, problems, outcome, false));
+    }
     let not_listed = problems.iter().filter(|problem| problem.severity == Severity::Failed);
     let unreadable =
         not_listed.map(|problem| problem.path.as_ref().map_or_else(Vec::new, |path| path.as_bytes().to_vec()));

@@ -152,6 +152,10 @@ impl Target for AgentTarget {
         "SHA-256 computed by the receiving lockstep".to_owned()
     }
 
+    fn stages_early(&self) -> bool {
+        true
+    }
+
     fn wire_bytes(&self) -> u64 {
         let (sent, received) = self.lanes.wire_bytes();
         sent + received

@@ -3,6 +3,7 @@
 mod area;
 mod changes;
 mod commit;
+mod early;
 mod fold;
 mod known;
 mod links;

@@ -202,7 +202,7 @@ pub(super) fn admit_readers(root: &Root, tree: &Tree) -> Result<(), Error> {
     Ok(())
 }
 
-fn store(staging: &Root, name: &str, bytes: &[u8]) -> Result<(), Error> {
+pub(super) fn store(staging: &Root, name: &str, bytes: &[u8]) -> Result<(), Error> {
     let path = rel(&format!("{name}.new"))?;
     staging.remove_tree(&path).map_err(io)?;
     let mut file = staging.create_new(&path, 0o600).map_err(io)?;

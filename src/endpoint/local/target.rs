@@ -14,7 +14,7 @@ use super::place::{Birth, Place};
 use super::refusals::Refusals;
 use super::repair::{self, Repair};
 use super::writer::LocalWriter;
-use super::{commit, fold, known, metadata, publish, recall, room};
+use super::{commit, early, fold, known, metadata, publish, recall, room};
 use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec, Reach};
@@ -183,7 +183,11 @@ impl Target for LocalTarget {
                 }
                 other => Error::Usage(crate::error::chain(&other)),
             })?;
-            let area = if self.repair.is_some() { Area::Repair } else { Area::Run };
+            let area = match (&self.repair, options.stage_only) {
+                (Some(_), _) => Area::Repair,
+                (None, true) => Area::Early,
+                (None, false) => Area::Run,
+            };
             let path = rel(area.in_state())?;
             if publish::recover(&root, taken.state())? {
                 monitor.event(Event::Warning(&format!(
@@ -265,6 +269,10 @@ impl Target for LocalTarget {
         let run = self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         let Some(run) = run else { return };
         run.record_refusals();
+        if let (Area::Early, Some(staging)) = (run.area(), &run.staging) {
+            // What could not be written down is hashed again when it is wanted.
+            let _ = early::keep(staging, &run.state().staged);
+        }
         let given_up = {
             let state = run.state();
             (state.full || state.rejected) && !state.recorded
@@ -286,6 +294,10 @@ impl Target for LocalTarget {
     fn verification(&self) -> String {
         "SHA-256 of what was written".into()
     }
+
+    fn stages_early(&self) -> bool {
+        self.repair.is_none()
+    }
 }
 
 impl Run {
@@ -298,7 +310,11 @@ impl Run {
     }
 
     pub(super) fn area(&self) -> Area {
-        if self.repair.is_some() { Area::Repair } else { Area::Run }
+        match (&self.repair, self.options.stage_only) {
+            (Some(_), _) => Area::Repair,
+            (None, true) => Area::Early,
+            (None, false) => Area::Run,
+        }
     }
 
     /// What is staged is given up when the disk is full: it would only keep it full. What was refused is recorded.
@@ -431,8 +447,17 @@ impl Run {
         let compare = Compare { checksum: self.options.checksum, ..Compare::default() };
         let mut plan = diff(source, &target, &|index, _| wanted[index].clone(), compare);
         require_proof(&mut plan, source, &target, &doubtful);
+        let mut staged = HashMap::new();
         if let Some(staging) = &self.staging {
-            self.prepare(staging, source, &mut plan)?;
+            if self.area() == Area::Early {
+                early::prepare(self, staging, source, &mut plan)?;
+            } else {
+                self.prepare(staging, source, &mut plan)?;
+                if self.options.filter.only.is_none() {
+                    early::collect(&self.root)?;
+                }
+                staged = early::take(self, staging, source, &mut plan)?;
+            }
         }
         let need = needed(source, &plan);
         if !self.options.ignore_free_space
@@ -456,6 +481,7 @@ impl Run {
             metadata: scanned.metadata,
             need,
             plan: plan.clone(),
+            staged,
             reach,
             old_manifest,
             old_digest,
