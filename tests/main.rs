@@ -58,6 +58,7 @@ mod stock_faults;
 mod stock_order;
 mod stock_pipes;
 mod systemd;
+mod trash;
 mod units;
 mod web;
 mod web_daemon;

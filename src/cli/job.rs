@@ -98,9 +98,6 @@ fn refuse(job: &Job, how: &How) -> Result<(), String> {
             "ready as {layout:?} writes it is not supported by push yet; name a marker file, or leave it out"
         ));
     }
-    if job.delete == Delete::Trash {
-        return Err("delete = 'trash' is not supported by push yet; say 'mirror' or 'never'".into());
-    }
     Ok(())
 }
 
@@ -115,7 +112,8 @@ fn options(config: &Config, job: &Job, how: &How) -> Result<Options, Failure> {
     }
     options.begin.last.clone_from(&job.last);
     options.begin.units = job.unit.iter().cloned().collect();
-    options.delete = job.delete == Delete::Mirror;
+    options.delete = job.delete != Delete::Never;
+    options.begin.trash_seconds = job.trash_seconds();
     options.max_delete = job.max_delete;
     options.bandwidth = crate::sync::Rate::new(match how.bwlimit {
         Some(Rate(limit)) => limit,

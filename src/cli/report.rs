@@ -139,6 +139,9 @@ pub fn summary(
             HumanCount(skipped),
         )?;
     }
+    if let Some(trash) = &committed.trash {
+        writeln!(out, "  what was removed or replaced lies in {trash} there")?;
+    }
     if report.verified_files > 0 {
         let rate = report.verified_bytes as f64 / seconds.max(0.001);
         write!(
@@ -176,6 +179,7 @@ pub fn summary_json(report: &SyncReport, from: &str, to: &str, verification: &st
         "removals": report.plan.removals.len(),
         "published": report.committed.as_ref().map(|committed| committed.published),
         "removed": report.committed.as_ref().map(|committed| committed.removed),
+        "trash": report.committed.as_ref().and_then(|committed| committed.trash.clone()),
         "generation": report.committed.as_ref().map(|committed| committed.generation),
         "manifest_sha256": report.committed.as_ref().map(|committed| committed.manifest_digest.clone()),
         "verified_files": report.verified_files,

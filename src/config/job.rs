@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, de};
 
 use crate::plan::safety::DeleteLimit;
+use crate::plan::trash::USUAL_KEEP_SECONDS;
 
 /// One `[[job]]`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -33,6 +34,9 @@ pub struct Job {
     /// What happens to paths that only a target has.
     #[serde(default)]
     pub delete: Delete,
+    /// With `delete = "trash"`: how long what was put aside stays at the targets.
+    #[serde(default, deserialize_with = "some_from_text")]
+    pub trash_keep: Option<Period>,
     /// A run that would delete more stops: a number of paths, or `10%`.
     #[serde(default, deserialize_with = "from_text")]
     pub max_delete: DeleteLimit,
@@ -72,6 +76,12 @@ impl Job {
     /// The source, where it is a directory of another machine.
     pub fn remote_source(&self) -> Option<&str> {
         self.source.to_str().filter(|source| !source.starts_with('/'))
+    }
+
+    /// How long what a run removes or replaces stays in the trash of a target; `None` where there is to be none.
+    pub fn trash_seconds(&self) -> Option<u64> {
+        let keep = self.trash_keep.map_or(USUAL_KEEP_SECONDS, |Period(keep)| keep.as_secs());
+        (self.delete == Delete::Trash).then_some(keep)
     }
 }
 
@@ -178,7 +188,7 @@ pub enum Delete {
     Never,
     /// They are removed.
     Mirror,
-    /// They are put aside.
+    /// They are moved to `.lockstep/trash` there, and so is the old version of what is replaced.
     Trash,
 }
 

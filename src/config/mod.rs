@@ -200,6 +200,9 @@ impl Config {
         if let Some(target) = job.targets.iter().find(|target| !target.starts_with('/') && !target.contains(':')) {
             return Err(format!("the target '{target}' is neither [USER@]HOST:PATH nor a path that starts with '/'"));
         }
+        if job.trash_keep.is_some() && job.delete != Delete::Trash {
+            return Err("'trash_keep' is for delete = 'trash': without it nothing is put into the trash".into());
+        }
         if let Some(quorum) = job.quorum.filter(|&quorum| quorum == 0 || quorum > job.targets.len()) {
             return Err(format!(
                 "'quorum' is {quorum}, and has to be from 1 to the number of targets, {}",

@@ -65,6 +65,8 @@ fn h49_a_wrong_type_or_value_is_named_with_its_place() {
         ("[[job]]\nname = 'a'\n", ":1:1:", "source"),
         ("[serve]\nlisten = 'here'\nhost_key = '/k'\n", ":2:10:", "address"),
         ("a = \n", ":1:5:", ""),
+        (&format!("{JOB}trash_keep = '7d'\n"), ":", "'trash_keep' is for delete = 'trash'"),
+        (&format!("{JOB}delete = 'trash'\ntrash_keep = 'long'\n"), ":6:14:", "'long' is no length of time"),
         (&format!("{JOB}delete = 'all'\n"), ":5:10:", "mirror"),
         (&format!("{JOB}bandwidth = 'fast'\n"), ":5:13:", "'fast' is not a rate"),
         (&format!("{JOB}max_delete = '200%'\n"), ":5:14:", "'200%' is not a limit"),

@@ -107,7 +107,7 @@ fn filter(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<FilterSpec> {
             let only: Vec<Vec<u8>> = there.map(|path| path.as_bytes().to_vec()).collect();
             let gone = only.len() < paths.len();
             // What is to be removed there is compared with everything: the limits on deleting are of the whole.
-            if gone && job.delete == Delete::Mirror {
+            if gone && job.delete != Delete::Never {
                 return Some(filter);
             }
             if only.is_empty() {
@@ -130,11 +130,12 @@ fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
             last: job.last.clone(),
             units: job.unit.iter().cloned().collect(),
             wait_seconds: WAIT_SECONDS,
+            trash_seconds: job.trash_seconds(),
             actor: plan.actor.to_owned(),
             source: crate::error::shown(&job.source).to_string(),
             ..BeginOptions::default()
         },
-        delete: job.delete == Delete::Mirror,
+        delete: job.delete != Delete::Never,
         max_delete: job.max_delete,
         workers: WORKERS,
         retries: RETRIES,

@@ -280,6 +280,9 @@ pub struct BeginOptions {
     pub wait_seconds: u64,
     /// Only look: create and change nothing.
     pub dry_run: bool,
+    /// What is removed or replaced goes to the trash of the root, and stays there for so many seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trash_seconds: Option<u64>,
     /// Who runs it, for the audit log and the lock: `user@host`.
     pub actor: String,
     /// Where the content comes from, for the audit log.
@@ -309,6 +312,9 @@ pub struct Committed {
     pub published: u64,
     /// Paths that were removed.
     pub removed: u64,
+    /// Where what was removed or replaced lies now, below the root, if anything does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trash: Option<String>,
     /// Paths that could not be published: escaped path and reason.
     pub problems: Vec<(String, String)>,
 }

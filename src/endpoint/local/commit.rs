@@ -10,6 +10,7 @@ use super::area::Area;
 use super::metadata::{Acls, apply_directory};
 use super::publish::{self, Record};
 use super::target::{MANIFEST, Run, State, io, rel};
+use super::trash::Trash;
 use super::{known, links, unit};
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
@@ -17,7 +18,7 @@ use crate::manifest::{Content, Digest, Entry, Manifest, Timestamp, Tree, format}
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::plan::publish::{Publication, Step, exchanged, steps};
-use crate::plan::{Action, Change, Need};
+use crate::plan::{Action, Change, Need, trash};
 use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::scan::names::Names;
 use crate::staging::Permissions;
@@ -81,7 +82,9 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let acls = late_acls(run, &source, &steps)?;
     let (actor, from) = (run.options.actor.clone(), run.options.source.clone());
     let (withheld_rights, acls_given) = decided(run, state, &failed);
-    let record = Record { actor, source: from, steps, inodes, withheld: withheld_rights, acls: acls_given };
+    let trash = run.options.trash_seconds.is_some().then(|| trash::name(manifest.created.seconds, manifest.generation));
+    let trash = trash.as_deref().map(rel).transpose()?;
+    let record = Record { actor, source: from, steps, inodes, withheld: withheld_rights, acls: acls_given, trash };
     publish::write_down(&run.root, staging, &record, &text, &acls)?;
     state.recorded = true;
     let published = publish::carry_out(&run.root, staging, Area::Run, &record, manifest, text, &acls)?;
@@ -112,8 +115,15 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
             &mut state.plan.actions.iter().filter(|action| !failed.contains(&action.index)).map(path_of),
         ),
         removed: counted(&mut record.steps.iter().filter(is_removal).map(Step::path)),
+        trash: moved_aside(run, &record)?,
         problems: shown(withheld.into_iter().chain(published.problems)),
     })
+}
+
+/// Where what was removed or replaced lies now, if anything does.
+fn moved_aside(run: &Run, record: &Record) -> Result<Option<String>, Error> {
+    let Some(name) = &record.trash else { return Ok(None) };
+    Ok(Trash::new(&run.root, name)?.used().map(ToString::to_string))
 }
 
 type Notes = BTreeMap<RelPath, String>;

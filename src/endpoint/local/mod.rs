@@ -13,6 +13,7 @@ mod repair;
 mod room;
 mod source;
 mod target;
+mod trash;
 mod unit;
 mod writer;
 

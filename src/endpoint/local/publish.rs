@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use super::area::Area;
 use super::metadata::{Acls, Existing};
 use super::target::{MANIFEST, STATE, io, rel};
+use super::trash::Trash;
 use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::Error;
 use crate::manifest::{Content, Entry, Manifest, Tree, format};
@@ -39,6 +40,8 @@ pub(super) struct Record {
     pub(super) acls: BTreeMap<RelPath, String>,
     /// The inodes of directories that are exchanged whole, to know afterwards which of the two is the new one.
     pub(super) inodes: BTreeMap<RelPath, u64>,
+    /// What is removed or replaced is moved to the directory of this name in the trash.
+    pub(super) trash: Option<RelPath>,
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -70,6 +73,9 @@ impl Record {
             }
             text.push('\n');
         }
+        if let Some(name) = &self.trash {
+            text.push_str(&format!("T{}\n", hex(name.as_bytes())));
+        }
         for (letter, notes) in [('W', &self.withheld), ('L', &self.acls)] {
             for (path, note) in notes {
                 text.push_str(&format!("{letter}{} {}\n", hex(path.as_bytes()), hex(note.as_bytes())));
@@ -89,6 +95,10 @@ impl Record {
             if matches!(letter, "W" | "L") {
                 let notes = if letter == "W" { &mut record.withheld } else { &mut record.acls };
                 notes.insert(path, String::from_utf8(unhex(more?)?).ok()?);
+                continue;
+            }
+            if letter == "T" {
+                record.trash = Some(path);
                 continue;
             }
             if let Some(inode) = more {
@@ -207,6 +217,7 @@ fn execute(
     acls: &Acls,
 ) -> Result<Vec<(RelPath, String)>, Error> {
     let existing = Existing::new(root, staging, tree, acls);
+    let trash = record.trash.as_ref().map(|name| Trash::new(root, name)).transpose()?;
     let mut problems = Vec::new();
     let mut touched: BTreeSet<RelPath> = BTreeSet::new();
     let mut opened: BTreeMap<RelPath, u32> = BTreeMap::new();
@@ -222,11 +233,17 @@ fn execute(
         let path = step.path();
         touched.extend(path.parent());
         let take = || match step {
-            Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path),
-            Step::Exchange(_) => exchange(root, staging, path, record.inodes.get(path).copied()),
+            Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path, trash.as_ref()),
+            Step::Exchange(_) => exchange(root, staging, path, record.inodes.get(path).copied(), trash.as_ref()),
             Step::ApplyMetadata(_) => tree.get(path).map_or(Ok(()), |entry| existing.apply(entry)),
-            Step::RemoveFile(_) => gone(root.unlink(path).map_err(io)),
-            Step::RemoveDirectory(_) => gone(root.rmdir(path).map_err(io)),
+            Step::RemoveFile(_) => match &trash {
+                Some(trash) => trash.take(path),
+                None => gone(root.unlink(path).map_err(io)),
+            },
+            Step::RemoveDirectory(_) => match &trash {
+                Some(trash) => trash.take_directory(path),
+                None => gone(root.rmdir(path).map_err(io)),
+            },
         };
         let result = match take() {
             Err(error) if denied(&error) => {
@@ -295,13 +312,17 @@ fn gone(result: Result<(), Error>) -> Result<(), Error> {
     }
 }
 
-/// Renames the staged thing to its place; when it is not staged any more that was done before.
-fn publish_one(root: &Root, staging: &Root, path: &RelPath) -> Result<(), Error> {
+/// Renames the staged thing to its place; when it is not staged any more that was done before. What it replaces is kept in the
+/// trash, where there is one.
+fn publish_one(root: &Root, staging: &Root, path: &RelPath, trash: Option<&Trash<'_>>) -> Result<(), Error> {
     for tree in [&b"tree/"[..], b"last/"] {
         let staged = RelPath::new([tree, path.as_bytes()].concat());
         let Ok(staged) = staged else { continue };
         match staging.stat(&staged, Follow::Never) {
-            Ok(_) => return staging.rename_to(&staged, root, path, RenameFlags::empty()).map_err(io),
+            Ok(_) => {
+                trash.map_or(Ok(()), |trash| trash.keep(path))?;
+                return staging.rename_to(&staged, root, path, RenameFlags::empty()).map_err(io);
+            }
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(io(error)),
         }
@@ -309,14 +330,23 @@ fn publish_one(root: &Root, staging: &Root, path: &RelPath) -> Result<(), Error>
     root.stat(path, Follow::Never).map(drop).map_err(io)
 }
 
-/// Exchanges a directory for the one that is staged, unless that was done before: then the old one is staged.
-fn exchange(root: &Root, staging: &Root, path: &RelPath, new: Option<u64>) -> Result<(), Error> {
+/// Exchanges a directory for the one that is staged, unless that was done before: then the old one is staged. What the new
+/// one does not have of it goes to the trash, where there is one.
+fn exchange(
+    root: &Root,
+    staging: &Root,
+    path: &RelPath,
+    new: Option<u64>,
+    trash: Option<&Trash<'_>>,
+) -> Result<(), Error> {
     let staged = rel("tree")?.join(path.as_bytes()).map_err(|error| Error::Usage(error.to_string()))?;
     let found = root.stat(path, Follow::Never).map_err(io)?;
-    if Some(found.inode) == new {
-        return Ok(());
+    if Some(found.inode) != new {
+        staging.rename_to(&staged, root, path, RenameFlags::EXCHANGE).map_err(io)?;
     }
-    staging.rename_to(&staged, root, path, RenameFlags::EXCHANGE).map_err(io)
+    let Some(trash) = trash else { return Ok(()) };
+    let old = rel(Area::Run.in_root())?.join(staged.as_bytes()).map_err(|error| Error::Usage(error.to_string()))?;
+    trash.take_rest(&old, path)
 }
 
 /// The manifest without what problems kept from being: the old entries where the old things are still there.
@@ -346,10 +376,21 @@ fn audit(root: &Root, area: Area, record: &Record, tree: &Tree, problems: &[(Rel
     };
     let base = AuditRecord { actor: record.actor.clone(), source: record.source.clone(), ..AuditRecord::default() };
     let failed: HashSet<&RelPath> = problems.iter().map(|(path, _)| path).collect();
+    let trash = record.trash.as_ref().map(|name| Trash::new(root, name)).transpose()?;
     let steps = record.steps.iter().filter(|step| !failed.contains(step.path()));
-    let records = steps.flat_map(|step| records(step, area, record, tree, &base));
+    let records = steps.flat_map(|step| {
+        let kept = trash.as_ref().and_then(|trash| trashed(step, trash, &base));
+        kept.into_iter().chain(records(step, area, record, tree, &base))
+    });
     AuditLog::open(root).map_err(wrong)?.append_all(records).map_err(wrong)?;
     Ok(())
+}
+
+/// What the audit log is told of what a step has moved to the trash.
+fn trashed(step: &Step, trash: &Trash<'_>, base: &AuditRecord) -> Option<AuditRecord> {
+    let place = trash.place(step.path()).ok().filter(|_| trash.holds(step.path()))?;
+    let reason = Some(format!("moved to trash: {place}"));
+    Some(AuditRecord { action: "trash".into(), path: step.path().to_string(), reason, ..base.clone() })
 }
 
 /// What the audit log is told of a step.
@@ -361,6 +402,8 @@ fn records<'a>(
     base: &'a AuditRecord,
 ) -> Box<dyn Iterator<Item = AuditRecord> + 'a> {
     let action = match step {
+        // It was told what became of it.
+        Step::RemoveFile(_) | Step::RemoveDirectory(_) if record.trash.is_some() => return Box::new(std::iter::empty()),
         Step::RemoveFile(_) | Step::RemoveDirectory(_) => {
             let removed = AuditRecord { action: "remove".into(), path: step.path().to_string(), ..base.clone() };
             return Box::new(std::iter::once(removed));
@@ -471,7 +514,8 @@ mod tests {
         let inodes = BTreeMap::from([(path(b"e"), u64::MAX)]);
         let note = |text: &str| BTreeMap::from([(RelPath::new("b \n/c").unwrap(), text.to_owned())]);
         let (withheld, acls) = (note("the special bits of mode 4755"), note("user:ops:r--"));
-        let record = Record { actor: "ana@gpu01".into(), source: String::new(), steps, withheld, acls, inodes };
+        let trash = Some(path(b"20260131T065902Z-12"));
+        let record = Record { actor: "ana@gpu01".into(), source: String::new(), steps, withheld, acls, inodes, trash };
         assert_eq!(Record::parse(&record.encode()), Some(record));
         for damaged in ["", "\n", "61\n62", "61\n\nR2e2e\n", "61\n\nR6\n", "61\n\nZ61\n", "61\n\nX61 g\n", "6\n\n"] {
             assert_eq!(Record::parse(damaged), None, "{damaged:?}");
@@ -490,7 +534,7 @@ mod tests {
         let new = root.stat(&staged, Follow::Never).unwrap().inode;
         let staging = root.subroot(&RelPath::new("staging").unwrap()).unwrap();
         for _ in 0..3 {
-            exchange(&root, &staging, &unit, Some(new)).unwrap();
+            exchange(&root, &staging, &unit, Some(new), None).unwrap();
             assert_eq!(root.names(Some(&unit), Follow::Never).unwrap(), [b"new".to_vec()]);
             assert_eq!(root.names(Some(&staged), Follow::Never).unwrap(), [b"old".to_vec()]);
         }

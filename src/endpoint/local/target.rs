@@ -14,7 +14,7 @@ use super::place::{Birth, Place};
 use super::refusals::Refusals;
 use super::repair::{self, Repair};
 use super::writer::LocalWriter;
-use super::{commit, fold, known, metadata, publish, room};
+use super::{commit, fold, known, metadata, publish, room, trash};
 use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec};
@@ -430,6 +430,10 @@ impl Run {
         require_proof(&mut plan, source, &target, &doubtful);
         if let Some(staging) = &self.staging {
             self.prepare(staging, source, &mut plan)?;
+        }
+        if let Some(keep) = self.options.trash_seconds.filter(|_| !self.options.dry_run) {
+            // What has to go makes room for what comes.
+            trash::collect(&self.root, keep, monitor);
         }
         let need = needed(source, &plan);
         if !self.options.ignore_free_space
