@@ -42,6 +42,7 @@ mod quarantine;
 mod quickstart;
 mod readers;
 mod repair;
+mod retain;
 mod rogue;
 mod scenarios_permissions;
 mod serve;

@@ -1,5 +1,6 @@
 //! `lockstep push NAME`: a job of the configuration, once, to all its targets.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 
 use super::arguments::{Place, Route};
@@ -8,7 +9,10 @@ use super::transfer::{How, Rate, config_file, load_config};
 use super::{Failure, shown};
 use crate::config::{Config, Delete, Job, Ready, Schedule};
 use crate::error::{Escaped, Exit, chain};
-use crate::sync::Options;
+use crate::path::RelPath;
+use crate::root::Root;
+use crate::sync::retention::keep_only;
+use crate::sync::{Options, SyncReport};
 
 /// Runs the job called `name`. One target that fails does not keep the others from theirs.
 pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
@@ -49,11 +53,16 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
     }
     let stop = Stop::on_signals()?;
     let mut failed = Vec::new();
+    // Targets that hold units which are to go, and which a later one may need.
+    let mut full = Vec::new();
+    let quorum = job.quorum.unwrap_or(job.targets.len());
     for target in &job.targets {
         stop.check()?;
-        match to_one(job, target, how, options.clone(), &stop) {
-            Ok(Exit::Done) => {}
-            Ok(exit) => failed.push(exit),
+        let safe = (quorum > 1).then(BTreeSet::new);
+        match to_one(job, target, how, keeping(job, options.clone(), safe)?, &stop) {
+            Ok((Exit::Done, report)) if report.needed.is_empty() => {}
+            Ok((Exit::Done, _)) => full.push(target),
+            Ok((exit, _)) => failed.push(exit),
             // Nobody else is asked after a stop.
             Err(failure) if stop.wanted() => return Err(failure),
             Err(failure) => {
@@ -61,6 +70,18 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
                 failed.push(failure.exit());
             }
         }
+    }
+    if failed.len() + quorum <= job.targets.len() {
+        // All that the source has is where it has to be: nobody needs it any more.
+        for target in full {
+            stop.check()?;
+            match to_one(job, target, how, keeping(job, options.clone(), None)?, &stop)? {
+                (Exit::Done, _) => {}
+                (exit, _) => failed.push(exit),
+            }
+        }
+    } else if !full.is_empty() {
+        eprintln!("lockstep: warning: what 'retain' is to take away stays until {quorum} targets are in step");
     }
     match (failed.as_slice(), job.targets.len()) {
         ([], _) => Ok(Exit::Done),
@@ -73,7 +94,15 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
     }
 }
 
-fn to_one(job: &Job, target: &str, how: &How, options: Options, stop: &Stop) -> Result<Exit, Failure> {
+/// The same options for a target that keeps only some units.
+fn keeping(job: &Job, mut options: Options, safe: Option<BTreeSet<RelPath>>) -> Result<Options, Failure> {
+    if let Some(rule) = job.retain {
+        keep_only(&mut options, &Root::open(&job.source)?, rule, safe)?;
+    }
+    Ok(options)
+}
+
+fn to_one(job: &Job, target: &str, how: &How, options: Options, stop: &Stop) -> Result<(Exit, SyncReport), Failure> {
     let mut display = how.display(stop);
     let source = match job.remote_source() {
         Some(source) => Place::parse(OsStr::new(source))?,
@@ -83,7 +112,7 @@ fn to_one(job: &Job, target: &str, how: &How, options: Options, stop: &Stop) -> 
     let place = Place::parse(OsStr::new(target))?;
     let sending = matches!(place, Place::There(_));
     let target = place.target(how, &display)?;
-    how.run(&Route { source, target, only: None, sending, called: None }, options, &mut display, stop)
+    how.reported(&Route { source, target, only: None, sending, called: None }, options, &mut display, stop)
 }
 
 /// What this version does not do for a job is refused, and so are options that the job decides itself.

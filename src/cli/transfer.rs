@@ -15,7 +15,7 @@ use crate::filter::FilterSpec;
 use crate::plan::safety::DeleteLimit;
 use crate::plan::trash::USUAL_KEEP_SECONDS;
 use crate::policy::{PolicySpec, chmod_rules, chown_rules};
-use crate::sync::{self, Options};
+use crate::sync::{self, Options, SyncReport};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct How {
@@ -244,6 +244,7 @@ impl How {
                 source: String::new(),
             },
             delete: self.deletes(),
+            retain: None,
             max_delete: self.max_delete.unwrap_or_default(),
             workers: self.workers(),
             retries: self.retries,
@@ -312,10 +313,21 @@ impl How {
     pub(super) fn run(
         &self,
         route: &Route,
-        mut options: Options,
+        options: Options,
         display: &mut Display,
         stop: &Stop,
     ) -> Result<Exit, Failure> {
+        Ok(self.reported(route, options, display, stop)?.0)
+    }
+
+    /// The same, with what was found out on the way.
+    pub(super) fn reported(
+        &self,
+        route: &Route,
+        mut options: Options,
+        display: &mut Display,
+        stop: &Stop,
+    ) -> Result<(Exit, SyncReport), Failure> {
         let from = route.source.describe();
         let to = match (route.target.describe(), &route.called) {
             (directory, None) => directory,
@@ -351,7 +363,7 @@ impl How {
             Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => return Err(Failure::Output(error)),
             _ => {}
         }
-        Ok(if result.is_complete() { Exit::Done } else { Exit::Incomplete })
+        Ok((if result.is_complete() { Exit::Done } else { Exit::Incomplete }, result))
     }
 }
 

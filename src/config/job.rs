@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de};
 
+pub use crate::layout::complete::{ByLayout as Layout, Ready};
+use crate::plan::retain::Retain;
 use crate::plan::safety::DeleteLimit;
 use crate::plan::trash::USUAL_KEEP_SECONDS;
 
@@ -40,6 +42,9 @@ pub struct Job {
     /// A run that would delete more stops: a number of paths, or `10%`.
     #[serde(default, deserialize_with = "from_text")]
     pub max_delete: DeleteLimit,
+    /// Which units stay at the targets.
+    #[serde(default)]
+    pub retain: Option<Retain>,
     /// The name of the policy that is asked for at the targets.
     #[serde(default)]
     pub policy: Option<String>,
@@ -137,45 +142,6 @@ impl FromStr for Period {
         // Beyond ten years nothing is meant.
         let all = number.checked_mul(milliseconds).filter(|&all| all < 3650 * 86_400_000).ok_or_else(wrong)?;
         Ok(Period(Duration::from_millis(all)))
-    }
-}
-
-/// When a unit is complete.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Ready {
-    /// Nothing in it changed for a while.
-    #[default]
-    Settled,
-    /// What writes it says so as this layout does.
-    Layout(Layout),
-    /// A file of this name is in it.
-    Marker(String),
-}
-
-/// Who wrote the checkpoints.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum Layout {
-    HuggingFace,
-    Megatron,
-    DeepSpeed,
-    TorchDcp,
-}
-
-impl FromStr for Ready {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Ready, String> {
-        Ok(match text {
-            "settled" => Ready::Settled,
-            "huggingface" => Ready::Layout(Layout::HuggingFace),
-            "megatron" => Ready::Layout(Layout::Megatron),
-            "deepspeed" => Ready::Layout(Layout::DeepSpeed),
-            "torch-dcp" => Ready::Layout(Layout::TorchDcp),
-            "" | "." | ".." => return Err("'ready' must name a file, a layout, or 'settled'".into()),
-            name if name.contains(['/', '\0']) => return Err(format!("'{name}' is a path; a marker is a file's name")),
-            name => Ready::Marker(name.to_owned()),
-        })
     }
 }
 

@@ -21,7 +21,6 @@ use crate::error::{Exit, shown};
 use crate::monitor::Monitor;
 
 mod backoff;
-mod complete;
 mod control;
 pub mod feed;
 mod filesystem;

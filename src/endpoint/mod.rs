@@ -299,6 +299,12 @@ pub struct CommitOptions {
     /// Paths that could not even be listed at the source: what they belong to is not whole.
     #[serde(default)]
     pub unreadable: Vec<Vec<u8>>,
+    /// Units (bytes of their paths) that are taken away whole, though the run may delete nothing else.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub retire: Vec<Vec<u8>>,
+    /// Units that stay, with all that is in them, though the plan lists them as removals.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spare: Vec<Vec<u8>>,
 }
 
 /// What was published.
@@ -315,6 +321,12 @@ pub struct Committed {
     /// Where what was removed or replaced lies now, below the root, if anything does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trash: Option<String>,
+    /// Units that were taken away: escaped paths.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub retired: Vec<String>,
+    /// What was to be removed and stays for now, since somebody uses it: escaped path and who.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub put_off: Vec<(String, String)>,
     /// Paths that could not be published: escaped path and reason.
     pub problems: Vec<(String, String)>,
 }

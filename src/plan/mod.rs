@@ -9,6 +9,7 @@ mod diff;
 
 pub mod outcome;
 pub mod publish;
+pub mod retain;
 pub mod safety;
 pub mod trash;
 

@@ -3,15 +3,18 @@
 //! scan source, compare at the target, check that it is safe, stage, verify, publish. The engine is blocking; each of
 //! its worker threads owns a reader and a writer, and a block of content passes from one to the other untouched.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Crew, Error, ScanOptions, Source, Target};
+use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Digest, Tree};
 use crate::monitor::{Counters, Event, Monitor, Phase, Problem, Severity};
+use crate::path::RelPath;
+use crate::plan::retain::{Retention, Retired};
 use crate::plan::safety::{self, DeleteLimit};
 use crate::plan::{Change, Need, Plan};
 
@@ -19,6 +22,7 @@ mod listed;
 mod pace;
 mod queue;
 pub mod repair;
+pub mod retention;
 mod worker;
 
 use pace::Pace;
@@ -34,6 +38,8 @@ pub struct Options {
     pub begin: BeginOptions,
     /// Remove at the target what the source does not have.
     pub delete: bool,
+    /// Keep only some units at the target, whatever `delete` says.
+    pub retain: Option<Retention>,
     /// How much may be removed at most.
     pub max_delete: DeleteLimit,
     /// Worker threads, at least 1.
@@ -63,6 +69,10 @@ pub struct SyncReport {
     pub transferred_bytes: u64,
     /// Bytes that went over the wire, both directions, compressed; 0 where there is none.
     pub wire_bytes: u64,
+    /// Units that are taken away, or would be, because the run is to keep only some.
+    pub retired: BTreeSet<RelPath>,
+    /// Units that would be, but for other targets that may still need them.
+    pub needed: BTreeSet<RelPath>,
     /// Whether removals were held back because of problems.
     pub deletion_held_back: bool,
     /// From start to end.
@@ -179,6 +189,7 @@ fn run_begun(
     monitor.event(Event::Phase(Phase::Comparing));
     let mut plan = target.diff(&tree, monitor)?;
     check(stop)?;
+    let retired = retired(options, &mut plan)?;
     if options.delete {
         safety::check_removals(&tree, &plan, options.max_delete)
             .map_err(|refusal| Error::Refused { by: "the safety checks".into(), reason: refusal.to_string() })?;
@@ -192,6 +203,8 @@ fn run_begun(
         verified_bytes: outcome.verified_bytes,
         transferred_bytes: Counters::get(&monitor.counters().transferred_bytes),
         wire_bytes: source.wire_bytes() + target.wire_bytes(),
+        retired: retired.gone.clone(),
+        needed: retired.needed.clone(),
         deletion_held_back: held_back,
         elapsed: started.elapsed(),
     };
@@ -222,8 +235,14 @@ fn run_begun(
         monitor.event(Event::Warning("nothing was deleted at the target, because some paths failed"));
     }
     monitor.event(Event::Phase(Phase::Publishing));
-    let committed =
-        target.commit(&CommitOptions { delete: options.delete && !any_failed, failed, unreadable }, monitor)?;
+    let bytes = |paths: &BTreeSet<RelPath>| paths.iter().map(|path| path.as_bytes().to_vec()).collect();
+    let (retire, spare) = if any_failed { Default::default() } else { (bytes(&retired.gone), bytes(&retired.needed)) };
+    let delete = options.delete && !any_failed;
+    let committed = target.commit(&CommitOptions { delete, failed, unreadable, retire, spare }, monitor)?;
+    for (path, why) in &committed.put_off {
+        monitor
+            .event(Event::Warning(&format!("'{path}' is not removed for now: {why}; the next run looks at it again")));
+    }
     for (path, message) in &committed.problems {
         let problem = Problem {
             path: crate::path::RelPath::new(path.as_bytes()).ok(),
@@ -236,6 +255,18 @@ fn run_begun(
     monitor.event(Event::Phase(Phase::Done));
     compared(&mut plan, &outcome);
     Ok(report(plan, Some(committed), problems, outcome, held_back))
+}
+
+/// The units that are not to stay, which are no removals of the plan any more.
+fn retired(options: &Options, plan: &mut Plan) -> Result<Retired, Error> {
+    let Some(retention) = &options.retain else { return Ok(Retired::default()) };
+    let spec = FilterSpec { rules: options.begin.units.clone(), only: None };
+    let units = Filter::compile(&spec).map_err(|error| Error::Usage(crate::error::chain(&error)))?;
+    let retired = retention.decide(plan, &units);
+    let decided = |path: &RelPath| retired.gone.contains(path) || retired.needed.contains(path);
+    // They are limited by their own rule, not by that for removals.
+    plan.removals.retain(|removal| !decided(&removal.path) && !removal.path.ancestors().any(|above| decided(&above)));
+    Ok(retired)
 }
 
 /// What the comparisons that the target asked for have shown, for the report. A dry run reads nothing, and shows

@@ -299,6 +299,7 @@ pub(crate) fn options() -> Options {
             ..BeginOptions::default()
         },
         delete: true,
+        retain: None,
         max_delete: DeleteLimit::Unlimited,
         workers: 1,
         retries: 2,

@@ -132,6 +132,11 @@ impl Target for AgentTarget {
     }
 
     fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
+        let takes_away = !options.retire.is_empty() || !options.spare.is_empty();
+        if takes_away && !self.lanes.control().has(extension::TRASH, extension::VERSION) {
+            let reason = "the lockstep there is too old to keep only some units; install this version there";
+            return Err(Error::Refused { by: self.describe(), reason: reason.into() });
+        }
         let mut packet = extension::request("commit");
         extension::put_string(&mut packet, &json(options)?);
         let reply = self.lanes.call(packet)?;
@@ -147,7 +152,9 @@ impl Target for AgentTarget {
         let safe = |(path, reason): &(String, String)| (said(path.as_bytes()), said(reason.as_bytes()));
         let problems = committed.problems.iter().map(safe).collect();
         let trash = committed.trash.as_ref().map(|trash| said(trash.as_bytes()));
-        Ok(Committed { problems, trash, ..committed })
+        let put_off = committed.put_off.iter().map(safe).collect();
+        let retired = committed.retired.iter().map(|path| said(path.as_bytes())).collect();
+        Ok(Committed { problems, trash, put_off, retired, ..committed })
     }
 
     fn abort(&self) {

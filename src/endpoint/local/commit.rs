@@ -9,6 +9,7 @@ use sha2::{Digest as _, Sha256};
 use super::area::Area;
 use super::metadata::{Acls, apply_directory};
 use super::publish::{self, Record};
+use super::retire::{self, Retired};
 use super::target::{MANIFEST, Run, State, io, rel};
 use super::trash::Trash;
 use super::{known, links, unit};
@@ -51,6 +52,8 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let mut withheld = withhold(run, state, options, &mut failed);
     let held_back = !withheld.is_empty();
     withheld.extend(state.refused.iter().map(|(&at, why)| (source.entries()[at as usize].path.clone(), why.clone())));
+    let retired = retire::decide(run, state, options, &failed)?;
+    let put_off = shown(retired.put_off.iter().cloned());
     let publication = Publication {
         source: &source,
         target: &state.target,
@@ -60,7 +63,8 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         last: &|path| run.is_last(path),
         unit: &|path, directory| run.unit_of(path, directory),
     };
-    let (steps, exchanged) = (steps(&publication), exchanged(&publication));
+    let (mut steps, exchanged) = (steps(&publication), exchanged(&publication));
+    steps.extend(retired.steps());
     let nothing = steps.is_empty() && !state.adopts && run.birth.is_none();
     if nothing && state.old_manifest.generation > 0 {
         // What is staged of a unit that is held back saves the next run from sending it again.
@@ -70,6 +74,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         return Ok(Committed {
             generation: state.old_manifest.generation,
             manifest_digest: state.old_digest.to_string(),
+            put_off,
             problems: shown(withheld),
             ..Committed::default()
         });
@@ -77,7 +82,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     settle(run, staging, state, &failed)?;
     let inodes = unit::stage(run, staging, state, &exchanged, options.delete)?;
     settle_directories(run, staging, state, &failed)?;
-    let manifest = new_manifest(run, state, options, &failed)?;
+    let manifest = new_manifest(run, state, options, &failed, &retired)?;
     let text = format::encode(&manifest);
     let acls = late_acls(run, &source, &steps)?;
     let (actor, from) = (run.options.actor.clone(), run.options.source.clone());
@@ -114,7 +119,10 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         published: counted(
             &mut state.plan.actions.iter().filter(|action| !failed.contains(&action.index)).map(path_of),
         ),
-        removed: counted(&mut record.steps.iter().filter(is_removal).map(Step::path)),
+        removed: counted(&mut record.steps.iter().filter(is_removal).map(Step::path))
+            + retired.gone.iter().filter(|(path, _)| done(path)).map(|(_, paths)| paths).sum::<u64>(),
+        retired: retired.gone.keys().filter(done).map(ToString::to_string).collect(),
+        put_off,
         trash: moved_aside(run, &record)?,
         problems: shown(withheld.into_iter().chain(published.problems)),
     })
@@ -311,7 +319,13 @@ pub(super) fn settle_directories(run: &Run, staging: &Root, state: &State, faile
 }
 
 /// What the root holds once the steps are done, as far as this and earlier runs vouch for it.
-fn new_manifest(run: &Run, state: &State, options: &CommitOptions, failed: &HashSet<u32>) -> Result<Manifest, Error> {
+fn new_manifest(
+    run: &Run,
+    state: &State,
+    options: &CommitOptions,
+    failed: &HashSet<u32>,
+    retired: &Retired,
+) -> Result<Manifest, Error> {
     let source = &state.source;
     let gone: HashSet<&RelPath> =
         state.plan.removals.iter().filter(|_| options.delete).map(|removal| &removal.path).collect();
@@ -322,7 +336,12 @@ fn new_manifest(run: &Run, state: &State, options: &CommitOptions, failed: &Hash
         |path: &RelPath| path.ancestors().any(|above| source.get(&above).is_some_and(|entry| !entry.is_directory()));
     for old in state.old_manifest.tree.entries() {
         let replaced = source.position(&old.path).is_some_and(|at| !failed.contains(&(at as u32)));
-        if !replaced && !gone.contains(&old.path) && !blocked(&old.path) && still_there(run, state, old) {
+        if !replaced
+            && !gone.contains(&old.path)
+            && !retired.takes(&old.path)
+            && !blocked(&old.path)
+            && still_there(run, state, old)
+        {
             entries.push(old.clone());
         }
     }

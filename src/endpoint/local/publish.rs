@@ -12,13 +12,13 @@ use rustix::io::Errno;
 use super::area::Area;
 use super::metadata::{Acls, Existing};
 use super::target::{MANIFEST, STATE, io, rel};
-use super::trash::Trash;
+use super::trash::{Trash, rename_whole};
 use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::Error;
 use crate::manifest::{Content, Entry, Manifest, Tree, format};
 use crate::path::RelPath;
 use crate::plan::publish::Step;
-use crate::root::{Follow, Metadata, Root};
+use crate::root::{FileKind, Follow, Metadata, Root};
 
 const RECORD: &str = "commit";
 const NEW_MANIFEST: &str = "manifest";
@@ -65,6 +65,7 @@ impl Record {
                 Step::ApplyMetadata(_) => 'A',
                 Step::RemoveFile(_) => 'F',
                 Step::RemoveDirectory(_) => 'D',
+                Step::TakeAway(_) => 'U',
             };
             text.push(letter);
             text.push_str(&hex(step.path().as_bytes()));
@@ -111,6 +112,7 @@ impl Record {
                 "A" => Step::ApplyMetadata(path),
                 "F" => Step::RemoveFile(path),
                 "D" => Step::RemoveDirectory(path),
+                "U" => Step::TakeAway(path),
                 _ => return None,
             });
         }
@@ -229,8 +231,14 @@ fn execute(
         }
         Ok(()) => Ok(true),
     };
+    let mut failed = false;
     for step in &record.steps {
         let path = step.path();
+        if matches!(step, Step::TakeAway(_)) && failed {
+            // A pointer that did not come may be one of them.
+            note(path, Err(Error::Usage("stays, since other paths failed".into())))?;
+            continue;
+        }
         touched.extend(path.parent());
         let take = || match step {
             Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path, trash.as_ref()),
@@ -243,6 +251,10 @@ fn execute(
             Step::RemoveDirectory(_) => match &trash {
                 Some(trash) => trash.take_directory(path),
                 None => gone(root.rmdir(path).map_err(io)),
+            },
+            Step::TakeAway(_) => match &trash {
+                Some(trash) => trash.take_whole(path),
+                None => take_away(root, path),
             },
         };
         let result = match take() {
@@ -258,7 +270,9 @@ fn execute(
             }
             result => result,
         };
-        if note(path, result)? && matches!(step, Step::NewDirectory(_) | Step::Exchange(_)) {
+        let done = note(path, result)?;
+        failed |= !done;
+        if done && matches!(step, Step::NewDirectory(_) | Step::Exchange(_)) {
             touched.insert(path.clone());
         }
     }
@@ -310,6 +324,21 @@ fn gone(result: Result<(), Error>) -> Result<(), Error> {
         }
         other => other,
     }
+}
+
+/// Moves a directory to where everything is removed once the run has ended.
+fn take_away(root: &Root, path: &RelPath) -> Result<(), Error> {
+    let found = match root.stat(path, Follow::Never) {
+        Ok(found) if found.kind == FileKind::Directory => found,
+        Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Err(io(error)),
+        _ => return Ok(()),
+    };
+    let place = rel(Area::Run.in_root())?.join(b"gone").and_then(|gone| gone.join(path.as_bytes()));
+    let place = place.map_err(|error| Error::Usage(error.to_string()))?;
+    if let Some(above) = place.parent() {
+        root.mkdir_all(&above, 0o700).map_err(io)?;
+    }
+    rename_whole(root, path, &found, &place)
 }
 
 /// Renames the staged thing to its place; when it is not staged any more that was done before. What it replaces is kept in the
@@ -403,8 +432,10 @@ fn records<'a>(
 ) -> Box<dyn Iterator<Item = AuditRecord> + 'a> {
     let action = match step {
         // It was told what became of it.
-        Step::RemoveFile(_) | Step::RemoveDirectory(_) if record.trash.is_some() => return Box::new(std::iter::empty()),
-        Step::RemoveFile(_) | Step::RemoveDirectory(_) => {
+        Step::RemoveFile(_) | Step::RemoveDirectory(_) | Step::TakeAway(_) if record.trash.is_some() => {
+            return Box::new(std::iter::empty());
+        }
+        Step::RemoveFile(_) | Step::RemoveDirectory(_) | Step::TakeAway(_) => {
             let removed = AuditRecord { action: "remove".into(), path: step.path().to_string(), ..base.clone() };
             return Box::new(std::iter::once(removed));
         }
@@ -510,6 +541,7 @@ mod tests {
             Step::Exchange(path(b"e")),
             Step::ApplyMetadata(path(b"f")),
             Step::RemoveDirectory(path(b"g")),
+            Step::TakeAway(path(b"h")),
         ];
         let inodes = BTreeMap::from([(path(b"e"), u64::MAX)]);
         let note = |text: &str| BTreeMap::from([(RelPath::new("b \n/c").unwrap(), text.to_owned())]);

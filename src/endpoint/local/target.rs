@@ -34,7 +34,7 @@ pub(super) const MANIFEST: &str = ".lockstep/manifest";
 /// Clocks of machines that exchange data differ by less.
 const CLOCK_TOLERANCE_SECONDS: i64 = 60;
 /// Names that are published last and removed first wherever they occur.
-pub(in crate::endpoint) const POINTERS: [&str; 5] =
+pub(crate) const POINTERS: [&str; 5] =
     ["latest", "latest_checkpointed_iteration.txt", "_SUCCESS", ".metadata", "*.index.json"];
 
 /// A directory of this machine as a target.
@@ -57,8 +57,8 @@ pub(super) struct Run {
     pub(super) repair: Option<Arc<Repair>>,
     policy: Policy,
     pub(super) ids: Ids,
-    last: Filter,
-    units: Filter,
+    pub(super) last: Filter,
+    pub(super) units: Filter,
     state: Mutex<State>,
     refusals: Mutex<Refusals>,
     _lock: Option<RootLock>,

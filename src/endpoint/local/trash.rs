@@ -165,6 +165,19 @@ impl<'a> Trash<'a> {
         }
         Ok(())
     }
+
+    /// Moves a directory with everything in it here.
+    pub(super) fn take_whole(&self, path: &RelPath) -> Result<(), Error> {
+        match self.root.stat(path, Follow::Never) {
+            Ok(found) if found.kind == FileKind::Directory => {
+                let place = self.prepared(path)?;
+                rename_whole(self.root, path, &found, &place)
+            }
+            Ok(_) => Ok(()),
+            Err(error) if is_gone(&error) => Ok(()),
+            Err(error) => Err(io(error)),
+        }
+    }
 }
 
 /// Renames a directory. One that its owner may not write in cannot be moved to another directory: it is opened up for that.

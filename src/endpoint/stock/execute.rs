@@ -109,8 +109,8 @@ fn perform(run: &Run, steps: &[&Recorded], how: &How<'_>, problems: &mut Problem
             }
             Step::NewDirectory(_) => session::request(packet::RENAME).string(&staged(recorded)).string(&path).finish(),
             // SFTP cannot do it, and no run asks for it.
-            Step::Exchange(path) => {
-                problems.tell(path, "cannot be exchanged over SFTP".into());
+            Step::Exchange(path) | Step::TakeAway(path) => {
+                problems.tell(path, "cannot be exchanged or taken away over SFTP".into());
                 continue;
             }
             Step::ApplyMetadata(path) => {

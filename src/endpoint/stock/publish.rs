@@ -115,6 +115,8 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         published: published.len() as u64,
         removed: removed.len() as u64,
         trash,
+        retired: Vec::new(),
+        put_off: Vec::new(),
         problems: problems.told,
     })
 }

@@ -17,7 +17,7 @@ pub(super) struct Recorded {
 
 impl Recorded {
     pub(super) fn is_removal(&self) -> bool {
-        matches!(self.step, Step::RemoveFile(_) | Step::RemoveDirectory(_))
+        matches!(self.step, Step::RemoveFile(_) | Step::RemoveDirectory(_) | Step::TakeAway(_))
     }
 
     /// What failed.
@@ -25,7 +25,7 @@ impl Recorded {
         let what = match self.step {
             Step::Replace(_) | Step::NewDirectory(_) | Step::Exchange(_) => "give it its name",
             Step::ApplyMetadata(_) => "set its owner, mode and time",
-            Step::RemoveFile(_) | Step::RemoveDirectory(_) => "remove it",
+            Step::RemoveFile(_) | Step::RemoveDirectory(_) | Step::TakeAway(_) => "remove it",
         };
         format!("cannot {what}: {reason}")
     }
@@ -56,6 +56,7 @@ impl Record {
                 Step::ApplyMetadata(_) => 'A',
                 Step::RemoveFile(_) => 'F',
                 Step::RemoveDirectory(_) => 'D',
+                Step::TakeAway(_) => 'U',
             });
             for byte in step.path().as_bytes() {
                 // Writing to a string cannot fail.
