@@ -9,6 +9,7 @@ use crate::daemon::Running;
 use crate::kit::area::{run_traced, traced, write};
 use crate::kit::sshd::Sshd;
 use crate::kit::{done, ends, text, until};
+use crate::layout::archive;
 
 fn unit(at: &Path, number: u32) {
     write(at, &format!("c-{number}/weights"), format!("weights {number}").as_bytes());
@@ -240,4 +241,62 @@ fn what_a_check_or_the_job_that_it_started_holds_is_removed_by_a_later_run() {
     run_traced(&mut check);
     let calls = fs::read_to_string(at.path().join("log")).unwrap();
     assert!(calls.contains("LOCK_SH|LOCK_NB"), "{calls}");
+}
+
+#[test]
+fn a_push_of_a_job_sends_the_units_that_are_finished_and_says_why_others_are_not() {
+    let at = tempfile::tempdir().unwrap();
+    let (source, target) = (at.path().join("source"), at.path().join("target"));
+    let push = |rule: &str| {
+        let (source, target) = (source.display(), target.display());
+        let job = format!("[[job]]\nname = \"j\"\nsource = \"{source}\"\ntargets = [\"{target}\"]\n{rule}");
+        fs::write(at.path().join("config.toml"), job).unwrap();
+        let mut command = Command::new(crate::kit::area::lockstep());
+        command
+            .args(["push", "j", "--config"])
+            .arg(at.path().join("config.toml"))
+            .env("HOME", at.path())
+            .output()
+            .unwrap()
+    };
+    // Markers.
+    let marked = "unit = \"c-*/\"\nready = \"_SUCCESS\"\nretain = { newest = 2 }\n";
+    for number in 1..=4 {
+        unit(&source, number);
+        if number < 4 {
+            write(&source, &format!("c-{number}/_SUCCESS"), b"");
+        }
+    }
+    write(&source, "latest", b"c-4");
+    write(&source, "readme", b"no unit");
+    ends(
+        &push(marked),
+        4,
+        &["'c-4' is not finished, and is left out: '_SUCCESS' is not in it", "not finished and left out: 1 unit"],
+    );
+    // One that is not finished is none of the newest, and what names it does not come either.
+    assert_eq!(units(&target), [2, 3]);
+    assert!(!target.join("latest").exists() && target.join("readme").exists());
+    write(&source, "c-4/_SUCCESS", b"");
+    done(&push(marked));
+    assert_eq!(units(&target), [3, 4]);
+    assert_eq!(fs::read_to_string(target.join("latest")).unwrap(), "c-4");
+    // Layouts: Megatron names the newest whole iteration in a file beside them.
+    fs::remove_dir_all(&source).unwrap();
+    fs::remove_dir_all(&target).unwrap();
+    for iteration in ["iter_0000100", "iter_0000200"] {
+        write(&source, &format!("{iteration}/mp_rank_00/model_optim_rng.pt"), &archive());
+    }
+    write(&source, "latest_checkpointed_iteration.txt", b"100");
+    let layout = "unit = \"iter_*/\"\nready = \"megatron\"\n";
+    let output = push(layout);
+    ends(&output, 4, &["'iter_0000200' is not finished, and is left out: ", "names no checkpoint as new as this"]);
+    assert!(target.join("iter_0000100/mp_rank_00/model_optim_rng.pt").exists(), "{}", text(&output));
+    assert!(!target.join("iter_0000200").exists());
+    write(&source, "latest_checkpointed_iteration.txt", b"200");
+    done(&push(layout));
+    assert!(target.join("iter_0000200").exists());
+    // A tree without units is looked at as a whole.
+    write(&source, "latest_checkpointed_iteration.txt", b"300");
+    ends(&push("ready = \"megatron\"\n"), 4, &["is not finished: "]);
 }

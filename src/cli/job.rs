@@ -6,9 +6,9 @@ use std::ffi::OsStr;
 use super::arguments::{Place, Route};
 use super::stop::Stop;
 use super::transfer::{How, Rate, config_file, load_config};
-use super::{Failure, shown};
-use crate::config::{Config, Delete, Job, Ready, Schedule};
-use crate::error::{Escaped, Exit, chain};
+use super::{Failure, shown, unfinished};
+use crate::config::{Config, Delete, Job, Schedule};
+use crate::error::{Escaped, Exit, chain, counted};
 use crate::path::RelPath;
 use crate::root::Root;
 use crate::sync::retention::keep_only;
@@ -36,21 +36,18 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
         Failure::usage(if here { format!("{}; {}", chain(&error), missing()) } else { chain(&error) })
     })?;
     let wrong = |message: String| Failure::usage(format!("job '{}': {message}", Escaped(job.name.as_bytes())));
-    refuse(job, how).map_err(wrong)?;
-    let options = options(&config, job, how)?;
-    if let Ready::Marker(marker) = &job.ready
-        && !job.source.join(marker).exists()
-    {
-        let message =
-            format!("'{}' is not finished: '{}' is not in it", shown(&job.source), Escaped(marker.as_bytes()));
-        return Err(Failure::Plain { exit: Exit::Incomplete, message });
-    }
+    refuse(how).map_err(wrong)?;
+    let mut options = options(&config, job, how)?;
     // Said once, before anybody is connected to, and with the exit code of a push of the same directory.
     if job.remote_source().is_none()
         && !std::fs::metadata(&job.source).map_err(Failure::io("open", &job.source))?.is_dir()
     {
         return Err(wrong(format!("its source '{}' is not a directory", shown(&job.source))));
     }
+    let unfinished = match job.remote_source() {
+        None => unfinished::leave_out(job, &Root::open(&job.source)?, &mut options)?,
+        Some(_) => 0,
+    };
     let stop = Stop::on_signals()?;
     let mut failed = Vec::new();
     // Targets that hold units which are to go, and which a later one may need.
@@ -84,6 +81,11 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
         eprintln!("lockstep: warning: what 'retain' is to take away stays until {quorum} targets are in step");
     }
     match (failed.as_slice(), job.targets.len()) {
+        ([], _) if unfinished > 0 => {
+            let units = counted(unfinished as u64, "unit", "units");
+            let message = format!("not finished and left out: {units}; the same command sends them when they are");
+            Err(Failure::Plain { exit: Exit::Incomplete, message })
+        }
         ([], _) => Ok(Exit::Done),
         ([exit], 1) => Ok(*exit),
         (_, all) => {
@@ -115,16 +117,11 @@ fn to_one(job: &Job, target: &str, how: &How, options: Options, stop: &Stop) -> 
     how.reported(&Route { source, target, only: None, sending, called: None }, options, &mut display, stop)
 }
 
-/// What this version does not do for a job is refused, and so are options that the job decides itself.
-fn refuse(job: &Job, how: &How) -> Result<(), String> {
+/// Options that the job decides itself are refused.
+fn refuse(how: &How) -> Result<(), String> {
     if let Some(option) = how.decided_by_a_job() {
         return Err(format!(
             "{option} is for the job to say: change it in the configuration, or push with SRC and DEST"
-        ));
-    }
-    if let Ready::Layout(layout) = job.ready {
-        return Err(format!(
-            "ready as {layout:?} writes it is not supported by push yet; name a marker file, or leave it out"
         ));
     }
     Ok(())

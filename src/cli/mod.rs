@@ -43,6 +43,7 @@ mod sftp_server;
 mod status;
 mod stop;
 mod transfer;
+mod unfinished;
 
 const EXIT_CODES: &str = "\
 Exit codes:

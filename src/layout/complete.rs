@@ -35,6 +35,17 @@ pub enum ByLayout {
     TorchDcp,
 }
 
+impl ByLayout {
+    fn layout(self) -> super::Layout {
+        match self {
+            ByLayout::HuggingFace => super::Layout::HuggingFace,
+            ByLayout::Megatron => super::Layout::Megatron,
+            ByLayout::DeepSpeed => super::Layout::DeepSpeed,
+            ByLayout::TorchDcp => super::Layout::TorchDcp,
+        }
+    }
+}
+
 impl FromStr for Ready {
     type Err = String;
 
@@ -65,6 +76,29 @@ pub fn unfinished(root: &Root, unit: &RelPath, ready: &Ready) -> Option<String> 
     }
 }
 
+/// The same of a tree without units, which is looked at as a whole.
+pub fn unfinished_tree(root: &Root, name: Option<&[u8]>, ready: &Ready) -> Option<String> {
+    match ready {
+        Ready::Settled => None,
+        Ready::Marker(marker) => {
+            let found = RelPath::new(marker).ok().and_then(|marker| root.stat(&marker, Follow::Beneath).ok());
+            found.is_none().then(|| format!("'{}' is not in it", Escaped(marker.as_bytes())))
+        }
+        Ready::Layout(layout) => {
+            let (wanted, root_name) = (super::Wanted::Only(layout.layout()), name.map(<[u8]>::to_vec));
+            match super::inspect(root, &super::Options { wanted, root_name, ..super::Options::default() }) {
+                Ok(report) => report.findings.first().map(said),
+                Err(error) => Some(crate::error::chain(&error)),
+            }
+        }
+    }
+}
+
+fn said(finding: &Finding) -> String {
+    let path = finding.path.as_ref().map_or_else(|| ".".to_owned(), ToString::to_string);
+    format!("'{path}' {}: {}", finding.what, finding.why)
+}
+
 fn unfinished_by(root: &Root, unit: &RelPath, layout: ByLayout) -> Option<String> {
     let unreadable = |error: &dyn std::error::Error| Some(crate::error::chain(error));
     let inside = match root.subroot(unit) {
@@ -77,9 +111,9 @@ fn unfinished_by(root: &Root, unit: &RelPath, layout: ByLayout) -> Option<String
         Err(error) => return unreadable(&error),
     };
     let numbered = |prefix: &[u8]| names::numbered(unit.name(), prefix);
-    let (wanted, named, not_named) = match layout {
-        ByLayout::HuggingFace => (super::Layout::HuggingFace, false, None),
-        ByLayout::TorchDcp => (super::Layout::TorchDcp, false, None),
+    let wanted = layout.layout();
+    let (named, not_named) = match layout {
+        ByLayout::HuggingFace | ByLayout::TorchDcp => (false, None),
         ByLayout::Megatron => {
             let number = numbered(b"iter_");
             let is_release = unit.name() == b"release";
@@ -90,7 +124,7 @@ fn unfinished_by(root: &Root, unit: &RelPath, layout: ByLayout) -> Option<String
                 (None, _) if !is_release => true,
                 _ => false,
             };
-            (super::Layout::Megatron, number.is_some() || is_release, (!pointed).then_some(MEGATRON))
+            (number.is_some() || is_release, (!pointed).then_some(MEGATRON))
         }
         ByLayout::DeepSpeed => {
             let text = pointer_beside(root, unit, DEEPSPEED);
@@ -100,15 +134,14 @@ fn unfinished_by(root: &Root, unit: &RelPath, layout: ByLayout) -> Option<String
                 // The pointer is in the unit, and the rules of the layout look at it.
                 None => true,
             };
-            (super::Layout::DeepSpeed, false, (!pointed).then_some(DEEPSPEED))
+            (false, (!pointed).then_some(DEEPSPEED))
         }
     };
     if !named && !report.layouts.iter().any(|found| found.layout == wanted) {
         return Some(format!("it does not look like a checkpoint of {}", wanted.name()));
     }
-    if let Some(Finding { path, what, why, .. }) = report.findings.first() {
-        let path = path.as_ref().map_or_else(|| ".".to_owned(), ToString::to_string);
-        return Some(format!("'{path}' {what}: {why}"));
+    if let Some(finding) = report.findings.first() {
+        return Some(said(finding));
     }
     not_named.map(|pointer| format!("'{}' beside it names no checkpoint as new as this", Escaped(pointer)))
 }
