@@ -456,3 +456,19 @@ fn what_the_target_did_not_let_happen_is_not_counted_as_done() {
     assert!(said(&output).contains("1 removed, 1 failed"), "{}", said(&output));
     assert!(!at.join("target/there/f").exists() && at.join("target/there").exists());
 }
+
+#[test]
+fn a_job_that_is_pushed_runs_with_its_nice_value() {
+    let area = tempfile::tempdir().unwrap();
+    let at = area.path();
+    write(at, "data/file", "data");
+    let root = at.display();
+    let job = format!("[[job]]\nname = \"j\"\nsource = \"{root}/data\"\ntargets = [\"{root}/target\"]\nnice = 15\n");
+    write(at, "config.toml", &job);
+    let config = at.join("config.toml").display().to_string();
+    let command = [crate::kit::area::lockstep(), "push", "--config", &config, "j"];
+    let mut push = crate::kit::area::traced("setpriority", None, &at.join("log"), &command);
+    assert!(crate::kit::area::run_traced(push.env("HOME", at)).status.success());
+    let calls = fs::read_to_string(at.join("log")).unwrap();
+    assert!(calls.contains("setpriority(PRIO_PROCESS, 0, 15)"), "{calls}");
+}

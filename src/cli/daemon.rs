@@ -43,17 +43,17 @@ struct Dialler {
 }
 
 impl Connect for Dialler {
-    fn target(&self, target: &str, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble> {
+    fn target(&self, target: &str, connections: Option<u8>, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble> {
         match Place::parse(std::ffi::OsStr::new(target)).map_err(Dialler::failed)? {
             Place::Here(path) => Ok(Box::new(LocalTarget::new(&path, PolicySpec::default()))),
             Place::There(there) => {
                 let compress = CompressOptions::default();
-                remote::target(&there, &self.ssh, &self.reach, None, compress, monitor).map_err(Dialler::failed)
+                remote::target(&there, &self.ssh, &self.reach, connections, compress, monitor).map_err(Dialler::failed)
             }
         }
     }
 
-    fn source(&self, source: &str, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble> {
+    fn source(&self, source: &str, connections: Option<u8>, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble> {
         match Place::parse(std::ffi::OsStr::new(source)).map_err(Dialler::failed)? {
             Place::Here(path) => {
                 let opened = LocalSource::new(&path, None);
@@ -61,7 +61,7 @@ impl Connect for Dialler {
             }
             Place::There(there) => {
                 let compress = CompressOptions::default();
-                remote::source(&there, &self.ssh, &self.reach, None, compress, monitor).map_err(Dialler::failed)
+                remote::source(&there, &self.ssh, &self.reach, connections, compress, monitor).map_err(Dialler::failed)
             }
         }
     }

@@ -6,7 +6,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use crate::error::Escaped;
 
 /// Accepted by push and pull.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Accepted as for rsync and scp: it is what is done anyway")]
 pub(super) struct Habits {
     /// Directories whole, links, modes, times (owner and group need --chown or a policy)

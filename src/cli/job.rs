@@ -12,7 +12,7 @@ use crate::error::{Escaped, Exit, chain, counted};
 use crate::path::RelPath;
 use crate::root::Root;
 use crate::sync::retention::keep_only;
-use crate::sync::{Options, SyncReport};
+use crate::sync::{Options, SyncReport, be_nice};
 
 /// Runs the job called `name`. One target that fails does not keep the others from theirs.
 pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
@@ -37,7 +37,14 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
     })?;
     let wrong = |message: String| Failure::usage(format!("job '{}': {message}", Escaped(job.name.as_bytes())));
     refuse(how).map_err(wrong)?;
+    // What the command line says wins.
+    let mut own = how.clone();
+    own.transfers = how.transfers.or(job.connections);
+    let how = &own;
     let mut options = options(&config, job, how)?;
+    if let Some(nice) = job.nice {
+        be_nice(nice).map_err(|error| wrong(chain(&error)))?;
+    }
     // Said once, before anybody is connected to, and with the exit code of a push of the same directory.
     if job.remote_source().is_none()
         && !std::fs::metadata(&job.source).map_err(Failure::io("open", &job.source))?.is_dir()

@@ -17,7 +17,7 @@ use crate::plan::trash::USUAL_KEEP_SECONDS;
 use crate::policy::{PolicySpec, chmod_rules, chown_rules};
 use crate::sync::{self, Options, SyncReport};
 
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub(super) struct How {
     /// Show what would be done; change nothing, read no file's content
     #[arg(short = 'n', long)]

@@ -51,6 +51,12 @@ pub struct Job {
     /// At most this much a second, to each target; it may depend on the time of day.
     #[serde(default, deserialize_with = "some_from_text")]
     pub bandwidth: Option<Schedule>,
+    /// How the job's threads give way to other processes of this machine, -20 to 19 as for nice(1).
+    #[serde(default)]
+    pub nice: Option<i8>,
+    /// Connections to each target, and files in work at once, 1 to 64.
+    #[serde(default)]
+    pub connections: Option<u8>,
     /// For the daemon: how long a file or unit has to be left alone before it is sent.
     #[serde(default = "usual_settle", deserialize_with = "from_text")]
     pub settle: Period,

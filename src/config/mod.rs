@@ -209,6 +209,12 @@ impl Config {
         if job.trash_keep.is_some() && job.delete != Delete::Trash {
             return Err("'trash_keep' is for delete = 'trash': without it nothing is put into the trash".into());
         }
+        if let Some(nice) = job.nice.filter(|nice| !(-20..=19).contains(nice)) {
+            return Err(format!("'nice' is {nice}, and has to be from -20 to 19"));
+        }
+        if let Some(connections) = job.connections.filter(|connections| !(1..=64).contains(connections)) {
+            return Err(format!("'connections' is {connections}, and has to be from 1 to 64"));
+        }
         if let Some(quorum) = job.quorum.filter(|&quorum| quorum == 0 || quorum > job.targets.len()) {
             return Err(format!(
                 "'quorum' is {quorum}, and has to be from 1 to the number of targets, {}",

@@ -17,7 +17,7 @@ use super::{Connect, Places, clock};
 use crate::config::{Job, Schedule};
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
-use crate::sync::Rate;
+use crate::sync::{Rate, be_nice};
 
 /// Another machine is not asked more often.
 const REMOTE_PAUSE: Duration = Duration::from_secs(1);
@@ -105,6 +105,7 @@ impl JobThreads {
             let (actor, state): (String, PathBuf) = (actor.clone(), places.state.clone());
             let teller = teller.clone();
             let serve = move || {
+                shared.be_nice();
                 let watched = Arc::clone(&shared);
                 let guard =
                     Arc::new(move |path: &RelPath| watched.feed().is_some_and(|feed| feed.is_being_written(path)));
@@ -128,7 +129,10 @@ impl JobThreads {
             self.threads.push(std::thread::Builder::new().name("target".into()).spawn(serve)?);
         }
         let shared = Arc::clone(&self.shared);
-        self.threads.push(std::thread::Builder::new().name("watch".into()).spawn(move || shared.watch())?);
+        self.threads.push(std::thread::Builder::new().name("watch".into()).spawn(move || {
+            shared.be_nice();
+            shared.watch();
+        })?);
         Ok(())
     }
 
@@ -192,6 +196,13 @@ impl JobThreads {
 }
 
 impl Shared {
+    /// Gives way to others as the job says, from now on and with all that this thread starts.
+    fn be_nice(&self) {
+        if let Some(Err(error)) = self.job.nice.map(be_nice) {
+            tracing::warn!(job = self.job.name.as_str(), "{}", crate::error::chain(&error));
+        }
+    }
+
     fn feed(&self) -> Option<Arc<Feed>> {
         self.feed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

@@ -68,17 +68,17 @@ pub struct Trouble {
 
 /// How a target is reached.
 pub trait Connect: Send + Sync {
-    /// Opens what the configuration calls `target`.
+    /// Opens what the configuration calls `target`, over so many connections where that is said.
     ///
     /// # Errors
     /// [`Trouble`].
-    fn target(&self, target: &str, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble>;
+    fn target(&self, target: &str, connections: Option<u8>, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble>;
 
     /// Opens a source of another machine, likewise.
     ///
     /// # Errors
     /// [`Trouble`].
-    fn source(&self, source: &str, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble>;
+    fn source(&self, source: &str, connections: Option<u8>, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble>;
 }
 
 /// Where a daemon keeps what it knows, and where it is asked.

@@ -21,7 +21,7 @@ use crate::root::{Follow, Root};
 use crate::sync::retention::keep_only;
 use crate::sync::{self, Options, Rate, SyncReport};
 
-/// Connections of a run, and how often a file is sent again that changed or arrived damaged.
+/// Connections of a run unless its job says otherwise, and how often a file is sent again that changed or arrived damaged.
 const WORKERS: usize = 2;
 const RETRIES: u32 = 2;
 /// Another run on the same target, a push by hand for instance, is waited for so many seconds.
@@ -79,9 +79,10 @@ pub(super) fn run(
     let job = plan.job;
     let failed = |error: &dyn std::error::Error, exit| Trouble { message: chain(error), exit };
     let (source, options): (Box<dyn Source>, Options) = match job.remote_source() {
-        Some(source) => {
-            (connect.source(source, tally)?, options(plan, FilterSpec { rules: job.exclude.clone(), only: None }))
-        }
+        Some(source) => (
+            connect.source(source, job.connections, tally)?,
+            options(plan, FilterSpec { rules: job.exclude.clone(), only: None }),
+        ),
         None => {
             let root = Root::open(&job.source).map_err(|error| failed(&error, Exit::Io))?;
             let Some(filter) = filter(plan, work, &root) else { return Ok(Done::default()) };
@@ -94,7 +95,7 @@ pub(super) fn run(
             (Box::new(Guarded::new(source, Arc::clone(&plan.guard), Arc::clone(&plan.held_back))), options)
         }
     };
-    let target = connect.target(target, tally)?;
+    let target = connect.target(target, job.connections, tally)?;
     match sync::run(&*source, &*target, &options, tally, stop) {
         Ok(report) => {
             let units = options.retain.map(|of| of.source.into_iter().map(|unit| unit.path).collect());
@@ -159,7 +160,7 @@ fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
         delete: job.delete != Delete::Never,
         retain: None,
         max_delete: job.max_delete,
-        workers: WORKERS,
+        workers: job.connections.map_or(WORKERS, usize::from),
         retries: RETRIES,
         bandwidth: plan.rate.clone(),
     }

@@ -23,11 +23,13 @@ mod pace;
 mod queue;
 pub mod repair;
 pub mod retention;
+mod way;
 mod worker;
 
 use pace::Pace;
 pub use pace::Rate;
 use queue::Queue;
+pub use way::{NiceError, be_nice};
 
 /// How a run is done.
 #[derive(Debug, Clone)]
