@@ -231,6 +231,17 @@ fn what_a_check_or_the_job_that_it_started_holds_is_removed_by_a_later_run() {
     drop(plain);
     push("delete = \"mirror\"\n");
     assert!(target.join("c-1/sub/optimizer").exists() && !target.join("plain").exists());
+    // A directory that holds what is held stays with it.
+    write(&source, "outer/inner/file", b"deep");
+    write(&source, "outer/gone", b"gone");
+    push("");
+    fs::remove_dir_all(source.join("outer")).unwrap();
+    let inner = hold("target/outer/inner");
+    assert!(push("delete = \"trash\"\n").contains("'outer/inner' is not removed for now"));
+    assert!(target.join("outer/inner/file").exists() && !target.join("outer/gone").exists());
+    drop(inner);
+    push("delete = \"mirror\"\n");
+    assert!(!target.join("outer").exists());
     // Whoever holds it may be killed.
     drop(job);
     push("retain = { newest = 1 }\n");
@@ -299,4 +310,52 @@ fn a_push_of_a_job_sends_the_units_that_are_finished_and_says_why_others_are_not
     // A tree without units is looked at as a whole.
     write(&source, "latest_checkpointed_iteration.txt", b"300");
     ends(&push("ready = \"megatron\"\n"), 4, &["is not finished: "]);
+}
+
+#[test]
+fn h32_killed_at_any_step_a_unit_that_goes_is_whole_or_gone_and_the_next_run_takes_it_away() {
+    let at = tempfile::tempdir().unwrap();
+    let path = |name: &str| at.path().join(name);
+    let config = |name: &str| {
+        let (source, target) = (path(name).display().to_string(), path("target").display().to_string());
+        let job = format!("[[job]]\nname = \"j\"\nsource = \"{source}\"\ntargets = [\"{target}\"]\nunit = \"c-*/\"\n");
+        let file = path(&format!("{name}.toml"));
+        fs::write(&file, format!("{job}retain = {{ newest = 1 }}\n")).unwrap();
+        let program = crate::kit::area::lockstep().to_owned();
+        [program, "push".into(), "j".into(), "--config".into(), file.display().to_string()]
+    };
+    unit(&path("old"), 1);
+    write(&path("old"), "latest", b"c-1");
+    unit(&path("new"), 2);
+    write(&path("new"), "latest", b"c-2");
+    let (old, new) = (config("old"), config("new"));
+    let run = |arguments: &[String]| {
+        let output = Command::new(&arguments[0]).args(&arguments[1..]).env("HOME", at.path()).output().unwrap();
+        done(&output);
+    };
+    let mut killed = 0;
+    for call in ["renameat", "renameat2", "unlinkat", "fsync", "syncfs"] {
+        for point in 1..=6 {
+            let when = format!("killed at {call} number {point}");
+            let _ = fs::remove_dir_all(path("target"));
+            run(&old);
+            let arguments: Vec<&str> = new.iter().map(String::as_str).collect();
+            let mut command = traced(call, Some(&format!("signal=SIGKILL:when={point}")), &path("log"), &arguments);
+            killed += usize::from(!run_traced(command.env("HOME", at.path())).status.success());
+            let target = path("target");
+            for number in units(&target) {
+                for file in ["weights", "sub/optimizer"] {
+                    assert!(target.join(format!("c-{number}/{file}")).exists(), "{when}: a part of c-{number} is gone");
+                }
+            }
+            let named = fs::read_to_string(target.join("latest")).unwrap();
+            assert!(target.join(&named).exists(), "{when}: latest names {named}");
+            run(&new);
+            assert_eq!(units(&target), [2], "{when}");
+            assert!(!target.join(".lockstep/staging/current").exists(), "{when}");
+            done(&Command::new(&new[0]).args(["manifest", "verify"]).arg(&target).output().unwrap());
+            lockstep::audit::verify(&lockstep::root::Root::open(&target).unwrap()).unwrap();
+        }
+    }
+    assert!(killed > 10, "only {killed} runs were killed");
 }

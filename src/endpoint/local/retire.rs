@@ -35,7 +35,8 @@ impl Retired {
 
     /// Whether a path goes with its unit.
     pub(super) fn takes(&self, path: &RelPath) -> bool {
-        !self.gone.is_empty() && within(&self.gone.keys().cloned().collect(), path)
+        let gone = |path: &RelPath| self.gone.contains_key(path);
+        !self.gone.is_empty() && (gone(path) || path.ancestors().any(|above| gone(&above)))
     }
 }
 
@@ -70,7 +71,9 @@ pub(super) fn decide(
         stays.extend(held(run, state, &stays, &mut retired)?);
     }
     if !stays.is_empty() {
-        state.plan.removals.retain(|removal| !within(&stays, &removal.path));
+        // What holds something that stays does, too.
+        let above: BTreeSet<RelPath> = stays.iter().flat_map(|path| path.ancestors().collect::<Vec<_>>()).collect();
+        state.plan.removals.retain(|removal| !within(&stays, &removal.path) && !above.contains(&removal.path));
     }
     Ok(retired)
 }
