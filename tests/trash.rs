@@ -106,6 +106,8 @@ fn what_is_removed_or_replaced_is_moved_aside_at_every_kind_of_target() {
         let verified = Command::new(lockstep()).args(["manifest", "verify"]).arg(&target).output().unwrap();
         done(&verified);
         lockstep::audit::verify(&lockstep::root::Root::open(&target).unwrap()).unwrap();
+        let shown = Command::new(lockstep()).args(["audit", "show"]).arg(&target).output().unwrap();
+        assert!(text(&shown).contains(" trash dir/gone moved to trash: .lockstep/trash/2"), "{way}: {}", text(&shown));
         // A person gets it back by moving it.
         fs::rename(trash(&target)[0].join("gone"), target.join("gone")).unwrap();
         assert_eq!(fs::read_to_string(target.join("gone")).unwrap(), "gone");

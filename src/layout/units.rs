@@ -1,6 +1,7 @@
 //! The units of a tree of this machine, and those that a pointer names.
 
 use std::collections::BTreeSet;
+use std::io::ErrorKind;
 
 use super::complete::named_by;
 use crate::filter::Filter;
@@ -39,7 +40,12 @@ pub fn list(root: &Root, rules: Rules<'_>) -> Result<Units, RootError> {
     while let Some(directory) = directories.pop() {
         let names = match root.names(directory.as_ref(), Follow::Never) {
             Ok(names) => names,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && directory.is_some() => continue,
+            // What may not be looked into is told by the scan.
+            Err(error)
+                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) && directory.is_some() =>
+            {
+                continue;
+            }
             Err(error) => return Err(error),
         };
         for name in names {
