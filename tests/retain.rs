@@ -359,3 +359,41 @@ fn h32_killed_at_any_step_a_unit_that_goes_is_whole_or_gone_and_the_next_run_tak
     }
     assert!(killed > 10, "only {killed} runs were killed");
 }
+
+#[test]
+fn a_push_of_a_job_to_several_targets_takes_away_what_is_at_as_many_as_it_has_to_be() {
+    let at = tempfile::tempdir().unwrap();
+    let source = at.path().join("source");
+    let push = |quorum: &str| {
+        let root = at.path().display();
+        let targets = format!("\"{root}/first\", \"{root}/away/second\"");
+        let job =
+            format!("[[job]]\nname = \"j\"\nsource = \"{root}/source\"\ntargets = [{targets}]\nunit = \"c-*/\"\n");
+        fs::write(at.path().join("config.toml"), format!("{job}retain = {{ newest = 2 }}\n{quorum}")).unwrap();
+        let mut command = Command::new(crate::kit::area::lockstep());
+        command
+            .args(["push", "j", "--config"])
+            .arg(at.path().join("config.toml"))
+            .env("HOME", at.path())
+            .output()
+            .unwrap()
+    };
+    let there = || (units(&at.path().join("first")), units(&at.path().join("away/second")));
+    (1..=2).for_each(|number| unit(&source, number));
+    done(&push(""));
+    unit(&source, 3);
+    done(&push(""));
+    assert_eq!(there(), (vec![2, 3], vec![2, 3]));
+    // One of them is away: what it may still need stays at the other, unless one is enough.
+    fs::rename(at.path().join("away"), at.path().join("elsewhere")).unwrap();
+    fs::write(at.path().join("away"), "").unwrap();
+    unit(&source, 4);
+    ends(&push(""), 4, &["what 'retain' is to take away stays until 2 targets are in step"]);
+    assert_eq!(there().0, [2, 3, 4]);
+    ends(&push("quorum = 1\n"), 4, &["1 unit taken away"]);
+    assert_eq!(there().0, [3, 4]);
+    fs::remove_file(at.path().join("away")).unwrap();
+    fs::rename(at.path().join("elsewhere"), at.path().join("away")).unwrap();
+    done(&push(""));
+    assert_eq!(there(), (vec![3, 4], vec![3, 4]));
+}

@@ -3,6 +3,7 @@
 //! What always holds: nothing is copied, and everything keeps its owner, mode and ACL; nobody but the owner of the root's
 //! state gets at what lies here; each move is done again without harm.
 
+use std::cell::RefCell;
 use std::io::ErrorKind;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -23,13 +24,15 @@ pub(super) struct Trash<'a> {
     root: &'a Root,
     /// Below the root.
     directory: RelPath,
+    /// A directory of it that is there: most paths share theirs with the one before.
+    made: RefCell<Option<RelPath>>,
 }
 
 impl<'a> Trash<'a> {
     /// The directory of this name, which is made when something is moved into it.
     pub(super) fn new(root: &'a Root, name: &RelPath) -> Result<Trash<'a>, Error> {
         let directory = rel(TRASH)?.join(name.as_bytes()).map_err(|error| Error::Usage(error.to_string()))?;
-        Ok(Trash { root, directory })
+        Ok(Trash { root, directory, made: RefCell::default() })
     }
 
     /// Where it is, where anything was moved into it.
@@ -52,8 +55,9 @@ impl<'a> Trash<'a> {
     /// The place of a path, with the directories that lead to it.
     fn prepared(&self, path: &RelPath) -> Result<RelPath, Error> {
         let place = self.place(path)?;
-        if let Some(above) = place.parent() {
+        if let Some(above) = place.parent().filter(|above| self.made.borrow().as_ref() != Some(above)) {
             self.root.mkdir_all(&above, 0o700).map_err(io)?;
+            *self.made.borrow_mut() = Some(above);
         }
         Ok(place)
     }
