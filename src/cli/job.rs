@@ -55,38 +55,7 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
         None => unfinished::leave_out(job, &Root::open(&job.source)?, &mut options)?,
         Some(_) => 0,
     };
-    let stop = Stop::on_signals()?;
-    let mut failed = Vec::new();
-    // Targets that hold units which are to go, and which a later one may need.
-    let mut full = Vec::new();
-    let quorum = job.quorum.unwrap_or(job.targets.len());
-    for target in &job.targets {
-        stop.check()?;
-        let safe = (quorum > 1).then(BTreeSet::new);
-        match to_one(job, target, how, keeping(job, options.clone(), safe)?, &stop) {
-            Ok((Exit::Done, report)) if report.needed.is_empty() => {}
-            Ok((Exit::Done, _)) => full.push(target),
-            Ok((exit, _)) => failed.push(exit),
-            // Nobody else is asked after a stop.
-            Err(failure) if stop.wanted() => return Err(failure),
-            Err(failure) => {
-                eprintln!("lockstep: to {}: {}", Escaped(target.as_bytes()), chain(&failure));
-                failed.push(failure.exit());
-            }
-        }
-    }
-    if failed.len() + quorum <= job.targets.len() {
-        // All that the source has is where it has to be: nobody needs it any more.
-        for target in full {
-            stop.check()?;
-            match to_one(job, target, how, keeping(job, options.clone(), None)?, &stop)? {
-                (Exit::Done, _) => {}
-                (exit, _) => failed.push(exit),
-            }
-        }
-    } else if !full.is_empty() {
-        eprintln!("lockstep: warning: what 'retain' is to take away stays until {quorum} targets are in step");
-    }
+    let failed = to_all(job, how, &options, &Stop::on_signals()?)?;
     match (failed.as_slice(), job.targets.len()) {
         ([], _) if unfinished > 0 => {
             let units = counted(unfinished as u64, "unit", "units");
@@ -101,6 +70,41 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
             Err(Failure::Plain { exit: Exit::Incomplete, message })
         }
     }
+}
+
+/// To one target after the other. Those that keep only some units are gone to once more when it is known that nobody needs the
+/// others any more. Gives the exit codes of those that are not in step.
+fn to_all(job: &Job, how: &How, options: &Options, stop: &Stop) -> Result<Vec<Exit>, Failure> {
+    let quorum = job.quorum.unwrap_or(job.targets.len());
+    let (mut failed, mut full) = (Vec::new(), Vec::new());
+    let go = |target: &str, safe, failed: &mut Vec<Exit>| -> Result<bool, Failure> {
+        stop.check()?;
+        let gone = keeping(job, options.clone(), safe).and_then(|options| to_one(job, target, how, options, stop));
+        match gone {
+            Ok((Exit::Done, report)) => return Ok(!report.needed.is_empty()),
+            Ok((exit, _)) => failed.push(exit),
+            // Nobody else is asked after a stop.
+            Err(failure) if stop.wanted() => return Err(failure),
+            Err(failure) => {
+                eprintln!("lockstep: to {}: {}", Escaped(target.as_bytes()), chain(&failure));
+                failed.push(failure.exit());
+            }
+        }
+        Ok(false)
+    };
+    for target in &job.targets {
+        if go(target, (quorum > 1).then(BTreeSet::new), &mut failed)? {
+            full.push(target);
+        }
+    }
+    if failed.len() + quorum <= job.targets.len() {
+        for target in full {
+            go(target, None, &mut failed)?;
+        }
+    } else if !full.is_empty() {
+        eprintln!("lockstep: warning: what 'retain' is to take away stays until {quorum} targets are in step");
+    }
+    Ok(failed)
 }
 
 /// The same options for a target that keeps only some units.
