@@ -154,6 +154,23 @@ impl Filter {
     }
 }
 
+/// The gitignore line for just this path. Bytes that are not UTF-8 are matched by `?`, one for each: it may leave out more,
+/// which then waits for the next time.
+pub fn line_for(path: &RelPath) -> String {
+    let mut line = String::from("/");
+    for chunk in path.as_bytes().utf8_chunks() {
+        for c in chunk.valid().chars() {
+            if matches!(c, '*' | '?' | '[' | ']' | '{' | '}' | '\\' | '!' | '#' | ' ') {
+                line.push('\\');
+            }
+            // A line ends at a line feed, whatever stands before it.
+            line.push(if c == '\n' || c == '\r' { '?' } else { c });
+        }
+        chunk.invalid().iter().for_each(|_| line.push('?'));
+    }
+    line
+}
+
 fn globs<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Gitignore, FilterError> {
     let mut builder = GitignoreBuilder::new("");
     let mut bytes = 0_usize;
@@ -266,5 +283,26 @@ mod tests {
     fn a_glob_that_is_none_is_named() {
         let spec = FilterSpec { rules: vec!["a[z-b]".into()], only: None };
         assert!(Filter::compile(&spec).unwrap_err().to_string().contains("a[z-b]"));
+    }
+
+    #[test]
+    fn a_path_that_is_left_out_is_matched_by_its_rule_and_its_neighbours_are_not() {
+        for name in
+            ["plain", "a b", "with*star", "que?ry", "[set]", "!bang", "#hash", "tail ", "back\\slash", "{a,b}", "é"]
+        {
+            for path in [name.to_owned(), format!("d/{name}")] {
+                let path = RelPath::new(&path).unwrap();
+                let filter = Filter::compile(&FilterSpec { rules: vec![line_for(&path)], only: None }).unwrap();
+                assert!(!filter.admits(&path, false) && !filter.admits(&path, true), "{path}");
+                for other in ["withXstar", "queXry", "s", "a", "deeper/plain", "plain2"] {
+                    assert!(filter.admits(&RelPath::new(other).unwrap(), false), "{path} {other}");
+                }
+            }
+        }
+        for odd in [&b"caf\xe9"[..], b"two\nlines", b"d/\xff\xfe"] {
+            let path = RelPath::new(odd).unwrap();
+            let filter = Filter::compile(&FilterSpec { rules: vec![line_for(&path)], only: None }).unwrap();
+            assert!(!filter.admits(&path, false), "{path}");
+        }
     }
 }

@@ -383,3 +383,56 @@ fn s19_a_job_whose_source_is_another_machine_fetches_what_changes_there() {
         running.status()["config_error"].as_str().is_some_and(|error| error.contains("one has to be here"))
     });
 }
+
+#[test]
+fn a_job_runs_with_its_nice_value_and_with_as_many_connections_as_it_is_given() {
+    let served = Served::start("", "");
+    let job = |more: &str| {
+        format!(
+            "[[job]]\nname = \"data\"\nsource = \"AT/source\"\ntargets = [\"sync@SERVER:/data\"]\nsettle = \"0s\"\n{more}"
+        )
+    };
+    let mut running = Running::at_server(&served, &job("nice = 15\nconnections = 1\n"));
+    let source = running.path("source");
+    let write = |name: &str| {
+        for number in 0..6 {
+            let data: Vec<u8> =
+                (0..4_000_000_u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8 ^ number).collect();
+            fs::write(source.join(format!("{name}-{number}")), data).unwrap();
+        }
+    };
+    write("a");
+    let there = served.path("sync/data");
+    until("the files", || (0..6).all(|number| there.join(format!("a-{number}")).exists()));
+    until("it to be idle", || running.target(0)["state"] == "idle");
+    // Field 19 of proc(5) stat, counted behind the name in parentheses.
+    let nice = |thread: &Path| -> Option<(String, i32)> {
+        let stat = fs::read_to_string(thread.join("stat")).ok()?;
+        let (name, rest) = stat.split_once('(')?.1.rsplit_once(") ")?;
+        Some((name.to_owned(), rest.split(' ').nth(16)?.parse().ok()?))
+    };
+    let tasks = format!("/proc/{}/task", running.pid());
+    let threads: Vec<(String, i32)> =
+        fs::read_dir(&tasks).unwrap().filter_map(|thread| nice(&thread.unwrap().path())).collect();
+    let of = |name: &str| threads.iter().filter(|(found, _)| found == name).map(|(_, nice)| *nice).collect::<Vec<_>>();
+    let own = nice(Path::new(&format!("/proc/{}", std::process::id()))).unwrap().1;
+    assert_eq!((of("target"), of("watch"), of("lockstep")), (vec![15], vec![15], vec![own]), "{threads:?}");
+    // Each run makes one.
+    let logins = served.log().matches("logged in").count() as u64;
+    assert_eq!(running.target(0)["runs"], logins, "{}", served.log());
+    let at_once = || {
+        let (mut now, mut most) = (0_i32, 0);
+        for line in served.log().lines() {
+            now += i32::from(line.contains("logged in")) - i32::from(line.contains("session ended"));
+            most = most.max(now);
+        }
+        most
+    };
+    running.stop();
+    // So many as there are files of a size that is worth it, where more are allowed.
+    write("b");
+    running.configure(&job("connections = 4\n").replace("SERVER", "127.0.0.1"));
+    running.launch();
+    until("more files", || (0..6).all(|number| there.join(format!("b-{number}")).exists()));
+    until("connections at once", || at_once() >= 3);
+}

@@ -112,7 +112,7 @@ fn a_file_that_changed_since_is_sent_again_and_one_that_was_tampered_with_is_not
 #[test]
 fn the_rules_of_the_moment_of_publishing_hold() {
     let pair = staged();
-    let policy = PolicySpec { rules: vec![rule("**/b", "0640")], ..PolicySpec::default() };
+    let policy = PolicySpec { rules: vec![rule("**/b", "0640")] };
     let report = pair.push_with(&filtered(&[], None), policy).unwrap();
     assert!(report.is_complete(), "{report:?}");
     assert_eq!(mode_of(&pair.target.join(UNIT[1])), 0o640);

@@ -12,9 +12,9 @@ use crate::kit::{done, ends, text};
 /// server give files away and use the network; a check does neither.
 const EXPOSURE: [(&str, u32); 4] = [
     ("lockstep-check@.service", 18),
-    ("lockstep.service", 21),
+    ("lockstep.service", 22),
     ("lockstep-serve.service", 21),
-    ("lockstep-push@.service", 21),
+    ("lockstep-push@.service", 22),
 ];
 
 fn project(name: &str) -> PathBuf {

@@ -258,7 +258,7 @@ fn apart(source: &Path, target: &Path, how: &How) -> Result<(), Failure> {
             ));
         }
     }
-    if how.delete && from.starts_with(&to) {
+    if how.deletes() && from.starts_with(&to) {
         return refused(format!("--delete would remove '{shown_source}' itself, which lies in '{shown_target}'"));
     }
     Ok(())

@@ -45,20 +45,20 @@ struct Dialler {
 }
 
 impl Connect for Dialler {
-    fn target(&self, target: &str, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble> {
+    fn target(&self, target: &str, connections: Option<u8>, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble> {
         match Place::parse(std::ffi::OsStr::new(target)).map_err(Dialler::failed)? {
             Place::Here(path) => Ok(Box::new(LocalTarget::new(&path, PolicySpec::default()))),
-            Place::There(there) => remote::target(&there, &self.dial(), monitor).map_err(Dialler::failed),
+            Place::There(there) => remote::target(&there, &self.dial(connections), monitor).map_err(Dialler::failed),
         }
     }
 
-    fn source(&self, source: &str, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble> {
+    fn source(&self, source: &str, connections: Option<u8>, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble> {
         match Place::parse(std::ffi::OsStr::new(source)).map_err(Dialler::failed)? {
             Place::Here(path) => {
                 let opened = LocalSource::new(&path, None);
                 opened.map(|source| Box::new(source) as Box<dyn Source>).map_err(|error| Dialler::failed(error.into()))
             }
-            Place::There(there) => remote::source(&there, &self.dial(), monitor).map_err(Dialler::failed),
+            Place::There(there) => remote::source(&there, &self.dial(connections), monitor).map_err(Dialler::failed),
         }
     }
 
@@ -70,9 +70,9 @@ impl Connect for Dialler {
 }
 
 impl Dialler {
-    fn dial(&self) -> remote::Dial<'_> {
+    fn dial(&self, count: Option<u8>) -> remote::Dial<'_> {
         let compress = CompressOptions::default();
-        remote::Dial { ssh: &self.ssh, reach: &self.reach, count: None, compress, kept: Some(&self.kept) }
+        remote::Dial { ssh: &self.ssh, reach: &self.reach, count, compress, kept: Some(&self.kept) }
     }
 
     fn failed(failure: Failure) -> Trouble {

@@ -44,6 +44,7 @@ mod sftp_server;
 mod status;
 mod stop;
 mod transfer;
+mod unfinished;
 
 const EXIT_CODES: &str = "\
 Exit codes:

@@ -69,7 +69,7 @@ impl Destination {
 }
 
 /// How a directory of another machine is reached.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub(super) struct Reach {
     /// What is used at the other end: lockstep (its subsystem, or the command of --remote-command), sftp (a stock SFTP
     /// server), or auto: the first of them that is there

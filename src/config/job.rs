@@ -6,7 +6,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de};
 
+pub use crate::layout::complete::{ByLayout as Layout, Ready};
+use crate::plan::retain::Retain;
 use crate::plan::safety::DeleteLimit;
+use crate::plan::trash::USUAL_KEEP_SECONDS;
 
 /// One `[[job]]`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -33,15 +36,27 @@ pub struct Job {
     /// What happens to paths that only a target has.
     #[serde(default)]
     pub delete: Delete,
+    /// With `delete = "trash"`: how long what was put aside stays at the targets.
+    #[serde(default, deserialize_with = "some_from_text")]
+    pub trash_keep: Option<Period>,
     /// A run that would delete more stops: a number of paths, or `10%`.
     #[serde(default, deserialize_with = "from_text")]
     pub max_delete: DeleteLimit,
+    /// Which units stay at the targets.
+    #[serde(default)]
+    pub retain: Option<Retain>,
     /// The name of the policy that is asked for at the targets.
     #[serde(default)]
     pub policy: Option<String>,
     /// At most this much a second, to each target; it may depend on the time of day.
     #[serde(default, deserialize_with = "some_from_text")]
     pub bandwidth: Option<Schedule>,
+    /// How the job's threads give way to other processes of this machine, -20 to 19 as for nice(1).
+    #[serde(default)]
+    pub nice: Option<i8>,
+    /// Connections to each target, and files in work at once, 1 to 64.
+    #[serde(default)]
+    pub connections: Option<u8>,
     /// For the daemon: how long a file or unit has to be left alone before it is sent.
     #[serde(default = "usual_settle", deserialize_with = "from_text")]
     pub settle: Period,
@@ -72,6 +87,12 @@ impl Job {
     /// The source, where it is a directory of another machine.
     pub fn remote_source(&self) -> Option<&str> {
         self.source.to_str().filter(|source| !source.starts_with('/'))
+    }
+
+    /// How long what a run removes or replaces stays in the trash of a target; `None` where there is to be none.
+    pub fn trash_seconds(&self) -> Option<u64> {
+        let keep = self.trash_keep.map_or(USUAL_KEEP_SECONDS, |Period(keep)| keep.as_secs());
+        (self.delete == Delete::Trash).then_some(keep)
     }
 }
 
@@ -130,45 +151,6 @@ impl FromStr for Period {
     }
 }
 
-/// When a unit is complete.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Ready {
-    /// Nothing in it changed for a while.
-    #[default]
-    Settled,
-    /// What writes it says so as this layout does.
-    Layout(Layout),
-    /// A file of this name is in it.
-    Marker(String),
-}
-
-/// Who wrote the checkpoints.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum Layout {
-    HuggingFace,
-    Megatron,
-    DeepSpeed,
-    TorchDcp,
-}
-
-impl FromStr for Ready {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Ready, String> {
-        Ok(match text {
-            "settled" => Ready::Settled,
-            "huggingface" => Ready::Layout(Layout::HuggingFace),
-            "megatron" => Ready::Layout(Layout::Megatron),
-            "deepspeed" => Ready::Layout(Layout::DeepSpeed),
-            "torch-dcp" => Ready::Layout(Layout::TorchDcp),
-            "" | "." | ".." => return Err("'ready' must name a file, a layout, or 'settled'".into()),
-            name if name.contains(['/', '\0']) => return Err(format!("'{name}' is a path; a marker is a file's name")),
-            name => Ready::Marker(name.to_owned()),
-        })
-    }
-}
-
 /// What happens to paths that only the target has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -178,7 +160,7 @@ pub enum Delete {
     Never,
     /// They are removed.
     Mirror,
-    /// They are put aside.
+    /// They are moved to `.lockstep/trash` there, and so is the old version of what is replaced.
     Trash,
 }
 

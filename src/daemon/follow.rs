@@ -7,7 +7,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::event::{PollFd, PollFlags, poll};
 
-use super::complete;
 use super::feed::{FeedOptions, Shared};
 use super::filesystem;
 use super::settle::{Ask, Held};
@@ -15,6 +14,7 @@ use super::status::Watching;
 use super::writers::{Throttle, Writers};
 use crate::config::Watch;
 use crate::filter::Filter;
+use crate::layout::complete;
 use crate::manifest::Timestamp;
 use crate::path::RelPath;
 use crate::root::{Follow, Root};
@@ -170,7 +170,7 @@ impl Follower {
                     Ask::Held(paths) => self.answer_held(root, &paths, now),
                     Ask::Complete(unit) => {
                         let ready = self.shared.state().settle.when().clone();
-                        let complete = complete::is_complete(root, &unit, &ready);
+                        let complete = complete::unfinished(root, &unit, &ready).is_none();
                         self.shared.state().settle.complete(&unit, complete, now);
                     }
                     Ask::Names(pointer) => {

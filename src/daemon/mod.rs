@@ -21,7 +21,6 @@ use crate::error::{Exit, shown};
 use crate::monitor::Monitor;
 
 mod backoff;
-mod complete;
 mod control;
 pub mod feed;
 mod filesystem;
@@ -69,17 +68,17 @@ pub struct Trouble {
 
 /// How a target is reached.
 pub trait Connect: Send + Sync {
-    /// Opens what the configuration calls `target`.
+    /// Opens what the configuration calls `target`, over so many connections where that is said.
     ///
     /// # Errors
     /// [`Trouble`].
-    fn target(&self, target: &str, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble>;
+    fn target(&self, target: &str, connections: Option<u8>, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble>;
 
     /// Opens a source of another machine, likewise.
     ///
     /// # Errors
     /// [`Trouble`].
-    fn source(&self, source: &str, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble>;
+    fn source(&self, source: &str, connections: Option<u8>, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble>;
 
     /// A run with this target or source failed: what was kept of a connection to it is not to be used again.
     fn forget(&self, place: &str);

@@ -1,5 +1,6 @@
 //! One target of a job, on a thread of its own: it waits for work, does it, and tries again what failed.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use super::status::{Publication, State, TargetStatus, Trouble as TroubleStatus};
 use super::tally::Tally;
 use super::{Connect, Trouble, clock, recent::Recent, remedy};
 use crate::error::Exit;
+use crate::path::RelPath;
 
 /// What is known of a target, and what wakes its thread.
 pub(super) struct Lane {
@@ -31,13 +33,16 @@ struct Inner {
     halted: bool,
     /// All that was added up to this number is published.
     done_through: u64,
+    /// Units are to go there that other targets may need.
+    keeps_needed: bool,
     known: TargetStatus,
 }
 
 /// What became of a run.
 pub(super) enum Happened<'a> {
-    /// All that was to be done is; `changed` where that was anything.
-    Published { changed: bool },
+    /// All that was to be done is; `changed` where that was anything. `units` are those of the source that are there now or
+    /// need not be, where that is known; `needed` those that were to go there and that other targets may need.
+    Published { changed: bool, units: Option<&'a BTreeSet<RelPath>>, needed: &'a BTreeSet<RelPath> },
     /// It failed, and the one before had not.
     BeganToFail(&'a Trouble),
 }
@@ -58,6 +63,16 @@ impl Lane {
         let mut inner = self.inner();
         inner.pending.add(ready, number, Instant::now());
         self.woken.notify_all();
+    }
+
+    /// Another target has got more units: where some were to go that it needed, all is looked at again.
+    pub(super) fn look_at_needed(&self) {
+        let mut inner = self.inner();
+        if std::mem::take(&mut inner.keeps_needed) {
+            let through = inner.pending.through();
+            inner.pending.add(Ready::Everything { except: BTreeSet::new() }, through, Instant::now());
+            self.woken.notify_all();
+        }
     }
 
     /// All that was added up to this number is published.
@@ -130,12 +145,14 @@ impl Lane {
                         inner.left(plan.job.settle.0);
                     } else {
                         inner.done_through = through;
+                        inner.keeps_needed = !done.needed.is_empty();
                     }
                     inner.succeeded(&done);
                     drop(inner);
                     self.tell(plan, &done, started.elapsed(), recent);
                     if !left {
-                        happened(Happened::Published { changed: done.published + done.removed > 0 });
+                        let changed = done.published + done.removed > 0;
+                        happened(Happened::Published { changed, units: done.units.as_ref(), needed: &done.needed });
                     }
                 }
                 Err(trouble) => {

@@ -6,6 +6,7 @@
 mod audience;
 mod digests;
 mod file;
+pub mod hold;
 mod ids;
 mod journal;
 mod lock;

@@ -4,6 +4,7 @@
 use std::collections::{BTreeSet, HashSet};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::retire::Retired;
 use super::target::{Run, State};
 use crate::endpoint::Error;
 use crate::manifest::{Content, Entry, Manifest, Timestamp, Tree};
@@ -47,11 +48,15 @@ pub(super) fn of(
     delete: bool,
     failed: &HashSet<u32>,
     steps: &[Step],
+    retired: &Retired,
 ) -> Result<Changes, Error> {
     let (source, old) = (&state.source, &state.old_manifest.tree);
     let named = Named::of(steps);
     let mut gone: BTreeSet<RelPath> =
         state.plan.removals.iter().filter(|_| delete).map(|removal| removal.path.clone()).collect();
+    for unit in retired.gone.keys() {
+        gone.extend(within(old, unit).map(|entry| entry.path.clone()));
+    }
     let (mut names, mut put) = (Names::default(), Vec::new());
     for (at, entry) in source.entries().iter().enumerate().filter(|(at, _)| !failed.contains(&(*at as u32))) {
         let entry = published(run, state, at as u32, entry, &mut names)?;

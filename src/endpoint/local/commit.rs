@@ -6,7 +6,9 @@ use std::sync::Arc;
 use super::area::Area;
 use super::metadata::{Acls, apply_directory};
 use super::publish::{self, Record};
+use super::retire;
 use super::target::{Run, State, io, rel};
+use super::trash::Trash;
 use super::{changes, known, links, recall, unit};
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
@@ -14,7 +16,7 @@ use crate::manifest::{Content, Entry, Manifest, Tree};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::plan::publish::{Publication, Step, exchanged, steps};
-use crate::plan::{Action, Change, Need};
+use crate::plan::{Action, Change, Need, trash};
 use crate::root::{Follow, Root};
 use crate::staging::Permissions;
 
@@ -32,6 +34,8 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let mut withheld = withhold(run, state, options, &mut failed);
     let held_back = !withheld.is_empty();
     withheld.extend(state.refused.iter().map(|(&at, why)| (source.entries()[at as usize].path.clone(), why.clone())));
+    let retired = retire::decide(run, state, options, &failed)?;
+    let put_off = shown(retired.put_off.iter().cloned());
     let publication = Publication {
         source: &source,
         target: &state.target,
@@ -41,7 +45,8 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         last: &|path| run.is_last(path),
         unit: &|path, directory| run.unit_of(path, directory),
     };
-    let (steps, exchanged) = (steps(&publication), exchanged(&publication));
+    let (mut steps, exchanged) = (steps(&publication), exchanged(&publication));
+    steps.extend(retired.steps());
     let nothing = steps.is_empty() && !state.adopts && run.birth.is_none();
     if nothing && state.old_manifest.generation > 0 {
         // What is staged of a unit that is held back saves the next run from sending it again.
@@ -51,6 +56,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         return Ok(Committed {
             generation: state.old_manifest.generation,
             manifest_digest: state.old_digest.to_string(),
+            put_off,
             problems: shown(withheld),
             ..Committed::default()
         });
@@ -58,11 +64,14 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     settle(run, staging, state, &failed)?;
     let inodes = unit::stage(run, staging, state, &exchanged, options.delete)?;
     settle_directories(run, staging, state, &failed)?;
-    let changes = changes::of(run, state, options.delete, &failed, &steps)?;
+    let changes = changes::of(run, state, options.delete, &failed, &steps, &retired)?;
     let acls = late_acls(run, &source, &steps)?;
     let (actor, from) = (run.options.actor.clone(), run.options.source.clone());
     let (withheld_rights, acls_given) = decided(run, state, &failed);
-    let record = Record { actor, source: from, steps, inodes, withheld: withheld_rights, acls: acls_given };
+    let (created, generation) = (changes.put.created, changes.put.generation);
+    let trash = run.options.trash_seconds.is_some().then(|| trash::name(created.seconds, generation));
+    let trash = trash.as_deref().map(rel).transpose()?;
+    let record = Record { actor, source: from, steps, inodes, withheld: withheld_rights, acls: acls_given, trash };
     publish::write_down(&run.root, staging, &record, &changes, &acls)?;
     state.recorded = true;
     let problems = publish::carry_out(&run.root, staging, Area::Run, &record, &changes, &acls)?;
@@ -96,9 +105,19 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         published: counted(
             &mut state.plan.actions.iter().filter(|action| !failed.contains(&action.index)).map(path_of),
         ),
-        removed: counted(&mut record.steps.iter().filter(is_removal).map(Step::path)),
+        removed: counted(&mut record.steps.iter().filter(is_removal).map(Step::path))
+            + retired.gone.iter().filter(|(path, _)| done(path)).map(|(_, paths)| paths).sum::<u64>(),
+        retired: retired.gone.keys().filter(done).map(ToString::to_string).collect(),
+        put_off,
+        trash: moved_aside(run, &record)?,
         problems: shown(withheld.into_iter().chain(problems.iter().cloned())),
     })
+}
+
+/// Where what was removed or replaced lies now, if anything does.
+fn moved_aside(run: &Run, record: &Record) -> Result<Option<String>, Error> {
+    let Some(name) = &record.trash else { return Ok(None) };
+    Ok(Trash::new(&run.root, name)?.used().map(ToString::to_string))
 }
 
 type Notes = BTreeMap<RelPath, String>;
