@@ -5,7 +5,8 @@ use rustix::io::Errno;
 /// A nice value that cannot be had.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "cannot run with nice = {nice}: {}; a value below that of the service takes CAP_SYS_NICE (LimitNICE= of systemd)",
+    "cannot run with nice = {nice}: {}; under systemd the unit has to allow it, as nice.conf of the examples does; a value below its own takes CAP_SYS_NICE or \
+     LimitNICE=, too",
     std::io::Error::from(*errno)
 )]
 pub struct NiceError {
