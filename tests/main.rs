@@ -15,6 +15,7 @@ mod check_names;
 mod check_sample;
 mod check_trust;
 mod cli;
+mod config_check;
 mod confined;
 mod daemon;
 mod disk;
