@@ -31,6 +31,7 @@ mod killed;
 mod kit;
 mod kubernetes;
 mod layout;
+mod messages;
 mod model;
 mod names;
 mod notify;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::jobs::{about, unknown_owners};
-use crate::cli::finding::Finding;
+use crate::cli::finding::{Finding, Level};
 use crate::cli::places::{real, unwritable};
 use crate::cli::{control, daemon, serve};
 use crate::config::{Config, Serve};
@@ -26,34 +26,35 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
 }
 
 fn of_daemon(config: &Config, findings: &mut Vec<Finding>) {
+    // What is left out is another place under systemd than for whoever looks.
+    let level = |named: bool| if named { Level::Error } else { Level::Warning };
+    let unit = "the unit gives the service a directory of its own; without it, name one in [daemon]";
+    let left_out = |failure| Finding::warning("daemon", chain(&failure), unit);
     match daemon::state_of(config) {
-        Err(failure) => findings.push(Finding::error("daemon", chain(&failure), "")),
+        Err(failure) => findings.push(left_out(failure)),
         Ok(state) => {
-            let remedy =
-                "let the user of the service write there, or leave 'state' out: the unit has a directory for it";
-            findings.push(place("its state directory", &state, remedy));
+            findings.push(place(level(config.daemon.state.is_some()), "its state directory", &state, unit));
             findings.extend(apart(config, "its state directory", &state));
         }
     }
     match control::socket_of(config) {
-        Err(failure) => findings.push(Finding::error("daemon", chain(&failure), "")),
+        Err(failure) => findings.push(left_out(failure)),
         Ok(socket) => {
-            let remedy = "let the user of the service write there, or leave 'socket' out";
             let above = socket.parent().unwrap_or(Path::new("/"));
-            findings.push(place("the directory of its socket", above, remedy));
+            findings.push(place(level(config.daemon.socket.is_some()), "the directory of its socket", above, unit));
         }
     }
     if let Some(file) = &config.daemon.metrics_file {
         let above = file.parent().unwrap_or(Path::new("/"));
         let remedy = "give it to the group of the service, and name it in ReadWritePaths= of the unit";
-        findings.push(place("the directory of 'metrics_file'", above, remedy));
+        findings.push(place(Level::Error, "the directory of 'metrics_file'", above, remedy));
         findings.extend(apart(config, "'metrics_file'", file));
     }
 }
 
-fn place(what: &str, directory: &Path, remedy: &str) -> Finding {
+fn place(level: Level, what: &str, directory: &Path, remedy: &str) -> Finding {
     match unwritable(directory) {
-        Some(reason) => Finding::error("daemon", format!("{what}: {reason}"), remedy),
+        Some(reason) => Finding::new(level, "daemon", format!("{what}: {reason}"), remedy),
         None => Finding::ok("daemon", format!("{what} is '{}'", shown(directory))),
     }
 }
@@ -70,11 +71,29 @@ fn apart(config: &Config, what: &str, path: &Path) -> Vec<Finding> {
         .collect()
 }
 
+/// Who may own and write its files depends on who serves; root is told, since he would be judged in place of that user.
+fn of_another_user(serve: &Serve) -> Option<Finding> {
+    use std::os::unix::fs::MetadataExt as _;
+    let above = serve.host_key.parent()?;
+    let owner = std::fs::metadata(&serve.host_key).or_else(|_| std::fs::metadata(above)).ok()?.uid();
+    if owner == 0 || !rustix::process::geteuid().is_root() {
+        return None;
+    }
+    let name = uzers::get_user_by_uid(owner).map(|user| Escaped(user.name().as_encoded_bytes()).to_string());
+    let name = name.unwrap_or_else(|| format!("#{owner}"));
+    let says = format!("its host key belongs to user {name}, so that it is not judged by what root may");
+    let remedy = format!("runuser -u {name} -- lockstep config check");
+    Some(Finding::warning("server", says, &remedy))
+}
+
 fn of_server(config: &Config, serve: &Serve, findings: &mut Vec<Finding>) {
     let settings = match serve::of_config(config) {
         Ok(settings) => settings,
         Err(failure) => return findings.push(Finding::error("server", chain(&failure), "")),
     };
+    if let Some(finding) = of_another_user(serve) {
+        return findings.push(finding);
+    }
     let (wrong, problems) = listener::look(&settings);
     findings.extend(wrong.iter().map(|error| Finding::error("server", chain(error), "")));
     let remedy = "who is meant by it cannot log in";
