@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use super::arguments::Place;
+use super::memory::Memory;
 use super::transfer::{config_file, load_config, state_directory};
 use super::{Failure, login, notify, remote};
 use crate::codec::CompressOptions;
@@ -89,7 +90,7 @@ impl Daemon {
         let running = Running::start(config, places, connect).map_err(|error| failure(&error))?;
         tracing::info!(config = %crate::error::shown(&file), "started");
         notify::ready();
-        let mut pulse = notify::Pulse::new();
+        let (mut pulse, mut memory) = (notify::Pulse::new(), Memory::new());
         loop {
             match asked.swap(0, Ordering::SeqCst) {
                 STOP => break,
@@ -103,6 +104,7 @@ impl Daemon {
                 return Err(Failure::Plain { exit: Exit::Io, message });
             }
             pulse.beat(|| in_a_line(&running.status()));
+            memory.give_back();
             std::thread::sleep(Duration::from_millis(50));
         }
         notify::stopping();

@@ -35,6 +35,7 @@ mod keys;
 mod login;
 mod look;
 mod manifest;
+mod memory;
 mod notify;
 mod passphrase;
 mod places;

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use super::memory::Memory;
 use super::{Failure, notify};
 use crate::config::{AddressList, Config, DEFAULT_PATH};
 use crate::error::{Exit, chain};
@@ -266,7 +267,7 @@ impl Signals {
 
     /// Does what they ask for, and tells systemd meanwhile how things stand.
     async fn follow(mut self, service: Service) {
-        let (mut pulse, mut wrong) = (notify::Pulse::new(), None);
+        let (mut pulse, mut memory, mut wrong) = (notify::Pulse::new(), Memory::new(), None);
         let mut beat = tokio::time::interval(Duration::from_millis(250));
         loop {
             tokio::select! {
@@ -279,6 +280,7 @@ impl Signals {
                 }
                 _ = beat.tick() => {
                     pulse.beat(|| service.status(wrong.as_deref()));
+                    memory.give_back();
                     continue;
                 }
             }
