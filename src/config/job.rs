@@ -140,7 +140,7 @@ impl fmt::Display for Period {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let all = self.0.as_millis();
         let units = [(86_400_000, "d"), (3_600_000, "h"), (60_000, "m"), (1000, "s")];
-        let whole = units.into_iter().find(|(unit, _)| all >= *unit && all % unit == 0);
+        let whole = units.into_iter().find(|(unit, _)| all >= *unit && all.is_multiple_of(*unit));
         let (unit, name) = whole.unwrap_or(if all == 0 { (1, "s") } else { (1, "ms") });
         write!(f, "{}{name}", all / unit)
     }
@@ -257,7 +257,7 @@ impl fmt::Display for Bandwidth {
             (1000, "kB/s"),
             (1 << 10, "KiB/s"),
         ];
-        let whole = units.into_iter().find(|(unit, _)| self.0 % unit == 0);
+        let whole = units.into_iter().find(|(unit, _)| self.0.is_multiple_of(*unit));
         let (unit, name) = whole.unwrap_or((1, "B/s"));
         write!(f, "{}{name}", self.0 / unit)
     }

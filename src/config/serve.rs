@@ -160,7 +160,7 @@ fn duration<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, D::Error> {
 fn length<S: Serializer>(value: &Duration, output: S) -> Result<S::Ok, S::Error> {
     let milliseconds = value.as_millis();
     let units = [(3_600_000, "h"), (60_000, "m"), (1000, "s")];
-    let (unit, name) = units.into_iter().find(|(unit, _)| milliseconds % unit == 0).unwrap_or((1, "ms"));
+    let (unit, name) = units.into_iter().find(|(unit, _)| milliseconds.is_multiple_of(*unit)).unwrap_or((1, "ms"));
     output.collect_str(&format_args!("{}{name}", milliseconds / unit))
 }
 

@@ -81,7 +81,7 @@ impl Check {
         let config = load_config(Some(&file))?;
         let mut findings = look(&config, &self.ssh);
         let probes = if self.connect { connect::probe(&config, &self.ssh, &self.reach) } else { Vec::new() };
-        findings.sort_by(|a, b| b.level.cmp(&a.level));
+        findings.sort_by_key(|finding| std::cmp::Reverse(finding.level));
         let exit = self.exit(worst(&findings), &probes);
         let text = if self.json {
             let object = json!({
