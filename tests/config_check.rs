@@ -102,6 +102,15 @@ fn what_is_known_of_keys_and_hosts_is_said_without_connecting() {
     let id = area.path("id");
     let with = [&none[..], &["--identity", id.to_str().unwrap()]].concat();
     assert!(!text(&area.check(&config, &with)).contains("there is no key"));
+    // Whoever can write the file of known hosts decides who is trusted.
+    let public = fs::read_to_string(area.path("id.pub")).unwrap();
+    let lines: String = (1..=5).map(|number| format!("gpu{number} {public}")).collect();
+    fs::write(area.path("known"), lines).unwrap();
+    let known = area.path("known").display().to_string();
+    let both = ["-F", "none", "--identity", id.to_str().unwrap(), "--known-hosts", &known];
+    ends(&area.check(&config, &both), 0, &["nothing is wrong"]);
+    fs::set_permissions(&known, fs::Permissions::from_mode(0o666)).unwrap();
+    ends(&area.check(&config, &both), 2, &["others may write it", "chmod go-w"]);
     fs::set_permissions(area.path("id"), fs::Permissions::from_mode(0o644)).unwrap();
     ends(&area.check(&config, &with), 2, &["others can read this private key", "chmod 600"]);
 }
