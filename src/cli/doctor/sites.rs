@@ -107,7 +107,7 @@ impl Use {
             findings.extend(room(&about, &directory));
         }
         if self.written && unwritable(path).is_none() {
-            findings.extend(self.tried(&about, path, &there));
+            findings.extend(self.tried(&about, &there));
         }
         if findings.is_empty() {
             findings.push(Finding::ok(&about, format!("on {kind}")));
@@ -153,7 +153,7 @@ impl Use {
     }
 
     /// What the file system can do, tried in a directory of its own.
-    fn tried(self, about: &str, path: &Path, there: &Path) -> Vec<Finding> {
+    fn tried(self, about: &str, there: &Path) -> Vec<Finding> {
         let attempt = match Attempt::new(there) {
             Ok(attempt) => attempt,
             Err(error) => {
@@ -169,10 +169,6 @@ impl Use {
         if !attempt.exchanges() && self.units {
             let says = "two directories cannot be exchanged in one step (renameat2): a unit that is there and changes cannot be replaced";
             findings.push(Finding::error(about, says, "use ext4, XFS or Btrfs, or give each unit a new name"));
-        }
-        if !path.exists() && !attempt.names_anew() {
-            let says = "a name cannot be given only where it is free (renameat2): a directory that is not there yet cannot be made";
-            findings.push(Finding::error(about, says, "make the directory first"));
         }
         if attempt.folds() {
             let says = "it takes 'a' and 'A' for one name: paths that differ in case alone are refused";
@@ -237,12 +233,6 @@ impl Attempt {
         rustix::fs::renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE).is_ok()
     }
 
-    fn names_anew(&self) -> bool {
-        let [from, to] = ["a", "c"].map(|name| self.0.join(name));
-        rustix::fs::renameat_with(CWD, &from, CWD, &to, RenameFlags::NOREPLACE).is_ok()
-            && rustix::fs::renameat(CWD, to, CWD, from).is_ok()
-    }
-
     fn folds(&self) -> bool {
         self.0.join("NAME").exists()
     }
@@ -272,7 +262,7 @@ mod tests {
     fn what_is_tried_leaves_nothing() {
         let at = tempfile::tempdir().unwrap();
         let attempt = Attempt::new(at.path()).unwrap();
-        assert!(attempt.exchanges() && attempt.names_anew() && attempt.links() && !attempt.folds());
+        assert!(attempt.exchanges() && attempt.links() && !attempt.folds());
         drop(attempt);
         assert_eq!(std::fs::read_dir(at.path()).unwrap().count(), 0);
     }

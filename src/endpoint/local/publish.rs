@@ -17,10 +17,12 @@ use crate::endpoint::Error;
 use crate::manifest::{Content, Entry, Manifest, Tree, format};
 use crate::path::RelPath;
 use crate::plan::publish::Step;
-use crate::root::{Follow, Metadata, Root};
+use crate::root::{Follow, Metadata, Root, RootError};
 
 const RECORD: &str = "commit";
 const NEW_MANIFEST: &str = "manifest";
+const NO_EXCHANGE: &str = "its file system cannot exchange two directories in one step, so that one that is there and changes \
+                           cannot be published whole; give it a new name, or use ext4, XFS or Btrfs";
 /// The ACLs of what gets its permissions after it was published.
 const ACLS: &str = "acls";
 
@@ -316,7 +318,13 @@ fn exchange(root: &Root, staging: &Root, path: &RelPath, new: Option<u64>) -> Re
     if Some(found.inode) == new {
         return Ok(());
     }
-    staging.rename_to(&staged, root, path, RenameFlags::EXCHANGE).map_err(io)
+    staging.rename_to(&staged, root, path, RenameFlags::EXCHANGE).map_err(|error| match error.kind() {
+        // FUSE and NFS may not know the flag.
+        ErrorKind::InvalidInput => {
+            io(RootError { source: std::io::Error::new(ErrorKind::Unsupported, NO_EXCHANGE), ..error })
+        }
+        _ => io(error),
+    })
 }
 
 /// The manifest without what problems kept from being: the old entries where the old things are still there.
