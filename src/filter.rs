@@ -57,6 +57,30 @@ struct Only {
     above: BTreeSet<RelPath>,
 }
 
+impl Only {
+    fn reaches(&self, path: &RelPath) -> bool {
+        if self.listed.len() <= FEW {
+            return self.listed.iter().any(|listed| path.is_within(listed) || listed.is_within(path));
+        }
+        let below = || path.ancestors().any(|ancestor| self.listed.contains(&ancestor));
+        self.listed.contains(path) || self.above.contains(path) || below()
+    }
+}
+
+/// So many paths are sooner compared one by one than looked up.
+const FEW: usize = 8;
+
+/// What a list of paths lets take part, whatever the rules say.
+#[derive(Debug, Clone, Default)]
+pub struct Reach(Option<Only>);
+
+impl Reach {
+    /// Whether the path is listed, lies below one that is, or leads to one.
+    pub fn reaches(&self, path: &RelPath) -> bool {
+        self.0.as_ref().is_none_or(|only| only.reaches(path))
+    }
+}
+
 impl Filter {
     /// Compiles what a user wrote.
     ///
@@ -94,17 +118,24 @@ impl Filter {
         self.only.is_none() && self.user.is_empty() && self.nested.is_empty() && self.top.is_none()
     }
 
+    /// What its list of paths lets take part.
+    pub fn reach(&self) -> Reach {
+        Reach(self.only.clone())
+    }
+
+    /// Whether a path could take part by the list of paths alone: a cheap question before the whole one.
+    pub fn may_admit(&self, path: &RelPath) -> bool {
+        self.only.as_ref().is_none_or(|only| only.reaches(path))
+    }
+
     /// Whether a path takes part. Ask for a directory before what lies below it: what a directory that does not take
     /// part holds does not either.
     pub fn admits(&self, path: &RelPath, directory: bool) -> bool {
         if path.components().any(|name| name == STATE_DIRECTORY) {
             return false;
         }
-        if let Some(only) = &self.only {
-            let below = || path.ancestors().any(|ancestor| only.listed.contains(&ancestor));
-            if !only.listed.contains(path) && !only.above.contains(path) && !below() {
-                return false;
-            }
+        if !self.may_admit(path) {
+            return false;
         }
         // As in gitignore(5) the last rule that matches decides, and rules further down and the user's are later.
         let user = self.user.matched(path.as_path(), directory);

@@ -26,11 +26,15 @@ impl Running {
 
     /// With a login at a server, which the configuration calls `sync@SERVER`.
     fn at_server(served: &Served, config: &str) -> Running {
+        Running::prepared_at_server(served, config, |_| {})
+    }
+
+    fn prepared_at_server(served: &Served, config: &str, prepare: impl FnOnce(&Path)) -> Running {
         let login =
             ["-P".into(), served.port.to_string(), "--identity".into(), served.path("sync.key").display().to_string()];
         let known = ["--known-hosts".into(), served.path("known").display().to_string(), "-F".into(), "none".into()];
         let arguments = login.into_iter().chain(known).collect();
-        Running::new(&config.replace("SERVER", "127.0.0.1"), |_| {}, arguments)
+        Running::new(&config.replace("SERVER", "127.0.0.1"), prepare, arguments)
     }
 
     /// The same in an area that something is done to first.
@@ -310,6 +314,53 @@ fn s21_s28_it_sends_to_a_server_which_may_be_away_for_a_while() {
     assert!(!there.join("b").exists());
     served.signal(rustix::process::Signal::CONT);
     until("the second file", || holds(&there.join("b"), "second"));
+}
+
+#[test]
+fn a_connection_stays_for_the_next_run_and_one_that_the_server_ended_is_made_anew() {
+    let job = "[[job]]\nname = \"data\"\nsource = \"AT/source\"\ntargets = [\"sync@SERVER:/data\"]\nsettle = \"0s\"\nretry_max = \"1s\"\n";
+    let served = Served::recording();
+    let record = || fs::read_to_string(served.path("record/.lockstep/audit.jsonl")).unwrap();
+    let logins = || record().matches("\"action\":\"login\"").count();
+    let running = Running::at_server(&served, job);
+    let there = served.path("sync/data");
+    let arrives = |name: &str| {
+        fs::write(running.path("source").join(name), name).unwrap();
+        until(name, || holds(&there.join(name), name));
+        until("it to be idle", || running.target(0)["state"] == "idle");
+    };
+    arrives("first");
+    // A new root is made by the first run; a second connection may come with it.
+    let before = logins();
+    ["second", "third", "fourth"].into_iter().for_each(arrives);
+    assert_eq!(logins(), before, "{}", record());
+    served.reload("[serve.limits]", "[serve.limits]\nidle_timeout = '1s'");
+    served.wait_for("nothing was done for too long");
+    arrives("fifth");
+    assert!(logins() > before, "{}", record());
+    assert_eq!(running.target(0)["failures"], 0, "{}", running.target(0));
+    // What was published by parts is good as a whole.
+    done(&running.command(&["check", "--full"]).arg(&there).output().unwrap());
+}
+
+#[test]
+fn what_vanishes_beside_a_change_is_still_listed_and_a_check_finds_it() {
+    let served = Served::start("", "");
+    let job = "[[job]]\nname = \"data\"\nsource = \"AT/source\"\ntargets = [\"sync@SERVER:/data\"]\nsettle = \"0s\"\n";
+    let running = Running::prepared_at_server(&served, job, |at| {
+        (0..20).for_each(|number| fs::write(at.join(format!("source/{number}")), "content").unwrap());
+    });
+    let there = served.path("sync/data");
+    until("the first files", || holds(&there.join("19"), "content") && running.target(0)["state"] == "idle");
+    fs::remove_file(there.join("7")).unwrap();
+    fs::write(running.path("source/new"), "new").unwrap();
+    until("the new file", || holds(&there.join("new"), "new") && running.target(0)["state"] == "idle");
+    let check = running.command(&["check"]).arg(&there).output().unwrap();
+    ends(&check, 1, &["7", "missing"]);
+    // When everything is compared it comes back.
+    done(&running.jobs(&["now"]));
+    until("it to be back", || holds(&there.join("7"), "content"));
+    until("it to be good", || running.command(&["check"]).arg(&there).output().unwrap().status.success());
 }
 
 #[test]

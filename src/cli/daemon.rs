@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use super::arguments::Place;
+use super::connections::Connections;
 use super::memory::Memory;
 use super::transfer::{config_file, load_config, state_directory};
 use super::{Failure, login, notify, remote};
@@ -42,16 +43,14 @@ pub(super) struct Daemon {
 struct Dialler {
     reach: remote::Reach,
     ssh: login::Ssh,
+    kept: Connections,
 }
 
 impl Connect for Dialler {
     fn target(&self, target: &str, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble> {
         match Place::parse(std::ffi::OsStr::new(target)).map_err(Dialler::failed)? {
             Place::Here(path) => Ok(Box::new(LocalTarget::new(&path, PolicySpec::default()))),
-            Place::There(there) => {
-                let compress = CompressOptions::default();
-                remote::target(&there, &self.ssh, &self.reach, None, compress, monitor).map_err(Dialler::failed)
-            }
+            Place::There(there) => remote::target(&there, &self.dial(), monitor).map_err(Dialler::failed),
         }
     }
 
@@ -61,15 +60,23 @@ impl Connect for Dialler {
                 let opened = LocalSource::new(&path, None);
                 opened.map(|source| Box::new(source) as Box<dyn Source>).map_err(|error| Dialler::failed(error.into()))
             }
-            Place::There(there) => {
-                let compress = CompressOptions::default();
-                remote::source(&there, &self.ssh, &self.reach, None, compress, monitor).map_err(Dialler::failed)
-            }
+            Place::There(there) => remote::source(&there, &self.dial(), monitor).map_err(Dialler::failed),
+        }
+    }
+
+    fn forget(&self, place: &str) {
+        if let Ok(Place::There(there)) = Place::parse(std::ffi::OsStr::new(place)) {
+            self.kept.forget(&there);
         }
     }
 }
 
 impl Dialler {
+    fn dial(&self) -> remote::Dial<'_> {
+        let compress = CompressOptions::default();
+        remote::Dial { ssh: &self.ssh, reach: &self.reach, count: None, compress, kept: Some(&self.kept) }
+    }
+
     fn failed(failure: Failure) -> Trouble {
         Trouble { message: chain(&failure), exit: failure.exit() }
     }
@@ -86,7 +93,8 @@ impl Daemon {
         let config = load_config(self.config.as_deref())?;
         let places = places(&config)?;
         let asked = signals()?;
-        let connect: Arc<dyn Connect> = Arc::new(Dialler { reach: self.reach, ssh: self.ssh });
+        let dialler = Arc::new(Dialler { reach: self.reach, ssh: self.ssh, kept: Connections::default() });
+        let connect: Arc<dyn Connect> = Arc::clone(&dialler) as Arc<dyn Connect>;
         let running = Running::start(config, places, connect).map_err(|error| failure(&error))?;
         tracing::info!(config = %crate::error::shown(&file), "started");
         notify::ready();
@@ -99,6 +107,7 @@ impl Daemon {
                 _ => {}
             }
             running.tick();
+            dialler.kept.sweep();
             if !running.is_alive() {
                 let message = "a thread of the daemon ended that should not have; see the log".to_owned();
                 return Err(Failure::Plain { exit: Exit::Io, message });

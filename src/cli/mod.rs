@@ -19,6 +19,7 @@ mod audit;
 mod check;
 mod completions;
 mod config;
+mod connections;
 mod control;
 mod daemon;
 pub mod display;

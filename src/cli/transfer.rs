@@ -196,8 +196,10 @@ impl How {
         given.into_iter().find(|(given, _)| *given).map(|(_, option)| option)
     }
 
-    pub(super) fn compress(&self) -> CompressOptions {
-        CompressOptions { level: self.compress_level, enabled: !self.no_compress }
+    /// How another machine is spoken to.
+    pub(super) fn dial(&self) -> remote::Dial<'_> {
+        let compress = CompressOptions { level: self.compress_level, enabled: !self.no_compress };
+        remote::Dial { ssh: &self.ssh, reach: &self.reach, count: self.transfers, compress, kept: None }
     }
 
     /// What a run is to do. The source is not known yet: `begin.source` is empty.

@@ -81,6 +81,9 @@ pub trait Connect: Send + Sync {
     /// # Errors
     /// [`Trouble`].
     fn source(&self, source: &str, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble>;
+
+    /// A run with this target or source failed: what was kept of a connection to it is not to be used again.
+    fn forget(&self, place: &str);
 }
 
 /// Where a daemon keeps what it knows, and where it is asked.

@@ -143,6 +143,8 @@ impl Lane {
                     if stopped {
                         return;
                     }
+                    connect.forget(&self.target);
+                    plan.job.remote_source().inspect(|source| connect.forget(source));
                     inner.failed(&trouble, plan.job.retry_max.0);
                     let first = inner.failures_in_a_row == 1;
                     drop(inner);

@@ -58,6 +58,17 @@ pub struct Scanned {
     pub problems: Vec<Problem>,
 }
 
+impl Scanned {
+    /// Gives files the digests that are known of them.
+    pub fn know(&mut self, known: &DigestTable) {
+        for (index, metadata) in self.metadata.iter().enumerate() {
+            if let Some(digest) = known.get(metadata) {
+                self.tree.set_digest(index, digest);
+            }
+        }
+    }
+}
+
 /// A tree that cannot be listed at all.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
@@ -97,12 +108,7 @@ struct Found {
 ///
 /// # Errors
 /// [`ScanError`] when the root itself cannot be listed. Other paths become problems.
-pub fn scan(
-    root: &Root,
-    rule: &ScanRule,
-    known: Option<&DigestTable>,
-    monitor: &dyn Monitor,
-) -> Result<Scanned, ScanError> {
+pub fn scan(root: &Root, rule: &ScanRule, monitor: &dyn Monitor) -> Result<Scanned, ScanError> {
     root.open_dir(None, Follow::Never)?;
     let top = Directory { path: None, filter: Arc::new(rule.filter.clone()) };
     let shared = Shared {
@@ -126,13 +132,6 @@ pub fn scan(
     all.entries.sort_unstable_by(|a, b| a.0.path.cmp(&b.0.path));
     all.problems.sort_by(|a, b| a.path.cmp(&b.path));
     join_hard_links(&mut all.entries);
-    if let Some(known) = known {
-        for (entry, metadata) in &mut all.entries {
-            if let Content::File { digest, .. } = &mut entry.content {
-                *digest = known.get(metadata);
-            }
-        }
-    }
     let (entries, metadata) = all.entries.into_iter().unzip();
     Ok(Scanned { tree: Tree::new(entries)?, metadata, problems: all.problems })
 }
@@ -204,6 +203,9 @@ fn list(
                 continue;
             }
         };
+        if !filter.may_admit(&path) {
+            continue;
+        }
         let metadata = match Metadata::at(&descriptor, &name) {
             Ok(metadata) => metadata,
             // RACE: removed since the directory was read; it is not there any more, and that is all there is to say.
@@ -329,7 +331,7 @@ mod tests {
         let spec = FilterSpec { rules: rules.iter().map(|&rule| rule.into()).collect(), only: None };
         let filter = Filter::compile(&spec).unwrap();
         let rule = ScanRule { filter, links, ignore_files: true, report_special: true };
-        scan(&Root::open(at).unwrap(), &rule, None, &Silent::default()).unwrap()
+        scan(&Root::open(at).unwrap(), &rule, &Silent::default()).unwrap()
     }
 
     fn paths(scanned: &Scanned) -> Vec<String> {

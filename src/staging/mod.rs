@@ -12,7 +12,7 @@ mod lock;
 mod state;
 
 pub use audience::{admit, as_manifest, audience_of, open_state};
-pub use digests::{load_digests, store_beside_manifest, store_digests};
+pub use digests::{DIGESTS, load_digests, store_beside_manifest, store_digests};
 pub use file::{Permissions, SET_OWNER, StageError, StagedFile, apply, clean_pages, hash_of};
 pub use ids::Ids;
 pub use journal::Journal;

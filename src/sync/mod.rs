@@ -201,8 +201,7 @@ fn run_begun(
     }
 
     let outcome = transfer(source, target, options, monitor, stop, &tree, &plan)?;
-    source.remember(&tree, &outcome.digests);
-    check(stop)?;
+    check(stop).inspect_err(|_| source.remember(&tree, &outcome.digests))?;
     let not_listed = problems.iter().filter(|problem| problem.severity == Severity::Failed);
     let unreadable =
         not_listed.map(|problem| problem.path.as_ref().map_or_else(Vec::new, |path| path.as_bytes().to_vec()));
@@ -222,8 +221,12 @@ fn run_begun(
         monitor.event(Event::Warning("nothing was deleted at the target, because some paths failed"));
     }
     monitor.event(Event::Phase(Phase::Publishing));
-    let committed =
-        target.commit(&CommitOptions { delete: options.delete && !any_failed, failed, unreadable }, monitor)?;
+    let commit = CommitOptions { delete: options.delete && !any_failed, failed, unreadable };
+    let committed = std::thread::scope(|scope| {
+        // What was hashed is stored while it is published, and does not hold that up.
+        scope.spawn(|| source.remember(&tree, &outcome.digests));
+        target.commit(&commit, monitor)
+    })?;
     for (path, message) in &committed.problems {
         let problem = Problem {
             path: crate::path::RelPath::new(path.as_bytes()).ok(),

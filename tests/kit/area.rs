@@ -47,7 +47,7 @@ pub(crate) fn lockstep() -> &'static str {
 /// strace around a command, with what it is to do to system calls.
 pub(crate) fn traced(calls: &str, inject: Option<&str>, log: &Path, command: &[&str]) -> Command {
     let mut strace = Command::new("strace");
-    strace.args(["-f", "-qq", "-o"]).arg(log).args(["-e", &format!("trace={calls}")]);
+    strace.args(["-f", "-qq", "-y", "-o"]).arg(log).args(["-e", &format!("trace={calls}")]);
     if let Some(inject) = inject {
         strace.args(["-e", &format!("inject={calls}:{inject}")]);
     }

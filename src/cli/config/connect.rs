@@ -12,7 +12,7 @@ use unicode_width::UnicodeWidthStr as _;
 use crate::cli::arguments::Place;
 use crate::cli::login::{self, Ssh};
 use crate::cli::places::nearest;
-use crate::cli::remote::{self, Destination, Reach};
+use crate::cli::remote::{self, Destination, Dial, Reach};
 use crate::cli::{Failure, transfer};
 use crate::codec::CompressOptions;
 use crate::config::{Config, Delete, Job};
@@ -162,8 +162,8 @@ fn far(
 ) -> Result<(), Failure> {
     let used = ask(there, ssh, reach, probe)?;
     if options.is_some() {
-        let compress = CompressOptions::default();
-        let target = remote::target(there, ssh, reach, Some(1), compress, &Silent::default())?;
+        let dial = Dial { ssh, reach, count: Some(1), compress: CompressOptions::default(), kept: None };
+        let target = remote::target(there, &dial, &Silent::default())?;
         return begin(&*target, options, used);
     }
     if probe.there {

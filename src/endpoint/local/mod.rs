@@ -1,6 +1,7 @@
 //! A side of a run that lies on this machine.
 
 mod area;
+mod changes;
 mod commit;
 mod fold;
 mod known;
@@ -8,6 +9,7 @@ mod links;
 mod metadata;
 mod place;
 mod publish;
+mod recall;
 mod refusals;
 mod repair;
 mod room;

@@ -8,18 +8,25 @@ use std::io::{ErrorKind, Read as _, Write as _};
 
 use rustix::fs::{Mode, RenameFlags};
 use rustix::io::Errno;
+use sha2::{Digest as _, Sha256};
 
 use super::area::Area;
+use super::changes::{self, Changes};
 use super::metadata::{Acls, Existing};
+use super::recall;
 use super::target::{MANIFEST, STATE, io, rel};
 use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::Error;
-use crate::manifest::{Content, Entry, Manifest, Tree, format};
+use crate::manifest::{Digest, Entry, Manifest, Tree, format};
+use crate::monitor::Silent;
 use crate::path::RelPath;
 use crate::plan::publish::Step;
 use crate::root::{Follow, Metadata, Root, RootError};
 
 const RECORD: &str = "commit";
+/// What becomes of the manifest: what is put in. What is taken out stands in the record.
+const CHANGES: &str = "changes";
+/// The manifest that is put in force in the end. It was written before the record once, and nothing else then.
 const NEW_MANIFEST: &str = "manifest";
 const NO_EXCHANGE: &str = "its file system cannot exchange two directories in one step, so that one that is there and changes \
                            cannot be published whole; give it a new name, or use ext4, XFS or Btrfs";
@@ -54,7 +61,7 @@ fn unhex(text: &str) -> Option<Vec<u8>> {
 impl Record {
     /// One step a line: a letter and the path's bytes in hexadecimal; before them who it is done for, after them what else
     /// the audit log is to be told of a path.
-    fn encode(&self) -> String {
+    fn encode(&self, gone: &BTreeSet<RelPath>) -> String {
         let mut text = format!("{}\n{}\n", hex(self.actor.as_bytes()), hex(self.source.as_bytes()));
         for step in &self.steps {
             let letter = match step {
@@ -77,13 +84,18 @@ impl Record {
                 text.push_str(&format!("{letter}{} {}\n", hex(path.as_bytes()), hex(note.as_bytes())));
             }
         }
+        for path in gone {
+            text.push_str(&format!("G{}\n", hex(path.as_bytes())));
+        }
         text
     }
 
-    fn parse(text: &str) -> Option<Record> {
+    /// The record, and what the manifest lists no more.
+    fn parse(text: &str) -> Option<(Record, BTreeSet<RelPath>)> {
         let mut lines = text.strip_suffix('\n')?.split('\n');
         let mut name = || String::from_utf8(unhex(lines.next()?)?).ok();
         let mut record = Record { actor: name()?, source: name()?, ..Record::default() };
+        let mut gone = BTreeSet::new();
         for line in lines {
             let (letter, rest) = line.split_at_checked(1)?;
             let (path, more) = rest.split_once(' ').map_or((rest, None), |(path, more)| (path, Some(more)));
@@ -91,6 +103,10 @@ impl Record {
             if matches!(letter, "W" | "L") {
                 let notes = if letter == "W" { &mut record.withheld } else { &mut record.acls };
                 notes.insert(path, String::from_utf8(unhex(more?)?).ok()?);
+                continue;
+            }
+            if letter == "G" {
+                gone.insert(path);
                 continue;
             }
             if let Some(inode) = more {
@@ -106,7 +122,7 @@ impl Record {
                 _ => return None,
             });
         }
-        Some(record)
+        Some((record, gone))
     }
 }
 
@@ -115,57 +131,67 @@ pub(super) fn write_down(
     root: &Root,
     staging: &Root,
     record: &Record,
-    manifest: &[u8],
+    changes: &Changes,
     acls: &Acls,
 ) -> Result<(), Error> {
-    // DURABILITY: all content and permissions first, then the manifest; only then the record that makes them the truth.
+    // DURABILITY: all content and permissions first, then what becomes of the manifest; only then the record that makes them
+    // the truth.
     root.sync_filesystem().map_err(io)?;
     store(staging, ACLS, acls.encode().as_bytes())?;
-    store(staging, NEW_MANIFEST, manifest)?;
+    store(staging, CHANGES, &format::encode(&changes.put))?;
     staging.sync_dir(None).map_err(io)?;
-    store(staging, RECORD, record.encode().as_bytes())?;
+    store(staging, RECORD, record.encode(&changes.gone).as_bytes())?;
     staging.sync_dir(None).map_err(io)
 }
 
-/// What became of a record.
-pub(super) struct Published {
-    /// What is in force now.
-    pub(super) manifest: Manifest,
-    /// Its text.
-    pub(super) text: Vec<u8>,
-    /// Paths that could not be published, and why.
-    pub(super) problems: Vec<(RelPath, String)>,
-}
-
-/// Does what was written down, puts the manifest in force and clears the staging area. The manifest of a repair only
-/// tells what the things it brings back are to have: that of the root is left alone, whatever could not be done.
+/// Does what was written down: after it everything is to be seen. Answers paths that could not be published, and why. A run
+/// is ended by [`put_in_force`]. A repair ends here: what was written down of the manifest only tells what the things it
+/// brings back are to have; that of the root is left alone, whatever could not be done.
 pub(super) fn carry_out(
     root: &Root,
     staging: &Root,
     area: Area,
     record: &Record,
-    mut manifest: Manifest,
-    mut text: Vec<u8>,
+    changes: &Changes,
     acls: &Acls,
-) -> Result<Published, Error> {
-    let problems = execute(root, staging, record, &manifest.tree, acls)?;
-    if !problems.is_empty() && area == Area::Run {
-        manifest.tree = amend(root, manifest.tree, record, &problems)?;
-        text = format::encode(&manifest);
-        store(staging, NEW_MANIFEST, &text)?;
-    }
-    audit(root, area, record, &manifest.tree, &problems)?;
+) -> Result<Vec<(RelPath, String)>, Error> {
+    let problems = execute(root, staging, record, &changes.put.tree, acls)?;
+    audit(root, area, record, &changes.put.tree, &problems)?;
     if area == Area::Repair {
         finish(root, area)?;
-        return Ok(Published { manifest, text, problems });
     }
+    Ok(problems)
+}
+
+/// Puts the manifest in force that what was carried out makes of the `old` one, and clears the staging area. Answers it and
+/// the SHA-256 of its file.
+pub(super) fn put_in_force(
+    root: &Root,
+    staging: &Root,
+    record: &Record,
+    changes: &Changes,
+    old: &Tree,
+    problems: &[(RelPath, String)],
+    stays: &dyn Fn(&Entry) -> bool,
+) -> Result<(Manifest, Digest), Error> {
+    // Permissions that could not be given do not make it another file.
+    let metadata: HashSet<&RelPath> =
+        record.steps.iter().filter(|step| matches!(step, Step::ApplyMetadata(_))).map(Step::path).collect();
+    let content: HashSet<&RelPath> =
+        record.steps.iter().map(Step::path).filter(|path| !metadata.contains(path)).collect();
+    let undone = problems.iter().map(|(path, _)| path).filter(|path| content.contains(path)).collect();
+    let is_there = |entry: &Entry| root.stat(&entry.path, Follow::Never).is_ok();
+    let tree = changes::carried_out(changes, old, &undone, stays, &is_there)?;
+    let manifest = Manifest { tree, ..changes.put };
+    let text = format::encode(&manifest);
+    store(staging, NEW_MANIFEST, &text)?;
     let audience = crate::staging::audience_of(root, &manifest.tree);
     if let Ok(file) = staging.open_read(&rel(NEW_MANIFEST)?, Follow::Never) {
         crate::staging::admit(&file, &audience);
     }
-    finish(root, area)?;
+    finish(root, Area::Run)?;
     crate::staging::open_state(root, &audience);
-    Ok(Published { manifest, text, problems })
+    Ok((manifest, Digest(Sha256::digest(&text).into())))
 }
 
 /// Lets those read the manifest in force who may read what it lists.
@@ -327,25 +353,6 @@ fn exchange(root: &Root, staging: &Root, path: &RelPath, new: Option<u64>) -> Re
     })
 }
 
-/// The manifest without what problems kept from being: the old entries where the old things are still there.
-fn amend(root: &Root, tree: Tree, record: &Record, problems: &[(RelPath, String)]) -> Result<Tree, Error> {
-    let metadata: HashSet<&RelPath> =
-        record.steps.iter().filter(|step| matches!(step, Step::ApplyMetadata(_))).map(Step::path).collect();
-    let content: HashSet<&RelPath> =
-        record.steps.iter().map(Step::path).filter(|path| !metadata.contains(path)).collect();
-    let failed: HashSet<&RelPath> =
-        problems.iter().map(|(path, _)| path).filter(|path| content.contains(path)).collect();
-    let concerned = |path: &RelPath| failed.contains(path) || path.ancestors().any(|above| failed.contains(&above));
-    let old = read(root, MANIFEST)?.and_then(|text| format::decode(&text).ok()).unwrap_or_default();
-    let mut entries: Vec<Entry> = tree.into_entries().into_iter().filter(|entry| !concerned(&entry.path)).collect();
-    let still = old.tree.into_entries().into_iter().filter(|entry| concerned(&entry.path));
-    entries.extend(still.filter(|entry| root.stat(&entry.path, Follow::Never).is_ok()));
-    let files: HashSet<RelPath> =
-        entries.iter().filter(|entry| entry.file().is_some()).map(|entry| entry.path.clone()).collect();
-    entries.retain(|entry| !matches!(&entry.content, Content::HardLink { first } if !files.contains(first)));
-    Tree::new(entries).map_err(|error| Error::Refused { by: "the manifest".into(), reason: error.to_string() })
-}
-
 /// Tells the audit log. A run that was interrupted between this and its end tells it once more when it is finished.
 fn audit(root: &Root, area: Area, record: &Record, tree: &Tree, problems: &[(RelPath, String)]) -> Result<(), Error> {
     let wrong = |error: crate::audit::AuditError| Error::Refused {
@@ -441,11 +448,6 @@ fn recover_in(root: &Root, state: &Root, area: Area) -> Result<bool, Error> {
         Err(error) => return Err(io(error)),
     };
     let Some(record) = read(&staging, RECORD)? else { return Ok(false) };
-    let Some(text) = read(&staging, NEW_MANIFEST)? else {
-        // It was put in force already: only the clearing was cut off.
-        finish(root, area)?;
-        return Ok(true);
-    };
     let damaged = |what: &str| Error::Refused {
         by: crate::error::shown(root.shown()).to_string(),
         reason: format!(
@@ -453,11 +455,30 @@ fn recover_in(root: &Root, state: &Root, area: Area) -> Result<bool, Error> {
             crate::error::shown(staging.shown())
         ),
     };
-    let manifest = format::decode(&text).map_err(|_| damaged("the manifest"))?;
-    let record = std::str::from_utf8(&record).ok().and_then(Record::parse).ok_or_else(|| damaged("the record"))?;
+    let (changes, whole) = match read(&staging, CHANGES)? {
+        Some(text) => (Some(text), false),
+        None => (read(&staging, NEW_MANIFEST)?, true),
+    };
+    let Some(text) = changes else {
+        // It was put in force already: only the clearing was cut off.
+        finish(root, area)?;
+        return Ok(true);
+    };
+    let put = format::decode(&text).map_err(|_| damaged("the manifest"))?;
+    let record = std::str::from_utf8(&record).ok().and_then(Record::parse);
+    let (record, gone) = record.ok_or_else(|| damaged("the record"))?;
     let acls = read(&staging, ACLS)?.and_then(|bytes| Acls::parse(std::str::from_utf8(&bytes).ok()?));
     let acls = acls.ok_or_else(|| damaged("the list of ACLs"))?;
-    carry_out(root, &staging, area, &record, manifest, text, &acls)?;
+    let (old, _) = recall::manifest(root, &Silent::default())?;
+    if area == Area::Run && !whole && old.generation >= put.generation {
+        finish(root, area)?;
+        return Ok(true);
+    }
+    let changes = Changes { put, gone };
+    let problems = carry_out(root, &staging, area, &record, &changes, &acls)?;
+    if area == Area::Run {
+        put_in_force(root, &staging, &record, &changes, &old.tree, &problems, &|_| !whole)?;
+    }
     Ok(true)
 }
 
@@ -480,7 +501,8 @@ mod tests {
         let note = |text: &str| BTreeMap::from([(RelPath::new("b \n/c").unwrap(), text.to_owned())]);
         let (withheld, acls) = (note("the special bits of mode 4755"), note("user:ops:r--"));
         let record = Record { actor: "ana@gpu01".into(), source: String::new(), steps, withheld, acls, inodes };
-        assert_eq!(Record::parse(&record.encode()), Some(record));
+        let gone = BTreeSet::from([path(b"h\xff"), path(b"i")]);
+        assert_eq!(Record::parse(&record.encode(&gone)), Some((record, gone)));
         for damaged in ["", "\n", "61\n62", "61\n\nR2e2e\n", "61\n\nR6\n", "61\n\nZ61\n", "61\n\nX61 g\n", "6\n\n"] {
             assert_eq!(Record::parse(damaged), None, "{damaged:?}");
         }

@@ -88,16 +88,13 @@ impl Source for LocalSource {
             Links::Refuse => LinkRule::Refuse,
         };
         let rule = ScanRule { filter, links, ignore_files: true, report_special: true };
-        let cache = self.cache_file.as_deref().filter(|_| !options.hash_all).map(DigestCache::load);
-        let scanned = scan::scan(&self.root, &rule, cache.as_ref().map(DigestCache::table), monitor).map_err(
-            |error| match error {
-                scan::ScanError::Root(error) => failed(error),
-                scan::ScanError::Changed(_) => {
-                    Error::Refused { by: self.describe(), reason: crate::error::chain(&error) }
-                }
-            },
-        )?;
-        if let Some(cache) = &cache {
+        let mut scanned = scan::scan(&self.root, &rule, monitor).map_err(|error| match error {
+            scan::ScanError::Root(error) => failed(error),
+            scan::ScanError::Changed(_) => Error::Refused { by: self.describe(), reason: crate::error::chain(&error) },
+        })?;
+        if let Some(file) = self.cache_file.as_deref().filter(|_| !options.hash_all) {
+            let cache = DigestCache::load_for(file, &scanned.metadata);
+            scanned.know(cache.table());
             monitor.event(Event::Detail(&format!(
                 "{}: SHA-256 known from earlier runs: {}",
                 self.describe(),
@@ -119,7 +116,7 @@ impl Source for LocalSource {
         let known: Vec<_> =
             digests.iter().filter_map(|&(index, digest)| Some((*scanned.0.get(index as usize)?, digest))).collect();
         // A cache that cannot be written makes the next run slower, not wrong.
-        let _ = DigestCache::load(file).store(&known, scanned.1);
+        let _ = DigestCache::empty(file).store(&known, scanned.1);
     }
 }
 

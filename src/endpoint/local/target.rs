@@ -14,10 +14,10 @@ use super::place::{Birth, Place};
 use super::refusals::Refusals;
 use super::repair::{self, Repair};
 use super::writer::LocalWriter;
-use super::{commit, fold, known, metadata, publish, room};
+use super::{commit, fold, known, metadata, publish, recall, room};
 use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
-use crate::filter::{Filter, FilterSpec};
+use crate::filter::{Filter, FilterSpec, Reach};
 use crate::manifest::{Content, Digest, Entry, Manifest, Tree};
 use crate::monitor::{Event, Monitor, Problem, Severity};
 use crate::path::RelPath;
@@ -71,7 +71,9 @@ pub(super) struct State {
     /// What stat said of the target's entries.
     pub(super) metadata: Vec<Metadata>,
     pub(super) plan: Plan,
-    pub(super) old_manifest: Manifest,
+    pub(super) old_manifest: Arc<Manifest>,
+    /// What the run was to look at.
+    pub(super) reach: Reach,
     /// SHA-256 of the old manifest's file.
     pub(super) old_digest: Digest,
     /// Files whose content is staged and proven, and what they are there.
@@ -379,8 +381,9 @@ impl Run {
         }
         let filter =
             Filter::compile(&self.options.filter).map_err(|error| Error::Usage(crate::error::chain(&error)))?;
+        let reach = filter.reach();
         let rule = ScanRule { filter, links: LinkRule::All, ignore_files: true, report_special: false };
-        let scanned = scan::scan(&self.root, &rule, None, monitor).map_err(|error| match error {
+        let scanned = scan::scan(&self.root, &rule, monitor).map_err(|error| match error {
             scan::ScanError::Root(error) => io(error),
             other => Error::Refused { by: "the receiver".into(), reason: crate::error::chain(&other) },
         })?;
@@ -389,7 +392,7 @@ impl Run {
             monitor.event(Event::Problem(&Problem { severity: Severity::Skipped, ..problem }));
         }
         let mut target = scanned.tree;
-        let (old_manifest, old_digest) = commit::read_manifest(&self.root, monitor)?;
+        let (old_manifest, old_digest) = recall::manifest(&self.root, monitor)?;
         warn_of_the_future(&old_manifest, &self.root, monitor);
         let look = known::Look {
             root: &self.root,
@@ -453,6 +456,7 @@ impl Run {
             metadata: scanned.metadata,
             need,
             plan: plan.clone(),
+            reach,
             old_manifest,
             old_digest,
             ..State::default()
