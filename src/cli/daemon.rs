@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use super::arguments::Place;
 use super::connections::Connections;
+use super::memory::Memory;
 use super::transfer::{config_file, load_config, state_directory};
 use super::{Failure, login, notify, remote};
 use crate::codec::CompressOptions;
 use crate::config::Config;
 use crate::daemon::status::{State, Status, TargetStatus};
+use crate::daemon::words;
 use crate::daemon::{Connect, Daemon as Running, DaemonError, Places, Trouble};
 use crate::endpoint::local::{LocalSource, LocalTarget};
 use crate::endpoint::{Source, Target};
@@ -96,7 +98,7 @@ impl Daemon {
         let running = Running::start(config, places, connect).map_err(|error| failure(&error))?;
         tracing::info!(config = %crate::error::shown(&file), "started");
         notify::ready();
-        let mut pulse = notify::Pulse::new();
+        let (mut pulse, mut memory) = (notify::Pulse::new(), Memory::new());
         loop {
             match asked.swap(0, Ordering::SeqCst) {
                 STOP => break,
@@ -111,6 +113,7 @@ impl Daemon {
                 return Err(Failure::Plain { exit: Exit::Io, message });
             }
             pulse.beat(|| in_a_line(&running.status()));
+            memory.give_back();
             std::thread::sleep(Duration::from_millis(50));
         }
         notify::stopping();
@@ -126,10 +129,8 @@ impl Daemon {
         let usual = if self.verbose { "lockstep=debug" } else { "lockstep=info" };
         let filter = tracing_subscriber::EnvFilter::try_from_env("LOCKSTEP_LOG")
             .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(usual));
-        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
-        let log = log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
-        // Only the first is taken, and this is it.
-        let _ = if notify::to_journal() { log.without_time().try_init() } else { log.try_init() };
+        let colour = std::io::IsTerminal::is_terminal(&std::io::stderr());
+        super::journal::begin(filter, colour, tracing_subscriber::layer::Identity::new());
     }
 }
 
@@ -151,7 +152,7 @@ fn in_a_line(status: &Status) -> String {
     }
     let targets = || status.jobs.iter().flat_map(|job| job.targets.iter().map(move |target| (job, target)));
     let count = |wanted: &dyn Fn(&TargetStatus) -> bool| targets().filter(|(_, target)| wanted(target)).count();
-    let in_step = count(&|target| target.state == State::Idle && target.lag_units == 0);
+    let in_step = targets().filter(|(job, target)| words::level(job, target) == words::Level::InStep).count();
     parts.push(format!("in step: {in_step} of {} targets", targets().count()));
     for state in State::ALL.into_iter().filter(|state| *state != State::Idle) {
         match count(&|target| target.state == state) {

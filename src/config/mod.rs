@@ -16,8 +16,8 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 pub use address::AddressList;
@@ -35,20 +35,20 @@ pub const DEFAULT_PATH: &str = "/etc/lockstep/config.toml";
 const MAX_BYTES: u64 = 1 << 20;
 
 /// A configuration that was read and checked.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// The file it came from.
     #[serde(skip)]
     pub path: PathBuf,
     /// The policies by name.
-    #[serde(default, rename = "policy")]
+    #[serde(default, rename = "policy", skip_serializing_if = "BTreeMap::is_empty")]
     pub policies: BTreeMap<String, PolicySpec>,
     /// The jobs, in order.
-    #[serde(default, rename = "job")]
+    #[serde(default, rename = "job", skip_serializing_if = "Vec::is_empty")]
     pub jobs: Vec<Job>,
     /// The listener, if this machine runs one.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serve: Option<Serve>,
     /// What runs the jobs by itself.
     #[serde(default)]

@@ -205,6 +205,12 @@ impl Feed {
         }
     }
 
+    /// Has everything compared that is finished.
+    pub fn ask(&self) {
+        self.shared.state().everything = true;
+        self.shared.tell();
+    }
+
     /// Ends it: whoever waits gets nothing.
     pub fn stop(&self) {
         self.shared.state().stopped = true;

@@ -141,9 +141,12 @@ impl JobThreads {
         self.shared.lanes.iter().for_each(|lane| lane.pause(paused));
     }
 
-    /// Tries again at once what waits for its time, and asks a source of another machine what it has.
+    /// Tries again at once what waits for its time, and compares everything, also where nothing was noticed.
     pub(super) fn hurry(&self) {
         self.shared.asked.store(true, Ordering::Relaxed);
+        if let Some(feed) = self.shared.feed() {
+            feed.ask();
+        }
         self.shared.lanes.iter().for_each(Lane::hurry);
     }
 

@@ -226,7 +226,8 @@ impl Settle {
         self.wake(now);
     }
 
-    fn forget(&mut self, path: &RelPath) {
+    /// Something, with what is in it, is nothing to wait for any more.
+    pub(super) fn forget(&mut self, path: &RelPath) {
         drop_within(&mut self.waiting, path);
         drop_within(&mut self.open, path);
         self.temporary.retain(|temporary| !temporary.is_within(path));

@@ -1,5 +1,6 @@
 //! Whether a unit is complete, and what a pointer names: what only the files can tell.
 
+use std::fmt;
 use std::io::Read as _;
 use std::str::FromStr;
 
@@ -23,6 +24,19 @@ pub enum Ready {
     Layout(ByLayout),
     /// A file of this name is in it.
     Marker(String),
+}
+
+impl fmt::Display for Ready {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Ready::Settled => "settled",
+            Ready::Layout(ByLayout::HuggingFace) => "huggingface",
+            Ready::Layout(ByLayout::Megatron) => "megatron",
+            Ready::Layout(ByLayout::DeepSpeed) => "deepspeed",
+            Ready::Layout(ByLayout::TorchDcp) => "torch-dcp",
+            Ready::Marker(name) => name,
+        })
+    }
 }
 
 /// Who wrote the checkpoints.

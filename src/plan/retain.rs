@@ -17,7 +17,7 @@ pub struct Retain {
     /// So many of the newest, of each directory that holds units.
     pub newest: NonZeroU32,
     /// And of the older ones those whose number is a multiple of this.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub every: Option<NonZeroU64>,
 }
 

@@ -232,21 +232,37 @@ fn list(
 
 /// The directory's filter, with its `.lockstepignore` where it has one.
 fn own_filter(shared: &Shared<'_>, directory: &Directory, names: &[Vec<u8>]) -> Result<Arc<Filter>, Problem> {
-    if !shared.rule.ignore_files || !names.iter().any(|name| name == IGNORE_FILE) {
+    if !shared.rule.ignore_files {
         return Ok(Arc::clone(&directory.filter));
     }
-    let path = match &directory.path {
+    with_own_ignore_file(shared.root, directory.path.as_ref(), names, &directory.filter)
+}
+
+/// The rules for what lies in a directory that holds these names: those of above, with its `.lockstepignore` where it has one.
+///
+/// # Errors
+/// A file that cannot be read, or whose lines are no globs.
+pub(crate) fn with_own_ignore_file(
+    root: &Root,
+    directory: Option<&RelPath>,
+    names: &[Vec<u8>],
+    above: &Arc<Filter>,
+) -> Result<Arc<Filter>, Problem> {
+    if !names.iter().any(|name| name == IGNORE_FILE) {
+        return Ok(Arc::clone(above));
+    }
+    let path = match directory {
         Some(parent) => parent.join(IGNORE_FILE),
         None => RelPath::new(IGNORE_FILE),
     }
-    .map_err(|error| failed(directory.path.clone(), &error))?;
+    .map_err(|error| failed(directory.cloned(), &error))?;
     let wrong = |error: &dyn std::error::Error| failed(Some(path.clone()), error);
-    let file = shared.root.open_read(&path, Follow::Never).map_err(|error| wrong(&error))?;
+    let file = root.open_read(&path, Follow::Never).map_err(|error| wrong(&error))?;
     let regular = Metadata::of(&file).map_err(|error| wrong(&error))?.kind == FileKind::Regular;
     // One byte more than may be: the filter refuses it then.
     let file = file.take(GLOBS_BYTES_MAX as u64 + 1);
     let text = if regular { std::io::read_to_string(file).map_err(|error| wrong(&error))? } else { String::new() };
-    let filter = directory.filter.with_ignore_file(directory.path.as_ref(), &text).map_err(|error| wrong(&error))?;
+    let filter = above.with_ignore_file(directory, &text).map_err(|error| wrong(&error))?;
     Ok(Arc::new(filter))
 }
 

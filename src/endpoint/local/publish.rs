@@ -23,13 +23,15 @@ use crate::manifest::{Digest, Entry, Manifest, Tree, format};
 use crate::monitor::Silent;
 use crate::path::RelPath;
 use crate::plan::publish::Step;
-use crate::root::{FileKind, Follow, Metadata, Root};
+use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 
 const RECORD: &str = "commit";
 /// What becomes of the manifest: what is put in. What is taken out stands in the record.
 const CHANGES: &str = "changes";
 /// The manifest that is put in force in the end. It was written before the record once, and nothing else then.
 const NEW_MANIFEST: &str = "manifest";
+const NO_EXCHANGE: &str = "its file system cannot exchange two directories in one step, so that one that is there and changes \
+                           cannot be published whole; give it a new name, or use ext4, XFS or Btrfs";
 /// The ACLs of what gets its permissions after it was published.
 const ACLS: &str = "acls";
 
@@ -294,7 +296,13 @@ fn exchange(
     let staged = rel("tree")?.join(path.as_bytes()).map_err(|error| Error::Usage(error.to_string()))?;
     let found = root.stat(path, Follow::Never).map_err(io)?;
     if Some(found.inode) != new {
-        staging.rename_to(&staged, root, path, RenameFlags::EXCHANGE).map_err(io)?;
+        staging.rename_to(&staged, root, path, RenameFlags::EXCHANGE).map_err(|error| match error.kind() {
+            // FUSE and NFS may not know the flag.
+            ErrorKind::InvalidInput => {
+                io(RootError { source: std::io::Error::new(ErrorKind::Unsupported, NO_EXCHANGE), ..error })
+            }
+            _ => io(error),
+        })?;
     }
     let Some(trash) = trash else { return Ok(()) };
     let old = rel(Area::Run.in_root())?.join(staged.as_bytes()).map_err(|error| Error::Usage(error.to_string()))?;
