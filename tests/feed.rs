@@ -95,7 +95,7 @@ impl Source {
                 Some(Ready::Everything { except }) => {
                     found.extend(wanted.iter().filter(|path| !except.iter().any(|left| path.is_within(left))).cloned());
                 }
-                None => {}
+                Some(Ready::Early(_)) | None => {}
             }
             wanted.iter().all(|path| found.contains(path))
         });

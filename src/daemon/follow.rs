@@ -152,9 +152,10 @@ impl Follower {
     fn settle(&mut self, root: &Root) {
         self.judge(root);
         let mut state = self.shared.state();
-        let ready = state.settle.take();
-        if !ready.is_empty() {
+        let (ready, early) = (state.settle.take(), state.settle.take_early());
+        if !ready.is_empty() || !early.is_empty() {
             state.paths.extend(ready);
+            state.early.extend(early);
             self.shared.tell();
         }
     }

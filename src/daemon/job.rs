@@ -109,6 +109,9 @@ impl JobThreads {
                 let watched = Arc::clone(&shared);
                 let guard =
                     Arc::new(move |path: &RelPath| watched.feed().is_some_and(|feed| feed.is_being_written(path)));
+                let watched = Arc::clone(&shared);
+                let file_guard =
+                    Arc::new(move |path: &RelPath| watched.feed().is_some_and(|feed| feed.is_file_being_written(path)));
                 let rate = shared.rates[number].clone();
                 let source = Arc::clone(&shared);
                 let held_back = Arc::new(move || source.feed().map(|feed| feed.held_back()).unwrap_or_default());
@@ -121,6 +124,7 @@ impl JobThreads {
                     state: &state,
                     held_back,
                     guard,
+                    file_guard,
                     rate,
                 };
                 let happened = |what: Happened<'_>| shared.happened(number, &what, &teller);
@@ -259,7 +263,8 @@ impl Shared {
             if let Some(ready) = ready
                 && self.halted.lock().unwrap_or_else(PoisonError::into_inner).is_none()
             {
-                let number = self.hand_out(&ready);
+                // What is only staged is on its way to nobody.
+                let number = if matches!(ready, Ready::Early(_)) { 0 } else { self.hand_out(&ready) };
                 self.lanes.iter().for_each(|lane| lane.add(ready.clone(), number));
             }
         }
@@ -271,7 +276,7 @@ impl Shared {
         let number = safety.open.last_key_value().map_or(safety.safe_through, |(last, _)| *last) + 1;
         let paths = match ready {
             Ready::Everything { .. } => None,
-            Ready::Paths(paths) => Some(paths.iter().map(ToString::to_string).collect()),
+            Ready::Paths(paths) | Ready::Early(paths) => Some(paths.iter().map(ToString::to_string).collect()),
         };
         // Where everything is compared anyway, what was open before is a part of it.
         if paths.is_none() {

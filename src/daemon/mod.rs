@@ -22,6 +22,7 @@ use crate::monitor::Monitor;
 
 mod backoff;
 mod control;
+mod early;
 pub mod feed;
 pub mod filesystem;
 mod follow;

@@ -17,7 +17,7 @@ use crate::filter::{Filter, FilterSpec, line_for};
 use crate::monitor::Severity;
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
-use crate::root::{Follow, Root};
+use crate::root::{FileKind, Follow, Root};
 use crate::sync::retention::keep_only;
 use crate::sync::{self, Options, Rate, SyncReport};
 
@@ -26,6 +26,9 @@ const WORKERS: usize = 2;
 const RETRIES: u32 = 2;
 /// Another run on the same target, a push by hand for instance, is waited for so many seconds.
 const WAIT_SECONDS: u64 = 30;
+
+/// What is smaller is there soon enough with the rest of its unit.
+const EARLY_BYTES_MIN: u64 = 1 << 20;
 
 /// How the target says that it did not publish what came with something that failed.
 const HELD_BACK: [&str; 2] = ["is held back", "is not published, since"];
@@ -41,6 +44,8 @@ pub(super) struct Plan<'a> {
     pub(super) held_back: HeldBack,
     /// Whether a file of the source is in somebody's hands.
     pub(super) guard: Guard,
+    /// The same of a file alone, whatever unit it lies in.
+    pub(super) file_guard: Guard,
     /// What may go to each target now.
     pub(super) rate: Rate,
     /// The units that no other target of the job needs; `None` for all.
@@ -105,6 +110,39 @@ pub(super) fn run(
         Err(Error::Remote { message, .. }) if message == BEING_WRITTEN => Ok(Done { left: 1, ..Done::default() }),
         Err(error) => Err(failed(&error, error.exit())),
     }
+}
+
+/// Stages files of units that are not finished at `target`. `None` where there is nothing worth it.
+///
+/// # Errors
+/// [`Trouble`] when not all of it is staged.
+pub(super) fn stage(
+    plan: &Plan<'_>,
+    target: &str,
+    paths: &BTreeSet<RelPath>,
+    connect: &dyn Connect,
+    tally: &Tally,
+    stop: &AtomicBool,
+) -> Result<Option<Done>, Trouble> {
+    let failed = |error: &dyn std::error::Error, exit| Trouble { message: chain(error), exit };
+    let root = Root::open(&plan.job.source).map_err(|error| failed(&error, Exit::Io))?;
+    let large = |path: &&RelPath| {
+        let found = root.stat(path, Follow::Never);
+        found.is_ok_and(|found| found.kind == FileKind::Regular && found.size >= EARLY_BYTES_MIN)
+    };
+    let only: Vec<Vec<u8>> = paths.iter().filter(large).map(|path| path.as_bytes().to_vec()).collect();
+    if only.is_empty() {
+        return Ok(None);
+    }
+    let mut options = options(plan, FilterSpec { rules: plan.job.exclude.clone(), only: Some(only) });
+    options.begin.stage_only = true;
+    (options.delete, options.begin.trash_seconds) = (false, None);
+    let source = LocalSource::new(&plan.job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
+    // That its unit is not finished is known.
+    let source = Guarded::new(source, Arc::clone(&plan.file_guard), Arc::new(BTreeSet::new));
+    let target = connect.target(target, plan.job.connections, tally)?;
+    let report = sync::run(&source, &*target, &options, tally, stop).map_err(|error| failed(&error, error.exit()))?;
+    concluded(report).map(Some)
 }
 
 /// What of the source takes part; `None` where nothing of the work is left to do.
