@@ -32,9 +32,14 @@ impl Early {
 
     /// Takes note of what was left alone for long enough; when to ask again.
     pub(super) fn due(&mut self, now: Instant, settle: Duration) -> Option<Instant> {
-        let ready = |at: Instant| at + settle <= now;
-        let moved = self.waiting.extract_if(.., |_, at| ready(*at)).map(|(path, _)| path);
-        self.ready.extend(moved);
+        let ready = &mut self.ready;
+        self.waiting.retain(|path, at| {
+            let rests = *at + settle <= now;
+            if rests {
+                ready.insert(path.clone());
+            }
+            !rests
+        });
         self.waiting.values().min().map(|at| *at + settle)
     }
 
