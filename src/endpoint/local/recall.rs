@@ -23,7 +23,7 @@ const NEW_TABLE: &str = ".lockstep/digests.new";
 /// About what an entry takes, in a manifest and in a table together.
 const ENTRY_BYTES: u64 = 400;
 /// What is kept of all roots together takes no more, nor more than a sixteenth of the machine's memory.
-const KEPT_BYTES_MAX: u64 = 512 << 20;
+const KEPT_BYTES_MAX: u64 = 256 << 20;
 
 /// A manifest in force and the SHA-256 of its file (zeros where there is none).
 pub(super) type InForce = (Arc<Manifest>, Digest);
