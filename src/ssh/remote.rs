@@ -257,7 +257,7 @@ impl SshRemote {
             let (channel, early) = started
                 .await
                 .map_err(|_| self.failed("the host did not start what was asked for", Exit::TryAgain))??;
-            let link = ChannelLink::start(channel, Arc::clone(&connection), self.describe(), early);
+            let link = ChannelLink::start(channel, Arc::clone(&connection), self.describe(), early).await;
             Ok(Arc::new(link) as Arc<dyn Link>)
         })
     }
