@@ -209,6 +209,11 @@ impl DigestCache {
         DigestCache { file: file.to_owned(), table: DigestTable { records, blocks: HashMap::new() } }
     }
 
+    /// For storing alone: what is in the file is neither read nor lost.
+    pub fn unread(file: &Path) -> DigestCache {
+        DigestCache { file: file.to_owned(), table: DigestTable::default() }
+    }
+
     /// What it holds.
     pub fn table(&self) -> &DigestTable {
         &self.table
