@@ -147,7 +147,13 @@ fn check_header(frame: &[u8], raw_length: u64) -> Result<(), CodecError> {
 #[derive(Debug, Default)]
 pub struct Once {
     sample: OnceLock<Option<Sample>>,
-    frame: OnceLock<(i32, Result<Box<[u8]>, CodecError>)>,
+    frame: OnceLock<Made>,
+}
+
+#[derive(Debug)]
+struct Made {
+    level: i32,
+    frame: Result<Box<[u8]>, CodecError>,
 }
 
 impl Once {
@@ -156,14 +162,14 @@ impl Once {
     /// # Errors
     /// As [`compress`].
     pub fn compress(&self, data: &[u8], level: i32, out: &mut Vec<u8>) -> Result<(), CodecError> {
-        let (made_with, frame) = self.frame.get_or_init(|| {
+        let made = self.frame.get_or_init(|| {
             let mut frame = Vec::new();
-            (level, compress(data, level, &mut frame).map(|()| frame.into_boxed_slice()))
+            Made { level, frame: compress(data, level, &mut frame).map(|()| frame.into_boxed_slice()) }
         });
-        if *made_with != level {
+        if made.level != level {
             return compress(data, level, out);
         }
-        out.extend_from_slice(frame.as_deref().map_err(|error| *error)?);
+        out.extend_from_slice(made.frame.as_deref().map_err(|error| *error)?);
         Ok(())
     }
 }

@@ -24,6 +24,8 @@ pub(super) enum Work {
 pub(super) struct Pending {
     work: Option<Work>,
     since: Option<Instant>,
+    /// When the last of it became ready, until that was taken.
+    ready: Option<Instant>,
     /// The number of what was added last.
     through: u64,
 }
@@ -32,6 +34,7 @@ impl Pending {
     /// Something became ready; `number` grows from one to the next.
     pub(super) fn add(&mut self, ready: Ready, number: u64, now: Instant) {
         self.since.get_or_insert(now);
+        self.ready = Some(now);
         self.through = number;
         self.work = Some(match (self.work.take(), ready) {
             // It was looked at just now: what was left out before has become ready or not by this.
@@ -55,6 +58,12 @@ impl Pending {
     /// What there is to do, which is in somebody's hands from now on.
     pub(super) fn take(&mut self) -> Option<Work> {
         self.work.take()
+    }
+
+    /// Since when all of what was just taken has been ready; `now` where it was taken before: who tries again does not believe
+    /// what was seen for the time before.
+    pub(super) fn ready(&mut self, now: Instant) -> Instant {
+        self.ready.take().unwrap_or(now)
     }
 
     /// The number of what was added last: once all that was taken is done, everything up to it is.
@@ -113,6 +122,8 @@ mod tests {
         let work = pending.take().unwrap();
         assert_eq!(work, Work::Paths(set(&["a", "b"])));
         assert!(pending.since().is_some(), "what is being sent still waits");
+        let later = now + std::time::Duration::from_secs(1);
+        assert_eq!((pending.ready(later), pending.ready(later)), (now, later));
         pending.add(Ready::Paths(set(&["c"])), 1, now);
         pending.put_back(work);
         assert_eq!(pending.take(), Some(Work::Paths(set(&["a", "b", "c"]))));

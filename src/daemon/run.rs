@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 use super::pending::Work;
 use super::tally::Tally;
@@ -10,6 +11,7 @@ use super::{Connect, Trouble};
 use crate::config::{Delete, Job};
 use crate::endpoint::guarded::{BEING_WRITTEN, Guard, Guarded, HeldBack};
 use crate::endpoint::local::LocalSource;
+use crate::endpoint::shared::SharedSource;
 use crate::endpoint::{BeginOptions, Error, ScanOptions, Source};
 use crate::error::{Exit, chain};
 use crate::filter::FilterSpec;
@@ -39,6 +41,8 @@ pub(super) struct Plan<'a> {
     pub(super) held_back: HeldBack,
     /// Whether a file of the source is in somebody's hands.
     pub(super) guard: Guard,
+    /// What the targets of the job have in common.
+    pub(super) shared: &'a SharedSource,
     /// What may go to each target now.
     pub(super) rate: Rate,
 }
@@ -56,14 +60,14 @@ pub(super) struct Done {
     pub(super) wire_bytes: u64,
 }
 
-/// Sends `work` to `target`.
+/// Sends `work`, which has been ready since then, to `target`.
 ///
 /// # Errors
 /// [`Trouble`] when not all of it is there now; what was published before stays.
 pub(super) fn run(
     plan: &Plan<'_>,
     target: &str,
-    work: &Work,
+    (work, ready): (&Work, Instant),
     connect: &dyn Connect,
     tally: &Tally,
     stop: &AtomicBool,
@@ -80,7 +84,11 @@ pub(super) fn run(
             let source =
                 LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
             (
-                Box::new(Guarded::new(source, Arc::clone(&plan.guard), Arc::clone(&plan.held_back))),
+                Box::new(Guarded::new(
+                    plan.shared.view(source, ready),
+                    Arc::clone(&plan.guard),
+                    Arc::clone(&plan.held_back),
+                )),
                 options(plan, filter),
             )
         }

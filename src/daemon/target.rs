@@ -53,10 +53,10 @@ impl Lane {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Something may be sent.
-    pub(super) fn add(&self, ready: Ready, number: u64) {
+    /// Something may be sent, since `at`, which is the same for all targets.
+    pub(super) fn add(&self, ready: Ready, number: u64, at: Instant) {
         let mut inner = self.inner();
-        inner.pending.add(ready, number, Instant::now());
+        inner.pending.add(ready, number, at);
         self.woken.notify_all();
     }
 
@@ -116,9 +116,9 @@ impl Lane {
         recent: &Recent,
         happened: &dyn Fn(Happened<'_>),
     ) {
-        while let Some((work, through, tally)) = self.wait(&plan.job.name) {
+        while let Some((work, ready, through, tally)) = self.wait(&plan.job.name) {
             let started = Instant::now();
-            let result = run(plan, &self.target, &work, connect, &tally, &self.stop);
+            let result = run(plan, &self.target, (&work, ready), connect, &tally, &self.stop);
             let stopped = self.stop.load(Ordering::Relaxed);
             let mut inner = self.inner();
             inner.tally = None;
@@ -155,8 +155,8 @@ impl Lane {
         }
     }
 
-    /// Waits for work; `None` to end.
-    fn wait(&self, job: &str) -> Option<(super::pending::Work, u64, Arc<Tally>)> {
+    /// Waits for work, and says since when it is ready; `None` to end.
+    fn wait(&self, job: &str) -> Option<(super::pending::Work, Instant, u64, Arc<Tally>)> {
         let mut inner = self.inner();
         loop {
             if self.stop.load(Ordering::Relaxed) {
@@ -171,7 +171,7 @@ impl Lane {
                 let tally = Arc::new(Tally::new(job, &self.target, Arc::clone(&self.stop)));
                 inner.tally = Some(Arc::clone(&tally));
                 inner.next_try = None;
-                return Some((work, inner.pending.through(), tally));
+                return Some((work, inner.pending.ready(now), inner.pending.through(), tally));
             }
             inner = match early.filter(|_| !inner.paused && !inner.pending.is_empty()) {
                 Some(at) => {

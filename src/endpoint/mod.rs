@@ -24,6 +24,7 @@ pub mod link;
 pub mod local;
 pub mod memory;
 pub mod several;
+pub mod shared;
 pub mod stock;
 pub mod stream;
 pub mod surplus;

@@ -18,20 +18,6 @@ pub enum Stage {
     Compress,
 }
 
-impl Stage {
-    /// Every stage, in this order.
-    pub const ALL: [Stage; 3] = [Stage::Read, Stage::Hash, Stage::Compress];
-
-    /// As it is written.
-    pub fn name(self) -> &'static str {
-        match self {
-            Stage::Read => "read",
-            Stage::Hash => "hash",
-            Stage::Compress => "compress",
-        }
-    }
-}
-
 /// Nanoseconds, by stage.
 static SPENT: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
 

@@ -21,7 +21,7 @@ use crate::root::Metadata;
 const TABLE: TableDefinition<'_, (u64, u64), &[u8]> = TableDefinition::new("digests-1");
 
 /// How old a time must be before it is trusted, by far more than the tick of any kernel clock.
-const GRANULARITY: Duration = Duration::from_millis(20);
+pub const GRANULARITY: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Record {

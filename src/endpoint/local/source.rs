@@ -201,6 +201,14 @@ impl Piece {
         }
     }
 
+    /// The same once more, not copied.
+    pub(in crate::endpoint) fn share(&mut self) -> Piece {
+        match self {
+            Piece::Data(block) => Piece::Data(block.share()),
+            Piece::Hole(length) => Piece::Hole(*length),
+        }
+    }
+
     pub(in crate::endpoint) fn hash(&self, hash: &mut Sha256) {
         spend(Stage::Hash, || match self {
             Piece::Data(block) => hash.update(block.data()),
