@@ -25,7 +25,7 @@ impl Running {
     }
 
     /// With a login at a server, which the configuration calls `sync@SERVER`.
-    fn at_server(served: &Served, config: &str) -> Running {
+    pub(crate) fn at_server(served: &Served, config: &str) -> Running {
         let login =
             ["-P".into(), served.port.to_string(), "--identity".into(), served.path("sync.key").display().to_string()];
         let known = ["--known-hosts".into(), served.path("known").display().to_string(), "-F".into(), "none".into()];

@@ -18,6 +18,7 @@ mod cli;
 mod confined;
 mod daemon;
 mod disk;
+mod fanout;
 mod feed;
 mod feed_limits;
 mod hostile_agent;
