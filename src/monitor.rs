@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::path::RelPath;
 
+pub mod cpu;
+
 /// Sums that grow while a run goes on. All are counts since its start.
 #[derive(Debug, Default)]
 pub struct Counters {

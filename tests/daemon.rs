@@ -25,7 +25,7 @@ impl Running {
     }
 
     /// With a login at a server, which the configuration calls `sync@SERVER`.
-    fn at_server(served: &Served, config: &str) -> Running {
+    pub(crate) fn at_server(served: &Served, config: &str) -> Running {
         Running::prepared_at_server(served, config, |_| {})
     }
 

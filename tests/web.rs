@@ -10,7 +10,7 @@ use std::time::Duration;
 use lockstep::daemon::http::{self, Server};
 use lockstep::daemon::samples::History;
 use lockstep::daemon::status::{
-    FORMAT, JobStatus, Progress, Publication, State, Status, TargetStatus, Trouble, Watching,
+    FORMAT, JobStatus, Progress, Publication, SourceCpu, State, Status, TargetStatus, Trouble, Watching,
 };
 use lockstep::daemon::{metrics, page};
 
@@ -61,6 +61,7 @@ pub(crate) fn status(jobs: Vec<JobStatus>) -> Status {
         config_error: None,
         jobs,
         recent: Vec::new(),
+        source_cpu: SourceCpu { read_seconds: 1.5, hash_seconds: 20.25, compress_seconds: 0.0 },
     }
 }
 
@@ -225,6 +226,8 @@ fn prometheus_reads_the_metrics() {
     let labels = "{job=\"checkpoints\",target=\"sync@gpu03:/data/checkpoints\"";
     for line in [
         "lockstep_up 1".to_owned(),
+        "lockstep_source_cpu_seconds_total{stage=\"hash\"} 20.25".to_owned(),
+        "# TYPE lockstep_source_cpu_seconds_total counter".to_owned(),
         "lockstep_build_info{version=\"0.1.0\"} 1".to_owned(),
         format!("lockstep_target_state{labels},state=\"retrying\"}} 1"),
         format!("lockstep_target_state{labels},state=\"idle\"}} 0"),

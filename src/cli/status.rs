@@ -425,6 +425,7 @@ mod tests {
             config_error: None,
             jobs: vec![job],
             recent: Vec::new(),
+            source_cpu: Default::default(),
         }
     }
 

@@ -4,6 +4,7 @@
 //! allocated when it asks for more than its message declared or for a window beyond 8 MiB.
 
 use std::cell::RefCell;
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -142,6 +143,57 @@ fn check_header(frame: &[u8], raw_length: u64) -> Result<(), CodecError> {
     Ok(())
 }
 
+/// What the compressing of one block has come to, for all who send the same block: the first of them does it.
+#[derive(Debug, Default)]
+pub struct Once {
+    sample: OnceLock<Option<Sample>>,
+    frame: OnceLock<Made>,
+}
+
+#[derive(Debug)]
+struct Made {
+    level: i32,
+    frame: Result<Box<[u8]>, CodecError>,
+}
+
+impl Once {
+    /// As [`compress`] of `data`, which is always the same. Who wants another level than the first compresses for himself.
+    ///
+    /// # Errors
+    /// As [`compress`].
+    pub fn compress(&self, data: &[u8], level: i32, out: &mut Vec<u8>) -> Result<(), CodecError> {
+        let made = self.frame.get_or_init(|| {
+            let mut frame = Vec::new();
+            Made { level, frame: compress(data, level, &mut frame).map(|()| frame.into_boxed_slice()) }
+        });
+        if made.level != level {
+            return compress(data, level, out);
+        }
+        out.extend_from_slice(made.frame.as_deref().map_err(|error| *error)?);
+        Ok(())
+    }
+}
+
+/// What the beginning of a file has shown.
+#[derive(Debug, Clone, Copy)]
+struct Sample {
+    /// What it compressed to, as a fraction of its size.
+    ratio: f64,
+    /// Bytes a second that compressing took in.
+    rate: f64,
+}
+
+impl Sample {
+    /// `None` where it cannot be compressed.
+    fn take(data: &[u8]) -> Option<Sample> {
+        let started = Instant::now();
+        let mut frame = Vec::new();
+        compress(data, 1, &mut frame).ok()?;
+        let seconds = started.elapsed().as_secs_f64().max(1e-7);
+        Some(Sample { ratio: frame.len() as f64 / data.len() as f64, rate: data.len() as f64 / seconds })
+    }
+}
+
 /// Decides for one worker whether a block is compressed.
 #[derive(Debug)]
 pub struct Chooser {
@@ -160,14 +212,15 @@ impl Chooser {
     }
 
     /// The level to compress `data` of file `index` with; `None` to send it as it is. `link_rate` is in bytes a
-    /// second, `None` while nobody knows it.
-    pub fn level(&mut self, index: u32, data: &[u8], link_rate: Option<f64>) -> Option<i32> {
+    /// second, `None` while nobody knows it; `once` is of the block, where others send it too.
+    pub fn level(&mut self, index: u32, data: &[u8], link_rate: Option<f64>, once: Option<&Once>) -> Option<i32> {
         if !self.options.enabled || data.len() < 64 {
             return None;
         }
         if self.file != Some(index) {
             self.file = Some(index);
-            self.sample(&data[..data.len().min(SAMPLE_BYTES)]);
+            let take = || Sample::take(&data[..data.len().min(SAMPLE_BYTES)]);
+            self.learn(once.map_or_else(take, |once| *once.sample.get_or_init(take)));
         }
         if self.ratio > 0.95 {
             return None;
@@ -178,16 +231,11 @@ impl Chooser {
         pays(self.ratio, self.compress_rate, link_rate).then_some(1)
     }
 
-    fn sample(&mut self, data: &[u8]) {
-        let started = Instant::now();
-        let mut frame = Vec::new();
-        if compress(data, 1, &mut frame).is_err() {
-            self.ratio = 1.0;
-            return;
+    fn learn(&mut self, sample: Option<Sample>) {
+        self.ratio = sample.map_or(1.0, |sample| sample.ratio);
+        if let Some(Sample { rate, .. }) = sample {
+            self.compress_rate = 0.7 * self.compress_rate + 0.3 * rate;
         }
-        let seconds = started.elapsed().as_secs_f64().max(1e-7);
-        self.ratio = frame.len() as f64 / data.len() as f64;
-        self.compress_rate = 0.7 * self.compress_rate + 0.3 * (data.len() as f64 / seconds);
     }
 }
 
@@ -259,12 +307,35 @@ mod tests {
     }
 
     #[test]
+    fn a_block_is_compressed_once_for_all_who_want_the_same_level() {
+        let data: Vec<u8> = (0..100_000_u32).flat_map(|n| (n / 3).to_le_bytes()).collect();
+        let once = Once::default();
+        let (mut first, mut second, mut other) = (b"head".to_vec(), Vec::new(), Vec::new());
+        once.compress(&data, 1, &mut first).unwrap();
+        // What is taken from there is not made again, whatever it is given.
+        once.compress(b"not looked at", 1, &mut second).unwrap();
+        assert_eq!(first[4..], second);
+        once.compress(&data, 9, &mut other).unwrap();
+        assert!(other != second);
+        for frame in [&second, &other] {
+            let mut out = Vec::new();
+            decompress(frame, data.len(), &mut out).unwrap();
+            assert!(out == data);
+        }
+        // The sample as well: the second chooser believes the first.
+        let mut choosers = [(); 2].map(|()| Chooser::new(CompressOptions::default()));
+        assert_eq!(choosers[0].level(0, &data, Some(1e6), Some(&once)), Some(1));
+        assert_eq!(choosers[1].level(0, &[7; 100], Some(1e6), Some(&once)), Some(1));
+        assert_eq!(choosers[0].ratio.to_bits(), choosers[1].ratio.to_bits());
+    }
+
+    #[test]
     fn compresses_only_what_pays() {
         assert!(pays(0.5, 500e6, Some(100e6)));
         assert!(!pays(0.5, 500e6, Some(2e9)));
         assert!(!pays(1.0, 500e6, Some(100e6)));
         let mut chooser = Chooser::new(CompressOptions { level: None, enabled: true });
-        assert_eq!(chooser.level(0, &vec![1; 100_000], Some(1e6)), Some(1));
+        assert_eq!(chooser.level(0, &vec![1; 100_000], Some(1e6), None), Some(1));
         let mut seen = [0_u8; 32];
         let random: Vec<u8> = (0..2048_u32)
             .flat_map(|n| {
@@ -273,8 +344,8 @@ mod tests {
                 seen
             })
             .collect();
-        assert_eq!(chooser.level(1, &random, Some(1e6)), None);
+        assert_eq!(chooser.level(1, &random, Some(1e6), None), None);
         let mut off = Chooser::new(CompressOptions { level: Some(3), enabled: false });
-        assert_eq!(off.level(0, &[1; 1000], None), None);
+        assert_eq!(off.level(0, &[1; 1000], None, None), None);
     }
 }

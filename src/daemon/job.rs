@@ -15,6 +15,7 @@ use super::target::{Happened, Lane};
 use super::tell::{Happening, Teller};
 use super::{Connect, Places, clock};
 use crate::config::{Job, Schedule};
+use crate::endpoint::shared::SharedSource;
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
 use crate::sync::{Rate, be_nice};
@@ -34,6 +35,8 @@ struct Shared {
     policy: PolicySpec,
     stop: Arc<AtomicBool>,
     lanes: Vec<Lane>,
+    /// What the runs to all of them read.
+    source: SharedSource,
     /// What may go to each target now.
     rates: Vec<Rate>,
     feed: Mutex<Option<Arc<Feed>>>,
@@ -63,8 +66,10 @@ impl JobThreads {
         let stop = Arc::new(AtomicBool::new(false));
         let lanes = job.targets.iter().map(|target| Lane::new(target, Arc::clone(&stop))).collect();
         let rates = job.targets.iter().map(|_| Rate::default()).collect();
+        let source = SharedSource::new(job.targets.len());
         let shared = Shared {
             rates,
+            source,
             job,
             policy,
             stop,
@@ -113,8 +118,8 @@ impl JobThreads {
                 let file_guard =
                     Arc::new(move |path: &RelPath| watched.feed().is_some_and(|feed| feed.is_file_being_written(path)));
                 let rate = shared.rates[number].clone();
-                let source = Arc::clone(&shared);
-                let held_back = Arc::new(move || source.feed().map(|feed| feed.held_back()).unwrap_or_default());
+                let asked = Arc::clone(&shared);
+                let held_back = Arc::new(move || asked.feed().map(|feed| feed.held_back()).unwrap_or_default());
                 let safe = || shared.safe_units(number);
                 let plan = Plan {
                     safe: &safe,
@@ -125,6 +130,7 @@ impl JobThreads {
                     held_back,
                     guard,
                     file_guard,
+                    shared: &shared.source,
                     rate,
                 };
                 let happened = |what: Happened<'_>| shared.happened(number, &what, &teller);
@@ -228,7 +234,7 @@ impl Shared {
         while !self.stopped() {
             let ready = Ready::Everything { except: BTreeSet::new() };
             let number = self.hand_out(&ready);
-            self.lanes.iter().for_each(|lane| lane.add(ready.clone(), number));
+            self.add(&ready, number);
             self.asked.store(false, Ordering::Relaxed);
             let until = Instant::now() + self.job.poll.0.max(REMOTE_PAUSE);
             while !self.stopped() && !self.asked.load(Ordering::Relaxed) && Instant::now() < until {
@@ -265,9 +271,14 @@ impl Shared {
             {
                 // What is only staged is on its way to nobody.
                 let number = if matches!(ready, Ready::Early(_)) { 0 } else { self.hand_out(&ready) };
-                self.lanes.iter().for_each(|lane| lane.add(ready.clone(), number));
+                self.add(&ready, number);
             }
         }
+    }
+
+    fn add(&self, ready: &Ready, number: u64) {
+        let at = Instant::now();
+        self.lanes.iter().for_each(|lane| lane.add(ready.clone(), number, at));
     }
 
     /// Notes what is on its way from now on, and gives it a number.

@@ -93,6 +93,14 @@ fn for_textfile(status: &Status) -> String {
         "",
         refused,
     );
+    let cpu = "lockstep_source_cpu_seconds_total";
+    head(&mut text, cpu, "Seconds of a processor that content of the sources has cost: to read, to hash, to compress.");
+    let spent = &status.source_cpu;
+    for (stage, seconds) in
+        [("read", spent.read_seconds), ("hash", spent.hash_seconds), ("compress", spent.compress_seconds)]
+    {
+        line(&mut text, cpu, &format!("{{stage=\"{stage}\"}}"), seconds);
+    }
     let (jobs, targets) = labelled(status);
     for (name, help, value) in OF_JOB {
         let values: Vec<_> = jobs.iter().filter_map(|(labels, job)| Some((labels, value(job)?))).collect();

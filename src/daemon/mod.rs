@@ -53,7 +53,7 @@ use control::Control;
 use job::JobThreads;
 use recent::Recent;
 use shows::Shows;
-use status::{FORMAT, Status};
+use status::{FORMAT, SourceCpu, Status};
 use tell::Teller;
 
 /// How long a stop waits for what goes on.
@@ -180,6 +180,7 @@ impl Shared {
             config_error: running.config_error.clone(),
             jobs: running.jobs.iter().map(JobThreads::status).collect(),
             recent: self.recent.all(),
+            source_cpu: SourceCpu::spent(),
         }
     }
 

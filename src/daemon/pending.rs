@@ -25,7 +25,10 @@ pub(super) struct Pending {
     work: Option<Work>,
     /// What may be staged when there is nothing else to do.
     early: BTreeSet<RelPath>,
+    early_at: Option<Instant>,
     since: Option<Instant>,
+    /// When the last of it became ready, until that was taken.
+    ready: Option<Instant>,
     /// The number of what was added last.
     through: u64,
 }
@@ -38,6 +41,7 @@ impl Pending {
         let work = match (work, ready) {
             (work, Ready::Early(paths)) => {
                 self.early.extend(paths);
+                self.early_at = Some(now);
                 self.work = work;
                 return;
             }
@@ -58,7 +62,7 @@ impl Pending {
             Work::Paths(paths) if paths.len() > PATHS_MAX => Work::Everything { except: BTreeSet::new() },
             work => work,
         });
-        (self.since, self.through) = (self.since.or(since), through);
+        (self.since, self.ready, self.through) = (self.since.or(since), Some(now), through);
     }
 
     /// What there is to do, which is in somebody's hands from now on.
@@ -66,14 +70,23 @@ impl Pending {
         self.work.take()
     }
 
-    /// What may be staged, where there is nothing else to do.
-    pub(super) fn take_early(&mut self) -> BTreeSet<RelPath> {
-        if self.work.is_some() { BTreeSet::new() } else { std::mem::take(&mut self.early) }
+    /// What may be staged, where there is nothing else to do, and since when.
+    pub(super) fn take_early(&mut self, now: Instant) -> Option<(BTreeSet<RelPath>, Instant)> {
+        if self.work.is_some() || self.early.is_empty() {
+            return None;
+        }
+        Some((std::mem::take(&mut self.early), self.early_at.take().unwrap_or(now)))
     }
 
     /// It was interrupted, and is gone on with later.
     pub(super) fn put_back_early(&mut self, paths: BTreeSet<RelPath>) {
         self.early.extend(paths);
+    }
+
+    /// Since when all of what was just taken has been ready; `now` where it was taken before: who tries again does not believe
+    /// what was seen for the time before.
+    pub(super) fn ready(&mut self, now: Instant) -> Instant {
+        self.ready.take().unwrap_or(now)
     }
 
     /// The number of what was added last: once all that was taken is done, everything up to it is.
@@ -132,6 +145,8 @@ mod tests {
         let work = pending.take().unwrap();
         assert_eq!(work, Work::Paths(set(&["a", "b"])));
         assert!(pending.since().is_some(), "what is being sent still waits");
+        let later = now + std::time::Duration::from_secs(1);
+        assert_eq!((pending.ready(later), pending.ready(later)), (now, later));
         pending.add(Ready::Paths(set(&["c"])), 1, now);
         pending.put_back(work);
         assert_eq!(pending.take(), Some(Work::Paths(set(&["a", "b", "c"]))));

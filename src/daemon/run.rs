@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 use super::pending::Work;
 use super::tally::Tally;
@@ -11,6 +12,7 @@ use super::{Connect, Trouble};
 use crate::config::{Delete, Job};
 use crate::endpoint::guarded::{BEING_WRITTEN, Guard, Guarded, HeldBack};
 use crate::endpoint::local::LocalSource;
+use crate::endpoint::shared::SharedSource;
 use crate::endpoint::{BeginOptions, Error, ScanOptions, Source};
 use crate::error::{Exit, chain};
 use crate::filter::{Filter, FilterSpec, line_for};
@@ -46,6 +48,8 @@ pub(super) struct Plan<'a> {
     pub(super) guard: Guard,
     /// The same of a file alone, whatever unit it lies in.
     pub(super) file_guard: Guard,
+    /// What the targets of the job have in common.
+    pub(super) shared: &'a SharedSource,
     /// What may go to each target now.
     pub(super) rate: Rate,
     /// The units that no other target of the job needs; `None` for all.
@@ -69,14 +73,14 @@ pub(super) struct Done {
     pub(super) needed: BTreeSet<RelPath>,
 }
 
-/// Sends `work` to `target`.
+/// Sends `work`, which has been ready since then, to `target`.
 ///
 /// # Errors
 /// [`Trouble`] when not all of it is there now; what was published before stays.
 pub(super) fn run(
     plan: &Plan<'_>,
     target: &str,
-    work: &Work,
+    (work, ready): (&Work, Instant),
     connect: &dyn Connect,
     tally: &Tally,
     stop: &AtomicBool,
@@ -97,7 +101,14 @@ pub(super) fn run(
             if let Some(rule) = job.retain.filter(|_| options.scan.filter.only.is_none()) {
                 keep_only(&mut options, &root, rule, (plan.safe)()).map_err(|error| failed(&error, error.exit()))?;
             }
-            (Box::new(Guarded::new(source, Arc::clone(&plan.guard), Arc::clone(&plan.held_back))), options)
+            (
+                Box::new(Guarded::new(
+                    plan.shared.view(source, ready),
+                    Arc::clone(&plan.guard),
+                    Arc::clone(&plan.held_back),
+                )),
+                options,
+            )
         }
     };
     let target = connect.target(target, job.connections, tally)?;
@@ -119,7 +130,7 @@ pub(super) fn run(
 pub(super) fn stage(
     plan: &Plan<'_>,
     target: &str,
-    paths: &BTreeSet<RelPath>,
+    (paths, ready): (&BTreeSet<RelPath>, Instant),
     connect: &dyn Connect,
     tally: &Tally,
     stop: &AtomicBool,
@@ -139,7 +150,8 @@ pub(super) fn stage(
     (options.delete, options.begin.trash_seconds) = (false, None);
     let source = LocalSource::new(&plan.job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
     // That its unit is not finished is known.
-    let source = Guarded::new(source, Arc::clone(&plan.file_guard), Arc::new(BTreeSet::new));
+    let view = plan.shared.view(source, ready);
+    let source = Guarded::new(view, Arc::clone(&plan.file_guard), Arc::new(BTreeSet::new));
     let target = connect.target(target, plan.job.connections, tally)?;
     let report = sync::run(&source, &*target, &options, tally, stop).map_err(|error| failed(&error, error.exit()))?;
     concluded(report).map(Some)

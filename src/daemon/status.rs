@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::monitor::cpu::{self, Stage};
+
 /// The version of this format.
 pub const FORMAT: &str = "lockstep-status 1";
 
@@ -22,6 +24,29 @@ pub struct Status {
     pub jobs: Vec<JobStatus>,
     /// What was published last, the newest first.
     pub recent: Vec<Publication>,
+    #[serde(default)]
+    pub source_cpu: SourceCpu,
+}
+
+/// Seconds of a processor that content of the sources has cost, since the daemon was started.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct SourceCpu {
+    pub read_seconds: f64,
+    pub hash_seconds: f64,
+    pub compress_seconds: f64,
+}
+
+impl SourceCpu {
+    /// Of this process.
+    pub fn spent() -> SourceCpu {
+        let seconds = |stage| cpu::spent(stage).as_secs_f64();
+        SourceCpu {
+            read_seconds: seconds(Stage::Read),
+            hash_seconds: seconds(Stage::Hash),
+            compress_seconds: seconds(Stage::Compress),
+        }
+    }
 }
 
 /// A job.

@@ -26,9 +26,10 @@ pub(super) struct Lane {
 
 /// What a target is to get.
 enum Task {
-    Publish(Work),
-    /// Files of units that are not finished.
-    Stage(BTreeSet<RelPath>),
+    /// With the time since when all of it is ready.
+    Publish(Work, Instant),
+    /// Files of units that are not finished, likewise.
+    Stage(BTreeSet<RelPath>, Instant),
 }
 
 /// How long nothing is staged early after that failed.
@@ -71,13 +72,13 @@ impl Lane {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Something may be sent.
-    pub(super) fn add(&self, ready: Ready, number: u64) {
+    /// Something may be sent, since `at`, which is the same for all targets.
+    pub(super) fn add(&self, ready: Ready, number: u64, at: Instant) {
         let mut inner = self.inner();
         if !matches!(ready, Ready::Early(_)) {
             self.interrupt.store(true, Ordering::Relaxed);
         }
-        inner.pending.add(ready, number, Instant::now());
+        inner.pending.add(ready, number, at);
         self.woken.notify_all();
     }
 
@@ -149,16 +150,16 @@ impl Lane {
         recent: &Recent,
         happened: &dyn Fn(Happened<'_>),
     ) {
-        while let Some((work, through, tally)) = self.wait(&plan.job.name) {
-            let work = match work {
-                Task::Publish(work) => work,
-                Task::Stage(paths) => {
-                    self.stage(plan, connect, paths, &tally);
+        while let Some((task, through, tally)) = self.wait(&plan.job.name) {
+            let (work, ready) = match task {
+                Task::Publish(work, ready) => (work, ready),
+                Task::Stage(paths, ready) => {
+                    self.stage(plan, connect, (paths, ready), &tally);
                     continue;
                 }
             };
             let started = Instant::now();
-            let result = run(plan, &self.target, &work, connect, &tally, &self.stop);
+            let result = run(plan, &self.target, (&work, ready), connect, &tally, &self.stop);
             let stopped = self.stop.load(Ordering::Relaxed);
             let mut inner = self.inner();
             inner.tally = None;
@@ -201,9 +202,15 @@ impl Lane {
 
     /// Brings files of units that are not finished, until there is something to publish. A failure is nothing by itself: it is
     /// met again with the unit, and then counts.
-    fn stage(&self, plan: &Plan<'_>, connect: &dyn Connect, paths: BTreeSet<RelPath>, tally: &Tally) {
+    fn stage(
+        &self,
+        plan: &Plan<'_>,
+        connect: &dyn Connect,
+        (paths, ready): (BTreeSet<RelPath>, Instant),
+        tally: &Tally,
+    ) {
         let (job, target) = (plan.job.name.as_str(), self.target.as_str());
-        let result = stage(plan, target, &paths, connect, tally, &self.interrupt);
+        let result = stage(plan, target, (&paths, ready), connect, tally, &self.interrupt);
         let interrupted = self.interrupt.load(Ordering::Relaxed);
         let mut inner = self.inner();
         inner.tally = None;
@@ -241,18 +248,18 @@ impl Lane {
                 let tally = Arc::new(Tally::new(job, &self.target, Arc::clone(&self.stop)));
                 inner.tally = Some(Arc::clone(&tally));
                 inner.next_try = None;
-                return Some((Task::Publish(work), inner.pending.through(), tally));
+                let ready = inner.pending.ready(now);
+                return Some((Task::Publish(work, ready), inner.pending.through(), tally));
             }
             // A target that fails gets no more to do.
             let may_stage =
                 !inner.paused && inner.failures_in_a_row == 0 && inner.no_early_before.is_none_or(|at| at <= now);
-            let finished = if may_stage { inner.pending.take_early() } else { BTreeSet::new() };
-            if !finished.is_empty() {
+            if may_stage && let Some((finished, ready)) = inner.pending.take_early(now) {
                 // Under the lock: what is added from now on interrupts it.
                 self.interrupt.store(false, Ordering::Relaxed);
                 let tally = Arc::new(Tally::new(job, &self.target, Arc::clone(&self.interrupt)));
                 inner.tally = Some(Arc::clone(&tally));
-                return Some((Task::Stage(finished), 0, tally));
+                return Some((Task::Stage(finished, ready), 0, tally));
             }
             inner = match early.filter(|_| !inner.paused && !inner.pending.is_empty()) {
                 Some(at) => {

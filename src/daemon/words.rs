@@ -272,6 +272,7 @@ mod tests {
             config_error: None,
             jobs: vec![job],
             recent: Vec::new(),
+            source_cpu: Default::default(),
         };
         let found = attention(&status);
         let names: Vec<_> = found.iter().filter_map(|one| one.target.as_deref()).collect();

@@ -21,7 +21,7 @@ use crate::root::Metadata;
 const TABLE: TableDefinition<'_, (u64, u64), &[u8]> = TableDefinition::new("digests-1");
 
 /// How old a time must be before it is trusted, by far more than the tick of any kernel clock.
-const GRANULARITY: Duration = Duration::from_millis(20);
+pub const GRANULARITY: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Record {
@@ -228,8 +228,8 @@ impl DigestCache {
         DigestCache { file: file.to_owned(), table: DigestTable { records, blocks: HashMap::new() } }
     }
 
-    /// One that holds nothing yet.
-    pub fn empty(file: &Path) -> DigestCache {
+    /// For storing alone: what is in the file is neither read nor lost.
+    pub fn unread(file: &Path) -> DigestCache {
         DigestCache { file: file.to_owned(), table: DigestTable::default() }
     }
 
@@ -403,7 +403,7 @@ mod tests {
                 (Metadata { ctime: old, ..found }, Digest([number; 32]))
             })
             .collect();
-        DigestCache::empty(&database).store(&files, SystemTime::now()).unwrap();
+        DigestCache::unread(&database).store(&files, SystemTime::now()).unwrap();
         for (wanted, held) in [(1, 1), (4, 4), (5, 40), (40, 40)] {
             let few: Vec<_> = files.iter().take(wanted).map(|(metadata, _)| *metadata).collect();
             let cache = DigestCache::load_for(&database, &few);

@@ -10,6 +10,7 @@ use crate::codec::{self, Chooser, CompressOptions};
 use crate::endpoint::client::{Client, Completion};
 use crate::endpoint::{BLOCK_BYTES, Block, Error, Staged, WriteFailure, Writer};
 use crate::manifest::Digest;
+use crate::monitor::cpu::{Stage, spend};
 use crate::wire::extension::{self, FILES_MAX, Fields, HOLE_MAX, WireError};
 
 /// The writer of one worker.
@@ -57,7 +58,8 @@ impl AgentWriter {
 
     fn flush(&mut self) -> Result<(), Error> {
         let Some(first) = self.batch.first() else { return Ok(()) };
-        let level = self.chooser.level(first.0, &self.contents, self.client.link_rate());
+        let link_rate = self.client.link_rate();
+        let level = spend(Stage::Compress, || self.chooser.level(first.0, &self.contents, link_rate, None));
         let mut packet = extension::request("put");
         packet.extend_from_slice(&(self.batch.len() as u32).to_be_bytes());
         let mut files = Vec::with_capacity(self.batch.len());
@@ -67,7 +69,7 @@ impl AgentWriter {
             packet.extend_from_slice(&digest.0);
             packet.extend_from_slice(&length.to_be_bytes());
         }
-        extension::put_frame(&mut packet, &self.contents, level);
+        spend(Stage::Compress, || extension::put_frame(&mut packet, &self.contents, level));
         self.contents.clear();
         self.submit(packet, 0, files)
     }
@@ -128,11 +130,16 @@ impl Writer for AgentWriter {
         let mut header = Self::message("write", index);
         header.extend_from_slice(&offset.to_be_bytes());
         let length = block.data().len() as u32;
-        if let Some(level) = self.chooser.level(index, block.data(), self.client.link_rate()) {
+        let (link_rate, once) = (self.client.link_rate(), block.once());
+        if let Some(level) = spend(Stage::Compress, || self.chooser.level(index, block.data(), link_rate, once)) {
             let mut packet = header.clone();
             packet.push(1);
             packet.extend_from_slice(&length.to_be_bytes());
-            if codec::compress(block.data(), level, &mut packet).is_ok() && packet.len() < block.data().len() {
+            let made = spend(Stage::Compress, || match once {
+                Some(once) => once.compress(block.data(), level, &mut packet),
+                None => codec::compress(block.data(), level, &mut packet),
+            });
+            if made.is_ok() && packet.len() < block.data().len() {
                 return self.submit(packet, 0, Vec::new());
             }
         }

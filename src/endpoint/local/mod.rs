@@ -27,5 +27,6 @@ pub use place::{anywhere, beneath};
 pub(crate) use refusals::recorded;
 pub use repair::Repair;
 pub use source::LocalSource;
+pub(in crate::endpoint) use source::{LocalReader, Looked, Opened, Piece, changed, hashed, produced_whole, unreadable};
 pub use target::LocalTarget;
 pub(crate) use target::POINTERS;

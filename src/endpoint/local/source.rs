@@ -16,6 +16,7 @@ use crate::endpoint::{
 };
 use crate::filter::Filter;
 use crate::manifest::{Content, Digest, Entry, Tree};
+use crate::monitor::cpu::{Stage, spend};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
@@ -31,8 +32,14 @@ pub struct LocalSource {
     root: Root,
     /// Where digests are kept between runs.
     cache_file: Option<PathBuf>,
-    /// What stat said of each entry of the last scan, and when that was over.
-    scanned: Mutex<(Vec<Metadata>, SystemTime)>,
+    scanned: Mutex<Arc<Looked>>,
+}
+
+/// What stat said of each entry of a scan, and when that was over.
+#[derive(Debug)]
+pub(in crate::endpoint) struct Looked {
+    pub(in crate::endpoint) metadata: Vec<Metadata>,
+    pub(in crate::endpoint) at: SystemTime,
 }
 
 impl LocalSource {
@@ -66,7 +73,11 @@ impl LocalSource {
                 made.then(|| directory.join(format!("digests-{:x}-{:x}.redb", at.device, at.inode)))
             }
         };
-        Ok(LocalSource { root, cache_file, scanned: Mutex::new((Vec::new(), UNIX_EPOCH)) })
+        Ok(LocalSource {
+            root,
+            cache_file,
+            scanned: Mutex::new(Arc::new(Looked { metadata: Vec::new(), at: UNIX_EPOCH })),
+        })
     }
 }
 
@@ -101,27 +112,124 @@ impl Source for LocalSource {
                 cache.len()
             )));
         }
-        let seen = (scanned.metadata, SystemTime::now());
-        *self.scanned.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = seen;
+        self.believe(Arc::new(Looked { metadata: scanned.metadata, at: SystemTime::now() }));
         Ok(Scan { tree: scanned.tree, problems: scanned.problems })
     }
 
     fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error> {
-        Ok(Box::new(LocalReader { source: self, tree, waiting: VecDeque::new(), current: None }))
+        Ok(Box::new(self.reads(tree)))
     }
 
     fn remember(&self, _: &Tree, digests: &[(u32, Digest)]) {
-        let Some(file) = &self.cache_file else { return };
-        let scanned = self.scanned.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let known: Vec<_> =
-            digests.iter().filter_map(|&(index, digest)| Some((*scanned.0.get(index as usize)?, digest))).collect();
+        let (known, looked) = self.seen(digests);
+        self.keep(&known, looked.at);
+    }
+}
+
+impl LocalSource {
+    pub(in crate::endpoint) fn reads(&self, tree: Arc<Tree>) -> LocalReader<'_> {
+        LocalReader { source: self, tree, waiting: VecDeque::new(), current: None }
+    }
+
+    /// Which directory it is: device and inode.
+    pub(in crate::endpoint) fn root_identity(&self) -> Option<(u64, u64)> {
+        self.root.stat_root().ok().map(|root| (root.device, root.inode))
+    }
+
+    /// What the last scan looked at.
+    pub(in crate::endpoint) fn looked(&self) -> Arc<Looked> {
+        Arc::clone(&self.scanned.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+
+    /// Takes a scan for its own.
+    pub(in crate::endpoint) fn believe(&self, looked: Arc<Looked>) {
+        *self.scanned.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = looked;
+    }
+
+    /// Digests of entries of the last scan, with what stat said of each.
+    pub(in crate::endpoint) fn seen(&self, digests: &[(u32, Digest)]) -> (Vec<(Metadata, Digest)>, Arc<Looked>) {
+        let looked = self.looked();
+        let seen = |&(index, digest): &(u32, Digest)| Some((*looked.metadata.get(index as usize)?, digest));
+        (digests.iter().filter_map(seen).collect(), looked)
+    }
+
+    /// Keeps digests for later runs; true where that was done.
+    pub(in crate::endpoint) fn keep(&self, known: &[(Metadata, Digest)], looked: SystemTime) -> bool {
+        let Some(file) = &self.cache_file else { return false };
         // A cache that cannot be written makes the next run slower, not wrong.
-        let _ = DigestCache::empty(file).store(&known, scanned.1);
+        DigestCache::unread(file).store(known, looked).is_ok()
+    }
+
+    /// Opens a regular file of the tree, as long as it is what was scanned.
+    pub(in crate::endpoint) fn open(&self, tree: &Tree, index: u32) -> Result<Opened, Produced> {
+        let missing = || Produced::Failed { index, message: "is not a regular file of the tree".into(), retry: false };
+        let entry = tree.entries().get(index as usize).ok_or_else(missing)?;
+        let Content::File { size, .. } = entry.content else { return Err(missing()) };
+        let file = self.root.open_read(&entry.path, Follow::Never).map_err(|error| unreadable(index, &error))?;
+        let before = Metadata::of(&file).map_err(|error| unreadable(index, &error))?;
+        // RACE: the path may have got another file, even a FIFO, since the scan; that file is not what was planned.
+        if !is_as_scanned(entry, size, &before) {
+            return Err(changed(index));
+        }
+        Ok(Opened { file, sparse: before.allocated < before.size, before })
+    }
+}
+
+/// A file of the source that is open, and what stat said of it then.
+pub(in crate::endpoint) struct Opened {
+    file: File,
+    pub(in crate::endpoint) before: Metadata,
+    sparse: bool,
+}
+
+/// A piece of a file.
+#[derive(Debug)]
+pub(in crate::endpoint) enum Piece {
+    Data(Block),
+    /// So many zeros, which are not stored.
+    Hole(u64),
+}
+
+impl Piece {
+    pub(in crate::endpoint) fn length(&self) -> u64 {
+        match self {
+            Piece::Data(block) => block.data().len() as u64,
+            Piece::Hole(length) => *length,
+        }
+    }
+
+    /// The same once more, not copied.
+    pub(in crate::endpoint) fn share(&mut self) -> Piece {
+        match self {
+            Piece::Data(block) => Piece::Data(block.share()),
+            Piece::Hole(length) => Piece::Hole(*length),
+        }
+    }
+
+    pub(in crate::endpoint) fn hash(&self, hash: &mut Sha256) {
+        spend(Stage::Hash, || match self {
+            Piece::Data(block) => hash.update(block.data()),
+            Piece::Hole(length) => {
+                let mut left = *length;
+                while left > 0 {
+                    let part = left.min(ZEROS.len() as u64);
+                    hash.update(&ZEROS[..part as usize]);
+                    left -= part;
+                }
+            }
+        });
+    }
+
+    pub(in crate::endpoint) fn at(self, index: u32, offset: u64) -> Produced {
+        match self {
+            Piece::Data(block) => Produced::Data { index, offset, block },
+            Piece::Hole(length) => Produced::Hole { index, offset, length },
+        }
     }
 }
 
 /// Reads one file after the other.
-struct LocalReader<'a> {
+pub(in crate::endpoint) struct LocalReader<'a> {
     source: &'a LocalSource,
     tree: Arc<Tree>,
     waiting: VecDeque<Fetch>,
@@ -131,11 +239,9 @@ struct LocalReader<'a> {
 /// A large file that is being read.
 struct Open {
     fetch: Fetch,
-    file: File,
-    before: Metadata,
+    opened: Opened,
     hash: Sha256,
     offset: u64,
-    sparse: bool,
 }
 
 impl Reader for LocalReader<'_> {
@@ -164,11 +270,11 @@ impl Reader for LocalReader<'_> {
     }
 }
 
-fn unreadable(index: u32, error: &dyn std::error::Error) -> Produced {
+pub(in crate::endpoint) fn unreadable(index: u32, error: &dyn std::error::Error) -> Produced {
     Produced::Failed { index, message: crate::error::chain(error), retry: false }
 }
 
-fn changed(index: u32) -> Produced {
+pub(in crate::endpoint) fn changed(index: u32) -> Produced {
     let message = "changed while it was read; push again when its writer has finished".to_owned();
     Produced::Failed { index, message, retry: true }
 }
@@ -177,35 +283,21 @@ impl LocalReader<'_> {
     /// Opens a file and produces its first piece.
     fn start(&mut self, fetch: Fetch) -> Result<Produced, Produced> {
         let index = fetch.index;
-        let missing = || Produced::Failed { index, message: "is not a regular file of the tree".into(), retry: false };
-        let entry = self.tree.entries().get(index as usize).ok_or_else(missing)?;
-        let Content::File { size, .. } = entry.content else { return Err(missing()) };
-        let opened = self.source.root.open_read(&entry.path, Follow::Never);
-        let mut file = opened.map_err(|error| unreadable(index, &error))?;
-        let before = Metadata::of(&file).map_err(|error| unreadable(index, &error))?;
-        // RACE: the path may have got another file, even a FIFO, since the scan; that file is not what was planned.
-        if !is_as_scanned(entry, size, &before) {
-            return Err(changed(index));
+        let mut opened = self.source.open(&self.tree, index)?;
+        if opened.before.size <= SMALL_FILE_BYTES && fetch.from == 0 {
+            return whole(fetch, &mut opened).map_err(|error| unreadable(index, &error));
         }
-        if size <= SMALL_FILE_BYTES && fetch.from == 0 {
-            return whole(fetch, &mut file, &before).map_err(|error| unreadable(index, &error));
-        }
-        let _ = rustix::fs::fadvise(&file, 0, None, Advice::Sequential);
+        opened.is_read_on();
         if let Some(expected) = fetch.unless {
-            let digest = hash_to(&mut file, u64::MAX).map_err(|error| unreadable(index, &error))?.finalize();
+            let digest = hash_to(&mut opened.file, u64::MAX).map_err(|error| unreadable(index, &error))?.finalize();
             if digest[..] == expected.0 {
-                let after = Metadata::of(&file).map_err(|error| unreadable(index, &error))?;
-                return if after.same_content(&before) {
-                    Ok(Produced::Same { index, digest: expected })
-                } else {
-                    Err(changed(index))
-                };
+                let same = opened.is_unchanged().map_err(|error| unreadable(index, &error))?;
+                return if same { Ok(Produced::Same { index, digest: expected }) } else { Err(changed(index)) };
             }
-            file.rewind().map_err(|error| unreadable(index, &error))?;
+            opened.file.rewind().map_err(|error| unreadable(index, &error))?;
         }
-        let hash = hash_to(&mut file, fetch.from).map_err(|error| unreadable(index, &error))?;
-        let sparse = before.allocated < before.size;
-        let mut open = Open { fetch, file, before, hash, offset: fetch.from, sparse };
+        let hash = hash_to(&mut opened.file, fetch.from).map_err(|error| unreadable(index, &error))?;
+        let mut open = Open { fetch, opened, hash, offset: fetch.from };
         let produced = open.next().map_err(|error| unreadable(index, &error))?;
         if !matches!(produced, Produced::End { .. } | Produced::Failed { .. }) {
             self.current = Some(open);
@@ -219,19 +311,25 @@ fn is_as_scanned(entry: &Entry, size: u64, now: &Metadata) -> bool {
 }
 
 /// A small file in one read.
-fn whole(fetch: Fetch, file: &mut File, before: &Metadata) -> io::Result<Produced> {
+fn whole(fetch: Fetch, opened: &mut Opened) -> io::Result<Produced> {
     let index = fetch.index;
-    let mut block = Block::with_capacity(before.size as usize + 1);
-    // One byte more than the size shows whether the file has grown.
-    let read = file.take(before.size + 1).read_to_end(block.buffer_mut())? as u64;
-    if read != before.size || !Metadata::of(file)?.same_content(before) {
-        return Ok(changed(index));
-    }
-    let digest = Digest(Sha256::digest(block.data()).into());
+    let Some(block) = opened.whole()? else { return Ok(changed(index)) };
+    Ok(produced_whole(fetch, hashed(&block), block))
+}
+
+/// The digest of a whole file.
+pub(in crate::endpoint) fn hashed(block: &Block) -> Digest {
+    Digest(spend(Stage::Hash, || Sha256::digest(block.data())).into())
+}
+
+/// A small file, unless the target has it.
+pub(in crate::endpoint) fn produced_whole(fetch: Fetch, digest: Digest, block: Block) -> Produced {
+    let index = fetch.index;
     if fetch.unless == Some(digest) {
-        return Ok(Produced::Same { index, digest });
+        Produced::Same { index, digest }
+    } else {
+        Produced::Whole { index, block, digest }
     }
-    Ok(Produced::Whole { index, block, digest })
 }
 
 /// Hashes from where `file` stands to `end`, or to its end where that comes first.
@@ -244,10 +342,10 @@ fn hash_to(file: &mut File, end: u64) -> io::Result<Sha256> {
     let mut left = end;
     while left > 0 {
         let wanted = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        match file.read(&mut buffer[..wanted]) {
+        match spend(Stage::Read, || file.read(&mut buffer[..wanted])) {
             Ok(0) => break,
             Ok(read) => {
-                hash.update(&buffer[..read]);
+                spend(Stage::Hash, || hash.update(&buffer[..read]));
                 left -= read as u64;
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -259,60 +357,78 @@ fn hash_to(file: &mut File, end: u64) -> io::Result<Sha256> {
 
 impl Open {
     fn next(&mut self) -> io::Result<Produced> {
-        let index = self.fetch.index;
-        if self.offset >= self.before.size {
+        let (index, offset) = (self.fetch.index, self.offset);
+        if offset >= self.opened.before.size {
             return self.end();
         }
-        if self.sparse
-            && let Some(length) = self.hole()?
-        {
-            let offset = self.offset;
-            let mut left = length;
-            while left > 0 {
-                let part = left.min(ZEROS.len() as u64);
-                self.hash.update(&ZEROS[..part as usize]);
-                left -= part;
-            }
-            self.offset += length;
-            self.file.seek(SeekFrom::Start(self.offset))?;
-            return Ok(Produced::Hole { index, offset, length });
-        }
-        let wanted = (self.before.size - self.offset).min(BLOCK_BYTES as u64);
-        let mut block = Block::with_capacity(wanted as usize);
-        let read = (&mut self.file).take(wanted).read_to_end(block.buffer_mut())? as u64;
-        if read < wanted {
-            // Shorter than it was: cut off while it was read.
-            return Ok(changed(index));
-        }
-        self.hash.update(block.data());
-        let offset = self.offset;
-        self.offset += read;
-        Ok(Produced::Data { index, offset, block })
+        let Some(piece) = self.opened.piece(offset, u64::MAX)? else { return Ok(changed(index)) };
+        piece.hash(&mut self.hash);
+        self.offset += piece.length();
+        Ok(piece.at(index, offset))
     }
 
-    /// The length of the hole at the current offset, when there is one worth leaving.
-    fn hole(&mut self) -> io::Result<Option<u64>> {
-        let data = match rustix::fs::seek(&self.file, Sparse::Data(self.offset)) {
+    fn end(&mut self) -> io::Result<Produced> {
+        let index = self.fetch.index;
+        if !self.opened.is_unchanged()? {
+            return Ok(changed(index));
+        }
+        let digest = Digest(std::mem::take(&mut self.hash).finalize().into());
+        Ok(Produced::End { index, digest })
+    }
+}
+
+impl Opened {
+    /// It will be read from one end to the other.
+    pub(in crate::endpoint) fn is_read_on(&self) {
+        let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::Sequential);
+    }
+
+    /// Whether it is still what it was when it was opened.
+    pub(in crate::endpoint) fn is_unchanged(&self) -> io::Result<bool> {
+        Ok(Metadata::of(&self.file)?.same_content(&self.before))
+    }
+
+    /// All of a small file; `None` where it changed.
+    pub(in crate::endpoint) fn whole(&mut self) -> io::Result<Option<Block>> {
+        spend(Stage::Read, || {
+            let size = self.before.size;
+            let mut block = Block::with_capacity(size as usize + 1);
+            // One byte more than the size shows whether the file has grown.
+            let read = (&mut self.file).take(size + 1).read_to_end(block.buffer_mut())? as u64;
+            Ok((read == size && self.is_unchanged()?).then_some(block))
+        })
+    }
+
+    /// What is at `offset`, at most `most` bytes of it, which are at least one; `None` where the file is shorter than it was.
+    pub(in crate::endpoint) fn piece(&mut self, offset: u64, most: u64) -> io::Result<Option<Piece>> {
+        spend(Stage::Read, || {
+            if self.sparse
+                && let Some(length) = self.hole(offset)?
+            {
+                return Ok(Some(Piece::Hole(length.min(most))));
+            }
+            let wanted = (self.before.size - offset).min(BLOCK_BYTES as u64).min(most);
+            let mut block = Block::with_capacity(wanted as usize);
+            self.file.seek(SeekFrom::Start(offset))?;
+            let read = (&mut self.file).take(wanted).read_to_end(block.buffer_mut())? as u64;
+            // Shorter than it was: cut off while it was read.
+            Ok((read == wanted).then_some(Piece::Data(block)))
+        })
+    }
+
+    /// The length of the hole at `offset`, when there is one worth leaving.
+    fn hole(&mut self, offset: u64) -> io::Result<Option<u64>> {
+        let data = match rustix::fs::seek(&self.file, Sparse::Data(offset)) {
             Ok(data) => data.min(self.before.size),
             // Nothing but a hole up to the end.
             Err(rustix::io::Errno::NXIO) => self.before.size,
             Err(_) => {
                 self.sparse = false;
-                self.offset
+                offset
             }
         };
-        self.file.seek(SeekFrom::Start(self.offset))?;
         // At most 1 GiB at once, so that progress and cancelling stay alive while zeros are hashed.
-        Ok((data > self.offset).then(|| (data - self.offset).min(1 << 30)))
-    }
-
-    fn end(&mut self) -> io::Result<Produced> {
-        let index = self.fetch.index;
-        if !Metadata::of(&self.file)?.same_content(&self.before) {
-            return Ok(changed(index));
-        }
-        let digest = Digest(std::mem::take(&mut self.hash).finalize().into());
-        Ok(Produced::End { index, digest })
+        Ok((data > offset).then(|| (data - offset).min(1 << 30)))
     }
 }
 
