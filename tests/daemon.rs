@@ -25,7 +25,7 @@ impl Running {
     }
 
     /// With a login at a server, which the configuration calls `sync@SERVER`.
-    fn at_server(served: &Served, config: &str) -> Running {
+    pub(crate) fn at_server(served: &Served, config: &str) -> Running {
         let login =
             ["-P".into(), served.port.to_string(), "--identity".into(), served.path("sync.key").display().to_string()];
         let known = ["--known-hosts".into(), served.path("known").display().to_string(), "-F".into(), "none".into()];
@@ -38,7 +38,7 @@ impl Running {
         Running::new(config, prepare, Vec::new())
     }
 
-    fn new(config: &str, prepare: impl FnOnce(&Path), arguments: Vec<String>) -> Running {
+    pub(crate) fn new(config: &str, prepare: impl FnOnce(&Path), arguments: Vec<String>) -> Running {
         let at = tempfile::tempdir().unwrap();
         let mut running = Running { at, child: None, arguments };
         fs::create_dir(running.path("source")).unwrap();

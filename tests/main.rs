@@ -17,6 +17,7 @@ mod check_trust;
 mod cli;
 mod confined;
 mod daemon;
+mod daemon_chain;
 mod disk;
 mod feed;
 mod feed_limits;

@@ -218,6 +218,7 @@ impl How {
                 dry_run: self.dry_run,
                 actor: actor(),
                 source: String::new(),
+                trail: Vec::new(),
             },
             delete: self.delete,
             max_delete: self.max_delete.unwrap_or_default(),

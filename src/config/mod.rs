@@ -200,6 +200,15 @@ impl Config {
         if let Some(target) = job.targets.iter().find(|target| !target.starts_with('/') && !target.contains(':')) {
             return Err(format!("the target '{target}' is neither [USER@]HOST:PATH nor a path that starts with '/'"));
         }
+        if let Some(target) =
+            job.targets.iter().find(|target| job.remote_source().is_none() && is_nested(&job.source, target))
+        {
+            return Err(format!(
+                "the source '{}' and the target '{target}' are one directory, or lie in each other: what arrives would be sent \
+                 again",
+                crate::error::shown(&job.source)
+            ));
+        }
         if let Some(quorum) = job.quorum.filter(|&quorum| quorum == 0 || quorum > job.targets.len()) {
             return Err(format!(
                 "'quorum' is {quorum}, and has to be from 1 to the number of targets, {}",
@@ -236,6 +245,12 @@ fn unique<'a>(names: &mut BTreeSet<&'a str>, name: &'a str) -> Result<(), String
         return Err("the name is empty".into());
     }
     if names.insert(name) { Ok(()) } else { Err("the name is taken by an earlier one".into()) }
+}
+
+/// Whether a target of this machine is the source, lies in it or holds it; links are followed as far as they are there.
+fn is_nested(source: &Path, target: &str) -> bool {
+    let stop = |path: &Path| crate::staging::stop_at(path, path);
+    target.starts_with('/') && stop(Path::new(target)).touches(&stop(source))
 }
 
 fn absolute(field: &str, path: &Path) -> Result<(), String> {

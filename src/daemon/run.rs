@@ -6,9 +6,9 @@ use std::sync::atomic::AtomicBool;
 
 use super::pending::Work;
 use super::tally::Tally;
-use super::{Connect, Trouble};
+use super::{Connect, Trouble, clock};
 use crate::config::{Delete, Job};
-use crate::endpoint::guarded::{BEING_WRITTEN, Guard, Guarded, HeldBack};
+use crate::endpoint::guarded::{BEING_WRITTEN, Guard, Guarded, HeldBack, Steady};
 use crate::endpoint::local::LocalSource;
 use crate::endpoint::{BeginOptions, Error, ScanOptions, Source};
 use crate::error::{Exit, chain};
@@ -17,6 +17,7 @@ use crate::monitor::Severity;
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
 use crate::root::{Follow, Root};
+use crate::staging::{Standing, standing};
 use crate::sync::{self, Options, Rate, SyncReport};
 
 /// Connections of a run, and how often a file is sent again that changed or arrived damaged.
@@ -24,6 +25,9 @@ const WORKERS: usize = 2;
 const RETRIES: u32 = 2;
 /// Another run on the same target, a push by hand for instance, is waited for so many seconds.
 const WAIT_SECONDS: u64 = 30;
+
+/// What is being published into a source for longer is told.
+const PUBLISHING_MAX_SECONDS: u64 = 60;
 
 /// How the target says that it did not publish what came with something that failed.
 const HELD_BACK: [&str; 2] = ["is held back", "is not published, since"];
@@ -70,21 +74,21 @@ pub(super) fn run(
 ) -> Result<Done, Trouble> {
     let job = plan.job;
     let failed = |error: &dyn std::error::Error, exit| Trouble { message: chain(error), exit };
-    let (source, options): (Box<dyn Source>, Options) = match job.remote_source() {
+    let (source, mut options): (Box<dyn Source>, Options) = match job.remote_source() {
         Some(source) => {
             (connect.source(source, tally)?, options(plan, FilterSpec { rules: job.exclude.clone(), only: None }))
         }
         None => {
             let root = Root::open(&job.source).map_err(|error| failed(&error, Exit::Io))?;
             let Some(filter) = filter(plan, work, &root) else { return Ok(Done::default()) };
+            let steady = published_whole(&root)?;
             let source =
                 LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
-            (
-                Box::new(Guarded::new(source, Arc::clone(&plan.guard), Arc::clone(&plan.held_back))),
-                options(plan, filter),
-            )
+            let source = Guarded::new(source, Arc::clone(&plan.guard), Arc::clone(&plan.held_back)).steady(steady);
+            (Box::new(source), options(plan, filter))
         }
     };
+    options.begin.trail = source.trail().map_err(|error| failed(&error, error.exit()))?;
     let target = connect.target(target, tally)?;
     match sync::run(&*source, &*target, &options, tally, stop) {
         Ok(report) => concluded(report),
@@ -92,6 +96,26 @@ pub(super) fn run(
         Err(Error::Remote { message, .. }) if message == BEING_WRITTEN => Ok(Done { left: 1, ..Done::default() }),
         Err(error) => Err(failed(&error, error.exit())),
     }
+}
+
+/// Whether nothing is published into the source while it is listed: half of that is not passed on.
+///
+/// # Errors
+/// [`Trouble`] where somebody has begun to publish long ago.
+fn published_whole(root: &Root) -> Result<Steady, Trouble> {
+    let before = standing(root);
+    if let Standing::Publishing(since) = before
+        && clock().saturating_sub(u64::try_from(since.seconds).unwrap_or(0)) > PUBLISHING_MAX_SECONDS
+    {
+        let source = crate::error::shown(root.shown());
+        let message = format!(
+            "a run that publishes into '{source}' has not come to its end for a long time, or was interrupted; what it brings \
+             is passed on when it is complete: the next push into that directory finishes it"
+        );
+        return Err(Trouble { message, exit: Exit::TryAgain });
+    }
+    let root = root.reopen().map_err(|error| Trouble { message: chain(&error), exit: Exit::Io })?;
+    Ok(Arc::new(move || !matches!(before, Standing::Publishing(_)) && standing(&root) == before))
 }
 
 /// What of the source takes part; `None` where nothing of the work is left to do.

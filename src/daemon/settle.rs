@@ -339,6 +339,10 @@ impl Settle {
                 }
             }
             later.into_iter().for_each(|at| self.wake(at));
+            // A directory waits for what is in it, a pointer for what it names.
+            if !judged.is_empty() && self.waiting.len() > judged.len() {
+                self.wake(now);
+            }
             for path in judged {
                 self.waiting.remove(&path);
                 self.ready.insert(path);
@@ -494,6 +498,29 @@ impl Settle {
     /// Every path that is remembered.
     pub(super) fn paths(&self) -> Vec<RelPath> {
         self.waiting.keys().chain(&self.temporary).chain(self.open.keys()).cloned().collect()
+    }
+
+    /// What waits for its time, and is there.
+    pub(super) fn settling(&self) -> Vec<RelPath> {
+        let settling = self.waiting.iter().filter(|(_, waiting)| waiting.what != What::Gone && !waiting.hurry);
+        settling.map(|(path, _)| path.clone()).collect()
+    }
+
+    /// Somebody vouches for what lies there: it is finished, and need not be left alone.
+    pub(super) fn vouched(&mut self, path: &RelPath, now: Instant) {
+        drop_within(&mut self.open, path);
+        if let Some(waiting) = self.waiting.get_mut(path) {
+            (waiting.hurry, waiting.refused) = (true, false);
+            waiting.last = waiting.last.min(now);
+        }
+        self.wake(now);
+    }
+
+    /// Nothing is judged before.
+    pub(super) fn put_off(&mut self, until: Instant) {
+        if !self.waiting.is_empty() {
+            self.soonest = Some(until);
+        }
     }
 
     /// Forgets single paths where they are too many. True when some were: everything has to be looked at then.

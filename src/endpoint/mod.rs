@@ -13,6 +13,7 @@ use crate::filter::FilterSpec;
 use crate::manifest::{Digest, Tree};
 use crate::monitor::{Monitor, Problem};
 use crate::plan::Plan;
+use crate::plan::trail::Stop;
 use crate::policy::PolicySpec;
 
 pub mod agent;
@@ -209,6 +210,13 @@ pub trait Source: Sync {
     fn crew(&self) -> Crew {
         Crew::default()
     }
+    /// The directories that what it has came through, and itself; nothing where it cannot tell.
+    ///
+    /// # Errors
+    /// When the connection ends.
+    fn trail(&self) -> Result<Vec<Stop>, Error> {
+        Ok(Vec::new())
+    }
 }
 
 /// A file to be read.
@@ -284,6 +292,10 @@ pub struct BeginOptions {
     pub actor: String,
     /// Where the content comes from, for the audit log.
     pub source: String,
+    /// For runs that are made over and over: the directories that it came through. A target that is among them refuses, and
+    /// remembers them otherwise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trail: Vec<Stop>,
 }
 
 /// What to do at the end.

@@ -10,6 +10,7 @@ mod diff;
 pub mod outcome;
 pub mod publish;
 pub mod safety;
+pub mod trail;
 
 pub use diff::{Desired, diff, require_proof};
 

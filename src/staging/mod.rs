@@ -9,6 +9,7 @@ mod file;
 mod ids;
 mod journal;
 mod lock;
+mod passed_on;
 mod state;
 
 pub use audience::{admit, as_manifest, audience_of, open_state};
@@ -17,4 +18,5 @@ pub use file::{Permissions, SET_OWNER, StageError, StagedFile, apply, clean_page
 pub use ids::Ids;
 pub use journal::Journal;
 pub use lock::{LockError, RootLock, sftp_holder};
+pub use passed_on::{Standing, is_believed, published, remember_trail, standing, stop_at, trail_of};
 pub use state::must_be_own;

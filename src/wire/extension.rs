@@ -13,7 +13,7 @@ pub const DOMAIN: &str = "@lockstep.internal";
 /// The version of every message.
 pub const VERSION: &str = "1";
 /// The names that are advertised.
-pub const NAMES: [&str; 19] = [
+pub const NAMES: [&str; 20] = [
     "hello@lockstep.internal",
     "begin@lockstep.internal",
     "attach@lockstep.internal",
@@ -33,6 +33,7 @@ pub const NAMES: [&str; 19] = [
     "list@lockstep.internal",
     "fetch@lockstep.internal",
     "next@lockstep.internal",
+    "trail@lockstep.internal",
 ];
 /// Content and lists in one message come to at most this many bytes before compression.
 pub const RAW_MAX: usize = 2 << 20;

@@ -18,9 +18,11 @@ use crate::filter::Filter;
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
+use crate::plan::trail::Stop;
 use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::scan::cache::DigestCache;
 use crate::scan::{self, LinkRule, ScanRule};
+use crate::staging;
 
 /// How many bytes of zeros are hashed at a time for a hole.
 const ZEROS: &[u8] = &[0; 64 * 1024];
@@ -29,6 +31,8 @@ const ZEROS: &[u8] = &[0; 64 * 1024];
 #[derive(Debug)]
 pub struct LocalSource {
     root: Root,
+    /// How whoever asks for it calls it.
+    called: PathBuf,
     /// Where digests are kept between runs.
     cache_file: Option<PathBuf>,
     /// What stat said of each entry of the last scan, and when that was over.
@@ -66,7 +70,25 @@ impl LocalSource {
                 made.then(|| directory.join(format!("digests-{:x}-{:x}.redb", at.device, at.inode)))
             }
         };
-        Ok(LocalSource { root, cache_file, scanned: Mutex::new((Vec::new(), UNIX_EPOCH)) })
+        Ok(LocalSource { root, called: place.called(), cache_file, scanned: Mutex::new((Vec::new(), UNIX_EPOCH)) })
+    }
+}
+
+impl LocalSource {
+    /// Digests of what runs have brought here: it was hashed when it arrived, and is not what it was if its inode changed since.
+    fn known_as_target(&self, scanned: &mut scan::Scanned) {
+        let is_unknown = |entry: &Entry| matches!(entry.content, Content::File { digest: None, .. });
+        if !scanned.tree.entries().iter().any(is_unknown) || !staging::is_believed(&self.root) {
+            return;
+        }
+        let table = staging::load_digests(&self.root);
+        for (index, metadata) in scanned.metadata.iter().enumerate() {
+            if is_unknown(&scanned.tree.entries()[index])
+                && let Some(digest) = table.get(metadata)
+            {
+                scanned.tree.set_digest(index, digest);
+            }
+        }
     }
 }
 
@@ -89,7 +111,7 @@ impl Source for LocalSource {
         };
         let rule = ScanRule { filter, links, ignore_files: true, report_special: true };
         let cache = self.cache_file.as_deref().filter(|_| !options.hash_all).map(DigestCache::load);
-        let scanned = scan::scan(&self.root, &rule, cache.as_ref().map(DigestCache::table), monitor).map_err(
+        let mut scanned = scan::scan(&self.root, &rule, cache.as_ref().map(DigestCache::table), monitor).map_err(
             |error| match error {
                 scan::ScanError::Root(error) => failed(error),
                 scan::ScanError::Changed(_) => {
@@ -103,6 +125,9 @@ impl Source for LocalSource {
                 self.describe(),
                 cache.len()
             )));
+        }
+        if !options.hash_all {
+            self.known_as_target(&mut scanned);
         }
         let seen = (scanned.metadata, SystemTime::now());
         *self.scanned.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = seen;
@@ -120,6 +145,12 @@ impl Source for LocalSource {
             digests.iter().filter_map(|&(index, digest)| Some((*scanned.0.get(index as usize)?, digest))).collect();
         // A cache that cannot be written makes the next run slower, not wrong.
         let _ = DigestCache::load(file).store(&known, scanned.1);
+    }
+
+    fn trail(&self) -> Result<Vec<Stop>, Error> {
+        let mut trail = staging::trail_of(&self.root);
+        trail.push(staging::stop_at(self.root.shown(), &self.called));
+        Ok(trail)
     }
 }
 
