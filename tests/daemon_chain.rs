@@ -3,12 +3,17 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use lockstep::endpoint::local::LocalSource;
+use lockstep::endpoint::{ScanOptions, Source as _};
+use lockstep::monitor::Silent;
 use serde_json::Value;
 
 use crate::daemon::{Running, holds};
 use crate::kit::area::{lockstep, run_traced, traced};
+use crate::kit::pair::{Pair, options};
 use crate::kit::served::Served;
-use crate::kit::{done, ends, until};
+use crate::kit::sshd::Sshd;
+use crate::kit::{account, done, ends, until};
 
 /// A machine: a server that receives into `data`, and a daemon that passes on what lies there.
 struct Node {
@@ -141,4 +146,51 @@ fn s28_what_is_half_published_is_not_passed_on() {
     done(&running.command(&command[1..]).output().unwrap());
     until("all of it", || ["a", "b"].iter().all(|name| holds(&running.path("end").join(name), "new")));
     until("what was beside it", || holds(&running.path("end/beside"), "by hand"));
+}
+
+#[test]
+fn s28_a_circle_through_a_stock_server_is_refused_too() {
+    let sshd = Sshd::only("Subsystem sftp internal-sftp");
+    let middle = sshd.path("middle");
+    let show = |name: &str| sshd.path(name).display().to_string();
+    let login = ["-P".into(), sshd.port.to_string(), "--identity".into(), show("user")];
+    let known = ["--known-hosts".into(), show("known"), "-F".into(), "none".into()];
+    let arguments = login.into_iter().chain(known).collect();
+    let job = |source: &str, target: &str| {
+        format!(
+            "[[job]]\nname = \"on\"\nsource = \"{source}\"\ntargets = [\"{target}\"]\nsettle = \"0s\"\nretry_max = \"1s\"\n"
+        )
+    };
+    let to = format!("{}@127.0.0.1:{}", account(), middle.display());
+    let first = Running::new(&job("AT/source", &to), |_| {}, arguments);
+    fs::write(first.path("source/file"), "content").unwrap();
+    until("the file in the middle", || holds(&middle.join("file"), "content"));
+    let back = Running::start(&job(middle.to_str().unwrap(), first.path("source").to_str().unwrap()));
+    until("the refusal", || {
+        back.target(0)["last_error"]["message"].as_str().is_some_and(|told| told.contains("in a circle"))
+    });
+    assert_eq!(back.target(0)["state"], "halted");
+}
+
+#[test]
+fn what_a_run_has_brought_is_known_to_who_passes_it_on_until_its_inode_changes() {
+    let pair = Pair::new();
+    let old = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+    for path in ["a", "d/b"] {
+        pair.write(path, path.as_bytes());
+        fs::File::options().write(true).open(pair.source.join(path)).unwrap().set_modified(old).unwrap();
+    }
+    pair.push(&options());
+    let known = |at: &Path| -> Vec<bool> {
+        let source = LocalSource::new(at, None).unwrap();
+        let scan = source.scan(&ScanOptions::default(), &Silent::default()).unwrap();
+        scan.tree.entries().iter().filter_map(|entry| Some(entry.file()?.1.is_some())).collect()
+    };
+    assert_eq!((known(&pair.source), known(&pair.target)), (vec![false, false], vec![true, true]));
+    // An edit that puts size and time back changes the inode all the same.
+    fs::write(pair.target.join("a"), "b").unwrap();
+    fs::File::options().write(true).open(pair.target.join("a")).unwrap().set_modified(old).unwrap();
+    assert_eq!(known(&pair.target), [false, true]);
+    fs::set_permissions(pair.target.join(".lockstep"), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    assert_eq!(known(&pair.target), [false, false]);
 }

@@ -18,6 +18,7 @@ mod cli;
 mod confined;
 mod daemon;
 mod daemon_chain;
+mod daemon_pull;
 mod disk;
 mod feed;
 mod feed_limits;

@@ -204,7 +204,7 @@ impl How {
     pub(super) fn options(&self) -> Result<Options, Failure> {
         let filter = self.filter()?;
         Ok(Options {
-            scan: ScanOptions { filter: filter.clone(), hash_all: self.checksum, links: self.links },
+            scan: ScanOptions { filter: filter.clone(), hash_all: self.checksum, links: self.links, whole: false },
             begin: BeginOptions {
                 policy: self.policy()?,
                 peer: false,

@@ -187,8 +187,11 @@ impl Config {
                 if job.watch == Watch::Events {
                     return Err(format!("'watch' cannot be 'events': the source '{source}' is on another machine"));
                 }
-                if job.ready != Ready::Settled {
-                    return Err(format!("'ready' is for a source of this machine; '{source}' is on another one"));
+                if let Ready::Layout(_) = job.ready {
+                    return Err(format!(
+                        "'ready' by a layout looks into files, and '{source}' is on another machine; name a marker, or push from \
+                         there"
+                    ));
                 }
             }
             Some(_) => absolute("source", &job.source)?,

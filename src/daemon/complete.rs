@@ -83,16 +83,23 @@ pub(super) fn named_by(root: &Root, pointer: &RelPath) -> Option<RelPath> {
         FileKind::Regular => pointer_text(root, pointer)?,
         _ => return None,
     };
-    let text = match names::decimal(&text) {
+    let named = named(pointer, &text);
+    // A text that names nothing here is of another kind.
+    named.filter(|named| root.stat(named, Follow::Never).is_ok())
+}
+
+/// What a pointer of this text, or a link to it, names, whether it is there or not.
+pub(super) fn named(pointer: &RelPath, text: &[u8]) -> Option<RelPath> {
+    let text = text.trim_ascii();
+    let text = match names::decimal(text) {
         Some(number) if pointer.name() == MEGATRON => format!("iter_{number:07}").into_bytes(),
-        _ => text,
+        _ => text.to_vec(),
     };
     let text = text.strip_prefix(b"./").unwrap_or(&text);
     let text = text.strip_suffix(b"/").unwrap_or(text);
-    let named = match pointer.parent() {
+    match pointer.parent() {
         Some(parent) => parent.join(text),
         None => RelPath::new(text),
-    };
-    // A text that names nothing here is of another kind.
-    named.ok().filter(|named| root.stat(named, Follow::Never).is_ok())
+    }
+    .ok()
 }

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::feed::{Feed, FeedOptions, Ready};
+use super::fetch::Looked;
 use super::recent::Recent;
 use super::run::Plan;
 use super::status::{JobStatus, Trouble, Watching};
@@ -21,6 +22,8 @@ use crate::sync::Rate;
 
 /// Another machine is not asked more often.
 const REMOTE_PAUSE: Duration = Duration::from_secs(1);
+/// So many unfinished paths are named to people.
+const UNFINISHED_SHOWN: usize = 20;
 /// How often it is seen whether a source that is gone is back.
 const GONE_PAUSE: Duration = Duration::from_secs(2);
 
@@ -42,6 +45,8 @@ struct Shared {
     /// Somebody wants a source of another machine to be compared at once.
     asked: AtomicBool,
     safety: Mutex<Safety>,
+    /// What of a source of another machine is not finished: the first of it, and how much it is.
+    unfinished: Mutex<(Vec<String>, u64)>,
 }
 
 /// What is on its way, and what is at as many targets as it has to be.
@@ -72,6 +77,7 @@ impl JobThreads {
             paused: AtomicBool::new(false),
             asked: AtomicBool::new(false),
             safety: Mutex::default(),
+            unfinished: Mutex::default(),
         };
         JobThreads { shared: Arc::new(shared), threads: Vec::new() }
     }
@@ -108,6 +114,8 @@ impl JobThreads {
                 let rate = shared.rates[number].clone();
                 let source = Arc::clone(&shared);
                 let held_back = Arc::new(move || source.feed().map(|feed| feed.held_back()).unwrap_or_default());
+                let there = Arc::clone(&shared);
+                let unfinished = Arc::new(move |held| there.note_unfinished(held));
                 let plan = Plan {
                     job: &shared.job,
                     policy: &shared.policy,
@@ -116,6 +124,8 @@ impl JobThreads {
                     held_back,
                     guard,
                     rate,
+                    looked: Looked::default(),
+                    unfinished,
                 };
                 let happened = |what: Happened<'_>| shared.happened(number, &what, &teller);
                 shared.lanes[number].serve(&plan, &*connect, &recent, &happened);
@@ -172,7 +182,8 @@ impl JobThreads {
         let feed = shared.feed();
         let mode = if shared.job.remote_source().is_some() { "polling" } else { "starting" };
         let starting = || Watching { mode: mode.into(), ..Watching::default() };
-        let (unfinished, unfinished_count) = feed.as_ref().map(|feed| feed.unfinished()).unwrap_or_default();
+        let there = || shared.unfinished.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let (unfinished, unfinished_count) = feed.as_ref().map_or_else(there, |feed| feed.unfinished());
         JobStatus {
             name: shared.job.name.clone(),
             source: crate::error::shown(&shared.job.source).to_string(),
@@ -189,6 +200,11 @@ impl JobThreads {
 impl Shared {
     fn feed(&self) -> Option<Arc<Feed>> {
         self.feed.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn note_unfinished(&self, held: BTreeSet<RelPath>) {
+        let first = held.iter().take(UNFINISHED_SHOWN).map(ToString::to_string).collect();
+        *self.unfinished.lock().unwrap_or_else(PoisonError::into_inner) = (first, held.len() as u64);
     }
 
     fn keep_rate(&self) {

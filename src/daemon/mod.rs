@@ -24,6 +24,7 @@ mod backoff;
 mod complete;
 mod control;
 pub mod feed;
+mod fetch;
 mod filesystem;
 mod follow;
 pub mod history;

@@ -1,9 +1,11 @@
 //! One run: what is to be sent of a job, to one target.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use super::fetch::{self, Looked};
 use super::pending::Work;
 use super::tally::Tally;
 use super::{Connect, Trouble, clock};
@@ -15,6 +17,7 @@ use crate::error::{Exit, chain};
 use crate::filter::FilterSpec;
 use crate::monitor::Severity;
 use crate::path::RelPath;
+use crate::plan::trail;
 use crate::policy::PolicySpec;
 use crate::root::{Follow, Root};
 use crate::staging::{Standing, standing};
@@ -45,6 +48,10 @@ pub(super) struct Plan<'a> {
     pub(super) guard: Guard,
     /// What may go to each target now.
     pub(super) rate: Rate,
+    /// What a source of another machine had when it was looked at last.
+    pub(super) looked: Looked,
+    /// Is told what of such a source is not finished.
+    pub(super) unfinished: Arc<dyn Fn(BTreeSet<RelPath>) + Send + Sync>,
 }
 
 /// A run that came to its end.
@@ -74,9 +81,15 @@ pub(super) fn run(
 ) -> Result<Done, Trouble> {
     let job = plan.job;
     let failed = |error: &dyn std::error::Error, exit| Trouble { message: chain(error), exit };
+    let mut left_there = 0;
     let (source, mut options): (Box<dyn Source>, Options) = match job.remote_source() {
-        Some(source) => {
-            (connect.source(source, tally)?, options(plan, FilterSpec { rules: job.exclude.clone(), only: None }))
+        Some(_) => {
+            let mut options = options(plan, FilterSpec { rules: job.exclude.clone(), only: None });
+            let found = fetch::look(job, &options.scan, &plan.looked, connect, tally, stop)?;
+            options.begin.filter.rules.extend(found.held.iter().map(rule));
+            left_there = u64::from(found.being_written);
+            (plan.unfinished)(found.held);
+            (Box::new(found.source), options)
         }
         None => {
             let root = Root::open(&job.source).map_err(|error| failed(&error, Exit::Io))?;
@@ -88,10 +101,17 @@ pub(super) fn run(
             (Box::new(source), options(plan, filter))
         }
     };
-    options.begin.trail = source.trail().map_err(|error| failed(&error, error.exit()))?;
+    let trail = source.trail().map_err(|error| failed(&error, error.exit()))?;
+    // A circle through a server that cannot tell who it is shows when what went out comes back.
+    if let Some((own, before)) = trail.split_last()
+        && let Some(message) = trail::refusal(before, own)
+    {
+        return Err(Trouble { message, exit: Exit::Usage });
+    }
+    options.begin.trail = trail;
     let target = connect.target(target, tally)?;
     match sync::run(&*source, &*target, &options, tally, stop) {
-        Ok(report) => concluded(report),
+        Ok(report) => concluded(report).map(|done| Done { left: done.left + left_there, ..done }),
         // A unit was begun between asking what is not finished and looking.
         Err(Error::Remote { message, .. }) if message == BEING_WRITTEN => Ok(Done { left: 1, ..Done::default() }),
         Err(error) => Err(failed(&error, error.exit())),
@@ -147,7 +167,7 @@ fn filter(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<FilterSpec> {
 fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
     let job = plan.job;
     Options {
-        scan: ScanOptions { filter: filter.clone(), ..ScanOptions::default() },
+        scan: ScanOptions { filter: filter.clone(), whole: job.remote_source().is_some(), ..ScanOptions::default() },
         begin: BeginOptions {
             policy: plan.policy.clone(),
             filter,

@@ -42,11 +42,11 @@ impl Rules {
         Ok(Rules { settle, ready, unit, last: compile(last.to_vec())? })
     }
 
-    fn is_unit(&self, directory: &RelPath) -> bool {
+    pub(super) fn is_unit(&self, directory: &RelPath) -> bool {
         self.unit.as_ref().is_some_and(|unit| !unit.admits(directory, true))
     }
 
-    fn is_pointer(&self, path: &RelPath, directory: bool) -> bool {
+    pub(super) fn is_pointer(&self, path: &RelPath, directory: bool) -> bool {
         !directory && (POINTERS.contains(&path.name()) || !self.last.admits(path, false))
     }
 

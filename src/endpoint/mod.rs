@@ -23,6 +23,7 @@ pub mod guarded;
 pub mod link;
 pub mod local;
 pub mod memory;
+pub mod picked;
 pub mod several;
 pub mod stock;
 pub mod stream;
@@ -143,7 +144,14 @@ pub struct ScanOptions {
     pub hash_all: bool,
     /// What to do with symbolic links.
     pub links: Links,
+    /// List nothing while a run publishes there, or after one was interrupted while it did.
+    #[serde(default)]
+    pub whole: bool,
 }
+
+/// Why a source is not listed that is to be whole.
+pub const BEING_PUBLISHED: &str = "a run publishes into it just now, or was interrupted while it did: half of that is not passed on; \
+                                   it is when the run, or the next push into it, is complete";
 
 /// What happens to symbolic links of the source.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::said;
+
 /// So many places are remembered at most; a chain that long is no chain any more.
 pub const STOPS_MAX: usize = 32;
 /// What is taken of a stop that somebody else tells.
@@ -48,6 +50,34 @@ pub fn check(trail: &[Stop]) -> Result<(), String> {
         true => Ok(()),
         false => Err("the list of directories that it came through is none".to_owned()),
     }
+}
+
+/// The file of a trail.
+pub fn to_text(stops: &[Stop]) -> Vec<u8> {
+    let mut text = serde_json::json!({ "stops": stops }).to_string().into_bytes();
+    text.push(b'\n');
+    text
+}
+
+/// Reads it back; what is no trail is an empty one.
+pub fn from_text(text: &[u8]) -> Vec<Stop> {
+    #[derive(Deserialize)]
+    struct Stored {
+        stops: Vec<Stop>,
+    }
+    let stored: Option<Stored> = serde_json::from_slice(text).ok();
+    stored.map(|stored| stored.stops).filter(|stops| check(stops).is_ok()).unwrap_or_default()
+}
+
+/// Why nothing is brought to `here`, and what to do about it; `None` where it is no circle.
+pub fn refusal(trail: &[Stop], here: &Stop) -> Option<String> {
+    let names: Vec<String> = circle(trail, here)?.iter().map(|name| said(name.as_bytes())).collect();
+    let from = trail.last().map(|stop| said(stop.name.as_bytes())).unwrap_or_default();
+    Some(format!(
+        "it would go in a circle: {}; an edit or a removal at one place would be undone by another. Take one of these targets \
+         out of its job. Where that was done already, remove '.lockstep/trail' of {from}",
+        names.join(" -> ")
+    ))
 }
 
 /// The circle that would be closed by going to `here` now: the names of the directories on it.
@@ -101,6 +131,8 @@ mod tests {
         assert_eq!(merged(&many, std::slice::from_ref(&c)).last(), Some(&c));
         assert_eq!(merged(&many, &[c]).len(), STOPS_MAX);
         assert!(check(&many).is_err() && check(&many[..3]).is_ok());
+        assert_eq!(from_text(&to_text(&many[..3])), many[..3]);
+        assert!(from_text(b"{}").is_empty() && from_text(&to_text(&many)).is_empty());
         assert!(check(&[Stop { name: "x".repeat(2000), ..b }]).is_err());
     }
 }

@@ -7,7 +7,6 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use rustix::process::geteuid;
-use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::digests::store_beside_manifest;
@@ -21,7 +20,7 @@ const MANIFEST: &str = ".lockstep/manifest";
 const TRAIL: &str = ".lockstep/trail";
 const NEW_TRAIL: &str = ".lockstep/trail.new";
 /// What is to be published lies here while names are given: the record, and the manifest that comes into force at the end.
-const AREAS: [&str; 3] = [".lockstep/staging/current", ".lockstep/staging/repair", ".lockstep/staging/sftp"];
+pub const AREAS: [&str; 3] = [".lockstep/staging/current", ".lockstep/staging/repair", ".lockstep/staging/sftp"];
 const TRAIL_BYTES_MAX: u64 = 1 << 20;
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 
@@ -80,17 +79,9 @@ pub fn published(root: &Root) -> Option<Manifest> {
     format::decode(&read(root, MANIFEST, u64::MAX)?).ok()
 }
 
-#[derive(Default, Serialize, Deserialize)]
-struct Stored {
-    stops: Vec<Stop>,
-}
-
 fn stored(root: &Root) -> Vec<Stop> {
-    let stored = || -> Option<Stored> {
-        let bytes = is_believed(root).then(|| read(root, TRAIL, TRAIL_BYTES_MAX)).flatten()?;
-        serde_json::from_slice(&bytes).ok()
-    };
-    stored().unwrap_or_default().stops
+    let text = is_believed(root).then(|| read(root, TRAIL, TRAIL_BYTES_MAX)).flatten();
+    text.map(|text| trail::from_text(&text)).unwrap_or_default()
 }
 
 /// What came to `root`, or to a directory that holds it, came through these before.
@@ -111,9 +102,7 @@ pub fn remember_trail(root: &Root, now: &[Stop]) -> Result<(), RootError> {
     if stops == known {
         return Ok(());
     }
-    let mut text = serde_json::to_vec(&Stored { stops }).unwrap_or_default();
-    text.push(b'\n');
-    store_beside_manifest(root, TRAIL, NEW_TRAIL, &text)
+    store_beside_manifest(root, TRAIL, NEW_TRAIL, &trail::to_text(&stops))
 }
 
 /// The path without links, as far as it is there.

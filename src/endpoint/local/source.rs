@@ -12,7 +12,8 @@ use sha2::{Digest as _, Sha256};
 
 use super::place::Place;
 use crate::endpoint::{
-    BLOCK_BYTES, Block, Error, Fetch, Links, Produced, Reader, SMALL_FILE_BYTES, Scan, ScanOptions, Source,
+    BEING_PUBLISHED, BLOCK_BYTES, Block, Error, Fetch, Links, Produced, Reader, SMALL_FILE_BYTES, Scan, ScanOptions,
+    Source,
 };
 use crate::filter::Filter;
 use crate::manifest::{Content, Digest, Entry, Tree};
@@ -110,6 +111,7 @@ impl Source for LocalSource {
             Links::Refuse => LinkRule::Refuse,
         };
         let rule = ScanRule { filter, links, ignore_files: true, report_special: true };
+        let before = staging::standing(&self.root);
         let cache = self.cache_file.as_deref().filter(|_| !options.hash_all).map(DigestCache::load);
         let mut scanned = scan::scan(&self.root, &rule, cache.as_ref().map(DigestCache::table), monitor).map_err(
             |error| match error {
@@ -119,6 +121,11 @@ impl Source for LocalSource {
                 }
             },
         )?;
+        if options.whole
+            && (matches!(before, staging::Standing::Publishing(_)) || staging::standing(&self.root) != before)
+        {
+            return Err(Error::Refused { by: self.describe(), reason: BEING_PUBLISHED.to_owned() });
+        }
         if let Some(cache) = &cache {
             monitor.event(Event::Detail(&format!(
                 "{}: SHA-256 known from earlier runs: {}",
