@@ -18,6 +18,8 @@ mod cli;
 mod config_check;
 mod confined;
 mod daemon;
+mod daemon_chain;
+mod daemon_pull;
 mod disk;
 mod early;
 mod fanout;

@@ -229,7 +229,7 @@ impl How {
     pub(super) fn options(&self) -> Result<Options, Failure> {
         let filter = self.filter()?;
         Ok(Options {
-            scan: ScanOptions { filter: filter.clone(), hash_all: self.checksum, links: self.links },
+            scan: ScanOptions { filter: filter.clone(), hash_all: self.checksum, links: self.links, whole: false },
             begin: BeginOptions {
                 policy: self.policy()?,
                 peer: false,
@@ -245,6 +245,7 @@ impl How {
                 trash_seconds: self.trash_seconds()?,
                 actor: actor(),
                 source: String::new(),
+                trail: Vec::new(),
             },
             delete: self.deletes(),
             retain: None,

@@ -190,8 +190,11 @@ impl Config {
                 if job.watch == Watch::Events {
                     return Err(format!("'watch' cannot be 'events': the source '{source}' is on another machine"));
                 }
-                if job.ready != Ready::Settled {
-                    return Err(format!("'ready' is for a source of this machine; '{source}' is on another one"));
+                if let Ready::Layout(_) = job.ready {
+                    return Err(format!(
+                        "'ready' by a layout looks into files, and '{source}' is on another machine; name a marker, or push from \
+                         there"
+                    ));
                 }
             }
             Some(_) => absolute("source", &job.source)?,
@@ -214,6 +217,15 @@ impl Config {
         }
         if let Some(connections) = job.connections.filter(|connections| !(1..=64).contains(connections)) {
             return Err(format!("'connections' is {connections}, and has to be from 1 to 64"));
+        }
+        if let Some(target) =
+            job.targets.iter().find(|target| job.remote_source().is_none() && is_nested(&job.source, target))
+        {
+            return Err(format!(
+                "the source '{}' and the target '{target}' are one directory, or lie in each other: what arrives would be sent \
+                 again",
+                crate::error::shown(&job.source)
+            ));
         }
         if let Some(quorum) = job.quorum.filter(|&quorum| quorum == 0 || quorum > job.targets.len()) {
             return Err(format!(
@@ -251,6 +263,12 @@ fn unique<'a>(names: &mut BTreeSet<&'a str>, name: &'a str) -> Result<(), String
         return Err("the name is empty".into());
     }
     if names.insert(name) { Ok(()) } else { Err("the name is taken by an earlier one".into()) }
+}
+
+/// Whether a target of this machine is the source, lies in it or holds it; links are followed as far as they are there.
+fn is_nested(source: &Path, target: &str) -> bool {
+    let stop = |path: &Path| crate::staging::stop_at(path, path);
+    target.starts_with('/') && stop(Path::new(target)).touches(&stop(source))
 }
 
 fn absolute(field: &str, path: &Path) -> Result<(), String> {

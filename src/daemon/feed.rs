@@ -276,12 +276,17 @@ fn is_readable(events: &OwnedFd) -> bool {
 }
 
 fn held_back(settle: &Settle) -> BTreeSet<RelPath> {
-    gathered(settle.unfinished().cloned().collect(), HELD_BACK_MAX)
+    gathered(settle.unfinished().cloned().collect())
+}
+
+/// Paths that cover all of `paths`, and are few enough to be the rules of a filter.
+pub(super) fn gathered(paths: BTreeSet<RelPath>) -> BTreeSet<RelPath> {
+    at_most(paths, HELD_BACK_MAX)
 }
 
 /// At most so many paths that cover all of `paths`: those that lie deepest are replaced by their directories, as far as there are
 /// any.
-fn gathered(mut paths: BTreeSet<RelPath>, most: usize) -> BTreeSet<RelPath> {
+fn at_most(mut paths: BTreeSet<RelPath>, most: usize) -> BTreeSet<RelPath> {
     let bytes = |paths: &BTreeSet<RelPath>| paths.iter().map(|path| path.as_bytes().len()).sum::<usize>();
     while paths.len() > most || bytes(&paths) > HELD_BACK_BYTES_MAX {
         let deepest = paths.iter().map(RelPath::depth).max().unwrap_or(1);
@@ -302,9 +307,9 @@ mod tests {
     fn very_many_paths_are_held_back_by_their_directories() {
         let set = |paths: &[&str]| paths.iter().map(|path| RelPath::new(path).unwrap()).collect::<BTreeSet<_>>();
         let paths = set(&["a/b/1", "a/b/2", "a/c", "d"]);
-        assert_eq!(gathered(paths.clone(), 4), paths);
-        assert_eq!(gathered(paths.clone(), 3), set(&["a/b", "a/c", "d"]));
-        assert_eq!(gathered(paths, 2), set(&["a", "d"]));
-        assert_eq!(gathered(set(&["a", "b"]), 1), set(&["a", "b"]));
+        assert_eq!(at_most(paths.clone(), 4), paths);
+        assert_eq!(at_most(paths.clone(), 3), set(&["a/b", "a/c", "d"]));
+        assert_eq!(at_most(paths, 2), set(&["a", "d"]));
+        assert_eq!(at_most(set(&["a", "b"]), 1), set(&["a", "b"]));
     }
 }

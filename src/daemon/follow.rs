@@ -19,15 +19,19 @@ use crate::layout::complete;
 use crate::manifest::Timestamp;
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Root};
+use crate::staging::{Standing, standing};
 
 mod events;
 mod poller;
+mod vouch;
 
 /// How often it is seen whether the source is still the directory that it was: no event tells when one above it is moved.
 const ROOT_PAUSE: Duration = Duration::from_secs(2);
 /// How often it is seen whether a source that is gone is back.
 const GONE_PAUSE: Duration = Duration::from_millis(500);
 
+/// How often it is seen whether a run that publishes into the source has come to its end.
+const PUBLISHING_PAUSE: Duration = Duration::from_millis(20);
 const REPLACED_PAUSE: Duration = Duration::from_millis(50);
 
 /// Why a source is not followed as it was any more.
@@ -150,6 +154,10 @@ impl Follower {
 
     /// Hands out what is ready.
     fn settle(&mut self, root: &Root) {
+        // What a run publishes here is passed on when it is complete, and told by its manifest.
+        if matches!(standing(root), Standing::Publishing(_)) {
+            return self.shared.state().settle.put_off(Instant::now() + PUBLISHING_PAUSE);
+        }
         self.judge(root);
         let mut state = self.shared.state();
         let (ready, early) = (state.settle.take(), state.settle.take_early());

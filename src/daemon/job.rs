@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::feed::{Feed, FeedOptions, Ready};
+use super::fetch::Looked;
 use super::recent::Recent;
 use super::run::Plan;
 use super::status::{JobStatus, Trouble, Watching};
@@ -22,6 +23,8 @@ use crate::sync::{Rate, be_nice};
 
 /// Another machine is not asked more often.
 const REMOTE_PAUSE: Duration = Duration::from_secs(1);
+/// So many unfinished paths are named to people.
+const UNFINISHED_SHOWN: usize = 20;
 /// How often it is seen whether a source that is gone is back.
 const GONE_PAUSE: Duration = Duration::from_secs(2);
 
@@ -47,6 +50,8 @@ struct Shared {
     safety: Mutex<Safety>,
     /// By target: the units of the source that it is known to have, or not to need.
     units: Mutex<Vec<BTreeSet<RelPath>>>,
+    /// What of a source of another machine is not finished: the first of it, and how much it is.
+    unfinished: Mutex<(Vec<String>, u64)>,
 }
 
 /// What is on its way, and what is at as many targets as it has to be.
@@ -80,6 +85,7 @@ impl JobThreads {
             asked: AtomicBool::new(false),
             safety: Mutex::default(),
             units: Mutex::default(),
+            unfinished: Mutex::default(),
         };
         JobThreads { shared: Arc::new(shared), threads: Vec::new() }
     }
@@ -121,6 +127,8 @@ impl JobThreads {
                 let asked = Arc::clone(&shared);
                 let held_back = Arc::new(move || asked.feed().map(|feed| feed.held_back()).unwrap_or_default());
                 let safe = || shared.safe_units(number);
+                let there = Arc::clone(&shared);
+                let unfinished = Arc::new(move |held| there.note_unfinished(held));
                 let plan = Plan {
                     safe: &safe,
                     job: &shared.job,
@@ -132,6 +140,8 @@ impl JobThreads {
                     file_guard,
                     shared: &shared.source,
                     rate,
+                    looked: Looked::default(),
+                    unfinished,
                 };
                 let happened = |what: Happened<'_>| shared.happened(number, &what, &teller);
                 shared.lanes[number].serve(&plan, &*connect, &recent, &happened);
@@ -194,7 +204,8 @@ impl JobThreads {
         let feed = shared.feed();
         let mode = if shared.job.remote_source().is_some() { "polling" } else { "starting" };
         let starting = || Watching { mode: mode.into(), ..Watching::default() };
-        let (unfinished, unfinished_count) = feed.as_ref().map(|feed| feed.unfinished()).unwrap_or_default();
+        let there = || shared.unfinished.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let (unfinished, unfinished_count) = feed.as_ref().map_or_else(there, |feed| feed.unfinished());
         JobStatus {
             name: shared.job.name.clone(),
             source: crate::error::shown(&shared.job.source).to_string(),
@@ -218,6 +229,11 @@ impl Shared {
 
     fn feed(&self) -> Option<Arc<Feed>> {
         self.feed.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn note_unfinished(&self, held: BTreeSet<RelPath>) {
+        let first = held.iter().take(UNFINISHED_SHOWN).map(ToString::to_string).collect();
+        *self.unfinished.lock().unwrap_or_else(PoisonError::into_inner) = (first, held.len() as u64);
     }
 
     fn keep_rate(&self) {

@@ -24,6 +24,7 @@ mod backoff;
 mod control;
 mod early;
 pub mod feed;
+mod fetch;
 pub mod filesystem;
 mod follow;
 pub mod history;

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+use super::fetch::{self, Looked};
 use super::pending::Work;
 use super::tally::Tally;
-use super::{Connect, Trouble};
+use super::{Connect, Trouble, clock};
 use crate::config::{Delete, Job};
-use crate::endpoint::guarded::{BEING_WRITTEN, Guard, Guarded, HeldBack};
+use crate::endpoint::guarded::{BEING_WRITTEN, Guard, Guarded, HeldBack, NOT_STEADY, Steady};
 use crate::endpoint::local::LocalSource;
 use crate::endpoint::shared::SharedSource;
 use crate::endpoint::{BeginOptions, Error, ScanOptions, Source};
@@ -18,8 +19,10 @@ use crate::error::{Exit, chain};
 use crate::filter::{Filter, FilterSpec, line_for};
 use crate::monitor::Severity;
 use crate::path::RelPath;
+use crate::plan::trail;
 use crate::policy::PolicySpec;
 use crate::root::{FileKind, Follow, Root};
+use crate::staging::{Standing, standing};
 use crate::sync::retention::keep_only;
 use crate::sync::{self, Options, Rate, SyncReport};
 
@@ -31,6 +34,8 @@ const WAIT_SECONDS: u64 = 30;
 
 /// What is smaller is there soon enough with the rest of its unit.
 const EARLY_BYTES_MIN: u64 = 1 << 20;
+/// What is being published into a source for longer is told.
+const PUBLISHING_MAX_SECONDS: u64 = 60;
 
 /// How the target says that it did not publish what came with something that failed.
 const HELD_BACK: [&str; 2] = ["is held back", "is not published, since"];
@@ -54,6 +59,10 @@ pub(super) struct Plan<'a> {
     pub(super) rate: Rate,
     /// The units that no other target of the job needs; `None` for all.
     pub(super) safe: &'a dyn Fn() -> Option<BTreeSet<RelPath>>,
+    /// What a source of another machine had when it was looked at last.
+    pub(super) looked: Looked,
+    /// Is told what of such a source is not finished.
+    pub(super) unfinished: Arc<dyn Fn(BTreeSet<RelPath>) + Send + Sync>,
 }
 
 /// A run that came to its end.
@@ -61,6 +70,8 @@ pub(super) struct Plan<'a> {
 pub(super) struct Done {
     /// Files that were left because somebody writes to them: they become ready again by themselves.
     pub(super) left: u64,
+    /// What is left may be had in a moment.
+    pub(super) soon: bool,
     pub(super) generation: Option<u64>,
     pub(super) published: u64,
     pub(super) removed: u64,
@@ -87,37 +98,50 @@ pub(super) fn run(
 ) -> Result<Done, Trouble> {
     let job = plan.job;
     let failed = |error: &dyn std::error::Error, exit| Trouble { message: chain(error), exit };
-    let (source, options): (Box<dyn Source>, Options) = match job.remote_source() {
-        Some(source) => (
-            connect.source(source, job.connections, tally)?,
-            options(plan, FilterSpec { rules: job.exclude.clone(), only: None }),
-        ),
+    let mut left_there = 0;
+    let (source, mut options): (Box<dyn Source>, Options) = match job.remote_source() {
+        Some(_) => {
+            let mut options = options(plan, FilterSpec { rules: job.exclude.clone(), only: None });
+            let found = fetch::look(job, &options.scan, &plan.looked, connect, tally, stop)?;
+            options.begin.filter.rules.extend(found.held.iter().map(line_for));
+            left_there = u64::from(found.being_written);
+            (plan.unfinished)(found.held);
+            (Box::new(found.source), options)
+        }
         None => {
             let root = Root::open(&job.source).map_err(|error| failed(&error, Exit::Io))?;
             let Some(filter) = filter(plan, work, &root) else { return Ok(Done::default()) };
+            let steady = published_whole(&root)?;
             let source =
                 LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
             let mut options = options(plan, filter);
             if let Some(rule) = job.retain.filter(|_| options.scan.filter.only.is_none()) {
                 keep_only(&mut options, &root, rule, (plan.safe)()).map_err(|error| failed(&error, error.exit()))?;
             }
-            (
-                Box::new(Guarded::new(
-                    plan.shared.view(source, ready),
-                    Arc::clone(&plan.guard),
-                    Arc::clone(&plan.held_back),
-                )),
-                options,
-            )
+            let view = plan.shared.view(source, ready);
+            let source = Guarded::new(view, Arc::clone(&plan.guard), Arc::clone(&plan.held_back)).steady(steady);
+            (Box::new(source), options)
         }
     };
+    let trail = source.trail().map_err(|error| failed(&error, error.exit()))?;
+    // A circle through a server that cannot tell who it is shows when what went out comes back.
+    if let Some((own, before)) = trail.split_last()
+        && let Some(message) = trail::refusal(before, own)
+    {
+        return Err(Trouble { message, exit: Exit::Usage });
+    }
+    options.begin.trail = trail;
     let target = connect.target(target, job.connections, tally)?;
     match sync::run(&*source, &*target, &options, tally, stop) {
         Ok(report) => {
             let units = options.retain.map(|of| of.source.into_iter().map(|unit| unit.path).collect());
-            Ok(Done { units, ..concluded(report)? })
+            let done = concluded(report)?;
+            Ok(Done { units, left: done.left + left_there, ..done })
         }
         // A unit was begun between asking what is not finished and looking.
+        Err(Error::Remote { message, .. }) if message == NOT_STEADY => {
+            Ok(Done { left: 1, soon: true, ..Done::default() })
+        }
         Err(Error::Remote { message, .. }) if message == BEING_WRITTEN => Ok(Done { left: 1, ..Done::default() }),
         Err(error) => Err(failed(&error, error.exit())),
     }
@@ -152,9 +176,30 @@ pub(super) fn stage(
     // That its unit is not finished is known.
     let view = plan.shared.view(source, ready);
     let source = Guarded::new(view, Arc::clone(&plan.file_guard), Arc::new(BTreeSet::new));
+    options.begin.trail = source.trail().map_err(|error| failed(&error, error.exit()))?;
     let target = connect.target(target, plan.job.connections, tally)?;
     let report = sync::run(&source, &*target, &options, tally, stop).map_err(|error| failed(&error, error.exit()))?;
     concluded(report).map(Some)
+}
+
+/// Whether nothing is published into the source while it is listed: half of that is not passed on.
+///
+/// # Errors
+/// [`Trouble`] where somebody has begun to publish long ago.
+fn published_whole(root: &Root) -> Result<Steady, Trouble> {
+    let before = standing(root);
+    if let Standing::Publishing(since) = before
+        && clock().saturating_sub(u64::try_from(since.seconds).unwrap_or(0)) > PUBLISHING_MAX_SECONDS
+    {
+        let source = crate::error::shown(root.shown());
+        let message = format!(
+            "a run that publishes into '{source}' has not come to its end for a long time, or was interrupted; what it brings \
+             is passed on when it is complete: the next push into that directory finishes it"
+        );
+        return Err(Trouble { message, exit: Exit::TryAgain });
+    }
+    let root = root.reopen().map_err(|error| Trouble { message: chain(&error), exit: Exit::Io })?;
+    Ok(Arc::new(move || !matches!(before, Standing::Publishing(_)) && standing(&root) == before))
 }
 
 /// What of the source takes part; `None` where nothing of the work is left to do.
@@ -195,7 +240,7 @@ fn is_unit(job: &Job, path: &RelPath) -> bool {
 fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
     let job = plan.job;
     Options {
-        scan: ScanOptions { filter: filter.clone(), ..ScanOptions::default() },
+        scan: ScanOptions { filter: filter.clone(), whole: job.remote_source().is_some(), ..ScanOptions::default() },
         begin: BeginOptions {
             policy: plan.policy.clone(),
             filter,
@@ -231,6 +276,7 @@ fn concluded(report: SyncReport) -> Result<Done, Trouble> {
     let committed = report.committed.unwrap_or_default();
     Ok(Done {
         left,
+        soon: false,
         units: None,
         needed: report.needed,
         generation: Some(committed.generation),

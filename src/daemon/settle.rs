@@ -43,11 +43,11 @@ impl Rules {
         Ok(Rules { settle, ready, unit, last: compile(last.to_vec())? })
     }
 
-    fn is_unit(&self, directory: &RelPath) -> bool {
+    pub(super) fn is_unit(&self, directory: &RelPath) -> bool {
         self.unit.as_ref().is_some_and(|unit| !unit.admits(directory, true))
     }
 
-    fn is_pointer(&self, path: &RelPath, directory: bool) -> bool {
+    pub(super) fn is_pointer(&self, path: &RelPath, directory: bool) -> bool {
         !directory && (POINTERS.contains(&path.name()) || !self.last.admits(path, false))
     }
 
@@ -363,6 +363,10 @@ impl Settle {
                 }
             }
             later.into_iter().for_each(|at| self.wake(at));
+            // A directory waits for what is in it, a pointer for what it names.
+            if !judged.is_empty() && self.waiting.len() > judged.len() {
+                self.wake(now);
+            }
             for path in judged {
                 self.waiting.remove(&path);
                 self.early.forget(&path);
@@ -534,6 +538,29 @@ impl Settle {
     /// Every path that is remembered.
     pub(super) fn paths(&self) -> Vec<RelPath> {
         self.waiting.keys().chain(&self.temporary).chain(self.open.keys()).cloned().collect()
+    }
+
+    /// What waits for its time, and is there.
+    pub(super) fn settling(&self) -> Vec<RelPath> {
+        let settling = self.waiting.iter().filter(|(_, waiting)| waiting.what != What::Gone && !waiting.hurry);
+        settling.map(|(path, _)| path.clone()).collect()
+    }
+
+    /// Somebody vouches for what lies there: it is finished, and need not be left alone.
+    pub(super) fn vouched(&mut self, path: &RelPath, now: Instant) {
+        drop_within(&mut self.open, path);
+        if let Some(waiting) = self.waiting.get_mut(path) {
+            (waiting.hurry, waiting.refused) = (true, false);
+            waiting.last = waiting.last.min(now);
+        }
+        self.wake(now);
+    }
+
+    /// Nothing is judged before.
+    pub(super) fn put_off(&mut self, until: Instant) {
+        if !self.waiting.is_empty() {
+            self.soonest = Some(until);
+        }
     }
 
     /// Forgets single paths where they are too many. True when some were: everything has to be looked at then.

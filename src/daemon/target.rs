@@ -168,7 +168,7 @@ impl Lane {
                     let left = done.left > 0;
                     if left {
                         inner.pending.put_back(work);
-                        inner.left(plan.job.settle.0);
+                        inner.left(if done.soon { Duration::ZERO } else { plan.job.settle.0 });
                     } else {
                         inner.done_through = through;
                         inner.keeps_needed = !done.needed.is_empty();

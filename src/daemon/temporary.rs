@@ -10,6 +10,8 @@ pub(super) fn is_temporary(name: &[u8]) -> bool {
         || (name.len() > 5 && name.starts_with(b".") && name.ends_with(b".swp"))
         || name == b"checkpoint_tmp"
         || is_of_rsync(name)
+        // A directory that a run makes whole beside its place.
+        || (name.len() > 10 && name.starts_with(b".") && name.ends_with(b".lockstep"))
 }
 
 /// `.NAME.XXXXXX`, as mkstemp(3) fills it in. At least one capital letter or digit among the last six: others are names
@@ -53,6 +55,7 @@ mod tests {
             "checkpoint_tmp_000",
             "checkpoint_tmp",
             ".metadata.tmp",
+            ".data.lockstep",
         ] {
             assert!(is_temporary(name.as_bytes()), "{name}");
         }

@@ -92,8 +92,14 @@ impl Watches {
         {
             self.watches.remove(&before);
         }
-        // RACE: what was there under this path until now was moved or removed; the kernel will tell of it.
-        self.watches.insert(path, watch);
+        // RACE: what was there under this path until now was moved or removed; the kernel will tell of it. What happens in it
+        // from now on is none of this path's: a unit that was exchanged is being cleared away.
+        if let Some(before) = self.watches.insert(path, watch)
+            && before != watch
+        {
+            self.paths.remove(&before);
+            let _ = inotify::remove_watch(&self.inotify, before);
+        }
         Ok(())
     }
 

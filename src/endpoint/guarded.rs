@@ -11,9 +11,13 @@ use crate::error::Exit;
 use crate::manifest::{Digest, Entry, Tree};
 use crate::monitor::Monitor;
 use crate::path::RelPath;
+use crate::plan::trail::Stop;
 
 /// What is said of a file that is in somebody's hands.
 pub const BEING_WRITTEN: &str = "is being written; it is sent when its writer has finished";
+
+/// What is said where a run publishes into the source at this moment.
+pub const NOT_STEADY: &str = "a run publishes into it; it is passed on when that is done";
 
 /// Whether a file that was read a moment ago is in somebody's hands.
 pub type Guard = Arc<dyn Fn(&RelPath) -> bool + Send + Sync>;
@@ -21,8 +25,12 @@ pub type Guard = Arc<dyn Fn(&RelPath) -> bool + Send + Sync>;
 /// What is not to be sent at the moment of asking, directories too.
 pub type HeldBack = Arc<dyn Fn() -> BTreeSet<RelPath> + Send + Sync>;
 
+/// Whether the tree has been left alone as a whole since something was remembered of it.
+pub type Steady = Arc<dyn Fn() -> bool + Send + Sync>;
+
 /// A source with a guard.
 pub struct Guarded<S> {
+    steady: Option<Steady>,
     source: S,
     guard: Guard,
     held_back: HeldBack,
@@ -33,7 +41,13 @@ impl<S> Guarded<S> {
     /// the tree was listed: a directory that is not finished, and holds no file yet that `guard` could be asked about, ends the
     /// run.
     pub fn new(source: S, guard: Guard, held_back: HeldBack) -> Guarded<S> {
-        Guarded { source, guard, held_back }
+        Guarded { steady: None, source, guard, held_back }
+    }
+
+    /// Ends the run when the tree was listed and `steady` says no.
+    #[must_use]
+    pub fn steady(self, steady: Steady) -> Guarded<S> {
+        Guarded { steady: Some(steady), ..self }
     }
 }
 
@@ -47,9 +61,12 @@ impl<S: Source> Source for Guarded<S> {
         // All that was listed has been noticed by the time that this answers.
         let held = (self.held_back)();
         let unfinished = |path: &&RelPath| scan.tree.get(path).is_some_and(Entry::is_directory);
+        let steady = self.steady.as_ref().is_none_or(|steady| steady());
         match held.iter().find(unfinished) {
+            // That is over soon.
+            _ if !steady => Err(Error::Remote { message: NOT_STEADY.to_owned(), exit: Exit::TryAgain }),
             None => Ok(scan),
-            Some(_) => Err(Error::Remote { message: BEING_WRITTEN.to_owned(), exit: Exit::TryAgain }),
+            _ => Err(Error::Remote { message: BEING_WRITTEN.to_owned(), exit: Exit::TryAgain }),
         }
     }
 
@@ -68,6 +85,10 @@ impl<S: Source> Source for Guarded<S> {
 
     fn crew(&self) -> Crew {
         self.source.crew()
+    }
+
+    fn trail(&self) -> Result<Vec<Stop>, Error> {
+        self.source.trail()
     }
 }
 

@@ -14,6 +14,7 @@ use crate::filter::FilterSpec;
 use crate::manifest::{Digest, Tree};
 use crate::monitor::{Monitor, Problem};
 use crate::plan::Plan;
+use crate::plan::trail::Stop;
 use crate::policy::PolicySpec;
 
 pub mod agent;
@@ -23,6 +24,7 @@ pub mod guarded;
 pub mod link;
 pub mod local;
 pub mod memory;
+pub mod picked;
 pub mod several;
 pub mod shared;
 pub mod stock;
@@ -175,7 +177,14 @@ pub struct ScanOptions {
     pub hash_all: bool,
     /// What to do with symbolic links.
     pub links: Links,
+    /// List nothing while a run publishes there, or after one was interrupted while it did.
+    #[serde(default)]
+    pub whole: bool,
 }
+
+/// Why a source is not listed that is to be whole.
+pub const BEING_PUBLISHED: &str = "a run publishes into it just now, or was interrupted while it did: half of that is not passed on; \
+                                   it is when the run, or the next push into it, is complete";
 
 /// What happens to symbolic links of the source.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -241,6 +250,13 @@ pub trait Source: Sync {
     /// How many workers it has a use for.
     fn crew(&self) -> Crew {
         Crew::default()
+    }
+    /// The directories that what it has came through, and itself; nothing where it cannot tell.
+    ///
+    /// # Errors
+    /// When the connection ends.
+    fn trail(&self) -> Result<Vec<Stop>, Error> {
+        Ok(Vec::new())
     }
 }
 
@@ -323,6 +339,10 @@ pub struct BeginOptions {
     pub actor: String,
     /// Where the content comes from, for the audit log.
     pub source: String,
+    /// For runs that are made over and over: the directories that it came through. A target that is among them refuses, and
+    /// remembers them otherwise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trail: Vec<Stop>,
 }
 
 /// What to do at the end.

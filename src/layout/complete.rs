@@ -191,9 +191,15 @@ pub fn names_as(root: &Root, found: &RelPath, pointer: &RelPath) -> Option<RelPa
         FileKind::Regular => pointer_text(root, found)?,
         _ => return None,
     };
-    let text = match names::decimal(&text) {
+    named(pointer, &text)
+}
+
+/// What a pointer of this text, or a link to it, names, whether it is there or not.
+pub fn named(pointer: &RelPath, text: &[u8]) -> Option<RelPath> {
+    let text = text.trim_ascii();
+    let text = match names::decimal(text) {
         Some(number) if pointer.name() == MEGATRON => format!("iter_{number:07}").into_bytes(),
-        _ => text,
+        _ => text.to_vec(),
     };
     let text = text.strip_prefix(b"./").unwrap_or(&text);
     let text = text.strip_suffix(b"/").unwrap_or(text);

@@ -11,6 +11,7 @@ pub mod outcome;
 pub mod publish;
 pub mod retain;
 pub mod safety;
+pub mod trail;
 pub mod trash;
 
 pub use diff::{Desired, diff, require_proof};

@@ -10,6 +10,7 @@ pub mod hold;
 mod ids;
 mod journal;
 mod lock;
+mod passed_on;
 mod state;
 
 pub use audience::{admit, as_manifest, audience_of, open_state};
@@ -18,4 +19,5 @@ pub use file::{Permissions, SET_OWNER, StageError, StagedFile, apply, clean_page
 pub use ids::Ids;
 pub use journal::Journal;
 pub use lock::{LockError, RootLock, sftp_holder};
+pub use passed_on::{AREAS, Standing, is_believed, published, remember_trail, standing, stop_at, trail_of};
 pub use state::must_be_own;

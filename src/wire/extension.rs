@@ -16,7 +16,7 @@ pub const VERSION: &str = "1";
 /// that take whole units away. One that did not would remove what is to be kept.
 pub const TRASH: &str = "trash@lockstep.internal";
 /// The names that are advertised.
-pub const NAMES: [&str; 20] = [
+pub const NAMES: [&str; 21] = [
     "hello@lockstep.internal",
     "begin@lockstep.internal",
     "attach@lockstep.internal",
@@ -37,6 +37,7 @@ pub const NAMES: [&str; 20] = [
     "fetch@lockstep.internal",
     "next@lockstep.internal",
     TRASH,
+    "trail@lockstep.internal",
 ];
 /// Content and lists in one message come to at most this many bytes before compression.
 pub const RAW_MAX: usize = 2 << 20;

@@ -14,7 +14,7 @@ use crate::daemon::look::{Visit, walk};
 use crate::daemon::status::Watching;
 use crate::daemon::watch::{Event, Watches, setting};
 use crate::daemon::writers::Writers;
-use crate::filter::IGNORE_FILE;
+use crate::filter::{IGNORE_FILE, STATE_DIRECTORY};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
 
@@ -31,6 +31,8 @@ struct Doubt {
     anew: bool,
     /// The source itself was moved, removed or unmounted.
     top: bool,
+    /// A run has published into the source.
+    published: bool,
 }
 
 /// Watches directories while they are walked, and notes what is in them.
@@ -151,6 +153,8 @@ impl Follower {
             Some(why) if self.options.watch == Watch::Auto => return Err(End::Poll(why)),
             why => {
                 self.drop_gone(&root);
+                self.watch_state(&root, watches);
+                self.vouch(&root);
                 self.judge(&root);
                 // RACE: replaced while it was looked at.
                 self.again(identity)?;
@@ -192,6 +196,9 @@ impl Follower {
                 if doubt.top {
                     return Err(End::Replaced);
                 }
+                if std::mem::take(&mut doubt.published) {
+                    self.vouch(&root);
+                }
                 self.settle(&root);
             }
             self.shared.end();
@@ -229,6 +236,10 @@ impl Follower {
             };
             // A path that is too long cannot be sent; the scan of a run says so.
             let Ok(path) = path else { continue };
+            if path.components().any(|name| name == STATE_DIRECTORY) {
+                doubt.published |= self.state_changed(root, watches, &event, &path);
+                continue;
+            }
             if path.name() == IGNORE_FILE && !event.flags.intersects(ReadFlags::MODIFY | ReadFlags::ATTRIB) {
                 // What takes part is another set from now on, and so are the directories to watch.
                 (doubt.look, doubt.anew) = (true, true);
@@ -320,6 +331,12 @@ impl Follower {
             }
             if self.ignores.admits(from, directory) {
                 self.shared.state().settle.gone(from, now);
+                // It was exchanged for another, which the kernel told before.
+                match root.stat(from, Follow::Never) {
+                    Ok(found) if found.kind == FileKind::Directory => return self.cover(root, watches, from),
+                    Ok(_) => self.appeared(root, from, false, now),
+                    Err(_) => {}
+                }
             }
             return Ok(());
         };

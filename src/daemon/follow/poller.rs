@@ -51,11 +51,13 @@ impl Follower {
                 everything |= self.note(changes);
                 everything |= self.shared.state().settle.shrink();
                 self.drop_gone(&root);
+                self.vouch(&root);
                 polled = Some(now);
             } else if due.is_some_and(|due| due <= now) {
                 everything |= self.look_again(&root, &mut snapshot, now);
             }
             if std::mem::take(&mut everything) {
+                self.vouch(&root);
                 self.judge(&root);
                 let directories = snapshot.directories() as u64;
                 let why = Some(why.clone());

@@ -10,6 +10,7 @@ use crate::error::Escaped;
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::monitor::{Monitor, Problem, Severity};
 use crate::path::RelPath;
+use crate::plan::trail::{self, Stop};
 use crate::wire::entries::EntryList;
 use crate::wire::extension::{self, Fields, WireError};
 
@@ -107,6 +108,20 @@ impl Source for AgentSource {
 
     /// The agent remembers for itself what it hashed.
     fn remember(&self, _: &Tree, _: &[(u32, Digest)]) {}
+
+    fn trail(&self) -> Result<Vec<Stop>, Error> {
+        if !self.lanes.control().has("trail@lockstep.internal", extension::VERSION) {
+            return Ok(Vec::new());
+        }
+        let mut packet = extension::request("trail");
+        extension::put_string(&mut packet, &self.lanes.root);
+        let reply = self.lanes.call(packet)?;
+        let text = Fields(&reply).string().map_err(|error| self.lanes.malformed(error))?;
+        let wrong = |what: String| self.lanes.control().protocol(what);
+        let trail: Vec<Stop> = serde_json::from_slice(text).map_err(|error| wrong(error.to_string()))?;
+        trail::check(&trail).map_err(wrong)?;
+        Ok(trail)
+    }
 
     fn wire_bytes(&self) -> u64 {
         let (sent, received) = self.lanes.wire_bytes();

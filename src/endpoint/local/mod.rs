@@ -2,6 +2,7 @@
 
 mod area;
 mod changes;
+mod circle;
 mod commit;
 mod early;
 mod fold;

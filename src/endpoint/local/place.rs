@@ -45,6 +45,14 @@ impl Place {
         }
     }
 
+    /// The path that whoever asks for it knows it by.
+    pub(super) fn called(&self) -> PathBuf {
+        match self {
+            Place::Named(path) => path.clone(),
+            Place::Beneath(_, path) => Path::new("/").join(path.as_ref().map_or(Path::new(""), RelPath::as_path)),
+        }
+    }
+
     /// Where it is below the root that a client is confined to; `None` where nobody is.
     pub(super) fn confined(&self) -> Option<Confined> {
         match self {

@@ -12,16 +12,19 @@ use sha2::{Digest as _, Sha256};
 
 use super::place::Place;
 use crate::endpoint::{
-    BLOCK_BYTES, Block, Error, Fetch, Links, Produced, Reader, SMALL_FILE_BYTES, Scan, ScanOptions, Source,
+    BEING_PUBLISHED, BLOCK_BYTES, Block, Error, Fetch, Links, Produced, Reader, SMALL_FILE_BYTES, Scan, ScanOptions,
+    Source,
 };
 use crate::filter::Filter;
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::monitor::cpu::{Stage, spend};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
+use crate::plan::trail::Stop;
 use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::scan::cache::DigestCache;
 use crate::scan::{self, LinkRule, ScanRule};
+use crate::staging;
 
 /// How many bytes of zeros are hashed at a time for a hole.
 const ZEROS: &[u8] = &[0; 64 * 1024];
@@ -30,6 +33,8 @@ const ZEROS: &[u8] = &[0; 64 * 1024];
 #[derive(Debug)]
 pub struct LocalSource {
     root: Root,
+    /// How whoever asks for it calls it.
+    called: PathBuf,
     /// Where digests are kept between runs.
     cache_file: Option<PathBuf>,
     scanned: Mutex<Arc<Looked>>,
@@ -73,11 +78,26 @@ impl LocalSource {
                 made.then(|| directory.join(format!("digests-{:x}-{:x}.redb", at.device, at.inode)))
             }
         };
-        Ok(LocalSource {
-            root,
-            cache_file,
-            scanned: Mutex::new(Arc::new(Looked { metadata: Vec::new(), at: UNIX_EPOCH })),
-        })
+        let scanned = Mutex::new(Arc::new(Looked { metadata: Vec::new(), at: UNIX_EPOCH }));
+        Ok(LocalSource { root, called: place.called(), cache_file, scanned })
+    }
+}
+
+impl LocalSource {
+    /// Digests of what runs have brought here: it was hashed when it arrived, and is not what it was if its inode changed since.
+    fn known_as_target(&self, scanned: &mut scan::Scanned) {
+        let is_unknown = |entry: &Entry| matches!(entry.content, Content::File { digest: None, .. });
+        if !scanned.tree.entries().iter().any(is_unknown) || !staging::is_believed(&self.root) {
+            return;
+        }
+        let table = super::recall::table(&self.root);
+        for (index, metadata) in scanned.metadata.iter().enumerate() {
+            if is_unknown(&scanned.tree.entries()[index])
+                && let Some(digest) = table.get(metadata)
+            {
+                scanned.tree.set_digest(index, digest);
+            }
+        }
     }
 }
 
@@ -99,10 +119,16 @@ impl Source for LocalSource {
             Links::Refuse => LinkRule::Refuse,
         };
         let rule = ScanRule { filter, links, ignore_files: true, report_special: true };
+        let before = staging::standing(&self.root);
         let mut scanned = scan::scan(&self.root, &rule, monitor).map_err(|error| match error {
             scan::ScanError::Root(error) => failed(error),
             scan::ScanError::Changed(_) => Error::Refused { by: self.describe(), reason: crate::error::chain(&error) },
         })?;
+        if options.whole
+            && (matches!(before, staging::Standing::Publishing(_)) || staging::standing(&self.root) != before)
+        {
+            return Err(Error::Refused { by: self.describe(), reason: BEING_PUBLISHED.to_owned() });
+        }
         if let Some(file) = self.cache_file.as_deref().filter(|_| !options.hash_all) {
             let cache = DigestCache::load_for(file, &scanned.metadata);
             scanned.know(cache.table());
@@ -112,12 +138,21 @@ impl Source for LocalSource {
                 cache.len()
             )));
         }
+        if !options.hash_all {
+            self.known_as_target(&mut scanned);
+        }
         self.believe(Arc::new(Looked { metadata: scanned.metadata, at: SystemTime::now() }));
         Ok(Scan { tree: scanned.tree, problems: scanned.problems })
     }
 
     fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error> {
         Ok(Box::new(self.reads(tree)))
+    }
+
+    fn trail(&self) -> Result<Vec<Stop>, Error> {
+        let mut trail = staging::trail_of(&self.root);
+        trail.push(staging::stop_at(self.root.shown(), &self.called));
+        Ok(trail)
     }
 
     fn remember(&self, _: &Tree, digests: &[(u32, Digest)]) {

@@ -14,7 +14,7 @@ use super::place::{Birth, Place};
 use super::refusals::Refusals;
 use super::repair::{self, Repair};
 use super::writer::LocalWriter;
-use super::{commit, early, fold, known, metadata, publish, recall, room, trash};
+use super::{circle, commit, early, fold, known, metadata, publish, recall, room, trash};
 use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec, Reach};
@@ -27,7 +27,7 @@ use crate::policy::{Decision, Policy, PolicySpec, Sender};
 use crate::root::{Metadata, Root, RootError};
 use crate::scan::names::{Names, UnknownName};
 use crate::scan::{self, LinkRule, ScanRule};
-use crate::staging::{Ids, LockError, Permissions, RootLock, StageError};
+use crate::staging::{self, Ids, LockError, Permissions, RootLock, StageError};
 
 pub(super) const STATE: &str = ".lockstep";
 pub(super) const MANIFEST: &str = ".lockstep/manifest";
@@ -170,6 +170,7 @@ impl Target for LocalTarget {
         if policy.grants_by_acl() {
             metadata::check_support(&root)?;
         }
+        circle::refuse(&self.place, &options.trail)?;
         let mut lock = None;
         let mut staging = None;
         if !options.dry_run {
@@ -189,6 +190,8 @@ impl Target for LocalTarget {
                 (None, false) => Area::Run,
             };
             let path = rel(area.in_state())?;
+            // Before anything is published: who passes it on has to know.
+            staging::remember_trail(&root, &options.trail).map_err(io)?;
             if publish::recover(&root, taken.state())? {
                 monitor.event(Event::Warning(&format!(
                     "{}: an earlier run was interrupted while it published; it was finished first",

@@ -13,6 +13,7 @@ use super::local::LocalSource;
 use super::{Error, Reader, Scan, ScanOptions, Source};
 use crate::manifest::{Digest, Tree};
 use crate::monitor::Monitor;
+use crate::plan::trail::Stop;
 use crate::scan::cache::is_settled;
 
 mod flow;
@@ -86,6 +87,10 @@ impl Source for View {
             Some(root) => self.common.scans.scan(&self.source, (root, options), self.ready, monitor),
             None => self.source.scan(options, monitor),
         }
+    }
+
+    fn trail(&self) -> Result<Vec<Stop>, Error> {
+        self.source.trail()
     }
 
     fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error> {

@@ -36,6 +36,7 @@ mod shell;
 mod source;
 mod stage;
 mod target;
+mod trail;
 mod trash;
 mod writer;
 

@@ -17,7 +17,7 @@ use super::prove::{Provers, SharedShell};
 use super::session::Session;
 use super::shell::{Job, Shell, Spare, is_plain};
 use super::writer::StockWriter;
-use super::{Lanes, Verify, adopt, at, publish, stage, trash, whole_seconds};
+use super::{Lanes, Verify, adopt, at, publish, stage, trail, trash, whole_seconds};
 use crate::endpoint::local::POINTERS;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Crew, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec};
@@ -319,6 +319,8 @@ impl StockTarget {
             });
         }
         make_private(session, &[&at(&run.root, ".lockstep/staging"), &run.staging])?;
+        // Before anything is published: who passes it on has to know.
+        trail::remember(session, &run.root, &run.options.trail)?;
         if publish::recover(run)? {
             monitor.event(Event::Warning(&format!(
                 "{}: an earlier run was interrupted while it published; it was finished first",

@@ -425,6 +425,12 @@ impl Control {
                 run.start()?;
                 Ok(body)
             }
+            "trail" => {
+                let source = (self.factory.source)(fields.string()?)?;
+                let mut body = Vec::new();
+                extension::put_string(&mut body, &serde_json::to_vec(&source.trail()?)?);
+                Ok(body)
+            }
             "attach" => {
                 self.must_be_free()?;
                 let token: [u8; 16] = fields.bytes(16)?.try_into().map_err(|_| WireError::Short)?;
