@@ -40,6 +40,7 @@ mod model;
 mod names;
 mod notify;
 mod oms;
+mod parts;
 mod pipeline;
 mod pipes;
 mod policy;

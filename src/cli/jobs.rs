@@ -52,7 +52,7 @@ impl Command {
         let (request, name, at, done) = match self {
             Command::Pause(One { name, at }) => ("pause", name, at, "paused"),
             Command::Resume(One { name, at }) => ("resume", name, at, "resumed"),
-            Command::Now(One { name, at }) => ("now", name, at, "compared now"),
+            Command::Now(One { name, at }) => ("now", name, at, "asked to compare everything"),
             Command::Reload(at) => {
                 ("reload", None, at, "asked to read its configuration anew; 'lockstep status' says whether it did")
             }

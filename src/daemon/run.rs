@@ -21,7 +21,7 @@ use crate::monitor::Severity;
 use crate::path::RelPath;
 use crate::plan::trail;
 use crate::policy::PolicySpec;
-use crate::root::{FileKind, Follow, Root};
+use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::staging::{Standing, standing};
 use crate::sync::retention::keep_only;
 use crate::sync::{self, Options, Rate, SyncReport};
@@ -98,7 +98,7 @@ pub(super) fn run(
 ) -> Result<Done, Trouble> {
     let job = plan.job;
     let failed = |error: &dyn std::error::Error, exit| Trouble { message: chain(error), exit };
-    let mut left_there = 0;
+    let left_there;
     let (source, mut options): (Box<dyn Source>, Options) = match job.remote_source() {
         Some(_) => {
             let mut options = options(plan, FilterSpec { rules: job.exclude.clone(), only: None });
@@ -110,7 +110,12 @@ pub(super) fn run(
         }
         None => {
             let root = Root::open(&job.source).map_err(|error| failed(&error, Exit::Io))?;
-            let Some(filter) = filter(plan, work, &root) else { return Ok(Done::default()) };
+            let held = (plan.held_back)();
+            let again = changes_again(work, &held);
+            let Some(filter) = filter(plan, work, &held, again, &root) else {
+                return Ok(Done { left: u64::from(again), soon: again, ..Done::default() });
+            };
+            left_there = u64::from(again);
             let steady = published_whole(&root)?;
             let source =
                 LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
@@ -136,7 +141,8 @@ pub(super) fn run(
         Ok(report) => {
             let units = options.retain.map(|of| of.source.into_iter().map(|unit| unit.path).collect());
             let done = concluded(report)?;
-            Ok(Done { units, left: done.left + left_there, ..done })
+            let soon = done.left == 0 && left_there > 0 && job.remote_source().is_none();
+            Ok(Done { units, soon, left: done.left + left_there, ..done })
         }
         // A unit was begun between asking what is not finished and looking.
         Err(Error::Remote { message, .. }) if message == NOT_STEADY => {
@@ -202,22 +208,46 @@ fn published_whole(root: &Root) -> Result<Steady, Trouble> {
     Ok(Arc::new(move || !matches!(before, Standing::Publishing(_)) && standing(&root) == before))
 }
 
-/// What of the source takes part; `None` where nothing of the work is left to do.
-fn filter(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<FilterSpec> {
+/// Whether something of the work, which was finished when it was handed out, is not any more.
+fn changes_again(work: &Work, held: &BTreeSet<RelPath>) -> bool {
+    let touches = |a: &RelPath, b: &RelPath| a.is_within(b) || b.is_within(a);
+    held.iter().any(|held| match work {
+        Work::Paths(paths) => paths.iter().any(|path| touches(path, held)),
+        Work::Everything { except } => !except.iter().any(|left| touches(left, held)),
+    })
+}
+
+/// gitignore lines of what may say that something else is there.
+fn pointers(job: &Job) -> impl Iterator<Item = String> {
+    let usual = ["latest", "latest_checkpointed_iteration.txt"];
+    usual.into_iter().map(str::to_owned).chain(job.last.iter().cloned())
+}
+
+/// What of the source takes part; `None` where nothing of the work is left to do. Where something of it changes `again`, no
+/// pointer goes: it may name just that.
+fn filter(plan: &Plan<'_>, work: &Work, held: &BTreeSet<RelPath>, again: bool, root: &Root) -> Option<FilterSpec> {
     let job = plan.job;
     let mut filter = FilterSpec { rules: job.exclude.clone(), only: None };
     // The work may have waited for long: what changes again since then is left out, and comes when it is finished.
-    filter.rules.extend((plan.held_back)().iter().map(line_for));
+    filter.rules.extend(held.iter().map(line_for));
+    if again {
+        filter.rules.extend(pointers(job));
+    }
     match work {
         Work::Everything { except } => filter.rules.extend(except.iter().map(line_for)),
         Work::Paths(paths) => {
-            let there = paths.iter().filter(|path| root.stat(path, Follow::Never).is_ok());
-            let only: Vec<Vec<u8>> = there.map(|path| path.as_bytes().to_vec()).collect();
-            let gone = only.len() < paths.len();
+            let found = paths.iter().filter_map(|path| Some((path, root.stat(path, Follow::Never).ok()?)));
+            let found: Vec<(&RelPath, Metadata)> = found.collect();
+            let gone = found.len() < paths.len();
             // What is to be removed there is compared with everything: the limits on deleting are of the whole.
             if gone && job.delete != Delete::Never {
                 return Some(filter);
             }
+            // Of a file with several names only the one is known by which it was written.
+            if found.iter().any(|(_, found)| found.kind == FileKind::Regular && found.links > 1) {
+                return Some(filter);
+            }
+            let only: Vec<Vec<u8>> = found.iter().map(|(path, _)| path.as_bytes().to_vec()).collect();
             if only.is_empty() {
                 return None;
             }

@@ -46,7 +46,26 @@ pub fn diff(source: &Tree, target: &Tree, desired: &dyn Fn(usize, &Entry) -> Des
         }
     }
     plan.removals.extend(theirs.map(|extra| Removal { path: extra.path.clone(), directory: extra.is_directory() }));
+    with_further_names(&mut plan, source);
     plan
+}
+
+/// A file that is to be compared may turn out to be another, and gets a new inode then: its further names have to follow.
+fn with_further_names(plan: &mut Plan, source: &Tree) {
+    let compared = |action: &Action| matches!(action.need, Need::Compare { .. });
+    if !plan.actions.iter().any(compared) {
+        return;
+    }
+    for (index, entry) in source.entries().iter().enumerate() {
+        let Content::HardLink { first } = &entry.content else { continue };
+        let at = |index: usize| plan.actions.binary_search_by_key(&(index as u32), |action| action.index);
+        let follows = source.position(first).is_some_and(|first| at(first).is_ok_and(|at| compared(&plan.actions[at])));
+        if let (true, Err(at)) = (follows, at(index)) {
+            let differences = Differences { content: true, ..Differences::default() };
+            let action = Action { index: index as u32, change: Change::Modified, differences, need: Need::Nothing };
+            plan.actions.insert(at, action);
+        }
+    }
 }
 
 /// Has the content of files compared that a plan would leave for their size and time alone: `doubtful` are indices of
@@ -67,6 +86,7 @@ pub fn require_proof(plan: &mut Plan, source: &Tree, target: &Tree, doubtful: &[
             }
         }
     }
+    with_further_names(plan, source);
 }
 
 fn added(index: usize, entry: &Entry) -> Action {

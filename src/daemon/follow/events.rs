@@ -289,16 +289,16 @@ impl Follower {
         Ok(())
     }
 
-    /// A name that was not there. A regular file that was created is being written; one with a second name, a link or
-    /// anything that was moved is whole.
+    /// A name that was not there. A regular file that was created is being written. One that came from elsewhere, by a rename or
+    /// as a second name, may be open for writing still, as it was there: it is asked who has it. A link is whole.
     fn appeared(&mut self, root: &Root, path: &RelPath, created: bool, now: Instant) {
         // RACE: gone again, which is told next.
         let Ok(found) = root.stat(path, Follow::Never) else { return };
         let mut state = self.shared.state();
-        if created && found.kind == FileKind::Regular && found.links < 2 {
-            state.settle.written(path, now);
-        } else {
-            state.settle.touched(path, found.kind == FileKind::Directory, now);
+        match found.kind {
+            FileKind::Regular if created && found.links < 2 => state.settle.written(path, now),
+            FileKind::Regular => state.settle.found_new(path, true, false, now),
+            kind => state.settle.touched(path, kind == FileKind::Directory, now),
         }
     }
 

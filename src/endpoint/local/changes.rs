@@ -1,7 +1,7 @@
 //! What a run makes of the manifest in force: worked out before anything is published, by what the run changes alone, and
 //! carried out on the whole afterwards.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::retire::Retired;
@@ -83,10 +83,41 @@ pub(super) fn of(
     }
     put.sort_by(|a, b| a.path.cmp(&b.path));
     put.dedup_by(|a, b| a.path == b.path);
+    left_behind(source, old, &mut put, &gone);
     first_names(source, &mut put, run, state, failed, &mut names)?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let created = Timestamp { seconds: now.as_secs() as i64, nanoseconds: now.subsec_nanos() };
     Ok(Changes { put: Manifest { generation: state.old_manifest.generation + 1, created, tree: tree(put)? }, gone })
+}
+
+/// Further names of a file that is replaced or removed by its first name, and that the run has nothing to do with: the old
+/// content is theirs still. The first of them is a file of its own from now on.
+fn left_behind(source: &Tree, old: &Tree, put: &mut Vec<Entry>, gone: &BTreeSet<RelPath>) {
+    let there = |put: &[Entry], path: &RelPath| put.binary_search_by(|entry| entry.path.cmp(path)).ok();
+    let mut heirs: BTreeMap<RelPath, RelPath> = BTreeMap::new();
+    let mut left: Vec<Entry> = Vec::new();
+    for entry in old.entries() {
+        let Content::HardLink { first } = &entry.content else { continue };
+        let Some(before) = old.get(first) else { continue };
+        let replaced = match there(put, first) {
+            Some(at) => put[at].file() != before.file(),
+            None => gone.contains(first),
+        };
+        let in_run = source.position(&entry.path).is_some() || there(put, &entry.path).is_some();
+        if !replaced || in_run || gone.contains(&entry.path) {
+            continue;
+        }
+        let content = match heirs.get(first) {
+            Some(heir) => Content::HardLink { first: heir.clone() },
+            None => {
+                heirs.insert(first.clone(), entry.path.clone());
+                before.content.clone()
+            }
+        };
+        left.push(Entry { path: entry.path.clone(), content, ..before.clone() });
+    }
+    put.extend(left);
+    put.sort_by(|a, b| a.path.cmp(&b.path));
 }
 
 /// A hard link is nothing without its first name.

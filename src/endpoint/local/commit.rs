@@ -164,6 +164,14 @@ pub(super) fn not_staged(state: &mut State, options: &CommitOptions) -> HashSet<
             failed.insert(index);
         }
     }
+    // The further names of what was compared and is the same stay, too.
+    let (kept, target) = (&state.kept, &state.target);
+    state.plan.actions.retain(|action| {
+        let entry = &source.entries()[action.index as usize];
+        let Content::HardLink { first } = &entry.content else { return true };
+        let same = source.position(first).is_some_and(|at| kept.contains_key(&(at as u32)));
+        !(same && target.get(&entry.path).is_some_and(|there| there.content == entry.content))
+    });
     for action in &state.plan.actions {
         if let Content::HardLink { first } = &source.entries()[action.index as usize].content
             && source.position(first).is_some_and(|at| failed.contains(&(at as u32)))

@@ -7,7 +7,7 @@ use crate::endpoint::Error;
 use crate::manifest::{Content, Tree};
 use crate::path::RelPath;
 use crate::plan::{Change, Need, Plan};
-use crate::root::{Follow, Root};
+use crate::root::{FileKind, Follow, Root};
 use crate::staging::{Journal, StageError};
 
 impl Run {
@@ -90,4 +90,24 @@ fn drop_leftovers(staging: &Root, keep: &HashSet<RelPath>) -> Result<(), Error> 
         }
     }
     Ok(())
+}
+
+/// Whether anything but directories is staged, or it cannot be told.
+pub(super) fn holds_files(staging: &Root) -> bool {
+    let mut waiting: Vec<RelPath> = ["tree", "last"].iter().filter_map(|name| rel(name).ok()).collect();
+    while let Some(directory) = waiting.pop() {
+        let names = match staging.names(Some(&directory), Follow::Never) {
+            Ok(names) => names,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(_) => return true,
+        };
+        for name in names {
+            let Ok(path) = directory.join(&name) else { return true };
+            match staging.stat(&path, Follow::Never) {
+                Ok(found) if found.kind == FileKind::Directory => waiting.push(path),
+                _ => return true,
+            }
+        }
+    }
+    false
 }

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 
 use super::target::{Run, State, io};
 use crate::endpoint::{CommitOptions, Error};
-use crate::filter::{Filter, FilterSpec};
+use crate::filter::{Filter, FilterSpec, STATE_DIRECTORY};
 use crate::layout::complete::names_as;
 use crate::layout::units::{Rules, leads_to, list};
 use crate::manifest::Content;
@@ -134,6 +134,9 @@ fn units(run: &Run, state: &State, paths: &[Vec<u8>]) -> Result<BTreeSet<RelPath
     let mut units = BTreeSet::new();
     for bytes in paths {
         let path = RelPath::new(bytes).map_err(|error| refused(bytes, &error.to_string()))?;
+        if path.components().any(|name| name == STATE_DIRECTORY) {
+            return Err(refused(bytes, "is lockstep's own"));
+        }
         if run.unit_of(&path, true).as_ref() != Some(&path) {
             return Err(refused(bytes, "is none"));
         }

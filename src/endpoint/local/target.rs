@@ -14,7 +14,7 @@ use super::place::{Birth, Place};
 use super::refusals::Refusals;
 use super::repair::{self, Repair};
 use super::writer::LocalWriter;
-use super::{circle, commit, early, fold, known, metadata, publish, recall, room, trash};
+use super::{circle, commit, early, fold, known, metadata, prepare, publish, recall, room, trash};
 use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec, Reach};
@@ -248,6 +248,11 @@ impl Target for LocalTarget {
 
     fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
         let run = self.run()?;
+        if run.options.stage_only {
+            self.abort();
+            let reason = "a run that only stages publishes nothing".to_owned();
+            return Err(Error::Refused { by: "the receiver".into(), reason });
+        }
         if run.state().rejected {
             self.abort();
             let reason = "the run was refused; nothing of it is published".to_owned();
@@ -278,7 +283,10 @@ impl Target for LocalTarget {
         }
         let given_up = {
             let state = run.state();
-            (state.full || state.rejected) && !state.recorded
+            // What a check would take for something that is being brought.
+            let nothing =
+                run.area() == Area::Run && run.staging.as_ref().is_some_and(|staging| !prepare::holds_files(staging));
+            (state.full || state.rejected || nothing) && !state.recorded
         };
         if given_up && let Ok(path) = rel(run.area().in_root()) {
             // What is staged would only keep the disk full, or came from somebody who is not to be believed.
@@ -349,7 +357,9 @@ impl Run {
             return None;
         }
         let own = directory.then(|| path.clone());
-        path.ancestors().chain(own).find(|above| !self.units.admits(above, true))
+        // What is lockstep's own takes part in nothing, and is no unit for that.
+        let own_state = |above: &RelPath| above.components().any(|name| name == STATE.as_bytes());
+        path.ancestors().chain(own).find(|above| !own_state(above) && !self.units.admits(above, true))
     }
 
     /// The permissions that an entry gets when it is new.
