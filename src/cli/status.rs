@@ -27,7 +27,7 @@ const RECENT: usize = 3;
 /// Exit codes: 0 all in step or on the way, 4 some target fails or is halted, 5 no daemon answers.
 #[derive(Debug, clap::Args)]
 pub(super) struct Status {
-    /// One JSON object (docs/operations.md)
+    /// One JSON object (docs/monitoring.md)
     #[arg(long)]
     json: bool,
     /// Show it again every second, until Ctrl-C
@@ -370,7 +370,7 @@ fn wrap(text: &str, width: usize, less: usize) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::status::{Progress, State, Trouble, Watching};
+    use crate::daemon::status::{Progress, SourceCpu, State, Trouble, Watching};
 
     fn target(name: &str, state: State) -> TargetStatus {
         TargetStatus { target: name.into(), state, last_success: Some(880), ..TargetStatus::default() }
@@ -425,6 +425,7 @@ mod tests {
             config_error: None,
             jobs: vec![job],
             recent: Vec::new(),
+            source_cpu: SourceCpu::default(),
         }
     }
 

@@ -23,6 +23,10 @@ pub(super) enum Work {
 #[derive(Debug, Default)]
 pub(super) struct Pending {
     work: Option<Work>,
+    /// What may be staged when there is nothing else to do.
+    early: BTreeSet<RelPath>,
+    /// When the last of that became ready, until it was taken.
+    early_ready: Option<Instant>,
     since: Option<Instant>,
     /// When the last of it became ready, until that was taken.
     ready: Option<Instant>,
@@ -33,10 +37,14 @@ pub(super) struct Pending {
 impl Pending {
     /// Something became ready; `number` grows from one to the next.
     pub(super) fn add(&mut self, ready: Ready, number: u64, now: Instant) {
-        self.since.get_or_insert(now);
-        self.ready = Some(now);
-        self.through = number;
-        self.work = Some(match (self.work.take(), ready) {
+        let work = self.work.take();
+        let (since, through) = (Some(now), number);
+        let work = match (work, ready) {
+            (work, Ready::Early(paths)) => {
+                self.early.extend(paths);
+                (self.work, self.early_ready) = (work, Some(now));
+                return;
+            }
             // It was looked at just now: what was left out before has become ready or not by this.
             (_, Ready::Everything { except }) => Work::Everything { except },
             (None, Ready::Paths(paths)) => Work::Paths(paths),
@@ -49,10 +57,12 @@ impl Pending {
                 except.retain(|left| !paths.iter().any(|path| left.is_within(path)));
                 Work::Everything { except }
             }
+        };
+        self.work = Some(match work {
+            Work::Paths(paths) if paths.len() > PATHS_MAX => Work::Everything { except: BTreeSet::new() },
+            work => work,
         });
-        if matches!(&self.work, Some(Work::Paths(paths)) if paths.len() > PATHS_MAX) {
-            self.work = Some(Work::Everything { except: BTreeSet::new() });
-        }
+        (self.since, self.ready, self.through) = (self.since.or(since), Some(now), through);
     }
 
     /// What there is to do, which is in somebody's hands from now on.
@@ -64,6 +74,21 @@ impl Pending {
     /// what was seen for the time before.
     pub(super) fn ready(&mut self, now: Instant) -> Instant {
         self.ready.take().unwrap_or(now)
+    }
+
+    /// What may be staged, where there is nothing else to do.
+    pub(super) fn take_early(&mut self) -> BTreeSet<RelPath> {
+        if self.work.is_some() { BTreeSet::new() } else { std::mem::take(&mut self.early) }
+    }
+
+    /// As [`Pending::ready`] of what may be staged.
+    pub(super) fn early_ready(&mut self, now: Instant) -> Instant {
+        self.early_ready.take().unwrap_or(now)
+    }
+
+    /// It was interrupted, and is gone on with later.
+    pub(super) fn put_back_early(&mut self, paths: BTreeSet<RelPath>) {
+        self.early.extend(paths);
     }
 
     /// The number of what was added last: once all that was taken is done, everything up to it is.

@@ -9,7 +9,9 @@ mod diff;
 
 pub mod outcome;
 pub mod publish;
+pub mod retain;
 pub mod safety;
+pub mod trash;
 
 pub use diff::{Desired, diff, require_proof};
 

@@ -6,13 +6,14 @@
 mod audience;
 mod digests;
 mod file;
+pub mod hold;
 mod ids;
 mod journal;
 mod lock;
 mod state;
 
 pub use audience::{admit, as_manifest, audience_of, open_state};
-pub use digests::{load_digests, store_beside_manifest, store_digests};
+pub use digests::{DIGESTS, load_digests, store_beside_manifest, store_digests};
 pub use file::{Permissions, SET_OWNER, StageError, StagedFile, apply, clean_pages, hash_of};
 pub use ids::Ids;
 pub use journal::Journal;

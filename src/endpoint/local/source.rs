@@ -99,16 +99,13 @@ impl Source for LocalSource {
             Links::Refuse => LinkRule::Refuse,
         };
         let rule = ScanRule { filter, links, ignore_files: true, report_special: true };
-        let cache = self.cache_file.as_deref().filter(|_| !options.hash_all).map(DigestCache::load);
-        let scanned = scan::scan(&self.root, &rule, cache.as_ref().map(DigestCache::table), monitor).map_err(
-            |error| match error {
-                scan::ScanError::Root(error) => failed(error),
-                scan::ScanError::Changed(_) => {
-                    Error::Refused { by: self.describe(), reason: crate::error::chain(&error) }
-                }
-            },
-        )?;
-        if let Some(cache) = &cache {
+        let mut scanned = scan::scan(&self.root, &rule, monitor).map_err(|error| match error {
+            scan::ScanError::Root(error) => failed(error),
+            scan::ScanError::Changed(_) => Error::Refused { by: self.describe(), reason: crate::error::chain(&error) },
+        })?;
+        if let Some(file) = self.cache_file.as_deref().filter(|_| !options.hash_all) {
+            let cache = DigestCache::load_for(file, &scanned.metadata);
+            scanned.know(cache.table());
             monitor.event(Event::Detail(&format!(
                 "{}: SHA-256 known from earlier runs: {}",
                 self.describe(),
@@ -160,7 +157,7 @@ impl LocalSource {
     pub(in crate::endpoint) fn keep(&self, known: &[(Metadata, Digest)], looked: SystemTime) -> bool {
         let Some(file) = &self.cache_file else { return false };
         // A cache that cannot be written makes the next run slower, not wrong.
-        DigestCache::unread(file).store(known, looked).is_ok()
+        DigestCache::empty(file).store(known, looked).is_ok()
     }
 
     /// Opens a regular file of the tree, as long as it is what was scanned.

@@ -36,6 +36,7 @@ mod shell;
 mod source;
 mod stage;
 mod target;
+mod trash;
 mod writer;
 
 pub use source::StockSource;
