@@ -42,7 +42,7 @@ impl Running {
         Running::new(config, prepare, Vec::new())
     }
 
-    fn new(config: &str, prepare: impl FnOnce(&Path), arguments: Vec<String>) -> Running {
+    pub(crate) fn new(config: &str, prepare: impl FnOnce(&Path), arguments: Vec<String>) -> Running {
         let at = tempfile::tempdir().unwrap();
         let mut running = Running { at, child: None, arguments };
         fs::create_dir(running.path("source")).unwrap();

@@ -20,6 +20,7 @@ mod confined;
 mod daemon;
 mod disk;
 mod early;
+mod fanout;
 mod feed;
 mod feed_limits;
 mod hostile_agent;
