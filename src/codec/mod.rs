@@ -153,7 +153,8 @@ pub struct Once {
 #[derive(Debug)]
 struct Made {
     level: i32,
-    frame: Result<Box<[u8]>, CodecError>,
+    /// With the room that was left for it: to give that back would be one more copy.
+    frame: Result<Vec<u8>, CodecError>,
 }
 
 impl Once {
@@ -164,7 +165,7 @@ impl Once {
     pub fn compress(&self, data: &[u8], level: i32, out: &mut Vec<u8>) -> Result<(), CodecError> {
         let made = self.frame.get_or_init(|| {
             let mut frame = Vec::new();
-            Made { level, frame: compress(data, level, &mut frame).map(|()| frame.into_boxed_slice()) }
+            Made { level, frame: compress(data, level, &mut frame).map(|()| frame) }
         });
         if made.level != level {
             return compress(data, level, out);
