@@ -34,7 +34,7 @@ pub struct AuditRecord {
     pub actor: String,
     /// Where the content came from.
     pub source: String,
-    /// `publish`, `remove`, `metadata`, `repair`, `quarantine` or `refuse`; of a listener: `login`, `session` or `refuse`.
+    /// `publish`, `remove`, `trash`, `metadata`, `repair`, `quarantine` or `refuse`; of a listener: `login`, `session` or `refuse`.
     pub action: String,
     /// The path below the root, escaped.
     pub path: String,
@@ -56,7 +56,7 @@ pub struct AuditRecord {
     /// The ACL entries it got beyond owner, group and others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub acl: Option<String>,
-    /// Why it was refused.
+    /// Why it was refused, or where it was moved.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }

@@ -57,6 +57,30 @@ struct Only {
     above: BTreeSet<RelPath>,
 }
 
+impl Only {
+    fn reaches(&self, path: &RelPath) -> bool {
+        if self.listed.len() <= FEW {
+            return self.listed.iter().any(|listed| path.is_within(listed) || listed.is_within(path));
+        }
+        let below = || path.ancestors().any(|ancestor| self.listed.contains(&ancestor));
+        self.listed.contains(path) || self.above.contains(path) || below()
+    }
+}
+
+/// So many paths are sooner compared one by one than looked up.
+const FEW: usize = 8;
+
+/// What a list of paths lets take part, whatever the rules say.
+#[derive(Debug, Clone, Default)]
+pub struct Reach(Option<Only>);
+
+impl Reach {
+    /// Whether the path is listed, lies below one that is, or leads to one.
+    pub fn reaches(&self, path: &RelPath) -> bool {
+        self.0.as_ref().is_none_or(|only| only.reaches(path))
+    }
+}
+
 impl Filter {
     /// Compiles what a user wrote.
     ///
@@ -94,17 +118,24 @@ impl Filter {
         self.only.is_none() && self.user.is_empty() && self.nested.is_empty() && self.top.is_none()
     }
 
+    /// What its list of paths lets take part.
+    pub fn reach(&self) -> Reach {
+        Reach(self.only.clone())
+    }
+
+    /// Whether a path could take part by the list of paths alone: a cheap question before the whole one.
+    pub fn may_admit(&self, path: &RelPath) -> bool {
+        self.only.as_ref().is_none_or(|only| only.reaches(path))
+    }
+
     /// Whether a path takes part. Ask for a directory before what lies below it: what a directory that does not take
     /// part holds does not either.
     pub fn admits(&self, path: &RelPath, directory: bool) -> bool {
         if path.components().any(|name| name == STATE_DIRECTORY) {
             return false;
         }
-        if let Some(only) = &self.only {
-            let below = || path.ancestors().any(|ancestor| only.listed.contains(&ancestor));
-            if !only.listed.contains(path) && !only.above.contains(path) && !below() {
-                return false;
-            }
+        if !self.may_admit(path) {
+            return false;
         }
         // As in gitignore(5) the last rule that matches decides, and rules further down and the user's are later.
         let user = self.user.matched(path.as_path(), directory);
@@ -121,6 +152,23 @@ impl Filter {
         let top = self.top.as_ref().map(|rules| rules.matched(path.as_path(), directory));
         !top.is_some_and(|verdict| verdict.is_ignore())
     }
+}
+
+/// The gitignore line for just this path. Bytes that are not UTF-8 are matched by `?`, one for each: it may leave out more,
+/// which then waits for the next time.
+pub fn line_for(path: &RelPath) -> String {
+    let mut line = String::from("/");
+    for chunk in path.as_bytes().utf8_chunks() {
+        for c in chunk.valid().chars() {
+            if matches!(c, '*' | '?' | '[' | ']' | '{' | '}' | '\\' | '!' | '#' | ' ') {
+                line.push('\\');
+            }
+            // A line ends at a line feed, whatever stands before it.
+            line.push(if c == '\n' || c == '\r' { '?' } else { c });
+        }
+        chunk.invalid().iter().for_each(|_| line.push('?'));
+    }
+    line
 }
 
 fn globs<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Gitignore, FilterError> {
@@ -235,5 +283,26 @@ mod tests {
     fn a_glob_that_is_none_is_named() {
         let spec = FilterSpec { rules: vec!["a[z-b]".into()], only: None };
         assert!(Filter::compile(&spec).unwrap_err().to_string().contains("a[z-b]"));
+    }
+
+    #[test]
+    fn a_path_that_is_left_out_is_matched_by_its_rule_and_its_neighbours_are_not() {
+        for name in
+            ["plain", "a b", "with*star", "que?ry", "[set]", "!bang", "#hash", "tail ", "back\\slash", "{a,b}", "é"]
+        {
+            for path in [name.to_owned(), format!("d/{name}")] {
+                let path = RelPath::new(&path).unwrap();
+                let filter = Filter::compile(&FilterSpec { rules: vec![line_for(&path)], only: None }).unwrap();
+                assert!(!filter.admits(&path, false) && !filter.admits(&path, true), "{path}");
+                for other in ["withXstar", "queXry", "s", "a", "deeper/plain", "plain2"] {
+                    assert!(filter.admits(&RelPath::new(other).unwrap(), false), "{path} {other}");
+                }
+            }
+        }
+        for odd in [&b"caf\xe9"[..], b"two\nlines", b"d/\xff\xfe"] {
+            let path = RelPath::new(odd).unwrap();
+            let filter = Filter::compile(&FilterSpec { rules: vec![line_for(&path)], only: None }).unwrap();
+            assert!(!filter.admits(&path, false), "{path}");
+        }
     }
 }

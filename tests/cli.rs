@@ -335,7 +335,7 @@ fn the_readme_tells_of_every_option_of_push_and_of_no_other() {
     // What a help line begins with: "  -n, --dry-run", "      --json".
     let option = |line: &&str| line.trim_start().starts_with('-') && line.len() - line.trim_start().len() <= 6;
     for line in help.lines().filter(option) {
-        let names: Vec<&str> = line.split([' ', ',']).filter(|word| word.starts_with('-')).take(2).collect();
+        let names: Vec<&str> = line.split([' ', ',', '[']).filter(|word| word.starts_with('-')).take(2).collect();
         let told = names.iter().any(|name| table.contains(&format!("`{name}")));
         assert!(told || names.contains(&"--help"), "{line}");
     }

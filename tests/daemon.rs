@@ -26,11 +26,15 @@ impl Running {
 
     /// With a login at a server, which the configuration calls `sync@SERVER`.
     pub(crate) fn at_server(served: &Served, config: &str) -> Running {
+        Running::prepared_at_server(served, config, |_| {})
+    }
+
+    fn prepared_at_server(served: &Served, config: &str, prepare: impl FnOnce(&Path)) -> Running {
         let login =
             ["-P".into(), served.port.to_string(), "--identity".into(), served.path("sync.key").display().to_string()];
         let known = ["--known-hosts".into(), served.path("known").display().to_string(), "-F".into(), "none".into()];
         let arguments = login.into_iter().chain(known).collect();
-        Running::new(&config.replace("SERVER", "127.0.0.1"), |_| {}, arguments)
+        Running::new(&config.replace("SERVER", "127.0.0.1"), prepare, arguments)
     }
 
     /// The same in an area that something is done to first.
@@ -313,6 +317,91 @@ fn s21_s28_it_sends_to_a_server_which_may_be_away_for_a_while() {
 }
 
 #[test]
+fn a_connection_stays_for_the_next_run_and_one_that_the_server_ended_is_made_anew() {
+    let job = "[[job]]\nname = \"data\"\nsource = \"AT/source\"\ntargets = [\"sync@SERVER:/data\"]\nsettle = \"0s\"\nretry_max = \"1s\"\n";
+    let served = Served::recording();
+    let record = || fs::read_to_string(served.path("record/.lockstep/audit.jsonl")).unwrap();
+    let logins = || record().matches("\"action\":\"login\"").count();
+    let running = Running::at_server(&served, job);
+    let there = served.path("sync/data");
+    let arrives = |name: &str| {
+        fs::write(running.path("source").join(name), name).unwrap();
+        until(name, || holds(&there.join(name), name));
+        until("it to be idle", || running.target(0)["state"] == "idle");
+    };
+    arrives("first");
+    // A new root is made by the first run; a second connection may come with it.
+    let before = logins();
+    ["second", "third", "fourth"].into_iter().for_each(arrives);
+    assert_eq!(logins(), before, "{}", record());
+    served.reload("[serve.limits]", "[serve.limits]\nidle_timeout = '1s'");
+    served.wait_for("nothing was done for too long");
+    arrives("fifth");
+    assert!(logins() > before, "{}", record());
+    assert_eq!(running.target(0)["failures"], 0, "{}", running.target(0));
+    // What was published by parts is good as a whole.
+    done(&running.command(&["check", "--full"]).arg(&there).output().unwrap());
+}
+
+#[test]
+fn what_vanishes_beside_a_change_is_still_listed_and_a_check_finds_it() {
+    let served = Served::start("", "");
+    let job = "[[job]]\nname = \"data\"\nsource = \"AT/source\"\ntargets = [\"sync@SERVER:/data\"]\nsettle = \"0s\"\n";
+    let running = Running::prepared_at_server(&served, job, |at| {
+        (0..20).for_each(|number| fs::write(at.join(format!("source/{number}")), "content").unwrap());
+    });
+    let there = served.path("sync/data");
+    until("the first files", || holds(&there.join("19"), "content") && running.target(0)["state"] == "idle");
+    fs::remove_file(there.join("7")).unwrap();
+    fs::write(running.path("source/new"), "new").unwrap();
+    until("the new file", || holds(&there.join("new"), "new") && running.target(0)["state"] == "idle");
+    let check = running.command(&["check"]).arg(&there).output().unwrap();
+    ends(&check, 1, &["7", "missing"]);
+    // When everything is compared it comes back.
+    done(&running.jobs(&["now"]));
+    until("it to be back", || holds(&there.join("7"), "content"));
+    until("it to be good", || running.command(&["check"]).arg(&there).output().unwrap().status.success());
+}
+
+#[test]
+fn s04_what_is_finished_of_a_unit_is_there_before_its_marker_and_nobody_sees_it() {
+    let served = Served::start("", "");
+    let job = "[[job]]\nname = \"data\"\nsource = \"AT/source\"\ntargets = [\"sync@SERVER:/data\"]\nsettle = \"0s\"\nunit = \"ckpt-*/\"\nready = \"_SUCCESS\"\n";
+    let running = Running::at_server(&served, job);
+    let (there, source) = (served.path("sync/data"), running.path("source"));
+    fs::write(source.join("first"), "first").unwrap();
+    until("the first file", || holds(&there.join("first"), "first") && running.target(0)["state"] == "idle");
+    let random = |seed: u64| -> Vec<u8> {
+        let mut state = seed;
+        let next = |_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 56) as u8
+        };
+        (0..3 << 20).map(next).collect()
+    };
+    fs::create_dir(source.join("ckpt-1")).unwrap();
+    let files = ["ckpt-1/model", "ckpt-1/optimizer"];
+    files.iter().zip(1..).for_each(|(name, seed)| fs::write(source.join(name), random(seed)).unwrap());
+    let staged =
+        |name: &str| fs::metadata(there.join(".lockstep/early/tree").join(name)).map_or(0, |found| found.len());
+    until("both to be staged", || files.iter().all(|name| staged(name) == 3 << 20));
+    // While the unit grows other files go out, and nothing of it is to be seen.
+    fs::write(source.join("beside"), "beside").unwrap();
+    until("another file", || holds(&there.join("beside"), "beside"));
+    assert!(!there.join("ckpt-1").exists());
+    until("it to be idle", || running.target(0)["state"] == "idle");
+    let before = running.target(0)["transferred_bytes"].as_u64().unwrap();
+    assert!(before >= 6 << 20, "{}", running.target(0));
+    fs::write(source.join("ckpt-1/_SUCCESS"), "").unwrap();
+    until("the unit", || there.join("ckpt-1/_SUCCESS").exists());
+    until("it to be idle", || running.target(0)["state"] == "idle");
+    let after = running.target(0)["transferred_bytes"].as_u64().unwrap();
+    assert!(after - before < 1 << 20, "it was sent again: {before}, then {after}");
+    files.iter().zip(1..).for_each(|(name, seed)| assert_eq!(fs::read(there.join(name)).unwrap(), random(seed)));
+    done(&running.command(&["check", "--full"]).arg(&there).output().unwrap());
+}
+
+#[test]
 fn s19_a_job_whose_source_is_another_machine_fetches_what_changes_there() {
     let served = Served::start("", "");
     let there = served.path("sync/data");
@@ -331,4 +420,49 @@ fn s19_a_job_whose_source_is_another_machine_fetches_what_changes_there() {
     until("the refusal", || {
         running.status()["config_error"].as_str().is_some_and(|error| error.contains("one has to be here"))
     });
+}
+
+#[test]
+fn a_job_runs_with_its_nice_value_and_with_as_many_connections_as_it_is_given() {
+    let served = Served::start("", "");
+    let job = |more: &str| {
+        format!(
+            "[[job]]\nname = \"data\"\nsource = \"AT/source\"\ntargets = [\"sync@SERVER:/data\"]\nsettle = \"0s\"\n{more}"
+        )
+    };
+    let mut running = Running::at_server(&served, &job("nice = 15\nconnections = 1\n"));
+    let source = running.path("source");
+    let write = |name: &str| {
+        for number in 0..6 {
+            let data: Vec<u8> =
+                (0..4_000_000_u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8 ^ number).collect();
+            fs::write(source.join(format!("{name}-{number}")), data).unwrap();
+        }
+    };
+    write("a");
+    let there = served.path("sync/data");
+    until("the files", || (0..6).all(|number| there.join(format!("a-{number}")).exists()));
+    until("it to be idle", || running.target(0)["state"] == "idle");
+    // Field 19 of proc(5) stat, counted behind the name in parentheses.
+    let nice = |thread: &Path| -> Option<(String, i32)> {
+        let stat = fs::read_to_string(thread.join("stat")).ok()?;
+        let (name, rest) = stat.split_once('(')?.1.rsplit_once(") ")?;
+        Some((name.to_owned(), rest.split(' ').nth(16)?.parse().ok()?))
+    };
+    let tasks = format!("/proc/{}/task", running.pid());
+    let threads: Vec<(String, i32)> =
+        fs::read_dir(&tasks).unwrap().filter_map(|thread| nice(&thread.unwrap().path())).collect();
+    let of = |name: &str| threads.iter().filter(|(found, _)| found == name).map(|(_, nice)| *nice).collect::<Vec<_>>();
+    let own = nice(Path::new(&format!("/proc/{}", std::process::id()))).unwrap().1;
+    assert_eq!((of("target"), of("watch"), of("lockstep")), (vec![15], vec![15], vec![own]), "{threads:?}");
+    // It stays from one run to the next.
+    let logins = || served.log().matches("logged in").count();
+    assert_eq!(logins(), 1, "{}", served.log());
+    running.stop();
+    // So many as there are files of a size that is worth it, where more are allowed.
+    write("b");
+    running.configure(&job("connections = 4\n").replace("SERVER", "127.0.0.1"));
+    running.launch();
+    until("more files", || (0..6).all(|number| there.join(format!("b-{number}")).exists()));
+    until("further connections", || logins() > 3);
 }

@@ -1,9 +1,10 @@
 //! A disk that is full, fails or is read-only, made to be so with strace, and the order in which things get to it.
 
 use std::fs;
+use std::process::Output;
 
-use crate::kit::area::{Area, contents, lockstep, traced};
-use crate::kit::text;
+use crate::kit::area::{Area, contents, lockstep, run_traced, traced};
+use crate::kit::{ends, text};
 
 #[test]
 fn h30_a_full_disk_or_quota_keeps_the_old_version_and_gives_the_room_back() {
@@ -90,7 +91,8 @@ fn h33_content_is_stored_before_its_name_and_names_before_the_manifest() {
     };
     let last = |wanted: &dyn Fn(&str) -> bool| calls.iter().rposition(|call| wanted(call)).unwrap();
     let is = |call: &str, name: &str| call.starts_with(name);
-    let written = last(&|call| is(call, "pwrite64("));
+    // Digests of the source are stored meanwhile, elsewhere.
+    let written = last(&|call| is(call, "pwrite64(") && call.contains("/target/.lockstep/"));
     let synced = at(&|call| is(call, "syncfs("), "syncfs");
     assert!(written < synced, "content is written after it was stored");
     let recorded = at(&|call| is(call, "renameat(") && call.contains("\"commit\""), "the record");
@@ -124,4 +126,34 @@ fn h33_a_new_tree_is_stored_whole_before_it_has_its_name_and_its_name_before_the
     assert!(lines[last..named].iter().any(|line| is(line, "fsync(") || is(line, "syncfs(")), "{log}");
     assert!(lines[..named].iter().any(|line| is(line, "syncfs(")), "{log}");
     assert!(lines[named..].iter().any(|line| is(line, "fsync(")), "the name is not brought to the disk: {log}");
+}
+
+#[test]
+fn a_file_system_without_the_flags_of_renameat2_takes_all_but_a_unit_that_changes() {
+    let at = tempfile::tempdir().unwrap();
+    let path = |name: &str| at.path().join(name);
+    fs::create_dir_all(path("source/unit-1")).unwrap();
+    fs::write(path("source/unit-1/weights"), "old").unwrap();
+    let push = || -> Output {
+        let (source, target) = (path("source"), path("target"));
+        let command = ["push", "-q", "--unit", "unit-*/", source.to_str().unwrap(), target.to_str().unwrap()];
+        let command = [&[lockstep()][..], &command].concat();
+        // As FUSE and NFS answer.
+        let mut strace = traced("renameat2", Some("error=EINVAL"), &path("log"), &command);
+        run_traced(strace.env("HOME", at.path()).env_remove("XDG_STATE_HOME"))
+    };
+    // A root and a unit that are new appear.
+    ends(&push(), 0, &[]);
+    assert_eq!(fs::read(path("target/unit-1/weights")).unwrap(), b"old");
+    fs::write(path("source/unit-1/weights"), "changed").unwrap();
+    fs::create_dir(path("source/unit-2")).unwrap();
+    fs::write(path("source/unit-2/weights"), "new").unwrap();
+    for _ in 0..2 {
+        ends(&push(), 4, &["unit-1", "cannot exchange two directories in one step", "give it a new name"]);
+        assert_eq!(fs::read(path("target/unit-1/weights")).unwrap(), b"old");
+        assert_eq!(fs::read(path("target/unit-2/weights")).unwrap(), b"new");
+    }
+    let verify =
+        std::process::Command::new(lockstep()).args(["manifest", "verify"]).arg(path("target")).output().unwrap();
+    ends(&verify, 0, &[]);
 }

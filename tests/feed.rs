@@ -95,7 +95,7 @@ impl Source {
                 Some(Ready::Everything { except }) => {
                     found.extend(wanted.iter().filter(|path| !except.iter().any(|left| path.is_within(left))).cloned());
                 }
-                None => {}
+                Some(Ready::Early(_)) | None => {}
             }
             wanted.iter().all(|path| found.contains(path))
         });
@@ -468,4 +468,48 @@ fn a_feed_ends_and_everything_is_looked_at_every_so_often() {
     let wrong = FeedOptions { unit: Some("a[z-b]".into()), ..options() };
     let error = Feed::start(Path::new("/"), wrong).map(drop).unwrap_err();
     assert!(format!("{:?}", error.reason).contains("a[z-b]"), "{error:?}");
+}
+
+/// What is left out by files in the source is not watched, sends nothing, and counts again when the file says otherwise.
+fn ignore_files_count(watch: Watch) {
+    let mut source = Source::new();
+    fs::create_dir_all(source.path("sub/scratch/deep")).unwrap();
+    fs::create_dir(source.path("plain")).unwrap();
+    source.write(".lockstepignore", "/scratch/\n*.bak\n");
+    source.write("sub/.lockstepignore", "scratch/\n!keep.bak\n");
+    source.write("sub/scratch/old", "x");
+    source.started(FeedOptions { watch, ..options() });
+    assert_eq!(source.feed().watching().directories, 3, "the top, 'plain' and 'sub'");
+    fs::create_dir(source.path("scratch")).unwrap();
+    for name in ["sub/scratch/deep/x", "x.bak", "plain/y.bak", "scratch/new"] {
+        source.write(name, "left out");
+    }
+    source.write("sub/keep.bak", "taken in");
+    source.just(&["sub/keep.bak"]);
+    // The file says otherwise: what it left out is looked at, and followed from then on.
+    source.write("sub/.lockstepignore", "!keep.bak\n");
+    until("the directories to be followed", || {
+        source.next();
+        source.feed().watching().directories == 5
+    });
+    source.write("sub/scratch/deep/x", "taken in");
+    source.ready(&set(&["sub/scratch/deep/x"]));
+    // And the other way round, by a file that takes the place of another.
+    source.write("plain/new.tmp", "*.txt\n");
+    fs::rename(source.path("plain/new.tmp"), source.path("plain/.lockstepignore")).unwrap();
+    source.ready(&set(&["plain/.lockstepignore"]));
+    source.write("plain/a.txt", "left out");
+    source.write("plain/b.json", "taken in");
+    source.just(&["plain/b.json"]);
+    assert_eq!(source.unfinished(), Vec::<String>::new());
+}
+
+#[test]
+fn ignore_files_of_the_source_count_by_events() {
+    ignore_files_count(Watch::Events);
+}
+
+#[test]
+fn ignore_files_of_the_source_count_by_polling() {
+    ignore_files_count(Watch::Polling);
 }

@@ -24,6 +24,8 @@ type Script = Box<dyn Fn(&str, &[u8]) -> Result<Vec<u8>, Vec<u8>> + Send + Sync>
 
 struct Hostile {
     script: Script,
+    /// What it names as its extensions.
+    names: Vec<&'static str>,
     answers: (Sender<Bytes>, Receiver<Bytes>),
 }
 
@@ -32,7 +34,7 @@ impl Link for Hostile {
         let mut fields = Fields(&packet[4..]);
         let answer = if fields.u8().unwrap() == 1 {
             let mut body = vec![2, 0, 0, 0, 3];
-            for name in NAMES {
+            for name in &self.names {
                 put_string(&mut body, name.as_bytes());
                 put_string(&mut body, VERSION.as_bytes());
             }
@@ -64,7 +66,14 @@ impl Link for Hostile {
 }
 
 fn lanes(script: impl Fn(&str, &[u8]) -> Result<Vec<u8>, Vec<u8>> + Send + Sync + 'static) -> Lanes {
-    let link = Hostile { script: Box::new(script), answers: unbounded() };
+    lanes_with(NAMES.to_vec(), script)
+}
+
+fn lanes_with(
+    names: Vec<&'static str>,
+    script: impl Fn(&str, &[u8]) -> Result<Vec<u8>, Vec<u8>> + Send + Sync + 'static,
+) -> Lanes {
+    let link = Hostile { script: Box::new(script), names, answers: unbounded() };
     let client = Client::connect(Arc::new(link), "hostile", ClientOptions::default()).unwrap();
     let compress = CompressOptions { level: None, enabled: false };
     Lanes::over(client, 1, Box::new(|_| None), b"/x", compress).unwrap()
@@ -310,6 +319,13 @@ fn h09_whatever_a_server_says_is_shown_escaped_and_cut() {
     let committed = commit(Committed { problems: vec![(text.clone(), text.clone())], ..honest.clone() }).unwrap();
     is_safe(&committed.problems[0].0);
     is_safe(&committed.problems[0].1);
+    let (trash, pair) = (Some(text.clone()), (text.clone(), text.clone()));
+    let told = Committed { trash, retired: vec![text.clone()], put_off: vec![pair], ..honest.clone() };
+    let committed = commit(told).unwrap();
+    is_safe(&committed.trash.unwrap());
+    is_safe(&committed.retired[0]);
+    is_safe(&committed.put_off[0].0);
+    is_safe(&committed.put_off[0].1);
     assert!(commit(Committed { manifest_digest: text, ..honest }).is_err());
 
     // As what no answer is.
@@ -318,4 +334,19 @@ fn h09_whatever_a_server_says_is_shown_escaped_and_cut() {
     let target = AgentTarget::new(lanes(move |_, _| Ok(no_notes(reply.clone()))));
     let error = shown(target.commit(&CommitOptions::default(), &Silent::default()).unwrap_err());
     assert!(!error.chars().any(char::is_control) && error.len() < 3 * SAID_MAX, "{error}");
+}
+
+#[test]
+fn a_server_that_does_not_know_the_trash_is_not_asked_to_remove_anything() {
+    let old: Vec<&str> = NAMES.into_iter().filter(|name| *name != extension::TRASH).collect();
+    let target = AgentTarget::new(lanes_with(old, |name, _| panic!("it was sent '{name}'")));
+    let trash = BeginOptions { trash_seconds: Some(1), ..BeginOptions::default() };
+    let refused = |error: lockstep::endpoint::Error| assert!(lockstep::error::chain(&error).contains("is too old"));
+    refused(target.begin(&trash, &Silent::default()).unwrap_err());
+    let unit = || vec![b"c-1".to_vec()];
+    let retire = CommitOptions { retire: unit(), delete: true, ..CommitOptions::default() };
+    let spare = CommitOptions { spare: unit(), delete: true, ..CommitOptions::default() };
+    for options in [retire, spare] {
+        refused(target.commit(&options, &Silent::default()).unwrap_err());
+    }
 }

@@ -35,7 +35,7 @@ fn tensors(names: &[&str]) -> Vec<u8> {
 }
 
 /// A zip file with one stored entry.
-fn archive() -> Vec<u8> {
+pub(crate) fn archive() -> Vec<u8> {
     let (name, data) = (b"archive/data.pkl", [7_u8; 40]);
     let sizes = [&40_u32.to_le_bytes()[..], &40_u32.to_le_bytes(), &(name.len() as u16).to_le_bytes()].concat();
     let mut zip = [&b"PK\x03\x04\x0a\0"[..], &[0; 12], &sizes, &[0; 2], name, &data].concat();

@@ -27,6 +27,7 @@ fn options(checksum: bool) -> Options {
         scan: ScanOptions { links: Links::All, ..ScanOptions::default() },
         begin: BeginOptions { checksum, actor: "model@here".into(), ..BeginOptions::default() },
         delete: true,
+        retain: None,
         max_delete: DeleteLimit::Unlimited,
         workers: 1,
         retries: 1,

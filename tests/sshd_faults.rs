@@ -374,7 +374,10 @@ fn h31_a_file_system_that_became_read_only_is_an_error_and_nothing_is_recorded()
         let manifest = fs::read(seen.join(".lockstep/manifest")).unwrap();
         let small = area.sshd.path("small").display().to_string();
         let remount = |how: &str| {
-            done(&area.sshd.within("mount").args(["-o", &format!("remount,{how}"), &small]).output().unwrap());
+            let mut mount = area.sshd.within("mount");
+            mount.args(["-o", &format!("remount,{how}"), &small]);
+            // The server of a push that has ended may have files open for a moment.
+            until(how, || mount.output().unwrap().status.success());
         };
         remount("ro");
         let output = area.push("new", &[]);

@@ -227,6 +227,7 @@ pub(super) fn options() -> Options {
         scan: ScanOptions::default(),
         begin: BeginOptions { actor: "tester@here".into(), ..BeginOptions::default() },
         delete: true,
+        retain: None,
         max_delete: DeleteLimit::Unlimited,
         workers: 2,
         retries: 2,

@@ -147,7 +147,7 @@ fn the_units_and_their_examples_use_what_the_program_has() {
 #[test]
 fn the_drop_ins_of_the_examples_are_taken_and_say_what_they_do() {
     let units = Units::new();
-    for example in ["read-all.conf", "local-targets.conf"] {
+    for example in ["read-all.conf", "local-targets.conf", "nice.conf"] {
         let text_of = fs::read_to_string(project("config/systemd").join(example)).unwrap();
         assert!(text_of.contains(&format!("lockstep.service.d/{example}")), "{example}");
         let directory = units.path("lockstep.service.d");

@@ -463,3 +463,21 @@ fn the_alerts_are_raised_when_they_should_be() {
     let output = with_input(Command::new("promtool").args(["test", "rules"]).arg(&file), "prometheus", "");
     assert!(output.status.success(), "{}", text(&output));
 }
+
+#[test]
+fn the_page_of_a_daemon_without_jobs_says_so_and_long_messages_leave_room() {
+    let history = History::default();
+    assert!(page::render(&status(Vec::new()), &history).contains("No job runs"));
+    let mut all = example();
+    let message = "no room; ".repeat(200);
+    for target in &mut all.jobs[0].targets {
+        target.last_error = trouble(&message, "make room", 1);
+    }
+    all.jobs[1].targets = vec![all.jobs[0].targets[0].clone(); 200];
+    let page = page::render(&all, &history);
+    assert!(!page.contains("No job runs"));
+    // Few are told in full; the rest stands in the tables, cut off, with all of it for who points at it.
+    assert_eq!(page.matches("<section class=\"alert").count(), 5);
+    assert_eq!(page.matches("<div class=\"error clamp\" title=\"no room").count(), 203);
+    assert!(page.contains("199 more troubles stand in the tables below."));
+}

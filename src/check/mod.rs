@@ -353,7 +353,7 @@ fn compare_all(
     let mut report = empty(&loaded);
     old_generation(options, &loaded, &mut report);
     let rule = ScanRule { filter: filter.clone(), links: LinkRule::All, ignore_files: false, report_special: true };
-    let scanned = scan::scan(root, &rule, None, monitor)?;
+    let scanned = scan::scan(root, &rule, monitor)?;
     layouts::look(root, path, options, &loaded, &scanned, &mut report);
     match &loaded.list {
         Ok(list) => {

@@ -53,14 +53,14 @@ impl Place {
     pub(super) fn source(&self, how: &How, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Failure> {
         Ok(match self {
             Place::Here(path) => Box::new(LocalSource::new(path, state_directory().as_deref())?),
-            Place::There(there) => remote::source(there, &how.ssh, &how.reach, how.transfers, how.compress(), monitor)?,
+            Place::There(there) => remote::source(there, &how.dial(), monitor)?,
         })
     }
 
     pub(super) fn target(&self, how: &How, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Failure> {
         Ok(match self {
             Place::Here(path) => Box::new(LocalTarget::new(path, PolicySpec::default())),
-            Place::There(there) => remote::target(there, &how.ssh, &how.reach, how.transfers, how.compress(), monitor)?,
+            Place::There(there) => remote::target(there, &how.dial(), monitor)?,
         })
     }
 
@@ -258,7 +258,7 @@ fn apart(source: &Path, target: &Path, how: &How) -> Result<(), Failure> {
             ));
         }
     }
-    if how.delete && from.starts_with(&to) {
+    if how.deletes() && from.starts_with(&to) {
         return refused(format!("--delete would remove '{shown_source}' itself, which lies in '{shown_target}'"));
     }
     Ok(())

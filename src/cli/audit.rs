@@ -119,7 +119,9 @@ impl Show {
         if let Some(size) = record["size"].as_u64() {
             text += &format!(" {size} bytes");
         }
-        for (name, before) in [("sha256", "sha256:"), ("mode", "mode "), ("acl", "acl "), ("reason", "because: ")] {
+        // Of what was moved it says where it is.
+        let because = if record["action"] == "trash" { "" } else { "because: " };
+        for (name, before) in [("sha256", "sha256:"), ("mode", "mode "), ("acl", "acl "), ("reason", because)] {
             text += &field(name).map_or_else(String::new, |value| format!(" {before}{value}"));
         }
         if let (Some(owner), Some(group)) = (field("owner"), field("group")) {

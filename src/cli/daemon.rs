@@ -6,11 +6,14 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use super::arguments::Place;
+use super::connections::Connections;
+use super::memory::Memory;
 use super::transfer::{config_file, load_config, state_directory};
 use super::{Failure, login, notify, remote};
 use crate::codec::CompressOptions;
 use crate::config::Config;
 use crate::daemon::status::{State, Status, TargetStatus};
+use crate::daemon::words;
 use crate::daemon::{Connect, Daemon as Running, DaemonError, Places, Trouble};
 use crate::endpoint::local::{LocalSource, LocalTarget};
 use crate::endpoint::{Source, Target};
@@ -40,34 +43,40 @@ pub(super) struct Daemon {
 struct Dialler {
     reach: remote::Reach,
     ssh: login::Ssh,
+    kept: Connections,
 }
 
 impl Connect for Dialler {
-    fn target(&self, target: &str, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble> {
+    fn target(&self, target: &str, connections: Option<u8>, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble> {
         match Place::parse(std::ffi::OsStr::new(target)).map_err(Dialler::failed)? {
             Place::Here(path) => Ok(Box::new(LocalTarget::new(&path, PolicySpec::default()))),
-            Place::There(there) => {
-                let compress = CompressOptions::default();
-                remote::target(&there, &self.ssh, &self.reach, None, compress, monitor).map_err(Dialler::failed)
-            }
+            Place::There(there) => remote::target(&there, &self.dial(connections), monitor).map_err(Dialler::failed),
         }
     }
 
-    fn source(&self, source: &str, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble> {
+    fn source(&self, source: &str, connections: Option<u8>, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble> {
         match Place::parse(std::ffi::OsStr::new(source)).map_err(Dialler::failed)? {
             Place::Here(path) => {
                 let opened = LocalSource::new(&path, None);
                 opened.map(|source| Box::new(source) as Box<dyn Source>).map_err(|error| Dialler::failed(error.into()))
             }
-            Place::There(there) => {
-                let compress = CompressOptions::default();
-                remote::source(&there, &self.ssh, &self.reach, None, compress, monitor).map_err(Dialler::failed)
-            }
+            Place::There(there) => remote::source(&there, &self.dial(connections), monitor).map_err(Dialler::failed),
+        }
+    }
+
+    fn forget(&self, place: &str) {
+        if let Ok(Place::There(there)) = Place::parse(std::ffi::OsStr::new(place)) {
+            self.kept.forget(&there);
         }
     }
 }
 
 impl Dialler {
+    fn dial(&self, count: Option<u8>) -> remote::Dial<'_> {
+        let compress = CompressOptions::default();
+        remote::Dial { ssh: &self.ssh, reach: &self.reach, count, compress, kept: Some(&self.kept) }
+    }
+
     fn failed(failure: Failure) -> Trouble {
         Trouble { message: chain(&failure), exit: failure.exit() }
     }
@@ -84,11 +93,12 @@ impl Daemon {
         let config = load_config(self.config.as_deref())?;
         let places = places(&config)?;
         let asked = signals()?;
-        let connect: Arc<dyn Connect> = Arc::new(Dialler { reach: self.reach, ssh: self.ssh });
+        let dialler = Arc::new(Dialler { reach: self.reach, ssh: self.ssh, kept: Connections::default() });
+        let connect: Arc<dyn Connect> = Arc::clone(&dialler) as Arc<dyn Connect>;
         let running = Running::start(config, places, connect).map_err(|error| failure(&error))?;
         tracing::info!(config = %crate::error::shown(&file), "started");
         notify::ready();
-        let mut pulse = notify::Pulse::new();
+        let (mut pulse, mut memory) = (notify::Pulse::new(), Memory::new());
         loop {
             match asked.swap(0, Ordering::SeqCst) {
                 STOP => break,
@@ -97,11 +107,13 @@ impl Daemon {
                 _ => {}
             }
             running.tick();
+            dialler.kept.sweep();
             if !running.is_alive() {
                 let message = "a thread of the daemon ended that should not have; see the log".to_owned();
                 return Err(Failure::Plain { exit: Exit::Io, message });
             }
             pulse.beat(|| in_a_line(&running.status()));
+            memory.give_back();
             std::thread::sleep(Duration::from_millis(50));
         }
         notify::stopping();
@@ -117,10 +129,8 @@ impl Daemon {
         let usual = if self.verbose { "lockstep=debug" } else { "lockstep=info" };
         let filter = tracing_subscriber::EnvFilter::try_from_env("LOCKSTEP_LOG")
             .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(usual));
-        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
-        let log = log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
-        // Only the first is taken, and this is it.
-        let _ = if notify::to_journal() { log.without_time().try_init() } else { log.try_init() };
+        let colour = std::io::IsTerminal::is_terminal(&std::io::stderr());
+        super::journal::begin(filter, colour, tracing_subscriber::layer::Identity::new());
     }
 }
 
@@ -142,7 +152,7 @@ fn in_a_line(status: &Status) -> String {
     }
     let targets = || status.jobs.iter().flat_map(|job| job.targets.iter().map(move |target| (job, target)));
     let count = |wanted: &dyn Fn(&TargetStatus) -> bool| targets().filter(|(_, target)| wanted(target)).count();
-    let in_step = count(&|target| target.state == State::Idle && target.lag_units == 0);
+    let in_step = targets().filter(|(job, target)| words::level(job, target) == words::Level::InStep).count();
     parts.push(format!("in step: {in_step} of {} targets", targets().count()));
     for state in State::ALL.into_iter().filter(|state| *state != State::Idle) {
         match count(&|target| target.state == state) {

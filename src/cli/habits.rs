@@ -6,7 +6,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use crate::error::Escaped;
 
 /// Accepted by push and pull.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Accepted as for rsync and scp: it is what is done anyway")]
 pub(super) struct Habits {
     /// Directories whole, links, modes, times (owner and group need --chown or a policy)
@@ -58,7 +58,9 @@ fn instead(option: &str) -> Option<&'static str> {
         "-A" | "--acls" => "a rule of a policy gives ACLs: acl = [\"group:ops:r\"]",
         "-X" | "--xattrs" => "extended attributes are not carried over",
         "-x" | "--one-file-system" => "leave out what is mounted in the source with --exclude",
-        "-b" | "--backup" | "--backup-dir" => "old versions are not kept",
+        "-b" | "--backup" | "--backup-dir" => {
+            "--delete=trash moves old versions and what is removed to .lockstep/trash of the target"
+        }
         "-f" | "--filter" | "--exclude-from" | "--include-from" => {
             "--exclude and --include, several times, or a file .lockstepignore in the source"
         }

@@ -1,14 +1,18 @@
 //! `lockstep push NAME`: a job of the configuration, once, to all its targets.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 
 use super::arguments::{Place, Route};
 use super::stop::Stop;
 use super::transfer::{How, Rate, config_file, load_config};
-use super::{Failure, shown};
-use crate::config::{Config, Delete, Job, Ready, Schedule};
-use crate::error::{Escaped, Exit, chain};
-use crate::sync::Options;
+use super::{Failure, shown, unfinished};
+use crate::config::{Config, Delete, Job, Schedule};
+use crate::error::{Escaped, Exit, chain, counted};
+use crate::path::RelPath;
+use crate::root::Root;
+use crate::sync::retention::keep_only;
+use crate::sync::{Options, SyncReport, be_nice};
 
 /// Runs the job called `name`. One target that fails does not keep the others from theirs.
 pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
@@ -32,14 +36,14 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
         Failure::usage(if here { format!("{}; {}", chain(&error), missing()) } else { chain(&error) })
     })?;
     let wrong = |message: String| Failure::usage(format!("job '{}': {message}", Escaped(job.name.as_bytes())));
-    refuse(job, how).map_err(wrong)?;
-    let options = options(&config, job, how)?;
-    if let Ready::Marker(marker) = &job.ready
-        && !job.source.join(marker).exists()
-    {
-        let message =
-            format!("'{}' is not finished: '{}' is not in it", shown(&job.source), Escaped(marker.as_bytes()));
-        return Err(Failure::Plain { exit: Exit::Incomplete, message });
+    refuse(how).map_err(wrong)?;
+    // What the command line says wins.
+    let mut own = how.clone();
+    own.transfers = how.transfers.or(job.connections);
+    let how = &own;
+    let mut options = options(&config, job, how)?;
+    if let Some(nice) = job.nice {
+        be_nice(nice).map_err(|error| wrong(chain(&error)))?;
     }
     // Said once, before anybody is connected to, and with the exit code of a push of the same directory.
     if job.remote_source().is_none()
@@ -47,22 +51,17 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
     {
         return Err(wrong(format!("its source '{}' is not a directory", shown(&job.source))));
     }
-    let stop = Stop::on_signals()?;
-    let mut failed = Vec::new();
-    for target in &job.targets {
-        stop.check()?;
-        match to_one(job, target, how, options.clone(), &stop) {
-            Ok(Exit::Done) => {}
-            Ok(exit) => failed.push(exit),
-            // Nobody else is asked after a stop.
-            Err(failure) if stop.wanted() => return Err(failure),
-            Err(failure) => {
-                eprintln!("lockstep: to {}: {}", Escaped(target.as_bytes()), chain(&failure));
-                failed.push(failure.exit());
-            }
-        }
-    }
+    let unfinished = match job.remote_source() {
+        None => unfinished::leave_out(job, &Root::open(&job.source)?, &mut options)?,
+        Some(_) => 0,
+    };
+    let failed = to_all(job, how, &options, &Stop::on_signals()?)?;
     match (failed.as_slice(), job.targets.len()) {
+        ([], _) if unfinished > 0 => {
+            let units = counted(unfinished as u64, "unit", "units");
+            let message = format!("not finished and left out: {units}; the same command sends them when they are");
+            Err(Failure::Plain { exit: Exit::Incomplete, message })
+        }
         ([], _) => Ok(Exit::Done),
         ([exit], 1) => Ok(*exit),
         (_, all) => {
@@ -73,7 +72,50 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
     }
 }
 
-fn to_one(job: &Job, target: &str, how: &How, options: Options, stop: &Stop) -> Result<Exit, Failure> {
+/// To one target after the other. Those that keep only some units are gone to once more when it is known that nobody needs the
+/// others any more. Gives the exit codes of those that are not in step.
+fn to_all(job: &Job, how: &How, options: &Options, stop: &Stop) -> Result<Vec<Exit>, Failure> {
+    let quorum = job.quorum.unwrap_or(job.targets.len());
+    let (mut failed, mut full) = (Vec::new(), Vec::new());
+    let go = |target: &str, safe, failed: &mut Vec<Exit>| -> Result<bool, Failure> {
+        stop.check()?;
+        let gone = keeping(job, options.clone(), safe).and_then(|options| to_one(job, target, how, options, stop));
+        match gone {
+            Ok((Exit::Done, report)) => return Ok(!report.needed.is_empty()),
+            Ok((exit, _)) => failed.push(exit),
+            // Nobody else is asked after a stop.
+            Err(failure) if stop.wanted() => return Err(failure),
+            Err(failure) => {
+                eprintln!("lockstep: to {}: {}", Escaped(target.as_bytes()), chain(&failure));
+                failed.push(failure.exit());
+            }
+        }
+        Ok(false)
+    };
+    for target in &job.targets {
+        if go(target, (quorum > 1).then(BTreeSet::new), &mut failed)? {
+            full.push(target);
+        }
+    }
+    if failed.len() + quorum <= job.targets.len() {
+        for target in full {
+            go(target, None, &mut failed)?;
+        }
+    } else if !full.is_empty() {
+        eprintln!("lockstep: warning: what 'retain' is to take away stays until {quorum} targets are in step");
+    }
+    Ok(failed)
+}
+
+/// The same options for a target that keeps only some units.
+fn keeping(job: &Job, mut options: Options, safe: Option<BTreeSet<RelPath>>) -> Result<Options, Failure> {
+    if let Some(rule) = job.retain {
+        keep_only(&mut options, &Root::open(&job.source)?, rule, safe)?;
+    }
+    Ok(options)
+}
+
+fn to_one(job: &Job, target: &str, how: &How, options: Options, stop: &Stop) -> Result<(Exit, SyncReport), Failure> {
     let mut display = how.display(stop);
     let source = match job.remote_source() {
         Some(source) => Place::parse(OsStr::new(source))?,
@@ -83,23 +125,15 @@ fn to_one(job: &Job, target: &str, how: &How, options: Options, stop: &Stop) -> 
     let place = Place::parse(OsStr::new(target))?;
     let sending = matches!(place, Place::There(_));
     let target = place.target(how, &display)?;
-    how.run(&Route { source, target, only: None, sending, called: None }, options, &mut display, stop)
+    how.reported(&Route { source, target, only: None, sending, called: None }, options, &mut display, stop)
 }
 
-/// What this version does not do for a job is refused, and so are options that the job decides itself.
-fn refuse(job: &Job, how: &How) -> Result<(), String> {
+/// Options that the job decides itself are refused.
+fn refuse(how: &How) -> Result<(), String> {
     if let Some(option) = how.decided_by_a_job() {
         return Err(format!(
             "{option} is for the job to say: change it in the configuration, or push with SRC and DEST"
         ));
-    }
-    if let Ready::Layout(layout) = job.ready {
-        return Err(format!(
-            "ready as {layout:?} writes it is not supported by push yet; name a marker file, or leave it out"
-        ));
-    }
-    if job.delete == Delete::Trash {
-        return Err("delete = 'trash' is not supported by push yet; say 'mirror' or 'never'".into());
     }
     Ok(())
 }
@@ -115,7 +149,8 @@ fn options(config: &Config, job: &Job, how: &How) -> Result<Options, Failure> {
     }
     options.begin.last.clone_from(&job.last);
     options.begin.units = job.unit.iter().cloned().collect();
-    options.delete = job.delete == Delete::Mirror;
+    options.delete = job.delete != Delete::Never;
+    options.begin.trash_seconds = job.trash_seconds();
     options.max_delete = job.max_delete;
     options.bandwidth = crate::sync::Rate::new(match how.bwlimit {
         Some(Rate(limit)) => limit,

@@ -14,7 +14,7 @@ pub(super) enum Command {
     Pause(One),
     /// Go on with a job, or with all
     Resume(One),
-    /// Try again at once what waits after a failure
+    /// Compare everything at once, and try again what waits after a failure
     Now(One),
     /// Read the configuration anew, as SIGHUP does
     Reload(Where),
@@ -52,7 +52,7 @@ impl Command {
         let (request, name, at, done) = match self {
             Command::Pause(One { name, at }) => ("pause", name, at, "paused"),
             Command::Resume(One { name, at }) => ("resume", name, at, "resumed"),
-            Command::Now(One { name, at }) => ("now", name, at, "tried again now"),
+            Command::Now(One { name, at }) => ("now", name, at, "compared now"),
             Command::Reload(at) => {
                 ("reload", None, at, "asked to read its configuration anew; 'lockstep status' says whether it did")
             }

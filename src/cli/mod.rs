@@ -18,21 +18,28 @@ mod arguments;
 mod audit;
 mod check;
 mod completions;
+mod config;
+mod connections;
 mod control;
 mod daemon;
 pub mod display;
+mod doctor;
 mod exec;
+mod finding;
 mod habits;
 mod history;
 mod inspect;
 mod job;
 mod jobs;
+mod journal;
 mod keys;
 mod login;
 mod look;
 mod manifest;
+mod memory;
 mod notify;
 mod passphrase;
+mod places;
 mod policy;
 mod push;
 mod quickstart;
@@ -43,6 +50,7 @@ mod sftp_server;
 mod status;
 mod stop;
 mod transfer;
+mod unfinished;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -94,6 +102,10 @@ enum Command {
     #[command(subcommand)]
     Audit(audit::Command),
     Inspect(inspect::Inspect),
+    /// Check the configuration, and show what it means
+    #[command(subcommand)]
+    Config(config::Command),
+    Doctor(doctor::Doctor),
     Quickstart(quickstart::Quickstart),
     /// Print a completion script for a shell
     Completions(completions::Completions),
@@ -119,6 +131,8 @@ impl Command {
             Command::Keys(command) => command.run(),
             Command::Audit(command) => command.run(),
             Command::Inspect(command) => command.run(),
+            Command::Config(command) => command.run(),
+            Command::Doctor(command) => command.run(),
             Command::Quickstart(command) => command.run(),
             Command::Completions(command) => command.run(),
             Command::Man(command) => command.run(),

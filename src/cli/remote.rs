@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use super::Failure;
+use super::connections::Connections;
 use super::login::{Ssh, connect, failed};
 use super::transfer::USUAL_TRANSFERS;
 use crate::codec::CompressOptions;
 use crate::endpoint::agent::{self, AgentSource, AgentTarget};
-use crate::endpoint::link::{Remote, Way};
+use crate::endpoint::link::{Link, Remote, Way};
 use crate::endpoint::stock::{self, StockSource, StockTarget, Verify};
 use crate::endpoint::{self, Source, Target};
 use crate::error::{Escaped, Exit, chain};
@@ -68,7 +69,7 @@ impl Destination {
 }
 
 /// How a directory of another machine is reached.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub(super) struct Reach {
     /// What is used at the other end: lockstep (its subsystem, or the command of --remote-command), sftp (a stock SFTP
     /// server), or auto: the first of them that is there
@@ -143,16 +144,67 @@ fn without(host: &str, text: String) -> String {
     text.strip_prefix(host).and_then(|rest| rest.strip_prefix(": ")).map_or_else(|| text.clone(), str::to_owned)
 }
 
+/// How another machine is spoken to.
+pub(super) struct Dial<'a> {
+    pub(super) ssh: &'a Ssh,
+    pub(super) reach: &'a Reach,
+    /// Connections at most; `None` for as many as are usual.
+    pub(super) count: Option<u8>,
+    pub(super) compress: CompressOptions,
+    /// Where connections stay between runs.
+    pub(super) kept: Option<&'a Connections>,
+}
+
+impl Dial<'_> {
+    /// Speaks to what answers on `link`, which was opened by `way`.
+    fn lanes(
+        &self,
+        remote: Arc<dyn Remote>,
+        way: &Way,
+        link: Arc<dyn Link>,
+        root: &[u8],
+        verify: Verify,
+    ) -> Result<Reached, endpoint::Error> {
+        match way {
+            Way::SftpSubsystem => {
+                // A connection takes about a core at each end.
+                let few = std::thread::available_parallelism().is_ok_and(|cores| cores.get() < 4);
+                let count = self.count.map_or(if few { 1 } else { USUAL_TRANSFERS }, usize::from);
+                stock::Lanes::connect(remote, link, count, root, verify).map(Reached::Stock)
+            }
+            _ => {
+                let count = self.count.map_or(USUAL_TRANSFERS, usize::from);
+                agent::Lanes::connect(remote, way, link, count, root, self.compress).map(Reached::Agent)
+            }
+        }
+    }
+
+    /// Over a connection that is there from before. One that does not serve any more is forgotten.
+    fn again(&self, destination: &Destination, verify: Verify) -> Option<Reached> {
+        let kept = self.kept?;
+        let (remote, way) = kept.get(destination)?;
+        let remote: Arc<dyn Remote> = remote;
+        let root = destination.path.as_bytes();
+        let link = remote.open(&way, 0).ok();
+        let reached = link.and_then(|link| self.lanes(remote, &way, link, root, verify).ok());
+        if reached.is_none() {
+            kept.forget(destination);
+        }
+        reached
+    }
+}
+
 /// Opens connections by the first way in that works.
 fn reach(
     destination: &Destination,
-    ssh: &Ssh,
-    reach: &Reach,
+    dial: &Dial<'_>,
     verify: Verify,
-    count: Option<u8>,
-    compress: CompressOptions,
     monitor: &dyn Monitor,
 ) -> Result<Reached, Failure> {
+    if let Some(reached) = dial.again(destination, verify) {
+        return Ok(reached);
+    }
+    let Dial { ssh, reach, .. } = dial;
     let remote = connect(destination, ssh)?;
     remote.notes().iter().for_each(|note| monitor.event(Event::Detail(note)));
     let host = Arc::new(remote);
@@ -168,20 +220,11 @@ fn reach(
             }
             Err(error) => return Err(failed(error)),
         };
-        let reached = match way {
-            Way::SftpSubsystem => {
-                // A connection takes about a core at each end.
-                let few = std::thread::available_parallelism().is_ok_and(|cores| cores.get() < 4);
-                let count = count.map_or(if few { 1 } else { USUAL_TRANSFERS }, usize::from);
-                stock::Lanes::connect(Arc::clone(&remote), link, count, root, verify).map(Reached::Stock)
-            }
-            _ => {
-                let count = count.map_or(USUAL_TRANSFERS, usize::from);
-                agent::Lanes::connect(Arc::clone(&remote), &way, link, count, root, compress).map(Reached::Agent)
-            }
-        };
-        match reached {
+        match dial.lanes(Arc::clone(&remote), &way, link, root, verify) {
             Ok(reached) => {
+                if let Some(kept) = dial.kept {
+                    kept.keep(destination, Arc::clone(&host), way.clone());
+                }
                 let host = remote.describe();
                 for (way, reason) in &reasons {
                     monitor.event(Event::Detail(&format!("{host}: {way}: {reason}")));
@@ -228,13 +271,10 @@ fn reach(
 /// A directory of another machine as a target.
 pub(super) fn target(
     destination: &Destination,
-    ssh: &Ssh,
-    how: &Reach,
-    count: Option<u8>,
-    compress: CompressOptions,
+    dial: &Dial<'_>,
     monitor: &dyn Monitor,
 ) -> Result<Box<dyn Target>, Failure> {
-    Ok(match reach(destination, ssh, how, how.verify(), count, compress, monitor)? {
+    Ok(match reach(destination, dial, dial.reach.verify(), monitor)? {
         Reached::Agent(lanes) => Box::new(AgentTarget::new(lanes)),
         Reached::Stock(lanes) => Box::new(StockTarget::new(lanes)),
     })
@@ -243,16 +283,13 @@ pub(super) fn target(
 /// A directory of another machine as a source. No command is run there.
 pub(super) fn source(
     destination: &Destination,
-    ssh: &Ssh,
-    how: &Reach,
-    count: Option<u8>,
-    compress: CompressOptions,
+    dial: &Dial<'_>,
     monitor: &dyn Monitor,
 ) -> Result<Box<dyn Source>, Failure> {
-    Ok(match reach(destination, ssh, how, Verify::ReadBack, count, compress, monitor)? {
+    Ok(match reach(destination, dial, Verify::ReadBack, monitor)? {
         Reached::Agent(lanes) => Box::new(AgentSource::new(lanes)),
         Reached::Stock(lanes) => {
-            if how.verify != Proof::Auto {
+            if dial.reach.verify != Proof::Auto {
                 monitor
                     .event(Event::Warning("--verify is for what is sent; what is fetched is hashed here as it comes"));
             }

@@ -58,6 +58,14 @@ fn changes(
             tell("*deleting  ", &removal.path.to_string(), if removal.directory { "/" } else { "" })?;
         }
     }
+    // Of a run that was to publish what was taken away, of others what would be.
+    let retired: Vec<String> = match &report.committed {
+        Some(committed) => committed.retired.clone(),
+        None => report.retired.iter().map(ToString::to_string).collect(),
+    };
+    for unit in &retired {
+        tell("*deleting  ", unit, "/")?;
+    }
     for action in &report.plan.actions {
         let entry = &report.tree.entries()[action.index as usize];
         let tail = match &entry.content {
@@ -89,6 +97,10 @@ pub fn changes_json(report: &SyncReport, deleting: bool, sending: bool, out: &mu
     })
 }
 
+fn units(count: usize) -> String {
+    crate::error::counted(count as u64, "unit", "units")
+}
+
 /// The summary in a few lines.
 ///
 /// # Errors
@@ -113,6 +125,9 @@ pub fn summary(
             HumanCount(count(Change::Modified)),
             HumanCount(count(Change::MetadataOnly)),
         )?;
+        if !report.retired.is_empty() {
+            write!(out, "; {} to take away", units(report.retired.len()))?;
+        }
         return match report.plan.removals.len() as u64 {
             0 => writeln!(out),
             // They are known, and stay.
@@ -138,6 +153,12 @@ pub fn summary(
             HumanCount(failed),
             HumanCount(skipped),
         )?;
+    }
+    if !committed.retired.is_empty() {
+        writeln!(out, "  {} taken away, to keep as many as 'retain' says", units(committed.retired.len()))?;
+    }
+    if let Some(trash) = &committed.trash {
+        writeln!(out, "  what was removed or replaced lies in {trash} there")?;
     }
     if report.verified_files > 0 {
         let rate = report.verified_bytes as f64 / seconds.max(0.001);
@@ -176,6 +197,8 @@ pub fn summary_json(report: &SyncReport, from: &str, to: &str, verification: &st
         "removals": report.plan.removals.len(),
         "published": report.committed.as_ref().map(|committed| committed.published),
         "removed": report.committed.as_ref().map(|committed| committed.removed),
+        "trash": report.committed.as_ref().and_then(|committed| committed.trash.clone()),
+        "retired": report.committed.as_ref().map_or(report.retired.len(), |committed| committed.retired.len()),
         "generation": report.committed.as_ref().map(|committed| committed.generation),
         "manifest_sha256": report.committed.as_ref().map(|committed| committed.manifest_digest.clone()),
         "verified_files": report.verified_files,

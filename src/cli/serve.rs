@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use super::memory::Memory;
 use super::{Failure, notify};
 use crate::config::{AddressList, Config, DEFAULT_PATH};
 use crate::error::{Exit, chain};
@@ -106,7 +107,13 @@ fn read(path: &Path) -> Result<ServeConfig, Failure> {
         }
         error => usage(error),
     })?;
-    let missing = |what| Failure::usage(format!("configuration {}: there is no {what}", super::shown(path)));
+    of_config(&config)
+}
+
+/// The listener's part of a configuration.
+pub(super) fn of_config(config: &Config) -> Result<ServeConfig, Failure> {
+    let usage = |error: crate::config::ConfigError| Failure::usage(chain(&error));
+    let missing = |what| Failure::usage(format!("configuration {}: there is no {what}", super::shown(&config.path)));
     let serve = config.serve.as_ref().ok_or_else(|| missing("[serve]; or name one user with --user"))?;
     if serve.users.is_empty() {
         return Err(missing("[[serve.user]], so that nobody could log in"));
@@ -260,7 +267,7 @@ impl Signals {
 
     /// Does what they ask for, and tells systemd meanwhile how things stand.
     async fn follow(mut self, service: Service) {
-        let (mut pulse, mut wrong) = (notify::Pulse::new(), None);
+        let (mut pulse, mut memory, mut wrong) = (notify::Pulse::new(), Memory::new(), None);
         let mut beat = tokio::time::interval(Duration::from_millis(250));
         loop {
             tokio::select! {
@@ -273,6 +280,7 @@ impl Signals {
                 }
                 _ = beat.tick() => {
                     pulse.beat(|| service.status(wrong.as_deref()));
+                    memory.give_back();
                     continue;
                 }
             }
@@ -288,16 +296,11 @@ impl Signals {
 
 /// What the server reports goes to standard error, one line each; `LOCKSTEP_LOG` chooses what (`debug`, `warn`, …).
 fn log() {
+    use tracing_subscriber::EnvFilter;
     use tracing_subscriber::prelude::*;
-    use tracing_subscriber::{EnvFilter, fmt};
     let chosen = EnvFilter::try_from_env("LOCKSTEP_LOG");
     let filter = chosen.unwrap_or_else(|_| EnvFilter::new("info,russh=error"));
-    // A log that nobody reads any more must not end the server.
-    let lines =
-        fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(false).log_internal_errors(false);
-    let lines = if notify::to_journal() { lines.without_time().boxed() } else { lines.boxed() };
-    let library = Library.with_filter(EnvFilter::new("off,russh=warn"));
-    let _ = tracing_subscriber::registry().with(lines.with_filter(filter)).with(library).try_init();
+    super::journal::begin(filter, false, Library.with_filter(EnvFilter::new("off,russh=warn")));
 }
 
 /// Some refusals are made by the SSH library, and only its log says why.

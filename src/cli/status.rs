@@ -27,7 +27,7 @@ const RECENT: usize = 3;
 /// Exit codes: 0 all in step or on the way, 4 some target fails or is halted, 5 no daemon answers.
 #[derive(Debug, clap::Args)]
 pub(super) struct Status {
-    /// One JSON object (docs/operations.md)
+    /// One JSON object (docs/monitoring.md)
     #[arg(long)]
     json: bool,
     /// Show it again every second, until Ctrl-C

@@ -8,15 +8,16 @@ use super::display::{Display, Verbosity};
 use super::stop::Stop;
 use super::{Failure, login, remote, report};
 use crate::codec::CompressOptions;
-use crate::config::{Bandwidth, Config, DEFAULT_PATH};
+use crate::config::{Bandwidth, Config, DEFAULT_PATH, Period};
 use crate::endpoint::{BeginOptions, Links, ScanOptions};
 use crate::error::Exit;
 use crate::filter::FilterSpec;
 use crate::plan::safety::DeleteLimit;
+use crate::plan::trash::USUAL_KEEP_SECONDS;
 use crate::policy::{PolicySpec, chmod_rules, chown_rules};
-use crate::sync::{self, Options};
+use crate::sync::{self, Options, SyncReport};
 
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub(super) struct How {
     /// Show what would be done; change nothing, read no file's content
     #[arg(short = 'n', long)]
@@ -33,9 +34,15 @@ pub(super) struct How {
     /// A line for each path that changes, as rsync --checksum writes it
     #[arg(short, long, overrides_with = "itemize_changes")]
     pub(super) itemize_changes: bool,
-    /// Remove at the target what the source does not have
-    #[arg(long)]
-    pub(super) delete: bool,
+    /// Remove at the target what the source does not have. With =trash it is moved to .lockstep/trash there, and so is the old
+    /// version of what is replaced
+    #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "mirror")]
+    #[arg(value_parser = parse_removal)]
+    delete: Option<Removal>,
+    /// With --delete=trash: how long it stays there, as '12h' or '30d'; later runs with --delete=trash clear away what is older
+    /// [default: 7d]
+    #[arg(long, value_name = "AGE")]
+    trash_keep: Option<Period>,
     /// Refuse to remove more than this: a number of paths, or a part of the target (10%) [default: any number]
     #[arg(long, value_name = "N|N%")]
     pub(super) max_delete: Option<DeleteLimit>,
@@ -105,6 +112,21 @@ pub(super) struct How {
     pub(super) ssh: login::Ssh,
     #[command(flatten)]
     habits: super::habits::Habits,
+}
+
+/// What becomes of what only the target has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Removal {
+    Mirror,
+    Trash,
+}
+
+fn parse_removal(text: &str) -> Result<Removal, String> {
+    match text {
+        "mirror" => Ok(Removal::Mirror),
+        "trash" => Ok(Removal::Trash),
+        _ => Err("it is mirror (remove it, as --delete alone does) or trash (move it aside)".into()),
+    }
 }
 
 /// Connections unless told otherwise.
@@ -182,7 +204,8 @@ impl How {
     /// An option that was given although a job says the same thing.
     pub(super) fn decided_by_a_job(&self) -> Option<&'static str> {
         let given = [
-            (self.delete, "--delete"),
+            (self.delete.is_some(), "--delete"),
+            (self.trash_keep.is_some(), "--trash-keep"),
             (self.max_delete.is_some(), "--max-delete"),
             (!self.exclude.is_empty(), "--exclude"),
             (!self.include.is_empty(), "--include"),
@@ -196,8 +219,10 @@ impl How {
         given.into_iter().find(|(given, _)| *given).map(|(_, option)| option)
     }
 
-    pub(super) fn compress(&self) -> CompressOptions {
-        CompressOptions { level: self.compress_level, enabled: !self.no_compress }
+    /// How another machine is spoken to.
+    pub(super) fn dial(&self) -> remote::Dial<'_> {
+        let compress = CompressOptions { level: self.compress_level, enabled: !self.no_compress };
+        remote::Dial { ssh: &self.ssh, reach: &self.reach, count: self.transfers, compress, kept: None }
     }
 
     /// What a run is to do. The source is not known yet: `begin.source` is empty.
@@ -216,16 +241,34 @@ impl How {
                 verify_disk: self.verify_disk,
                 wait_seconds: self.wait,
                 dry_run: self.dry_run,
+                stage_only: false,
+                trash_seconds: self.trash_seconds()?,
                 actor: actor(),
                 source: String::new(),
                 trail: Vec::new(),
             },
-            delete: self.delete,
+            delete: self.deletes(),
+            retain: None,
             max_delete: self.max_delete.unwrap_or_default(),
             workers: self.workers(),
             retries: self.retries,
             bandwidth: sync::Rate::new(self.bwlimit.and_then(|Rate(rate)| rate)),
         })
+    }
+
+    /// Whether anything is removed at the target.
+    pub(super) fn deletes(&self) -> bool {
+        self.delete.is_some()
+    }
+
+    fn trash_seconds(&self) -> Result<Option<u64>, Failure> {
+        match (self.delete, self.trash_keep) {
+            (Some(Removal::Trash), keep) => Ok(Some(keep.map_or(USUAL_KEEP_SECONDS, |Period(keep)| keep.as_secs()))),
+            (_, Some(_)) => {
+                Err(Failure::usage("--trash-keep is for --delete=trash: without it nothing is put into the trash"))
+            }
+            (_, None) => Ok(None),
+        }
     }
 
     /// Threads that carry content, at most; each side may have a use for fewer.
@@ -274,10 +317,21 @@ impl How {
     pub(super) fn run(
         &self,
         route: &Route,
-        mut options: Options,
+        options: Options,
         display: &mut Display,
         stop: &Stop,
     ) -> Result<Exit, Failure> {
+        Ok(self.reported(route, options, display, stop)?.0)
+    }
+
+    /// The same, with what was found out on the way.
+    pub(super) fn reported(
+        &self,
+        route: &Route,
+        mut options: Options,
+        display: &mut Display,
+        stop: &Stop,
+    ) -> Result<(Exit, SyncReport), Failure> {
         let from = route.source.describe();
         let to = match (route.target.describe(), &route.called) {
             (directory, None) => directory,
@@ -313,7 +367,7 @@ impl How {
             Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => return Err(Failure::Output(error)),
             _ => {}
         }
-        Ok(if result.is_complete() { Exit::Done } else { Exit::Incomplete })
+        Ok((if result.is_complete() { Exit::Done } else { Exit::Incomplete }, result))
     }
 }
 

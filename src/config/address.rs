@@ -4,7 +4,7 @@
 
 use std::net::IpAddr;
 
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// A list that was read completely. An address is admitted when an entry fits and no exception does.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -132,6 +132,22 @@ fn wildcard(pattern: &[u8], text: &[u8]) -> bool {
         }
     }
     pattern[p..].iter().all(|&c| c == b'*')
+}
+
+impl std::fmt::Display for Entry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let exception = if self.exception { "!" } else { "" };
+        match &self.pattern {
+            Pattern::Network { address, bits } => write!(f, "{exception}{address}/{bits}"),
+            Pattern::Wildcard(text) => write!(f, "{exception}{text}"),
+        }
+    }
+}
+
+impl Serialize for AddressList {
+    fn serialize<S: Serializer>(&self, output: S) -> Result<S::Ok, S::Error> {
+        output.collect_seq(self.0.iter().map(Entry::to_string))
+    }
 }
 
 impl<'de> Deserialize<'de> for AddressList {

@@ -3,24 +3,24 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// The daemon.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Daemon {
     /// Where it keeps what it knows; absolute. Left out: `$STATE_DIRECTORY`, as systemd gives it, or the user's state directory.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<PathBuf>,
     /// The Unix socket that `lockstep status` asks; absolute. Left out: `$RUNTIME_DIRECTORY/daemon.sock`, or beside the user's
     /// other sockets.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
     /// Where the page and the metrics are served, as `127.0.0.1:9478`; a loopback address. Left out: nowhere.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub listen: Option<SocketAddr>,
     /// A file that the metrics are written to every 15 seconds, for node_exporter's textfile collector; absolute.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics_file: Option<PathBuf>,
 }
 

@@ -1,15 +1,19 @@
 //! A job: what is kept in step with what, and how.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+pub use crate::layout::complete::{ByLayout as Layout, Ready};
+use crate::plan::retain::Retain;
 use crate::plan::safety::DeleteLimit;
+use crate::plan::trash::USUAL_KEEP_SECONDS;
 
 /// One `[[job]]`.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Job {
     /// What `push NAME` and the daemon call it.
@@ -19,10 +23,10 @@ pub struct Job {
     /// `[USER@]HOST:PATH`, or a directory of this machine; each gets all of it.
     pub targets: Vec<String>,
     /// A glob; each directory that matches is published whole or not at all.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unit: Option<String>,
     /// When a unit is complete.
-    #[serde(default, deserialize_with = "from_text")]
+    #[serde(default, deserialize_with = "from_text", serialize_with = "as_text")]
     pub ready: Ready,
     /// Globs of what is published last and removed first.
     #[serde(default)]
@@ -33,29 +37,51 @@ pub struct Job {
     /// What happens to paths that only a target has.
     #[serde(default)]
     pub delete: Delete,
+    /// With `delete = "trash"`: how long what was put aside stays at the targets.
+    #[serde(
+        default,
+        deserialize_with = "some_from_text",
+        serialize_with = "some_as_text",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub trash_keep: Option<Period>,
     /// A run that would delete more stops: a number of paths, or `10%`.
-    #[serde(default, deserialize_with = "from_text")]
+    #[serde(default, deserialize_with = "from_text", serialize_with = "as_text", skip_serializing_if = "is_unlimited")]
     pub max_delete: DeleteLimit,
+    /// Which units stay at the targets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retain: Option<Retain>,
     /// The name of the policy that is asked for at the targets.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<String>,
     /// At most this much a second, to each target; it may depend on the time of day.
-    #[serde(default, deserialize_with = "some_from_text")]
+    #[serde(
+        default,
+        deserialize_with = "some_from_text",
+        serialize_with = "some_as_text",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub bandwidth: Option<Schedule>,
+    /// How the job's threads give way to other processes of this machine, -20 to 19 as for nice(1).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nice: Option<i8>,
+    /// Connections to each target, and files in work at once, 1 to 64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connections: Option<u8>,
     /// For the daemon: how long a file or unit has to be left alone before it is sent.
-    #[serde(default = "usual_settle", deserialize_with = "from_text")]
+    #[serde(default = "usual_settle", deserialize_with = "from_text", serialize_with = "as_text")]
     pub settle: Period,
     /// For the daemon: how changes are noticed.
     #[serde(default)]
     pub watch: Watch,
     /// For the daemon: how often a source that gives no events is looked at.
-    #[serde(default = "usual_poll", deserialize_with = "from_text")]
+    #[serde(default = "usual_poll", deserialize_with = "from_text", serialize_with = "as_text")]
     pub poll: Period,
     /// For the daemon: how often everything is looked at, whatever was noticed.
-    #[serde(default = "usual_rescan", deserialize_with = "from_text")]
+    #[serde(default = "usual_rescan", deserialize_with = "from_text", serialize_with = "as_text")]
     pub rescan: Period,
     /// For the daemon: at how many targets something has to be before it counts as safe; all, where it is left out.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quorum: Option<usize>,
     /// For the daemon: a program and its arguments, started when something is safe.
     #[serde(default)]
@@ -64,7 +90,7 @@ pub struct Job {
     #[serde(default)]
     pub on_failed: Vec<String>,
     /// For the daemon: the longest wait between two tries of a target that fails.
-    #[serde(default = "usual_retry", deserialize_with = "from_text")]
+    #[serde(default = "usual_retry", deserialize_with = "from_text", serialize_with = "as_text")]
     pub retry_max: Period,
 }
 
@@ -72,6 +98,12 @@ impl Job {
     /// The source, where it is a directory of another machine.
     pub fn remote_source(&self) -> Option<&str> {
         self.source.to_str().filter(|source| !source.starts_with('/'))
+    }
+
+    /// How long what a run removes or replaces stays in the trash of a target; `None` where there is to be none.
+    pub fn trash_seconds(&self) -> Option<u64> {
+        let keep = self.trash_keep.map_or(USUAL_KEEP_SECONDS, |Period(keep)| keep.as_secs());
+        (self.delete == Delete::Trash).then_some(keep)
     }
 }
 
@@ -93,7 +125,7 @@ fn usual_retry() -> Period {
 }
 
 /// How changes are noticed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Watch {
     /// By events where the file system gives them, else by polling.
@@ -130,47 +162,18 @@ impl FromStr for Period {
     }
 }
 
-/// When a unit is complete.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Ready {
-    /// Nothing in it changed for a while.
-    #[default]
-    Settled,
-    /// What writes it says so as this layout does.
-    Layout(Layout),
-    /// A file of this name is in it.
-    Marker(String),
-}
-
-/// Who wrote the checkpoints.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum Layout {
-    HuggingFace,
-    Megatron,
-    DeepSpeed,
-    TorchDcp,
-}
-
-impl FromStr for Ready {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Ready, String> {
-        Ok(match text {
-            "settled" => Ready::Settled,
-            "huggingface" => Ready::Layout(Layout::HuggingFace),
-            "megatron" => Ready::Layout(Layout::Megatron),
-            "deepspeed" => Ready::Layout(Layout::DeepSpeed),
-            "torch-dcp" => Ready::Layout(Layout::TorchDcp),
-            "" | "." | ".." => return Err("'ready' must name a file, a layout, or 'settled'".into()),
-            name if name.contains(['/', '\0']) => return Err(format!("'{name}' is a path; a marker is a file's name")),
-            name => Ready::Marker(name.to_owned()),
-        })
+impl fmt::Display for Period {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all = self.0.as_millis();
+        let units = [(86_400_000, "d"), (3_600_000, "h"), (60_000, "m"), (1000, "s")];
+        let whole = units.into_iter().find(|(unit, _)| all >= *unit && all.is_multiple_of(*unit));
+        let (unit, name) = whole.unwrap_or(if all == 0 { (1, "s") } else { (1, "ms") });
+        write!(f, "{}{name}", all / unit)
     }
 }
 
 /// What happens to paths that only the target has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Delete {
     /// They stay.
@@ -178,7 +181,7 @@ pub enum Delete {
     Never,
     /// They are removed.
     Mirror,
-    /// They are put aside.
+    /// They are moved to `.lockstep/trash` there, and so is the old version of what is replaced.
     Trash,
 }
 
@@ -218,6 +221,22 @@ impl FromStr for Bandwidth {
     }
 }
 
+impl fmt::Display for Bandwidth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = [
+            (1_000_000_000, "GB/s"),
+            (1 << 30, "GiB/s"),
+            (1_000_000, "MB/s"),
+            (1 << 20, "MiB/s"),
+            (1000, "kB/s"),
+            (1 << 10, "KiB/s"),
+        ];
+        let whole = units.into_iter().find(|(unit, _)| self.0.is_multiple_of(*unit));
+        let (unit, name) = whole.unwrap_or((1, "B/s"));
+        write!(f, "{}{name}", self.0 / unit)
+    }
+}
+
 /// How much may go at which time of the day.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Schedule(Vec<(u32, Option<Bandwidth>)>);
@@ -235,6 +254,23 @@ impl Schedule {
         use chrono::Timelike as _;
         let now = chrono::Local::now();
         self.at(now.hour() * 60 + now.minute())
+    }
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let [(0, Some(rate))] = self.0.as_slice() {
+            return write!(f, "{rate}");
+        }
+        for (at, (minute, rate)) in self.0.iter().enumerate() {
+            let blank = if at == 0 { "" } else { " " };
+            write!(f, "{blank}{:02}:{:02},", minute / 60, minute % 60)?;
+            match rate {
+                Some(rate) => write!(f, "{rate}")?,
+                None => f.write_str("off")?,
+            }
+        }
+        Ok(())
     }
 }
 
@@ -273,6 +309,21 @@ fn from_text<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(input: D) -> R
     String::deserialize(input)?.parse().map_err(de::Error::custom)
 }
 
+fn as_text<S: Serializer>(value: &impl fmt::Display, output: S) -> Result<S::Ok, S::Error> {
+    output.collect_str(value)
+}
+
+fn some_as_text<S: Serializer>(value: &Option<impl fmt::Display>, output: S) -> Result<S::Ok, S::Error> {
+    match value {
+        Some(value) => output.collect_str(value),
+        None => output.serialize_none(),
+    }
+}
+
+fn is_unlimited(limit: &DeleteLimit) -> bool {
+    *limit == DeleteLimit::Unlimited
+}
+
 fn some_from_text<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(input: D) -> Result<Option<T>, D::Error> {
     from_text(input).map(Some)
 }
@@ -302,6 +353,22 @@ mod tests {
             ["8:00,1GB/s", "24:00,off", "08:00", "08:00,", "08:00,fast", "20:00,off 08:00,1m", "08:00,1m 08:00,2m", ","]
         {
             assert!(wrong.parse::<Schedule>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_as_the_same() {
+        for text in ["0s", "500ms", "2s", "90s", "10m", "12h", "7d"] {
+            assert_eq!(text.parse::<Period>().unwrap().to_string(), text);
+        }
+        for text in
+            ["2GB/s", "500MiB/s", "7B/s", "1500B/s", "08:00,1GB/s 20:00,off", "06:30,10m", "00:00,1GB/s 12:00,5kB/s"]
+        {
+            let schedule: Schedule = text.parse().unwrap();
+            assert_eq!(schedule.to_string().parse(), Ok(schedule), "{text}");
+        }
+        for text in ["settled", "huggingface", "megatron", "deepspeed", "torch-dcp", "_SUCCESS"] {
+            assert_eq!(text.parse::<Ready>().unwrap().to_string(), text);
         }
     }
 

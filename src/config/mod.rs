@@ -16,8 +16,8 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 pub use address::AddressList;
@@ -35,20 +35,20 @@ pub const DEFAULT_PATH: &str = "/etc/lockstep/config.toml";
 const MAX_BYTES: u64 = 1 << 20;
 
 /// A configuration that was read and checked.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// The file it came from.
     #[serde(skip)]
     pub path: PathBuf,
     /// The policies by name.
-    #[serde(default, rename = "policy")]
+    #[serde(default, rename = "policy", skip_serializing_if = "BTreeMap::is_empty")]
     pub policies: BTreeMap<String, PolicySpec>,
     /// The jobs, in order.
-    #[serde(default, rename = "job")]
+    #[serde(default, rename = "job", skip_serializing_if = "Vec::is_empty")]
     pub jobs: Vec<Job>,
     /// The listener, if this machine runs one.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serve: Option<Serve>,
     /// What runs the jobs by itself.
     #[serde(default)]
@@ -184,6 +184,9 @@ impl Config {
                         "'{target}' is on another machine, and so is the source '{source}': one has to be here"
                     ));
                 }
+                if job.retain.is_some() {
+                    return Err(format!("'retain' is for a source of this machine; '{source}' is on another one"));
+                }
                 if job.watch == Watch::Events {
                     return Err(format!("'watch' cannot be 'events': the source '{source}' is on another machine"));
                 }
@@ -211,6 +214,18 @@ impl Config {
                  again",
                 crate::error::shown(&job.source)
             ));
+        }
+        if job.retain.is_some() && job.unit.is_none() {
+            return Err("'retain' counts units: say with 'unit' what they are, as unit = 'checkpoint-*/'".into());
+        }
+        if job.trash_keep.is_some() && job.delete != Delete::Trash {
+            return Err("'trash_keep' is for delete = 'trash': without it nothing is put into the trash".into());
+        }
+        if let Some(nice) = job.nice.filter(|nice| !(-20..=19).contains(nice)) {
+            return Err(format!("'nice' is {nice}, and has to be from -20 to 19"));
+        }
+        if let Some(connections) = job.connections.filter(|connections| !(1..=64).contains(connections)) {
+            return Err(format!("'connections' is {connections}, and has to be from 1 to 64"));
         }
         if let Some(quorum) = job.quorum.filter(|&quorum| quorum == 0 || quorum > job.targets.len()) {
             return Err(format!(

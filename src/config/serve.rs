@@ -5,12 +5,12 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::{AddressList, absolute};
 
 /// The listener.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Serve {
     /// Address and port, or several.
@@ -19,13 +19,13 @@ pub struct Serve {
     /// The host key's file; made when missing. Absolute.
     pub host_key: PathBuf,
     /// A certificate for the host key, as `ssh-keygen -h` makes it; absolute.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_certificate: Option<PathBuf>,
     /// Keys and certificates that are refused whoever lists them: public keys, fingerprints, or a KRL. Absolute.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revoked_keys: Option<PathBuf>,
     /// A directory that gets the record of logins, sessions and refusals, chained as that of a root. Absolute.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audit: Option<PathBuf>,
     /// Refuse clients without strict key exchange (CVE-2023-48795). Without, the one cipher that needs it is not offered.
     #[serde(default = "yes")]
@@ -39,7 +39,7 @@ pub struct Serve {
 }
 
 /// One `[[serve.user]]`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ServeUser {
     /// The name that clients log in with.
@@ -52,15 +52,15 @@ pub struct ServeUser {
     #[serde(default)]
     pub read_only: bool,
     /// The policy of what arrives; it wins over the sender's.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<String>,
     /// Where the user may come from; absent for anywhere.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<AddressList>,
 }
 
 /// `[serve.limits]`; every number is at least 1.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServeLimits {
     /// Connections in all.
@@ -78,13 +78,13 @@ pub struct ServeLimits {
     /// Keys that a connection may offer in vain before it is dropped.
     pub auth_tries: NonZeroUsize,
     /// How long a client may take to log in.
-    #[serde(deserialize_with = "duration")]
+    #[serde(deserialize_with = "duration", serialize_with = "length")]
     pub login_grace: Duration,
     /// How long a client may do nothing; its other connections count.
-    #[serde(deserialize_with = "duration")]
+    #[serde(deserialize_with = "duration", serialize_with = "length")]
     pub idle_timeout: Duration,
     /// How long work that was begun may go on after a stop is asked for.
-    #[serde(deserialize_with = "duration")]
+    #[serde(deserialize_with = "duration", serialize_with = "length")]
     pub stop_grace: Duration,
 }
 
@@ -155,6 +155,13 @@ fn one_or_more<'de, D: Deserializer<'de>>(input: D) -> Result<Vec<SocketAddr>, D
 fn duration<'de, D: Deserializer<'de>>(input: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(input)?;
     parse_duration(&text).map_err(de::Error::custom)
+}
+
+fn length<S: Serializer>(value: &Duration, output: S) -> Result<S::Ok, S::Error> {
+    let milliseconds = value.as_millis();
+    let units = [(3_600_000, "h"), (60_000, "m"), (1000, "s")];
+    let (unit, name) = units.into_iter().find(|(unit, _)| milliseconds.is_multiple_of(*unit)).unwrap_or((1, "ms"));
+    output.collect_str(&format_args!("{}{name}", milliseconds / unit))
 }
 
 fn parse_duration(text: &str) -> Result<Duration, String> {

@@ -37,6 +37,8 @@ pub enum Ready {
     },
     /// These paths changed and are finished: files, directories, units, pointers; also ones that are gone.
     Paths(BTreeSet<RelPath>),
+    /// These files are finished, and lie in units that are not: they may be staged, and nobody is to see them yet.
+    Early(BTreeSet<RelPath>),
 }
 
 /// How a source is watched.
@@ -93,6 +95,7 @@ pub(super) struct State {
     pub(super) settle: Settle,
     pub(super) everything: bool,
     pub(super) paths: BTreeSet<RelPath>,
+    pub(super) early: BTreeSet<RelPath>,
     pub(super) watching: Watching,
     pub(super) gone: Option<String>,
     /// Where the kernel tells of changes.
@@ -165,6 +168,7 @@ impl Feed {
             settle: Settle::new(rules.map_err(wrong)?),
             everything: false,
             paths: BTreeSet::new(),
+            early: BTreeSet::new(),
             watching: Watching { mode: "starting".to_owned(), ..Watching::default() },
             gone: None,
             events: None,
@@ -193,6 +197,9 @@ impl Feed {
             if !state.paths.is_empty() {
                 return Some(Ready::Paths(std::mem::take(&mut state.paths)));
             }
+            if !state.early.is_empty() {
+                return Some(Ready::Early(std::mem::take(&mut state.early)));
+            }
             let now = Instant::now();
             state = match deadline {
                 Some(deadline) if deadline <= now => return None,
@@ -203,6 +210,12 @@ impl Feed {
                 None => self.shared.woken.wait(state).unwrap_or_else(PoisonError::into_inner),
             };
         }
+    }
+
+    /// Has everything compared that is finished.
+    pub fn ask(&self) {
+        self.shared.state().everything = true;
+        self.shared.tell();
     }
 
     /// Ends it: whoever waits gets nothing.
@@ -235,6 +248,11 @@ impl Feed {
     /// left alone for long enough. Of what lies in a unit: whether the unit is. It becomes ready again by itself.
     pub fn is_being_written(&self, path: &RelPath) -> bool {
         self.shared.caught_up().settle.is_in_hands(path)
+    }
+
+    /// The same of the file alone, whatever it lies in.
+    pub fn is_file_being_written(&self, path: &RelPath) -> bool {
+        self.shared.caught_up().settle.is_file_in_hands(path)
     }
 
     /// Why the source cannot be watched now. It goes on by itself when it is back.

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 use super::feed::gathered;
 use super::settle::Rules;
 use super::temporary::is_temporary;
-use super::{Connect, Trouble, clock, complete};
+use super::{Connect, Trouble, clock};
 use crate::config::{Job, Ready};
 use crate::endpoint::picked::{Listed, Picked};
 use crate::endpoint::{BEING_PUBLISHED, Error, ScanOptions};
 use crate::error::{Exit, chain};
+use crate::layout::complete;
 use crate::manifest::{Content, Entry, Timestamp, Tree};
 use crate::monitor::Monitor;
 use crate::path::RelPath;
@@ -58,7 +59,7 @@ pub(super) fn look(
     let list = || -> Result<Listed, Trouble> {
         let mut tries = 0;
         loop {
-            let source = connect.source(address, monitor)?;
+            let source = connect.source(address, job.connections, monitor)?;
             match Listed::new(source, options, monitor).map_err(|error| failed(&error)) {
                 // A run that gives names there is over soon.
                 Err(trouble) if tries < PUBLISHING_TRIES && trouble.message.contains(BEING_PUBLISHED) => {

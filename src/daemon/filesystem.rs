@@ -26,7 +26,7 @@ const KINDS: [(u32, &str); 19] = [
 ];
 
 /// Its name, when events do not tell all that changes on it.
-pub(super) fn silent(directory: &impl AsFd) -> Option<&'static str> {
+pub fn silent(directory: &impl AsFd) -> Option<&'static str> {
     let found = rustix::fs::fstatfs(directory).ok()?;
     // The field's width is not the same everywhere; the numbers have 32 bits.
     name(found.f_type as u32)

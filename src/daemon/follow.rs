@@ -7,17 +7,18 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::event::{PollFd, PollFlags, poll};
 
-use super::complete;
 use super::feed::{FeedOptions, Shared};
 use super::filesystem;
+use super::ignores::Ignores;
 use super::settle::{Ask, Held};
 use super::status::Watching;
 use super::writers::{Throttle, Writers};
 use crate::config::Watch;
 use crate::filter::Filter;
+use crate::layout::complete;
 use crate::manifest::Timestamp;
 use crate::path::RelPath;
-use crate::root::{Follow, Root};
+use crate::root::{FileKind, Follow, Root};
 use crate::staging::{Standing, standing};
 
 mod events;
@@ -53,7 +54,7 @@ pub(super) struct Follower {
     shared: Arc<Shared>,
     source: PathBuf,
     options: FeedOptions,
-    filter: Filter,
+    ignores: Ignores,
     throttle: Throttle,
     /// A file system of its own was mounted at the source.
     was_mounted: bool,
@@ -61,7 +62,8 @@ pub(super) struct Follower {
 
 impl Follower {
     pub(super) fn new(shared: Arc<Shared>, source: PathBuf, options: FeedOptions, filter: Filter) -> Follower {
-        Follower { shared, source, options, filter, throttle: Throttle::default(), was_mounted: false }
+        let ignores = Ignores::new(filter);
+        Follower { shared, source, options, ignores, throttle: Throttle::default(), was_mounted: false }
     }
 
     /// Follows the source until the feed is stopped.
@@ -158,9 +160,10 @@ impl Follower {
         }
         self.judge(root);
         let mut state = self.shared.state();
-        let ready = state.settle.take();
-        if !ready.is_empty() {
+        let (ready, early) = (state.settle.take(), state.settle.take_early());
+        if !ready.is_empty() || !early.is_empty() {
             state.paths.extend(ready);
+            state.early.extend(early);
             self.shared.tell();
         }
     }
@@ -178,7 +181,7 @@ impl Follower {
                     Ask::Held(paths) => self.answer_held(root, &paths, now),
                     Ask::Complete(unit) => {
                         let ready = self.shared.state().settle.when().clone();
-                        let complete = complete::is_complete(root, &unit, &ready);
+                        let complete = complete::unfinished(root, &unit, &ready).is_none();
                         self.shared.state().settle.complete(&unit, complete, now);
                     }
                     Ask::Names(pointer) => {
@@ -208,13 +211,18 @@ impl Follower {
         }
     }
 
-    /// What waits and is not there any more, without having been seen to go.
+    /// What waits and is not there any more, without having been seen to go, or does not take part any more.
     fn drop_gone(&self, root: &Root) {
         let paths = self.shared.state().settle.paths();
         for path in paths {
-            let found = root.stat(&path, Follow::Never);
-            if found.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
-                self.shared.state().settle.gone(&path, Instant::now());
+            match root.stat(&path, Follow::Never) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    self.shared.state().settle.gone(&path, Instant::now());
+                }
+                Ok(found) if !self.ignores.takes_part(&path, found.kind == FileKind::Directory) => {
+                    self.shared.state().settle.forget(&path);
+                }
+                _ => {}
             }
         }
     }

@@ -18,7 +18,7 @@ use super::{Connect, Places, clock};
 use crate::config::{Job, Schedule};
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
-use crate::sync::Rate;
+use crate::sync::{Rate, be_nice};
 
 /// Another machine is not asked more often.
 const REMOTE_PAUSE: Duration = Duration::from_secs(1);
@@ -47,6 +47,8 @@ struct Shared {
     safety: Mutex<Safety>,
     /// What of a source of another machine is not finished: the first of it, and how much it is.
     unfinished: Mutex<(Vec<String>, u64)>,
+    /// By target: the units of the source that it is known to have, or not to need.
+    units: Mutex<Vec<BTreeSet<RelPath>>>,
 }
 
 /// What is on its way, and what is at as many targets as it has to be.
@@ -78,6 +80,7 @@ impl JobThreads {
             asked: AtomicBool::new(false),
             safety: Mutex::default(),
             unfinished: Mutex::default(),
+            units: Mutex::default(),
         };
         JobThreads { shared: Arc::new(shared), threads: Vec::new() }
     }
@@ -108,21 +111,28 @@ impl JobThreads {
             let (actor, state): (String, PathBuf) = (actor.clone(), places.state.clone());
             let teller = teller.clone();
             let serve = move || {
+                shared.be_nice();
                 let watched = Arc::clone(&shared);
                 let guard =
                     Arc::new(move |path: &RelPath| watched.feed().is_some_and(|feed| feed.is_being_written(path)));
+                let watched = Arc::clone(&shared);
+                let file_guard =
+                    Arc::new(move |path: &RelPath| watched.feed().is_some_and(|feed| feed.is_file_being_written(path)));
                 let rate = shared.rates[number].clone();
                 let source = Arc::clone(&shared);
                 let held_back = Arc::new(move || source.feed().map(|feed| feed.held_back()).unwrap_or_default());
                 let there = Arc::clone(&shared);
                 let unfinished = Arc::new(move |held| there.note_unfinished(held));
+                let safe = || shared.safe_units(number);
                 let plan = Plan {
+                    safe: &safe,
                     job: &shared.job,
                     policy: &shared.policy,
                     actor: &actor,
                     state: &state,
                     held_back,
                     guard,
+                    file_guard,
                     rate,
                     looked: Looked::default(),
                     unfinished,
@@ -133,7 +143,10 @@ impl JobThreads {
             self.threads.push(std::thread::Builder::new().name("target".into()).spawn(serve)?);
         }
         let shared = Arc::clone(&self.shared);
-        self.threads.push(std::thread::Builder::new().name("watch".into()).spawn(move || shared.watch())?);
+        self.threads.push(std::thread::Builder::new().name("watch".into()).spawn(move || {
+            shared.be_nice();
+            shared.watch();
+        })?);
         Ok(())
     }
 
@@ -142,9 +155,12 @@ impl JobThreads {
         self.shared.lanes.iter().for_each(|lane| lane.pause(paused));
     }
 
-    /// Tries again at once what waits for its time, and asks a source of another machine what it has.
+    /// Tries again at once what waits for its time, and compares everything, also where nothing was noticed.
     pub(super) fn hurry(&self) {
         self.shared.asked.store(true, Ordering::Relaxed);
+        if let Some(feed) = self.shared.feed() {
+            feed.ask();
+        }
         self.shared.lanes.iter().for_each(Lane::hurry);
     }
 
@@ -198,6 +214,13 @@ impl JobThreads {
 }
 
 impl Shared {
+    /// Gives way to others as the job says, from now on and with all that this thread starts.
+    fn be_nice(&self) {
+        if let Some(Err(error)) = self.job.nice.map(be_nice) {
+            tracing::warn!(job = self.job.name.as_str(), "{}", crate::error::chain(&error));
+        }
+    }
+
     fn feed(&self) -> Option<Arc<Feed>> {
         self.feed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -256,7 +279,8 @@ impl Shared {
             if let Some(ready) = ready
                 && self.halted.lock().unwrap_or_else(PoisonError::into_inner).is_none()
             {
-                let number = self.hand_out(&ready);
+                // What is only staged is on its way to nobody.
+                let number = if matches!(ready, Ready::Early(_)) { 0 } else { self.hand_out(&ready) };
                 self.lanes.iter().for_each(|lane| lane.add(ready.clone(), number));
             }
         }
@@ -268,7 +292,7 @@ impl Shared {
         let number = safety.open.last_key_value().map_or(safety.safe_through, |(last, _)| *last) + 1;
         let paths = match ready {
             Ready::Everything { .. } => None,
-            Ready::Paths(paths) => Some(paths.iter().map(ToString::to_string).collect()),
+            Ready::Paths(paths) | Ready::Early(paths) => Some(paths.iter().map(ToString::to_string).collect()),
         };
         // Where everything is compared anyway, what was open before is a part of it.
         if paths.is_none() {
@@ -282,12 +306,18 @@ impl Shared {
     fn happened(&self, lane: usize, what: &Happened<'_>, teller: &Teller) {
         let (job, source) = (self.job.name.as_str(), crate::error::shown(&self.job.source).to_string());
         match what {
-            Happened::Published { changed } => {
+            Happened::Published { changed, units, needed } => {
+                if let Some(units) = units {
+                    self.has_units(lane, units);
+                }
+                // RACE: the others got there while this one was on its way.
+                if self.safe_units(lane).is_some_and(|safe| needed.iter().any(|unit| safe.contains(unit))) {
+                    self.lanes[lane].look_at_needed();
+                }
                 self.safety.lock().unwrap_or_else(PoisonError::into_inner).changed |= changed;
                 let mut through: Vec<u64> = self.lanes.iter().map(Lane::done_through).collect();
                 through.sort_unstable_by(|a, b| b.cmp(a));
-                let quorum = self.job.quorum.unwrap_or(through.len()).clamp(1, through.len());
-                let now_safe = through[quorum - 1];
+                let now_safe = through[self.quorum() - 1];
                 let Some(paths) = self.settled(now_safe) else { return };
                 let there = self.lanes.iter().filter(|lane| lane.done_through() >= now_safe);
                 let targets: Vec<&str> = there.map(|lane| lane.target.as_str()).collect();
@@ -303,6 +333,37 @@ impl Shared {
             }
             Happened::BeganToFail(_) => {}
         }
+    }
+
+    fn quorum(&self) -> usize {
+        self.job.quorum.unwrap_or(self.lanes.len()).clamp(1, self.lanes.len().max(1))
+    }
+
+    /// The units of the source that are at as many targets as they have to be, this one counted in; `None` for all.
+    fn safe_units(&self, lane: usize) -> Option<BTreeSet<RelPath>> {
+        let others = self.quorum() - 1;
+        if others == 0 {
+            return None;
+        }
+        let mut at: BTreeMap<RelPath, usize> = BTreeMap::new();
+        let units = self.units.lock().unwrap_or_else(PoisonError::into_inner);
+        for (_, there) in units.iter().enumerate().filter(|(other, _)| *other != lane) {
+            there.iter().for_each(|unit| *at.entry(unit.clone()).or_default() += 1);
+        }
+        Some(at.into_iter().filter(|(_, count)| *count >= others).map(|(unit, _)| unit).collect())
+    }
+
+    /// What a target has got now. Where it is more than before, others may be free to remove theirs.
+    fn has_units(&self, lane: usize, units: &BTreeSet<RelPath>) {
+        let more = {
+            let mut known = self.units.lock().unwrap_or_else(PoisonError::into_inner);
+            known.resize(self.lanes.len(), BTreeSet::new());
+            let more = !units.is_subset(&known[lane]);
+            known[lane].clone_from(units);
+            more
+        };
+        let others = self.lanes.iter().enumerate().filter(|(other, _)| more && *other != lane);
+        others.for_each(|(_, other)| other.look_at_needed());
     }
 
     /// Takes what is safe now out of what is on its way: its paths, or everything. `None` where nothing more is.

@@ -1,8 +1,8 @@
-//! A walk over the directories of a source. No link is followed, and what is excluded is not entered.
+//! A walk over the directories of a source. No link is followed, and what is left out is not entered.
 
 use std::os::fd::OwnedFd;
 
-use crate::filter::Filter;
+use super::ignores::Ignores;
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 
@@ -21,14 +21,14 @@ pub(super) trait Visit {
     fn stopped(&self) -> bool;
 }
 
-/// Walks what lies at `top` and below.
+/// Walks what lies at `top` and below, and takes note of the ignore files there.
 ///
 /// # Errors
 /// When `top` itself cannot be listed.
 pub(super) fn walk(
     root: &Root,
     top: Option<&RelPath>,
-    filter: &Filter,
+    ignores: &mut Ignores,
     visit: &mut dyn Visit,
 ) -> Result<(), RootError> {
     let mut waiting = vec![top.cloned()];
@@ -36,7 +36,7 @@ pub(super) fn walk(
         if visit.stopped() {
             return Ok(());
         }
-        let listed = list(root, directory.as_ref(), filter, visit);
+        let listed = list(root, directory.as_ref(), ignores, visit);
         match listed {
             Ok(entries) => {
                 let below = entries.iter().filter(|(_, metadata)| metadata.kind == FileKind::Directory);
@@ -55,13 +55,15 @@ pub(super) fn walk(
 fn list(
     root: &Root,
     directory: Option<&RelPath>,
-    filter: &Filter,
+    ignores: &mut Ignores,
     visit: &mut dyn Visit,
 ) -> Result<Vec<(RelPath, Metadata)>, RootError> {
     let descriptor = root.open_dir(directory, Follow::Never)?;
     visit.enter(directory, &descriptor);
     let mut entries = Vec::new();
-    for name in root.names_in(&descriptor, directory)? {
+    let names = root.names_in(&descriptor, directory)?;
+    let rules = ignores.enter(root, directory, &names);
+    for name in names {
         let path = match directory {
             Some(directory) => directory.join(&name),
             None => RelPath::new(&name),
@@ -70,7 +72,7 @@ fn list(
         let Ok(path) = path else { continue };
         // RACE: removed since the directory was read.
         let Ok(metadata) = Metadata::at(&descriptor, &name) else { continue };
-        if filter.admits(&path, metadata.kind == FileKind::Directory) {
+        if rules.admits(&path, metadata.kind == FileKind::Directory) {
             entries.push((path, metadata));
         }
     }

@@ -21,14 +21,15 @@ use crate::error::{Exit, shown};
 use crate::monitor::Monitor;
 
 mod backoff;
-mod complete;
 mod control;
+mod early;
 pub mod feed;
 mod fetch;
-mod filesystem;
+pub mod filesystem;
 mod follow;
 pub mod history;
 pub mod http;
+mod ignores;
 mod job;
 mod look;
 pub mod metrics;
@@ -70,17 +71,20 @@ pub struct Trouble {
 
 /// How a target is reached.
 pub trait Connect: Send + Sync {
-    /// Opens what the configuration calls `target`.
+    /// Opens what the configuration calls `target`, over so many connections where that is said.
     ///
     /// # Errors
     /// [`Trouble`].
-    fn target(&self, target: &str, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble>;
+    fn target(&self, target: &str, connections: Option<u8>, monitor: &dyn Monitor) -> Result<Box<dyn Target>, Trouble>;
 
     /// Opens a source of another machine, likewise.
     ///
     /// # Errors
     /// [`Trouble`].
-    fn source(&self, source: &str, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble>;
+    fn source(&self, source: &str, connections: Option<u8>, monitor: &dyn Monitor) -> Result<Box<dyn Source>, Trouble>;
+
+    /// A run with this target or source failed: what was kept of a connection to it is not to be used again.
+    fn forget(&self, place: &str);
 }
 
 /// Where a daemon keeps what it knows, and where it is asked.

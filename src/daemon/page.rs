@@ -15,8 +15,8 @@ use crate::error::{Escaped, counted, said};
 const STYLE: &str = include_str!("page.css");
 /// Seconds until the browser asks again.
 const REFRESH: u64 = 5;
-/// So many troubles are told in full above everything; all of them stand in the tables.
-const ALERTS: usize = 8;
+/// So many troubles are told in full above everything, so that the tables are still on the first screen; all of them stand there.
+const ALERTS: usize = 4;
 const RECENT: usize = 30;
 
 /// Text in HTML, within an element or a quoted attribute. Control characters and marks that reorder text are shown as such.
@@ -48,6 +48,12 @@ pub fn render(status: &Status, history: &History) -> String {
     page.alerts(status);
     for job in &status.jobs {
         page.job(job, history);
+    }
+    if status.jobs.is_empty() {
+        page.put(format_args!(
+            "<section class=\"alert working\"><h2>No job runs</h2><p>The daemon starts or ends, or its configuration has no \
+             [[job]].</p></section>\n"
+        ));
     }
     page.recent(&status.recent);
     page.put(format_args!(
@@ -130,7 +136,7 @@ impl Page {
 
     fn job(&mut self, job: &JobStatus, history: &History) {
         self.put(format_args!(
-            "<section><div class=\"top\"><h2>{}</h2><span class=\"muted\">{}</span>",
+            "<section><div class=\"top\"><h2>{}</h2><span class=\"muted clamp\">{}</span>",
             Html(words::name(&job.name)),
             Html(said(job.source.as_bytes()))
         ));
@@ -139,7 +145,7 @@ impl Page {
         }
         self.put(format_args!("<span class=\"muted\">{}</span>", Html(watching(job, self.now))));
         if job.unfinished_count > 0 {
-            self.put(format_args!("<span class=\"muted\">{}</span>", Html(unfinished(job))));
+            self.put(format_args!("<span class=\"muted clamp\">{}</span>", Html(unfinished(job))));
         }
         self.put(format_args!("</div>\n<table class=\"targets\"><thead><tr>"));
         let shown = job.targets.first().map(|target| history.series(&job.name, &target.target)).unwrap_or_default();
@@ -170,8 +176,7 @@ impl Page {
             let times = if error.times > 1 { format!(", {} times", error.times) } else { String::new() };
             let message = Html(said(error.message.as_bytes()));
             self.put(format_args!(
-                "<div class=\"error\">{} <small>({}{times})</small></div>",
-                message,
+                "<div class=\"error clamp\" title=\"{message}\">{message}</div><small class=\"error\">{}{times}</small>",
                 age(self.now, error.time)
             ));
         }

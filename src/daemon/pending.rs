@@ -23,6 +23,8 @@ pub(super) enum Work {
 #[derive(Debug, Default)]
 pub(super) struct Pending {
     work: Option<Work>,
+    /// What may be staged when there is nothing else to do.
+    early: BTreeSet<RelPath>,
     since: Option<Instant>,
     /// The number of what was added last.
     through: u64,
@@ -31,9 +33,14 @@ pub(super) struct Pending {
 impl Pending {
     /// Something became ready; `number` grows from one to the next.
     pub(super) fn add(&mut self, ready: Ready, number: u64, now: Instant) {
-        self.since.get_or_insert(now);
-        self.through = number;
-        self.work = Some(match (self.work.take(), ready) {
+        let work = self.work.take();
+        let (since, through) = (Some(now), number);
+        let work = match (work, ready) {
+            (work, Ready::Early(paths)) => {
+                self.early.extend(paths);
+                self.work = work;
+                return;
+            }
             // It was looked at just now: what was left out before has become ready or not by this.
             (_, Ready::Everything { except }) => Work::Everything { except },
             (None, Ready::Paths(paths)) => Work::Paths(paths),
@@ -46,15 +53,27 @@ impl Pending {
                 except.retain(|left| !paths.iter().any(|path| left.is_within(path)));
                 Work::Everything { except }
             }
+        };
+        self.work = Some(match work {
+            Work::Paths(paths) if paths.len() > PATHS_MAX => Work::Everything { except: BTreeSet::new() },
+            work => work,
         });
-        if matches!(&self.work, Some(Work::Paths(paths)) if paths.len() > PATHS_MAX) {
-            self.work = Some(Work::Everything { except: BTreeSet::new() });
-        }
+        (self.since, self.through) = (self.since.or(since), through);
     }
 
     /// What there is to do, which is in somebody's hands from now on.
     pub(super) fn take(&mut self) -> Option<Work> {
         self.work.take()
+    }
+
+    /// What may be staged, where there is nothing else to do.
+    pub(super) fn take_early(&mut self) -> BTreeSet<RelPath> {
+        if self.work.is_some() { BTreeSet::new() } else { std::mem::take(&mut self.early) }
+    }
+
+    /// It was interrupted, and is gone on with later.
+    pub(super) fn put_back_early(&mut self, paths: BTreeSet<RelPath>) {
+        self.early.extend(paths);
     }
 
     /// The number of what was added last: once all that was taken is done, everything up to it is.

@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use std::hash::{BuildHasher as _, RandomState};
 use std::os::fd::OwnedFd;
 
+use super::ignores::Ignores;
 use super::look::{Visit, walk};
 use super::temporary::is_temporary;
-use crate::filter::Filter;
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 
@@ -63,12 +63,12 @@ impl Snapshot {
         &mut self,
         root: &Root,
         top: Option<&RelPath>,
-        filter: &Filter,
+        ignores: &mut Ignores,
         stopped: &dyn Fn() -> bool,
         each: &mut dyn FnMut(&RelPath, &Metadata),
     ) -> Result<Changes, RootError> {
         let mut compare = Compare { snapshot: self, changes: Changes::default(), stopped, each };
-        walk(root, top, filter, &mut compare)?;
+        walk(root, top, ignores, &mut compare)?;
         let mut changes = compare.changes;
         if stopped() {
             return Ok(changes);
@@ -80,6 +80,11 @@ impl Snapshot {
         };
         let known: Vec<RelPath> = self.directories.keys().filter(below).flatten().cloned().collect();
         for path in known {
+            // A file says so since.
+            if ignores.has_files() && !ignores.takes_part(&path, true) {
+                self.directories.remove(&Some(path));
+                continue;
+            }
             // One that cannot be listed for now is not gone.
             let is_there = match root.stat(&path, Follow::Never) {
                 Ok(found) => found.kind == FileKind::Directory,
@@ -144,7 +149,7 @@ impl Visit for Compare<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::filter::FilterSpec;
+    use crate::filter::{Filter, FilterSpec};
 
     #[test]
     fn what_changed_between_two_looks() {
@@ -156,9 +161,10 @@ mod tests {
         }
         let root = Root::open(at).unwrap();
         let filter = Filter::compile(&FilterSpec { rules: vec!["*.log".into()], only: None }).unwrap();
+        let mut ignores = Ignores::new(filter);
         let mut snapshot = Snapshot::default();
-        let look = |snapshot: &mut Snapshot| {
-            let changes = snapshot.look(&root, None, &filter, &|| false, &mut |_, _| ()).unwrap();
+        let mut look = |snapshot: &mut Snapshot| {
+            let changes = snapshot.look(&root, None, &mut ignores, &|| false, &mut |_, _| ()).unwrap();
             let mut changed: Vec<String> = changes.changed.iter().map(|(path, _)| path.to_string()).collect();
             changed.sort();
             let thinned: Vec<_> = changes.thinned.iter().map(|path| path.as_ref().map(ToString::to_string)).collect();

@@ -14,16 +14,17 @@ use crate::endpoint::guarded::{BEING_WRITTEN, Guard, Guarded, HeldBack, Steady};
 use crate::endpoint::local::LocalSource;
 use crate::endpoint::{BeginOptions, Error, ScanOptions, Source};
 use crate::error::{Exit, chain};
-use crate::filter::FilterSpec;
+use crate::filter::{Filter, FilterSpec, line_for};
 use crate::monitor::Severity;
 use crate::path::RelPath;
 use crate::plan::trail;
 use crate::policy::PolicySpec;
-use crate::root::{Follow, Root};
+use crate::root::{FileKind, Follow, Root};
 use crate::staging::{Standing, standing};
+use crate::sync::retention::keep_only;
 use crate::sync::{self, Options, Rate, SyncReport};
 
-/// Connections of a run, and how often a file is sent again that changed or arrived damaged.
+/// Connections of a run unless its job says otherwise, and how often a file is sent again that changed or arrived damaged.
 const WORKERS: usize = 2;
 const RETRIES: u32 = 2;
 /// Another run on the same target, a push by hand for instance, is waited for so many seconds.
@@ -31,6 +32,8 @@ const WAIT_SECONDS: u64 = 30;
 
 /// What is being published into a source for longer is told.
 const PUBLISHING_MAX_SECONDS: u64 = 60;
+/// What is smaller is there soon enough with the rest of its unit.
+const EARLY_BYTES_MIN: u64 = 1 << 20;
 
 /// How the target says that it did not publish what came with something that failed.
 const HELD_BACK: [&str; 2] = ["is held back", "is not published, since"];
@@ -46,12 +49,16 @@ pub(super) struct Plan<'a> {
     pub(super) held_back: HeldBack,
     /// Whether a file of the source is in somebody's hands.
     pub(super) guard: Guard,
+    /// The same of a file alone, whatever unit it lies in.
+    pub(super) file_guard: Guard,
     /// What may go to each target now.
     pub(super) rate: Rate,
     /// What a source of another machine had when it was looked at last.
     pub(super) looked: Looked,
     /// Is told what of such a source is not finished.
     pub(super) unfinished: Arc<dyn Fn(BTreeSet<RelPath>) + Send + Sync>,
+    /// The units that no other target of the job needs; `None` for all.
+    pub(super) safe: &'a dyn Fn() -> Option<BTreeSet<RelPath>>,
 }
 
 /// A run that came to its end.
@@ -65,6 +72,10 @@ pub(super) struct Done {
     pub(super) verified_bytes: u64,
     pub(super) transferred_bytes: u64,
     pub(super) wire_bytes: u64,
+    /// The units of the source that are there now or need not be, where all were compared.
+    pub(super) units: Option<BTreeSet<RelPath>>,
+    /// Units are to go that other targets may need.
+    pub(super) needed: BTreeSet<RelPath>,
 }
 
 /// Sends `work` to `target`.
@@ -86,7 +97,7 @@ pub(super) fn run(
         Some(_) => {
             let mut options = options(plan, FilterSpec { rules: job.exclude.clone(), only: None });
             let found = fetch::look(job, &options.scan, &plan.looked, connect, tally, stop)?;
-            options.begin.filter.rules.extend(found.held.iter().map(rule));
+            options.begin.filter.rules.extend(found.held.iter().map(line_for));
             left_there = u64::from(found.being_written);
             (plan.unfinished)(found.held);
             (Box::new(found.source), options)
@@ -97,8 +108,12 @@ pub(super) fn run(
             let steady = published_whole(&root)?;
             let source =
                 LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
+            let mut options = options(plan, filter);
+            if let Some(rule) = job.retain.filter(|_| options.scan.filter.only.is_none()) {
+                keep_only(&mut options, &root, rule, (plan.safe)()).map_err(|error| failed(&error, error.exit()))?;
+            }
             let source = Guarded::new(source, Arc::clone(&plan.guard), Arc::clone(&plan.held_back)).steady(steady);
-            (Box::new(source), options(plan, filter))
+            (Box::new(source), options)
         }
     };
     let trail = source.trail().map_err(|error| failed(&error, error.exit()))?;
@@ -109,9 +124,13 @@ pub(super) fn run(
         return Err(Trouble { message, exit: Exit::Usage });
     }
     options.begin.trail = trail;
-    let target = connect.target(target, tally)?;
+    let target = connect.target(target, job.connections, tally)?;
     match sync::run(&*source, &*target, &options, tally, stop) {
-        Ok(report) => concluded(report).map(|done| Done { left: done.left + left_there, ..done }),
+        Ok(report) => {
+            let units = options.retain.map(|of| of.source.into_iter().map(|unit| unit.path).collect());
+            let done = concluded(report)?;
+            Ok(Done { units, left: done.left + left_there, ..done })
+        }
         // A unit was begun between asking what is not finished and looking.
         Err(Error::Remote { message, .. }) if message == BEING_WRITTEN => Ok(Done { left: 1, ..Done::default() }),
         Err(error) => Err(failed(&error, error.exit())),
@@ -138,29 +157,72 @@ fn published_whole(root: &Root) -> Result<Steady, Trouble> {
     Ok(Arc::new(move || !matches!(before, Standing::Publishing(_)) && standing(&root) == before))
 }
 
+/// Stages files of units that are not finished at `target`. `None` where there is nothing worth it.
+///
+/// # Errors
+/// [`Trouble`] when not all of it is staged.
+pub(super) fn stage(
+    plan: &Plan<'_>,
+    target: &str,
+    paths: &BTreeSet<RelPath>,
+    connect: &dyn Connect,
+    tally: &Tally,
+    stop: &AtomicBool,
+) -> Result<Option<Done>, Trouble> {
+    let failed = |error: &dyn std::error::Error, exit| Trouble { message: chain(error), exit };
+    let root = Root::open(&plan.job.source).map_err(|error| failed(&error, Exit::Io))?;
+    let large = |path: &&RelPath| {
+        let found = root.stat(path, Follow::Never);
+        found.is_ok_and(|found| found.kind == FileKind::Regular && found.size >= EARLY_BYTES_MIN)
+    };
+    let only: Vec<Vec<u8>> = paths.iter().filter(large).map(|path| path.as_bytes().to_vec()).collect();
+    if only.is_empty() {
+        return Ok(None);
+    }
+    let mut options = options(plan, FilterSpec { rules: plan.job.exclude.clone(), only: Some(only) });
+    options.begin.stage_only = true;
+    (options.delete, options.begin.trash_seconds) = (false, None);
+    let source = LocalSource::new(&plan.job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
+    options.begin.trail = source.trail().map_err(|error| failed(&error, error.exit()))?;
+    // That its unit is not finished is known.
+    let source = Guarded::new(source, Arc::clone(&plan.file_guard), Arc::new(BTreeSet::new));
+    let target = connect.target(target, plan.job.connections, tally)?;
+    let report = sync::run(&source, &*target, &options, tally, stop).map_err(|error| failed(&error, error.exit()))?;
+    concluded(report).map(Some)
+}
+
 /// What of the source takes part; `None` where nothing of the work is left to do.
 fn filter(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<FilterSpec> {
     let job = plan.job;
     let mut filter = FilterSpec { rules: job.exclude.clone(), only: None };
     // The work may have waited for long: what changes again since then is left out, and comes when it is finished.
-    filter.rules.extend((plan.held_back)().iter().map(rule));
+    filter.rules.extend((plan.held_back)().iter().map(line_for));
     match work {
-        Work::Everything { except } => filter.rules.extend(except.iter().map(rule)),
+        Work::Everything { except } => filter.rules.extend(except.iter().map(line_for)),
         Work::Paths(paths) => {
             let there = paths.iter().filter(|path| root.stat(path, Follow::Never).is_ok());
             let only: Vec<Vec<u8>> = there.map(|path| path.as_bytes().to_vec()).collect();
             let gone = only.len() < paths.len();
             // What is to be removed there is compared with everything: the limits on deleting are of the whole.
-            if gone && job.delete == Delete::Mirror {
+            if gone && job.delete != Delete::Never {
                 return Some(filter);
             }
             if only.is_empty() {
                 return None;
             }
+            // Which units stay is a matter of all of them.
+            if job.retain.is_some() && paths.iter().any(|path| is_unit(job, path)) {
+                return Some(filter);
+            }
             filter.only = Some(only);
         }
     }
     Some(filter)
+}
+
+fn is_unit(job: &Job, path: &RelPath) -> bool {
+    let globs = FilterSpec { rules: job.unit.iter().cloned().collect(), only: None };
+    Filter::compile(&globs).is_ok_and(|unit| !unit.admits(path, true))
 }
 
 /// What is asked of the engine.
@@ -174,33 +236,18 @@ fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
             last: job.last.clone(),
             units: job.unit.iter().cloned().collect(),
             wait_seconds: WAIT_SECONDS,
+            trash_seconds: job.trash_seconds(),
             actor: plan.actor.to_owned(),
             source: crate::error::shown(&job.source).to_string(),
             ..BeginOptions::default()
         },
-        delete: job.delete == Delete::Mirror,
+        delete: job.delete != Delete::Never,
+        retain: None,
         max_delete: job.max_delete,
-        workers: WORKERS,
+        workers: job.connections.map_or(WORKERS, usize::from),
         retries: RETRIES,
         bandwidth: plan.rate.clone(),
     }
-}
-
-/// The gitignore line for just this path. Bytes that are not UTF-8 are matched by `?`, one for each: it may leave out more,
-/// which then waits for the next time.
-fn rule(path: &RelPath) -> String {
-    let mut line = String::from("/");
-    for chunk in path.as_bytes().utf8_chunks() {
-        for c in chunk.valid().chars() {
-            if matches!(c, '*' | '?' | '[' | ']' | '{' | '}' | '\\' | '!' | '#' | ' ') {
-                line.push('\\');
-            }
-            // A line ends at a line feed, whatever stands before it.
-            line.push(if c == '\n' || c == '\r' { '?' } else { c });
-        }
-        chunk.invalid().iter().for_each(|_| line.push('?'));
-    }
-    line
 }
 
 fn concluded(report: SyncReport) -> Result<Done, Trouble> {
@@ -218,6 +265,8 @@ fn concluded(report: SyncReport) -> Result<Done, Trouble> {
     let committed = report.committed.unwrap_or_default();
     Ok(Done {
         left,
+        units: None,
+        needed: report.needed,
         generation: Some(committed.generation),
         published: committed.published,
         removed: committed.removed,
@@ -225,31 +274,4 @@ fn concluded(report: SyncReport) -> Result<Done, Trouble> {
         transferred_bytes: report.transferred_bytes,
         wire_bytes: report.wire_bytes,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::filter::Filter;
-
-    #[test]
-    fn a_path_that_is_left_out_is_matched_by_its_rule_and_its_neighbours_are_not() {
-        for name in
-            ["plain", "a b", "with*star", "que?ry", "[set]", "!bang", "#hash", "tail ", "back\\slash", "{a,b}", "é"]
-        {
-            for path in [name.to_owned(), format!("d/{name}")] {
-                let path = RelPath::new(&path).unwrap();
-                let filter = Filter::compile(&FilterSpec { rules: vec![rule(&path)], only: None }).unwrap();
-                assert!(!filter.admits(&path, false) && !filter.admits(&path, true), "{path}");
-                for other in ["withXstar", "queXry", "s", "a", "deeper/plain", "plain2"] {
-                    assert!(filter.admits(&RelPath::new(other).unwrap(), false), "{path} {other}");
-                }
-            }
-        }
-        for odd in [&b"caf\xe9"[..], b"two\nlines", b"d/\xff\xfe"] {
-            let path = RelPath::new(odd).unwrap();
-            let filter = Filter::compile(&FilterSpec { rules: vec![rule(&path)], only: None }).unwrap();
-            assert!(!filter.admits(&path, false), "{path}");
-        }
-    }
 }

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use super::early::Early;
 use super::temporary::{is_temporary, marks_of};
 use crate::config::Ready as WhenReady;
 use crate::filter::{Filter, FilterError, FilterSpec};
@@ -123,6 +124,7 @@ pub(super) struct Settle {
     open: BTreeMap<RelPath, Open>,
     temporary: BTreeSet<RelPath>,
     ready: BTreeSet<RelPath>,
+    early: Early,
     /// Nothing is due before.
     soonest: Option<Instant>,
 }
@@ -145,6 +147,7 @@ impl Settle {
             open: BTreeMap::new(),
             temporary: BTreeSet::new(),
             ready: BTreeSet::new(),
+            early: Early::default(),
             soonest: None,
         }
     }
@@ -168,13 +171,25 @@ impl Settle {
         let probe = now + self.rules.settle.max(PROBE);
         self.open.insert(path.clone(), Open { last: now, seen: true, probe, pause: PROBE });
         self.wake(probe);
+        self.early.forget(path);
         self.touch(path, false, now);
+    }
+
+    /// A file is closed that lies in a unit: it need not wait for the rest of it to be brought. Markers and pointers are made
+    /// when all else is there.
+    fn may_be_early(&mut self, path: &RelPath, at: Instant) {
+        let (Some(unit), None) = self.place(path, false) else { return };
+        if unit != *path && !self.rules.is_marker(&unit, path) && !self.rules.is_pointer(path, false) {
+            self.early.add(path, at);
+            self.wake(at + self.rules.settle);
+        }
     }
 
     /// A file was closed by whoever wrote it.
     pub(super) fn closed(&mut self, path: &RelPath, now: Instant) {
         self.open.remove(path);
         self.touch(path, false, now);
+        self.may_be_early(path, now);
     }
 
     /// Something appeared whole, or its metadata changed.
@@ -209,6 +224,9 @@ impl Settle {
         };
         if held || age < self.rules.settle || judged() {
             self.touch(path, directory, changed);
+            if !held && !directory {
+                self.may_be_early(path, changed);
+            }
         }
     }
 
@@ -226,9 +244,11 @@ impl Settle {
         self.wake(now);
     }
 
-    fn forget(&mut self, path: &RelPath) {
+    /// Something, with what is in it, is nothing to wait for any more.
+    pub(super) fn forget(&mut self, path: &RelPath) {
         drop_within(&mut self.waiting, path);
         drop_within(&mut self.open, path);
+        self.early.forget(path);
         self.temporary.retain(|temporary| !temporary.is_within(path));
     }
 
@@ -248,6 +268,9 @@ impl Settle {
             }
         }
         self.touch(to, directory, now);
+        if !directory && !self.open.contains_key(to) {
+            self.may_be_early(to, now);
+        }
     }
 
     fn touch(&mut self, path: &RelPath, directory: bool, at: Instant) {
@@ -327,6 +350,7 @@ impl Settle {
             asks.push(Ask::Held(due.into_iter().map(|(path, _)| path.clone()).collect()));
         }
         soonest.into_iter().for_each(|at| self.wake(at));
+        self.early.due(now, self.rules.settle).into_iter().for_each(|at| self.wake(at));
         // Pointers last: they wait for what they name.
         for pointers in [false, true] {
             let (mut judged, mut later) = (Vec::new(), None::<Instant>);
@@ -345,6 +369,7 @@ impl Settle {
             }
             for path in judged {
                 self.waiting.remove(&path);
+                self.early.forget(&path);
                 self.ready.insert(path);
             }
         }
@@ -416,7 +441,8 @@ impl Settle {
             Held::Untold => !open.seen || quiet >= UNTOLD.max(settle),
         };
         if closed {
-            self.open.remove(path);
+            let last = self.open.remove(path).map_or(now, |open| open.last);
+            self.may_be_early(path, last);
             if let (Some(unit), _) = self.place(path, false)
                 && self.rules.is_marker(&unit, path)
                 && let Some(waiting) = self.waiting.get_mut(&unit)
@@ -446,6 +472,7 @@ impl Settle {
     pub(super) fn complete(&mut self, unit: &RelPath, complete: bool, now: Instant) {
         if complete {
             self.waiting.remove(unit);
+            self.early.forget(unit);
             self.ready.insert(unit.clone());
         } else if let Some(waiting) = self.waiting.get_mut(unit) {
             waiting.refused = true;
@@ -464,6 +491,19 @@ impl Settle {
     /// What became ready since this was asked last.
     pub(super) fn take(&mut self) -> BTreeSet<RelPath> {
         std::mem::take(&mut self.ready)
+    }
+
+    /// Files of units that are not finished, which became finished since this was asked last.
+    pub(super) fn take_early(&mut self) -> BTreeSet<RelPath> {
+        self.early.take()
+    }
+
+    /// Whether a file itself is being written or was a moment ago, whatever it lies in.
+    pub(super) fn is_file_in_hands(&self, path: &RelPath) -> bool {
+        self.open.contains_key(path)
+            || self.early.waits(path)
+            || self.is_marked(path)
+            || self.place(path, false).1.is_some()
     }
 
     /// What is not to be sent now: what is temporary, and what changed and is not finished.

@@ -1,16 +1,18 @@
 //! One target of a job, on a thread of its own: it waits for work, does it, and tries again what failed.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::feed::Ready;
-use super::pending::Pending;
-use super::run::{Done, Plan, run};
+use super::pending::{Pending, Work};
+use super::run::{Done, Plan, run, stage};
 use super::status::{Publication, State, TargetStatus, Trouble as TroubleStatus};
 use super::tally::Tally;
 use super::{Connect, Trouble, clock, recent::Recent, remedy};
 use crate::error::Exit;
+use crate::path::RelPath;
 
 /// What is known of a target, and what wakes its thread.
 pub(super) struct Lane {
@@ -18,7 +20,19 @@ pub(super) struct Lane {
     inner: Mutex<Inner>,
     woken: Condvar,
     stop: Arc<AtomicBool>,
+    /// Something is to be published: what is only staged waits.
+    interrupt: Arc<AtomicBool>,
 }
+
+/// What a target is to get.
+enum Task {
+    Publish(Work),
+    /// Files of units that are not finished.
+    Stage(BTreeSet<RelPath>),
+}
+
+/// How long nothing is staged early after that failed.
+const EARLY_PAUSE: Duration = Duration::from_secs(30);
 
 #[derive(Default)]
 struct Inner {
@@ -29,15 +43,19 @@ struct Inner {
     failures_in_a_row: u64,
     next_try: Option<Instant>,
     halted: bool,
+    no_early_before: Option<Instant>,
     /// All that was added up to this number is published.
     done_through: u64,
+    /// Units are to go there that other targets may need.
+    keeps_needed: bool,
     known: TargetStatus,
 }
 
 /// What became of a run.
 pub(super) enum Happened<'a> {
-    /// All that was to be done is; `changed` where that was anything.
-    Published { changed: bool },
+    /// All that was to be done is; `changed` where that was anything. `units` are those of the source that are there now or
+    /// need not be, where that is known; `needed` those that were to go there and that other targets may need.
+    Published { changed: bool, units: Option<&'a BTreeSet<RelPath>>, needed: &'a BTreeSet<RelPath> },
     /// It failed, and the one before had not.
     BeganToFail(&'a Trouble),
 }
@@ -46,7 +64,7 @@ impl Lane {
     pub(super) fn new(target: &str, stop: Arc<AtomicBool>) -> Lane {
         let known = TargetStatus { target: target.to_owned(), ..TargetStatus::default() };
         let inner = Mutex::new(Inner { known, ..Inner::default() });
-        Lane { target: target.to_owned(), inner, woken: Condvar::new(), stop }
+        Lane { target: target.to_owned(), inner, woken: Condvar::new(), stop, interrupt: Arc::default() }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -56,8 +74,21 @@ impl Lane {
     /// Something may be sent.
     pub(super) fn add(&self, ready: Ready, number: u64) {
         let mut inner = self.inner();
+        if !matches!(ready, Ready::Early(_)) {
+            self.interrupt.store(true, Ordering::Relaxed);
+        }
         inner.pending.add(ready, number, Instant::now());
         self.woken.notify_all();
+    }
+
+    /// Another target has got more units: where some were to go that it needed, all is looked at again.
+    pub(super) fn look_at_needed(&self) {
+        let mut inner = self.inner();
+        if std::mem::take(&mut inner.keeps_needed) {
+            let through = inner.pending.through();
+            inner.pending.add(Ready::Everything { except: BTreeSet::new() }, through, Instant::now());
+            self.woken.notify_all();
+        }
     }
 
     /// All that was added up to this number is published.
@@ -80,7 +111,9 @@ impl Lane {
     /// Wakes the thread, which looks at its stop flag.
     pub(super) fn wake(&self) {
         // Taken and given back, so that nobody is between looking at the flag and waiting.
-        drop(self.inner());
+        let inner = self.inner();
+        self.interrupt.store(true, Ordering::Relaxed);
+        drop(inner);
         self.woken.notify_all();
     }
 
@@ -117,6 +150,13 @@ impl Lane {
         happened: &dyn Fn(Happened<'_>),
     ) {
         while let Some((work, through, tally)) = self.wait(&plan.job.name) {
+            let work = match work {
+                Task::Publish(work) => work,
+                Task::Stage(paths) => {
+                    self.stage(plan, connect, paths, &tally);
+                    continue;
+                }
+            };
             let started = Instant::now();
             let result = run(plan, &self.target, &work, connect, &tally, &self.stop);
             let stopped = self.stop.load(Ordering::Relaxed);
@@ -130,12 +170,14 @@ impl Lane {
                         inner.left(plan.job.settle.0);
                     } else {
                         inner.done_through = through;
+                        inner.keeps_needed = !done.needed.is_empty();
                     }
                     inner.succeeded(&done);
                     drop(inner);
                     self.tell(plan, &done, started.elapsed(), recent);
                     if !left {
-                        happened(Happened::Published { changed: done.published + done.removed > 0 });
+                        let changed = done.published + done.removed > 0;
+                        happened(Happened::Published { changed, units: done.units.as_ref(), needed: &done.needed });
                     }
                 }
                 Err(trouble) => {
@@ -143,6 +185,8 @@ impl Lane {
                     if stopped {
                         return;
                     }
+                    connect.forget(&self.target);
+                    plan.job.remote_source().inspect(|source| connect.forget(source));
                     inner.failed(&trouble, plan.job.retry_max.0);
                     let first = inner.failures_in_a_row == 1;
                     drop(inner);
@@ -155,8 +199,34 @@ impl Lane {
         }
     }
 
+    /// Brings files of units that are not finished, until there is something to publish. A failure is nothing by itself: it is
+    /// met again with the unit, and then counts.
+    fn stage(&self, plan: &Plan<'_>, connect: &dyn Connect, paths: BTreeSet<RelPath>, tally: &Tally) {
+        let (job, target) = (plan.job.name.as_str(), self.target.as_str());
+        let result = stage(plan, target, &paths, connect, tally, &self.interrupt);
+        let interrupted = self.interrupt.load(Ordering::Relaxed);
+        let mut inner = self.inner();
+        inner.tally = None;
+        match result {
+            Ok(Some(done)) => {
+                inner.known.transferred_bytes += done.transferred_bytes;
+                inner.known.wire_bytes += done.wire_bytes;
+                tracing::debug!(job, target, bytes = done.transferred_bytes, "staged early");
+            }
+            Ok(None) => {}
+            // What is whole by now is not sent again.
+            Err(_) if interrupted => inner.pending.put_back_early(paths),
+            Err(trouble) => {
+                tracing::debug!(job, target, "not staged early: {}", trouble.message);
+                inner.no_early_before = Some(Instant::now() + EARLY_PAUSE);
+                drop(inner);
+                connect.forget(&self.target);
+            }
+        }
+    }
+
     /// Waits for work; `None` to end.
-    fn wait(&self, job: &str) -> Option<(super::pending::Work, u64, Arc<Tally>)> {
+    fn wait(&self, job: &str) -> Option<(Task, u64, Arc<Tally>)> {
         let mut inner = self.inner();
         loop {
             if self.stop.load(Ordering::Relaxed) {
@@ -171,7 +241,18 @@ impl Lane {
                 let tally = Arc::new(Tally::new(job, &self.target, Arc::clone(&self.stop)));
                 inner.tally = Some(Arc::clone(&tally));
                 inner.next_try = None;
-                return Some((work, inner.pending.through(), tally));
+                return Some((Task::Publish(work), inner.pending.through(), tally));
+            }
+            // A target that fails gets no more to do.
+            let may_stage =
+                !inner.paused && inner.failures_in_a_row == 0 && inner.no_early_before.is_none_or(|at| at <= now);
+            let finished = if may_stage { inner.pending.take_early() } else { BTreeSet::new() };
+            if !finished.is_empty() {
+                // Under the lock: what is added from now on interrupts it.
+                self.interrupt.store(false, Ordering::Relaxed);
+                let tally = Arc::new(Tally::new(job, &self.target, Arc::clone(&self.interrupt)));
+                inner.tally = Some(Arc::clone(&tally));
+                return Some((Task::Stage(finished), 0, tally));
             }
             inner = match early.filter(|_| !inner.paused && !inner.pending.is_empty()) {
                 Some(at) => {

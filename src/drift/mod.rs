@@ -117,7 +117,7 @@ pub fn look(path: &Path, question: &Question<'_>, monitor: &dyn Monitor) -> Resu
         ignore_files: false,
         report_special: false,
     };
-    let scanned = scan::scan(&root, &rule, None, monitor)?;
+    let scanned = scan::scan(&root, &rule, monitor)?;
     let mut findings = Findings { entries: scanned.tree.entries().len() as u64, ..Findings::default() };
     match published(&root)? {
         None => {}

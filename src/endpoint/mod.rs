@@ -296,6 +296,12 @@ pub struct BeginOptions {
     pub wait_seconds: u64,
     /// Only look: create and change nothing.
     pub dry_run: bool,
+    /// Only stage: a later run that wants the same files publishes them.
+    #[serde(default)]
+    pub stage_only: bool,
+    /// What is removed or replaced goes to the trash of the root, and stays there for so many seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trash_seconds: Option<u64>,
     /// Who runs it, for the audit log and the lock: `user@host`.
     pub actor: String,
     /// Where the content comes from, for the audit log.
@@ -316,6 +322,12 @@ pub struct CommitOptions {
     /// Paths that could not even be listed at the source: what they belong to is not whole.
     #[serde(default)]
     pub unreadable: Vec<Vec<u8>>,
+    /// Units (bytes of their paths) that are taken away whole, though the run may delete nothing else.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub retire: Vec<Vec<u8>>,
+    /// Units that stay, with all that is in them, though the plan lists them as removals.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub spare: Vec<Vec<u8>>,
 }
 
 /// What was published.
@@ -329,6 +341,15 @@ pub struct Committed {
     pub published: u64,
     /// Paths that were removed.
     pub removed: u64,
+    /// Where what was removed or replaced lies now, below the root, if anything does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trash: Option<String>,
+    /// Units that were taken away: escaped paths.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub retired: Vec<String>,
+    /// What was to be removed and stays for now, since somebody uses it: escaped path and who.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub put_off: Vec<(String, String)>,
     /// Paths that could not be published: escaped path and reason.
     pub problems: Vec<(String, String)>,
 }
@@ -363,6 +384,10 @@ pub trait Target: Sync {
     /// published or kept, and the audit log is to say why. The run is still ended by [`Target::abort`].
     fn reject(&self, path: &[u8], reason: &str) {
         let _ = (path, reason);
+    }
+    /// Whether it can keep what was staged by a run that does not publish ([`BeginOptions::stage_only`]).
+    fn stages_early(&self) -> bool {
+        false
     }
     /// How the target proves what it holds, for `-v` and the summary.
     fn verification(&self) -> String;

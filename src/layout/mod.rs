@@ -10,6 +10,7 @@ use crate::path::RelPath;
 use crate::root::{Root, RootError};
 use crate::scan::Scanned;
 
+pub mod complete;
 mod contents;
 mod deepspeed;
 mod huggingface;
@@ -21,6 +22,7 @@ pub mod safetensors;
 mod torch;
 mod tree;
 mod unfinished;
+pub mod units;
 pub mod zip;
 
 use tree::{Item, Tree, below};

@@ -9,8 +9,10 @@ mod diff;
 
 pub mod outcome;
 pub mod publish;
+pub mod retain;
 pub mod safety;
 pub mod trail;
+pub mod trash;
 
 pub use diff::{Desired, diff, require_proof};
 

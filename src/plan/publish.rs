@@ -22,6 +22,8 @@ pub enum Step {
     RemoveFile(RelPath),
     /// Remove an empty directory.
     RemoveDirectory(RelPath),
+    /// Take a directory away, with everything in it, in one step.
+    TakeAway(RelPath),
 }
 
 impl Step {
@@ -33,7 +35,8 @@ impl Step {
             | Step::Exchange(path)
             | Step::ApplyMetadata(path)
             | Step::RemoveFile(path)
-            | Step::RemoveDirectory(path) => path,
+            | Step::RemoveDirectory(path)
+            | Step::TakeAway(path) => path,
         }
     }
 }
@@ -210,6 +213,7 @@ mod tests {
             Step::ApplyMetadata(path) => format!("apply {path}"),
             Step::RemoveFile(path) => format!("rm {path}"),
             Step::RemoveDirectory(path) => format!("rmdir {path}"),
+            Step::TakeAway(path) => format!("take {path}"),
         };
         steps(&publication).iter().map(name).collect()
     }

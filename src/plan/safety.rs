@@ -32,6 +32,16 @@ impl std::str::FromStr for DeleteLimit {
     }
 }
 
+impl std::fmt::Display for DeleteLimit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            DeleteLimit::Unlimited => f.write_str("any number"),
+            DeleteLimit::Paths(paths) => write!(f, "{paths}"),
+            DeleteLimit::Percent(percent) => write!(f, "{percent}%"),
+        }
+    }
+}
+
 /// Why nothing was deleted, and nothing else done.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[allow(missing_docs)]

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
 use sha2::{Digest as _, Sha256};
 
 use super::blocks::BLOCK_BYTES;
@@ -92,6 +92,13 @@ impl DigestTable {
         let record = Record { size, mtime, ctime, digest: known.digest, hashed: known.hashed.unwrap_or(0) };
         let key = (metadata.device, metadata.inode);
         self.records.insert(key, record);
+        self.blocks.remove(&key);
+    }
+
+    /// Forgets the file that `metadata` was taken of.
+    pub fn remove(&mut self, metadata: &Metadata) {
+        let key = (metadata.device, metadata.inode);
+        self.records.remove(&key);
         self.blocks.remove(&key);
     }
 
@@ -185,12 +192,15 @@ fn read_blocks(mut bytes: &[u8]) -> Option<Blocks> {
     Some(blocks)
 }
 
-/// The digests of one root's files. Loaded whole; written at the end.
+/// The digests of one root's files.
 #[derive(Debug)]
 pub struct DigestCache {
     file: PathBuf,
     table: DigestTable,
 }
+
+/// Where less than one record in so many is wanted, each is looked up by itself.
+const SOONER_LOOKED_UP: u64 = 8;
 
 /// A cache that could not be written. The run is not worse for it; the next one hashes again.
 #[derive(Debug, thiserror::Error)]
@@ -205,8 +215,22 @@ pub struct CacheError {
 impl DigestCache {
     /// Reads what is there. A cache that is damaged, in use or not there is empty.
     pub fn load(file: &Path) -> DigestCache {
-        let records = if file.exists() { read(file).unwrap_or_default() } else { HashMap::new() };
+        DigestCache::load_of(file, None)
+    }
+
+    /// The same of these files alone, where that is less work.
+    pub fn load_for(file: &Path, wanted: &[Metadata]) -> DigestCache {
+        DigestCache::load_of(file, Some(wanted))
+    }
+
+    fn load_of(file: &Path, wanted: Option<&[Metadata]>) -> DigestCache {
+        let records = if file.exists() { read(file, wanted).unwrap_or_default() } else { HashMap::new() };
         DigestCache { file: file.to_owned(), table: DigestTable { records, blocks: HashMap::new() } }
+    }
+
+    /// One that holds nothing yet.
+    pub fn empty(file: &Path) -> DigestCache {
+        DigestCache { file: file.to_owned(), table: DigestTable::default() }
     }
 
     /// What it holds.
@@ -288,10 +312,21 @@ fn open(file: &Path) -> Result<Database, redb::Error> {
     }
 }
 
-fn read(file: &Path) -> Result<HashMap<(u64, u64), Record>, redb::Error> {
+fn read(file: &Path, wanted: Option<&[Metadata]>) -> Result<HashMap<(u64, u64), Record>, redb::Error> {
     let database = Database::open(file)?;
     let table = database.begin_read()?.open_table(TABLE)?;
     let mut records = HashMap::new();
+    if let Some(wanted) =
+        wanted.filter(|wanted| table.len().is_ok_and(|all| wanted.len() as u64 * SOONER_LOOKED_UP < all))
+    {
+        for metadata in wanted {
+            let key = (metadata.device, metadata.inode);
+            if let Some(record) = table.get(key)?.and_then(|value| decode(value.value())) {
+                records.insert(key, record);
+            }
+        }
+        return Ok(records);
+    }
     for item in table.iter()? {
         let (key, value) = item?;
         if let Some(record) = decode(value.value()) {
@@ -353,6 +388,30 @@ mod tests {
         std::fs::File::options().write(true).open(&file).unwrap().set_times(times).unwrap();
         assert_eq!(metadata_of(&file).mtime, before.mtime);
         assert_eq!(cache.table().get(&metadata_of(&file)), None);
+    }
+
+    #[test]
+    fn a_few_of_many_are_looked_up_and_are_what_the_whole_says() {
+        let directory = tempfile::tempdir().unwrap();
+        let database = directory.path().join("d.redb");
+        let files: Vec<_> = (0..40_u8)
+            .map(|number| {
+                let file = directory.path().join(number.to_string());
+                std::fs::write(&file, [number]).unwrap();
+                let found = metadata_of(&file);
+                let old = Timestamp { seconds: 1_000_000_000, nanoseconds: 0 };
+                (Metadata { ctime: old, ..found }, Digest([number; 32]))
+            })
+            .collect();
+        DigestCache::empty(&database).store(&files, SystemTime::now()).unwrap();
+        for (wanted, held) in [(1, 1), (4, 4), (5, 40), (40, 40)] {
+            let few: Vec<_> = files.iter().take(wanted).map(|(metadata, _)| *metadata).collect();
+            let cache = DigestCache::load_for(&database, &few);
+            assert_eq!(cache.len(), held, "{wanted}");
+            for (metadata, digest) in &files[..wanted] {
+                assert_eq!(cache.table().get(metadata), Some(*digest));
+            }
+        }
     }
 
     #[test]

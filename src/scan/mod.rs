@@ -58,6 +58,17 @@ pub struct Scanned {
     pub problems: Vec<Problem>,
 }
 
+impl Scanned {
+    /// Gives files the digests that are known of them.
+    pub fn know(&mut self, known: &DigestTable) {
+        for (index, metadata) in self.metadata.iter().enumerate() {
+            if let Some(digest) = known.get(metadata) {
+                self.tree.set_digest(index, digest);
+            }
+        }
+    }
+}
+
 /// A tree that cannot be listed at all.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
@@ -97,12 +108,7 @@ struct Found {
 ///
 /// # Errors
 /// [`ScanError`] when the root itself cannot be listed. Other paths become problems.
-pub fn scan(
-    root: &Root,
-    rule: &ScanRule,
-    known: Option<&DigestTable>,
-    monitor: &dyn Monitor,
-) -> Result<Scanned, ScanError> {
+pub fn scan(root: &Root, rule: &ScanRule, monitor: &dyn Monitor) -> Result<Scanned, ScanError> {
     root.open_dir(None, Follow::Never)?;
     let top = Directory { path: None, filter: Arc::new(rule.filter.clone()) };
     let shared = Shared {
@@ -126,13 +132,6 @@ pub fn scan(
     all.entries.sort_unstable_by(|a, b| a.0.path.cmp(&b.0.path));
     all.problems.sort_by(|a, b| a.path.cmp(&b.path));
     join_hard_links(&mut all.entries);
-    if let Some(known) = known {
-        for (entry, metadata) in &mut all.entries {
-            if let Content::File { digest, .. } = &mut entry.content {
-                *digest = known.get(metadata);
-            }
-        }
-    }
     let (entries, metadata) = all.entries.into_iter().unzip();
     Ok(Scanned { tree: Tree::new(entries)?, metadata, problems: all.problems })
 }
@@ -204,6 +203,9 @@ fn list(
                 continue;
             }
         };
+        if !filter.may_admit(&path) {
+            continue;
+        }
         let metadata = match Metadata::at(&descriptor, &name) {
             Ok(metadata) => metadata,
             // RACE: removed since the directory was read; it is not there any more, and that is all there is to say.
@@ -230,21 +232,37 @@ fn list(
 
 /// The directory's filter, with its `.lockstepignore` where it has one.
 fn own_filter(shared: &Shared<'_>, directory: &Directory, names: &[Vec<u8>]) -> Result<Arc<Filter>, Problem> {
-    if !shared.rule.ignore_files || !names.iter().any(|name| name == IGNORE_FILE) {
+    if !shared.rule.ignore_files {
         return Ok(Arc::clone(&directory.filter));
     }
-    let path = match &directory.path {
+    with_own_ignore_file(shared.root, directory.path.as_ref(), names, &directory.filter)
+}
+
+/// The rules for what lies in a directory that holds these names: those of above, with its `.lockstepignore` where it has one.
+///
+/// # Errors
+/// A file that cannot be read, or whose lines are no globs.
+pub(crate) fn with_own_ignore_file(
+    root: &Root,
+    directory: Option<&RelPath>,
+    names: &[Vec<u8>],
+    above: &Arc<Filter>,
+) -> Result<Arc<Filter>, Problem> {
+    if !names.iter().any(|name| name == IGNORE_FILE) {
+        return Ok(Arc::clone(above));
+    }
+    let path = match directory {
         Some(parent) => parent.join(IGNORE_FILE),
         None => RelPath::new(IGNORE_FILE),
     }
-    .map_err(|error| failed(directory.path.clone(), &error))?;
+    .map_err(|error| failed(directory.cloned(), &error))?;
     let wrong = |error: &dyn std::error::Error| failed(Some(path.clone()), error);
-    let file = shared.root.open_read(&path, Follow::Never).map_err(|error| wrong(&error))?;
+    let file = root.open_read(&path, Follow::Never).map_err(|error| wrong(&error))?;
     let regular = Metadata::of(&file).map_err(|error| wrong(&error))?.kind == FileKind::Regular;
     // One byte more than may be: the filter refuses it then.
     let file = file.take(GLOBS_BYTES_MAX as u64 + 1);
     let text = if regular { std::io::read_to_string(file).map_err(|error| wrong(&error))? } else { String::new() };
-    let filter = directory.filter.with_ignore_file(directory.path.as_ref(), &text).map_err(|error| wrong(&error))?;
+    let filter = above.with_ignore_file(directory, &text).map_err(|error| wrong(&error))?;
     Ok(Arc::new(filter))
 }
 
@@ -313,7 +331,7 @@ mod tests {
         let spec = FilterSpec { rules: rules.iter().map(|&rule| rule.into()).collect(), only: None };
         let filter = Filter::compile(&spec).unwrap();
         let rule = ScanRule { filter, links, ignore_files: true, report_special: true };
-        scan(&Root::open(at).unwrap(), &rule, None, &Silent::default()).unwrap()
+        scan(&Root::open(at).unwrap(), &rule, &Silent::default()).unwrap()
     }
 
     fn paths(scanned: &Scanned) -> Vec<String> {

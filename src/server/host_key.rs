@@ -73,6 +73,27 @@ pub fn load_or_create(path: &Path) -> Result<PrivateKey, HostKeyError> {
     }
 }
 
+/// Reads the key; `None` where there is no file, but a directory that one can be made in.
+///
+/// # Errors
+/// [`HostKeyError`].
+pub fn find(path: &Path) -> Result<Option<PrivateKey>, HostKeyError> {
+    match File::open(path) {
+        Ok(file) => load(path, file).map(Some),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match path.parent() {
+            Some(above) if !above.is_dir() => {
+                Err(HostKeyError::Untrusted { path: path.into(), reason: no_directory() })
+            }
+            _ => Ok(None),
+        },
+        Err(source) => Err(HostKeyError::Io { path: path.into(), source }),
+    }
+}
+
+fn no_directory() -> String {
+    "it is made at the first start, but its directory is not there; make that first".to_owned()
+}
+
 /// Reads a certificate for the key.
 ///
 /// # Errors
@@ -122,8 +143,7 @@ fn create(path: &Path) -> Result<PrivateKey, HostKeyError> {
     let _ = std::fs::remove_file(&new);
     let mut file = match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let reason = "it is made at the first start, but its directory is not there; make that first".to_owned();
-            return Err(HostKeyError::Untrusted { path: path.into(), reason });
+            return Err(HostKeyError::Untrusted { path: path.into(), reason: no_directory() });
         }
         opened => opened.map_err(io)?,
     };

@@ -220,11 +220,36 @@ pub async fn bind_with(
     Ok(Listener { sockets, config, settings, problems, recorder, key, fingerprint })
 }
 
+/// What would keep a server from starting, or people from logging in, as far as the files tell. No address is taken, and no
+/// key is made.
+pub fn look(config: &ServeConfig) -> (Vec<ServeError>, Vec<String>) {
+    let mut wrong = Vec::new();
+    match host_key::find(&config.host_key) {
+        Ok(Some(key)) => {
+            let certificate = config.host_certificate.as_deref().map(|path| host_key::certificate(path, &key));
+            wrong.extend(certificate.and_then(Result::err).map(ServeError::HostKey));
+        }
+        Ok(None) => {}
+        Err(error) => wrong.push(error.into()),
+    }
+    wrong.extend(config.users.iter().filter_map(no_root));
+    let problems = Access::new(&config.users, config.revoked_keys.clone()).look();
+    let problems = problems.unwrap_or_else(|reason| {
+        wrong.push(ServeError::Revoked(reason));
+        Vec::new()
+    });
+    (wrong, problems)
+}
+
+fn no_root(user: &ServeUser) -> Option<ServeError> {
+    let reason = || format!("root {} is not a directory; make it first", crate::error::shown(&user.root));
+    (!user.root.is_dir()).then(|| ServeError::User { user: user.name.clone(), reason: reason() })
+}
+
 /// Checks what can be checked before anybody comes; beside the settings comes what will refuse people later.
 fn prepare(config: &ServeConfig, key: &PrivateKey) -> Result<(Settings, Vec<String>), ServeError> {
-    if let Some(user) = config.users.iter().find(|user| !user.root.is_dir()) {
-        let reason = format!("root {} is not a directory; make it first", crate::error::shown(&user.root));
-        return Err(ServeError::User { user: user.name.clone(), reason });
+    if let Some(error) = config.users.iter().find_map(no_root) {
+        return Err(error);
     }
     let access = Access::new(&config.users, config.revoked_keys.clone());
     let problems = access.look().map_err(ServeError::Revoked)?;

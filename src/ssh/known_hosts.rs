@@ -165,6 +165,19 @@ impl KnownHost {
         !self.authorities.is_empty()
     }
 
+    /// Why the host would be refused whatever key it has, and what to do: nothing is on file.
+    pub(super) fn doubt(&self) -> Option<(String, String)> {
+        let none = self.trusted.is_empty() && self.portless.is_empty() && self.authorities.is_empty();
+        let files: Vec<String> = self.files.iter().map(|file| shown(file)).collect();
+        let says = match files.as_slice() {
+            [] => "no file of known hosts is named, so that its key would be refused".to_owned(),
+            files => {
+                format!("its key is in no file of known hosts ({}), so that it would be refused", files.join(", "))
+            }
+        };
+        none.then(|| (says, format!("lockstep keys scan-host {}", self.scan)))
+    }
+
     /// The file that a new key is added to.
     pub(super) fn first_file(&self) -> Option<&Path> {
         self.files.first().map(PathBuf::as_path)

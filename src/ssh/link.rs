@@ -96,7 +96,12 @@ pub(super) struct ChannelLink {
 
 impl ChannelLink {
     /// Starts the tasks; must be called within the runtime. `early` is what arrived already.
-    pub(super) fn start(channel: Channel<Msg>, connection: Arc<Connection>, host: String, early: Vec<Bytes>) -> Self {
+    pub(super) async fn start(
+        channel: Channel<Msg>,
+        connection: Arc<Connection>,
+        host: String,
+        early: Vec<Bytes>,
+    ) -> Self {
         let (queue, mut packets) = mpsc::unbounded_channel::<Bytes>();
         let (in_use, dropped) = oneshot::channel::<()>();
         let shared = Arc::new(Shared::default());
@@ -107,7 +112,9 @@ impl ChannelLink {
             state.inbox = early.into();
         }
         let (mut reader, writer) = channel.split();
-        let credit = Arc::new(Credit::new(connection.is_near()));
+        // Who takes larger packets than sshd does is not sshd, and needs no sparing.
+        let like_sshd = writer.writable_packet_size().await <= TOGETHER_BYTES;
+        let credit = Arc::new(Credit::new(connection.is_near() && like_sshd));
         let sent_credit = Arc::clone(&credit);
         let sending = Arc::clone(&shared);
         let write = tokio::spawn(async move {

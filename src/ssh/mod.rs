@@ -15,6 +15,7 @@ mod identity;
 pub mod key_file;
 mod known_hosts;
 mod link;
+mod look;
 mod options;
 mod remote;
 mod scan;
@@ -24,6 +25,7 @@ mod trust;
 
 pub use enroll::Enrolled;
 pub use known_hosts::Finding;
+pub use look::Outlook;
 pub use options::{AddressFamily, Keepalive, Passphrase, SshOptions, UnknownHost};
 pub use remote::SshRemote;
 pub use scan::Shown;

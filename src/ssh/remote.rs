@@ -144,6 +144,14 @@ impl SshRemote {
         connection.is_some_and(|connection| connection.heard.said().is_some() || connection.handle.is_closed())
     }
 
+    /// Closes all connections but the first, each when nobody uses it any more.
+    pub fn keep_first(&self) {
+        let further = |number: &usize| *number > 0;
+        let closed: Vec<Slot> =
+            lock(&self.connections).extract_if(|number, _| further(number)).map(|(_, slot)| slot).collect();
+        drop(closed);
+    }
+
     pub(super) fn options(&self) -> &SshOptions {
         &self.options
     }
@@ -249,7 +257,7 @@ impl SshRemote {
             let (channel, early) = started
                 .await
                 .map_err(|_| self.failed("the host did not start what was asked for", Exit::TryAgain))??;
-            let link = ChannelLink::start(channel, Arc::clone(&connection), self.describe(), early);
+            let link = ChannelLink::start(channel, Arc::clone(&connection), self.describe(), early).await;
             Ok(Arc::new(link) as Arc<dyn Link>)
         })
     }

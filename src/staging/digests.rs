@@ -9,17 +9,18 @@ use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 use crate::scan::cache::DigestTable;
 
-const TABLE: &str = ".lockstep/digests";
+/// Where the table lies in a root.
+pub const DIGESTS: &str = ".lockstep/digests";
 
 fn invalid(root: &Root, error: crate::path::InvalidPath) -> RootError {
     let source = std::io::Error::new(std::io::ErrorKind::InvalidInput, error);
-    RootError { operation: "name", path: root.shown().join(TABLE), source }
+    RootError { operation: "name", path: root.shown().join(DIGESTS), source }
 }
 
 /// The table of `root`. One that is absent, damaged or not to be read is empty: files are hashed again then.
 pub fn load_digests(root: &Root) -> DigestTable {
     let read = || -> Option<DigestTable> {
-        let mut file = root.open_read(&RelPath::new(TABLE).ok()?, Follow::Never).ok()?;
+        let mut file = root.open_read(&RelPath::new(DIGESTS).ok()?, Follow::Never).ok()?;
         if Metadata::of(&file).ok()?.kind != FileKind::Regular {
             return None;
         }
@@ -35,7 +36,7 @@ pub fn load_digests(root: &Root) -> DigestTable {
 /// # Errors
 /// [`RootError`] when it cannot be written.
 pub fn store_digests(root: &Root, table: &DigestTable, new: &str) -> Result<(), RootError> {
-    store_beside_manifest(root, TABLE, new, &table.to_bytes())
+    store_beside_manifest(root, DIGESTS, new, &table.to_bytes())
 }
 
 /// Replaces a file beside the manifest of `root`: who may read the manifest may read it. It is called `new` until it is

@@ -30,7 +30,15 @@ impl Journal {
         Journal(files.into_iter().map(|(path, size, mtime)| (path, (size, mtime))).collect())
     }
 
+    /// With these as well.
+    #[must_use]
+    pub fn with(mut self, files: impl IntoIterator<Item = (RelPath, u64, Timestamp)>) -> Journal {
+        self.0.extend(Journal::new(files).0);
+        self
+    }
+
     /// Whether a file with this size and time was being staged.
+    /// X
     pub fn lists(&self, path: &RelPath, size: u64, mtime: Timestamp) -> bool {
         self.0.get(path) == Some(&(size, mtime))
     }

@@ -6,6 +6,7 @@
 mod audience;
 mod digests;
 mod file;
+pub mod hold;
 mod ids;
 mod journal;
 mod lock;
@@ -13,10 +14,10 @@ mod passed_on;
 mod state;
 
 pub use audience::{admit, as_manifest, audience_of, open_state};
-pub use digests::{load_digests, store_beside_manifest, store_digests};
+pub use digests::{DIGESTS, load_digests, store_beside_manifest, store_digests};
 pub use file::{Permissions, SET_OWNER, StageError, StagedFile, apply, clean_pages, hash_of};
 pub use ids::Ids;
 pub use journal::Journal;
 pub use lock::{LockError, RootLock, sftp_holder};
-pub use passed_on::{AREAS, Standing, is_believed, published, remember_trail, standing, stop_at, trail_of};
+pub use passed_on::{AREAS, COMING, Standing, is_believed, published, remember_trail, standing, stop_at, trail_of};
 pub use state::must_be_own;

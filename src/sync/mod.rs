@@ -3,15 +3,18 @@
 //! scan source, compare at the target, check that it is safe, stage, verify, publish. The engine is blocking; each of
 //! its worker threads owns a reader and a writer, and a block of content passes from one to the other untouched.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Crew, Error, ScanOptions, Source, Target};
+use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Digest, Tree};
 use crate::monitor::{Counters, Event, Monitor, Phase, Problem, Severity};
+use crate::path::RelPath;
+use crate::plan::retain::{Retention, Retired};
 use crate::plan::safety::{self, DeleteLimit};
 use crate::plan::{Change, Need, Plan};
 
@@ -19,11 +22,14 @@ mod listed;
 mod pace;
 mod queue;
 pub mod repair;
+pub mod retention;
+mod way;
 mod worker;
 
 use pace::Pace;
 pub use pace::Rate;
 use queue::Queue;
+pub use way::{NiceError, be_nice};
 
 /// How a run is done.
 #[derive(Debug, Clone)]
@@ -34,6 +40,8 @@ pub struct Options {
     pub begin: BeginOptions,
     /// Remove at the target what the source does not have.
     pub delete: bool,
+    /// Keep only some units at the target, whatever `delete` says.
+    pub retain: Option<Retention>,
     /// How much may be removed at most.
     pub max_delete: DeleteLimit,
     /// Worker threads, at least 1.
@@ -63,6 +71,10 @@ pub struct SyncReport {
     pub transferred_bytes: u64,
     /// Bytes that went over the wire, both directions, compressed; 0 where there is none.
     pub wire_bytes: u64,
+    /// Units that are taken away, or would be, because the run is to keep only some.
+    pub retired: BTreeSet<RelPath>,
+    /// Units that would be, but for other targets that may still need them.
+    pub needed: BTreeSet<RelPath>,
     /// Whether removals were held back because of problems.
     pub deletion_held_back: bool,
     /// From start to end.
@@ -70,6 +82,24 @@ pub struct SyncReport {
 }
 
 impl SyncReport {
+    /// A run that had nothing to do.
+    fn of_nothing(started: Instant) -> SyncReport {
+        SyncReport {
+            tree: Arc::default(),
+            plan: Plan::default(),
+            committed: None,
+            retired: BTreeSet::new(),
+            needed: BTreeSet::new(),
+            problems: Vec::new(),
+            verified_files: 0,
+            verified_bytes: 0,
+            transferred_bytes: 0,
+            wire_bytes: 0,
+            deletion_held_back: false,
+            elapsed: started.elapsed(),
+        }
+    }
+
     /// Whether every path of the source is at the target now (or would be).
     pub fn is_complete(&self) -> bool {
         !self.problems.iter().any(|problem| problem.severity == Severity::Failed)
@@ -136,6 +166,9 @@ pub fn run(
     stop: &AtomicBool,
 ) -> Result<SyncReport, Error> {
     let started = Instant::now();
+    if options.begin.stage_only && !target.stages_early() {
+        return Ok(SyncReport::of_nothing(started));
+    }
     monitor.event(Event::Phase(Phase::Scanning));
     let (begun, scanned) = std::thread::scope(|scope| {
         let begun = scope.spawn(|| target.begin(&options.begin, monitor));
@@ -159,7 +192,7 @@ pub fn run(
         // A source that breaks the rules is not to be believed in anything it has said.
         target.reject(b"", &crate::error::chain(error));
     }
-    if result.is_err() || options.begin.dry_run {
+    if result.is_err() || options.begin.dry_run || options.begin.stage_only {
         target.abort();
     }
     result
@@ -179,6 +212,7 @@ fn run_begun(
     monitor.event(Event::Phase(Phase::Comparing));
     let mut plan = target.diff(&tree, monitor)?;
     check(stop)?;
+    let retired = retired(options, &mut plan)?;
     if options.delete {
         safety::check_removals(&tree, &plan, options.max_delete)
             .map_err(|refusal| Error::Refused { by: "the safety checks".into(), reason: refusal.to_string() })?;
@@ -192,6 +226,8 @@ fn run_begun(
         verified_bytes: outcome.verified_bytes,
         transferred_bytes: Counters::get(&monitor.counters().transferred_bytes),
         wire_bytes: source.wire_bytes() + target.wire_bytes(),
+        retired: retired.gone.clone(),
+        needed: retired.needed.clone(),
         deletion_held_back: held_back,
         elapsed: started.elapsed(),
     };
@@ -201,8 +237,11 @@ fn run_begun(
     }
 
     let outcome = transfer(source, target, options, monitor, stop, &tree, &plan)?;
-    source.remember(&tree, &outcome.digests);
-    check(stop)?;
+    check(stop).inspect_err(|_| source.remember(&tree, &outcome.digests))?;
+    if options.begin.stage_only {
+        source.remember(&tree, &outcome.digests);
+        return Ok(report(plan, None, problems, outcome, false));
+    }
     let not_listed = problems.iter().filter(|problem| problem.severity == Severity::Failed);
     let unreadable =
         not_listed.map(|problem| problem.path.as_ref().map_or_else(Vec::new, |path| path.as_bytes().to_vec()));
@@ -222,8 +261,19 @@ fn run_begun(
         monitor.event(Event::Warning("nothing was deleted at the target, because some paths failed"));
     }
     monitor.event(Event::Phase(Phase::Publishing));
-    let committed =
-        target.commit(&CommitOptions { delete: options.delete && !any_failed, failed, unreadable }, monitor)?;
+    let bytes = |paths: &BTreeSet<RelPath>| paths.iter().map(|path| path.as_bytes().to_vec()).collect();
+    let (retire, spare) = if any_failed { Default::default() } else { (bytes(&retired.gone), bytes(&retired.needed)) };
+    let delete = options.delete && !any_failed;
+    let commit = CommitOptions { delete, failed, unreadable, retire, spare };
+    let committed = std::thread::scope(|scope| {
+        // What was hashed is stored while it is published, and does not hold that up.
+        scope.spawn(|| source.remember(&tree, &outcome.digests));
+        target.commit(&commit, monitor)
+    })?;
+    for (path, why) in &committed.put_off {
+        monitor
+            .event(Event::Warning(&format!("'{path}' is not removed for now: {why}; the next run looks at it again")));
+    }
     for (path, message) in &committed.problems {
         let problem = Problem {
             path: crate::path::RelPath::new(path.as_bytes()).ok(),
@@ -236,6 +286,18 @@ fn run_begun(
     monitor.event(Event::Phase(Phase::Done));
     compared(&mut plan, &outcome);
     Ok(report(plan, Some(committed), problems, outcome, held_back))
+}
+
+/// The units that are not to stay, which are no removals of the plan any more.
+fn retired(options: &Options, plan: &mut Plan) -> Result<Retired, Error> {
+    let Some(retention) = &options.retain else { return Ok(Retired::default()) };
+    let spec = FilterSpec { rules: options.begin.units.clone(), only: None };
+    let units = Filter::compile(&spec).map_err(|error| Error::Usage(crate::error::chain(&error)))?;
+    let retired = retention.decide(plan, &units);
+    let decided = |path: &RelPath| retired.gone.contains(path) || retired.needed.contains(path);
+    // They are limited by their own rule, not by that for removals.
+    plan.removals.retain(|removal| !decided(&removal.path) && !removal.path.ancestors().any(|above| decided(&above)));
+    Ok(retired)
 }
 
 /// What the comparisons that the target asked for have shown, for the report. A dry run reads nothing, and shows

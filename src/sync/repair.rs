@@ -98,6 +98,7 @@ pub fn repair(
         scan: ScanOptions { links: Links::All, ..ScanOptions::default() },
         begin: BeginOptions { actor: how.actor.clone(), source: source.describe(), ..BeginOptions::default() },
         delete: false,
+        retain: None,
         max_delete: DeleteLimit::Unlimited,
         workers: how.workers,
         retries: how.retries,

@@ -12,8 +12,11 @@ use crate::plan::{Action, Change, Differences, Need, Removal};
 pub const DOMAIN: &str = "@lockstep.internal";
 /// The version of every message.
 pub const VERSION: &str = "1";
+/// No message: an agent that has this name knows the options of `begin` and `commit` that put things into the trash and
+/// that take whole units away. One that did not would remove what is to be kept.
+pub const TRASH: &str = "trash@lockstep.internal";
 /// The names that are advertised.
-pub const NAMES: [&str; 20] = [
+pub const NAMES: [&str; 21] = [
     "hello@lockstep.internal",
     "begin@lockstep.internal",
     "attach@lockstep.internal",
@@ -34,6 +37,7 @@ pub const NAMES: [&str; 20] = [
     "fetch@lockstep.internal",
     "next@lockstep.internal",
     "trail@lockstep.internal",
+    TRASH,
 ];
 /// Content and lists in one message come to at most this many bytes before compression.
 pub const RAW_MAX: usize = 2 << 20;

@@ -47,7 +47,7 @@ pub(crate) fn lockstep() -> &'static str {
 /// strace around a command, with what it is to do to system calls.
 pub(crate) fn traced(calls: &str, inject: Option<&str>, log: &Path, command: &[&str]) -> Command {
     let mut strace = Command::new("strace");
-    strace.args(["-f", "-qq", "-o"]).arg(log).args(["-e", &format!("trace={calls}")]);
+    strace.args(["-f", "-qq", "-y", "-o"]).arg(log).args(["-e", &format!("trace={calls}")]);
     if let Some(inject) = inject {
         strace.args(["-e", &format!("inject={calls}:{inject}")]);
     }
@@ -109,6 +109,11 @@ impl Area {
             write(at, "changed", &[version; 2000]);
             write(at, "ckpt-1/weights", &[version; 700_000]);
             write(at, "ckpt-1/_SUCCESS", &[version]);
+            // Written within one tick of the clock they would have one time, and count as the same.
+            for name in ["changed", "ckpt-1/weights", "ckpt-1/_SUCCESS"] {
+                let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000 + u64::from(version));
+                fs::File::options().write(true).open(at.join(name)).unwrap().set_modified(time).unwrap();
+            }
             symlink(format!("ckpt-{version}"), at.join("latest")).unwrap();
         }
         write(&old, "gone/file", b"goes");
@@ -190,7 +195,9 @@ impl Area {
     pub(crate) fn assert_converges(&self, when: &str) {
         let again = self.push(&self.path("new"), &[]).output().unwrap();
         assert!(again.status.success(), "{when}: {}", text(&again));
-        assert!(contents(&self.path("target")) == contents(&self.path("new")), "{when}");
+        let (now, new) = (contents(&self.path("target")), contents(&self.path("new")));
+        let odd: Vec<&String> = now.keys().chain(new.keys()).filter(|name| now.get(*name) != new.get(*name)).collect();
+        assert!(now == new, "{when}: {odd:?}; {}", text(&again));
         assert!(!self.path("target/.lockstep/staging/current").exists(), "{when}: staging was not collected");
         let verified = Command::new(lockstep()).args(["manifest", "verify"]).arg(self.path("target")).output().unwrap();
         assert!(verified.status.success(), "{when}: {}", text(&verified));
@@ -299,6 +306,7 @@ pub(crate) fn options() -> Options {
             ..BeginOptions::default()
         },
         delete: true,
+        retain: None,
         max_delete: DeleteLimit::Unlimited,
         workers: 1,
         retries: 2,

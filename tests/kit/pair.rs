@@ -19,6 +19,7 @@ pub(crate) fn options() -> Options {
         scan: ScanOptions::default(),
         begin: BeginOptions { actor: "tester@here".into(), ..BeginOptions::default() },
         delete: false,
+        retain: None,
         max_delete: DeleteLimit::Unlimited,
         workers: 2,
         retries: 2,

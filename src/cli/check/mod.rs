@@ -1,7 +1,7 @@
 //! `lockstep check`: whether what lies in a directory is what its manifest says.
 
 use std::collections::BTreeSet;
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,10 +18,11 @@ use super::stop::Stop;
 use super::{Failure, output, shown, transfer};
 use crate::check::{self, CheckError, Depth, Kind, Options, Outcome, Report, Slot, SlotError, Verdict};
 use crate::drift;
-use crate::error::{Exit, chain};
+use crate::error::{Exit, chain, in_words};
 use crate::manifest::Digest;
 use crate::path::RelPath;
 use crate::root::Root;
+use crate::staging::hold::Hold;
 use crate::sync::repair::is_left_over;
 
 mod quarantine;
@@ -236,8 +237,26 @@ struct Signed {
     model: Option<Model>,
 }
 
+/// Holds a directory, so that no run of this machine removes it. Where that cannot be done it is said: the check tells all the
+/// same what is there.
+pub(super) fn hold(path: &Path) -> Option<Hold> {
+    match Hold::take(path) {
+        Ok(hold) => Some(hold),
+        // The check says what is wrong with it.
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => None,
+        Err(error) => {
+            let why =
+                if error.kind() == ErrorKind::WouldBlock { "it is being removed".into() } else { in_words(&error) };
+            let told = "cannot be held, so that a run with 'retain' or --delete may remove it meanwhile";
+            eprintln!("lockstep: note: '{}' {told}: {why}", shown(path));
+            None
+        }
+    }
+}
+
 impl Check {
     pub(super) fn run(self) -> Result<Exit, Failure> {
+        let _hold = hold(&self.path);
         self.options.run(&self.path, false)
     }
 }

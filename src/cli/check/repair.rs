@@ -14,7 +14,7 @@ use crate::check::repair::{NotMendable, Wanted, wanted};
 use crate::cli::arguments::Place;
 use crate::cli::display::{Display, Verbosity};
 use crate::cli::login::Ssh;
-use crate::cli::remote::{self, Reach};
+use crate::cli::remote::{self, Dial, Reach};
 use crate::cli::stop::Stop;
 use crate::cli::transfer::{USUAL_TRANSFERS, actor, state_directory};
 use crate::codec::CompressOptions;
@@ -190,14 +190,11 @@ fn fetch(
 ) -> Result<(String, Repaired), Failure> {
     let source: Box<dyn Source> = match place {
         Place::Here(copy) => Box::new(LocalSource::new(copy, state_directory().as_deref())?),
-        Place::There(there) => remote::source(
-            there,
-            &access.ssh,
-            &access.reach,
-            None,
-            CompressOptions { level: None, enabled: true },
-            display,
-        )?,
+        Place::There(there) => {
+            let compress = CompressOptions { level: None, enabled: true };
+            let dial = Dial { ssh: &access.ssh, reach: &access.reach, count: None, compress, kept: None };
+            remote::source(there, &dial, display)?
+        }
     };
     let repaired = repair(&*source, path, wanted, &how(), display, stop.flag());
     Ok((source.describe(), repaired.map_err(|error| failed(path, error, stop))?))

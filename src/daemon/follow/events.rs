@@ -14,7 +14,7 @@ use crate::daemon::look::{Visit, walk};
 use crate::daemon::status::Watching;
 use crate::daemon::watch::{Event, Watches, setting};
 use crate::daemon::writers::Writers;
-use crate::filter::STATE_DIRECTORY;
+use crate::filter::{IGNORE_FILE, STATE_DIRECTORY};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
 
@@ -136,7 +136,7 @@ impl Follower {
             failed: None,
             silent: None,
         };
-        let walked = walk(&root, None, &self.filter, &mut cover);
+        let walked = walk(&root, None, &mut self.ignores, &mut cover);
         let (directories, silent) = (cover.directories, cover.silent.take());
         if self.shared.is_stopped() {
             return Err(End::Stopped);
@@ -240,17 +240,33 @@ impl Follower {
                 doubt.published |= self.state_changed(root, watches, &event, &path);
                 continue;
             }
-            self.change(root, watches, &event, &path)?;
+            if path.name() == IGNORE_FILE && !event.flags.intersects(ReadFlags::MODIFY | ReadFlags::ATTRIB) {
+                // What takes part is another set from now on, and so are the directories to watch.
+                (doubt.look, doubt.anew) = (true, true);
+                self.ignores.read(root, directory.as_ref());
+            }
+            self.change(root, watches, &event, &path, doubt)?;
         }
         Ok(())
     }
 
-    fn change(&mut self, root: &Root, watches: &mut Watches, event: &Event, path: &RelPath) -> Result<(), End> {
+    fn change(
+        &mut self,
+        root: &Root,
+        watches: &mut Watches,
+        event: &Event,
+        path: &RelPath,
+        doubt: &mut Doubt,
+    ) -> Result<(), End> {
         let (flags, directory) = (event.flags, event.flags.contains(ReadFlags::ISDIR));
-        let counts = self.filter.admits(path, directory);
+        // Until everything is looked at again, what an ignore file leaves out by now is watched.
+        let counts = match doubt.anew {
+            true => self.ignores.takes_part(path, directory),
+            false => self.ignores.admits(path, directory),
+        };
         let now = Instant::now();
         if flags.contains(ReadFlags::MOVED_FROM) {
-            return self.moved(root, watches, event, path);
+            return self.moved(root, watches, event, path, doubt);
         }
         if !counts {
             return Ok(());
@@ -286,7 +302,14 @@ impl Follower {
         }
     }
 
-    fn moved(&mut self, root: &Root, watches: &mut Watches, event: &Event, from: &RelPath) -> Result<(), End> {
+    fn moved(
+        &mut self,
+        root: &Root,
+        watches: &mut Watches,
+        event: &Event,
+        from: &RelPath,
+        doubt: &mut Doubt,
+    ) -> Result<(), End> {
         let (now, directory) = (Instant::now(), event.flags.contains(ReadFlags::ISDIR));
         // RACE: the kernel tells both halves one after the other, but they may be read in two pieces. A second half that comes
         // still later is something new.
@@ -297,12 +320,16 @@ impl Follower {
             let name = other.name?;
             parent.map_or_else(|| RelPath::new(&name), |parent| parent.join(&name)).ok()
         });
-        let to = to.filter(|to| self.filter.admits(to, directory));
+        if let Some(to) = to.as_ref().filter(|to| to.name() == IGNORE_FILE) {
+            (doubt.look, doubt.anew) = (true, true);
+            self.ignores.read(root, to.parent().as_ref());
+        }
+        let to = to.filter(|to| self.ignores.admits(to, directory));
         let Some(to) = to else {
             if directory {
                 watches.drop_within(from);
             }
-            if self.filter.admits(from, directory) {
+            if self.ignores.admits(from, directory) {
                 self.shared.state().settle.gone(from, now);
                 // It was exchanged for another, which the kernel told before.
                 match root.stat(from, Follow::Never) {
@@ -313,7 +340,7 @@ impl Follower {
             }
             return Ok(());
         };
-        if self.filter.admits(from, directory) {
+        if self.ignores.admits(from, directory) {
             self.shared.state().settle.moved(from, &to, directory, now);
         }
         if directory {
@@ -333,7 +360,7 @@ impl Follower {
         let mut cover =
             Cover { watches, shared: &shared, source, all, directories: 0, full: false, failed: None, silent: None };
         // RACE: gone again, or not to be listed: what is above tells, and the scan of a run says so.
-        let _ = walk(root, Some(top), &self.filter, &mut cover);
+        let _ = walk(root, Some(top), &mut self.ignores, &mut cover);
         let (full, failed, silent) = (cover.full, cover.failed, cover.silent.take());
         let known = watches.count();
         shared.state().watching.directories = known as u64;

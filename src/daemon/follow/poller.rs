@@ -64,7 +64,9 @@ impl Follower {
                 self.hand_out_everything(Watching { mode: "polling".to_owned(), directories, why, last_scan: None });
             } else {
                 self.settle(&root);
-                self.shared.state().watching.last_scan = Some(crate::daemon::clock());
+                let watching = &mut self.shared.state().watching;
+                (watching.directories, watching.last_scan) =
+                    (snapshot.directories() as u64, Some(crate::daemon::clock()));
             }
         }
     }
@@ -82,7 +84,7 @@ impl Follower {
             }
         };
         let stopped = || shared.is_stopped();
-        snapshot.look(root, None, &self.filter, &stopped, &mut each).map_err(|error| self.lost(&error))
+        snapshot.look(root, None, &mut self.ignores, &stopped, &mut each).map_err(|error| self.lost(&error))
     }
 
     /// Takes note of changes. True when everything has to be compared: something is missing, and only by comparing it is
@@ -115,7 +117,7 @@ impl Follower {
             match root.stat(&path, Follow::Never) {
                 Ok(found) if found.kind == FileKind::Directory => {
                     let stopped = || shared.is_stopped();
-                    let looked = snapshot.look(root, Some(&path), &self.filter, &stopped, &mut |_, _| ());
+                    let looked = snapshot.look(root, Some(&path), &mut self.ignores, &stopped, &mut |_, _| ());
                     everything |= looked.is_ok_and(|changes| self.note(changes));
                 }
                 Ok(found) => {

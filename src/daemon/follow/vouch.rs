@@ -68,7 +68,7 @@ impl Follower {
         let all = wanted.all(|entry| entry.path.depth() > path.depth() + 1 || there.contains(&entry.path));
         all && there.iter().all(|inner| {
             let directory = root.stat(inner, Follow::Never).is_ok_and(|found| found.kind == FileKind::Directory);
-            !self.filter.admits(inner, directory) || self.is_as_listed(root, listed, inner)
+            !self.ignores.admits(inner, directory) || self.is_as_listed(root, listed, inner)
         })
     }
 }

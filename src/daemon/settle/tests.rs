@@ -244,6 +244,37 @@ fn a_marker_makes_a_unit_ready_at_once_and_without_it_is_not() {
 }
 
 #[test]
+fn what_is_finished_of_a_unit_may_be_brought_before_the_unit_and_is_forgotten_with_it() {
+    let mut table = Table::new(SETTLE, WhenReady::Marker("_SUCCESS".into()));
+    (table.complete, table.held) = (false, Held::Yes);
+    table.written("ckpt-1/a");
+    table.written("ckpt-1/b");
+    table.closed("ckpt-1/a");
+    table.written("ckpt-1/c.tmp");
+    table.closed("ckpt-1/c.tmp");
+    table.closed("beside");
+    table.touched("ckpt-1/latest");
+    assert_eq!(table.after(1_999), set(&[]));
+    assert!(table.settle.take_early().is_empty() && table.settle.is_file_in_hands(&rel("ckpt-1/a")));
+    assert_eq!(table.after(1), set(&["beside"]));
+    assert_eq!(table.settle.take_early(), set(&["ckpt-1/a"]), "what is open, temporary or a pointer waits");
+    assert!(!table.settle.is_file_in_hands(&rel("ckpt-1/a")) && table.settle.is_file_in_hands(&rel("ckpt-1/b")));
+    assert!(table.settle.is_in_hands(&rel("ckpt-1/a")), "its unit is not finished");
+    table.moved("ckpt-1/c.tmp", "ckpt-1/c", false);
+    table.closed("ckpt-1/b");
+    table.written("ckpt-1/a");
+    assert_eq!(table.after(2_000), set(&[]));
+    assert_eq!(table.settle.take_early(), set(&["ckpt-1/b", "ckpt-1/c"]), "and what is written again");
+    table.closed("ckpt-1/a");
+    table.complete = true;
+    table.closed("ckpt-1/_SUCCESS");
+    assert_eq!(table.after(0), set(&["ckpt-1"]));
+    assert_eq!(table.after(10_000), set(&[]));
+    assert!(table.settle.take_early().is_empty(), "they went with their unit");
+    assert_eq!(table.settle.next(), None);
+}
+
+#[test]
 fn a_unit_by_its_layout_is_asked_for_again_when_it_or_a_pointer_changes() {
     let mut table = Table::new(SETTLE, WhenReady::Layout(Layout::Megatron));
     table.complete = false;

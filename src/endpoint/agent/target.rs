@@ -108,6 +108,12 @@ impl Target for AgentTarget {
     }
 
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
+        let needs_trash = options.trash_seconds.is_some();
+        if needs_trash && !self.lanes.control().has(extension::TRASH, extension::VERSION) {
+            let reason = "the lockstep there is too old to have a trash, and would remove for good what is to be kept; \
+                          install this version there";
+            return Err(Error::Refused { by: self.describe(), reason: reason.into() });
+        }
         let reply = self.lanes.start("begin", options)?;
         let bad = |error| self.lanes.malformed(error);
         let mut fields = Fields(&reply);
@@ -126,6 +132,11 @@ impl Target for AgentTarget {
     }
 
     fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
+        let takes_away = !options.retire.is_empty() || !options.spare.is_empty();
+        if takes_away && !self.lanes.control().has(extension::TRASH, extension::VERSION) {
+            let reason = "the lockstep there is too old to keep only some units; install this version there";
+            return Err(Error::Refused { by: self.describe(), reason: reason.into() });
+        }
         let mut packet = extension::request("commit");
         extension::put_string(&mut packet, &json(options)?);
         let reply = self.lanes.call(packet)?;
@@ -140,7 +151,10 @@ impl Target for AgentTarget {
         }
         let safe = |(path, reason): &(String, String)| (said(path.as_bytes()), said(reason.as_bytes()));
         let problems = committed.problems.iter().map(safe).collect();
-        Ok(Committed { problems, ..committed })
+        let trash = committed.trash.as_ref().map(|trash| said(trash.as_bytes()));
+        let put_off = committed.put_off.iter().map(safe).collect();
+        let retired = committed.retired.iter().map(|path| said(path.as_bytes())).collect();
+        Ok(Committed { problems, trash, put_off, retired, ..committed })
     }
 
     fn abort(&self) {
@@ -150,6 +164,10 @@ impl Target for AgentTarget {
 
     fn verification(&self) -> String {
         "SHA-256 computed by the receiving lockstep".to_owned()
+    }
+
+    fn stages_early(&self) -> bool {
+        true
     }
 
     fn wire_bytes(&self) -> u64 {

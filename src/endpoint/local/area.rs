@@ -10,6 +10,8 @@ pub(super) enum Area {
     Run,
     /// Of a repair: the manifest stays as it is.
     Repair,
+    /// What is brought before it may be published.
+    Early,
 }
 
 impl Area {
@@ -20,6 +22,7 @@ impl Area {
         match self {
             Area::Run => ".lockstep/staging/current",
             Area::Repair => ".lockstep/staging/repair",
+            Area::Early => ".lockstep/early",
         }
     }
 
@@ -28,6 +31,7 @@ impl Area {
         match self {
             Area::Run => "staging/current",
             Area::Repair => "staging/repair",
+            Area::Early => "early",
         }
     }
 }

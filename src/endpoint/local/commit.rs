@@ -2,39 +2,23 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
-
-use sha2::{Digest as _, Sha256};
 
 use super::area::Area;
 use super::metadata::{Acls, apply_directory};
 use super::publish::{self, Record};
-use super::target::{MANIFEST, Run, State, io, rel};
-use super::{known, links, unit};
+use super::retire;
+use super::target::{Run, State, io, rel};
+use super::trash::Trash;
+use super::{changes, known, links, recall, unit};
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
-use crate::manifest::{Content, Digest, Entry, Manifest, Timestamp, Tree, format};
+use crate::manifest::{Content, Entry, Manifest, Tree};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::plan::publish::{Publication, Step, exchanged, steps};
-use crate::plan::{Action, Change, Need};
-use crate::root::{FileKind, Follow, Metadata, Root};
-use crate::scan::names::Names;
+use crate::plan::{Action, Change, Need, trash};
+use crate::root::{Follow, Root};
 use crate::staging::Permissions;
-
-/// The manifest of `root` and the SHA-256 of its file (zeros where there is none). One that is damaged is told, and counts
-/// as absent.
-pub(super) fn read_manifest(root: &Root, monitor: &dyn Monitor) -> Result<(Manifest, Digest), Error> {
-    let Some(text) = publish::read(root, MANIFEST)? else { return Ok((Manifest::default(), Digest([0; 32]))) };
-    let manifest = format::decode(&text).unwrap_or_else(|error| {
-        monitor.event(Event::Warning(&format!(
-            "the manifest of {} is damaged ({error}); this run writes a new one",
-            crate::error::shown(root.shown())
-        )));
-        Manifest::default()
-    });
-    Ok((manifest, Digest(Sha256::digest(&text).into())))
-}
 
 /// Publishes the run.
 pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
@@ -50,6 +34,8 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let mut withheld = withhold(run, state, options, &mut failed);
     let held_back = !withheld.is_empty();
     withheld.extend(state.refused.iter().map(|(&at, why)| (source.entries()[at as usize].path.clone(), why.clone())));
+    let retired = retire::decide(run, state, options, &failed)?;
+    let put_off = shown(retired.put_off.iter().cloned());
     let publication = Publication {
         source: &source,
         target: &state.target,
@@ -59,7 +45,8 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         last: &|path| run.is_last(path),
         unit: &|path, directory| run.unit_of(path, directory),
     };
-    let (steps, exchanged) = (steps(&publication), exchanged(&publication));
+    let (mut steps, exchanged) = (steps(&publication), exchanged(&publication));
+    steps.extend(retired.steps());
     let nothing = steps.is_empty() && !state.adopts && run.birth.is_none();
     if nothing && state.old_manifest.generation > 0 {
         // What is staged of a unit that is held back saves the next run from sending it again.
@@ -69,6 +56,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         return Ok(Committed {
             generation: state.old_manifest.generation,
             manifest_digest: state.old_digest.to_string(),
+            put_off,
             problems: shown(withheld),
             ..Committed::default()
         });
@@ -76,24 +64,30 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     settle(run, staging, state, &failed)?;
     let inodes = unit::stage(run, staging, state, &exchanged, options.delete)?;
     settle_directories(run, staging, state, &failed)?;
-    let manifest = new_manifest(run, state, options, &failed)?;
-    let text = format::encode(&manifest);
+    let changes = changes::of(run, state, options.delete, &failed, &steps, &retired)?;
     let acls = late_acls(run, &source, &steps)?;
     let (actor, from) = (run.options.actor.clone(), run.options.source.clone());
     let (withheld_rights, acls_given) = decided(run, state, &failed);
-    let record = Record { actor, source: from, steps, inodes, withheld: withheld_rights, acls: acls_given };
-    publish::write_down(&run.root, staging, &record, &text, &acls)?;
+    let (created, generation) = (changes.put.created, changes.put.generation);
+    let trash = run.options.trash_seconds.is_some().then(|| trash::name(created.seconds, generation));
+    let trash = trash.as_deref().map(rel).transpose()?;
+    let record = Record { actor, source: from, steps, inodes, withheld: withheld_rights, acls: acls_given, trash };
+    publish::write_down(&run.root, staging, &record, &changes, &acls)?;
     state.recorded = true;
-    let published = publish::carry_out(&run.root, staging, Area::Run, &record, manifest, text, &acls)?;
+    let problems = publish::carry_out(&run.root, staging, Area::Run, &record, &changes, &acls)?;
+    let stays = |old: &Entry| changes::stays(run, state, &failed, old);
+    let old = &state.old_manifest.tree;
+    let (manifest, digest) = publish::put_in_force(&run.root, staging, &record, &changes, old, &problems, &stays)?;
     if let Some(birth) = &run.birth {
         birth.appear(&run.root)?;
         // Only now it has the mode that it keeps.
-        publish::admit_readers(&run.root, &published.manifest.tree)?;
+        publish::admit_readers(&run.root, &manifest.tree)?;
     }
-    remember(run, state, &record, &published.manifest, monitor);
-    let generation = published.manifest.generation;
+    remember(run, state, &record, &manifest, monitor);
+    let generation = manifest.generation;
+    recall::keep_manifest(&run.root, Arc::new(manifest), digest);
     // What a step could not do is claimed by nobody, nor what was to come with it.
-    let undone: BTreeSet<&RelPath> = published.problems.iter().map(|(path, _)| path).collect();
+    let undone: BTreeSet<&RelPath> = problems.iter().map(|(path, _)| path).collect();
     let whole =
         |step: &&Step| matches!(step, Step::NewDirectory(_) | Step::Exchange(_)) && undone.contains(step.path());
     let undone_whole: BTreeSet<&RelPath> = record.steps.iter().filter(whole).map(Step::path).collect();
@@ -107,13 +101,23 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     monitor.event(Event::Detail(&format!("generation {generation} is published")));
     Ok(Committed {
         generation,
-        manifest_digest: Digest(Sha256::digest(&published.text).into()).to_string(),
+        manifest_digest: digest.to_string(),
         published: counted(
             &mut state.plan.actions.iter().filter(|action| !failed.contains(&action.index)).map(path_of),
         ),
-        removed: counted(&mut record.steps.iter().filter(is_removal).map(Step::path)),
-        problems: shown(withheld.into_iter().chain(published.problems)),
+        removed: counted(&mut record.steps.iter().filter(is_removal).map(Step::path))
+            + retired.gone.iter().filter(|(path, _)| done(path)).map(|(_, paths)| paths).sum::<u64>(),
+        retired: retired.gone.keys().filter(done).map(ToString::to_string).collect(),
+        put_off,
+        trash: moved_aside(run, &record)?,
+        problems: shown(withheld.into_iter().chain(problems.iter().cloned())),
     })
+}
+
+/// Where what was removed or replaced lies now, if anything does.
+fn moved_aside(run: &Run, record: &Record) -> Result<Option<String>, Error> {
+    let Some(name) = &record.trash else { return Ok(None) };
+    Ok(Trash::new(&run.root, name)?.used().map(ToString::to_string))
 }
 
 type Notes = BTreeMap<RelPath, String>;
@@ -203,20 +207,29 @@ pub(super) fn withhold(
 
 /// Keeps for the next run what is known of the files now.
 fn remember(run: &Run, state: &State, record: &Record, manifest: &Manifest, monitor: &dyn Monitor) {
-    let entries = manifest.tree.entries();
-    let firsts: HashSet<&RelPath> = entries
+    // A run that looked at a part says nothing of the rest, and is not to cost what the rest would.
+    let part = run.options.filter.only.is_some();
+    let looked_at = if part { state.source.entries() } else { manifest.tree.entries() };
+    let firsts: HashSet<&RelPath> = looked_at
         .iter()
         .filter_map(|entry| if let Content::HardLink { first } = &entry.content { Some(first) } else { None })
         .collect();
     let steps = record.steps.iter();
     let whole: HashSet<&RelPath> =
         steps.filter(|step| matches!(step, Step::NewDirectory(_) | Step::Exchange(_))).map(Step::path).collect();
-    let in_whole = |path: &RelPath| path.ancestors().any(|above| whole.contains(&above));
-    let mut files = known::Files::new(&run.root, &manifest.tree);
+    let in_whole = |path: &RelPath| !whole.is_empty() && path.ancestors().any(|above| whole.contains(&above));
+    let mut files = match part {
+        true => known::Files::amending(&run.root, &manifest.tree),
+        false => known::Files::new(&run.root, &manifest.tree),
+    };
     for (entry, metadata) in state.target.entries().iter().zip(&state.metadata) {
-        files.unchanged(entry, metadata);
+        match manifest.tree.get(&entry.path).is_some_and(|listed| listed.file() == entry.file()) || !part {
+            true => files.unchanged(entry, metadata),
+            false => files.gone(metadata),
+        }
     }
-    for (index, entry) in entries.iter().enumerate().filter(|(_, entry)| entry.file().is_some()) {
+    for entry in looked_at.iter().filter(|entry| entry.file().is_some()) {
+        let Some(index) = manifest.tree.position(&entry.path) else { continue };
         let at = state.source.position(&entry.path).map(|at| at as u32);
         let staged = at.and_then(|at| state.staged.get(&at));
         let planned = || at.is_some_and(|at| state.plan.actions.binary_search_by_key(&at, |one| one.index).is_ok());
@@ -226,7 +239,7 @@ fn remember(run: &Run, state: &State, record: &Record, manifest: &Manifest, moni
                 files.published(index, metadata);
             }
             _ if firsts.contains(&entry.path) || planned() || in_whole(&entry.path) => files.look(index),
-            // The filter kept it out of this run.
+            // A rule kept it out of this run.
             _ if state.target.position(&entry.path).is_none() => files.apart(index),
             _ => {}
         }
@@ -298,76 +311,6 @@ pub(super) fn settle_directories(run: &Run, staging: &Root, state: &State, faile
         }
     }
     Ok(())
-}
-
-/// What the root holds once the steps are done, as far as this and earlier runs vouch for it.
-fn new_manifest(run: &Run, state: &State, options: &CommitOptions, failed: &HashSet<u32>) -> Result<Manifest, Error> {
-    let source = &state.source;
-    let gone: HashSet<&RelPath> =
-        state.plan.removals.iter().filter(|_| options.delete).map(|removal| &removal.path).collect();
-    let mut names = Names::default();
-    let own = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-    let mut entries: Vec<Entry> = Vec::with_capacity(source.entries().len());
-    let blocked =
-        |path: &RelPath| path.ancestors().any(|above| source.get(&above).is_some_and(|entry| !entry.is_directory()));
-    for old in state.old_manifest.tree.entries() {
-        let replaced = source.position(&old.path).is_some_and(|at| !failed.contains(&(at as u32)));
-        if !replaced && !gone.contains(&old.path) && !blocked(&old.path) && still_there(run, state, old) {
-            entries.push(old.clone());
-        }
-    }
-    for (at, entry) in source.entries().iter().enumerate() {
-        let index = at as u32;
-        if failed.contains(&index) {
-            continue;
-        }
-        let mut entry = entry.clone();
-        let there = state.target.get(&entry.path);
-        if let Content::File { digest, .. } = &mut entry.content {
-            let proven = state.staged.get(&index).map(|staged| &staged.0).or_else(|| state.kept.get(&index)).copied();
-            *digest = proven.or_else(|| there.and_then(|there| there.file()?.1)).or(*digest);
-        }
-        let wanted = run.permissions(&entry)?;
-        let now: Option<Metadata> = match state.staged.get(&index) {
-            Some((_, staged)) => Some(*staged),
-            None => state.target.position(&entry.path).map(|at| state.metadata[at]),
-        };
-        let (uid, gid) = now.map_or(own, |now| (now.uid, now.gid));
-        entry.owner = names.user(wanted.uid.unwrap_or(uid));
-        entry.group = names.group(wanted.gid.unwrap_or(gid));
-        if !matches!(entry.content, Content::Symlink { .. }) {
-            entry.mode = wanted.mode;
-        }
-        entries.push(entry);
-    }
-    // A hard link whose first name is not vouched for is not either.
-    let files: HashSet<RelPath> =
-        entries.iter().filter(|entry| entry.file().is_some()).map(|entry| entry.path.clone()).collect();
-    entries.retain(|entry| !matches!(&entry.content, Content::HardLink { first } if !files.contains(first)));
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let created = Timestamp { seconds: now.as_secs() as i64, nanoseconds: now.subsec_nanos() };
-    let tree =
-        Tree::new(entries).map_err(|error| Error::Refused { by: "the manifest".into(), reason: error.to_string() })?;
-    Ok(Manifest { generation: state.old_manifest.generation + 1, created, tree })
-}
-
-/// Whether a path that the source does not have is still as the old manifest says. One that the filter keeps out of this
-/// run (a neighbour of a single file that is pushed) was not scanned, and is looked at here.
-fn still_there(run: &Run, state: &State, old: &Entry) -> bool {
-    match (state.target.get(&old.path).map(|now| (&now.content, now.mtime)), &old.content) {
-        (Some((Content::File { size, .. }, mtime)), Content::File { size: listed, .. }) => {
-            size == listed && mtime == old.mtime
-        }
-        (Some((now, _)), listed) => now == listed,
-        (None, listed) => run.root.stat(&old.path, Follow::Never).is_ok_and(|now| match (now.kind, listed) {
-            (FileKind::Regular, Content::File { size, .. }) => now.size == *size && now.mtime == old.mtime,
-            (FileKind::Regular, Content::HardLink { .. }) | (FileKind::Directory, Content::Directory) => true,
-            (FileKind::Symlink, Content::Symlink { target }) => {
-                run.root.read_link(&old.path).is_ok_and(|now| now[..] == target[..])
-            }
-            _ => false,
-        }),
-    }
 }
 
 /// The ACLs of paths that get their permissions after they are published: those that are there already, and directories

@@ -5,31 +5,23 @@
 //! by other means is adopted, and an edit that kept size and time shows.
 
 use std::io::{ErrorKind, Read as _};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use sha2::{Digest as _, Sha256};
 
+use super::recall;
 use crate::manifest::{Digest, Entry, Tree};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::scan::cache::{DigestTable, Known, is_dated, is_settled};
-use crate::staging::{clean_pages, load_digests, store_digests};
+use crate::staging::clean_pages;
 
-const NEW_TABLE: &str = ".lockstep/digests.new";
 /// What is hashed between two times that the table is stored: so much is lost when the machine stops.
 const BATCH_BYTES: u64 = 64 << 30;
 const BUFFER_BYTES: usize = 512 * 1024;
-
-/// Stores the table; that it could not be makes the next run slower, not wrong.
-fn keep(root: &Root, table: &DigestTable, monitor: &dyn Monitor) {
-    if let Err(error) = store_digests(root, table, NEW_TABLE) {
-        let reason = crate::error::chain(&error);
-        monitor.event(Event::Detail(&format!("what was hashed is not remembered: {reason}")));
-    }
-}
 
 /// How the files of a target are looked at.
 pub(super) struct Look<'a> {
@@ -63,7 +55,7 @@ pub(super) fn complete(look: &Look<'_>, target: &mut Tree, monitor: &dyn Monitor
 }
 
 fn find(look: &Look<'_>, target: &mut Tree, monitor: &dyn Monitor) {
-    let mut table = if look.hash_all { DigestTable::default() } else { load_digests(look.root) };
+    let mut table = if look.hash_all { Arc::default() } else { recall::table(look.root) };
     let mut unknown = Vec::new();
     for (index, metadata) in look.metadata.iter().enumerate() {
         let entry = &target.entries()[index];
@@ -97,11 +89,11 @@ fn find(look: &Look<'_>, target: &mut Tree, monitor: &dyn Monitor) {
         for (index, digest) in hash(look, target, batch, monitor) {
             target.set_digest(index, digest);
             if is_settled(&look.metadata[index], looked) {
-                table.insert(&look.metadata[index], digest);
+                Arc::make_mut(&mut table).insert(&look.metadata[index], digest);
             }
         }
         if !look.dry_run {
-            keep(look.root, &table, monitor);
+            recall::keep_table(look.root, Arc::clone(&table), monitor);
         }
     }
 }
@@ -153,35 +145,44 @@ pub(super) struct Files<'a> {
     root: &'a Root,
     /// What is published.
     tree: &'a Tree,
-    table: DigestTable,
-    /// What was known before, for the times of hashing.
-    before: DigestTable,
+    table: Arc<DigestTable>,
+    /// What was known before, for the times of hashing; `None` where the table has it still.
+    before: Option<Arc<DigestTable>>,
     /// The directory that was last looked into.
     beside: Option<(RelPath, Root)>,
 }
 
 impl<'a> Files<'a> {
+    /// What is told is all that is to be known: what nobody has any more is forgotten.
     pub(super) fn new(root: &'a Root, tree: &'a Tree) -> Files<'a> {
-        Files { root, tree, table: DigestTable::default(), before: load_digests(root), beside: None }
+        Files { root, tree, table: Arc::default(), before: Some(recall::table(root)), beside: None }
     }
 
     /// What is known stays, and the files of `tree` that are looked at are added.
     pub(super) fn amending(root: &'a Root, tree: &'a Tree) -> Files<'a> {
-        Files { table: load_digests(root), before: DigestTable::default(), ..Files::new(root, tree) }
+        Files { root, tree, table: recall::table(root), before: None, beside: None }
     }
 
     /// A file of the target that a run left as it was, as the scan saw it.
     pub(super) fn unchanged(&mut self, entry: &Entry, metadata: &Metadata) {
         let Some((_, Some(digest))) = entry.file() else { return };
-        match self.before.known(metadata).filter(|known| known.digest == digest) {
+        let known = |table: &DigestTable| table.known(metadata).filter(|known| known.digest == digest);
+        let Some(before) = &self.before else {
+            if known(&self.table).is_none() {
+                Arc::make_mut(&mut self.table).insert(metadata, digest);
+            }
+            return;
+        };
+        let table = Arc::make_mut(&mut self.table);
+        match known(before) {
             Some(Known { hashed, .. }) => {
-                self.table.insert_as_of(metadata, Known { digest, hashed });
-                if let Some(blocks) = self.before.blocks(metadata) {
-                    self.table.set_blocks(metadata, blocks.into());
+                table.insert_as_of(metadata, Known { digest, hashed });
+                if let Some(blocks) = before.blocks(metadata) {
+                    table.set_blocks(metadata, blocks.into());
                 }
             }
             // It was hashed by this run.
-            None => self.table.insert(metadata, digest),
+            None => table.insert(metadata, digest),
         }
     }
 
@@ -190,7 +191,7 @@ impl<'a> Files<'a> {
         let tree = self.tree;
         let entry = &tree.entries()[index];
         let Some(metadata) = self.stat(&entry.path) else { return };
-        let known = self.before.known(&metadata).map(|known| known.digest);
+        let known = self.before.as_ref().and_then(|before| before.known(&metadata)).map(|known| known.digest);
         if known.is_some() && entry.file().is_some_and(|(_, listed)| listed == known) {
             self.unchanged(entry, &metadata);
         }
@@ -204,7 +205,7 @@ impl<'a> Files<'a> {
         // who puts that time back within the same tick of the clock is not noticed, until the file changes again.
         let as_published = metadata.kind == FileKind::Regular && metadata.size == size && metadata.mtime == entry.mtime;
         if as_published && is_dated(metadata) {
-            self.table.insert(metadata, digest);
+            Arc::make_mut(&mut self.table).insert(metadata, digest);
         }
     }
 
@@ -213,6 +214,13 @@ impl<'a> Files<'a> {
         let path = &self.tree.entries()[index].path;
         if let Some(metadata) = self.stat(path) {
             self.published(index, &metadata);
+        }
+    }
+
+    /// A file that is there no more.
+    pub(super) fn gone(&mut self, metadata: &Metadata) {
+        if self.table.known(metadata).is_some() {
+            Arc::make_mut(&mut self.table).remove(metadata);
         }
     }
 
@@ -225,7 +233,8 @@ impl<'a> Files<'a> {
         directory.stat(&RelPath::new(path.name()).ok()?, Follow::Never).ok()
     }
 
-    pub(super) fn store(&self, monitor: &dyn Monitor) {
-        keep(self.root, &self.table, monitor);
+    /// Stores the table; that it could not be makes the next run slower, not wrong.
+    pub(super) fn store(self, monitor: &dyn Monitor) {
+        recall::keep_table(self.root, self.table, monitor);
     }
 }

@@ -1,19 +1,26 @@
 //! A side of a run that lies on this machine.
 
 mod area;
+mod changes;
 mod circle;
 mod commit;
+mod early;
 mod fold;
 mod known;
 mod links;
 mod metadata;
 mod place;
+mod prepare;
 mod publish;
+mod recall;
+mod record;
 mod refusals;
 mod repair;
+mod retire;
 mod room;
 mod source;
 mod target;
+mod trash;
 mod unit;
 mod writer;
 
@@ -22,4 +29,4 @@ pub(crate) use refusals::recorded;
 pub use repair::Repair;
 pub use source::LocalSource;
 pub use target::LocalTarget;
-pub(in crate::endpoint) use target::POINTERS;
+pub(crate) use target::POINTERS;

@@ -126,7 +126,14 @@ impl Birth {
             path: crate::error::shown(root.shown()).to_string(),
             source: errno.into(),
         })?;
-        self.above.rename(&self.hidden, &self.name, RenameFlags::NOREPLACE).map_err(io)?;
+        let rename = |flags| self.above.rename(&self.hidden, &self.name, flags);
+        // FUSE and NFS may not know the flag.
+        // RACE: without it an empty directory that somebody makes just now is replaced; nothing else can be.
+        let named = rename(RenameFlags::NOREPLACE).or_else(|error| match error.kind() {
+            ErrorKind::InvalidInput => rename(RenameFlags::empty()),
+            _ => Err(error),
+        });
+        named.map_err(io)?;
         // DURABILITY: the name of a new tree is on stable storage before the run is said to be done.
         self.above.sync_dir(None).map_err(io)
     }

@@ -8,162 +8,99 @@ use std::io::{ErrorKind, Read as _, Write as _};
 
 use rustix::fs::{Mode, RenameFlags};
 use rustix::io::Errno;
+use sha2::{Digest as _, Sha256};
 
 use super::area::Area;
+use super::changes::{self, Changes};
 use super::metadata::{Acls, Existing};
+use super::recall;
+pub(super) use super::record::Record;
 use super::target::{MANIFEST, STATE, io, rel};
+use super::trash::{Trash, rename_whole};
 use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::Error;
-use crate::manifest::{Content, Entry, Manifest, Tree, format};
+use crate::manifest::{Digest, Entry, Manifest, Tree, format};
+use crate::monitor::Silent;
 use crate::path::RelPath;
 use crate::plan::publish::Step;
-use crate::root::{Follow, Metadata, Root};
+use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 
 const RECORD: &str = "commit";
+/// What becomes of the manifest: what is put in. What is taken out stands in the record.
+const CHANGES: &str = "changes";
+/// The manifest that is put in force in the end. It was written before the record once, and nothing else then.
 const NEW_MANIFEST: &str = "manifest";
+const NO_EXCHANGE: &str = "its file system cannot exchange two directories in one step, so that one that is there and changes \
+                           cannot be published whole; give it a new name, or use ext4, XFS or Btrfs";
 /// The ACLs of what gets its permissions after it was published.
 const ACLS: &str = "acls";
-
-/// What is to be published, for whom.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Record {
-    /// Who pushed: `user@host`, for the audit log.
-    pub(super) actor: String,
-    /// Where the content came from.
-    pub(super) source: String,
-    /// In their order.
-    pub(super) steps: Vec<Step>,
-    /// What a sender asked for and does not get, for the audit log.
-    pub(super) withheld: BTreeMap<RelPath, String>,
-    /// The ACLs that rules give, for the audit log.
-    pub(super) acls: BTreeMap<RelPath, String>,
-    /// The inodes of directories that are exchanged whole, to know afterwards which of the two is the new one.
-    pub(super) inodes: BTreeMap<RelPath, u64>,
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn unhex(text: &str) -> Option<Vec<u8>> {
-    (0..text.len().div_ceil(2)).map(|at| u8::from_str_radix(text.get(2 * at..2 * at + 2)?, 16).ok()).collect()
-}
-
-impl Record {
-    /// One step a line: a letter and the path's bytes in hexadecimal; before them who it is done for, after them what else
-    /// the audit log is to be told of a path.
-    fn encode(&self) -> String {
-        let mut text = format!("{}\n{}\n", hex(self.actor.as_bytes()), hex(self.source.as_bytes()));
-        for step in &self.steps {
-            let letter = match step {
-                Step::Replace(_) => 'R',
-                Step::NewDirectory(_) => 'N',
-                Step::Exchange(_) => 'X',
-                Step::ApplyMetadata(_) => 'A',
-                Step::RemoveFile(_) => 'F',
-                Step::RemoveDirectory(_) => 'D',
-            };
-            text.push(letter);
-            text.push_str(&hex(step.path().as_bytes()));
-            if let Some(inode) = self.inodes.get(step.path()) {
-                text.push_str(&format!(" {inode:x}"));
-            }
-            text.push('\n');
-        }
-        for (letter, notes) in [('W', &self.withheld), ('L', &self.acls)] {
-            for (path, note) in notes {
-                text.push_str(&format!("{letter}{} {}\n", hex(path.as_bytes()), hex(note.as_bytes())));
-            }
-        }
-        text
-    }
-
-    fn parse(text: &str) -> Option<Record> {
-        let mut lines = text.strip_suffix('\n')?.split('\n');
-        let mut name = || String::from_utf8(unhex(lines.next()?)?).ok();
-        let mut record = Record { actor: name()?, source: name()?, ..Record::default() };
-        for line in lines {
-            let (letter, rest) = line.split_at_checked(1)?;
-            let (path, more) = rest.split_once(' ').map_or((rest, None), |(path, more)| (path, Some(more)));
-            let path = RelPath::new(unhex(path)?).ok()?;
-            if matches!(letter, "W" | "L") {
-                let notes = if letter == "W" { &mut record.withheld } else { &mut record.acls };
-                notes.insert(path, String::from_utf8(unhex(more?)?).ok()?);
-                continue;
-            }
-            if let Some(inode) = more {
-                record.inodes.insert(path.clone(), u64::from_str_radix(inode, 16).ok()?);
-            }
-            record.steps.push(match letter {
-                "R" => Step::Replace(path),
-                "N" => Step::NewDirectory(path),
-                "X" => Step::Exchange(path),
-                "A" => Step::ApplyMetadata(path),
-                "F" => Step::RemoveFile(path),
-                "D" => Step::RemoveDirectory(path),
-                _ => return None,
-            });
-        }
-        Some(record)
-    }
-}
 
 /// Stores what is to be published; from then on the run goes forward only.
 pub(super) fn write_down(
     root: &Root,
     staging: &Root,
     record: &Record,
-    manifest: &[u8],
+    changes: &Changes,
     acls: &Acls,
 ) -> Result<(), Error> {
-    // DURABILITY: all content and permissions first, then the manifest; only then the record that makes them the truth.
+    // DURABILITY: all content and permissions first, then what becomes of the manifest; only then the record that makes them
+    // the truth.
     root.sync_filesystem().map_err(io)?;
     store(staging, ACLS, acls.encode().as_bytes())?;
-    store(staging, NEW_MANIFEST, manifest)?;
+    store(staging, CHANGES, &format::encode(&changes.put))?;
     staging.sync_dir(None).map_err(io)?;
-    store(staging, RECORD, record.encode().as_bytes())?;
+    store(staging, RECORD, record.encode(&changes.gone).as_bytes())?;
     staging.sync_dir(None).map_err(io)
 }
 
-/// What became of a record.
-pub(super) struct Published {
-    /// What is in force now.
-    pub(super) manifest: Manifest,
-    /// Its text.
-    pub(super) text: Vec<u8>,
-    /// Paths that could not be published, and why.
-    pub(super) problems: Vec<(RelPath, String)>,
-}
-
-/// Does what was written down, puts the manifest in force and clears the staging area. The manifest of a repair only
-/// tells what the things it brings back are to have: that of the root is left alone, whatever could not be done.
+/// Does what was written down: after it everything is to be seen. Answers paths that could not be published, and why. A run
+/// is ended by [`put_in_force`]. A repair ends here: what was written down of the manifest only tells what the things it
+/// brings back are to have; that of the root is left alone, whatever could not be done.
 pub(super) fn carry_out(
     root: &Root,
     staging: &Root,
     area: Area,
     record: &Record,
-    mut manifest: Manifest,
-    mut text: Vec<u8>,
+    changes: &Changes,
     acls: &Acls,
-) -> Result<Published, Error> {
-    let problems = execute(root, staging, record, &manifest.tree, acls)?;
-    if !problems.is_empty() && area == Area::Run {
-        manifest.tree = amend(root, manifest.tree, record, &problems)?;
-        text = format::encode(&manifest);
-        store(staging, NEW_MANIFEST, &text)?;
-    }
-    audit(root, area, record, &manifest.tree, &problems)?;
+) -> Result<Vec<(RelPath, String)>, Error> {
+    let problems = execute(root, staging, record, &changes.put.tree, acls)?;
+    audit(root, area, record, &changes.put.tree, &problems)?;
     if area == Area::Repair {
         finish(root, area)?;
-        return Ok(Published { manifest, text, problems });
     }
+    Ok(problems)
+}
+
+/// Puts the manifest in force that what was carried out makes of the `old` one, and clears the staging area. Answers it and
+/// the SHA-256 of its file.
+pub(super) fn put_in_force(
+    root: &Root,
+    staging: &Root,
+    record: &Record,
+    changes: &Changes,
+    old: &Tree,
+    problems: &[(RelPath, String)],
+    stays: &dyn Fn(&Entry) -> bool,
+) -> Result<(Manifest, Digest), Error> {
+    // Permissions that could not be given do not make it another file.
+    let metadata: HashSet<&RelPath> =
+        record.steps.iter().filter(|step| matches!(step, Step::ApplyMetadata(_))).map(Step::path).collect();
+    let content: HashSet<&RelPath> =
+        record.steps.iter().map(Step::path).filter(|path| !metadata.contains(path)).collect();
+    let undone = problems.iter().map(|(path, _)| path).filter(|path| content.contains(path)).collect();
+    let is_there = |entry: &Entry| root.stat(&entry.path, Follow::Never).is_ok();
+    let tree = changes::carried_out(changes, old, &undone, stays, &is_there)?;
+    let manifest = Manifest { tree, ..changes.put };
+    let text = format::encode(&manifest);
+    store(staging, NEW_MANIFEST, &text)?;
     let audience = crate::staging::audience_of(root, &manifest.tree);
     if let Ok(file) = staging.open_read(&rel(NEW_MANIFEST)?, Follow::Never) {
         crate::staging::admit(&file, &audience);
     }
-    finish(root, area)?;
+    finish(root, Area::Run)?;
     crate::staging::open_state(root, &audience);
-    Ok(Published { manifest, text, problems })
+    Ok((manifest, Digest(Sha256::digest(&text).into())))
 }
 
 /// Lets those read the manifest in force who may read what it lists.
@@ -176,7 +113,7 @@ pub(super) fn admit_readers(root: &Root, tree: &Tree) -> Result<(), Error> {
     Ok(())
 }
 
-fn store(staging: &Root, name: &str, bytes: &[u8]) -> Result<(), Error> {
+pub(super) fn store(staging: &Root, name: &str, bytes: &[u8]) -> Result<(), Error> {
     let path = rel(&format!("{name}.new"))?;
     staging.remove_tree(&path).map_err(io)?;
     let mut file = staging.create_new(&path, 0o600).map_err(io)?;
@@ -207,6 +144,7 @@ fn execute(
     acls: &Acls,
 ) -> Result<Vec<(RelPath, String)>, Error> {
     let existing = Existing::new(root, staging, tree, acls);
+    let trash = record.trash.as_ref().map(|name| Trash::new(root, name)).transpose()?;
     let mut problems = Vec::new();
     let mut touched: BTreeSet<RelPath> = BTreeSet::new();
     let mut opened: BTreeMap<RelPath, u32> = BTreeMap::new();
@@ -218,15 +156,31 @@ fn execute(
         }
         Ok(()) => Ok(true),
     };
+    let mut failed = false;
     for step in &record.steps {
         let path = step.path();
+        if matches!(step, Step::TakeAway(_)) && failed {
+            // A pointer that did not come may be one of them.
+            note(path, Err(Error::Usage("stays, since other paths failed".into())))?;
+            continue;
+        }
         touched.extend(path.parent());
         let take = || match step {
-            Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path),
-            Step::Exchange(_) => exchange(root, staging, path, record.inodes.get(path).copied()),
+            Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path, trash.as_ref()),
+            Step::Exchange(_) => exchange(root, staging, path, record.inodes.get(path).copied(), trash.as_ref()),
             Step::ApplyMetadata(_) => tree.get(path).map_or(Ok(()), |entry| existing.apply(entry)),
-            Step::RemoveFile(_) => gone(root.unlink(path).map_err(io)),
-            Step::RemoveDirectory(_) => gone(root.rmdir(path).map_err(io)),
+            Step::RemoveFile(_) => match &trash {
+                Some(trash) => trash.take(path),
+                None => gone(root.unlink(path).map_err(io)),
+            },
+            Step::RemoveDirectory(_) => match &trash {
+                Some(trash) => trash.take_directory(path),
+                None => gone(root.rmdir(path).map_err(io)),
+            },
+            Step::TakeAway(_) => match &trash {
+                Some(trash) => trash.take_whole(path),
+                None => take_away(root, path),
+            },
         };
         let result = match take() {
             Err(error) if denied(&error) => {
@@ -241,7 +195,9 @@ fn execute(
             }
             result => result,
         };
-        if note(path, result)? && matches!(step, Step::NewDirectory(_) | Step::Exchange(_)) {
+        let done = note(path, result)?;
+        failed |= !done;
+        if done && matches!(step, Step::NewDirectory(_) | Step::Exchange(_)) {
             touched.insert(path.clone());
         }
     }
@@ -295,13 +251,32 @@ fn gone(result: Result<(), Error>) -> Result<(), Error> {
     }
 }
 
-/// Renames the staged thing to its place; when it is not staged any more that was done before.
-fn publish_one(root: &Root, staging: &Root, path: &RelPath) -> Result<(), Error> {
+/// Moves a directory to where everything is removed once the run has ended.
+fn take_away(root: &Root, path: &RelPath) -> Result<(), Error> {
+    let found = match root.stat(path, Follow::Never) {
+        Ok(found) if found.kind == FileKind::Directory => found,
+        Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Err(io(error)),
+        _ => return Ok(()),
+    };
+    let place = rel(Area::Run.in_root())?.join(b"gone").and_then(|gone| gone.join(path.as_bytes()));
+    let place = place.map_err(|error| Error::Usage(error.to_string()))?;
+    if let Some(above) = place.parent() {
+        root.mkdir_all(&above, 0o700).map_err(io)?;
+    }
+    rename_whole(root, path, &found, &place)
+}
+
+/// Renames the staged thing to its place; when it is not staged any more that was done before. What it replaces is kept in the
+/// trash, where there is one.
+fn publish_one(root: &Root, staging: &Root, path: &RelPath, trash: Option<&Trash<'_>>) -> Result<(), Error> {
     for tree in [&b"tree/"[..], b"last/"] {
         let staged = RelPath::new([tree, path.as_bytes()].concat());
         let Ok(staged) = staged else { continue };
         match staging.stat(&staged, Follow::Never) {
-            Ok(_) => return staging.rename_to(&staged, root, path, RenameFlags::empty()).map_err(io),
+            Ok(_) => {
+                trash.map_or(Ok(()), |trash| trash.keep(path))?;
+                return staging.rename_to(&staged, root, path, RenameFlags::empty()).map_err(io);
+            }
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(io(error)),
         }
@@ -309,33 +284,29 @@ fn publish_one(root: &Root, staging: &Root, path: &RelPath) -> Result<(), Error>
     root.stat(path, Follow::Never).map(drop).map_err(io)
 }
 
-/// Exchanges a directory for the one that is staged, unless that was done before: then the old one is staged.
-fn exchange(root: &Root, staging: &Root, path: &RelPath, new: Option<u64>) -> Result<(), Error> {
+/// Exchanges a directory for the one that is staged, unless that was done before: then the old one is staged. What the new
+/// one does not have of it goes to the trash, where there is one.
+fn exchange(
+    root: &Root,
+    staging: &Root,
+    path: &RelPath,
+    new: Option<u64>,
+    trash: Option<&Trash<'_>>,
+) -> Result<(), Error> {
     let staged = rel("tree")?.join(path.as_bytes()).map_err(|error| Error::Usage(error.to_string()))?;
     let found = root.stat(path, Follow::Never).map_err(io)?;
-    if Some(found.inode) == new {
-        return Ok(());
+    if Some(found.inode) != new {
+        staging.rename_to(&staged, root, path, RenameFlags::EXCHANGE).map_err(|error| match error.kind() {
+            // FUSE and NFS may not know the flag.
+            ErrorKind::InvalidInput => {
+                io(RootError { source: std::io::Error::new(ErrorKind::Unsupported, NO_EXCHANGE), ..error })
+            }
+            _ => io(error),
+        })?;
     }
-    staging.rename_to(&staged, root, path, RenameFlags::EXCHANGE).map_err(io)
-}
-
-/// The manifest without what problems kept from being: the old entries where the old things are still there.
-fn amend(root: &Root, tree: Tree, record: &Record, problems: &[(RelPath, String)]) -> Result<Tree, Error> {
-    let metadata: HashSet<&RelPath> =
-        record.steps.iter().filter(|step| matches!(step, Step::ApplyMetadata(_))).map(Step::path).collect();
-    let content: HashSet<&RelPath> =
-        record.steps.iter().map(Step::path).filter(|path| !metadata.contains(path)).collect();
-    let failed: HashSet<&RelPath> =
-        problems.iter().map(|(path, _)| path).filter(|path| content.contains(path)).collect();
-    let concerned = |path: &RelPath| failed.contains(path) || path.ancestors().any(|above| failed.contains(&above));
-    let old = read(root, MANIFEST)?.and_then(|text| format::decode(&text).ok()).unwrap_or_default();
-    let mut entries: Vec<Entry> = tree.into_entries().into_iter().filter(|entry| !concerned(&entry.path)).collect();
-    let still = old.tree.into_entries().into_iter().filter(|entry| concerned(&entry.path));
-    entries.extend(still.filter(|entry| root.stat(&entry.path, Follow::Never).is_ok()));
-    let files: HashSet<RelPath> =
-        entries.iter().filter(|entry| entry.file().is_some()).map(|entry| entry.path.clone()).collect();
-    entries.retain(|entry| !matches!(&entry.content, Content::HardLink { first } if !files.contains(first)));
-    Tree::new(entries).map_err(|error| Error::Refused { by: "the manifest".into(), reason: error.to_string() })
+    let Some(trash) = trash else { return Ok(()) };
+    let old = rel(Area::Run.in_root())?.join(staged.as_bytes()).map_err(|error| Error::Usage(error.to_string()))?;
+    trash.take_rest(&old, path)
 }
 
 /// Tells the audit log. A run that was interrupted between this and its end tells it once more when it is finished.
@@ -346,10 +317,21 @@ fn audit(root: &Root, area: Area, record: &Record, tree: &Tree, problems: &[(Rel
     };
     let base = AuditRecord { actor: record.actor.clone(), source: record.source.clone(), ..AuditRecord::default() };
     let failed: HashSet<&RelPath> = problems.iter().map(|(path, _)| path).collect();
+    let trash = record.trash.as_ref().map(|name| Trash::new(root, name)).transpose()?;
     let steps = record.steps.iter().filter(|step| !failed.contains(step.path()));
-    let records = steps.flat_map(|step| records(step, area, record, tree, &base));
+    let records = steps.flat_map(|step| {
+        let kept = trash.as_ref().and_then(|trash| trashed(step, trash, &base));
+        kept.into_iter().chain(records(step, area, record, tree, &base))
+    });
     AuditLog::open(root).map_err(wrong)?.append_all(records).map_err(wrong)?;
     Ok(())
+}
+
+/// What the audit log is told of what a step has moved to the trash.
+fn trashed(step: &Step, trash: &Trash<'_>, base: &AuditRecord) -> Option<AuditRecord> {
+    let place = trash.place(step.path()).ok().filter(|_| trash.holds(step.path()))?;
+    let reason = Some(format!("moved to trash: {place}"));
+    Some(AuditRecord { action: "trash".into(), path: step.path().to_string(), reason, ..base.clone() })
 }
 
 /// What the audit log is told of a step.
@@ -361,7 +343,11 @@ fn records<'a>(
     base: &'a AuditRecord,
 ) -> Box<dyn Iterator<Item = AuditRecord> + 'a> {
     let action = match step {
-        Step::RemoveFile(_) | Step::RemoveDirectory(_) => {
+        // It was told what became of it.
+        Step::RemoveFile(_) | Step::RemoveDirectory(_) | Step::TakeAway(_) if record.trash.is_some() => {
+            return Box::new(std::iter::empty());
+        }
+        Step::RemoveFile(_) | Step::RemoveDirectory(_) | Step::TakeAway(_) => {
             let removed = AuditRecord { action: "remove".into(), path: step.path().to_string(), ..base.clone() };
             return Box::new(std::iter::once(removed));
         }
@@ -433,11 +419,6 @@ fn recover_in(root: &Root, state: &Root, area: Area) -> Result<bool, Error> {
         Err(error) => return Err(io(error)),
     };
     let Some(record) = read(&staging, RECORD)? else { return Ok(false) };
-    let Some(text) = read(&staging, NEW_MANIFEST)? else {
-        // It was put in force already: only the clearing was cut off.
-        finish(root, area)?;
-        return Ok(true);
-    };
     let damaged = |what: &str| Error::Refused {
         by: crate::error::shown(root.shown()).to_string(),
         reason: format!(
@@ -445,38 +426,36 @@ fn recover_in(root: &Root, state: &Root, area: Area) -> Result<bool, Error> {
             crate::error::shown(staging.shown())
         ),
     };
-    let manifest = format::decode(&text).map_err(|_| damaged("the manifest"))?;
-    let record = std::str::from_utf8(&record).ok().and_then(Record::parse).ok_or_else(|| damaged("the record"))?;
+    let (changes, whole) = match read(&staging, CHANGES)? {
+        Some(text) => (Some(text), false),
+        None => (read(&staging, NEW_MANIFEST)?, true),
+    };
+    let Some(text) = changes else {
+        // It was put in force already: only the clearing was cut off.
+        finish(root, area)?;
+        return Ok(true);
+    };
+    let put = format::decode(&text).map_err(|_| damaged("the manifest"))?;
+    let record = std::str::from_utf8(&record).ok().and_then(Record::parse);
+    let (record, gone) = record.ok_or_else(|| damaged("the record"))?;
     let acls = read(&staging, ACLS)?.and_then(|bytes| Acls::parse(std::str::from_utf8(&bytes).ok()?));
     let acls = acls.ok_or_else(|| damaged("the list of ACLs"))?;
-    carry_out(root, &staging, area, &record, manifest, text, &acls)?;
+    let (old, _) = recall::manifest(root, &Silent::default())?;
+    if area == Area::Run && !whole && old.generation >= put.generation {
+        finish(root, area)?;
+        return Ok(true);
+    }
+    let changes = Changes { put, gone };
+    let problems = carry_out(root, &staging, area, &record, &changes, &acls)?;
+    if area == Area::Run {
+        put_in_force(root, &staging, &record, &changes, &old.tree, &problems, &|_| !whole)?;
+    }
     Ok(true)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_record_is_read_back_and_a_damaged_one_is_not() {
-        let path = |path: &[u8]| RelPath::new(path).unwrap();
-        let steps = vec![
-            Step::RemoveFile(path(b"a\n \xff")),
-            Step::Replace(path(b"b")),
-            Step::NewDirectory(path(b"c/d")),
-            Step::Exchange(path(b"e")),
-            Step::ApplyMetadata(path(b"f")),
-            Step::RemoveDirectory(path(b"g")),
-        ];
-        let inodes = BTreeMap::from([(path(b"e"), u64::MAX)]);
-        let note = |text: &str| BTreeMap::from([(RelPath::new("b \n/c").unwrap(), text.to_owned())]);
-        let (withheld, acls) = (note("the special bits of mode 4755"), note("user:ops:r--"));
-        let record = Record { actor: "ana@gpu01".into(), source: String::new(), steps, withheld, acls, inodes };
-        assert_eq!(Record::parse(&record.encode()), Some(record));
-        for damaged in ["", "\n", "61\n62", "61\n\nR2e2e\n", "61\n\nR6\n", "61\n\nZ61\n", "61\n\nX61 g\n", "6\n\n"] {
-            assert_eq!(Record::parse(damaged), None, "{damaged:?}");
-        }
-    }
 
     #[test]
     fn h32_an_exchange_that_is_done_again_leaves_the_new_directory_in_place() {
@@ -490,7 +469,7 @@ mod tests {
         let new = root.stat(&staged, Follow::Never).unwrap().inode;
         let staging = root.subroot(&RelPath::new("staging").unwrap()).unwrap();
         for _ in 0..3 {
-            exchange(&root, &staging, &unit, Some(new)).unwrap();
+            exchange(&root, &staging, &unit, Some(new), None).unwrap();
             assert_eq!(root.names(Some(&unit), Follow::Never).unwrap(), [b"new".to_vec()]);
             assert_eq!(root.names(Some(&staged), Follow::Never).unwrap(), [b"old".to_vec()]);
         }

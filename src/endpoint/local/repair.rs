@@ -7,15 +7,16 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use super::area::Area;
+use super::changes::Changes;
 use super::metadata::Acls;
 use super::publish::{self, Record};
 use super::target::{Run, State, io, needed, rel};
-use super::{commit, known, links, room};
+use super::{commit, known, links, recall, room};
 use crate::access::Inode;
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::{Exit, chain};
 use crate::filter::{Filter, FilterSpec};
-use crate::manifest::{Content, Digest, Entry, Manifest, Tree, format};
+use crate::manifest::{Content, Digest, Entry, Manifest, Tree};
 use crate::monitor::{Event, Monitor, Problem, Severity};
 use crate::path::RelPath;
 use crate::plan::publish::{Publication, steps};
@@ -48,7 +49,7 @@ fn in_force(run: &Run, repair: &Repair, monitor: &dyn Monitor) -> Result<(), Err
         return Err(Error::Locked { root: crate::error::shown(run.root.shown()).to_string(), holder });
     }
     let Some(wanted) = repair.manifest else { return Ok(()) };
-    let (_, now) = commit::read_manifest(&run.root, monitor)?;
+    let (_, now) = recall::manifest(&run.root, monitor)?;
     if now == wanted {
         return Ok(());
     }
@@ -103,7 +104,7 @@ pub(super) fn diff(run: &Run, repair: &Repair, wanted: &Arc<Tree>, monitor: &dyn
     let filter = Filter::compile(&FilterSpec { rules: Vec::new(), only });
     let filter = filter.map_err(|error| Error::Usage(chain(&error)))?;
     let rule = ScanRule { filter, links: LinkRule::All, ignore_files: false, report_special: false };
-    let scanned = scan::scan(&run.root, &rule, None, monitor).map_err(|error| match error {
+    let scanned = scan::scan(&run.root, &rule, monitor).map_err(|error| match error {
         scan::ScanError::Root(error) => io(error),
         other => Error::Refused { by: "the repair".into(), reason: chain(&other) },
     })?;
@@ -213,20 +214,19 @@ pub(super) fn commit(
     commit::settle(run, staging, state, &failed)?;
     commit::settle_directories(run, staging, state, &failed)?;
     let tree = given(run, repair, state, &failed)?;
-    let manifest = Manifest { tree, ..Manifest::default() };
-    let text = format::encode(&manifest);
+    let changes = Changes { put: Manifest { tree, ..Manifest::default() }, gone: BTreeSet::new() };
     let (actor, source) = (run.options.actor.clone(), run.options.source.clone());
     let record = Record { actor, source, steps, ..Record::default() };
     let acls = Acls::default();
-    publish::write_down(&run.root, staging, &record, &text, &acls)?;
+    publish::write_down(&run.root, staging, &record, &changes, &acls)?;
     state.recorded = true;
-    let published = publish::carry_out(&run.root, staging, run.area(), &record, manifest, text, &acls)?;
-    let undone: BTreeSet<&RelPath> = published.problems.iter().map(|(path, _)| path).collect();
+    let problems = publish::carry_out(&run.root, staging, run.area(), &record, &changes, &acls)?;
+    let undone: BTreeSet<&RelPath> = problems.iter().map(|(path, _)| path).collect();
     let done = |path: &RelPath| !undone.contains(path) && !path.ancestors().any(|above| undone.contains(&above));
     let actions = state.plan.actions.iter().filter(|action| !failed.contains(&action.index));
     let entries = actions.map(|action| &wanted.entries()[action.index as usize]);
     let entries: Vec<&Entry> = entries.filter(|entry| done(&entry.path)).collect();
-    let tree = &published.manifest.tree;
+    let tree = &changes.put.tree;
     let mut files = known::Files::amending(&run.root, tree);
     for entry in &entries {
         // A further name is another time of change for the first one.
@@ -237,7 +237,7 @@ pub(super) fn commit(
     }
     files.store(monitor);
     let count = entries.len() as u64;
-    held.extend(published.problems);
+    held.extend(problems.iter().cloned());
     Ok(Committed { published: count, problems: commit::shown(held), ..Committed::default() })
 }
 

@@ -112,21 +112,18 @@ impl Source for LocalSource {
         };
         let rule = ScanRule { filter, links, ignore_files: true, report_special: true };
         let before = staging::standing(&self.root);
-        let cache = self.cache_file.as_deref().filter(|_| !options.hash_all).map(DigestCache::load);
-        let mut scanned = scan::scan(&self.root, &rule, cache.as_ref().map(DigestCache::table), monitor).map_err(
-            |error| match error {
-                scan::ScanError::Root(error) => failed(error),
-                scan::ScanError::Changed(_) => {
-                    Error::Refused { by: self.describe(), reason: crate::error::chain(&error) }
-                }
-            },
-        )?;
+        let mut scanned = scan::scan(&self.root, &rule, monitor).map_err(|error| match error {
+            scan::ScanError::Root(error) => failed(error),
+            scan::ScanError::Changed(_) => Error::Refused { by: self.describe(), reason: crate::error::chain(&error) },
+        })?;
         if options.whole
             && (matches!(before, staging::Standing::Publishing(_)) || staging::standing(&self.root) != before)
         {
             return Err(Error::Refused { by: self.describe(), reason: BEING_PUBLISHED.to_owned() });
         }
-        if let Some(cache) = &cache {
+        if let Some(file) = self.cache_file.as_deref().filter(|_| !options.hash_all) {
+            let cache = DigestCache::load_for(file, &scanned.metadata);
+            scanned.know(cache.table());
             monitor.event(Event::Detail(&format!(
                 "{}: SHA-256 known from earlier runs: {}",
                 self.describe(),
@@ -151,7 +148,7 @@ impl Source for LocalSource {
         let known: Vec<_> =
             digests.iter().filter_map(|&(index, digest)| Some((*scanned.0.get(index as usize)?, digest))).collect();
         // A cache that cannot be written makes the next run slower, not wrong.
-        let _ = DigestCache::load(file).store(&known, scanned.1);
+        let _ = DigestCache::empty(file).store(&known, scanned.1);
     }
 
     fn trail(&self) -> Result<Vec<Stop>, Error> {

@@ -3,7 +3,7 @@
 //! Everything is staged beneath `.lockstep/staging/current` of the root. A root that is not there yet is made under a
 //! hidden name beside its own and gets its name in the last step, so that a new tree appears whole.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -14,27 +14,27 @@ use super::place::{Birth, Place};
 use super::refusals::Refusals;
 use super::repair::{self, Repair};
 use super::writer::LocalWriter;
-use super::{circle, commit, fold, known, metadata, publish, room};
+use super::{circle, commit, early, fold, known, metadata, publish, recall, room, trash};
 use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
-use crate::filter::{Filter, FilterSpec};
-use crate::manifest::{Content, Digest, Entry, Manifest, Tree};
+use crate::filter::{Filter, FilterSpec, Reach};
+use crate::manifest::{Digest, Entry, Manifest, Tree};
 use crate::monitor::{Event, Monitor, Problem, Severity};
 use crate::path::RelPath;
 use crate::plan::{Change, Compare, Desired, Need, Plan, diff, require_proof};
 use crate::policy::acl::Principal;
 use crate::policy::{Decision, Policy, PolicySpec, Sender};
-use crate::root::{Follow, Metadata, Root, RootError};
+use crate::root::{Metadata, Root, RootError};
 use crate::scan::names::{Names, UnknownName};
 use crate::scan::{self, LinkRule, ScanRule};
-use crate::staging::{self, Ids, Journal, LockError, Permissions, RootLock, StageError};
+use crate::staging::{self, Ids, LockError, Permissions, RootLock, StageError};
 
 pub(super) const STATE: &str = ".lockstep";
 pub(super) const MANIFEST: &str = ".lockstep/manifest";
 /// Clocks of machines that exchange data differ by less.
 const CLOCK_TOLERANCE_SECONDS: i64 = 60;
 /// Names that are published last and removed first wherever they occur.
-pub(in crate::endpoint) const POINTERS: [&str; 5] =
+pub(crate) const POINTERS: [&str; 5] =
     ["latest", "latest_checkpointed_iteration.txt", "_SUCCESS", ".metadata", "*.index.json"];
 
 /// A directory of this machine as a target.
@@ -57,8 +57,8 @@ pub(super) struct Run {
     pub(super) repair: Option<Arc<Repair>>,
     policy: Policy,
     pub(super) ids: Ids,
-    last: Filter,
-    units: Filter,
+    pub(super) last: Filter,
+    pub(super) units: Filter,
     state: Mutex<State>,
     refusals: Mutex<Refusals>,
     _lock: Option<RootLock>,
@@ -71,7 +71,9 @@ pub(super) struct State {
     /// What stat said of the target's entries.
     pub(super) metadata: Vec<Metadata>,
     pub(super) plan: Plan,
-    pub(super) old_manifest: Manifest,
+    pub(super) old_manifest: Arc<Manifest>,
+    /// What the run was to look at.
+    pub(super) reach: Reach,
     /// SHA-256 of the old manifest's file.
     pub(super) old_digest: Digest,
     /// Files whose content is staged and proven, and what they are there.
@@ -182,7 +184,11 @@ impl Target for LocalTarget {
                 }
                 other => Error::Usage(crate::error::chain(&other)),
             })?;
-            let area = if self.repair.is_some() { Area::Repair } else { Area::Run };
+            let area = match (&self.repair, options.stage_only) {
+                (Some(_), _) => Area::Repair,
+                (None, true) => Area::Early,
+                (None, false) => Area::Run,
+            };
             let path = rel(area.in_state())?;
             // Before anything is published: who passes it on has to know.
             staging::remember_trail(&root, &options.trail).map_err(io)?;
@@ -266,6 +272,10 @@ impl Target for LocalTarget {
         let run = self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         let Some(run) = run else { return };
         run.record_refusals();
+        if let (Area::Early, Some(staging)) = (run.area(), &run.staging) {
+            // What could not be written down is hashed again when it is wanted.
+            let _ = early::keep(staging, &run.state().staged);
+        }
         let given_up = {
             let state = run.state();
             (state.full || state.rejected) && !state.recorded
@@ -287,6 +297,10 @@ impl Target for LocalTarget {
     fn verification(&self) -> String {
         "SHA-256 of what was written".into()
     }
+
+    fn stages_early(&self) -> bool {
+        self.repair.is_none()
+    }
 }
 
 impl Run {
@@ -299,7 +313,11 @@ impl Run {
     }
 
     pub(super) fn area(&self) -> Area {
-        if self.repair.is_some() { Area::Repair } else { Area::Run }
+        match (&self.repair, self.options.stage_only) {
+            (Some(_), _) => Area::Repair,
+            (None, true) => Area::Early,
+            (None, false) => Area::Run,
+        }
     }
 
     /// What is staged is given up when the disk is full: it would only keep it full. What was refused is recorded.
@@ -382,8 +400,9 @@ impl Run {
         }
         let filter =
             Filter::compile(&self.options.filter).map_err(|error| Error::Usage(crate::error::chain(&error)))?;
+        let reach = filter.reach();
         let rule = ScanRule { filter, links: LinkRule::All, ignore_files: true, report_special: false };
-        let scanned = scan::scan(&self.root, &rule, None, monitor).map_err(|error| match error {
+        let scanned = scan::scan(&self.root, &rule, monitor).map_err(|error| match error {
             scan::ScanError::Root(error) => io(error),
             other => Error::Refused { by: "the receiver".into(), reason: crate::error::chain(&other) },
         })?;
@@ -392,7 +411,7 @@ impl Run {
             monitor.event(Event::Problem(&Problem { severity: Severity::Skipped, ..problem }));
         }
         let mut target = scanned.tree;
-        let (old_manifest, old_digest) = commit::read_manifest(&self.root, monitor)?;
+        let (old_manifest, old_digest) = recall::manifest(&self.root, monitor)?;
         warn_of_the_future(&old_manifest, &self.root, monitor);
         let look = known::Look {
             root: &self.root,
@@ -431,8 +450,21 @@ impl Run {
         let compare = Compare { checksum: self.options.checksum, ..Compare::default() };
         let mut plan = diff(source, &target, &|index, _| wanted[index].clone(), compare);
         require_proof(&mut plan, source, &target, &doubtful);
+        let mut staged = HashMap::new();
         if let Some(staging) = &self.staging {
-            self.prepare(staging, source, &mut plan)?;
+            if self.area() == Area::Early {
+                early::prepare(self, staging, source, &mut plan)?;
+            } else {
+                self.prepare(staging, source, &mut plan)?;
+                if self.options.filter.only.is_none() {
+                    early::collect(&self.root)?;
+                }
+                staged = early::take(self, staging, source, &mut plan)?;
+            }
+        }
+        if let Some(keep) = self.options.trash_seconds.filter(|_| !self.options.dry_run) {
+            // What has to go makes room for what comes.
+            trash::collect(&self.root, keep, monitor);
         }
         let need = needed(source, &plan);
         if !self.options.ignore_free_space
@@ -456,61 +488,13 @@ impl Run {
             metadata: scanned.metadata,
             need,
             plan: plan.clone(),
+            staged,
+            reach,
             old_manifest,
             old_digest,
             ..State::default()
         };
         Ok(plan)
-    }
-
-    /// Finds what an earlier run left to go on with, drops the rest, and makes the staging directories.
-    pub(super) fn prepare(&self, staging: &Root, source: &Tree, plan: &mut Plan) -> Result<(), Error> {
-        let stage_error = |error: StageError| stage_failure(&error, staging);
-        let before = Journal::load(staging).map_err(stage_error)?;
-        let mut files = Vec::new();
-        let mut directories: Vec<RelPath> = Vec::new();
-        let mut resumed: HashSet<RelPath> = HashSet::new();
-        for action in &mut plan.actions {
-            let entry = &source.entries()[action.index as usize];
-            if let Content::File { size, .. } = entry.content
-                && action.need != Need::Nothing
-            {
-                // That something is staged of a file that was to be compared says that it was found to differ.
-                let resume_at = before.resume_at(staging, &entry.path, size, entry.mtime);
-                if resume_at > 0 {
-                    action.need = Need::Content { resume_at };
-                    resumed.insert(self.staged_path(&entry.path)?);
-                }
-                files.push((entry.path.clone(), size, entry.mtime));
-            }
-            if action.change == Change::MetadataOnly && action.need == Need::Nothing {
-                continue;
-            }
-            if entry.is_directory() {
-                directories.push(self.staged_directory(&entry.path)?);
-            } else if let Some(parent) = self.staged_path(&entry.path)?.parent()
-                && directories.last() != Some(&parent)
-            {
-                directories.push(parent);
-            }
-        }
-        drop_leftovers(staging, &resumed)?;
-        Journal::new(files).store(staging).map_err(stage_error)?;
-        let mut made: HashSet<RelPath> = HashSet::new();
-        for directory in directories {
-            if made.contains(&directory) {
-                continue;
-            }
-            for step in directory.ancestors().chain([directory.clone()]) {
-                if !made.contains(&step) {
-                    match staging.mkdir(&step, 0o700) {
-                        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(io(error)),
-                        _ => made.insert(step),
-                    };
-                }
-            }
-        }
-        Ok(())
     }
 }
 
@@ -556,34 +540,4 @@ fn warn_of_the_future(manifest: &Manifest, root: &Root, monitor: &dyn Monitor) {
             crate::error::shown(root.shown())
         )));
     }
-}
-
-/// Removes every staged file that is not gone on with.
-fn drop_leftovers(staging: &Root, keep: &HashSet<RelPath>) -> Result<(), Error> {
-    if keep.is_empty() {
-        for name in ["tree", "last"] {
-            staging.remove_tree(&rel(name)?).map_err(io)?;
-        }
-        return Ok(());
-    }
-    let mut directories: Vec<RelPath> = vec![rel("tree")?, rel("last")?];
-    while let Some(directory) = directories.pop() {
-        let names = match staging.names(Some(&directory), Follow::Never) {
-            Ok(names) => names,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(io(error)),
-        };
-        for name in names {
-            let Ok(path) = directory.join(&name) else { continue };
-            if keep.contains(&path) {
-                continue;
-            }
-            match staging.unlink_anyway(&path) {
-                Ok(()) => {}
-                Err(error) if error.kind() == std::io::ErrorKind::IsADirectory => directories.push(path),
-                Err(error) => return Err(io(error)),
-            }
-        }
-    }
-    Ok(())
 }

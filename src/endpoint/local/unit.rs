@@ -209,13 +209,13 @@ fn make(staging: &Root, path: &RelPath) -> Result<(), Error> {
 }
 
 /// A further name is refused for files of others (`fs.protected_hardlinks`), beyond so many, and by some file systems.
-fn is_no_link(error: &RootError) -> bool {
+pub(super) fn is_no_link(error: &RootError) -> bool {
     let errno = error.errno().map(Errno::from_raw_os_error);
     matches!(errno, Some(Errno::PERM | Errno::MLINK | Errno::OPNOTSUPP | Errno::NOSYS | Errno::ACCESS))
 }
 
 /// The permissions that something has.
-fn as_it_is(root: &Root, path: &RelPath, found: &Metadata) -> Result<Permissions, Error> {
+pub(super) fn as_it_is(root: &Root, path: &RelPath, found: &Metadata) -> Result<Permissions, Error> {
     let shown = || crate::error::shown(&root.shown().join(path.as_path())).to_string();
     let inode = Inode::open(root, Some(path)).map_err(io)?;
     let acls = inode.acls().map_err(|source| Error::Io { operation: "read the ACLs of", path: shown(), source })?;

@@ -249,7 +249,7 @@ impl Memory {
                     lock(&self.nodes).insert(entry.path.clone(), node);
                 }
             }
-            Step::Exchange(_) => return Err(Error::Usage("no run asks for units here".into())),
+            Step::Exchange(_) | Step::TakeAway(_) => return Err(Error::Usage("no run asks for units here".into())),
             Step::ApplyMetadata(_) => {
                 let entry = run.source.get(path).ok_or_else(missing)?;
                 if let Some(node) = lock(&self.nodes).get_mut(path) {

@@ -9,6 +9,7 @@ use super::read::{Piece, ReadQueue, Wanted, read_whole};
 use super::session::{self, Reply, about, extended, with_attributes};
 use super::stage::store;
 use super::target::{Run, STATE, State};
+use super::trash::Trash;
 use super::{REGULAR, at, kind_of};
 use crate::audit::{AuditRecord, HEAD, Head, LOG, TAIL_BYTES, head_of, lines};
 use crate::endpoint::Error;
@@ -27,8 +28,9 @@ pub(super) fn append(
     published: &HashSet<u32>,
     removed: &[&RelPath],
     manifest: &Manifest,
+    trash: Option<&Trash<'_>>,
 ) -> Result<(), Error> {
-    let mut records = records(run, state, published, removed, manifest).peekable();
+    let mut records = records(run, state, published, removed, manifest, trash).peekable();
     if records.peek().is_none() {
         return Ok(());
     }
@@ -111,18 +113,33 @@ fn records<'a>(
     published: &'a HashSet<u32>,
     removed: &'a [&'a RelPath],
     manifest: &'a Manifest,
+    trash: Option<&'a Trash<'a>>,
 ) -> impl Iterator<Item = AuditRecord> + 'a {
     let (actor, source) = (run.options.actor.clone(), run.options.source.clone());
     let base = AuditRecord { actor, source, ..AuditRecord::default() };
     let gone = base.clone();
     let actions = state.plan.actions.iter().filter(|action| published.contains(&action.index));
+    let old = gone.clone();
+    let modified = state.plan.actions.iter().filter(|action| published.contains(&action.index));
+    let modified = modified.filter(|action| action.change == Change::Modified);
+    let replaced = modified.map(|action| &state.source.entries()[action.index as usize].path);
+    let kept = trash.into_iter().flat_map(move |trash| {
+        let (old, paths) = (old.clone(), replaced.clone());
+        paths.map(move |path| aside(&old, trash, path))
+    });
     let given = actions.filter_map(move |action| {
         let entry = manifest.tree.get(&state.source.entries()[action.index as usize].path)?;
         Some(base.of_entry(if action.change == Change::MetadataOnly { "metadata" } else { "publish" }, entry))
     });
-    given.chain(removed.iter().map(move |path| AuditRecord {
-        action: "remove".into(),
-        path: path.to_string(),
-        ..gone.clone()
-    }))
+    let removals = removed.iter().map(move |path| match trash {
+        Some(trash) => aside(&gone, trash, path),
+        None => AuditRecord { action: "remove".into(), path: path.to_string(), ..gone.clone() },
+    });
+    kept.chain(given).chain(removals)
+}
+
+/// What was moved to the trash.
+fn aside(base: &AuditRecord, trash: &Trash<'_>, path: &RelPath) -> AuditRecord {
+    let reason = Some(format!("moved to trash: {}", trash.shown(path)));
+    AuditRecord { action: "trash".into(), path: path.to_string(), reason, ..base.clone() }
 }

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use super::record::Recorded;
+use super::record::{Record, Recorded};
 use super::session::{self, Refusal, Reply, Session, about, extended};
 use super::stage::replace;
 use super::target::{Permissions, Run};
+use super::trash::Trash;
 use super::writer::grant;
 use super::{SYMLINK, below, kind_of, whole_seconds};
 use crate::endpoint::Error;
@@ -39,9 +40,11 @@ type Done<'a> = (&'a Recorded, Result<(), Refusal>);
 
 /// Does the steps. Those that the state of the target forbids are told and left; after one no pointer is published.
 /// `again` is for a record of which a part was done before.
-pub(super) fn execute(run: &Run, steps: &[Recorded], tree: &Tree, again: bool) -> Result<Problems, Error> {
+pub(super) fn execute(run: &Run, record: &Record, tree: &Tree, again: bool) -> Result<Problems, Error> {
     let mut problems = Problems::default();
+    let steps = &record.steps;
     let (pointers, content): (Vec<&Recorded>, Vec<&Recorded>) = steps.iter().partition(|recorded| recorded.pointer);
+    let how = How { tree, again, trash: record.trash.as_deref().map(|name| Trash::new(run, name)) };
     let parents = |of: &[&Recorded]| -> BTreeSet<RelPath> {
         of.iter().filter_map(|recorded| recorded.step.path().parent()).collect()
     };
@@ -49,14 +52,14 @@ pub(super) fn execute(run: &Run, steps: &[Recorded], tree: &Tree, again: bool) -
     let mut touched = parents(&content);
     let new = content.iter().filter(|recorded| matches!(recorded.step, Step::NewDirectory(_)));
     touched.extend(new.map(|recorded| recorded.step.path().clone()));
-    perform(run, &content, tree, again, &mut problems)?;
+    perform(run, &content, &how, &mut problems)?;
     // What happened in a directory moved its time; and new ones still have the mode they were staged with.
     let entries = |paths: &mut dyn Iterator<Item = &RelPath>| -> Vec<Entry> {
         paths.filter_map(|path| tree.get(path)).filter(|entry| entry.is_directory()).cloned().collect()
     };
     apply(run, &entries(&mut touched.difference(&later)), &mut problems)?;
     if problems.told.is_empty() {
-        perform(run, &pointers, tree, again, &mut problems)?;
+        perform(run, &pointers, &how, &mut problems)?;
     } else {
         let held = "is not published, because something that it may point to could not be; push again";
         for recorded in pointers {
@@ -68,11 +71,26 @@ pub(super) fn execute(run: &Run, steps: &[Recorded], tree: &Tree, again: bool) -
     Ok(problems)
 }
 
-fn perform(run: &Run, steps: &[&Recorded], tree: &Tree, again: bool, problems: &mut Problems) -> Result<(), Error> {
+/// How steps are done.
+struct How<'a> {
+    tree: &'a Tree,
+    again: bool,
+    trash: Option<Trash<'a>>,
+}
+
+fn perform(run: &Run, steps: &[&Recorded], how: &How<'_>, problems: &mut Problems) -> Result<(), Error> {
     let session = &run.session;
+    let How { tree, again, trash } = how;
     let staged = |recorded: &Recorded| {
         let tree: &[u8] = if recorded.pointer { b"/last/" } else { b"/tree/" };
         [&run.staging[..], tree, recorded.step.path().as_bytes()].concat()
+    };
+    let removed = match trash {
+        Some(trash) => {
+            trash.prepare(steps, &staged)?;
+            trash.directories(steps)?
+        }
+        None => Vec::new(),
     };
     let mut batch: Vec<(&Recorded, Vec<u8>)> = Vec::new();
     let mut results: Vec<Done<'_>> = Vec::new();
@@ -91,15 +109,18 @@ fn perform(run: &Run, steps: &[&Recorded], tree: &Tree, again: bool, problems: &
             }
             Step::NewDirectory(_) => session::request(packet::RENAME).string(&staged(recorded)).string(&path).finish(),
             // SFTP cannot do it, and no run asks for it.
-            Step::Exchange(path) => {
-                problems.tell(path, "cannot be exchanged over SFTP".into());
+            Step::Exchange(path) | Step::TakeAway(path) => {
+                problems.tell(path, "cannot be exchanged or taken away over SFTP".into());
                 continue;
             }
             Step::ApplyMetadata(path) => {
                 metadata.extend(tree.get(path).cloned());
                 continue;
             }
-            Step::RemoveFile(_) => about(packet::REMOVE, &path),
+            Step::RemoveFile(_) => match trash {
+                Some(trash) => trash.take(recorded.step.path()),
+                None => about(packet::REMOVE, &path),
+            },
             Step::RemoveDirectory(_) => about(packet::RMDIR, &path),
         };
         batch.push((recorded, request));
@@ -111,7 +132,7 @@ fn perform(run: &Run, steps: &[&Recorded], tree: &Tree, again: bool, problems: &
         let done_before = match recorded.step {
             Step::RemoveFile(_) | Step::RemoveDirectory(_) => refusal.is_missing(),
             _ => {
-                again
+                *again
                     && session.stat(packet::LSTAT, &staged(recorded))?.is_err_and(|gone| gone.is_missing())
                     && session.stat(packet::LSTAT, &path)?.is_ok()
             }
@@ -120,6 +141,9 @@ fn perform(run: &Run, steps: &[&Recorded], tree: &Tree, again: bool, problems: &
             problems.tell(recorded.step.path(), recorded.describe(&refusal.to_string()));
             problems.unpublished.insert(recorded.step.path().clone());
         }
+    }
+    if let Some(trash) = trash {
+        trash.finish(&removed)?;
     }
     apply(run, &metadata, problems)
 }

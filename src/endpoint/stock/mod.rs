@@ -37,6 +37,7 @@ mod source;
 mod stage;
 mod target;
 mod trail;
+mod trash;
 mod writer;
 
 pub use source::StockSource;

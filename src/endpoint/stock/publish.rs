@@ -18,6 +18,7 @@ use super::session::{self, Reply, Session, about, extended, with_attributes};
 use super::shell::{Job, Shell, Spare};
 use super::stage::{replace, store};
 use super::target::{MANIFEST, Run, STATE, State};
+use super::trash::Trash;
 use super::writer::grant;
 use super::{DIRECTORY, at, audit, below, kind_of};
 use crate::endpoint::{CommitOptions, Committed, Error};
@@ -28,7 +29,7 @@ use crate::monitor::{Event, Monitor, Silent};
 use crate::path::RelPath;
 use crate::plan::outcome::{Outcome, entries_after};
 use crate::plan::publish::{Publication, Step, steps};
-use crate::plan::{Action, Change, Need};
+use crate::plan::{Action, Change, Need, trash};
 use crate::scan::{LinkRule, ScanRule};
 use crate::wire::sftp::{Attributes, packet};
 
@@ -87,10 +88,11 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let text = format::encode(&manifest);
     // DURABILITY: all content and permissions first; only then the record that makes them the truth.
     bring_to_disk(run)?;
-    let record = Record { base: state.old_digest, steps };
+    let trash = run.options.trash_seconds.is_some().then(|| trash::name(manifest.created.seconds, manifest.generation));
+    let record = Record { base: state.old_digest, steps, trash };
     store(&run.session, &run.staging, NEW_MANIFEST, &text)?;
     store(&run.session, &run.staging, RECORD, record.encode().as_bytes())?;
-    let done = execute(run, &record.steps, &manifest.tree, false)?;
+    let done = execute(run, &record, &manifest.tree, false)?;
     let (manifest, text) = mend(run, manifest, text, &state.old_manifest.tree, &done)?;
 
     let paths: Vec<(u32, &RelPath)> = published(state).filter(|(index, _)| !failed.contains(index)).collect();
@@ -98,8 +100,10 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let removed: Vec<&RelPath> = removals.filter(|path| !done.left(path)).collect();
     let published: HashSet<u32> =
         paths.into_iter().filter(|(_, path)| !done.left(path)).map(|(index, _)| index).collect();
-    audit::append(run, state, &published, &removed, &manifest)?;
+    let aside = record.trash.as_deref().map(|name| Trash::new(run, name));
+    audit::append(run, state, &published, &removed, &manifest, aside.as_ref())?;
     finish(run, &manifest.tree)?;
+    let trash = aside.map_or(Ok(None), |aside| aside.used())?;
     if let Some(path) = &run.rename_to {
         appear(run, path)?;
     }
@@ -110,6 +114,9 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         manifest_digest: Digest(Sha256::digest(&text).into()).to_string(),
         published: published.len() as u64,
         removed: removed.len() as u64,
+        trash,
+        retired: Vec::new(),
+        put_off: Vec::new(),
         problems: problems.told,
     })
 }
@@ -478,7 +485,7 @@ pub(super) fn recover(run: &Run) -> Result<bool, Error> {
     if let Some(text) = &due {
         let manifest = format::decode(text).map_err(|_| damaged("the manifest"))?;
         check_parents(run, &record.steps)?;
-        let done = execute(run, &record.steps, &manifest.tree, true)?;
+        let done = execute(run, &record, &manifest.tree, true)?;
         let (manifest, _) = mend(run, manifest, Vec::new(), &old.tree, &done)?;
         finish(run, &manifest.tree)?;
     } else {

@@ -17,7 +17,7 @@ use super::prove::{Provers, SharedShell};
 use super::session::Session;
 use super::shell::{Job, Shell, Spare, is_plain};
 use super::writer::StockWriter;
-use super::{Lanes, Verify, adopt, at, publish, stage, trail, whole_seconds};
+use super::{Lanes, Verify, adopt, at, publish, stage, trail, trash, whole_seconds};
 use crate::endpoint::local::POINTERS;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Crew, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec};
@@ -416,6 +416,9 @@ impl Run {
         let compare = Compare { checksum: self.options.checksum, whole_seconds: true, ..Compare::default() };
         let mut plan = diff(&source, &target, &|index, _| wanted[index].clone(), compare);
         ask_for_recent(&source, &target, &old_manifest, &mut plan);
+        if let Some(keep) = self.options.trash_seconds.filter(|_| !self.options.dry_run) {
+            trash::collect(self, keep, monitor)?;
+        }
         if !self.options.dry_run {
             stage::prepare(self, &source, &mut plan)?;
         }

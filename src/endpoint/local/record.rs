@@ -1,0 +1,139 @@
+//! What a run that publishes has written down: the steps, for whom, and what the audit log is to be told.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::path::RelPath;
+use crate::plan::publish::Step;
+
+/// What is to be published, for whom.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Record {
+    /// Who pushed: `user@host`, for the audit log.
+    pub(super) actor: String,
+    /// Where the content came from.
+    pub(super) source: String,
+    /// In their order.
+    pub(super) steps: Vec<Step>,
+    /// What a sender asked for and does not get, for the audit log.
+    pub(super) withheld: BTreeMap<RelPath, String>,
+    /// The ACLs that rules give, for the audit log.
+    pub(super) acls: BTreeMap<RelPath, String>,
+    /// The inodes of directories that are exchanged whole, to know afterwards which of the two is the new one.
+    pub(super) inodes: BTreeMap<RelPath, u64>,
+    /// What is removed or replaced is moved to the directory of this name in the trash.
+    pub(super) trash: Option<RelPath>,
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    (0..text.len().div_ceil(2)).map(|at| u8::from_str_radix(text.get(2 * at..2 * at + 2)?, 16).ok()).collect()
+}
+
+impl Record {
+    /// One step a line: a letter and the path's bytes in hexadecimal; before them who it is done for, after them what else
+    /// the audit log is to be told of a path.
+    pub(super) fn encode(&self, gone: &BTreeSet<RelPath>) -> String {
+        let mut text = format!("{}\n{}\n", hex(self.actor.as_bytes()), hex(self.source.as_bytes()));
+        for step in &self.steps {
+            let letter = match step {
+                Step::Replace(_) => 'R',
+                Step::NewDirectory(_) => 'N',
+                Step::Exchange(_) => 'X',
+                Step::ApplyMetadata(_) => 'A',
+                Step::RemoveFile(_) => 'F',
+                Step::RemoveDirectory(_) => 'D',
+                Step::TakeAway(_) => 'U',
+            };
+            text.push(letter);
+            text.push_str(&hex(step.path().as_bytes()));
+            if let Some(inode) = self.inodes.get(step.path()) {
+                text.push_str(&format!(" {inode:x}"));
+            }
+            text.push('\n');
+        }
+        if let Some(name) = &self.trash {
+            text.push_str(&format!("T{}\n", hex(name.as_bytes())));
+        }
+        for (letter, notes) in [('W', &self.withheld), ('L', &self.acls)] {
+            for (path, note) in notes {
+                text.push_str(&format!("{letter}{} {}\n", hex(path.as_bytes()), hex(note.as_bytes())));
+            }
+        }
+        for path in gone {
+            text.push_str(&format!("G{}\n", hex(path.as_bytes())));
+        }
+        text
+    }
+
+    /// The record, and what the manifest lists no more.
+    pub(super) fn parse(text: &str) -> Option<(Record, BTreeSet<RelPath>)> {
+        let mut lines = text.strip_suffix('\n')?.split('\n');
+        let mut name = || String::from_utf8(unhex(lines.next()?)?).ok();
+        let mut record = Record { actor: name()?, source: name()?, ..Record::default() };
+        let mut gone = BTreeSet::new();
+        for line in lines {
+            let (letter, rest) = line.split_at_checked(1)?;
+            let (path, more) = rest.split_once(' ').map_or((rest, None), |(path, more)| (path, Some(more)));
+            let path = RelPath::new(unhex(path)?).ok()?;
+            if matches!(letter, "W" | "L") {
+                let notes = if letter == "W" { &mut record.withheld } else { &mut record.acls };
+                notes.insert(path, String::from_utf8(unhex(more?)?).ok()?);
+                continue;
+            }
+            if letter == "G" {
+                gone.insert(path);
+                continue;
+            }
+            if letter == "T" {
+                record.trash = Some(path);
+                continue;
+            }
+            if let Some(inode) = more {
+                record.inodes.insert(path.clone(), u64::from_str_radix(inode, 16).ok()?);
+            }
+            record.steps.push(match letter {
+                "R" => Step::Replace(path),
+                "N" => Step::NewDirectory(path),
+                "X" => Step::Exchange(path),
+                "A" => Step::ApplyMetadata(path),
+                "F" => Step::RemoveFile(path),
+                "D" => Step::RemoveDirectory(path),
+                "U" => Step::TakeAway(path),
+                _ => return None,
+            });
+        }
+        Some((record, gone))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_read_back_and_a_damaged_one_is_not() {
+        let path = |path: &[u8]| RelPath::new(path).unwrap();
+        let steps = vec![
+            Step::RemoveFile(path(b"a\n \xff")),
+            Step::Replace(path(b"b")),
+            Step::NewDirectory(path(b"c/d")),
+            Step::Exchange(path(b"e")),
+            Step::ApplyMetadata(path(b"f")),
+            Step::RemoveDirectory(path(b"g")),
+            Step::TakeAway(path(b"h")),
+        ];
+        let inodes = BTreeMap::from([(path(b"e"), u64::MAX)]);
+        let note = |text: &str| BTreeMap::from([(RelPath::new("b \n/c").unwrap(), text.to_owned())]);
+        let (withheld, acls) = (note("the special bits of mode 4755"), note("user:ops:r--"));
+        let trash = Some(path(b"20260131T065902Z-12"));
+        let record = Record { actor: "ana@gpu01".into(), source: String::new(), steps, withheld, acls, inodes, trash };
+        let gone = BTreeSet::from([path(b"h\xff"), path(b"i")]);
+        assert_eq!(Record::parse(&record.encode(&gone)), Some((record, gone)));
+        for damaged in ["", "\n", "61\n62", "61\n\nR2e2e\n", "61\n\nR6\n", "61\n\nZ61\n", "61\n\nX61 g\n", "6\n\n"] {
+            assert_eq!(Record::parse(damaged), None, "{damaged:?}");
+        }
+    }
+}
