@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::fetch::{self, Looked};
 use super::pending::Work;
+use super::settle::Rules;
 use super::tally::Tally;
 use super::{Connect, Trouble, clock};
 use crate::config::{Delete, Job};
@@ -15,6 +16,7 @@ use crate::endpoint::local::LocalSource;
 use crate::endpoint::{BeginOptions, Error, ScanOptions, Source};
 use crate::error::{Exit, chain};
 use crate::filter::{Filter, FilterSpec, line_for};
+use crate::layout::complete;
 use crate::monitor::Severity;
 use crate::path::RelPath;
 use crate::plan::trail;
@@ -196,13 +198,23 @@ fn filter(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<FilterSpec> {
     let job = plan.job;
     let mut filter = FilterSpec { rules: job.exclude.clone(), only: None };
     // The work may have waited for long: what changes again since then is left out, and comes when it is finished.
-    filter.rules.extend((plan.held_back)().iter().map(line_for));
+    let held = (plan.held_back)();
+    filter.rules.extend(held.iter().map(line_for));
     match work {
         Work::Everything { except } => filter.rules.extend(except.iter().map(line_for)),
         Work::Paths(paths) => {
             let there = paths.iter().filter(|path| root.stat(path, Follow::Never).is_ok());
-            let only: Vec<Vec<u8>> = there.map(|path| path.as_bytes().to_vec()).collect();
+            let mut only: Vec<Vec<u8>> = there.map(|path| path.as_bytes().to_vec()).collect();
             let gone = only.len() < paths.len();
+            // RACE: a pointer may name another unit by now than it did when it became ready: it goes with what it names, or
+            // waits for it.
+            for (pointer, named) in named_now(job, paths, root) {
+                if held.contains(&named) || named.ancestors().any(|above| held.contains(&above)) {
+                    filter.rules.push(line_for(pointer));
+                } else if !paths.contains(&named) {
+                    only.push(named.as_bytes().to_vec());
+                }
+            }
             // What is to be removed there is compared with everything: the limits on deleting are of the whole.
             if gone && job.delete != Delete::Never {
                 return Some(filter);
@@ -218,6 +230,14 @@ fn filter(plan: &Plan<'_>, work: &Work, root: &Root) -> Option<FilterSpec> {
         }
     }
     Some(filter)
+}
+
+/// The pointers of `paths`, with what they name at the moment.
+fn named_now<'a>(job: &Job, paths: &'a BTreeSet<RelPath>, root: &Root) -> Vec<(&'a RelPath, RelPath)> {
+    let rules = Rules::new(job.settle.0, job.ready.clone(), job.unit.as_deref(), &job.last);
+    let Ok(rules) = rules else { return Vec::new() };
+    let pointers = paths.iter().filter(|path| rules.is_pointer(path, false));
+    pointers.filter_map(|pointer| Some((pointer, complete::named_by(root, pointer)?))).collect()
 }
 
 fn is_unit(job: &Job, path: &RelPath) -> bool {
