@@ -65,6 +65,12 @@ impl Running {
         self.launch_by(self.command(&[]));
     }
 
+    /// After it was killed.
+    pub(crate) fn launch_again(&mut self) {
+        self.child.take().unwrap().wait().unwrap();
+        self.launch();
+    }
+
     /// The same by a command that becomes the daemon, with its arguments.
     pub(crate) fn launch_by(&mut self, mut command: Command) {
         let log = fs::File::options().create(true).append(true).open(self.path("log")).unwrap();
@@ -110,6 +116,14 @@ impl Running {
     pub(crate) fn signal(&self, signal: &str) {
         let pid = self.pid().to_string();
         assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+    }
+
+    /// Ends it where it runs under strace, which passes no signal on.
+    pub(crate) fn stop_traced(&mut self) {
+        let pid = self.pid();
+        let traced = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        assert!(Command::new("kill").args(traced.split_whitespace()).status().unwrap().success());
+        self.child.take().unwrap().wait().unwrap();
     }
 
     /// Ends it as systemd does, and gives its exit status.

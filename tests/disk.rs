@@ -84,7 +84,11 @@ fn h33_content_is_stored_before_its_name_and_names_before_the_manifest() {
     area.reset();
     let output = area.injected("pwrite64,fchmod,syncfs,fsync,renameat,renameat2", None);
     assert!(output.status.success(), "{}", text(&output));
-    let log = fs::read_to_string(area.path("log")).unwrap();
+    assert_order(&fs::read_to_string(area.path("log")).unwrap());
+}
+
+/// Looks at the calls of a run that brought the new version of an area.
+pub(crate) fn assert_order(log: &str) {
     let calls: Vec<&str> = log.lines().filter_map(|line| Some(line.split_once(' ')?.1.trim_start())).collect();
     let at = |wanted: &dyn Fn(&str) -> bool, what: &str| -> usize {
         calls.iter().position(|call| wanted(call)).unwrap_or_else(|| panic!("{what} is not in {log}"))

@@ -19,6 +19,7 @@ mod config_check;
 mod confined;
 mod daemon;
 mod daemon_chain;
+mod daemon_faults;
 mod daemon_pull;
 mod disk;
 mod early;

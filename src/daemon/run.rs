@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use super::fetch::{self, Looked};
 use super::pending::Work;
+use super::settle::Rules;
 use super::tally::Tally;
 use super::{Connect, Trouble, clock};
 use crate::config::{Delete, Job};
@@ -17,6 +18,7 @@ use crate::endpoint::shared::SharedSource;
 use crate::endpoint::{BeginOptions, Error, ScanOptions, Source};
 use crate::error::{Exit, chain};
 use crate::filter::{Filter, FilterSpec, line_for};
+use crate::layout::complete;
 use crate::monitor::Severity;
 use crate::path::RelPath;
 use crate::plan::trail;
@@ -179,6 +181,7 @@ pub(super) fn stage(
     options.begin.stage_only = true;
     (options.delete, options.begin.trash_seconds) = (false, None);
     let source = LocalSource::new(&plan.job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
+    options.begin.trail = source.trail().map_err(|error| failed(&error, error.exit()))?;
     // That its unit is not finished is known.
     let view = plan.shared.view(source, ready);
     let source = Guarded::new(view, Arc::clone(&plan.file_guard), Arc::new(BTreeSet::new));
@@ -239,6 +242,16 @@ fn filter(plan: &Plan<'_>, work: &Work, held: &BTreeSet<RelPath>, again: bool, r
             let found = paths.iter().filter_map(|path| Some((path, root.stat(path, Follow::Never).ok()?)));
             let found: Vec<(&RelPath, Metadata)> = found.collect();
             let gone = found.len() < paths.len();
+            // RACE: a pointer may name another unit by now than it did when it became ready: it goes with what it names, or
+            // waits for it.
+            let mut named_too = Vec::new();
+            for (pointer, named) in named_now(job, paths, root) {
+                if held.contains(&named) || named.ancestors().any(|above| held.contains(&above)) {
+                    filter.rules.push(line_for(pointer));
+                } else if !paths.contains(&named) {
+                    named_too.push(named.as_bytes().to_vec());
+                }
+            }
             // What is to be removed there is compared with everything: the limits on deleting are of the whole.
             if gone && job.delete != Delete::Never {
                 return Some(filter);
@@ -247,7 +260,8 @@ fn filter(plan: &Plan<'_>, work: &Work, held: &BTreeSet<RelPath>, again: bool, r
             if found.iter().any(|(_, found)| found.kind == FileKind::Regular && found.links > 1) {
                 return Some(filter);
             }
-            let only: Vec<Vec<u8>> = found.iter().map(|(path, _)| path.as_bytes().to_vec()).collect();
+            let mut only: Vec<Vec<u8>> = found.iter().map(|(path, _)| path.as_bytes().to_vec()).collect();
+            only.extend(named_too);
             if only.is_empty() {
                 return None;
             }
@@ -259,6 +273,14 @@ fn filter(plan: &Plan<'_>, work: &Work, held: &BTreeSet<RelPath>, again: bool, r
         }
     }
     Some(filter)
+}
+
+/// The pointers of `paths`, with what they name at the moment.
+fn named_now<'a>(job: &Job, paths: &'a BTreeSet<RelPath>, root: &Root) -> Vec<(&'a RelPath, RelPath)> {
+    let rules = Rules::new(job.settle.0, job.ready.clone(), job.unit.as_deref(), &job.last);
+    let Ok(rules) = rules else { return Vec::new() };
+    let pointers = paths.iter().filter(|path| rules.is_pointer(path, false));
+    pointers.filter_map(|pointer| Some((pointer, complete::named_by(root, pointer)?))).collect()
 }
 
 fn is_unit(job: &Job, path: &RelPath) -> bool {

@@ -4,11 +4,11 @@
 //! Who watches the tree may know.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::endpoint::{Crew, Error, Fetch, Produced, Reader, Scan, ScanOptions, Source};
 use crate::error::Exit;
-use crate::manifest::{Digest, Entry, Tree};
+use crate::manifest::{Digest, Tree};
 use crate::monitor::Monitor;
 use crate::path::RelPath;
 use crate::plan::trail::Stop;
@@ -34,6 +34,8 @@ pub struct Guarded<S> {
     source: S,
     guard: Guard,
     held_back: HeldBack,
+    /// Files that were not finished when the tree had been listed.
+    left: Mutex<BTreeSet<RelPath>>,
 }
 
 impl<S> Guarded<S> {
@@ -41,7 +43,7 @@ impl<S> Guarded<S> {
     /// the tree was listed: a directory that is not finished, and holds no file yet that `guard` could be asked about, ends the
     /// run.
     pub fn new(source: S, guard: Guard, held_back: HeldBack) -> Guarded<S> {
-        Guarded { steady: None, source, guard, held_back }
+        Guarded { steady: None, source, guard, held_back, left: Mutex::default() }
     }
 
     /// Ends the run when the tree was listed and `steady` says no.
@@ -60,19 +62,27 @@ impl<S: Source> Source for Guarded<S> {
         let scan = self.source.scan(options, monitor)?;
         // All that was listed has been noticed by the time that this answers.
         let held = (self.held_back)();
-        let unfinished = |path: &&RelPath| scan.tree.get(path).is_some_and(Entry::is_directory);
+        let unfinished = |path: &&RelPath| scan.tree.get(path).is_some_and(|entry| entry.file().is_none());
         let steady = self.steady.as_ref().is_none_or(|steady| steady());
         match held.iter().find(unfinished) {
             // That is over soon.
             _ if !steady => Err(Error::Remote { message: NOT_STEADY.to_owned(), exit: Exit::TryAgain }),
-            None => Ok(scan),
+            None => {
+                *self.left.lock().unwrap_or_else(PoisonError::into_inner) = held;
+                Ok(scan)
+            }
             _ => Err(Error::Remote { message: BEING_WRITTEN.to_owned(), exit: Exit::TryAgain }),
         }
     }
 
     fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error> {
         let inner = self.source.reader(Arc::clone(&tree))?;
-        Ok(Box::new(GuardedReader { inner, tree, guard: &self.guard }))
+        // RACE: a pointer that was changed before the list was complete may be finished by the time that it is read, and so is
+        // what it names; but that may not be in the list.
+        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let asked = Arc::clone(&self.guard);
+        let guard: Guard = Arc::new(move |path| left.contains(path) || asked(path));
+        Ok(Box::new(GuardedReader { inner, tree, guard }))
     }
 
     fn remember(&self, tree: &Tree, digests: &[(u32, Digest)]) {
@@ -95,7 +105,7 @@ impl<S: Source> Source for Guarded<S> {
 struct GuardedReader<'a> {
     inner: Box<dyn Reader + 'a>,
     tree: Arc<Tree>,
-    guard: &'a Guard,
+    guard: Guard,
 }
 
 impl Reader for GuardedReader<'_> {

@@ -19,5 +19,5 @@ pub use file::{Permissions, SET_OWNER, StageError, StagedFile, apply, clean_page
 pub use ids::Ids;
 pub use journal::Journal;
 pub use lock::{LockError, RootLock, sftp_holder};
-pub use passed_on::{AREAS, Standing, is_believed, published, remember_trail, standing, stop_at, trail_of};
+pub use passed_on::{AREAS, COMING, Standing, is_believed, published, remember_trail, standing, stop_at, trail_of};
 pub use state::must_be_own;

@@ -19,8 +19,10 @@ const STATE: &str = ".lockstep";
 const MANIFEST: &str = ".lockstep/manifest";
 const TRAIL: &str = ".lockstep/trail";
 const NEW_TRAIL: &str = ".lockstep/trail.new";
-/// What is to be published lies here while names are given: the record, and the manifest that comes into force at the end.
+/// What is to be published lies here while names are given: the record, and what comes into the manifest at the end.
 pub const AREAS: [&str; 3] = [".lockstep/staging/current", ".lockstep/staging/repair", ".lockstep/staging/sftp"];
+/// What comes into the manifest with a record: what it changes, or the whole of it.
+pub const COMING: [&str; 2] = ["changes", "manifest"];
 const TRAIL_BYTES_MAX: u64 = 1 << 20;
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 
@@ -41,9 +43,9 @@ pub fn standing(root: &Root) -> Standing {
         return Standing::Still(None);
     }
     for area in AREAS {
-        // What becomes of the manifest lies beside the record until that is in force and all is cleared away.
+        // The manifest comes into force at the end; what is left then is cleared away.
         if let Some(record) = stat(&format!("{area}/commit"))
-            && ["changes", "manifest"].iter().any(|name| stat(&format!("{area}/{name}")).is_some())
+            && COMING.iter().any(|name| stat(&format!("{area}/{name}")).is_some())
         {
             return Standing::Publishing(record.mtime);
         }
@@ -182,7 +184,9 @@ mod tests {
         assert_eq!(standing(&root), Standing::Still(None));
         fs::write(area.join("commit"), "").unwrap();
         assert!(matches!(standing(&root), Standing::Publishing(_)));
-        fs::rename(area.join("manifest"), at.path().join(MANIFEST)).unwrap();
+        fs::rename(area.join("manifest"), area.join("changes")).unwrap();
+        assert!(matches!(standing(&root), Standing::Publishing(_)));
+        fs::rename(area.join("changes"), at.path().join(MANIFEST)).unwrap();
         assert!(matches!(standing(&root), Standing::Still(Some(_))));
     }
 }

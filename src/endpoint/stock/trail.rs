@@ -37,8 +37,13 @@ pub(super) fn remember(session: &Session, root: &[u8], now: &[Stop]) -> Result<(
 pub(super) fn is_publishing(session: &Session, root: &[u8]) -> Result<bool, Error> {
     for area in crate::staging::AREAS {
         let there = |name: &str| Ok::<_, Error>(session.stat(packet::LSTAT, &at(&at(root, area), name))?.is_ok());
-        if there("commit")? && there("manifest")? {
-            return Ok(true);
+        if !there("commit")? {
+            continue;
+        }
+        for name in crate::staging::COMING {
+            if there(name)? {
+                return Ok(true);
+            }
         }
     }
     Ok(false)
