@@ -28,9 +28,13 @@ pub type HeldBack = Arc<dyn Fn() -> BTreeSet<RelPath> + Send + Sync>;
 /// Whether the tree has been left alone as a whole since something was remembered of it.
 pub type Steady = Arc<dyn Fn() -> bool + Send + Sync>;
 
+/// Whether a small file with this content may go with what was listed: a pointer that names something else has to wait for it.
+pub type Fitting = Arc<dyn Fn(&RelPath, &[u8], &Tree) -> bool + Send + Sync>;
+
 /// A source with a guard.
 pub struct Guarded<S> {
     steady: Option<Steady>,
+    fitting: Option<Fitting>,
     source: S,
     guard: Guard,
     held_back: HeldBack,
@@ -43,13 +47,19 @@ impl<S> Guarded<S> {
     /// the tree was listed: a directory that is not finished, and holds no file yet that `guard` could be asked about, ends the
     /// run.
     pub fn new(source: S, guard: Guard, held_back: HeldBack) -> Guarded<S> {
-        Guarded { steady: None, source, guard, held_back, left: Mutex::default() }
+        Guarded { steady: None, fitting: None, source, guard, held_back, left: Mutex::default() }
     }
 
     /// Ends the run when the tree was listed and `steady` says no.
     #[must_use]
     pub fn steady(self, steady: Steady) -> Guarded<S> {
         Guarded { steady: Some(steady), ..self }
+    }
+
+    /// Leaves small files that do not fit.
+    #[must_use]
+    pub fn fitting(self, fitting: Fitting) -> Guarded<S> {
+        Guarded { fitting: Some(fitting), ..self }
     }
 }
 
@@ -82,7 +92,7 @@ impl<S: Source> Source for Guarded<S> {
         let left = self.left.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let asked = Arc::clone(&self.guard);
         let guard: Guard = Arc::new(move |path| left.contains(path) || asked(path));
-        Ok(Box::new(GuardedReader { inner, tree, guard }))
+        Ok(Box::new(GuardedReader { inner, tree, guard, fitting: self.fitting.clone() }))
     }
 
     fn remember(&self, tree: &Tree, digests: &[(u32, Digest)]) {
@@ -106,6 +116,7 @@ struct GuardedReader<'a> {
     inner: Box<dyn Reader + 'a>,
     tree: Arc<Tree>,
     guard: Guard,
+    fitting: Option<Fitting>,
 }
 
 impl Reader for GuardedReader<'_> {
@@ -124,7 +135,12 @@ impl Reader for GuardedReader<'_> {
             Some(Produced::Whole { index, .. } | Produced::End { index, .. }) => *index,
             _ => return Ok(produced),
         };
-        let held = self.tree.entries().get(read as usize).is_some_and(|entry| (self.guard)(&entry.path));
+        let fits = |path: &RelPath| match (&produced, &self.fitting) {
+            (Some(Produced::Whole { block, .. }), Some(fitting)) => fitting(path, block.data(), &self.tree),
+            _ => true,
+        };
+        let entry = self.tree.entries().get(read as usize);
+        let held = entry.is_some_and(|entry| (self.guard)(&entry.path) || !fits(&entry.path));
         match held {
             true => Ok(Some(Produced::Failed { index: read, message: BEING_WRITTEN.to_owned(), retry: false })),
             false => Ok(produced),
@@ -164,6 +180,25 @@ mod tests {
             let expected: Vec<&str> = ["large", "small"].into_iter().filter(|name| *name != held).collect();
             assert_eq!(whole, expected);
             assert_eq!(failed, ["large", "small"].into_iter().filter(|name| *name == held).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_small_file_that_does_not_fit_with_what_was_listed_is_left() {
+        let at = tempfile::tempdir().unwrap();
+        std::fs::write(at.path().join("latest"), "unit-2").unwrap();
+        for (unit, fits) in [("unit-1", false), ("unit-2", true)] {
+            std::fs::create_dir(at.path().join(unit)).unwrap();
+            let named: Fitting = Arc::new(|path: &RelPath, content: &[u8], tree: &Tree| {
+                path.as_bytes() != b"latest" || tree.get(&RelPath::new(content).unwrap()).is_some()
+            });
+            let source = LocalSource::new(at.path(), None).unwrap();
+            let source = Guarded::new(source, Arc::new(|_| false), Arc::new(BTreeSet::new)).fitting(named);
+            let tree = Arc::new(source.scan(&ScanOptions::default(), &Silent::default()).unwrap().tree);
+            let mut reader = source.reader(Arc::clone(&tree)).unwrap();
+            reader.push(Fetch { index: 0, from: 0, unless: None });
+            let produced = reader.next().unwrap().unwrap();
+            assert_eq!(matches!(produced, Produced::Whole { .. }), fits, "{unit}: {produced:?}");
         }
     }
 
