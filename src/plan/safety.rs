@@ -54,7 +54,7 @@ pub enum Refusal {
     EmptiedSource(u64),
     #[error(
         "{removals} of {} at the target would be deleted, which is over the limit ({limit}); \
-         look at them with --dry-run, then raise --max-delete",
+         look at them with push --dry-run, then raise --max-delete (max_delete of a job)",
         counted(*.entries, "entry", "entries")
     )]
     TooMany { removals: u64, entries: u64, limit: String },

@@ -14,6 +14,7 @@ use crate::layout::units::{Rules, leads_to, list};
 use crate::manifest::Content;
 use crate::path::RelPath;
 use crate::plan::publish::Step;
+use crate::root::Follow;
 use crate::staging::hold::{self, Held};
 
 /// What was decided.
@@ -51,7 +52,8 @@ pub(super) fn decide(
     stays.extend(asked.iter().cloned());
     if failed.is_empty() && options.unreadable.is_empty() && !asked.is_empty() {
         let pointed = pointed(run, state, failed)?;
-        for unit in asked {
+        // What is not there is nothing to be taken away.
+        for unit in asked.into_iter().filter(|unit| run.root.stat(unit, Follow::Never).is_ok()) {
             if let Some((pointer, _)) = pointed.iter().find(|(_, named)| *named == unit) {
                 retired.put_off.push((unit, format!("'{pointer}' names it")));
             } else if hold(run, &unit, &mut retired)? {
