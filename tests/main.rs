@@ -7,6 +7,7 @@ mod adoption;
 mod agent_disk;
 mod agent_wire;
 mod architecture;
+mod audit;
 mod certificates;
 mod check;
 mod check_index;

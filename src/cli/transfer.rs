@@ -245,6 +245,7 @@ impl How {
                 trash_seconds: self.trash_seconds()?,
                 actor: actor(),
                 source: String::new(),
+                login: None,
                 trail: Vec::new(),
             },
             delete: self.deletes(),
