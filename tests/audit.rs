@@ -110,6 +110,12 @@ fn boot() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim().to_owned()
 }
 
+/// A log whose last line is another one: only the end is looked at before something is appended.
+fn edited_at_its_end(log: &str) -> String {
+    let at = log.rfind("\"time\":\"").unwrap();
+    format!("{}{}", &log[..at], log[at..].replacen("\"time\":\"2", "\"time\":\"3", 1))
+}
+
 /// What stock ssh-keygen says of a signed head.
 fn keygen_verifies(at: &Path, line: &Value, key: &Path) -> bool {
     fs::write(at.join("allowed"), format!("auditor {}\n", public(key))).unwrap();
@@ -308,7 +314,7 @@ fn h60_every_way_of_tampering_is_found_and_named() {
     };
     for name in ["audit-000001.jsonl", "audit-000002.jsonl", "audit.jsonl"] {
         let cases: [(&str, &dyn Fn(&mut Vec<String>), usize); 4] = [
-            ("edited", &|all| all[1] = all[1].replacen("success", "failure", 1), 1),
+            ("edited", &|all| all[1] = all[1].replacen("\"time\":\"2", "\"time\":\"3", 1), 1),
             ("removed", &|all| drop(all.remove(1)), 1),
             ("inserted", &|all| all.insert(1, all[0].clone()), 1),
             ("reordered", &|all| all.swap(1, 2), 1),
@@ -365,28 +371,19 @@ fn h60_every_way_of_tampering_is_found_and_named() {
 #[test]
 fn h39_a_clock_that_was_set_back_is_a_note() {
     let place = Place::new("");
-    let later = |days: &str| {
-        // What the programs of this machine take for the time is theirs alone.
-        let mut command = place.command("faketime");
-        command.args([days, lockstep(), "push", "-q", "source", "target"]).output()
-    };
-    if let Ok(pushed) = later("+1d") {
-        done(&pushed);
-    } else {
-        // Without that program: a line of tomorrow, made as the log makes them.
-        done(&place.push());
-        let root = lockstep::root::Root::open(&place.path("target")).unwrap();
-        let head = lockstep::audit::verify(&root).unwrap();
-        let record = lockstep::audit::AuditRecord { action: "publish".into(), ..Default::default() };
-        let (line, _) = lockstep::audit::lines(head, [record]).unwrap();
-        let line = String::from_utf8(line).unwrap();
-        let year = line.split("\"time\":\"").nth(1).unwrap()[..4].to_owned();
-        let line = line.replacen(&format!("\"time\":\"{year}"), "\"time\":\"2999", 1);
-        let body = line.split(",\"hash\"").next().unwrap();
-        let line = format!("{body},\"hash\":\"{}\"}}\n", sha256(body.as_bytes()));
-        let mut log = fs::File::options().append(true).open(place.log()).unwrap();
-        std::io::Write::write_all(&mut log, line.as_bytes()).unwrap();
-    }
+    done(&place.push());
+    // A line of tomorrow, made as the log makes them.
+    let root = lockstep::root::Root::open(&place.path("target")).unwrap();
+    let head = lockstep::audit::verify(&root).unwrap();
+    let record = lockstep::audit::AuditRecord { action: "publish".into(), ..Default::default() };
+    let (line, _) = lockstep::audit::lines(head, [record]).unwrap();
+    let line = String::from_utf8(line).unwrap();
+    let year = line.split("\"time\":\"").nth(1).unwrap()[..4].to_owned();
+    let line = line.replacen(&format!("\"time\":\"{year}"), "\"time\":\"2999", 1);
+    let body = line.split(",\"hash\"").next().unwrap();
+    let line = format!("{body},\"hash\":\"{}\"}}\n", sha256(body.as_bytes()));
+    let mut log = fs::File::options().append(true).open(place.log()).unwrap();
+    std::io::Write::write_all(&mut log, line.as_bytes()).unwrap();
     place.write("weights.bin", b"later, and earlier");
     done(&place.push());
     ends(&place.verify(&[]), 0, &["unbroken", "note: line", "the clock was set back, from"]);
@@ -488,24 +485,20 @@ fn h30_h31_a_log_that_cannot_be_written_keeps_everything_as_it_was() {
         ("write", "error=ENOSPC"),
         ("write", "error=EIO"),
         ("fdatasync", "error=EIO"),
-        ("openat2", "error=EROFS"),
+        ("write", "error=EROFS"),
     ] {
         let failed = place.push_failing(calls, inject);
         ends(&failed, 5, &["audit.jsonl'"]);
         let said = text(&failed);
-        assert!(said.contains("nothing was changed") || calls == "openat2", "{calls} {inject}: {said}");
+        assert!(said.contains("nothing was changed"), "{calls} {inject}: {said}");
         unchanged(&format!("{calls} {inject}"));
     }
-    // A file system that cannot take room in advance is no fault.
     let tampered = fs::read_to_string(place.log()).unwrap();
-    fs::write(
-        place.log(),
-        tampered.replacen("publish", "nothing", 1).replace("\"action\":\"publish\"", "\"action\":\"nothing\""),
-    )
-    .unwrap();
+    fs::write(place.log(), edited_at_its_end(&tampered)).unwrap();
     ends(&place.push(), 4, &["it was edited", "nothing was changed"]);
     unchanged("tampered");
     fs::write(place.log(), tampered).unwrap();
+    // A file system that cannot take room in advance is no fault.
     done(&place.push_failing("fallocate", "error=EOPNOTSUPP"));
     assert_eq!(fs::read(place.path("target/weights.bin")).unwrap(), b"a newer version");
     ends(&place.verify(&[]), 0, &[]);
@@ -559,7 +552,7 @@ fn h30_plain_clients_change_nothing_that_cannot_be_recorded() {
     done(&served.sftp("sync", "sync", "put one\n"));
     let log = served.path("sync/.lockstep/audit.jsonl");
     let whole = fs::read_to_string(&log).unwrap();
-    fs::write(&log, whole.replacen("publish", "nothing", 1)).unwrap();
+    fs::write(&log, edited_at_its_end(&whole)).unwrap();
     for batch in ["put one two\n", "rm one\n", "chmod 600 one\n", "mkdir d\n", "rename one other\n", "symlink one l\n"]
     {
         let refused = served.sftp("sync", "sync", batch);

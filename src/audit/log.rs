@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::chain::{Lines, TAIL_BYTES, WRITE_BYTES, last_of};
 use super::trail::stored_head;
 use super::{
-    AuditError, AuditRecord, HEAD, Head, LOG, NEW_HEAD, STATE, Settings, broken, io_error, rotate, settings, sign,
+    AuditError, AuditRecord, HEAD, Head, LOG, NEW_HEAD, Rotation, STATE, Settings, broken, io_error, rotate, settings, sign,
 };
 use crate::error::chain;
 use crate::path::RelPath;
@@ -49,6 +49,14 @@ impl<'r> AuditLog<'r> {
     /// When it cannot be opened, or its end has been tampered with.
     pub fn open(root: &'r Root) -> Result<AuditLog<'r>, AuditError> {
         AuditLog::open_with(root, settings())
+    }
+
+    /// The same without a new file, whatever is due: room was taken in the one that there is.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn reopen(root: &'r Root) -> Result<AuditLog<'r>, AuditError> {
+        AuditLog::open_with(root, Arc::new(Settings { rotation: Rotation::default(), ..(*settings()).clone() }))
     }
 
     /// The same with settings of its own.

@@ -107,7 +107,7 @@ pub(super) fn tell(
         let kept = trash.as_ref().and_then(|trash| trashed(step, trash, record, &base));
         kept.into_iter().chain(records(step, area, record, &put.tree, &base))
     });
-    let told = AuditLog::open(root).and_then(|mut log| log.append_last(records).map(drop));
+    let told = AuditLog::reopen(root).and_then(|mut log| log.append_last(records).map(drop));
     or_continue(root, told, UNTOLD, &Silent::default())
 }
 
