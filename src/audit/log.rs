@@ -12,7 +12,8 @@ use rustix::io::Errno;
 use super::chain::{Lines, TAIL_BYTES, WRITE_BYTES, last_of};
 use super::trail::stored_head;
 use super::{
-    AuditError, AuditRecord, HEAD, Head, LOG, NEW_HEAD, Rotation, STATE, Settings, broken, io_error, rotate, settings, sign,
+    AuditError, AuditRecord, HEAD, Head, LOG, NEW_HEAD, Rotation, STATE, Settings, broken, io_error, rotate, settings,
+    sign,
 };
 use crate::error::chain;
 use crate::path::RelPath;

@@ -40,6 +40,9 @@ pub struct AuditRecord {
     /// The ACL entries it got beyond owner, group and others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub acl: Option<String>,
+    /// Why it was refused, or where it was moved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
     /// What had the name before, if anything.
     #[serde(flatten)]
     pub before: Option<Before>,
@@ -55,9 +58,6 @@ pub struct AuditRecord {
     /// The signature over the head, as `ssh-keygen -Y` makes it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub signature: Option<String>,
-    /// Why it was refused, or where it was moved.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
 }
 
 /// Whether it was done.

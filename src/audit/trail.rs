@@ -66,8 +66,8 @@ struct Part {
     /// `None` for the one that is written.
     number: Option<u64>,
     file: File,
-    /// Nobody writes while this one is read.
-    _locked: bool,
+    /// What it held when the files were looked for; what comes later is not read.
+    bytes: u64,
 }
 
 pub(super) fn stored_head(root: &Root) -> Result<Option<Head>, AuditError> {
@@ -91,7 +91,7 @@ pub fn state(root: &Root) -> Result<Option<(u64, u64)>, AuditError> {
     }
 }
 
-/// The files of the log of `root` as they are now, in order. While they are held nobody appends.
+/// The files of the log of `root` as they are now, in order.
 fn parts(root: &Root) -> Result<Vec<Part>, AuditError> {
     let log = RelPath::new(LOG)?;
     let current = match root.open_read(&log, Follow::Never) {
@@ -99,8 +99,8 @@ fn parts(root: &Root) -> Result<Vec<Part>, AuditError> {
         file => Some(file?),
     };
     // RACE: a line that is just being written would look cut off, and a rotation like a missing file. Where a lock is not to be
-    // had (a file system without) it is read as it is.
-    let locked = current.as_ref().is_some_and(|file| rustix::fs::flock(file, FlockOperation::LockShared).is_ok());
+    // had (a file system without) it is read as it is. It is given back before anything is read: whoever reads may take his time.
+    let locked = current.as_ref().filter(|file| rustix::fs::flock(file, FlockOperation::LockShared).is_ok());
     let own = current.as_ref().map(Metadata::of).transpose().map_err(io_error(root))?;
     let mut parts = Vec::new();
     for number in rotate::numbers(root)? {
@@ -108,10 +108,14 @@ fn parts(root: &Root) -> Result<Vec<Part>, AuditError> {
         let found = Metadata::of(&file).map_err(io_error(root))?;
         // A rotation that was cut off: it has both names for now.
         if own.as_ref().is_none_or(|own| (own.device, own.inode) != (found.device, found.inode)) {
-            parts.push(Part { name: rotate::name(number), number: Some(number), file, _locked: false });
+            parts.push(Part { name: rotate::name(number), number: Some(number), file, bytes: found.size });
         }
     }
-    parts.extend(current.map(|file| Part { name: "audit.jsonl".into(), number: None, file, _locked: locked }));
+    if let Some(file) = locked {
+        let _ = rustix::fs::flock(file, FlockOperation::Unlock);
+    }
+    let bytes = own.map_or(0, |own| own.size);
+    parts.extend(current.map(|file| Part { name: "audit.jsonl".into(), number: None, file, bytes }));
     Ok(parts)
 }
 
@@ -121,7 +125,7 @@ impl Part {
     /// # Errors
     /// When it cannot be read.
     fn lines(&self, each: &mut dyn FnMut(&[u8], bool) -> bool) -> io::Result<()> {
-        let mut reader = BufReader::with_capacity(1 << 20, &self.file);
+        let mut reader = BufReader::with_capacity(1 << 20, (&self.file).take(self.bytes));
         let mut line = Vec::new();
         loop {
             line.clear();
@@ -168,8 +172,9 @@ pub fn verify(root: &Root) -> Result<Head, AuditError> {
 /// # Errors
 /// As [`verify`].
 pub fn inspect(root: &Root, each: &mut dyn FnMut(Head, &[u8])) -> Result<Verified, AuditError> {
-    let parts = parts(root)?;
+    // RACE: the head first: lines that come meanwhile are behind it, and no fault.
     let stored = stored_head(root)?;
+    let parts = parts(root)?;
     complete(root, &parts)?;
     let names = parts.iter().map(|part| part.name.clone()).collect();
     let mut walk = Walk {

@@ -107,7 +107,8 @@ fn in_words(event: &Event) -> String {
     add("", event.size.map(|size| format!("{size} bytes")));
     add("generation ", event.generation.filter(|_| event.action == "check").map(|number| number.to_string()));
     // Of what was moved or checked it says where it is, and what was found.
-    let because = if matches!(event.action.as_str(), "refuse" | "metadata") { "because: " } else { "" };
+    let told = ["refuse", "metadata", "quarantine", "publish", "remove", "repair"];
+    let because = if told.contains(&event.action.as_str()) { "because: " } else { "" };
     add("sha256:", some(&event.sha256));
     add("mode ", some(&event.mode));
     add("acl ", some(&event.acl));
