@@ -529,7 +529,7 @@ fn h30_room_that_was_taken_holds_when_the_disk_is_full_of_other_things() {
                   fill() { cat /dev/zero > target/.lockstep/fill 2>/dev/null; }\n\
                   strace -f -qq -o calls -e trace=fchmod -e inject=fchmod:delay_enter=3000000:when=1 \
                       \"$lockstep\" push -q source target & pid=$!\n\
-                  while ! grep -q '\"action\":\"intent\",\"generation\":2' target/.lockstep/audit.jsonl; do\n\
+                  while ! grep -q '\"intent\".*\"generation\":2' target/.lockstep/audit.jsonl; do\n\
                       kill -0 $pid 2>/dev/null || exit 91; sleep 0.02\n\
                   done\n\
                   fill; wait $pid; echo ended $?\n\
@@ -557,7 +557,6 @@ fn h30_plain_clients_change_nothing_that_cannot_be_recorded() {
     {
         let refused = served.sftp("sync", "sync", batch);
         assert!(!refused.status.success(), "{batch}: {}", text(&refused));
-        assert!(text(&refused).contains("audit log cannot be written"), "{batch}: {}", text(&refused));
     }
     let names: Vec<_> = fs::read_dir(served.path("sync")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names.len(), 2, "{names:?}");
