@@ -6,6 +6,7 @@
 mod adoption;
 mod agent_disk;
 mod agent_wire;
+mod algorithms;
 mod architecture;
 mod certificates;
 mod check;
