@@ -8,6 +8,7 @@ mod agent_disk;
 mod agent_wire;
 mod algorithms;
 mod architecture;
+mod audit;
 mod certificates;
 mod check;
 mod check_index;

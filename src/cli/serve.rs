@@ -7,16 +7,20 @@ use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use russh::keys::PrivateKey;
+
+use super::audit::place;
 use super::memory::Memory;
+use super::sftp_server::By;
 use super::{Failure, notify};
-use crate::config::{AddressList, Config, DEFAULT_PATH};
+use crate::audit::{AuditRecord, Outcome};
+use crate::config::{AddressList, Audit, Config, DEFAULT_PATH};
 use crate::error::{Exit, chain};
-use crate::server::agent::{Agent, Extensions, Factory, SharedTarget};
-use crate::server::attributed::Attributed;
+use crate::server::agent::{Agent, Extensions, Factory};
 use crate::server::channel::FedSession;
-use crate::server::hearsay;
 use crate::server::listener::{self, Reloader, ServeConfig, ServeError, ServeUser, SessionFactory, SessionStart};
 use crate::server::session::{Session, SessionConfig};
+use crate::server::{hearsay, host_key};
 
 /// Listen for SSH connections: public keys only, file transfer only
 ///
@@ -99,7 +103,7 @@ fn default_path() -> PathBuf {
 }
 
 /// The listener's part of a configuration file.
-fn read(path: &Path) -> Result<ServeConfig, Failure> {
+fn read(path: &Path) -> Result<(ServeConfig, Audit), Failure> {
     let usage = |error: crate::config::ConfigError| Failure::usage(chain(&error));
     let config = Config::load(path).map_err(|error| match error {
         error @ crate::config::ConfigError::Read { .. } => {
@@ -107,7 +111,7 @@ fn read(path: &Path) -> Result<ServeConfig, Failure> {
         }
         error => usage(error),
     })?;
-    of_config(&config)
+    Ok((of_config(&config)?, config.audit))
 }
 
 /// The listener's part of a configuration.
@@ -153,11 +157,12 @@ fn session(start: &SessionStart, output: Arc<dyn crate::server::agent::Output>) 
         read_only: start.read_only,
         policy: start.policy.clone(),
         actor: start.actor.clone(),
+        login: start.login.clone(),
     };
-    let sides =
-        super::sftp_server::factory(start.root.clone(), true, start.read_only, start.policy.clone(), &start.actor);
-    let (open, actor) = (sides.target, start.actor.clone());
-    let target = Box::new(move |path: &[u8]| Ok(Arc::new(Attributed::new(open(path)?, actor.clone())) as SharedTarget));
+    let by = By { actor: start.actor.clone(), login: start.login.clone() };
+    let sides = super::sftp_server::factory(start.root.clone(), true, start.read_only, start.policy.clone(), &by);
+    let open = sides.target;
+    let target = Box::new(move |path: &[u8]| Ok(by.attributed(open(path)?)));
     let agent: Arc<dyn Extensions> = Arc::new(Agent::new(Arc::new(Factory { target, source: sides.source })));
     let session = Session::new(config, output, Some(agent)).map_err(|error| chain(&error))?;
     Ok(Box::new(session))
@@ -173,7 +178,10 @@ impl Serve {
         log();
         raise_limit_of_files();
         let passed = notify::sockets()?;
-        let config = self.read()?;
+        let (config, audit) = self.read()?;
+        // Without a key of its own the log is signed with the host's.
+        let key = host_key::load_or_create(&config.host_key).map_err(|error| Failure::plain(Exit::Usage, &error))?;
+        crate::audit::configure(place::settings(&audit, Some(&key))?);
         if !passed.is_empty() && passed.iter().map(|(_, address)| *address).ne(config.listen.iter().copied()) {
             tracing::info!("the sockets that systemd passed are used; 'listen' is not");
         }
@@ -199,24 +207,30 @@ impl Serve {
             let factory: SessionFactory = Arc::new(session);
             let (running, reloader) = listener.start(factory);
             let (stop, stopped) = tokio::sync::watch::channel(false);
+            let service = Service { serve: self, reloader, stop, listening, key };
+            service.tell(Ok("started"));
             let signals =
                 Signals::listen().map_err(|error| failed(Exit::Io, format!("listening for signals: {error}")))?;
             notify::ready();
-            tokio::spawn(signals.follow(Service { serve: self, reloader, stop, listening }));
+            tokio::spawn(signals.follow(service));
             running.run(stopped).await;
             Ok(Exit::Done)
         })
     }
 
-    fn read(&self) -> Result<ServeConfig, Failure> {
-        let mut config = match &self.one {
-            Some(one) => one.read()?,
-            None => read(&self.config.clone().unwrap_or_else(default_path))?,
+    fn read(&self) -> Result<(ServeConfig, Audit), Failure> {
+        let (mut config, audit) = match &self.one {
+            Some(one) => (one.read()?, Audit::default()),
+            None => read(&self.file())?,
         };
         if !self.listen.is_empty() {
             config.listen.clone_from(&self.listen);
         }
-        Ok(config)
+        Ok((config, audit))
+    }
+
+    fn file(&self) -> PathBuf {
+        self.config.clone().unwrap_or_else(default_path)
     }
 }
 
@@ -226,20 +240,44 @@ struct Service {
     reloader: Reloader,
     stop: tokio::sync::watch::Sender<bool>,
     listening: String,
+    key: PrivateKey,
 }
 
 impl Service {
     /// Everything stays as it was when the new configuration is not right; gives why.
     async fn reload(&self) -> Option<String> {
         notify::reloading();
-        let reloaded = match self.serve.read() {
-            Ok(config) => self.reloader.reload(config).await.map_err(|error| chain(&error)),
+        let read =
+            self.serve.read().and_then(|(config, audit)| Ok((config, place::settings(&audit, Some(&self.key))?)));
+        let reloaded = match read {
+            Ok((config, settings)) => {
+                let reloaded = self.reloader.reload(config).await.map_err(|error| chain(&error));
+                reloaded.map(|()| crate::audit::configure(settings))
+            }
             Err(failure) => Err(chain(&failure)),
         };
+        self.tell(reloaded.as_ref().map(|()| "read anew").map_err(String::as_str));
         notify::ready();
         let reason = reloaded.err()?;
         tracing::error!(reason, "not reloaded: everything stays as it was");
         Some(reason)
+    }
+
+    /// Tells the log which configuration is in force, or why one is not.
+    fn tell(&self, how: Result<&str, &str>) {
+        let (result, why) = match how {
+            Ok(why) => (Outcome::Success, why.to_owned()),
+            Err(reason) => (Outcome::Failure, format!("not taken: {reason}")),
+        };
+        let actor = super::transfer::actor();
+        self.reloader.note(match self.serve.one {
+            None => place::configuration(&self.serve.file(), result, &why, actor),
+            Some(_) => {
+                let reason = Some(format!("{why}, by the options of the command line"));
+                let action = "configuration".into();
+                AuditRecord { actor, action, result: Some(result), reason, ..AuditRecord::default() }
+            }
+        });
     }
 
     fn status(&self, wrong: Option<&str>) -> String {

@@ -17,7 +17,7 @@ use super::limits::{Permit, SessionPermit};
 use super::listener::{Server, SessionStart};
 use super::live::{Live, Login, short};
 
-use crate::audit::AuditRecord;
+use crate::audit::{AuditRecord, Outcome};
 use crate::error::Escaped;
 
 pub(super) struct Client {
@@ -71,7 +71,10 @@ impl Client {
             Err(reason) => return self.refuse(name, &described, &reason),
         };
         let start = Arc::new(start(&user, &grant, self.live.peer, &proof));
-        let login = AuditRecord { action: "login".into(), ..self.server.record(&start.actor, peer) };
+        // Keys that were refused in this connection before this one was taken.
+        let reason = self.live.refusals().map(|refused| format!("before it: {refused}"));
+        let (action, result) = ("login".into(), Some(Outcome::Success));
+        let login = AuditRecord { action, result, reason, ..self.server.record_of(&start, peer) };
         if !self.server.recorder.must(login).await {
             return self.refuse(name, &described, "the audit log cannot be written");
         }
@@ -111,8 +114,8 @@ impl Client {
         let detail = short(detail, 200);
         tracing::warn!(peer = %self.live.peer, user = start.user, what, detail, "request refused");
         let reason = Some(if detail.is_empty() { what.to_owned() } else { format!("{what}: {detail}") });
-        let record = self.server.record(&start.actor, self.live.peer);
-        self.server.recorder.note(AuditRecord { action: "refuse".into(), reason, ..record });
+        let (record, result) = (self.server.record_of(start, self.live.peer), Some(Outcome::Failure));
+        self.server.recorder.note(AuditRecord { action: "refuse".into(), result, reason, ..record });
     }
 
     async fn begin(&mut self, id: ChannelId, session: &mut Session) -> Result<(), russh::Error> {
@@ -162,6 +165,7 @@ fn start(user: &ServeUser, grant: &Grant, peer: std::net::SocketAddr, proof: &Pr
         policy: user.policy.clone(),
         peer,
         fingerprint: proof.fingerprint(),
+        login: proof.login(peer),
         actor: format!("{}@{} ({})", user.name, peer.ip().to_canonical(), proof.describe()),
     }
 }

@@ -12,7 +12,7 @@ use super::limits::Permit;
 use super::listener::Server;
 use super::live::{Live, short};
 use super::strict::{Refusal, StrictStream};
-use crate::audit::AuditRecord;
+use crate::audit::{AuditRecord, Outcome};
 use crate::endpoint::stream::OverflowStream;
 use crate::error::in_words;
 
@@ -97,6 +97,10 @@ fn report(server: &Server, live: &Live, why: Option<String>) {
     if let Some(login) = live.login.get() {
         let why = why.unwrap_or_else(|| "by the client".into());
         tracing::info!(%peer, user = login.user.name, why, "connection ended");
+        let actor = format!("{}@{}", login.user.name, peer.ip());
+        let (login, reason) = (Some(Box::new(login.proof.login(peer))), Some(format!("ended: {}", short(&why, 1000))));
+        let record = AuditRecord { action: "connection".into(), login, reason, ..server.record(&actor, peer) };
+        server.recorder.note(AuditRecord { result: Some(Outcome::Success), ..record });
         return;
     }
     let reason = match (live.refusals(), why) {
@@ -104,12 +108,16 @@ fn report(server: &Server, live: &Live, why: Option<String>) {
         (None, Some(why)) => short(&why, 1000),
         (None, None) => {
             tracing::info!(%peer, "connection ended without a login");
+            let (result, reason) = (Some(Outcome::Failure), Some("ended without a login".into()));
+            let record = AuditRecord { action: "connection".into(), result, reason, ..server.record("", peer) };
+            server.recorder.note_stranger(record);
             return;
         }
     };
     tracing::warn!(%peer, reason, "no login");
     server.recorder.note_stranger(AuditRecord {
         action: "refuse".into(),
+        result: Some(Outcome::Failure),
         reason: Some(reason),
         ..server.record("", peer)
     });

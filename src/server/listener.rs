@@ -23,7 +23,7 @@ use super::record::Recorder;
 use super::strict::Offered;
 
 pub use super::access::ServeUser;
-use crate::audit::{AuditError, AuditRecord};
+use crate::audit::{AuditError, AuditRecord, Login, Outcome};
 use crate::config::ServeLimits;
 use crate::endpoint::algorithms::{End, preferred};
 use crate::policy::PolicySpec;
@@ -84,6 +84,8 @@ pub struct SessionStart {
     pub fingerprint: String,
     /// All of that in a line, for audit logs: `user@address (SHA256:…)`.
     pub actor: String,
+    /// The same in the fields of an audit line.
+    pub login: Login,
 }
 
 /// Makes the session of a channel. It is called on a thread that may block.
@@ -153,7 +155,14 @@ impl Server {
 
     /// A record to be filled in. Addresses are those the packets came from.
     pub(super) fn record(&self, actor: &str, peer: SocketAddr) -> AuditRecord {
-        AuditRecord { actor: actor.to_owned(), source: peer.to_string(), ..AuditRecord::default() }
+        let login = Login { peer: Some(peer.to_string()), ..Login::default() };
+        let (actor, source) = (actor.to_owned(), peer.to_string());
+        AuditRecord { actor, source, login: Some(Box::new(login)), ..AuditRecord::default() }
+    }
+
+    /// The same of somebody who has logged in.
+    pub(super) fn record_of(&self, start: &SessionStart, peer: SocketAddr) -> AuditRecord {
+        AuditRecord { login: Some(Box::new(start.login.clone())), ..self.record(&start.actor, peer) }
     }
 
     /// Says what went through a session.
@@ -166,8 +175,9 @@ impl Server {
             Some(error) => tracing::warn!(%peer, user, received, sent, seconds, error, "session ended"),
         }
         let why = error.map(|error| format!("; {error}")).unwrap_or_default();
+        let result = Some(if why.is_empty() { Outcome::Success } else { Outcome::Failure });
         let reason = Some(format!("received {received} and sent {sent} bytes in {seconds:.1} s{why}"));
-        self.recorder.note(AuditRecord { action: "session".into(), reason, ..self.record(&start.actor, peer) });
+        self.recorder.note(AuditRecord { action: "session".into(), result, reason, ..self.record_of(start, peer) });
     }
 }
 
@@ -451,7 +461,8 @@ impl Refused {
         self.last = Some(Instant::now());
         tracing::warn!(%peer, reason, more, "connection refused");
         let reason = Some(if more == 0 { reason.to_owned() } else { format!("{reason}; and {more} before it") });
-        server.recorder.note_stranger(AuditRecord { action: "refuse".into(), reason, ..server.record("", peer) });
+        let (action, result) = ("refuse".into(), Some(Outcome::Failure));
+        server.recorder.note_stranger(AuditRecord { action, result, reason, ..server.record("", peer) });
     }
 }
 
@@ -466,6 +477,11 @@ impl Reloader {
     /// How many clients are connected.
     pub fn connections(&self) -> usize {
         self.server.limits.connections()
+    }
+
+    /// Notes what is no connection's doing, as that another configuration is in force.
+    pub fn note(&self, record: AuditRecord) {
+        self.server.recorder.note(record);
     }
 
     /// From now on `config` decides. Who may no longer be here, or under other conditions, is ended.

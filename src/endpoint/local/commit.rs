@@ -9,7 +9,7 @@ use super::publish::{self, Record};
 use super::retire;
 use super::target::{Run, State, io, rel};
 use super::trash::Trash;
-use super::{changes, known, links, recall, unit};
+use super::{audited, changes, known, links, recall, record, unit};
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
 use crate::manifest::{Content, Entry, Manifest, Tree};
@@ -26,7 +26,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let state = &mut *state;
     let Some(staging) = &run.staging else { return Err(Error::Usage("a dry run publishes nothing".into())) };
     let source = Arc::clone(&state.source);
-    links::record(run, &state.refused, &source)?;
+    links::record(run, &state.refused, &source, monitor)?;
     // After any problem nothing is deleted.
     let options = &CommitOptions {
         delete: options.delete && state.refused.is_empty(),
@@ -75,7 +75,19 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let (created, generation) = (changes.put.created, changes.put.generation);
     let trash = run.options.trash_seconds.is_some().then(|| trash::name(created.seconds, generation));
     let trash = trash.as_deref().map(rel).transpose()?;
-    let record = Record { actor, source: from, steps, inodes, withheld: withheld_rights, acls: acls_given, trash };
+    let (before, login) = (record::before(&state.target, &changes.put.tree, &steps), run.options.login.clone());
+    let record = Record {
+        actor,
+        source: from,
+        login,
+        steps,
+        inodes,
+        withheld: withheld_rights,
+        acls: acls_given,
+        before,
+        trash,
+    };
+    audited::announce(&run.root, Area::Run, &record, &changes.put, monitor)?;
     publish::write_down(&run.root, staging, &record, &changes, &acls)?;
     state.recorded = true;
     let problems = publish::carry_out(&run.root, staging, Area::Run, &record, &changes, &acls)?;
