@@ -14,6 +14,7 @@ use crate::policy::PolicySpec;
 use crate::root::Root;
 use crate::server::agent::{Agent, Extensions, Factory, SharedTarget};
 use crate::server::attributed::Attributed;
+use crate::server::confine::{self, Wanted};
 use crate::server::session::SessionConfig;
 use crate::server::stdio;
 
@@ -32,23 +33,34 @@ pub(super) struct SftpServer {
     /// A file of [[rule]] tables: owner and permissions of what arrives; a sender's wishes give way to it
     #[arg(long, value_name = "FILE")]
     policy_file: Option<PathBuf>,
+    /// Serve nobody where the kernel has no Landlock or no seccomp, which keep the process in --root
+    #[arg(long, requires = "root")]
+    require_confinement: bool,
 }
 
 impl SftpServer {
     pub(super) fn run(self) -> Result<Exit, Failure> {
         let policy = super::transfer::receivers_policy(self.policy_file.as_deref())?;
         let home = std::env::home_dir().unwrap_or_else(|| PathBuf::from("/"));
-        let confine = self.root.is_some();
+        let confined = self.root.is_some();
         let root = self.root.unwrap_or(home);
         let config = SessionConfig {
             root: root.clone(),
-            confine,
+            confine: confined,
             read_only: self.read_only,
             policy: policy.clone(),
             actor: super::transfer::actor(),
         };
         let actor = logged_in();
-        let Factory { target, source } = factory(root, confine, self.read_only, policy, &actor);
+        if confined && root.is_dir() {
+            let wanted =
+                Wanted { root: &root, read_only: self.read_only, identity: None, require: self.require_confinement };
+            let failed = |message: String| Failure::Plain { exit: Exit::Io, message: format!("no session: {message}") };
+            stdio::allow_open_files();
+            confine::names::start().map_err(|error| failed(crate::error::in_words(&error)))?;
+            confine::enter(&wanted).map_err(|error| failed(chain(&error)))?;
+        }
+        let Factory { target, source } = factory(root, confined, self.read_only, policy, &actor);
         let target =
             Box::new(move |path: &[u8]| Ok(Arc::new(Attributed::new(target(path)?, actor.clone())) as SharedTarget));
         let agent = Arc::new(Agent::new(Arc::new(Factory { target, source })).alone());
