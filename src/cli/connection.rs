@@ -9,6 +9,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::{Context, Layer};
 use tracing_subscriber::prelude::*;
 
+use super::memory::Memory;
 use super::{Failure, journal, output};
 use crate::error::Exit;
 use crate::server::agent::{Agent, Extensions, Factory, Output, SharedTarget};
@@ -40,7 +41,8 @@ impl ServeConnection {
         // Standard error leads nowhere.
         std::panic::set_hook(Box::new(|panic| tracing::error!("a mistake of the program: {panic}")));
         let factory: SessionFactory = Arc::new(session);
-        process::run(started, &upstream, outgoing, factory).map_err(failed)?;
+        let mut memory = Memory::new();
+        process::run(started, &upstream, outgoing, factory, || memory.give_back()).map_err(failed)?;
         Ok(Exit::Done)
     }
 }

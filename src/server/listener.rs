@@ -264,7 +264,10 @@ fn other_root(user: &ServeUser) -> Option<String> {
     let owner = std::fs::metadata(&user.root).ok()?.uid();
     (owner != identity.uid && !user.read_only).then(|| {
         let (root, name) = (crate::error::shown(&user.root), &identity.name);
-        format!("user {}: root {root} does not belong to '{name}', whom its sessions run as; run: chown {name} {root}", user.name)
+        format!(
+            "user {}: root {root} does not belong to '{name}', whom its sessions run as; run: chown {name} {root}",
+            user.name
+        )
     })
 }
 

@@ -112,8 +112,7 @@ fn of_server(config: &Config, serve: &Serve, findings: &mut Vec<Finding>) {
         let about = format!("user {}", Escaped(user.name.as_bytes()));
         // Whether another account may write there is told above.
         let judged = !user.read_only && user.run_as.is_none();
-        if let Some(reason) =
-            Some(&user.root).filter(|root| root.is_dir() && judged).and_then(|root| unwritable(root))
+        if let Some(reason) = Some(&user.root).filter(|root| root.is_dir() && judged).and_then(|root| unwritable(root))
         {
             let remedy =
                 "let the user of the service write there, and the unit (ReadWritePaths=); or set read_only = true";

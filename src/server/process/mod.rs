@@ -32,6 +32,8 @@ use client::Client;
 use message::{Frames, Setup, TO_PROCESS_MAX};
 use own::Own;
 
+/// How often what was freed is looked for.
+const PULSE: Duration = Duration::from_secs(5);
 /// How long a client may take to hear that it is let go.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -68,11 +70,17 @@ impl Started {
     }
 }
 
-/// Serves the client until either side ends it.
+/// Serves the client until either side ends it. `pulse` is called now and then.
 ///
 /// # Errors
 /// When nothing could be begun.
-pub fn run(started: Started, upstream: &Upstream, outgoing: Outgoing, factory: SessionFactory) -> std::io::Result<()> {
+pub fn run(
+    started: Started,
+    upstream: &Upstream,
+    outgoing: Outgoing,
+    factory: SessionFactory,
+    mut pulse: impl FnMut(),
+) -> std::io::Result<()> {
     // One thread: others come with the first session, after the process was confined, and are so too.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -99,10 +107,17 @@ pub fn run(started: Started, upstream: &Upstream, outgoing: Outgoing, factory: S
             own.rests().await;
             upstream.flush().await;
         };
+        let beating = async {
+            loop {
+                tokio::time::sleep(PULSE).await;
+                pulse();
+            }
+        };
         // Without a listener there is nobody to say who may do what: all ends with it.
         tokio::select! {
             () = following => {}
             () = serving => {}
+            () = beating => {}
         }
         sending.abort();
         std::io::Result::Ok(())
