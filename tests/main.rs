@@ -19,6 +19,7 @@ mod check_trust;
 mod cli;
 mod config_check;
 mod confined;
+mod confinement;
 mod daemon;
 mod daemon_chain;
 mod daemon_faults;
