@@ -357,12 +357,6 @@ impl Listener {
         self.sockets.iter().map(|(_, address)| *address).collect()
     }
 
-    /// What its connections share, without accepting any.
-    #[cfg(test)]
-    pub(super) fn server(self) -> Arc<Server> {
-        self.start().0.server
-    }
-
     /// What is to run, and how it is reloaded meanwhile.
     pub fn start(self) -> (Running, Reloader) {
         warn(&self.problems);
@@ -383,7 +377,7 @@ impl Listener {
 
 /// A listener with its sessions.
 pub struct Running {
-    server: Arc<Server>,
+    pub(super) server: Arc<Server>,
     sockets: Vec<TcpListener>,
 }
 

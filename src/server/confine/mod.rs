@@ -14,6 +14,7 @@ mod calls;
 mod files;
 mod identity;
 pub mod names;
+pub mod trial;
 
 pub use identity::Identity;
 
@@ -218,10 +219,6 @@ fn drop_capabilities(wanted: &Wanted<'_>) -> Result<Vec<String>, ConfineError> {
     }
     Ok(kept.iter().map(|(_, name)| (*name).to_owned()).collect())
 }
-
-/// What a process that was confined to a directory tries to do all the same: the names of what it could, which is nothing
-/// where all is in force.
-pub mod trial;
 
 /// The files of control groups that say how many processors this process may use; without them it would start a thread for each
 /// processor of the machine.

@@ -1,3 +1,6 @@
+//! What a process that was confined to a directory tries to do all the same: the names of what it could, which is nothing where
+//! all is in force.
+
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::net::UnixDatagram;

@@ -11,7 +11,7 @@ use crate::server::listener::{ServeConfig, bind};
 async fn with(said: Vec<u8>, then: impl AsyncFnOnce(&mut UnixStream)) -> (Arc<Server>, Arc<Live>) {
     let at = tempfile::tempdir().unwrap();
     let config = ServeConfig::new(([127, 0, 0, 1], 0).into(), at.path().join("host"), Vec::new());
-    let server = bind(config).await.unwrap().server();
+    let server = bind(config).await.unwrap().start().0.server;
     let live = Arc::new(Live::new(([127, 0, 0, 1], 1).into()));
     let permit = server.limits.admit(live.peer.ip()).unwrap();
     let (own, mut its) = UnixStream::pair().unwrap();
@@ -34,7 +34,8 @@ async fn with(said: Vec<u8>, then: impl AsyncFnOnce(&mut UnixStream)) -> (Arc<Se
         deadline: None,
     };
     its.write_all(&said).await.unwrap();
-    tokio::join!(connection.run(), then(&mut its));
+    let both = async { tokio::join!(connection.run(), then(&mut its)) };
+    tokio::time::timeout(Duration::from_secs(30), both).await.expect("the process is not killed");
     (server, live)
 }
 
