@@ -6,6 +6,7 @@
 mod adoption;
 mod agent_disk;
 mod agent_wire;
+mod algorithms;
 mod architecture;
 mod audit;
 mod certificates;
@@ -18,6 +19,7 @@ mod check_trust;
 mod cli;
 mod config_check;
 mod confined;
+mod confinement;
 mod daemon;
 mod daemon_chain;
 mod daemon_faults;

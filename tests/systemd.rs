@@ -147,16 +147,21 @@ fn the_units_and_their_examples_use_what_the_program_has() {
 #[test]
 fn the_drop_ins_of_the_examples_are_taken_and_say_what_they_do() {
     let units = Units::new();
-    for example in ["read-all.conf", "local-targets.conf", "nice.conf"] {
+    for (example, unit) in [
+        ("read-all.conf", "lockstep.service"),
+        ("local-targets.conf", "lockstep.service"),
+        ("nice.conf", "lockstep.service"),
+        ("run-as.conf", "lockstep-serve.service"),
+    ] {
         let text_of = fs::read_to_string(project("config/systemd").join(example)).unwrap();
-        assert!(text_of.contains(&format!("lockstep.service.d/{example}")), "{example}");
-        let directory = units.path("lockstep.service.d");
+        assert!(text_of.contains(&format!("{unit}.d/{example}")), "{example}");
+        let directory = units.path(&format!("{unit}.d"));
         fs::create_dir_all(&directory).unwrap();
         fs::write(directory.join(example), &text_of).unwrap();
-        let output = units.verify("lockstep.service");
+        let output = units.verify(unit);
         assert_eq!(text(&output), "", "{example}");
         fs::write(directory.join(example), text_of.replace("[Service]", "[Servic]")).unwrap();
-        assert!(text(&units.verify("lockstep.service")).contains("Servic"), "{example} is not read");
+        assert!(text(&units.verify(unit)).contains("Servic"), "{example} is not read");
         fs::write(directory.join(example), text_of).unwrap();
     }
 }

@@ -21,7 +21,7 @@ pub enum OnFailure {
 }
 
 /// When a log begins a new file.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rotation {
     /// When the file has so many bytes.
     pub bytes: Option<u64>,
@@ -32,9 +32,10 @@ pub struct Rotation {
 }
 
 /// By what key heads are signed, and how often at least while something is written.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Signing {
     /// Without a passphrase.
+    #[serde(with = "key")]
     pub key: PrivateKey,
     /// After so many lines.
     pub lines: u64,
@@ -43,7 +44,7 @@ pub struct Signing {
 }
 
 /// All of it.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Settings {
     /// Without it nothing is signed.
     pub signing: Option<Signing>,
@@ -51,6 +52,20 @@ pub struct Settings {
     pub rotation: Rotation,
     /// See [`OnFailure`].
     pub on_failure: OnFailure,
+}
+
+/// A key as OpenSSH's text, for a process of this program.
+mod key {
+    use serde::{Deserialize, Deserializer, Serializer, de, ser};
+    use ssh_key::{LineEnding, PrivateKey};
+
+    pub(super) fn serialize<S: Serializer>(key: &PrivateKey, output: S) -> Result<S::Ok, S::Error> {
+        output.serialize_str(&key.to_openssh(LineEnding::LF).map_err(ser::Error::custom)?)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(input: D) -> Result<PrivateKey, D::Error> {
+        PrivateKey::from_openssh(String::deserialize(input)?).map_err(de::Error::custom)
+    }
 }
 
 static CURRENT: RwLock<Option<Arc<Settings>>> = RwLock::new(None);

@@ -39,6 +39,12 @@ where
     let _ = tracing_subscriber::registry().with(further).with(log.with_filter(filter)).try_init();
 }
 
+/// A record as it would stand in a line, without its level.
+pub(super) fn words(event: &Event<'_>) -> String {
+    let line = Record::of(event.metadata(), |record| event.record(record)).line;
+    line.trim_start().split_once(' ').map(|(_, words)| words.to_owned()).unwrap_or_default()
+}
+
 /// Sends records to the journal.
 struct Journal(UnixDatagram);
 

@@ -19,6 +19,7 @@ mod audit;
 mod check;
 mod completions;
 mod config;
+mod connection;
 mod connections;
 mod control;
 mod daemon;
@@ -89,6 +90,12 @@ enum Command {
     Jobs(jobs::Command),
     Serve(serve::Serve),
     SftpServer(sftp_server::SftpServer),
+    #[command(hide = true)]
+    ServeConnection(connection::ServeConnection),
+    #[command(hide = true)]
+    LookUpNames(connection::LookUpNames),
+    #[command(hide = true)]
+    TryConfinement(connection::TryConfinement),
     /// List what a directory holds with its SHA-256, and check a directory against such a list
     #[command(subcommand)]
     Manifest(manifest::Command),
@@ -126,6 +133,9 @@ impl Command {
             Command::Jobs(command) => command.run(),
             Command::Serve(command) => command.run(),
             Command::SftpServer(command) => command.run(),
+            Command::ServeConnection(command) => command.run(),
+            Command::LookUpNames(command) => command.run(),
+            Command::TryConfinement(command) => command.run(),
             Command::Manifest(command) => command.run(),
             Command::Policy(command) => command.run(),
             Command::Keys(command) => command.run(),

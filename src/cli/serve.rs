@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -11,16 +10,12 @@ use russh::keys::PrivateKey;
 
 use super::audit::place;
 use super::memory::Memory;
-use super::sftp_server::By;
 use super::{Failure, notify};
 use crate::audit::{AuditRecord, Outcome};
-use crate::config::{AddressList, Audit, Config, DEFAULT_PATH};
+use crate::config::{AddressList, Audit, Config, Confine, DEFAULT_PATH};
 use crate::error::{Exit, chain};
-use crate::server::agent::{Agent, Extensions, Factory};
-use crate::server::channel::FedSession;
-use crate::server::listener::{self, Reloader, ServeConfig, ServeError, ServeUser, SessionFactory, SessionStart};
-use crate::server::session::{Session, SessionConfig};
-use crate::server::{hearsay, host_key};
+use crate::server::host_key;
+use crate::server::listener::{self, Reloader, ServeConfig, ServeError, ServeUser};
 
 /// Listen for SSH connections: public keys only, file transfer only
 ///
@@ -70,6 +65,12 @@ struct OneUser {
     /// Keys that are refused even when listed: public keys, fingerprints, or a revocation list of ssh-keygen
     #[arg(long, value_name = "FILE", requires = "user")]
     revoked_keys: Option<PathBuf>,
+    /// The account of this machine that sessions run as, and that owns what arrives [default: this process's own]
+    #[arg(long, value_name = "USER", requires = "user")]
+    run_as: Option<String>,
+    /// Serve nobody where the kernel has no Landlock or no seccomp
+    #[arg(long, requires = "user")]
+    require_confinement: bool,
     /// A directory for the record of logins, sessions and refusals; see 'lockstep audit'
     #[arg(long, value_name = "DIR", requires = "user")]
     audit: Option<PathBuf>,
@@ -89,11 +90,13 @@ impl OneUser {
             root: self.root.clone(),
             read_only: self.read_only,
             authorized_keys: self.authorized_keys.clone(),
+            run_as: self.run_as.clone(),
             from,
             policy: super::transfer::receivers_policy(self.policy_file.as_deref())?,
         };
         let mut config = ServeConfig::new(SocketAddr::from(([127, 0, 0, 1], 2222)), self.host_key.clone(), vec![user]);
         (config.revoked_keys, config.audit) = (self.revoked_keys.clone(), self.audit.clone());
+        config.confine = if self.require_confinement { Confine::Require } else { Confine::WhenPossible };
         Ok(config)
     }
 }
@@ -129,6 +132,7 @@ pub(super) fn of_config(config: &Config) -> Result<ServeConfig, Failure> {
             root: user.root.clone(),
             read_only: user.read_only,
             authorized_keys: user.authorized_keys.clone(),
+            run_as: user.run_as.clone(),
             from: user.from.clone(),
             policy: user
                 .policy
@@ -144,28 +148,11 @@ pub(super) fn of_config(config: &Config) -> Result<ServeConfig, Failure> {
         users,
         revoked_keys: serve.revoked_keys.clone(),
         audit: serve.audit.clone(),
+        log: Default::default(),
         strict_key_exchange: serve.strict_key_exchange,
+        confine: serve.confine,
         limits: serve.limits.clone(),
     })
-}
-
-/// The session of a channel: SFTP and the agent, both confined to the user's root.
-fn session(start: &SessionStart, output: Arc<dyn crate::server::agent::Output>) -> Result<Box<dyn FedSession>, String> {
-    let config = SessionConfig {
-        root: start.root.clone(),
-        confine: true,
-        read_only: start.read_only,
-        policy: start.policy.clone(),
-        actor: start.actor.clone(),
-        login: start.login.clone(),
-    };
-    let by = By { actor: start.actor.clone(), login: start.login.clone() };
-    let sides = super::sftp_server::factory(start.root.clone(), true, start.read_only, start.policy.clone(), &by);
-    let open = sides.target;
-    let target = Box::new(move |path: &[u8]| Ok(by.attributed(open(path)?)));
-    let agent: Arc<dyn Extensions> = Arc::new(Agent::new(Arc::new(Factory { target, source: sides.source })));
-    let session = Session::new(config, output, Some(agent)).map_err(|error| chain(&error))?;
-    Ok(Box::new(session))
 }
 
 impl Serve {
@@ -181,7 +168,7 @@ impl Serve {
         let (config, audit) = self.read()?;
         // Without a key of its own the log is signed with the host's.
         let key = host_key::load_or_create(&config.host_key).map_err(|error| Failure::plain(Exit::Usage, &error))?;
-        crate::audit::configure(place::settings(&audit, Some(&key))?);
+        let config = ServeConfig { log: place::settings(&audit, Some(&key))?, ..config };
         if !passed.is_empty() && passed.iter().map(|(_, address)| *address).ne(config.listen.iter().copied()) {
             tracing::info!("the sockets that systemd passed are used; 'listen' is not");
         }
@@ -204,10 +191,11 @@ impl Serve {
             }
             let addresses: Vec<String> = listener.addresses().iter().map(SocketAddr::to_string).collect();
             let listening = format!("listening on {}", addresses.join(", "));
-            let factory: SessionFactory = Arc::new(session);
-            let (running, reloader) = listener.start(factory);
+            let (running, reloader) = listener.start();
+            tracing::info!("{}", reloader.confinement());
             let (stop, stopped) = tokio::sync::watch::channel(false);
-            let service = Service { serve: self, reloader, stop, listening, key };
+            let confinement = reloader.confinement();
+            let service = Service { serve: self, reloader, stop, listening, key, confinement };
             service.tell(Ok("started"));
             let signals =
                 Signals::listen().map_err(|error| failed(Exit::Io, format!("listening for signals: {error}")))?;
@@ -241,6 +229,7 @@ struct Service {
     stop: tokio::sync::watch::Sender<bool>,
     listening: String,
     key: PrivateKey,
+    confinement: String,
 }
 
 impl Service {
@@ -250,9 +239,8 @@ impl Service {
         let read =
             self.serve.read().and_then(|(config, audit)| Ok((config, place::settings(&audit, Some(&self.key))?)));
         let reloaded = match read {
-            Ok((config, settings)) => {
-                let reloaded = self.reloader.reload(config).await.map_err(|error| chain(&error));
-                reloaded.map(|()| crate::audit::configure(settings))
+            Ok((config, log)) => {
+                self.reloader.reload(ServeConfig { log, ..config }).await.map_err(|error| chain(&error))
             }
             Err(failure) => Err(chain(&failure)),
         };
@@ -284,7 +272,7 @@ impl Service {
         let doing = if *self.stop.borrow() { "stopping" } else { &self.listening };
         let connections = self.reloader.connections();
         let wrong = wrong.map(|reason| format!("; not reloaded: {reason}")).unwrap_or_default();
-        format!("{doing}; connections: {connections}{wrong}")
+        format!("{doing}; connections: {connections}{wrong}; {}", self.confinement)
     }
 }
 
@@ -335,27 +323,9 @@ impl Signals {
 /// What the server reports goes to standard error, one line each; `LOCKSTEP_LOG` chooses what (`debug`, `warn`, …).
 fn log() {
     use tracing_subscriber::EnvFilter;
-    use tracing_subscriber::prelude::*;
     let chosen = EnvFilter::try_from_env("LOCKSTEP_LOG");
     let filter = chosen.unwrap_or_else(|_| EnvFilter::new("info,russh=error"));
-    super::journal::begin(filter, false, Library.with_filter(EnvFilter::new("off,russh=warn")));
-}
-
-/// Some refusals are made by the SSH library, and only its log says why.
-struct Library;
-
-impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Library {
-    fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
-        struct Message;
-        impl tracing::field::Visit for Message {
-            fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
-                if field.name() == "message" {
-                    hearsay::heard(&format!("{value:?}"));
-                }
-            }
-        }
-        event.record(&mut Message);
-    }
+    super::journal::begin(filter, false, tracing_subscriber::layer::Identity::new());
 }
 
 /// Connections and open files of clients are descriptors; the usual 1024 are soon taken.

@@ -17,6 +17,7 @@ use crate::policy::PolicySpec;
 use crate::root::Root;
 use crate::server::agent::{Agent, Extensions, Factory, SharedTarget};
 use crate::server::attributed::Attributed;
+use crate::server::confine::{self, Wanted};
 use crate::server::session::SessionConfig;
 use crate::server::stdio;
 
@@ -35,6 +36,9 @@ pub(super) struct SftpServer {
     /// A file of [[rule]] tables: owner and permissions of what arrives; a sender's wishes give way to it
     #[arg(long, value_name = "FILE")]
     policy_file: Option<PathBuf>,
+    /// Serve nobody where the kernel has no Landlock or no seccomp, which keep the process in --root
+    #[arg(long, requires = "root")]
+    require_confinement: bool,
 }
 
 impl SftpServer {
@@ -42,18 +46,26 @@ impl SftpServer {
         super::audit::place::configure_as_usual()?;
         let policy = super::transfer::receivers_policy(self.policy_file.as_deref())?;
         let home = std::env::home_dir().unwrap_or_else(|| PathBuf::from("/"));
-        let confine = self.root.is_some();
+        let confined = self.root.is_some();
         let root = self.root.unwrap_or(home);
         let by = logged_in();
         let config = SessionConfig {
             root: root.clone(),
-            confine,
+            confine: confined,
             read_only: self.read_only,
             policy: policy.clone(),
             actor: super::transfer::actor(),
             login: by.login.clone(),
         };
-        let Factory { target, source } = factory(root, confine, self.read_only, policy, &by);
+        if confined && root.is_dir() {
+            let wanted =
+                Wanted { root: &root, read_only: self.read_only, identity: None, require: self.require_confinement };
+            let failed = |message: String| Failure::Plain { exit: Exit::Io, message: format!("no session: {message}") };
+            stdio::allow_open_files();
+            confine::names::start().map_err(|error| failed(crate::error::in_words(&error)))?;
+            confine::enter(&wanted).map_err(|error| failed(chain(&error)))?;
+        }
+        let Factory { target, source } = factory(root, confined, self.read_only, policy, &by);
         let target = Box::new(move |path: &[u8]| Ok(by.attributed(target(path)?)));
         let agent = Arc::new(Agent::new(Arc::new(Factory { target, source })).alone());
         let ended = stdio::run(config, Some(Arc::clone(&agent) as Arc<dyn Extensions>));

@@ -27,7 +27,7 @@ pub use daemon::Daemon;
 pub(crate) use error::meant;
 pub use error::{ConfigError, Position, Untrusted};
 pub use job::{Bandwidth, Delete, Job, Layout, Period, Ready, Schedule, Watch};
-pub use serve::{Serve, ServeLimits, ServeUser};
+pub use serve::{Confine, Serve, ServeLimits, ServeUser};
 
 use crate::filter::{Filter, FilterSpec};
 use crate::policy::{Policy, PolicySpec};

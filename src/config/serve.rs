@@ -30,12 +30,26 @@ pub struct Serve {
     /// Refuse clients without strict key exchange (CVE-2023-48795). Without, the one cipher that needs it is not offered.
     #[serde(default = "yes")]
     pub strict_key_exchange: bool,
+    /// What happens where the kernel cannot confine the process of a connection.
+    #[serde(default)]
+    pub confine: Confine,
     /// How much is allowed.
     #[serde(default)]
     pub limits: ServeLimits,
     /// Who may log in.
     #[serde(default, rename = "user")]
     pub users: Vec<ServeUser>,
+}
+
+/// Whether nobody is served where the kernel lacks Landlock or seccomp.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Confine {
+    /// What there is, is used; the log and the status line say what that is.
+    #[default]
+    WhenPossible,
+    /// The server does not start, and lets nobody in.
+    Require,
 }
 
 /// One `[[serve.user]]`.
@@ -54,6 +68,9 @@ pub struct ServeUser {
     /// The policy of what arrives; it wins over the sender's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<String>,
+    /// The account of this machine that the user's sessions run as; absent for the server's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_as: Option<String>,
     /// Where the user may come from; absent for anywhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<AddressList>,

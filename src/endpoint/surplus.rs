@@ -9,10 +9,23 @@ const POT_MIN: usize = 256 << 20;
 
 static TAKEN: AtomicUsize = AtomicUsize::new(0);
 
+/// The least that is in the pot of each of several processes.
+const PART_MIN: usize = 64 << 20;
+
+static POT: OnceLock<usize> = OnceLock::new();
+
+fn eighth() -> usize {
+    usize::try_from(super::agent::memory_bytes() / 8).unwrap_or(usize::MAX)
+}
+
 /// An eighth of the machine's memory.
 fn pot() -> usize {
-    static POT: OnceLock<usize> = OnceLock::new();
-    *POT.get_or_init(|| usize::try_from(super::agent::memory_bytes() / 8).unwrap_or(usize::MAX).max(POT_MIN))
+    *POT.get_or_init(|| eighth().max(POT_MIN))
+}
+
+/// This process is one of so many, which have one pot together. To be said before anything is held.
+pub fn one_of(processes: usize) {
+    let _ = POT.set((eighth() / processes.max(1)).max(PART_MIN));
 }
 
 /// What one peer has beyond its share. Given back when it is dropped.

@@ -1,9 +1,82 @@
 //! Names of users and groups on this machine. Each is looked up once.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+
+use serde::{Deserialize, Serialize};
 
 use crate::error::Escaped;
+
+/// What is asked about users and groups.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Question {
+    /// The name of the user with this number.
+    UserName(u32),
+    /// The name of the group with this number.
+    GroupName(u32),
+    /// The number of the user with this name.
+    UserId(String),
+    /// The number of the group with this name.
+    GroupId(String),
+}
+
+/// What there is; nothing where nobody has that name or number.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Found {
+    /// A name.
+    Name(String),
+    /// A number.
+    Id(u32),
+    /// Neither.
+    Nothing,
+}
+
+/// Asks somebody who may look. It may block.
+pub type Asking = Box<dyn Fn(Question) -> Found + Send + Sync>;
+
+static ELSEWHERE: OnceLock<Asking> = OnceLock::new();
+
+/// From now on this process asks another one: name services need sockets, libraries and files that a confined one has not.
+/// Only the first call counts.
+pub fn ask_elsewhere(asking: Asking) {
+    let _ = ELSEWHERE.set(asking);
+}
+
+fn ask(question: Question) -> Found {
+    match ELSEWHERE.get() {
+        Some(asking) => asking(question),
+        None => look_up(&question),
+    }
+}
+
+/// Looks it up in this process.
+pub fn look_up(question: &Question) -> Found {
+    let text = |name: &std::ffi::OsStr| Found::Name(name.to_string_lossy().into_owned());
+    match question {
+        Question::UserName(id) => uzers::get_user_by_uid(*id).map(|user| text(user.name())),
+        Question::GroupName(id) => uzers::get_group_by_gid(*id).map(|group| text(group.name())),
+        Question::UserId(name) => uzers::get_user_by_name(name).map(|user| Found::Id(user.uid())),
+        Question::GroupId(name) => uzers::get_group_by_name(name).map(|group| Found::Id(group.gid())),
+    }
+    .unwrap_or(Found::Nothing)
+}
+
+/// The user's name, if there is one.
+pub fn user_name(uid: u32) -> Option<String> {
+    named(Question::UserName(uid))
+}
+
+/// The group's name, if there is one.
+pub fn group_name(gid: u32) -> Option<String> {
+    named(Question::GroupName(gid))
+}
+
+fn named(question: Question) -> Option<String> {
+    match ask(question) {
+        Found::Name(name) => Some(name),
+        _ => None,
+    }
+}
 
 /// Names that were looked up.
 #[derive(Debug, Default)]
@@ -15,21 +88,21 @@ pub struct Names {
 impl Names {
     /// The user's name; the number in decimal digits where there is none.
     pub fn user(&mut self, uid: u32) -> Arc<str> {
-        let look_up = || uzers::get_user_by_uid(uid).map(|user| user.name().to_string_lossy().into_owned());
-        Arc::clone(self.users.entry(uid).or_insert_with(|| look_up().unwrap_or_else(|| uid.to_string()).into()))
+        let look_up = || user_name(uid).unwrap_or_else(|| uid.to_string()).into();
+        Arc::clone(self.users.entry(uid).or_insert_with(look_up))
     }
 
     /// The group's name, likewise.
     pub fn group(&mut self, gid: u32) -> Arc<str> {
-        let look_up = || uzers::get_group_by_gid(gid).map(|group| group.name().to_string_lossy().into_owned());
-        Arc::clone(self.groups.entry(gid).or_insert_with(|| look_up().unwrap_or_else(|| gid.to_string()).into()))
+        let look_up = || group_name(gid).unwrap_or_else(|| gid.to_string()).into();
+        Arc::clone(self.groups.entry(gid).or_insert_with(look_up))
     }
 }
 
 /// `user@host` of whoever runs this, for locks and the audit log.
 pub fn actor() -> String {
-    let user = uzers::get_current_username()
-        .map_or_else(|| rustix::process::getuid().as_raw().to_string(), |name| name.to_string_lossy().into_owned());
+    let uid = rustix::process::getuid().as_raw();
+    let user = user_name(uid).unwrap_or_else(|| uid.to_string());
     format!("{user}@{}", rustix::system::uname().nodename().to_string_lossy())
 }
 
@@ -48,9 +121,9 @@ pub struct UnknownName {
 /// # Errors
 /// [`UnknownName`].
 pub fn user_id(name: &str) -> Result<u32, UnknownName> {
-    match uzers::get_user_by_name(name) {
-        Some(user) => Ok(user.uid()),
-        None => number(name).ok_or_else(|| UnknownName { kind: "user", name: name.to_owned() }),
+    match ask(Question::UserId(name.to_owned())) {
+        Found::Id(id) => Ok(id),
+        _ => number(name).ok_or_else(|| UnknownName { kind: "user", name: name.to_owned() }),
     }
 }
 
@@ -59,9 +132,9 @@ pub fn user_id(name: &str) -> Result<u32, UnknownName> {
 /// # Errors
 /// [`UnknownName`].
 pub fn group_id(name: &str) -> Result<u32, UnknownName> {
-    match uzers::get_group_by_name(name) {
-        Some(group) => Ok(group.gid()),
-        None => number(name).ok_or_else(|| UnknownName { kind: "group", name: name.to_owned() }),
+    match ask(Question::GroupId(name.to_owned())) {
+        Found::Id(id) => Ok(id),
+        _ => number(name).ok_or_else(|| UnknownName { kind: "group", name: name.to_owned() }),
     }
 }
 

@@ -28,6 +28,8 @@ pub struct ServeUser {
     pub read_only: bool,
     /// The user's `authorized_keys`, read anew at each login.
     pub authorized_keys: PathBuf,
+    /// The account of this machine that sessions run as; `None` for the server's own.
+    pub run_as: Option<String>,
     /// Where the user may come from; `None` for anywhere.
     pub from: Option<AddressList>,
     /// The receiver's rules for what arrives.

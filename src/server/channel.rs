@@ -68,7 +68,7 @@ pub(super) struct Shared {
 
 /// What went through a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Summary {
+pub struct Summary {
     /// Bytes from the client.
     pub(super) received: u64,
     /// Bytes to the client.

@@ -6,26 +6,26 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use russh::keys::{Algorithm, EcdsaCurve, HashAlg, PrivateKey};
-use russh::server::Config;
-use russh::{MethodKind, MethodSet};
+use russh::keys::ssh_key::LineEnding;
+use russh::keys::{HashAlg, PrivateKey};
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use super::access::Access;
 use super::agent::Output;
-use super::channel::{FedSession, Summary};
+use super::channel::FedSession;
+use super::confine::{Available, Identity};
 use super::connection;
 use super::host_key::{self, HostKeyError};
 use super::limits::Limits;
-use super::live::{Live, Registry};
+use super::live::{Live, Registry, refresh};
+use super::process::message::{Setup, frame};
 use super::record::Recorder;
-use super::strict::Offered;
 
 pub use super::access::ServeUser;
-use crate::audit::{AuditError, AuditRecord, Login, Outcome};
-use crate::config::ServeLimits;
-use crate::endpoint::algorithms::{End, preferred};
+use crate::audit::{self, AuditError, AuditRecord, Login};
+use crate::config::{Confine, ServeLimits};
 use crate::policy::PolicySpec;
 
 /// What to listen on, for whom and within which limits.
@@ -43,8 +43,12 @@ pub struct ServeConfig {
     pub revoked_keys: Option<PathBuf>,
     /// A directory for the record of logins, sessions and refusals.
     pub audit: Option<PathBuf>,
+    /// How audit logs are kept, that of the listener and those of roots.
+    pub log: audit::Settings,
     /// Refuse clients without strict key exchange (CVE-2023-48795). Without, the one cipher that needs it is not offered.
     pub strict_key_exchange: bool,
+    /// What happens where the kernel cannot confine the process of a connection.
+    pub confine: Confine,
     /// How much is allowed.
     pub limits: ServeLimits,
 }
@@ -53,26 +57,29 @@ impl ServeConfig {
     /// With the usual limits.
     pub fn new(listen: SocketAddr, host_key: PathBuf, users: Vec<ServeUser>) -> Self {
         let limits = ServeLimits::default();
-        let (host_certificate, revoked_keys, audit, strict_key_exchange) = (None, None, None, true);
+        let (host_certificate, revoked_keys, directory, strict_key_exchange) = (None, None, None, true);
         Self {
             listen: vec![listen],
             host_key,
             host_certificate,
             users,
             revoked_keys,
-            audit,
+            audit: directory,
+            log: audit::Settings::default(),
             strict_key_exchange,
+            confine: Confine::default(),
             limits,
         }
     }
 }
 
 /// For whom a session is started.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SessionStart {
     /// The user who logged in.
     pub user: String,
     /// The user's root.
+    #[serde(with = "super::process::message::path")]
     pub root: PathBuf,
     /// By the user's settings or by the key's.
     pub read_only: bool,
@@ -123,14 +130,21 @@ pub enum ServeError {
     /// The list of what is revoked.
     #[error("nobody could log in: {0}")]
     Revoked(String),
+    /// What the kernel lacks.
+    #[error(
+        "confine = 'require', and this kernel has no {0}; see 'lockstep doctor', or let in whom it can confine with \
+         confine = 'when-possible'"
+    )]
+    Confine(String),
 }
 
 /// What a reload replaces. A connection asks for it each time it needs it.
 pub(super) struct Settings {
     pub(super) access: Access,
     pub(super) limits: ServeLimits,
-    pub(super) protocol: Arc<Config>,
-    pub(super) offered: Arc<Offered>,
+    pub(super) confine: Confine,
+    /// The first message to each process.
+    pub(super) setup: Arc<[u8]>,
 }
 
 /// What all connections share.
@@ -139,7 +153,8 @@ pub(super) struct Server {
     pub(super) limits: Arc<Limits>,
     pub(super) live: Registry,
     pub(super) recorder: Recorder,
-    pub(super) factory: SessionFactory,
+    /// How many sessions there may be in a connection.
+    pub(super) channels: watch::Sender<usize>,
     stopping: AtomicBool,
     number: AtomicU64,
 }
@@ -163,21 +178,6 @@ impl Server {
     /// The same of somebody who has logged in.
     pub(super) fn record_of(&self, start: &SessionStart, peer: SocketAddr) -> AuditRecord {
         AuditRecord { login: Some(Box::new(start.login.clone())), ..self.record(&start.actor, peer) }
-    }
-
-    /// Says what went through a session.
-    pub(super) fn session_ended(&self, live: &Live, start: &SessionStart, took: Duration, summary: Summary) {
-        let Summary { received, sent, error } = summary;
-        let seconds = took.as_secs_f64();
-        let (peer, user) = (live.peer, &start.user);
-        match &error {
-            None => tracing::info!(%peer, user, received, sent, seconds, "session ended"),
-            Some(error) => tracing::warn!(%peer, user, received, sent, seconds, error, "session ended"),
-        }
-        let why = error.map(|error| format!("; {error}")).unwrap_or_default();
-        let result = Some(if why.is_empty() { Outcome::Success } else { Outcome::Failure });
-        let reason = Some(format!("received {received} and sent {sent} bytes in {seconds:.1} s{why}"));
-        self.recorder.note(AuditRecord { action: "session".into(), result, reason, ..self.record_of(start, peer) });
     }
 }
 
@@ -212,6 +212,7 @@ pub async fn bind_with(
 ) -> Result<Listener, ServeError> {
     let key = host_key::load_or_create(&config.host_key)?;
     let (settings, problems) = prepare(&config, &key)?;
+    audit::configure(config.log.clone());
     let settings = Arc::new(settings);
     let recorder = config.audit.as_deref().map_or_else(|| Ok(Recorder::default()), Recorder::open)?;
     let fingerprint = key.public_key().fingerprint(HashAlg::Sha256).to_string();
@@ -243,17 +244,59 @@ pub fn look(config: &ServeConfig) -> (Vec<ServeError>, Vec<String>) {
         Err(error) => wrong.push(error.into()),
     }
     wrong.extend(config.users.iter().filter_map(no_root));
+    wrong.extend(config.users.iter().filter_map(|user| no_identity(user, false)));
+    wrong.extend(lacking(config.confine).0);
     let problems = Access::new(&config.users, config.revoked_keys.clone()).look();
     let problems = problems.unwrap_or_else(|reason| {
         wrong.push(ServeError::Revoked(reason));
         Vec::new()
     });
-    (wrong, problems)
+    (wrong, problems.into_iter().chain(config.users.iter().filter_map(other_root)).collect())
 }
 
 fn no_root(user: &ServeUser) -> Option<ServeError> {
     let reason = || format!("root {} is not a directory; make it first", crate::error::shown(&user.root));
     (!user.root.is_dir()).then(|| ServeError::User { user: user.name.clone(), reason: reason() })
+}
+
+/// Why sessions of the user cannot run as whom they should. `here`: by this very process.
+fn no_identity(user: &ServeUser, here: bool) -> Option<ServeError> {
+    let look = |name: &String| {
+        let identity = Identity::of(name)?;
+        identity.can_follow(&user.policy)?;
+        if here { identity.reachable() } else { Ok(()) }
+    };
+    let reason = user.run_as.as_ref()?;
+    look(reason).err().map(|reason| ServeError::User { user: user.name.clone(), reason })
+}
+
+/// A root of somebody else: what lies in it as the state of lockstep has to belong to whoever runs.
+fn other_root(user: &ServeUser) -> Option<String> {
+    use std::os::unix::fs::MetadataExt as _;
+    let identity = Identity::of(user.run_as.as_deref()?).ok()?;
+    let owner = std::fs::metadata(&user.root).ok()?.uid();
+    (owner != identity.uid && !user.read_only).then(|| {
+        let (root, name) = (crate::error::shown(&user.root), &identity.name);
+        format!(
+            "user {}: root {root} does not belong to '{name}', whom its sessions run as; run: chown {name} {root}",
+            user.name
+        )
+    })
+}
+
+/// What the kernel lacks to confine sessions, where that must not be and where it is only to be known.
+fn lacking(confine: Confine) -> (Option<ServeError>, Option<String>) {
+    match (Available::look().missing(), confine) {
+        (missing, _) if missing.is_empty() => (None, None),
+        (missing, Confine::Require) => (Some(ServeError::Confine(missing.join(" and no "))), None),
+        (missing, Confine::WhenPossible) => {
+            let missing = missing.join(" and no ");
+            let warning = format!(
+                "sessions are confined by less than they could be: this kernel has no {missing}; see 'lockstep doctor'"
+            );
+            (None, Some(warning))
+        }
+    }
 }
 
 /// Checks what can be checked before anybody comes; beside the settings comes what will refuse people later.
@@ -262,76 +305,45 @@ fn prepare(config: &ServeConfig, key: &PrivateKey) -> Result<(Settings, Vec<Stri
         return Err(error);
     }
     let access = Access::new(&config.users, config.revoked_keys.clone());
-    let problems = access.look().map_err(ServeError::Revoked)?;
-    let (protocol, offered) = protocol(config, key)?;
-    let limits = config.limits.clone();
-    Ok((Settings { access, limits, protocol: Arc::new(protocol), offered: Arc::new(offered) }, problems))
+    let mut problems = access.look().map_err(ServeError::Revoked)?;
+    if let Some(error) = config.users.iter().find_map(|user| no_identity(user, true)) {
+        return Err(error);
+    }
+    let (lacking, unconfined) = lacking(config.confine);
+    if let Some(error) = lacking {
+        return Err(error);
+    }
+    problems.extend(unconfined);
+    problems.extend(config.users.iter().filter_map(other_root));
+    let (confine, limits) = (config.confine, config.limits.clone());
+    Ok((Settings { access, setup: setup(config, key)?, confine, limits }, problems))
 }
 
-/// How the SSH library is to behave, and the names of what it is to agree to.
-fn protocol(config: &ServeConfig, key: &PrivateKey) -> Result<(Config, Offered), HostKeyError> {
-    let mut methods = MethodSet::empty();
-    methods.push(MethodKind::PublicKey);
-    let mut preferred = preferred(End::Server);
-    // Without SHA-1.
-    preferred.key = vec![
-        Algorithm::Ed25519,
-        Algorithm::Ecdsa { curve: EcdsaCurve::NistP256 },
-        Algorithm::Ecdsa { curve: EcdsaCurve::NistP384 },
-        Algorithm::Ecdsa { curve: EcdsaCurve::NistP521 },
-        Algorithm::Rsa { hash: Some(HashAlg::Sha512) },
-        Algorithm::Rsa { hash: Some(HashAlg::Sha256) },
-    ]
-    .into();
-    if !config.strict_key_exchange {
-        preferred.cipher.to_mut().retain(|name| *name != russh::cipher::CHACHA20_POLY1305);
-    }
-    let host_keys = match key.algorithm() {
-        Algorithm::Rsa { .. } => {
-            preferred.key.iter().filter(|name| matches!(name, Algorithm::Rsa { .. })).cloned().collect()
-        }
-        algorithm => vec![algorithm],
+/// What each process is told first.
+fn setup(config: &ServeConfig, key: &PrivateKey) -> Result<Arc<[u8]>, HostKeyError> {
+    let path = || config.host_key.clone();
+    let host_key = key.to_openssh(LineEnding::LF);
+    let host_key = host_key.map_err(|error| HostKeyError::Invalid { path: path(), reason: error.to_string() })?;
+    let certificates = config.host_certificate.iter().map(|file| {
+        let invalid = |reason: String| HostKeyError::Certificate { path: file.clone(), reason };
+        host_key::certificate(file, key)?.to_openssh().map_err(|error| invalid(error.to_string()))
+    });
+    let setup = Setup {
+        host_key: host_key.to_string(),
+        certificates: certificates.collect::<Result<_, _>>()?,
+        strict_key_exchange: config.strict_key_exchange,
+        auth_tries: config.limits.auth_tries.get(),
+        idle_seconds: config.limits.idle_timeout.as_secs(),
+        channels: config.limits.channels.get(),
+        connections: config.limits.connections.get(),
+        log: config.log.clone(),
     };
-    let offered = Offered::new(&preferred, &host_keys, config.strict_key_exchange);
-    let certificates = config.host_certificate.iter().map(|path| host_key::certificate(path, key));
-    let certificates = certificates.collect::<Result<_, _>>()?;
-    let protocol = Config {
-        methods,
-        auth_rejection_time: Duration::from_millis(500),
-        auth_rejection_time_initial: Some(Duration::ZERO),
-        keys: vec![key.clone()],
-        certificates,
-        window_size: 32 << 20,
-        maximum_packet_size: 256 << 10,
-        channel_buffer_size: 1024,
-        event_buffer_size: 256,
-        // OpenSSH's clients ask for "none" first, which is no try.
-        max_auth_attempts: config.limits.auth_tries.get() + 1,
-        // Answers to keepalives reset it: idle clients are found otherwise.
-        inactivity_timeout: Some(config.limits.idle_timeout + Duration::from_secs(60)),
-        keepalive_interval: Some(Duration::from_secs(30)),
-        nodelay: true,
-        preferred,
-        ..Config::default()
-    };
-    Ok((protocol, offered))
+    let framed = frame(&setup).map_err(|error| HostKeyError::Invalid { path: path(), reason: error.to_string() })?;
+    Ok(framed.into())
 }
 
 fn warn(problems: &[String]) {
     problems.iter().for_each(|problem| tracing::warn!("{problem}"));
-}
-
-/// Binds and serves until `shutdown` holds true.
-///
-/// # Errors
-/// [`ServeError`].
-pub async fn serve(
-    config: ServeConfig,
-    factory: SessionFactory,
-    shutdown: watch::Receiver<bool>,
-) -> Result<(), ServeError> {
-    bind(config).await?.run(factory, shutdown).await;
-    Ok(())
 }
 
 impl Listener {
@@ -346,14 +358,14 @@ impl Listener {
     }
 
     /// What is to run, and how it is reloaded meanwhile.
-    pub fn start(self, factory: SessionFactory) -> (Running, Reloader) {
+    pub fn start(self) -> (Running, Reloader) {
         warn(&self.problems);
         let server = Arc::new(Server {
             limits: Limits::new(self.settings.limits.clone()),
             settings: RwLock::new(self.settings),
             live: Registry::default(),
             recorder: self.recorder,
-            factory,
+            channels: watch::Sender::new(self.config.limits.channels.get()),
             stopping: AtomicBool::new(false),
             number: AtomicU64::new(0),
         });
@@ -361,16 +373,11 @@ impl Listener {
         let reloader = Reloader { server: Arc::clone(&server), key: self.key, config: self.config };
         (Running { server, sockets }, reloader)
     }
-
-    /// Accepts until `shutdown` holds true (or its sender is gone), then lets work end for the time set.
-    pub async fn run(self, factory: SessionFactory, shutdown: watch::Receiver<bool>) {
-        self.start(factory).0.run(shutdown).await;
-    }
 }
 
 /// A listener with its sessions.
 pub struct Running {
-    server: Arc<Server>,
+    pub(super) server: Arc<Server>,
     sockets: Vec<TcpListener>,
 }
 
@@ -393,8 +400,11 @@ impl Running {
         let (grace, begun) = (server.settings().limits.stop_grace, Instant::now());
         tracing::info!(connections = server.limits.connections(), "stopping");
         while server.limits.connections() > 0 && begun.elapsed() < grace {
-            for live in server.live.all() {
-                if live.login.get().is_none() || server.live.quiet(&live) >= QUIET {
+            let mut all = server.live.all();
+            all.retain(|live| !live.is_gone());
+            refresh(&all).await;
+            for live in all {
+                if live.login.get().is_none() || server.live.known(&live) >= QUIET {
                     live.end("the server stops");
                 }
             }
@@ -433,7 +443,7 @@ async fn accept(server: Arc<Server>, socket: TcpListener) {
         match server.limits.admit(peer.ip()) {
             Ok(permit) => {
                 let number = server.number.fetch_add(1, Ordering::Relaxed);
-                tokio::spawn(connection::serve(Arc::clone(&server), socket, peer, number, Arc::new(permit)));
+                tokio::spawn(connection::serve(Arc::clone(&server), socket, peer, number, permit));
             }
             Err(reason) => {
                 // As OpenSSH's server says it; before the version such lines are allowed.
@@ -474,6 +484,11 @@ pub struct Reloader {
 }
 
 impl Reloader {
+    /// What keeps sessions in their place, in words.
+    pub fn confinement(&self) -> String {
+        format!("sessions in processes of their own, confined by {}", Available::look())
+    }
+
     /// How many clients are connected.
     pub fn connections(&self) -> usize {
         self.server.limits.connections()
@@ -497,10 +512,12 @@ impl Reloader {
         if fixed(&config) != fixed(&self.config) {
             tracing::warn!("a change of listen, host_key or audit takes effect at the next start");
         }
+        audit::configure(config.log.clone());
         let access = settings.access.clone();
         self.server.limits.set(settings.limits.clone());
         *self.server.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
         let all = self.server.live.all();
+        self.server.channels.send_replace(config.limits.channels.get());
         let ended = tokio::task::spawn_blocking(move || {
             all.iter().filter(|live| rejudge(&access, live).map_err(|reason| live.end(&reason)).is_err()).count()
         });

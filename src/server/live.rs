@@ -2,16 +2,14 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use russh::server::Msg;
-use russh::{Channel, ChannelId};
 use tokio::sync::watch;
 
 use super::access::{Proof, ServeUser};
 use super::authorized_keys::Grant;
-use super::channel::Shared;
 
 /// Reasons that are kept of one connection.
 const REFUSALS_MAX: usize = 10;
@@ -31,18 +29,23 @@ pub(super) struct Login {
     pub(super) grant: Grant,
 }
 
-/// One connection.
+/// How long a process may take to say how long its client has been quiet.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// One connection, as the listener sees it.
 pub(super) struct Live {
     pub(super) peer: SocketAddr,
-    /// Set by the key that signed, and by nothing else.
+    /// Set by what its process says was proven, when the login is recorded.
     pub(super) login: OnceLock<Login>,
-    /// Channels that are open and have no session yet.
-    waiting: Mutex<HashMap<ChannelId, Channel<Msg>>>,
-    sessions: Mutex<Vec<Weak<Shared>>>,
-    /// When it began, logged in, or a session of it began or ended.
+    /// When something was done last, as far as is known.
     last: Mutex<Instant>,
+    /// The number of the last question for that, and of the last answer.
+    asked: watch::Sender<u64>,
+    answered: watch::Sender<u64>,
     refusals: Mutex<Vec<String>>,
     end: watch::Sender<Option<String>>,
+    /// The connection is over, and its process has not ended yet.
+    gone: AtomicBool,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -55,11 +58,12 @@ impl Live {
         Live {
             peer,
             login: OnceLock::new(),
-            waiting: Mutex::default(),
-            sessions: Mutex::default(),
             last: Mutex::new(Instant::now()),
+            asked: watch::Sender::new(0),
+            answered: watch::Sender::new(0),
             refusals: Mutex::default(),
             end: watch::Sender::new(None),
+            gone: AtomicBool::new(false),
         }
     }
 
@@ -81,39 +85,43 @@ impl Live {
         }
     }
 
-    /// A channel was opened.
-    pub(super) fn opened(&self, channel: Channel<Msg>) {
-        locked(&self.waiting).insert(channel.id(), channel);
+    /// The client has gone; work of its sessions may go on.
+    pub(super) fn leave(&self) {
+        self.gone.store(true, Ordering::Release);
     }
 
-    /// Takes a channel that waits for its session.
-    pub(super) fn take(&self, id: ChannelId) -> Option<Channel<Msg>> {
-        locked(&self.waiting).remove(&id)
+    /// Whether the client has gone.
+    pub(super) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
     }
 
-    /// How many channels wait for a session.
-    pub(super) fn waiting(&self) -> usize {
-        locked(&self.waiting).len()
-    }
-
-    /// Stops the work of its sessions. The library waits for whoever should read a channel: nobody is left to.
-    pub(super) fn abandon(&self) {
-        locked(&self.waiting).clear();
-        locked(&self.sessions).iter().filter_map(Weak::upgrade).for_each(|session| session.abandon());
-    }
-
-    /// Something happened that is not a session's doing.
+    /// Something happened.
     pub(super) fn touch(&self) {
-        *locked(&self.last) = Instant::now();
+        self.heard(Duration::ZERO);
     }
 
-    /// A session begins.
-    pub(super) fn session(&self, session: &Arc<Shared>) {
-        let mut sessions = locked(&self.sessions);
-        sessions.retain(|session| session.strong_count() > 0);
-        sessions.push(Arc::downgrade(session));
-        drop(sessions);
-        self.touch();
+    fn heard(&self, quiet: Duration) {
+        let then = Instant::now().checked_sub(quiet);
+        let mut last = locked(&self.last);
+        *last = then.map_or(*last, |then| then.max(*last));
+    }
+
+    /// Questions for its process, as they come.
+    pub(super) fn questions(&self) -> watch::Receiver<u64> {
+        self.asked.subscribe()
+    }
+
+    /// Its process has answered.
+    pub(super) fn answered(&self, number: u64, quiet: Duration) {
+        self.heard(quiet);
+        // What was not asked is no answer.
+        let number = number.min(*self.asked.borrow());
+        self.answered.send_if_modified(|last| *last < number && std::mem::replace(last, number) < number);
+    }
+
+    fn ask(&self) -> u64 {
+        self.asked.send_modify(|number| *number += 1);
+        *self.asked.borrow()
     }
 
     /// Keeps why something was refused, to be said once. Each reason once, and not without end.
@@ -130,10 +138,8 @@ impl Live {
         Some(locked(&self.refusals).join("; ")).filter(|text| !text.is_empty())
     }
 
-    fn quiet(&self, now: Instant) -> Duration {
-        let own = now.saturating_duration_since(*locked(&self.last));
-        let sessions = locked(&self.sessions);
-        sessions.iter().filter_map(Weak::upgrade).map(|session| session.quiet(now)).fold(own, Duration::min)
+    fn quiet(&self) -> Duration {
+        locked(&self.last).elapsed()
     }
 
     /// Connections of one user from one address work together.
@@ -165,15 +171,34 @@ impl Registry {
         locked(&self.0).values().cloned().collect()
     }
 
-    /// How long a client has done nothing, over all its connections.
-    pub(super) fn quiet(&self, live: &Live) -> Duration {
-        let now = Instant::now();
-        let all = self.all();
-        all.iter()
-            .filter(|other| live.together(other))
-            .map(|other| other.quiet(now))
-            .fold(live.quiet(now), Duration::min)
+    fn group(&self, live: &Live) -> Vec<Arc<Live>> {
+        self.all().into_iter().filter(|other| !other.is_gone() && live.together(other)).collect()
     }
+
+    /// How long a client has done nothing, over all its connections, as far as is known.
+    pub(super) fn known(&self, live: &Live) -> Duration {
+        self.group(live).iter().map(|other| other.quiet()).fold(live.quiet(), Duration::min)
+    }
+
+    /// How long a client has done nothing, over all its connections. Their processes are asked only where it would be `limit` by
+    /// what is known; one that does not answer counts as quiet.
+    pub(super) async fn quiet(&self, live: &Live, limit: Duration) -> Duration {
+        if self.known(live) >= limit {
+            refresh(&self.group(live)).await;
+        }
+        self.known(live)
+    }
+}
+
+/// Asks processes how long their clients have done nothing, and waits a little for what they say.
+pub(super) async fn refresh(group: &[Arc<Live>]) {
+    let asked: Vec<(u64, &Arc<Live>)> = group.iter().map(|live| (live.ask(), live)).collect();
+    let answers = async {
+        for (number, live) in asked {
+            let _ = live.answered.subscribe().wait_for(|answered| *answered >= number).await;
+        }
+    };
+    let _ = tokio::time::timeout(ANSWER, answers).await;
 }
 
 impl Drop for Registered<'_> {

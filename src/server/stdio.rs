@@ -157,7 +157,7 @@ fn watch(replies: &Arc<Replies>) -> io::Result<()> {
 }
 
 /// As many open files as the system lets this process have: handles are files. Where it does not, OPEN fails sooner.
-fn allow_open_files() {
+pub fn allow_open_files() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });

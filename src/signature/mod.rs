@@ -20,7 +20,7 @@ pub const NAMESPACE: &str = "manifest@lockstep.internal";
 /// More bytes than any signature takes, with the longest keys and certificates.
 pub const MAX_BYTES: u64 = 64 << 10;
 /// Shorter RSA keys can be broken.
-const MIN_RSA_BITS: u32 = 2048;
+pub const MIN_RSA_BITS: u32 = 3072;
 
 /// Who has signed.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -106,6 +106,19 @@ impl Served {
         if signal == rustix::process::Signal::STOP {
             super::stops(self.child.id());
         }
+        // What hangs hangs with all its processes.
+        if matches!(signal, rustix::process::Signal::STOP | rustix::process::Signal::CONT) {
+            for process in self.connections() {
+                rustix::process::kill_process(rustix::process::Pid::from_raw(process as i32).unwrap(), signal).ok();
+            }
+        }
+    }
+
+    /// The processes of its connections.
+    pub(crate) fn connections(&self) -> Vec<u32> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let lists = tasks.flatten().map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default());
+        lists.collect::<String>().split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
     }
 
     /// Replaces text in the configuration, and has it read.

@@ -112,7 +112,7 @@ fn of_server(config: &Config, serve: &Serve, findings: &mut Vec<Finding>) {
     }
     let (wrong, problems) = listener::look(&settings);
     findings.extend(wrong.iter().map(|error| Finding::error("server", chain(error), "")));
-    let remedy = "who is meant by it cannot log in";
+    let remedy = "who is meant by it cannot log in, or can publish nothing";
     findings.extend(problems.into_iter().map(|problem| Finding::warning("server", problem, remedy)));
     if !serve.host_key.exists() {
         findings.extend(serve.host_key.parent().and_then(unwritable).map(|reason| {
@@ -126,8 +126,9 @@ fn of_server(config: &Config, serve: &Serve, findings: &mut Vec<Finding>) {
     }
     for user in &serve.users {
         let about = format!("user {}", Escaped(user.name.as_bytes()));
-        if let Some(reason) =
-            Some(&user.root).filter(|root| root.is_dir() && !user.read_only).and_then(|root| unwritable(root))
+        // Whether another account may write there is told above.
+        let judged = !user.read_only && user.run_as.is_none();
+        if let Some(reason) = Some(&user.root).filter(|root| root.is_dir() && judged).and_then(|root| unwritable(root))
         {
             let remedy =
                 "let the user of the service write there, and the unit (ReadWritePaths=); or set read_only = true";

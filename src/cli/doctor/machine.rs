@@ -1,5 +1,6 @@
 //! The kernel, the limits and rights of a process, the clock, and the programs beside lockstep.
 
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -8,9 +9,10 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit};
 
 use crate::cli::finding::Finding;
-use crate::config::Config;
+use crate::config::{Config, Confine};
 use crate::error::Escaped;
 use crate::policy::PolicySpec;
+use crate::server::confine::{Available, trial::Trial};
 
 /// CAP_CHOWN, CAP_FOWNER and CAP_FSETID of capabilities(7).
 const GIVING: [(u32, &str); 3] = [(0, "CAP_CHOWN"), (3, "CAP_FOWNER"), (4, "CAP_FSETID")];
@@ -21,7 +23,7 @@ const FILES_PER_TARGET: u64 = 64;
 
 /// All of it.
 pub(super) fn look(config: &Config) -> Vec<Finding> {
-    let mut findings = vec![kernel(), processor(), open_files(config), umask(), clock()];
+    let mut findings = vec![kernel(), confinement(config), processor(), open_files(config), umask(), clock()];
     findings.extend(rights(config));
     findings.extend(programs());
     findings
@@ -39,6 +41,59 @@ fn kernel() -> Finding {
         ),
         _ => Finding::ok("kernel", format!("{release}, with openat2(2)")),
     }
+}
+
+/// Whether sessions of the server can be confined: by what the kernel says it has, and by what a process could do all the same.
+fn confinement(config: &Config) -> Finding {
+    let about = "confinement";
+    let missing = Available::look().missing();
+    if !missing.is_empty() {
+        let missing = missing.join(" and no ");
+        let says = format!(
+            "this kernel has no {missing}: sessions of 'lockstep serve' are confined by what is left, and by lockstep itself"
+        );
+        let remedy = "Linux 5.19 or newer with landlock in /sys/kernel/security/lsm; in a container allow landlock_* and seccomp(2)";
+        let required = config.serve.as_ref().is_some_and(|serve| serve.confine == Confine::Require);
+        return if required { Finding::error(about, says, remedy) } else { Finding::warning(about, says, remedy) };
+    }
+    match tried() {
+        Ok(trial) if trial.could.is_empty() && trial.could_not.is_empty() => Finding::ok(
+            about,
+            format!("tried: a session is kept in its root by Landlock {} and seccomp", trial.confinement.landlock),
+        ),
+        Ok(trial) => {
+            let list = |what: &str, list: &[String]| (!list.is_empty()).then(|| format!("{what} {}", list.join(", ")));
+            let found = [list("it could", &trial.could), list("it could not", &trial.could_not)];
+            let found: Vec<String> = found.into_iter().flatten().collect();
+            let says = format!("a process that was confined as a session is: {}", found.join("; "));
+            Finding::error(
+                about,
+                says,
+                "compare with 'lockstep doctor' on another machine: something here changes what the kernel does",
+            )
+        }
+        Err(reason) => Finding::warning(
+            about,
+            format!("it cannot be tried: {reason}"),
+            "run it as who runs 'lockstep serve', with a directory for temporary files",
+        ),
+    }
+}
+
+/// Confines a process to an empty directory, and has it try.
+fn tried() -> Result<Trial, String> {
+    let at = std::env::temp_dir().join(format!("lockstep-doctor-{}", std::process::id()));
+    let root = at.join("root");
+    let failed = |error: std::io::Error| format!("{}: {}", crate::error::shown(&at), crate::error::in_words(&error));
+    let made = std::fs::DirBuilder::new().mode(0o700).create(&at).and_then(|()| std::fs::create_dir(&root));
+    let asked = made.and_then(|()| {
+        std::fs::write(at.join("beside"), "")?;
+        Command::new("/proc/self/exe").arg("try-confinement").arg(&root).stdin(Stdio::null()).output()
+    });
+    let _ = std::fs::remove_dir_all(&at);
+    let asked = asked.map_err(failed)?;
+    let said = || Escaped(asked.stderr.trim_ascii()).to_string();
+    serde_json::from_slice(&asked.stdout).map_err(|_| said())
 }
 
 fn processor() -> Finding {

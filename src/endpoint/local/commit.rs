@@ -198,8 +198,8 @@ pub(super) fn not_staged(state: &mut State, options: &CommitOptions) -> HashSet<
     failed
 }
 
-/// Adds to `failed` what must not appear without that which failed: the rest of its unit, and every marker and pointer,
-/// since it may say of just this that it is complete.
+/// Adds to `failed` what must not appear without that which failed: the rest of its unit, and every marker and pointer outside
+/// of units, since it may say of just this that it is complete.
 pub(super) fn withhold(
     run: &Run,
     state: &State,
@@ -221,14 +221,17 @@ pub(super) fn withhold(
     let mut held = Vec::new();
     for action in &state.plan.actions {
         let (path, directory) = (&entries[action.index as usize].path, entries[action.index as usize].is_directory());
-        let pointer = !directory && run.is_last(path);
-        if pointer && failed.insert(action.index) {
-            held.push((path.clone(), "is held back, since other paths failed: it may say that they are there".into()));
-        } else if let Some(unit) =
-            run.unit_of(path, directory).filter(|unit| units.contains(unit) || stale.contains(unit))
-        {
-            failed.insert(action.index);
-            units.insert(unit);
+        match run.unit_of(path, directory) {
+            // A marker in a unit speaks of that unit alone, and goes with it.
+            Some(unit) if units.contains(&unit) || stale.contains(&unit) => {
+                failed.insert(action.index);
+                units.insert(unit);
+            }
+            None if !directory && run.is_last(path) && failed.insert(action.index) => {
+                let why = "is held back, since other paths failed: it may say that they are there";
+                held.push((path.clone(), why.into()));
+            }
+            _ => {}
         }
     }
     held.extend(units.into_iter().map(|unit| (unit, "is not published, since it would not be whole".to_owned())));

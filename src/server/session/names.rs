@@ -12,6 +12,7 @@ use super::site::{STATE, Spot, drop_set_id, times};
 use super::{Answer, Directory, Failed, HANDLES_MAX, Handle, Session, Status, attributes_packet, statvfs_packet};
 use crate::path::{InvalidPath, PathProblem, RelPath};
 use crate::root::{Change, FileKind, Follow, Metadata};
+use crate::scan::names;
 use crate::server::attributes;
 use crate::wire::buffer::{Reader, Writer};
 use crate::wire::sftp::{Attributes, DATA_MAX, PACKET_LIMIT, open, packet};
@@ -419,9 +420,8 @@ impl Session {
     /// The names of users and groups; an empty one where there is none.
     pub(super) fn users_groups(&mut self, id: u32, reader: &mut Reader<'_>) -> Answer {
         let (users, groups) = (reader.string()?, reader.string()?);
-        let name = |found: Option<&std::ffi::OsStr>| found.map_or_else(Vec::new, |name| name.as_bytes().to_vec());
-        let user = |id| name(uzers::get_user_by_uid(id).as_ref().map(uzers::User::name));
-        let group = |id| name(uzers::get_group_by_gid(id).as_ref().map(uzers::Group::name));
+        let user = |id| names::user_name(id).unwrap_or_default().into_bytes();
+        let group = |id| names::group_name(id).unwrap_or_default().into_bytes();
         let users = names_of(users, user)?;
         let groups = names_of(groups, group)?;
         Ok(Writer::new(packet::EXTENDED_REPLY).u32(id).string(&users).string(&groups).finish())

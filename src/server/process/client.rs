@@ -8,165 +8,109 @@ use russh::keys::{Algorithm, Certificate};
 use russh::server::{Auth, ChannelOpenHandle, Handler, Msg, PublicKeyOffer, Session, VerifiedPublicKey};
 use russh::{Channel, ChannelId, ChannelOpenFailure, Pty};
 
-use super::access::{Proof, ServeUser};
-use super::agent::Output;
-use super::authorized_keys::Grant;
-use super::channel::{self, FedSession};
-use super::hearsay;
-use super::limits::{Permit, SessionPermit};
-use super::listener::{Server, SessionStart};
-use super::live::{Live, Login, short};
-
-use crate::audit::{AuditRecord, Outcome};
-use crate::error::Escaped;
+use super::message::{Granted, fingerprint};
+use super::own::Own;
+use super::upstream::Upstream;
+use crate::config::Confine;
+use crate::error::{Escaped, chain};
+use crate::server::access::Proof;
+use crate::server::agent::Output;
+use crate::server::channel;
+use crate::server::confine::{self, Wanted};
+use crate::server::listener::{SessionFactory, SessionStart};
+use crate::server::live::short;
 
 pub(super) struct Client {
-    server: Arc<Server>,
-    live: Arc<Live>,
-    permit: Arc<Permit>,
+    upstream: Upstream,
+    own: Arc<Own>,
+    factory: SessionFactory,
     start: Option<Arc<SessionStart>>,
-    /// One more than there are sessions.
-    running: Arc<()>,
     /// Requests that were refused, to say it once.
     said: HashSet<&'static str>,
 }
 
-/// A session that gives its place back when its thread ends.
-struct Held {
-    session: Box<dyn FedSession>,
-    _place: SessionPermit,
-}
-
-impl FedSession for Held {
-    fn feed(&mut self, bytes: &[u8]) -> Result<(), String> {
-        self.session.feed(bytes)
-    }
-
-    fn finish(&mut self) {
-        self.session.finish();
-    }
-}
-
 impl Client {
-    pub(super) fn new(server: Arc<Server>, live: Arc<Live>, permit: Arc<Permit>) -> Client {
-        Client { server, live, permit, start: None, running: Arc::new(()), said: HashSet::new() }
+    pub(super) fn new(upstream: Upstream, own: Arc<Own>, factory: SessionFactory) -> Client {
+        Client { upstream, own, factory, start: None, said: HashSet::new() }
     }
 
-    fn refuse(&self, name: &str, what: &str, reason: &str) -> Auth {
-        let name = short(&Escaped(name.as_bytes()).to_string(), 64);
-        tracing::debug!(peer = %self.live.peer, user = name, what, reason, "key refused");
-        self.live.refuse(&format!("user {name}, {what}: {reason}"));
-        Auth::reject()
-    }
-
-    /// Decides on what a client has proven to hold, and remembers who it is.
+    /// Has the listener decide on what a client has proven to hold. Then this process is its user's, and nobody else's.
     async fn log_in(&mut self, name: &str, proof: Proof) -> Auth {
-        let described = proof.describe();
-        let peer = self.live.peer;
-        let settings = self.server.settings();
-        let (access, asked, shown) = (settings.access.clone(), name.to_owned(), proof.clone());
-        let judged = tokio::task::spawn_blocking(move || access.judge(&asked, &shown, peer)).await;
-        let (user, grant) = match judged.unwrap_or_else(|error| Err(error.to_string())) {
-            Ok(judged) => judged,
-            Err(reason) => return self.refuse(name, &described, &reason),
+        if self.start.is_some() {
+            self.upstream.refused("this connection has logged in already");
+            return Auth::reject();
+        }
+        let Granted { start, identity, confine } = match self.upstream.proven(name, &proof).await {
+            Ok(granted) => granted,
+            Err(_) => return Auth::reject(),
         };
-        let start = Arc::new(start(&user, &grant, self.live.peer, &proof));
-        // Keys that were refused in this connection before this one was taken.
-        let reason = self.live.refusals().map(|refused| format!("before it: {refused}"));
-        let (action, result) = ("login".into(), Some(Outcome::Success));
-        let login = AuditRecord { action, result, reason, ..self.server.record_of(&start, peer) };
-        if !self.server.recorder.must(login).await {
-            return self.refuse(name, &described, "the audit log cannot be written");
+        let wanted = Wanted {
+            root: &start.root,
+            read_only: start.read_only,
+            identity: identity.as_ref(),
+            require: confine == Confine::Require,
+        };
+        let confined = confine::enter(&wanted).map_err(|error| chain(&error));
+        if let Err(reason) = self.upstream.confined(confined).await {
+            // It may be confined to this user's root already: nobody else can log in here.
+            self.own.end(&reason);
+            return Auth::reject();
         }
-        let user_name = user.name.clone();
-        if self.live.login.set(Login { user, proof, grant }).is_err() {
-            return self.refuse(name, &described, "this connection has logged in already");
-        }
-        // RACE: who reloads replaces the settings first and then looks at those that have logged in. Either it saw
-        // this login, or the new settings are seen here.
-        if !Arc::ptr_eq(&settings, &self.server.settings()) {
-            self.live.end("the configuration was reloaded during the login; try again");
-        }
-        tracing::info!(%peer, user = user_name, key = described, "logged in");
-        self.start = Some(start);
-        self.permit.logged_in();
-        self.live.touch();
+        self.start = Some(Arc::new(start));
+        self.own.touch();
         Auth::Accept
     }
 
     async fn offered(&mut self, name: &str, key: &KeyData, algorithm: &Algorithm) -> Auth {
-        let fingerprint = key.fingerprint(russh::keys::HashAlg::Sha256).to_string();
         if matches!(algorithm, Algorithm::Rsa { hash: None } | Algorithm::Dsa) {
-            return self.refuse(name, &fingerprint, "it is used with SHA-1; update the client, or use an Ed25519 key");
+            let (name, key) = (short(&Escaped(name.as_bytes()).to_string(), 64), fingerprint(key));
+            let reason = "it is used with SHA-1; update the client, or use an Ed25519 key";
+            self.upstream.refused(&format!("user {name}, {key}: {reason}"));
+            return Auth::reject();
         }
-        let access = self.server.settings().access.clone();
-        let (asked, key, peer) = (name.to_owned(), key.clone(), self.live.peer);
-        let judged = tokio::task::spawn_blocking(move || access.worth_signing(&asked, &key, peer)).await;
-        match judged.unwrap_or_else(|error| Err(error.to_string())) {
-            Ok(()) => Auth::Accept,
-            Err(reason) => self.refuse(name, &fingerprint, &reason),
-        }
+        // Why not is known to the listener, and told by it.
+        if self.upstream.offered(name, key).await.is_ok() { Auth::Accept } else { Auth::reject() }
     }
 
     /// Says once per connection and kind that something was refused.
     fn not_allowed(&mut self, what: &'static str, detail: &str) {
-        let Some(start) = self.start.as_ref().filter(|_| self.said.insert(what)) else { return };
-        let detail = short(detail, 200);
-        tracing::warn!(peer = %self.live.peer, user = start.user, what, detail, "request refused");
-        let reason = Some(if detail.is_empty() { what.to_owned() } else { format!("{what}: {detail}") });
-        let (record, result) = (self.server.record_of(start, self.live.peer), Some(Outcome::Failure));
-        self.server.recorder.note(AuditRecord { action: "refuse".into(), result, reason, ..record });
+        if self.start.is_some() && self.said.insert(what) {
+            self.upstream.not_allowed(what, detail);
+        }
     }
 
     async fn begin(&mut self, id: ChannelId, session: &mut Session) -> Result<(), russh::Error> {
-        let (Some(channel), Some(start)) = (self.live.take(id), self.start.clone()) else {
+        let (Some(channel), Some(start)) = (self.own.take(id), self.start.clone()) else {
             return session.channel_failure(id);
         };
-        let stopping = if self.server.stopping() { Err("the server stops") } else { Ok(()) };
-        let place = match stopping.and_then(|()| self.server.limits.session(&start.user)) {
-            Ok(place) => place,
+        let number = match self.upstream.session().await {
+            Ok(number) => number,
             Err(reason) => {
-                self.not_allowed("a session", reason);
+                self.not_allowed("a session", &reason);
                 session.channel_failure(id)?;
                 return session.close(id);
             }
         };
         let (shared, packets) = channel::queue();
-        let (factory, output) = (Arc::clone(&self.server.factory), Arc::clone(&shared) as Arc<dyn Output>);
-        let given = Arc::clone(&start);
-        let made = tokio::task::spawn_blocking(move || factory(&given, output)).await;
+        let (factory, output) = (Arc::clone(&self.factory), Arc::clone(&shared) as Arc<dyn Output>);
+        let made = tokio::task::spawn_blocking(move || factory(&start, output)).await;
         let made = match made.unwrap_or_else(|error| Err(error.to_string())) {
-            Ok(made) => Box::new(Held { session: made, _place: place }),
+            Ok(made) => made,
             Err(reason) => {
-                tracing::error!(peer = %self.live.peer, user = start.user, reason, "no session");
+                self.upstream.no_session(number, &reason);
                 session.channel_failure(id)?;
                 return session.close(id);
             }
         };
         session.channel_success(id)?;
-        self.live.session(&shared);
-        let (running, live, server) = (Arc::clone(&self.running), Arc::clone(&self.live), Arc::clone(&self.server));
+        self.own.session(&shared);
+        let (own, upstream) = (Arc::clone(&self.own), self.upstream.clone());
         tokio::spawn(async move {
-            let begun = std::time::Instant::now();
-            let summary = channel::run(channel, shared, packets, made).await;
-            live.touch();
-            drop(running);
-            server.session_ended(&live, &start, begun.elapsed(), summary);
+            let channel::Summary { received, sent, error } = channel::run(channel, shared, packets, made).await;
+            upstream.session_ended(number, received, sent, error);
+            own.session_ended();
         });
         Ok(())
-    }
-}
-
-fn start(user: &ServeUser, grant: &Grant, peer: std::net::SocketAddr, proof: &Proof) -> SessionStart {
-    SessionStart {
-        user: user.name.clone(),
-        root: user.root.clone(),
-        read_only: user.read_only || grant.read_only,
-        policy: user.policy.clone(),
-        peer,
-        fingerprint: proof.fingerprint(),
-        login: proof.login(peer),
-        actor: format!("{}@{} ({})", user.name, peer.ip().to_canonical(), proof.describe()),
     }
 }
 
@@ -179,12 +123,6 @@ fn is_file_server(command: &[u8]) -> bool {
 
 impl Handler for Client {
     type Error = russh::Error;
-
-    /// No banner; but this is called on the library's task, before any key is looked at.
-    async fn authentication_banner(&mut self) -> Result<Option<String>, Self::Error> {
-        hearsay::listen(&self.live);
-        Ok(None)
-    }
 
     async fn auth_publickey_offered(&mut self, user: &str, offer: PublicKeyOffer<'_>) -> Result<Auth, Self::Error> {
         // Only spares the client a signature; nothing is granted here.
@@ -205,9 +143,8 @@ impl Handler for Client {
         reply: ChannelOpenHandle,
         _session: &mut Session,
     ) -> Result<(), Self::Error> {
-        let open = self.live.waiting() + Arc::strong_count(&self.running) - 1;
-        if self.start.is_some() && open < self.server.settings().limits.channels.get() {
-            self.live.opened(channel);
+        if self.start.is_some() && self.own.has_room() {
+            self.own.opened(channel);
             reply.accept().await;
         } else {
             self.not_allowed("a channel", "too many in one connection");
@@ -244,7 +181,7 @@ impl Handler for Client {
     }
 
     async fn channel_close(&mut self, channel: ChannelId, _session: &mut Session) -> Result<(), Self::Error> {
-        drop(self.live.take(channel));
+        drop(self.own.take(channel));
         Ok(())
     }
 
