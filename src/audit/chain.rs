@@ -84,7 +84,7 @@ impl std::fmt::Display for Head {
 }
 
 /// The boot of this machine, as the kernel numbers it.
-fn boot() -> Option<&'static str> {
+pub(super) fn boot() -> Option<&'static str> {
     static BOOT: LazyLock<Option<String>> = LazyLock::new(|| {
         let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
         let text = text.trim();

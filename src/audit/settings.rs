@@ -72,6 +72,8 @@ static CURRENT: RwLock<Option<Arc<Settings>>> = RwLock::new(None);
 
 /// From now on logs are opened with these.
 pub fn configure(settings: Settings) {
+    // Whoever confines himself afterwards does not see /proc any more.
+    super::chain::boot();
     *CURRENT.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(settings));
 }
 

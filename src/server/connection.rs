@@ -281,15 +281,15 @@ impl Connection<'_> {
                         // Keys that were refused in this connection before this one was taken.
                         let reason = self.live.refusals().map(|refused| format!("before it: {refused}"));
                         Box::pin(async move {
-                        let login = AuditRecord {
-                            action: "login".into(),
-                            result: Some(Outcome::Success),
-                            reason,
-                            ..server.record_of(&admitted.granted.start, peer)
-                        };
-                        let recorded = server.recorder.must(login).await;
-                        (number, Worked::Recorded(admitted, confinement, recorded))
-                    })
+                            let login = AuditRecord {
+                                action: "login".into(),
+                                result: Some(Outcome::Success),
+                                reason,
+                                ..server.record_of(&admitted.granted.start, peer)
+                            };
+                            let recorded = server.recorder.must(login).await;
+                            (number, Worked::Recorded(admitted, confinement, recorded))
+                        })
                     }
                     Err(reason) => {
                         let (user, reason) = (&admitted.login.user.name, clean(&reason));
@@ -429,7 +429,8 @@ impl Connection<'_> {
             let why = why.unwrap_or_else(|| "by the client".into());
             tracing::info!(%peer, user = login.user.name, why, "connection ended");
             let actor = format!("{}@{}", login.user.name, peer.ip());
-            let (login, reason) = (Some(Box::new(login.proof.login(peer))), Some(format!("ended: {}", short(&why, 1000))));
+            let (login, reason) =
+                (Some(Box::new(login.proof.login(peer))), Some(format!("ended: {}", short(&why, 1000))));
             let record = AuditRecord { action: "connection".into(), login, reason, ..server.record(&actor, peer) };
             server.recorder.note(AuditRecord { result: Some(Outcome::Success), ..record });
             return;
