@@ -24,7 +24,7 @@ use super::process::message::{Setup, frame};
 use super::record::Recorder;
 
 pub use super::access::ServeUser;
-use crate::audit::{self, AuditError, AuditRecord, Login};
+use crate::audit::{self, AuditError, AuditRecord, Login, Outcome};
 use crate::config::{Confine, ServeLimits};
 use crate::policy::PolicySpec;
 
