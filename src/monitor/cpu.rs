@@ -60,12 +60,11 @@ pub fn idle_processors() -> Option<f64> {
     if let Some(mut looked) = looked
         && looked.is_none_or(|(at, _)| at.elapsed() >= LOOK)
         && let Some(now) = Ticks::now()
+        && let Some((at, before)) = looked.replace((Instant::now(), now))
     {
-        if let Some((at, before)) = looked.replace((Instant::now(), now)) {
-            // After a pause of the run it says nothing of this moment.
-            let idle = if at.elapsed() < 8 * LOOK { before.idle_until(now) } else { None };
-            IDLE.store(idle.unwrap_or(f64::NAN).to_bits(), Ordering::Relaxed);
-        }
+        // After a pause of the run it says nothing of this moment.
+        let idle = if at.elapsed() < 8 * LOOK { before.idle_until(now) } else { None };
+        IDLE.store(idle.unwrap_or(f64::NAN).to_bits(), Ordering::Relaxed);
     }
     Some(f64::from_bits(IDLE.load(Ordering::Relaxed))).filter(|idle| !idle.is_nan())
 }

@@ -92,24 +92,18 @@ fn strict(theirs: &KexInit) -> Finding {
 
 /// What the host would agree to with others.
 fn weak(theirs: &KexInit) -> Option<Finding> {
-    let sha1 = |name: &str| name.ends_with("-sha1") || name.contains("group1-");
+    let exchange = |name: &str| name.ends_with("-sha1") || name.contains("group1-");
     let cipher = |name: &str| name.contains("cbc") || name.starts_with("arcfour") || name.starts_with("3des");
     let mac = |name: &str| ["md5", "sha1", "umac-64", "ripemd"].iter().any(|part| name.contains(part));
     let key = |name: &str| name == "ssh-rsa" || name == "ssh-dss";
-    let lists: [(&Vec<String>, &dyn Fn(&str) -> bool); 6] = [
-        (&theirs.exchanges, &sha1),
-        (&theirs.ciphers_to_server, &cipher),
-        (&theirs.ciphers_to_client, &cipher),
-        (&theirs.macs_to_server, &mac),
-        (&theirs.macs_to_client, &mac),
-        (&theirs.host_keys, &key),
-    ];
+    let ciphers = theirs.ciphers_to_server.iter().chain(&theirs.ciphers_to_client).filter(|name| cipher(name));
+    let macs = theirs.macs_to_server.iter().chain(&theirs.macs_to_client).filter(|name| mac(name));
+    let exchanges = theirs.exchanges.iter().filter(|name| exchange(name));
+    let keys = theirs.host_keys.iter().filter(|name| key(name));
     let mut found: Vec<&str> = Vec::new();
-    for (names, is_weak) in lists {
-        for name in names.iter().filter(|name| is_weak(name)) {
-            if !found.contains(&name.as_str()) {
-                found.push(name);
-            }
+    for name in exchanges.chain(ciphers).chain(macs).chain(keys) {
+        if !found.contains(&name.as_str()) {
+            found.push(name);
         }
     }
     (!found.is_empty()).then(|| {
