@@ -1,28 +1,28 @@
 //! Names of users and groups on this machine. Each is looked up once.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use crate::error::Escaped;
+use crate::manifest::Name;
 
 /// Names that were looked up.
 #[derive(Debug, Default)]
 pub struct Names {
-    users: HashMap<u32, Arc<str>>,
-    groups: HashMap<u32, Arc<str>>,
+    users: HashMap<u32, Name>,
+    groups: HashMap<u32, Name>,
 }
 
 impl Names {
     /// The user's name; the number in decimal digits where there is none.
-    pub fn user(&mut self, uid: u32) -> Arc<str> {
+    pub fn user(&mut self, uid: u32) -> Name {
         let look_up = || uzers::get_user_by_uid(uid).map(|user| user.name().to_string_lossy().into_owned());
-        Arc::clone(self.users.entry(uid).or_insert_with(|| look_up().unwrap_or_else(|| uid.to_string()).into()))
+        self.users.entry(uid).or_insert_with(|| look_up().unwrap_or_else(|| uid.to_string()).into()).clone()
     }
 
     /// The group's name, likewise.
-    pub fn group(&mut self, gid: u32) -> Arc<str> {
+    pub fn group(&mut self, gid: u32) -> Name {
         let look_up = || uzers::get_group_by_gid(gid).map(|group| group.name().to_string_lossy().into_owned());
-        Arc::clone(self.groups.entry(gid).or_insert_with(|| look_up().unwrap_or_else(|| gid.to_string()).into()))
+        self.groups.entry(gid).or_insert_with(|| look_up().unwrap_or_else(|| gid.to_string()).into()).clone()
     }
 }
 

@@ -1,6 +1,7 @@
 //! A side of a run that lies on this machine.
 
 mod area;
+mod by_index;
 mod changes;
 mod circle;
 mod commit;
@@ -12,9 +13,11 @@ mod metadata;
 mod place;
 mod prepare;
 mod publish;
+mod put;
 mod recall;
 mod record;
 mod refusals;
+mod remember;
 mod repair;
 mod retire;
 mod room;
