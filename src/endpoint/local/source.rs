@@ -10,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rustix::fs::{Advice, SeekFrom as Sparse};
 use sha2::{Digest as _, Sha256};
 
+use super::looked::Looked;
 use super::place::Place;
 use crate::endpoint::{
     BEING_PUBLISHED, BLOCK_BYTES, Block, Error, Fetch, Links, Produced, Reader, SMALL_FILE_BYTES, Scan, ScanOptions,
@@ -40,27 +41,6 @@ pub struct LocalSource {
     scanned: Mutex<Arc<Looked>>,
     /// Whoever stores digests: the database is opened by one alone.
     storing: Mutex<()>,
-}
-
-/// What stat said of each entry of a scan, and when that was over.
-#[derive(Debug)]
-pub(in crate::endpoint) struct Looked {
-    pub(in crate::endpoint) metadata: Vec<Seen>,
-    pub(in crate::endpoint) at: SystemTime,
-}
-
-impl Looked {
-    /// Digests of entries of the scan, which gave `tree`, with what stat said of each.
-    pub(in crate::endpoint) fn known<'a>(
-        &'a self,
-        tree: &'a Tree,
-        digests: &'a [(u32, Digest)],
-    ) -> impl Iterator<Item = (Fingerprint, Digest)> + 'a {
-        digests.iter().filter_map(|&(index, digest)| {
-            let (entry, seen) = (tree.entries().get(index as usize)?, self.metadata.get(index as usize)?);
-            Some((seen.fingerprint(entry.file()?.0, entry.mtime), digest))
-        })
-    }
 }
 
 impl LocalSource {
@@ -127,7 +107,7 @@ impl Source for LocalSource {
             Links::Skip => LinkRule::Skip,
             Links::Refuse => LinkRule::Refuse,
         };
-        let rule = ScanRule { filter, links, ignore_files: true, report_special: true };
+        let rule = ScanRule { filter, links, ignore_files: true, report_special: true, threads: options.threads };
         let before = staging::standing(&self.root);
         let mut scanned = scan::scan_seen(&self.root, &rule, monitor).map_err(|error| match error {
             scan::ScanError::Root(error) => failed(error),
