@@ -54,12 +54,8 @@ mod tests {
 
     #[test]
     fn what_one_changes_the_other_does_not_see_and_what_is_only_read_is_there_once() {
-        let action = |index| Action {
-            index,
-            change: Change::Added,
-            differences: Differences::default(),
-            need: Need::Nothing,
-        };
+        let action =
+            |index| Action { index, change: Change::Added, differences: Differences::default(), need: Need::Nothing };
         let ours = Actions::from(vec![action(1), action(2)]);
         let mut theirs = ours.clone();
         assert!(Arc::ptr_eq(&ours.0, &theirs.0));

@@ -246,7 +246,8 @@ mod tests {
         let target = ["a", "b", "c", "d"].map(|name| file(name, 9, Some(1), 1)).to_vec();
         let (source, target) = (source.unwrap(), Tree::new(target).unwrap());
         let mut plan = diff(&source, &target, &as_sent, Compare::default());
-        let needs = |plan: &Plan| -> Vec<_> { plan.actions.iter().map(|action| (action.index, action.need.clone())).collect() };
+        let needs =
+            |plan: &Plan| -> Vec<_> { plan.actions.iter().map(|action| (action.index, action.need.clone())).collect() };
         let ask = Need::Compare { digest: Box::new(Digest([1; 32])) };
         let whole = Need::Content { resume_at: 0 };
         assert_eq!(needs(&plan), [(1, ask.clone()), (3, whole.clone())]);

@@ -12,8 +12,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
 
-use super::table::{decode, encode};
 pub use super::table::{DigestTable, Known};
+use super::table::{decode, encode};
 use crate::manifest::{Digest, Timestamp};
 use crate::root::{Fingerprint, Seen};
 
@@ -98,7 +98,8 @@ impl DigestCache<'_> {
 
 /// Whether a file that was looked at then had not changed for so long that a further change would have another time.
 pub fn is_settled(file: impl Into<Fingerprint>, looked: SystemTime) -> bool {
-    system_time(file.into().ctime).is_none_or(|changed| looked.duration_since(changed).is_ok_and(|age| age > GRANULARITY))
+    system_time(file.into().ctime)
+        .is_none_or(|changed| looked.duration_since(changed).is_ok_and(|age| age > GRANULARITY))
 }
 
 /// Whether a file has a time of modification that no write near its time of change can have given it: then a write shows

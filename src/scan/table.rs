@@ -426,7 +426,6 @@ mod tests {
         }
     }
 
-
     #[test]
     fn a_table_says_when_a_file_was_hashed_and_one_of_before_does_not() {
         let directory = tempfile::tempdir().unwrap();

@@ -364,7 +364,8 @@ mod tests {
 
     #[test]
     fn actions_round_trip() {
-        for need in [Need::Nothing, Need::Content { resume_at: 9 }, Need::Compare { digest: Box::new(Digest([1; 32])) }] {
+        for need in [Need::Nothing, Need::Content { resume_at: 9 }, Need::Compare { digest: Box::new(Digest([1; 32])) }]
+        {
             let differences = Differences { content: true, owner: true, ..Differences::default() };
             let action = Action { index: 3, change: Change::Modified, differences, need };
             let mut raw = Vec::new();

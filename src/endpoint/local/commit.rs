@@ -90,8 +90,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
             kept.push(entry.clone());
         }
     };
-    let in_force =
-        publish::put_in_force(&run.root, staging, &record, &changes, old, &problems, &stays, &mut each)?;
+    let in_force = publish::put_in_force(&run.root, staging, &record, &changes, old, &problems, &stays, &mut each)?;
     let digest = in_force.digest;
     if let Some(birth) = &run.birth {
         birth.appear(&run.root)?;
@@ -177,9 +176,8 @@ pub(super) fn not_staged(state: &mut State, options: &CommitOptions) -> HashSet<
     let lacks = |action: &&Action| !staged.contains(action.index) && !kept.contains(action.index);
     failed.extend(plan.actions.iter().filter(is_needed).filter(lacks).map(|action| action.index));
     // The engine goes by the same list: only what changes something copies it.
-    let differs = |action: &Action| {
-        is_needed(&action) && action.change == Change::MetadataOnly && staged.contains(action.index)
-    };
+    let differs =
+        |action: &Action| is_needed(&action) && action.change == Change::MetadataOnly && staged.contains(action.index);
     if plan.actions.iter().any(differs) {
         plan.actions.iter_mut().filter(|action| differs(action)).for_each(|action| action.change = Change::Modified);
     }

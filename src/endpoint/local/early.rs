@@ -77,12 +77,7 @@ pub(super) fn prepare(run: &Run, early: &Root, source: &Tree, plan: &mut Plan) -
 }
 
 /// Takes over into `staging` what was staged before of what `plan` wants, and says so in it. Gives the files that are whole.
-pub(super) fn take(
-    run: &Run,
-    staging: &Root,
-    source: &Tree,
-    plan: &mut Plan,
-) -> Result<ByIndex<Staged>, Error> {
+pub(super) fn take(run: &Run, staging: &Root, source: &Tree, plan: &mut Plan) -> Result<ByIndex<Staged>, Error> {
     let mut taken = ByIndex::default();
     let early = match run.root.subroot(&rel(Area::Early.in_root())?) {
         Ok(early) => early,

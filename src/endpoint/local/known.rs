@@ -127,7 +127,13 @@ fn hash(look: &Look<'_>, target: &Tree, files: &[(usize, u64)], monitor: &dyn Mo
     found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-fn hash_one(root: &Root, path: &RelPath, seen: Fingerprint, buffer: &mut [u8], monitor: &dyn Monitor) -> Option<Digest> {
+fn hash_one(
+    root: &Root,
+    path: &RelPath,
+    seen: Fingerprint,
+    buffer: &mut [u8],
+    monitor: &dyn Monitor,
+) -> Option<Digest> {
     let mut file = root.open_read(path, Follow::Never).ok()?;
     // RACE: another file, even a FIFO, may have got the name since the scan: nothing else is read.
     let found = Metadata::of(&file).ok()?;

@@ -352,13 +352,7 @@ fn exchange(
 }
 
 /// Tells the audit log. A run that was interrupted between this and its end tells it once more when it is finished.
-fn audit(
-    root: &Root,
-    area: Area,
-    record: &Record,
-    put: &Put<'_>,
-    problems: &[(RelPath, String)],
-) -> Result<(), Error> {
+fn audit(root: &Root, area: Area, record: &Record, put: &Put<'_>, problems: &[(RelPath, String)]) -> Result<(), Error> {
     let wrong = |error: crate::audit::AuditError| Error::Refused {
         by: "the audit log".into(),
         reason: crate::error::chain(&error),

@@ -124,7 +124,11 @@ impl<'a> Put<'a> {
 
     fn starting_at(&self, own: usize, of_source: usize) -> Merged<'_> {
         let indices = self.of_run.as_ref().map_or(&[][..], |of_run| &of_run.indices[of_source..]);
-        Merged { own: self.own[own..].iter().peekable(), of_run: self.of_run.as_ref(), indices: indices.iter().peekable() }
+        Merged {
+            own: self.own[own..].iter().peekable(),
+            of_run: self.of_run.as_ref(),
+            indices: indices.iter().peekable(),
+        }
     }
 }
 

@@ -63,8 +63,7 @@ impl<'a> Remembering<'a> {
             return;
         }
         let State { source, target, plan, staged, .. } = self.state;
-        let in_whole =
-            !self.whole.is_empty() && entry.path.ancestors().any(|above| self.whole.contains(&above));
+        let in_whole = !self.whole.is_empty() && entry.path.ancestors().any(|above| self.whole.contains(&above));
         let first = self.firsts.contains(&entry.path);
         let index = index.or_else(|| source.position(&entry.path).map(|at| at as u32));
         let staged = index.and_then(|index| staged.borrow().get(index).copied());

@@ -105,8 +105,7 @@ impl Source for View {
             return self.source.remember(tree, digests);
         }
         let looked = self.source.looked();
-        let mut known: Vec<_> =
-            looked.known(tree, digests).filter(|(file, _)| is_settled(*file, looked.at)).collect();
+        let mut known: Vec<_> = looked.known(tree, digests).filter(|(file, _)| is_settled(*file, looked.at)).collect();
         let _turn = self.common.storing.lock().unwrap_or_else(PoisonError::into_inner);
         known.retain(|(file, digest)| !self.common.flows.is_stored(*file, *digest));
         if !known.is_empty() && self.source.keep(known.iter().copied(), looked.at) {
