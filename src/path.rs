@@ -3,12 +3,18 @@
 //! What always holds: not empty, no leading or trailing slash, no empty, `.` or `..` component, no NUL, components of
 //! at most 255 bytes and 4095 bytes in all (the limits of Linux, `limits.h`). A name need not be UTF-8.
 //! Paths order by component, so that a directory is directly followed by everything below it.
+//!
+//! A path takes one word where it is kept, and its bytes are there once however many lists have it: runs over millions of
+//! files keep it in several.
 
 use std::cmp::Ordering;
 use std::ffi::OsStr;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+
+use triomphe::ThinArc;
 
 use crate::error::Escaped;
 
@@ -50,8 +56,8 @@ pub struct InvalidPath {
 }
 
 /// A validated relative path; see the module's documentation for what holds.
-#[derive(Clone, PartialEq, Eq, Hash)]
-pub struct RelPath(Box<[u8]>);
+#[derive(Clone)]
+pub struct RelPath(ThinArc<(), u8>);
 
 impl RelPath {
     /// Validates `path`.
@@ -61,39 +67,46 @@ impl RelPath {
     pub fn new(path: impl AsRef<[u8]>) -> Result<Self, InvalidPath> {
         let path = path.as_ref();
         match problem_of(path) {
-            None => Ok(RelPath(path.into())),
+            None => Ok(RelPath::of(path)),
             Some(problem) => Err(InvalidPath { path: path[..path.len().min(PATH_MAX + 1)].to_vec(), problem }),
         }
     }
 
+    /// Of bytes that are known to be a path.
+    fn of(path: &[u8]) -> RelPath {
+        RelPath(ThinArc::from_header_and_slice((), path))
+    }
+
     /// The path's bytes, without a NUL.
     pub fn as_bytes(&self) -> &[u8] {
-        &self.0
+        &self.0.slice
     }
 
     /// The path as the standard library's type. It is relative: join it only with a root that is trusted.
     pub fn as_path(&self) -> &Path {
-        Path::new(OsStr::from_bytes(&self.0))
+        Path::new(OsStr::from_bytes(self.as_bytes()))
     }
 
     /// Its components, from the top.
     pub fn components(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
-        self.0.split(|&byte| byte == b'/')
+        self.as_bytes().split(|&byte| byte == b'/')
     }
 
     /// The last component.
     pub fn name(&self) -> &[u8] {
-        self.components().next_back().unwrap_or(&self.0)
+        self.components().next_back().unwrap_or(self.as_bytes())
     }
 
     /// The directory that holds it; `None` at the top of the tree.
     pub fn parent(&self) -> Option<RelPath> {
-        self.0.iter().rposition(|&byte| byte == b'/').map(|at| RelPath(self.0[..at].into()))
+        let path = self.as_bytes();
+        path.iter().rposition(|&byte| byte == b'/').map(|at| RelPath::of(&path[..at]))
     }
 
     /// All directories above it, from the top.
     pub fn ancestors(&self) -> impl Iterator<Item = RelPath> + '_ {
-        self.0.iter().enumerate().filter(|&(_, &byte)| byte == b'/').map(|(at, _)| RelPath(self.0[..at].into()))
+        let path = self.as_bytes();
+        path.iter().enumerate().filter(|&(_, &byte)| byte == b'/').map(|(at, _)| RelPath::of(&path[..at]))
     }
 
     /// `self/name`, where `name` may itself have several components.
@@ -101,8 +114,8 @@ impl RelPath {
     /// # Errors
     /// [`InvalidPath`] when the whole breaks a rule.
     pub fn join(&self, name: impl AsRef<[u8]>) -> Result<Self, InvalidPath> {
-        let mut path = Vec::with_capacity(self.0.len() + 1 + name.as_ref().len());
-        path.extend_from_slice(&self.0);
+        let mut path = Vec::with_capacity(self.as_bytes().len() + 1 + name.as_ref().len());
+        path.extend_from_slice(self.as_bytes());
         path.push(b'/');
         path.extend_from_slice(name.as_ref());
         Self::new(path)
@@ -110,13 +123,13 @@ impl RelPath {
 
     /// Whether it is `directory` itself or lies below it (by component: `/data` does not hold `/data_evil`).
     pub fn is_within(&self, directory: &RelPath) -> bool {
-        self.0.strip_prefix(&*directory.0).is_some_and(|rest| rest.is_empty() || rest[0] == b'/')
+        self.as_bytes().strip_prefix(directory.as_bytes()).is_some_and(|rest| rest.is_empty() || rest[0] == b'/')
     }
 
     /// What is left of the path below `directory`; `None` when it does not lie below it.
     pub fn strip_prefix(&self, directory: &RelPath) -> Option<RelPath> {
-        let rest = self.0.strip_prefix(&*directory.0)?.strip_prefix(b"/")?;
-        (!rest.is_empty()).then(|| RelPath(rest.into()))
+        let rest = self.as_bytes().strip_prefix(directory.as_bytes())?.strip_prefix(b"/")?;
+        (!rest.is_empty()).then(|| RelPath::of(rest))
     }
 
     /// Whether a symbolic link here, with this target, leads to something below the top whatever links are on its way, as
@@ -134,7 +147,7 @@ impl RelPath {
 
     /// How many components it has.
     pub fn depth(&self) -> usize {
-        1 + self.0.iter().filter(|&&byte| byte == b'/').count()
+        1 + self.as_bytes().iter().filter(|&&byte| byte == b'/').count()
     }
 }
 
@@ -162,17 +175,32 @@ fn component_problem(component: &[u8]) -> Option<PathProblem> {
     }
 }
 
+impl PartialEq for RelPath {
+    fn eq(&self, other: &Self) -> bool {
+        self.as_bytes() == other.as_bytes()
+    }
+}
+
+impl Eq for RelPath {}
+
+impl Hash for RelPath {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.as_bytes().hash(state);
+    }
+}
+
 impl Ord for RelPath {
     fn cmp(&self, other: &Self) -> Ordering {
-        let common = self.0.iter().zip(&other.0).position(|(a, b)| a != b);
+        let (path, other) = (self.as_bytes(), other.as_bytes());
+        let common = path.iter().zip(other).position(|(a, b)| a != b);
         match common {
             // '/' orders before every other byte, so that a subtree is contiguous.
-            Some(at) => match (self.0[at], other.0[at]) {
+            Some(at) => match (path[at], other[at]) {
                 (b'/', _) => Ordering::Less,
                 (_, b'/') => Ordering::Greater,
                 (a, b) => a.cmp(&b),
             },
-            None => self.0.len().cmp(&other.0.len()),
+            None => path.len().cmp(&other.len()),
         }
     }
 }
@@ -186,7 +214,7 @@ impl PartialOrd for RelPath {
 /// Escaped: safe to print.
 impl fmt::Display for RelPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        Escaped(&self.0).fmt(f)
+        Escaped(self.as_bytes()).fmt(f)
     }
 }
 

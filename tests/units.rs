@@ -54,7 +54,7 @@ fn a_unit_is_exchanged_whole_and_keeps_what_nobody_lists() {
     // Removing them moved the times of their directories.
     pair.push(&units);
     assert_eq!(pair.differences(), "");
-    assert_eq!(pair.push(&units).plan.actions, []);
+    assert_eq!(pair.push(&units).plan.actions.as_slice(), []);
     // What is removed goes with the exchange, too.
     fs::remove_dir_all(pair.source.join("ckpt-1/d")).unwrap();
     assert!(pair.push(&Options { delete: true, ..units }).is_complete());

@@ -121,7 +121,7 @@ pub(super) fn encode(whole: &Whole, tree: &Tree, metadata: &[Metadata]) -> Optio
 
 fn header(whole: &Whole) -> Vec<u8> {
     let of_file = |(inode, size, mtime, ctime): Identity| {
-        let time = |time: Timestamp| serde_json::json!([time.seconds, time.nanoseconds]);
+        let time = |Timestamp { seconds, nanoseconds }: Timestamp| serde_json::json!([seconds, nanoseconds]);
         serde_json::json!([inode, size, time(mtime), time(ctime)])
     };
     serde_json::json!({

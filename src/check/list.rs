@@ -4,12 +4,11 @@
 use std::io::Read as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
 
 use super::{CheckError, Finding, Kind, Options};
-use crate::manifest::{Content, Digest, Timestamp, Tree, format, sums};
+use crate::manifest::{Content, Digest, Name, Timestamp, Tree, format, sums};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
 use crate::scan::cache::is_settled;
@@ -110,8 +109,8 @@ pub(super) enum Expected {
 
 pub(super) struct Permissions {
     pub(super) mode: u32,
-    pub(super) owner: Arc<str>,
-    pub(super) group: Arc<str>,
+    pub(super) owner: Name,
+    pub(super) group: Name,
 }
 
 /// Reads the list. With a key it is a signature, which has to be by that key.
@@ -209,7 +208,7 @@ fn native_list(text: &[u8]) -> Result<List, String> {
             // A further name has the permissions of the first, and those are compared there.
             Content::HardLink { first } => (file(tree, first)?, false),
         };
-        let (mode, owner, group) = (entry.mode, Arc::clone(&entry.owner), Arc::clone(&entry.group));
+        let (mode, owner, group) = (entry.mode, entry.owner.clone(), entry.group.clone());
         let permissions = permissions.then_some(Permissions { mode, owner, group });
         Some(Listed { path: entry.path.clone(), expected, permissions })
     });

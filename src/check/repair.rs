@@ -11,7 +11,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{Finding, Kind, Options, Report};
 use crate::error::Escaped;
-use crate::manifest::{Content, Digest, Entry, Timestamp, Tree, format, sums};
+use crate::manifest::{Content, Digest, Entry, Name, Timestamp, Tree, format, sums};
 use crate::path::RelPath;
 use crate::policy::rights::Subject;
 use crate::root::{FileKind, Follow, Root};
@@ -180,8 +180,8 @@ fn above(root: &Root, listed: &Tree, entries: &mut Entries) {
     let mtime = Timestamp { seconds: now.as_secs() as i64, nanoseconds: 0 };
     let above: BTreeSet<RelPath> = entries.keys().flat_map(|path| path.ancestors().collect::<Vec<_>>()).collect();
     // Numbers are names too.
-    let owner: Arc<str> = rustix::process::geteuid().as_raw().to_string().into();
-    let group: Arc<str> = rustix::process::getegid().as_raw().to_string().into();
+    let owner: Name = rustix::process::geteuid().as_raw().to_string().into();
+    let group: Name = rustix::process::getegid().as_raw().to_string().into();
     for path in above {
         if entries.contains_key(&path) || root.stat(&path, Follow::Never).is_ok() {
             continue;

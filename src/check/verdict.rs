@@ -304,8 +304,8 @@ impl Slot<'_> {
     }
 }
 
-fn text(time: Timestamp) -> String {
-    format!("{}.{:09}", time.seconds, time.nanoseconds)
+fn text(Timestamp { seconds, nanoseconds }: Timestamp) -> String {
+    format!("{seconds}.{nanoseconds:09}")
 }
 
 fn verdict_path(name: &'static str, root: &Root) -> Result<RelPath, RootError> {

@@ -5,7 +5,6 @@
 
 use std::io::Write as _;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::RenameFlags;
@@ -228,8 +227,8 @@ fn follow(manifest: Manifest, mended: &[Mended]) -> Option<Manifest> {
     for done in mended.iter().filter(|mended| mended.refused.is_none()) {
         let Ok(at) = entries.binary_search_by(|entry| entry.path.cmp(&done.drift.path)) else { continue };
         let (entry, wanted) = (&mut entries[at], &done.drift.wanted);
-        let owner = wanted.uid.map_or_else(|| Arc::clone(&entry.owner), |uid| names.user(uid));
-        let group = wanted.gid.map_or_else(|| Arc::clone(&entry.group), |gid| names.group(gid));
+        let owner = wanted.uid.map_or_else(|| entry.owner.clone(), |uid| names.user(uid));
+        let group = wanted.gid.map_or_else(|| entry.group.clone(), |gid| names.group(gid));
         changed |= (entry.mode, &entry.owner, &entry.group) != (wanted.mode, &owner, &group);
         (entry.mode, entry.owner, entry.group) = (wanted.mode, owner, group);
     }

@@ -3,9 +3,7 @@
 //! It tells names, sizes and digests, so that nobody is to read it who could not find them out by himself. Who can, has
 //! to: a training job runs as a user who receives nothing, and checks what it reads.
 
-use std::sync::Arc;
-
-use super::{Content, Tree};
+use super::{Content, Entry, Name, Tree};
 
 const READ: u32 = 0o4;
 const READ_AND_ENTER: u32 = 0o5;
@@ -16,35 +14,52 @@ pub struct Audience {
     /// Everybody.
     pub others: bool,
     /// The members of this group.
-    pub group: Option<Arc<str>>,
+    pub group: Option<Name>,
     /// This user.
-    pub user: Option<Arc<str>>,
+    pub user: Option<Name>,
+}
+
+/// Finds out who may read all of the entries that come one by one.
+#[derive(Debug, Default)]
+pub struct Readers(Option<Audience>);
+
+impl Readers {
+    /// One more.
+    pub fn add(&mut self, entry: &Entry) {
+        let needed = match entry.content {
+            Content::Directory => READ_AND_ENTER,
+            Content::File { .. } => READ,
+            // Links have no permissions of their own, and a further name has those of the first.
+            Content::Symlink { .. } | Content::HardLink { .. } => return,
+        };
+        let has = |shift: u32| entry.mode >> shift & needed == needed;
+        // Whoever is in the group or owns it is not one of the others, and may be kept out by his own digit.
+        let others = has(0) && has(3);
+        match &mut self.0 {
+            None => {
+                let (group, user) = (has(3).then(|| entry.group.clone()), has(6).then(|| entry.owner.clone()));
+                self.0 = Some(Audience { others, group, user });
+            }
+            Some(audience) => {
+                audience.others &= others;
+                audience.group.take_if(|group| *group != entry.group || !has(3));
+                audience.user.take_if(|user| *user != entry.owner || !has(6));
+            }
+        }
+    }
+
+    /// Who may read all of them; nobody where there were none.
+    pub fn audience(self) -> Audience {
+        self.0.unwrap_or_default()
+    }
 }
 
 impl Audience {
     /// Of all files and directories of `tree`. Of an empty tree nobody.
     pub fn of(tree: &Tree) -> Audience {
-        let mut counted = tree.entries().iter().filter_map(|entry| match entry.content {
-            Content::Directory => Some((entry, READ_AND_ENTER)),
-            Content::File { .. } => Some((entry, READ)),
-            // Links have no permissions of their own, and a further name has those of the first.
-            Content::Symlink { .. } | Content::HardLink { .. } => None,
-        });
-        let Some((first, needed)) = counted.next() else { return Audience::default() };
-        let has = |mode: u32, shift: u32, needed: u32| mode >> shift & needed == needed;
-        // Whoever is in the group or owns it is not one of the others, and may be kept out by his own digit.
-        let everybody = |mode, needed| has(mode, 0, needed) && has(mode, 3, needed);
-        let mut audience = Audience {
-            others: everybody(first.mode, needed),
-            group: has(first.mode, 3, needed).then(|| Arc::clone(&first.group)),
-            user: has(first.mode, 6, needed).then(|| Arc::clone(&first.owner)),
-        };
-        for (entry, needed) in counted {
-            audience.others &= everybody(entry.mode, needed);
-            audience.group = audience.group.filter(|group| *group == entry.group && has(entry.mode, 3, needed));
-            audience.user = audience.user.filter(|user| *user == entry.owner && has(entry.mode, 6, needed));
-        }
-        audience
+        let mut readers = Readers::default();
+        tree.entries().iter().for_each(|entry| readers.add(entry));
+        readers.audience()
     }
 
     /// Those of them who may list a directory as well, that of the tree itself: its mode, and the names of its owner and group.

@@ -2,11 +2,11 @@
 //! reading accepts nothing else.
 
 use std::fmt::Write as _;
-use std::sync::Arc;
+use std::io::{self, BufRead, Write};
 
 use sha2::{Digest as _, Sha256};
 
-use super::{Content, Digest, Entry, InvalidTree, Manifest, Timestamp, Tree};
+use super::{Content, Digest, Entry, InvalidTree, Manifest, Name, Timestamp, Tree};
 use crate::path::{InvalidPath, RelPath};
 
 /// What is wrong with a line.
@@ -45,44 +45,110 @@ pub struct FormatError {
 
 const TITLE: &str = "lockstep-manifest\t1";
 
+/// Why a manifest was not read.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum ReadError {
+    #[error("it cannot be read")]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Format(#[from] FormatError),
+}
+
+/// So many bytes are written and hashed at once.
+const WRITE_BYTES: usize = 64 * 1024;
+
+/// Writes a manifest entry by entry, so that what is long need not be in memory.
+pub struct Encoder<W> {
+    to: W,
+    hash: Sha256,
+    text: String,
+}
+
+impl<W: Write> Encoder<W> {
+    /// Begins a manifest.
+    ///
+    /// # Errors
+    /// As writing to `to` fails; so do the others.
+    pub fn new(to: W, generation: u64, created: Timestamp) -> io::Result<Encoder<W>> {
+        let mut text = String::with_capacity(2 * WRITE_BYTES);
+        let _ = writeln!(text, "{TITLE}\ngeneration\t{generation}\ncreated\t{}", Time(created));
+        Ok(Encoder { to, hash: Sha256::new(), text })
+    }
+
+    /// Adds an entry, which comes after the one before by its path. A regular file whose digest is not known is left out: a
+    /// manifest vouches for what it lists.
+    ///
+    /// # Errors
+    /// As writing fails.
+    pub fn add(&mut self, entry: &Entry) -> io::Result<()> {
+        line(entry, &mut self.text);
+        if self.text.len() >= WRITE_BYTES { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.hash.update(self.text.as_bytes());
+        let written = self.to.write_all(self.text.as_bytes());
+        self.text.clear();
+        written
+    }
+
+    /// Ends the manifest; the SHA-256 of all of it.
+    ///
+    /// # Errors
+    /// As writing fails.
+    pub fn finish(mut self) -> io::Result<Digest> {
+        self.flush()?;
+        let digest = Digest(self.hash.clone().finalize().into());
+        let _ = writeln!(self.text, "end\t{digest}");
+        self.flush()?;
+        Ok(Digest(self.hash.finalize().into()))
+    }
+}
+
 /// Writes a manifest. A regular file whose digest is not known is left out: a manifest vouches for what it lists.
 pub fn encode(manifest: &Manifest) -> Vec<u8> {
-    let mut text = String::with_capacity(128 + manifest.tree.entries().len() * 160);
-    let _ = writeln!(text, "{TITLE}\ngeneration\t{}\ncreated\t{}", manifest.generation, Time(manifest.created));
-    for entry in manifest.tree.entries() {
-        let kind = match &entry.content {
-            Content::File { digest: None, .. } => continue,
-            Content::File { size, digest: Some(digest) } => {
-                let _ = write!(text, "f\t{digest}\t{size}\t");
-                None
-            }
-            Content::Directory => Some('d'),
-            Content::Symlink { .. } => Some('l'),
-            Content::HardLink { .. } => Some('h'),
-        };
-        if let Some(kind) = kind {
-            let _ = write!(text, "{kind}\t-\t-\t");
+    let mut text = Vec::new();
+    let mut write = || {
+        let mut encoder = Encoder::new(&mut text, manifest.generation, manifest.created)?;
+        manifest.tree.entries().iter().try_for_each(|entry| encoder.add(entry))?;
+        encoder.finish()
+    };
+    // Memory takes what it is given.
+    let _ = write();
+    text
+}
+
+fn line(entry: &Entry, text: &mut String) {
+    let kind = match &entry.content {
+        Content::File { digest: None, .. } => return,
+        Content::File { size, digest: Some(digest) } => {
+            let _ = write!(text, "f\t{digest}\t{size}\t");
+            None
         }
-        let _ = write!(text, "{}\t{:04o}\t", Time(entry.mtime), entry.mode);
-        for field in [entry.owner.as_bytes(), entry.group.as_bytes()] {
-            escape(field, &mut text);
-            text.push('\t');
-        }
-        escape(entry.path.as_bytes(), &mut text);
-        let further = match &entry.content {
-            Content::Symlink { target } => Some(&**target),
-            Content::HardLink { first } => Some(first.as_bytes()),
-            _ => None,
-        };
-        if let Some(further) = further {
-            text.push('\t');
-            escape(further, &mut text);
-        }
-        text.push('\n');
+        Content::Directory => Some('d'),
+        Content::Symlink { .. } => Some('l'),
+        Content::HardLink { .. } => Some('h'),
+    };
+    if let Some(kind) = kind {
+        let _ = write!(text, "{kind}\t-\t-\t");
     }
-    let digest = Digest(Sha256::digest(text.as_bytes()).into());
-    let _ = writeln!(text, "end\t{digest}");
-    text.into_bytes()
+    let _ = write!(text, "{}\t{:04o}\t", Time(entry.mtime), entry.mode);
+    for field in [entry.owner.as_bytes(), entry.group.as_bytes()] {
+        escape(field, text);
+        text.push('\t');
+    }
+    escape(entry.path.as_bytes(), text);
+    let further = match &entry.content {
+        Content::Symlink { target } => Some(&**target),
+        Content::HardLink { first } => Some(first.as_bytes()),
+        _ => None,
+    };
+    if let Some(further) = further {
+        text.push('\t');
+        escape(further, text);
+    }
+    text.push('\n');
 }
 
 /// Reads a manifest.
@@ -90,58 +156,81 @@ pub fn encode(manifest: &Manifest) -> Vec<u8> {
 /// # Errors
 /// [`FormatError`] with the first line that breaks a rule.
 pub fn decode(text: &[u8]) -> Result<Manifest, FormatError> {
-    let mut lines = Lines { rest: text, number: 0 };
+    match read(text) {
+        Ok((manifest, _)) => Ok(manifest),
+        Err(ReadError::Format(error)) => Err(error),
+        // Memory gives what it has.
+        Err(ReadError::Io(_)) => Err(FormatError { line: 1, problem: LineProblem::CutOff }),
+    }
+}
+
+/// Reads a manifest line by line; also the SHA-256 of all of it.
+///
+/// # Errors
+/// [`ReadError`] where it cannot be read, or with the first line that breaks a rule.
+pub fn read(from: impl BufRead) -> Result<(Manifest, Digest), ReadError> {
+    let mut lines = Lines { from, line: Vec::new(), number: 0, hash: Sha256::new() };
     let at = |line, problem| FormatError { line, problem };
-    if lines.next().is_none_or(|line| line != TITLE.as_bytes()) {
-        return Err(at(1, LineProblem::NotAManifest));
+    if lines.next()?.is_none_or(|line| line != TITLE.as_bytes()) {
+        return Err(at(1, LineProblem::NotAManifest).into());
     }
     let generation = header(&mut lines, "generation", decimal)?;
     let created = header(&mut lines, "created", timestamp)?;
     let mut entries: Vec<Entry> = Vec::new();
     let mut names = Names::default();
     loop {
-        let before = text.len() - lines.rest.len();
-        let Some(line) = lines.next() else { return Err(at(lines.number + 1, LineProblem::CutOff)) };
+        let number = lines.number + 1;
+        let Some(line) = lines.next()? else { return Err(at(number, LineProblem::CutOff).into()) };
         if let Some(digest) = line.strip_prefix(b"end\t") {
-            if Digest::from_hex(digest) != Some(Digest(Sha256::digest(&text[..before]).into())) {
-                return Err(at(lines.number, LineProblem::Digest));
+            let digest = Digest::from_hex(digest);
+            if digest != Some(Digest(lines.hash.clone().finalize().into())) {
+                return Err(at(number, LineProblem::Digest).into());
             }
             break;
         }
-        let entry = entry(line, &mut names).map_err(|problem| at(lines.number, problem))?;
+        let entry = entry(line, &mut names).map_err(|problem| at(number, problem))?;
         if entries.last().is_some_and(|last| last.path > entry.path) {
-            return Err(at(lines.number, LineProblem::Order));
+            return Err(at(number, LineProblem::Order).into());
         }
         entries.push(entry);
     }
-    if !lines.rest.is_empty() {
-        return Err(at(lines.number + 1, LineProblem::AfterEnd));
-    }
     let number = lines.number;
+    if lines.next()?.is_some() || !lines.line.is_empty() {
+        return Err(at(number + 1, LineProblem::AfterEnd).into());
+    }
     let tree = Tree::new(entries).map_err(|problem| at(number, problem.into()))?;
-    Ok(Manifest { generation, created, tree })
+    Ok((Manifest { generation, created, tree }, Digest(lines.hash.finalize().into())))
 }
 
-struct Lines<'a> {
-    rest: &'a [u8],
+struct Lines<R> {
+    from: R,
+    /// The last line, with its LF.
+    line: Vec<u8>,
     number: usize,
+    /// Of the lines before it.
+    hash: Sha256,
 }
 
-impl<'a> Lines<'a> {
+impl<R: BufRead> Lines<R> {
     /// The next line without its LF; `None` at the end, or where the LF is missing.
-    fn next(&mut self) -> Option<&'a [u8]> {
-        let end = self.rest.iter().position(|&byte| byte == b'\n')?;
-        let line = &self.rest[..end];
-        self.rest = &self.rest[end + 1..];
+    fn next(&mut self) -> io::Result<Option<&[u8]>> {
+        self.hash.update(&self.line);
+        self.line.clear();
+        self.from.read_until(b'\n', &mut self.line)?;
+        let Some(line) = self.line.strip_suffix(b"\n") else { return Ok(None) };
         self.number += 1;
-        Some(line)
+        Ok(Some(line))
     }
 }
 
-fn header<T>(lines: &mut Lines<'_>, name: &'static str, read: impl Fn(&[u8]) -> Option<T>) -> Result<T, FormatError> {
-    let line = lines.next();
+fn header<T, R: BufRead>(
+    lines: &mut Lines<R>,
+    name: &'static str,
+    read: impl Fn(&[u8]) -> Option<T>,
+) -> Result<T, ReadError> {
+    let line = lines.next()?;
     let value = line.and_then(|line| line.strip_prefix(name.as_bytes())?.strip_prefix(b"\t")).and_then(read);
-    value.ok_or(FormatError { line: lines.number.max(1), problem: LineProblem::Field(name) })
+    value.ok_or_else(|| FormatError { line: lines.number.max(1), problem: LineProblem::Field(name) }.into())
 }
 
 fn entry(line: &[u8], names: &mut Names) -> Result<Entry, LineProblem> {
@@ -175,16 +264,16 @@ fn entry(line: &[u8], names: &mut Names) -> Result<Entry, LineProblem> {
 
 /// Owners and groups repeat: each name is kept once.
 #[derive(Default)]
-struct Names(Vec<(Vec<u8>, Arc<str>)>);
+struct Names(Vec<(Vec<u8>, Name)>);
 
 impl Names {
-    fn get(&mut self, field: &[u8]) -> Option<Arc<str>> {
+    fn get(&mut self, field: &[u8]) -> Option<Name> {
         if let Some((_, name)) = self.0.iter().find(|(known, _)| known == field) {
-            return Some(Arc::clone(name));
+            return Some(name.clone());
         }
-        let name: Arc<str> = String::from_utf8(unescape(field)?).ok().filter(|name| !name.is_empty())?.into();
+        let name: Name = String::from_utf8(unescape(field)?).ok().filter(|name| !name.is_empty())?.into();
         if self.0.len() < 64 {
-            self.0.push((field.to_vec(), Arc::clone(&name)));
+            self.0.push((field.to_vec(), name.clone()));
         }
         Some(name)
     }
@@ -194,7 +283,8 @@ struct Time(Timestamp);
 
 impl std::fmt::Display for Time {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}.{:09}", self.0.seconds, self.0.nanoseconds)
+        let Timestamp { seconds, nanoseconds } = self.0;
+        write!(f, "{seconds}.{nanoseconds:09}")
     }
 }
 

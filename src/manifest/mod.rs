@@ -4,15 +4,16 @@
 //! is not a directory where that path is listed, and a hard link names a regular file listed before it.
 
 use std::fmt;
-use std::sync::Arc;
 
 use crate::path::RelPath;
 
 mod audience;
 pub mod format;
+mod name;
 pub mod sums;
 
-pub use audience::Audience;
+pub use audience::{Audience, Readers};
+pub use name::Name;
 
 /// A SHA-256 digest.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
@@ -60,8 +61,10 @@ impl fmt::Debug for Digest {
     }
 }
 
-/// A point in time, as a file's times are: seconds since the epoch and nanoseconds below 1,000,000,000.
+/// A point in time, as a file's times are: seconds since the epoch and nanoseconds below 1,000,000,000. It takes 12 bytes, so
+/// that no list of times has gaps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[repr(C, packed(4))]
 pub struct Timestamp {
     /// Seconds since 1970-01-01 00:00:00 UTC; negative before.
     pub seconds: i64,
@@ -105,9 +108,9 @@ pub struct Entry {
     /// Permission bits with the special bits, 0 to 0o7777. 0o777 for symbolic links.
     pub mode: u32,
     /// Name of the owner; its number in decimal digits where it has no name.
-    pub owner: Arc<str>,
+    pub owner: Name,
     /// Name of the group, likewise.
-    pub group: Arc<str>,
+    pub group: Name,
 }
 
 impl Entry {
@@ -180,6 +183,17 @@ impl Tree {
         }
     }
 
+    /// Has the paths that both trees have once in memory, not twice.
+    pub fn share_paths(&mut self, other: &Tree) {
+        let mut others = other.0.iter().map(|entry| &entry.path).peekable();
+        for entry in &mut self.0 {
+            while others.next_if(|path| **path < entry.path).is_some() {}
+            if let Some(path) = others.next_if(|path| **path == entry.path) {
+                entry.path = path.clone();
+            }
+        }
+    }
+
     /// Gives the entries back.
     pub fn into_entries(self) -> Vec<Entry> {
         self.0
@@ -187,36 +201,51 @@ impl Tree {
 }
 
 fn check(entries: &[Entry]) -> Result<(), InvalidTree> {
-    // The directories (and others) above the current entry that are listed themselves.
-    let mut above: Vec<&Entry> = Vec::new();
-    for (at, entry) in entries.iter().enumerate() {
-        if at > 0 && entries[at - 1].path == entry.path {
+    let is_file = |path: &RelPath| {
+        let found = entries.binary_search_by(|other| other.path.cmp(path));
+        found.is_ok_and(|index| entries[index].file().is_some())
+    };
+    let mut checker = Checker::default();
+    entries.iter().try_for_each(|entry| checker.add(entry, &is_file))
+}
+
+/// Checks entries that come one by one, in order of their paths.
+#[derive(Debug, Default)]
+pub struct Checker {
+    /// The last entry, and what of the directories (and others) above it is listed itself; whether it is a directory.
+    above: Vec<(RelPath, bool)>,
+}
+
+impl Checker {
+    /// The next entry; `is_file` says of what was listed before whether it is a regular file.
+    ///
+    /// # Errors
+    /// [`InvalidTree`] where it breaks a rule.
+    pub fn add(&mut self, entry: &Entry, is_file: &dyn Fn(&RelPath) -> bool) -> Result<(), InvalidTree> {
+        let above = &mut self.above;
+        if above.last().is_some_and(|(last, _)| *last == entry.path) {
             return Err(InvalidTree::Twice(entry.path.clone()));
         }
         if entry.mode > 0o7777 || entry.mtime.nanoseconds > 999_999_999 {
             return Err(InvalidTree::BadMetadata(entry.path.clone()));
         }
-        while above.last().is_some_and(|last| !entry.path.is_within(&last.path)) {
+        while above.last().is_some_and(|(last, _)| !entry.path.is_within(last)) {
             above.pop();
         }
-        if let Some(last) = above.last().filter(|last| !last.is_directory()) {
-            return Err(InvalidTree::BelowNonDirectory { path: entry.path.clone(), ancestor: last.path.clone() });
+        if let Some((ancestor, _)) = above.last().filter(|(_, directory)| !directory) {
+            return Err(InvalidTree::BelowNonDirectory { path: entry.path.clone(), ancestor: ancestor.clone() });
         }
-        above.push(entry);
+        above.push((entry.path.clone(), entry.is_directory()));
         match &entry.content {
             Content::Symlink { target } if target.is_empty() || target.contains(&0) || target.len() > 4095 => {
-                return Err(InvalidTree::BadLinkTarget(entry.path.clone()));
+                Err(InvalidTree::BadLinkTarget(entry.path.clone()))
             }
-            Content::HardLink { first } => {
-                let found = entries[..at].binary_search_by(|other| other.path.cmp(first));
-                if !found.is_ok_and(|index| entries[index].file().is_some()) {
-                    return Err(InvalidTree::DanglingHardLink { path: entry.path.clone(), first: first.clone() });
-                }
+            Content::HardLink { first } if *first >= entry.path || !is_file(first) => {
+                Err(InvalidTree::DanglingHardLink { path: entry.path.clone(), first: first.clone() })
             }
-            _ => {}
+            _ => Ok(()),
         }
     }
-    Ok(())
 }
 
 /// A tree as it was published at a target, with its place in the sequence of publications.

@@ -1,10 +1,9 @@
 //! Compares two trees: a merge of two sorted lists.
 
 use std::collections::HashSet;
-use std::sync::Arc;
 
 use super::{Action, Change, Compare, Differences, Need, Plan, Removal};
-use crate::manifest::{Content, Entry, Timestamp, Tree};
+use crate::manifest::{Content, Entry, Name, Timestamp, Tree};
 use crate::path::RelPath;
 
 /// The permissions that a path is to have at the target.
@@ -13,9 +12,9 @@ pub struct Desired {
     /// Mode with special bits, 0 to 0o7777.
     pub mode: u32,
     /// Owner as the target names it; `None` leaves whoever has it.
-    pub owner: Option<Arc<str>>,
+    pub owner: Option<Name>,
     /// Group likewise.
-    pub group: Option<Arc<str>>,
+    pub group: Option<Name>,
     /// What is there has another ACL than it is to have.
     pub acl_differs: bool,
 }
@@ -27,6 +26,9 @@ pub struct Desired {
 /// A target whose digest is not known proves nothing, and its content is replaced.
 pub fn diff(source: &Tree, target: &Tree, desired: &dyn Fn(usize, &Entry) -> Desired, compare: Compare) -> Plan {
     let mut plan = Plan { target_entries: target.entries().len() as u64, ..Plan::default() };
+    let mut actions = Vec::new();
+    // Of interest for what further names are of.
+    let linked = source.entries().iter().any(|entry| matches!(entry.content, Content::HardLink { .. }));
     let mut replaced: HashSet<&RelPath> = HashSet::new();
     let mut theirs = target.entries().iter().peekable();
     for (index, entry) in source.entries().iter().enumerate() {
@@ -39,13 +41,14 @@ pub fn diff(source: &Tree, target: &Tree, desired: &dyn Fn(usize, &Entry) -> Des
             Some(old) => compared(index, entry, old, desired, compare, &replaced),
         };
         if let Some(action) = action {
-            if action.change != Change::MetadataOnly {
+            if linked && action.change != Change::MetadataOnly {
                 replaced.insert(&entry.path);
             }
-            plan.actions.push(action);
+            actions.push(action);
         }
     }
     plan.removals.extend(theirs.map(|extra| Removal { path: extra.path.clone(), directory: extra.is_directory() }));
+    plan.actions = actions.into();
     with_further_names(&mut plan, source);
     plan
 }
@@ -76,7 +79,7 @@ pub fn require_proof(plan: &mut Plan, source: &Tree, target: &Tree, doubtful: &[
         if source.entries()[index].file() != Some((size, None)) {
             continue;
         }
-        let need = Need::Compare { digest };
+        let need = Need::Compare { digest: Box::new(digest) };
         match plan.actions.binary_search_by_key(&(index as u32), |action| action.index) {
             Ok(at) if plan.actions[at].need == Need::Nothing => plan.actions[at].need = need,
             Ok(_) => {}
@@ -161,7 +164,7 @@ fn content(
                 (Some(digest), Some(old_digest)) if digest == old_digest => (false, false, Need::Nothing),
                 (Some(_), Some(_)) | (_, None) => (true, false, whole),
                 (None, Some(_)) if same_time && !compare.checksum => (false, false, Need::Nothing),
-                (None, Some(old_digest)) => (false, false, Need::Compare { digest: *old_digest }),
+                (None, Some(old_digest)) => (false, false, Need::Compare { digest: Box::new(*old_digest) }),
             }
         }
         (Content::File { .. }, _) => (true, true, whole),
@@ -185,6 +188,7 @@ fn same_time(a: Timestamp, b: Timestamp, whole_seconds: bool) -> bool {
 mod tests {
     use super::*;
     use crate::manifest::Digest;
+    use crate::plan::Actions;
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
@@ -214,20 +218,20 @@ mod tests {
         const QUICK: Compare = Compare { checksum: false, whole_seconds: false, times: true };
         const CHECKSUM: Compare = Compare { checksum: true, whole_seconds: false, times: true };
         let whole = Need::Content { resume_at: 0 };
-        let ask = Need::Compare { digest: Digest([1; 32]) };
+        let ask = Need::Compare { digest: Box::new(Digest([1; 32])) };
         let cases = [
             ("equal digests", (Some(1), 9, 1), (Some(1), 9, 1), QUICK, None),
             ("equal digests, other time", (Some(1), 9, 2), (Some(1), 9, 1), QUICK, Some(Need::Nothing)),
-            ("other digest, same size and time", (Some(2), 9, 1), (Some(1), 9, 1), QUICK, Some(whole)),
-            ("other size", (None, 8, 1), (Some(1), 9, 1), QUICK, Some(whole)),
+            ("other digest, same size and time", (Some(2), 9, 1), (Some(1), 9, 1), QUICK, Some(whole.clone())),
+            ("other size", (None, 8, 1), (Some(1), 9, 1), QUICK, Some(whole.clone())),
             ("unknown at the source, same time", (None, 9, 1), (Some(1), 9, 1), QUICK, None),
-            ("unknown at the source, asked to prove", (None, 9, 1), (Some(1), 9, 1), CHECKSUM, Some(ask)),
+            ("unknown at the source, asked to prove", (None, 9, 1), (Some(1), 9, 1), CHECKSUM, Some(ask.clone())),
             ("unknown at the source, other time", (None, 9, 2), (Some(1), 9, 1), QUICK, Some(ask)),
             ("unknown at the target proves nothing", (None, 9, 1), (None, 9, 1), QUICK, Some(whole)),
         ];
         for (name, (digest, size, time), (old, old_size, old_time), compare, expected) in cases {
             let plan = plan(vec![file("f", size, digest, time)], vec![file("f", old_size, old, old_time)], compare);
-            assert_eq!(plan.actions.first().map(|action| action.need), expected, "{name}");
+            assert_eq!(plan.actions.first().map(|action| action.need.clone()), expected, "{name}");
         }
     }
 
@@ -242,11 +246,13 @@ mod tests {
         let target = ["a", "b", "c", "d"].map(|name| file(name, 9, Some(1), 1)).to_vec();
         let (source, target) = (source.unwrap(), Tree::new(target).unwrap());
         let mut plan = diff(&source, &target, &as_sent, Compare::default());
-        let needs = |plan: &Plan| -> Vec<_> { plan.actions.iter().map(|action| (action.index, action.need)).collect() };
-        let (ask, whole) = (Need::Compare { digest: Digest([1; 32]) }, Need::Content { resume_at: 0 });
-        assert_eq!(needs(&plan), [(1, ask), (3, whole)]);
+        let needs =
+            |plan: &Plan| -> Vec<_> { plan.actions.iter().map(|action| (action.index, action.need.clone())).collect() };
+        let ask = Need::Compare { digest: Box::new(Digest([1; 32])) };
+        let whole = Need::Content { resume_at: 0 };
+        assert_eq!(needs(&plan), [(1, ask.clone()), (3, whole.clone())]);
         require_proof(&mut plan, &source, &target, &[0, 1, 2, 3]);
-        assert_eq!(needs(&plan), [(0, ask), (1, ask), (3, whole)]);
+        assert_eq!(needs(&plan), [(0, ask.clone()), (1, ask), (3, whole)]);
     }
 
     #[test]
@@ -279,10 +285,10 @@ mod tests {
             |mode, owner: Option<&str>| Desired { mode, owner: owner.map(Into::into), group: None, acl_differs: false };
         let acl = diff(&tree, &tree, &|_, _| Desired { acl_differs: true, ..want(0o644, None) }, Compare::default());
         assert!(acl.actions[0].change == Change::MetadataOnly && acl.actions[0].differences.mode);
-        assert_eq!(diff(&tree, &tree, &|_, _| want(0o644, Some("u")), Compare::default()).actions, []);
+        assert_eq!(diff(&tree, &tree, &|_, _| want(0o644, Some("u")), Compare::default()).actions, Actions::default());
         let result = diff(&tree, &tree, &|_, _| want(0o600, Some("trainer")), Compare::default());
         let action = &result.actions[0];
-        assert_eq!((action.change, action.need), (Change::MetadataOnly, Need::Nothing));
+        assert_eq!((action.change, &action.need), (Change::MetadataOnly, &Need::Nothing));
         assert!(action.differences.mode && action.differences.owner && !action.differences.group);
     }
 
@@ -321,7 +327,7 @@ mod tests {
                 result.insert(entry.path.clone(), entry.clone());
             }
             prop_assert_eq!(Tree::new(result.into_values().collect()).unwrap(), source.clone());
-            prop_assert_eq!(diff(&source, &source, &as_sent, Compare::default()).actions, vec![]);
+            prop_assert_eq!(diff(&source, &source, &as_sent, Compare::default()).actions, Actions::default());
         }
     }
 }

@@ -5,6 +5,7 @@
 use crate::manifest::Digest;
 use crate::path::RelPath;
 
+mod actions;
 mod diff;
 
 pub mod outcome;
@@ -14,6 +15,7 @@ pub mod safety;
 pub mod trail;
 pub mod trash;
 
+pub use actions::Actions;
 pub use diff::{Desired, diff, require_proof};
 
 /// How a path differs between source and target.
@@ -52,7 +54,7 @@ impl Differences {
 }
 
 /// What the target lacks to have a path's content.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Need {
     /// Nothing: a directory, a link, or only metadata.
     Nothing,
@@ -64,7 +66,7 @@ pub enum Need {
     /// The source hashes its file first: when it has this digest only the metadata changes, else all bytes are needed.
     Compare {
         /// The digest of what lies at the target.
-        digest: Digest,
+        digest: Box<Digest>,
     },
 }
 
@@ -94,7 +96,7 @@ pub struct Removal {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Plan {
     /// Sorted by index.
-    pub actions: Vec<Action>,
+    pub actions: Actions,
     /// What the target has beyond the source, sorted by path. Removed only when the run deletes.
     pub removals: Vec<Removal>,
     /// How many entries the target had before, `.lockstep` and what the filter excludes not counted.

@@ -68,8 +68,58 @@ pub struct Metadata {
 impl Metadata {
     /// Whether both are of the same file, and nothing about its content can have changed between them.
     pub fn same_content(&self, other: &Metadata) -> bool {
-        (self.device, self.inode, self.size, self.mtime, self.ctime)
-            == (other.device, other.inode, other.size, other.mtime, other.ctime)
+        Fingerprint::from(self) == Fingerprint::from(other)
+    }
+}
+
+/// Which content a file has: as long as none of it is another, nothing about the content can have changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Fingerprint {
+    /// Device, major and minor number in one.
+    pub device: u64,
+    /// Inode number.
+    pub inode: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Time of last modification.
+    pub mtime: Timestamp,
+    /// Time of last change of the inode; nobody can set it.
+    pub ctime: Timestamp,
+}
+
+impl From<&Metadata> for Fingerprint {
+    fn from(metadata: &Metadata) -> Fingerprint {
+        let Metadata { device, inode, size, mtime, ctime, .. } = *metadata;
+        Fingerprint { device, inode, size, mtime, ctime }
+    }
+}
+
+/// What a list of millions of files keeps of what statx(2) told, beside what an entry says: 36 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C, packed(4))]
+pub struct Seen {
+    /// Device, major and minor number in one.
+    pub device: u64,
+    /// Inode number.
+    pub inode: u64,
+    /// Time of last change of the inode.
+    pub ctime: Timestamp,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+impl Seen {
+    /// The rest of what was told.
+    pub fn of(metadata: &Metadata) -> Seen {
+        let Metadata { device, inode, ctime, uid, gid, .. } = *metadata;
+        Seen { device, inode, ctime, uid, gid }
+    }
+
+    /// The content of a file that was of this size, and was changed last then.
+    pub fn fingerprint(&self, size: u64, mtime: Timestamp) -> Fingerprint {
+        Fingerprint { device: self.device, inode: self.inode, size, mtime, ctime: self.ctime }
     }
 }
 

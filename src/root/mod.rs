@@ -22,7 +22,7 @@ mod metadata;
 mod places;
 
 pub use attributes::Change;
-pub use metadata::{FileKind, Metadata};
+pub use metadata::{FileKind, Fingerprint, Metadata, Seen};
 
 /// Whether symbolic links are followed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

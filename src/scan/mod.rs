@@ -12,11 +12,12 @@ use crate::manifest::{Content, Entry, Tree};
 use crate::monitor::threads::Threads;
 use crate::monitor::{Counters, Monitor, Problem, Severity};
 use crate::path::RelPath;
-use crate::root::{FileKind, Follow, Metadata, Root, RootError};
+use crate::root::{FileKind, Follow, Metadata, Root, RootError, Seen};
 
 pub mod blocks;
 pub mod cache;
 pub mod names;
+mod table;
 
 use cache::DigestTable;
 use names::Names;
@@ -50,22 +51,25 @@ pub struct ScanRule {
     pub threads: Threads,
 }
 
-/// What was found.
+/// What was found, with what is kept of each stat.
 #[derive(Debug, Default)]
-pub struct Scanned {
+pub struct Scanned<M = Metadata> {
     /// The entries.
     pub tree: Tree,
     /// What stat said of each entry, by the same index.
-    pub metadata: Vec<Metadata>,
+    pub metadata: Vec<M>,
     /// Paths that were left out or could not be read.
     pub problems: Vec<Problem>,
 }
 
-impl Scanned {
-    /// Gives files the digests that are known of them.
+impl Scanned<Seen> {
+    /// Gives files that have none the digests that are known of them.
     pub fn know(&mut self, known: &DigestTable) {
-        for (index, metadata) in self.metadata.iter().enumerate() {
-            if let Some(digest) = known.get(metadata) {
+        for (index, seen) in self.metadata.iter().enumerate() {
+            let entry = &self.tree.entries()[index];
+            if let Content::File { size, digest: None } = entry.content
+                && let Some(digest) = known.get(seen.fingerprint(size, entry.mtime))
+            {
                 self.tree.set_digest(index, digest);
             }
         }
@@ -101,10 +105,27 @@ struct Shared<'a> {
     changed: Condvar,
 }
 
-#[derive(Default)]
-struct Found {
-    entries: Vec<(Entry, Metadata)>,
+/// Entries that are put together at once. Lists are made of pieces, so that they can be given up one by one as the whole
+/// is made of them: of a large tree there is never twice what it takes.
+const PIECE: usize = 1024;
+
+/// What lies in a directory, sorted.
+struct Listing<M> {
+    directory: Option<RelPath>,
+    pieces: Vec<Vec<(Entry, M)>>,
+}
+
+struct Found<M> {
+    listings: Vec<Listing<M>>,
+    /// Regular files with further names: device and inode.
+    linked: Vec<(RelPath, (u64, u64))>,
     problems: Vec<Problem>,
+}
+
+impl<M> Default for Found<M> {
+    fn default() -> Found<M> {
+        Found { listings: Vec::new(), linked: Vec::new(), problems: Vec::new() }
+    }
 }
 
 /// Lists everything beneath `root`.
@@ -112,6 +133,23 @@ struct Found {
 /// # Errors
 /// [`ScanError`] when the root itself cannot be listed. Other paths become problems.
 pub fn scan(root: &Root, rule: &ScanRule, monitor: &dyn Monitor) -> Result<Scanned, ScanError> {
+    scan_keeping(root, rule, monitor, |metadata| *metadata)
+}
+
+/// The same for a tree of which much else is kept beside it.
+///
+/// # Errors
+/// As [`scan`].
+pub fn scan_seen(root: &Root, rule: &ScanRule, monitor: &dyn Monitor) -> Result<Scanned<Seen>, ScanError> {
+    scan_keeping(root, rule, monitor, Seen::of)
+}
+
+fn scan_keeping<M: Send>(
+    root: &Root,
+    rule: &ScanRule,
+    monitor: &dyn Monitor,
+    keep: fn(&Metadata) -> M,
+) -> Result<Scanned<M>, ScanError> {
     root.open_dir(None, Follow::Never)?;
     let top = Directory { path: None, filter: Arc::new(rule.filter.clone()) };
     let shared = Shared {
@@ -124,26 +162,48 @@ pub fn scan(root: &Root, rule: &ScanRule, monitor: &dyn Monitor) -> Result<Scann
     let threads = rule.threads.count();
     let mut all = Found::default();
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| work(&shared))).collect();
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| work(&shared, keep))).collect();
         for worker in workers {
             if let Ok(found) = worker.join() {
-                all.entries.extend(found.entries);
+                all.listings.extend(found.listings);
+                all.linked.extend(found.linked);
                 all.problems.extend(found.problems);
             }
         }
     });
-    all.entries.sort_unstable_by(|a, b| a.0.path.cmp(&b.0.path));
     all.problems.sort_by(|a, b| a.path.cmp(&b.path));
-    join_hard_links(&mut all.entries);
-    let (entries, metadata) = all.entries.into_iter().unzip();
+    let (mut entries, metadata) = put_together(all.listings);
+    join_hard_links(&mut entries, all.linked);
     Ok(Scanned { tree: Tree::new(entries)?, metadata, problems: all.problems })
+}
+
+/// One list of all: what lies in a directory follows it.
+fn put_together<M>(mut listings: Vec<Listing<M>>) -> (Vec<Entry>, Vec<M>) {
+    let count = listings.iter().flat_map(|listing| &listing.pieces).map(Vec::len).sum();
+    let (mut entries, mut metadata) = (Vec::with_capacity(count), Vec::with_capacity(count));
+    // A directory comes before what lies in it, and so do their lists.
+    listings.sort_unstable_by(|a, b| a.directory.cmp(&b.directory));
+    let mut listings = listings.into_iter().peekable();
+    let mut open = Vec::new();
+    open.extend(listings.next().map(|top| top.pieces.into_iter().flatten()));
+    while let Some(list) = open.last_mut() {
+        let Some((entry, kept)) = list.next() else {
+            open.pop();
+            continue;
+        };
+        let below = listings.next_if(|listing| entry.is_directory() && listing.directory.as_ref() == Some(&entry.path));
+        open.extend(below.map(|listing| listing.pieces.into_iter().flatten()));
+        entries.push(entry);
+        metadata.push(kept);
+    }
+    (entries, metadata)
 }
 
 fn lock<'a>(shared: &'a Shared<'_>) -> MutexGuard<'a, Queue> {
     shared.queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-fn work(shared: &Shared<'_>) -> Found {
+fn work<M>(shared: &Shared<'_>, keep: fn(&Metadata) -> M) -> Found<M> {
     let mut found = Found::default();
     let mut names = Names::default();
     loop {
@@ -160,7 +220,7 @@ fn work(shared: &Shared<'_>) -> Found {
         drop(queue);
         let mut below = Vec::new();
         if !shared.monitor.stopped()
-            && let Err(error) = list(shared, &directory, &mut names, &mut found, &mut below)
+            && let Err(error) = list(shared, &directory, keep, &mut names, &mut found, &mut below)
         {
             found.problems.push(failed(directory.path.clone(), &error));
         }
@@ -177,15 +237,19 @@ fn failed(path: Option<RelPath>, error: &dyn std::error::Error) -> Problem {
     Problem { path, message: crate::error::chain(error), severity: Severity::Failed }
 }
 
-fn list(
+fn list<M>(
     shared: &Shared<'_>,
     directory: &Directory,
+    keep: fn(&Metadata) -> M,
     names: &mut Names,
-    found: &mut Found,
+    found: &mut Found<M>,
     below: &mut Vec<Directory>,
 ) -> Result<(), RootError> {
     let descriptor = shared.root.open_dir(directory.path.as_ref(), Follow::Never)?;
-    let children = shared.root.names_in(&descriptor, directory.path.as_ref())?;
+    let mut children = shared.root.names_in(&descriptor, directory.path.as_ref())?;
+    children.sort_unstable();
+    let mut left = children.len();
+    let mut pieces: Vec<Vec<(Entry, M)>> = Vec::new();
     let filter = match own_filter(shared, directory, &children) {
         Ok(filter) => filter,
         Err(problem) => {
@@ -195,6 +259,7 @@ fn list(
     };
     Counters::add(&shared.monitor.counters().scanned_entries, children.len() as u64);
     for name in children {
+        left -= 1;
         let path = match &directory.path {
             Some(parent) => parent.join(&name),
             None => RelPath::new(&name),
@@ -224,12 +289,24 @@ fn list(
         if metadata.kind == FileKind::Directory {
             below.push(Directory { path: Some(path.clone()), filter: Arc::clone(&filter) });
         }
-        if let Some(content) = content(shared, &path, &metadata, found) {
+        if let Some(content) = content(shared, &path, &metadata, &mut found.problems) {
+            if metadata.links > 1 && metadata.kind == FileKind::Regular {
+                found.linked.push((path.clone(), (metadata.device, metadata.inode)));
+            }
             let mode = if metadata.kind == FileKind::Symlink { 0o777 } else { metadata.mode };
             let (owner, group) = (names.user(metadata.uid), names.group(metadata.gid));
-            found.entries.push((Entry { path, content, mtime: metadata.mtime, mode, owner, group }, metadata));
+            let entry = (Entry { path, content, mtime: metadata.mtime, mode, owner, group }, keep(&metadata));
+            match pieces.last_mut().filter(|piece| piece.len() < PIECE) {
+                Some(piece) => piece.push(entry),
+                None => {
+                    let mut piece = Vec::with_capacity((left + 1).min(PIECE));
+                    piece.push(entry);
+                    pieces.push(piece);
+                }
+            }
         }
     }
+    found.listings.push(Listing { directory: directory.path.clone(), pieces });
     Ok(())
 }
 
@@ -269,9 +346,9 @@ pub(crate) fn with_own_ignore_file(
     Ok(Arc::new(filter))
 }
 
-fn content(shared: &Shared<'_>, path: &RelPath, metadata: &Metadata, found: &mut Found) -> Option<Content> {
+fn content(shared: &Shared<'_>, path: &RelPath, metadata: &Metadata, problems: &mut Vec<Problem>) -> Option<Content> {
     let mut problem = |message: String, severity| {
-        found.problems.push(Problem { path: Some(path.clone()), message, severity });
+        problems.push(Problem { path: Some(path.clone()), message, severity });
         None
     };
     match metadata.kind {
@@ -306,18 +383,18 @@ pub(crate) fn stays_inside(path: &RelPath, target: &[u8]) -> bool {
 }
 
 /// Of files with several names in the tree the first keeps the content, the others become links to it.
-fn join_hard_links(entries: &mut [(Entry, Metadata)]) {
+fn join_hard_links(entries: &mut [Entry], mut linked: Vec<(RelPath, (u64, u64))>) {
+    linked.sort_unstable();
     let mut first_names: HashMap<(u64, u64), RelPath> = HashMap::new();
-    for (entry, metadata) in entries {
-        if metadata.links < 2 || metadata.kind != FileKind::Regular {
-            continue;
-        }
-        match first_names.entry((metadata.device, metadata.inode)) {
+    for (path, inode) in linked {
+        match first_names.entry(inode) {
             std::collections::hash_map::Entry::Vacant(vacant) => {
-                vacant.insert(entry.path.clone());
+                vacant.insert(path);
             }
             std::collections::hash_map::Entry::Occupied(first) => {
-                entry.content = Content::HardLink { first: first.get().clone() };
+                if let Ok(at) = entries.binary_search_by(|entry| entry.path.cmp(&path)) {
+                    entries[at].content = Content::HardLink { first: first.get().clone() };
+                }
             }
         }
     }

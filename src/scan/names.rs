@@ -1,11 +1,12 @@
 //! Names of users and groups on this machine. Each is looked up once.
 
 use std::collections::HashMap;
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::Escaped;
+use crate::manifest::Name;
 
 /// What is asked about users and groups.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,21 +82,21 @@ fn named(question: Question) -> Option<String> {
 /// Names that were looked up.
 #[derive(Debug, Default)]
 pub struct Names {
-    users: HashMap<u32, Arc<str>>,
-    groups: HashMap<u32, Arc<str>>,
+    users: HashMap<u32, Name>,
+    groups: HashMap<u32, Name>,
 }
 
 impl Names {
     /// The user's name; the number in decimal digits where there is none.
-    pub fn user(&mut self, uid: u32) -> Arc<str> {
+    pub fn user(&mut self, uid: u32) -> Name {
         let look_up = || user_name(uid).unwrap_or_else(|| uid.to_string()).into();
-        Arc::clone(self.users.entry(uid).or_insert_with(look_up))
+        self.users.entry(uid).or_insert_with(look_up).clone()
     }
 
     /// The group's name, likewise.
-    pub fn group(&mut self, gid: u32) -> Arc<str> {
+    pub fn group(&mut self, gid: u32) -> Name {
         let look_up = || group_name(gid).unwrap_or_else(|| gid.to_string()).into();
-        Arc::clone(self.groups.entry(gid).or_insert_with(look_up))
+        self.groups.entry(gid).or_insert_with(look_up).clone()
     }
 }
 

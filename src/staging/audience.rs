@@ -19,9 +19,14 @@ const PASSED: u32 = 0o711;
 
 /// Who may read all of `tree` at `root`.
 pub fn audience_of(root: &Root, tree: &Tree) -> Audience {
+    audience_at(root, Audience::of(tree))
+}
+
+/// Those of the readers of a tree who may reach it at `root`.
+pub fn audience_at(root: &Root, readers: Audience) -> Audience {
     let Ok(found) = root.stat_root() else { return Audience::default() };
     let mut names = Names::default();
-    Audience::of(tree).within(found.mode, &names.user(found.uid), &names.group(found.gid))
+    readers.within(found.mode, &names.user(found.uid), &names.group(found.gid))
 }
 
 /// Lets `audience` read a manifest that is about to be put in force. Best effort: who may not read it is told so when he

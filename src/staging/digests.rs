@@ -1,6 +1,7 @@
 //! What a target knows of its own files: the table of digests beside its manifest, `.lockstep/digests`.
 
-use std::io::{Read as _, Write as _};
+use std::fs::File;
+use std::io::{self, BufReader, BufWriter, Write as _};
 
 use rustix::fs::RenameFlags;
 
@@ -12,6 +13,8 @@ use crate::scan::cache::DigestTable;
 /// Where the table lies in a root.
 pub const DIGESTS: &str = ".lockstep/digests";
 
+const BUFFER_BYTES: usize = 128 * 1024;
+
 fn invalid(root: &Root, error: crate::path::InvalidPath) -> RootError {
     let source = std::io::Error::new(std::io::ErrorKind::InvalidInput, error);
     RootError { operation: "name", path: root.shown().join(DIGESTS), source }
@@ -20,13 +23,12 @@ fn invalid(root: &Root, error: crate::path::InvalidPath) -> RootError {
 /// The table of `root`. One that is absent, damaged or not to be read is empty: files are hashed again then.
 pub fn load_digests(root: &Root) -> DigestTable {
     let read = || -> Option<DigestTable> {
-        let mut file = root.open_read(&RelPath::new(DIGESTS).ok()?, Follow::Never).ok()?;
-        if Metadata::of(&file).ok()?.kind != FileKind::Regular {
+        let file = root.open_read(&RelPath::new(DIGESTS).ok()?, Follow::Never).ok()?;
+        let found = Metadata::of(&file).ok()?;
+        if found.kind != FileKind::Regular {
             return None;
         }
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).ok()?;
-        DigestTable::from_bytes(&bytes)
+        DigestTable::read_from(&mut BufReader::with_capacity(BUFFER_BYTES, file), found.size).ok()?
     };
     read().unwrap_or_default()
 }
@@ -36,7 +38,7 @@ pub fn load_digests(root: &Root) -> DigestTable {
 /// # Errors
 /// [`RootError`] when it cannot be written.
 pub fn store_digests(root: &Root, table: &DigestTable, new: &str) -> Result<(), RootError> {
-    store_beside_manifest(root, DIGESTS, new, &table.to_bytes())
+    store_by(root, DIGESTS, new, |file| table.write_to(file))
 }
 
 /// Replaces a file beside the manifest of `root`: who may read the manifest may read it. It is called `new` until it is
@@ -45,12 +47,23 @@ pub fn store_digests(root: &Root, table: &DigestTable, new: &str) -> Result<(), 
 /// # Errors
 /// [`RootError`] when it cannot be written.
 pub fn store_beside_manifest(root: &Root, name: &str, new: &str, bytes: &[u8]) -> Result<(), RootError> {
+    store_by(root, name, new, |file| file.write_all(bytes))
+}
+
+fn store_by(
+    root: &Root,
+    name: &str,
+    new: &str,
+    write: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>,
+) -> Result<(), RootError> {
     let name = RelPath::new(name).map_err(|error| invalid(root, error))?;
     let new = RelPath::new(new).map_err(|error| invalid(root, error))?;
     root.remove_tree(&new)?;
-    let mut file = root.create_new(&new, 0o600)?;
+    let file = root.create_new(&new, 0o600)?;
     let failed = |source| RootError { operation: "write", path: root.shown().join(new.as_path()), source };
-    file.write_all(bytes).map_err(failed)?;
+    let mut to = BufWriter::with_capacity(BUFFER_BYTES, &file);
+    write(&mut to).and_then(|()| to.flush()).map_err(failed)?;
+    drop(to);
     as_manifest(root, &file);
     root.rename(&new, &name, RenameFlags::empty())
 }

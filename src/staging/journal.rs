@@ -5,7 +5,7 @@
 //! again before it is believed ([`super::StagedFile::resume`]).
 
 use std::collections::HashMap;
-use std::io::{self, Read, Write};
+use std::io::{self, BufWriter, Read, Write};
 
 use rustix::fs::RenameFlags;
 
@@ -24,6 +24,9 @@ const FIXED_BYTES: usize = 2 + 8 + 8 + 4;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Journal(HashMap<RelPath, (u64, Timestamp)>);
 
+/// Path, size and time of a file.
+pub type Listed<'a> = (&'a RelPath, u64, Timestamp);
+
 impl Journal {
     /// Of the files that are to be staged.
     pub fn new(files: impl IntoIterator<Item = (RelPath, u64, Timestamp)>) -> Journal {
@@ -38,7 +41,6 @@ impl Journal {
     }
 
     /// Whether a file with this size and time was being staged.
-    /// X
     pub fn lists(&self, path: &RelPath, size: u64, mtime: Timestamp) -> bool {
         self.0.get(path) == Some(&(size, mtime))
     }
@@ -58,15 +60,12 @@ impl Journal {
     /// The bytes that are stored.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
-        for (path, (size, mtime)) in &self.0 {
-            // A RelPath has at most 4095 bytes.
-            bytes.extend_from_slice(&(path.as_bytes().len() as u16).to_be_bytes());
-            bytes.extend_from_slice(&size.to_be_bytes());
-            bytes.extend_from_slice(&mtime.seconds.to_be_bytes());
-            bytes.extend_from_slice(&mtime.nanoseconds.to_be_bytes());
-            bytes.extend_from_slice(path.as_bytes());
-        }
+        self.files().for_each(|file| bytes.extend_from_slice(&record(file)));
         bytes
+    }
+
+    fn files(&self) -> impl Iterator<Item = Listed<'_>> {
+        self.0.iter().map(|(path, (size, mtime))| (path, *size, *mtime))
     }
 
     /// Reads what [`Journal::encode`] wrote. One that is damaged is empty: then everything starts anew.
@@ -79,12 +78,20 @@ impl Journal {
     /// # Errors
     /// When it cannot be written; the one before is then still there.
     pub fn store(&self, staging: &Root) -> Result<(), StageError> {
+        Journal::store_list(staging, self.files())
+    }
+
+    /// Writes one of these files, which need not be in memory together. None may come twice.
+    ///
+    /// # Errors
+    /// As [`Journal::store`].
+    pub fn store_list<'a>(staging: &Root, files: impl IntoIterator<Item = Listed<'a>>) -> Result<(), StageError> {
         let failed = |source| StageError::Io { operation: "write the list of staged files", source };
-        let bytes = self.encode();
         let (Ok(name), Ok(new)) = (RelPath::new(JOURNAL), RelPath::new(NEW_JOURNAL)) else { return Ok(()) };
         staging.remove_tree(&new)?;
-        let mut file = staging.create_new(&new, 0o600)?;
-        file.write_all(&bytes).and_then(|()| file.sync_data()).map_err(failed)?;
+        let mut file = BufWriter::new(staging.create_new(&new, 0o600)?);
+        files.into_iter().try_for_each(|listed| file.write_all(&record(listed))).map_err(failed)?;
+        file.flush().and_then(|()| file.get_ref().sync_data()).map_err(failed)?;
         staging.rename(&new, &name, RenameFlags::empty())?;
         Ok(staging.sync_dir(None)?)
     }
@@ -105,6 +112,17 @@ impl Journal {
         };
         Ok(Journal::decode(&bytes))
     }
+}
+
+fn record((path, size, mtime): Listed<'_>) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(FIXED_BYTES + path.as_bytes().len());
+    // A RelPath has at most 4095 bytes.
+    bytes.extend_from_slice(&(path.as_bytes().len() as u16).to_be_bytes());
+    bytes.extend_from_slice(&size.to_be_bytes());
+    bytes.extend_from_slice(&mtime.seconds.to_be_bytes());
+    bytes.extend_from_slice(&mtime.nanoseconds.to_be_bytes());
+    bytes.extend_from_slice(path.as_bytes());
+    bytes
 }
 
 fn parse(mut bytes: &[u8]) -> Option<Journal> {

@@ -13,7 +13,7 @@ mod lock;
 mod passed_on;
 mod state;
 
-pub use audience::{admit, as_manifest, audience_of, open_state};
+pub use audience::{admit, as_manifest, audience_at, audience_of, open_state};
 pub use digests::{DIGESTS, load_digests, store_beside_manifest, store_digests};
 pub use file::{Permissions, SET_OWNER, StageError, StagedFile, apply, clean_pages, hash_of};
 pub use ids::Ids;

@@ -3,7 +3,8 @@
 //!
 //! Only a state directory is believed that nobody but its user, this one or root could have put there.
 
-use std::io::Read as _;
+use std::fs::File;
+use std::io::{BufReader, Read as _};
 use std::path::{Path, PathBuf};
 
 use rustix::process::geteuid;
@@ -62,12 +63,14 @@ pub fn is_believed(root: &Root) -> bool {
         && [0, own.uid, geteuid().as_raw()].contains(&found.uid)
 }
 
-fn read(root: &Root, name: &str, most: u64) -> Option<Vec<u8>> {
-    let mut file = root.open_read(&RelPath::new(name).ok()?, Follow::Never).ok()?;
+fn open(root: &Root, name: &str, most: u64) -> Option<File> {
+    let file = root.open_read(&RelPath::new(name).ok()?, Follow::Never).ok()?;
     let found = crate::root::Metadata::of(&file).ok()?;
-    if found.kind != FileKind::Regular || found.size > most {
-        return None;
-    }
+    (found.kind == FileKind::Regular && found.size <= most).then_some(file)
+}
+
+fn read(root: &Root, name: &str, most: u64) -> Option<Vec<u8>> {
+    let mut file = open(root, name, most)?;
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes).ok()?;
     Some(bytes)
@@ -78,7 +81,8 @@ pub fn published(root: &Root) -> Option<Manifest> {
     if !is_believed(root) {
         return None;
     }
-    format::decode(&read(root, MANIFEST, u64::MAX)?).ok()
+    let file = open(root, MANIFEST, u64::MAX)?;
+    format::read(BufReader::new(file)).ok().map(|(manifest, _)| manifest)
 }
 
 fn stored(root: &Root) -> Vec<Stop> {

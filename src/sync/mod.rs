@@ -55,7 +55,7 @@ pub struct Options {
 /// What a run did.
 #[derive(Debug)]
 pub struct SyncReport {
-    /// The source's tree, with the digests that became known.
+    /// The source's tree, as it was listed.
     pub tree: Arc<Tree>,
     /// What was to be done; actions refer to `tree`.
     pub plan: Plan,
@@ -128,11 +128,15 @@ impl Shared<'_> {
     }
 }
 
+/// So many digests are remembered at once: those of a large tree are never kept together.
+const REMEMBERED: usize = 65_536;
+
 #[derive(Default)]
 struct Outcome {
+    /// Those that the source is yet to be told, so that it remembers them.
     digests: Vec<(u32, Digest)>,
-    /// Files of which nothing was sent, because the target has the content.
-    same: HashSet<u32>,
+    /// Files that were to be compared and have another content than the target's.
+    other: HashSet<u32>,
     failed: HashMap<u32, String>,
     verified_files: u64,
     verified_bytes: u64,
@@ -217,8 +221,8 @@ fn run_begun(
         safety::check_removals(&tree, &plan, options.max_delete)
             .map_err(|refusal| Error::Refused { by: "the safety checks".into(), reason: refusal.to_string() })?;
     }
-    let report = |plan, committed, problems: Vec<Problem>, outcome: Outcome, held_back| SyncReport {
-        tree: with_digests(&tree, &outcome.digests),
+    let report = |tree, plan, committed, problems: Vec<Problem>, outcome: Outcome, held_back| SyncReport {
+        tree,
         plan,
         committed,
         problems,
@@ -233,14 +237,15 @@ fn run_begun(
     };
     if options.begin.dry_run {
         compared(&mut plan, &Outcome::default());
-        return Ok(report(plan, None, problems, Outcome::default(), false));
+        return Ok(report(tree, plan, None, problems, Outcome::default(), false));
     }
 
-    let outcome = transfer(source, target, options, monitor, stop, &tree, &plan)?;
-    check(stop).inspect_err(|_| source.remember(&tree, &outcome.digests))?;
+    let mut outcome = transfer(source, target, options, monitor, stop, &tree, &plan)?;
+    let digests = std::mem::take(&mut outcome.digests);
+    check(stop).inspect_err(|_| source.remember(&tree, &digests))?;
     if options.begin.stage_only {
-        source.remember(&tree, &outcome.digests);
-        return Ok(report(plan, None, problems, outcome, false));
+        source.remember(&tree, &digests);
+        return Ok(report(tree, plan, None, problems, outcome, false));
     }
     let not_listed = problems.iter().filter(|problem| problem.severity == Severity::Failed);
     let unreadable =
@@ -268,7 +273,7 @@ fn run_begun(
         CommitOptions { delete, delete_later: options.delete && any_failed, failed, unreadable, retire, spare };
     let committed = std::thread::scope(|scope| {
         // What was hashed is stored while it is published, and does not hold that up.
-        scope.spawn(|| source.remember(&tree, &outcome.digests));
+        scope.spawn(|| source.remember(&tree, &digests));
         target.commit(&commit, monitor)
     })?;
     for (path, why) in &committed.put_off {
@@ -286,7 +291,7 @@ fn run_begun(
     }
     monitor.event(Event::Phase(Phase::Done));
     compared(&mut plan, &outcome);
-    Ok(report(plan, Some(committed), problems, outcome, held_back))
+    Ok(report(tree, plan, Some(committed), problems, outcome, held_back))
 }
 
 /// The units that are not to stay, which are no removals of the plan any more.
@@ -304,28 +309,18 @@ fn retired(options: &Options, plan: &mut Plan) -> Result<Retired, Error> {
 /// What the comparisons that the target asked for have shown, for the report. A dry run reads nothing, and shows
 /// nothing of files that only reading would tell.
 fn compared(plan: &mut Plan, outcome: &Outcome) {
-    let sent: HashSet<u32> =
-        outcome.digests.iter().map(|&(index, _)| index).filter(|index| !outcome.same.contains(index)).collect();
+    if !plan.actions.iter().any(|action| matches!(action.need, Need::Compare { .. })) {
+        return;
+    }
     plan.actions.retain_mut(|action| {
         if !matches!(action.need, Need::Compare { .. }) {
             return true;
         }
-        if sent.contains(&action.index) {
+        if outcome.other.contains(&action.index) {
             (action.change, action.differences.content) = (Change::Modified, true);
         }
         action.differences.any() || outcome.failed.contains_key(&action.index)
     });
-}
-
-fn with_digests(tree: &Arc<Tree>, digests: &[(u32, Digest)]) -> Arc<Tree> {
-    if digests.is_empty() {
-        return Arc::clone(tree);
-    }
-    let mut tree = Tree::clone(tree);
-    for &(index, digest) in digests {
-        tree.set_digest(index as usize, digest);
-    }
-    Arc::new(tree)
 }
 
 fn transfer(
@@ -394,9 +389,9 @@ pub fn bytes_needed(tree: &Tree, plan: &Plan) -> u64 {
         .iter()
         .map(|action| {
             let size = tree.entries()[action.index as usize].file().map_or(0, |(size, _)| size);
-            match action.need {
+            match &action.need {
                 Need::Nothing => 0,
-                Need::Content { resume_at } => size.saturating_sub(resume_at),
+                Need::Content { resume_at } => size.saturating_sub(*resume_at),
                 Need::Compare { .. } => size,
             }
         })

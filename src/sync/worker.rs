@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Shared, lock};
+use super::{REMEMBERED, Shared, lock};
 use crate::endpoint::{Error, Fetch, Produced, Reader, Source, Staged, Target, Writer};
 use crate::manifest::{Digest, Tree};
 use crate::monitor::{Counters, Event, Problem, Severity};
@@ -23,6 +23,8 @@ struct Worker<'a, 'b> {
     /// To be read again.
     again: VecDeque<u32>,
     attempts: HashMap<u32, u32>,
+    /// To be compared with what the target has, and not found to be the same.
+    compared: HashSet<u32>,
 }
 
 pub(super) fn work(
@@ -40,18 +42,22 @@ pub(super) fn work(
         finished: HashMap::new(),
         again: VecDeque::new(),
         attempts: HashMap::new(),
+        compared: HashSet::new(),
     }
-    .run()
+    .run(source)
 }
 
 impl Worker<'_, '_> {
-    fn run(&mut self) -> Result<(), Error> {
+    fn run(&mut self, source: &dyn Source) -> Result<(), Error> {
         loop {
             if self.shared.stopped() {
                 return Ok(());
             }
             while self.reader.wants_more() {
                 let Some(fetch) = self.next_fetch() else { break };
+                if fetch.unless.is_some() {
+                    self.compared.insert(fetch.index);
+                }
                 self.pushed.insert(fetch.index, fetch);
                 self.reader.push(fetch);
             }
@@ -61,6 +67,7 @@ impl Worker<'_, '_> {
                     self.slow_down();
                     let staged = self.writer.completions(false)?;
                     self.complete(staged);
+                    self.remember(source);
                 }
                 None => {
                     let staged = self.writer.completions(true)?;
@@ -82,7 +89,7 @@ impl Worker<'_, '_> {
     fn next_fetch(&mut self) -> Option<Fetch> {
         match self.again.pop_front() {
             Some(index) => Some(Fetch { index, from: 0, unless: None }),
-            None => self.shared.queue.pop(),
+            None => self.shared.queue.pop(self.shared.tree),
         }
     }
 
@@ -117,7 +124,7 @@ impl Worker<'_, '_> {
                 self.writer.finish(index, digest)
             }
             Produced::Same { index, digest } => {
-                lock(&self.shared.outcome).same.insert(index);
+                self.compared.remove(&index);
                 Counters::add(&counters.done_bytes, self.size_of(index));
                 self.pushed.remove(&index);
                 self.finished.insert(index, digest);
@@ -160,12 +167,26 @@ impl Worker<'_, '_> {
                     Counters::add(&self.shared.monitor.counters().done_files, 1);
                     let mut outcome = lock(&self.shared.outcome);
                     outcome.digests.push((index, digest));
+                    if self.compared.remove(&index) {
+                        outcome.other.insert(index);
+                    }
                     outcome.verified_files += 1;
                     outcome.verified_bytes += size;
                 }
                 Err(failure) => self.fail(index, failure.message, failure.retry),
             }
         }
+    }
+
+    /// Tells the source what it is to remember, when that has become much.
+    fn remember(&self, source: &dyn Source) {
+        let mut outcome = lock(&self.shared.outcome);
+        if outcome.digests.len() < REMEMBERED {
+            return;
+        }
+        let digests = std::mem::take(&mut outcome.digests);
+        drop(outcome);
+        source.remember(self.shared.tree, &digests);
     }
 
     fn fail(&mut self, index: u32, message: String, retry: bool) {

@@ -4,16 +4,15 @@
 //! give or take one message.
 
 use std::cmp::Ordering;
-use std::sync::Arc;
 
 use super::extension::{Fields, WireError};
-use crate::manifest::{Content, Entry, Timestamp};
+use crate::manifest::{Content, Entry, Name, Timestamp};
 use crate::path::RelPath;
 
 /// What an entry takes beside the bytes of its names: itself, and what the allocator adds to each of them.
 const ENTRY_BYTES: usize = size_of::<Entry>() + 32;
 /// What a name of an owner takes beside its bytes, where it is not that of the entry before.
-const NAME_BYTES: usize = 32;
+const NAME_BYTES: usize = 64;
 const NAME_MAX: usize = 256;
 
 /// See the module.
@@ -61,8 +60,8 @@ impl EntryList {
             }
             let last = self.entries.last();
             let names = [
-                last.is_none_or(|last| !Arc::ptr_eq(&last.owner, &entry.owner)),
-                last.is_none_or(|last| !Arc::ptr_eq(&last.group, &entry.group)),
+                last.is_none_or(|last| !last.owner.is_same(&entry.owner)),
+                last.is_none_or(|last| !last.group.is_same(&entry.group)),
             ];
             let names = names.iter().filter(|&&own| own).count() * NAME_BYTES;
             self.bytes += ENTRY_BYTES + names + (before - fields.0.len());
@@ -94,9 +93,9 @@ impl EntryList {
 }
 
 /// Shares the name with the entry before where they are equal, as they mostly are.
-fn name(last: Option<&Arc<str>>, text: &str) -> Result<Arc<str>, WireError> {
+fn name(last: Option<&Name>, text: &str) -> Result<Name, WireError> {
     match last {
-        Some(last) if **last == *text => Ok(Arc::clone(last)),
+        Some(last) if **last == *text => Ok(last.clone()),
         _ if text.len() > NAME_MAX => Err(WireError::Range("the length of a name")),
         _ => Ok(text.into()),
     }
@@ -134,7 +133,7 @@ mod tests {
         let mut list = EntryList::new(1 << 20);
         list.read(&raw).unwrap();
         assert_eq!(list.entries(), made);
-        assert!(Arc::ptr_eq(&list.entries()[0].owner, &list.entries()[4].owner));
+        assert!(list.entries()[0].owner.is_same(&list.entries()[4].owner));
         for length in 1..raw.len() {
             let mut partial = EntryList::new(1 << 20);
             if partial.read(&raw[..length]).is_ok() {

@@ -306,7 +306,7 @@ pub fn put_action(out: &mut Vec<u8>, action: &Action) {
     let d = action.differences;
     let bits = [d.content, d.size, d.time, d.mode, d.owner, d.group];
     out.push(bits.iter().enumerate().fold(0, |sum, (at, &bit)| sum | u8::from(bit) << at));
-    match action.need {
+    match &action.need {
         Need::Nothing => out.push(0),
         Need::Content { resume_at } => {
             out.push(1);
@@ -338,7 +338,7 @@ pub fn read_action(fields: &mut Fields<'_>) -> Result<Action, WireError> {
     let need = match fields.u8()? {
         0 => Need::Nothing,
         1 => Need::Content { resume_at: fields.u64()? },
-        2 => Need::Compare { digest: fields.digest()? },
+        2 => Need::Compare { digest: Box::new(fields.digest()?) },
         _ => return Err(WireError::Range("the kind of a need")),
     };
     Ok(Action { index, change, differences, need })
@@ -364,7 +364,8 @@ mod tests {
 
     #[test]
     fn actions_round_trip() {
-        for need in [Need::Nothing, Need::Content { resume_at: 9 }, Need::Compare { digest: Digest([1; 32]) }] {
+        for need in [Need::Nothing, Need::Content { resume_at: 9 }, Need::Compare { digest: Box::new(Digest([1; 32])) }]
+        {
             let differences = Differences { content: true, owner: true, ..Differences::default() };
             let action = Action { index: 3, change: Change::Modified, differences, need };
             let mut raw = Vec::new();

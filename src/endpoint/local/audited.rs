@@ -7,12 +7,13 @@ use std::collections::HashSet;
 use std::io;
 
 use super::area::Area;
+use super::changes::Changes;
 use super::publish::Record;
+use super::put::Put;
 use super::trash::Trash;
 use crate::audit::{AuditError, AuditLog, AuditRecord, Before, LOG, OnFailure, Outcome, settings};
 use crate::endpoint::Error;
 use crate::error::{chain, counted, in_words};
-use crate::manifest::{Entry, Manifest, Tree};
 use crate::monitor::{Event, Monitor, Silent};
 use crate::path::RelPath;
 use crate::plan::publish::Step;
@@ -49,12 +50,12 @@ pub(super) fn or_continue(
 }
 
 /// Who does it, from where, and what manifest comes of it.
-fn base(area: Area, record: &Record, manifest: &Manifest) -> AuditRecord {
+fn base(area: Area, record: &Record, changes: &Changes<'_>) -> AuditRecord {
     AuditRecord {
         actor: record.actor.clone(),
         source: record.source.clone(),
         login: record.login.clone(),
-        generation: (area == Area::Run).then_some(manifest.generation),
+        generation: (area == Area::Run).then_some(changes.generation),
         ..AuditRecord::default()
     }
 }
@@ -64,19 +65,19 @@ pub(super) fn announce(
     root: &Root,
     area: Area,
     record: &Record,
-    put: &Manifest,
+    changes: &Changes<'_>,
     monitor: &dyn Monitor,
 ) -> Result<(), Error> {
-    let base = base(area, record, put);
+    let base = base(area, record, changes);
     let own = [&base.actor, &base.source].map(|text| text.len() as u64).iter().sum::<u64>()
         + base.login.as_ref().map_or(0, |_| 400);
     let (mut lines, mut bytes) = (0, 0);
+    // A line for each path, one for what goes to the trash and one for what is not granted.
+    for path in changes.put.paths() {
+        lines += 1;
+        bytes += own + path.as_bytes().len() as u64;
+    }
     for step in &record.steps {
-        // A line for each path, one for what goes to the trash and one for what is not granted.
-        for entry in within(step, &put.tree) {
-            lines += 1;
-            bytes += own + entry.path.as_bytes().len() as u64;
-        }
         lines += 1;
         bytes += own + step.path().as_bytes().len() as u64 * if record.trash.is_some() { 3 } else { 1 };
     }
@@ -96,19 +97,22 @@ pub(super) fn tell(
     root: &Root,
     area: Area,
     record: &Record,
-    put: &Manifest,
+    changes: &Changes<'_>,
     problems: &[(RelPath, String)],
 ) -> Result<(), Error> {
-    let base = base(area, record, put);
+    let base = base(area, record, changes);
     let failed: HashSet<&RelPath> = problems.iter().map(|(path, _)| path).collect();
     let trash = record.trash.as_ref().map(|name| Trash::new(root, name)).transpose()?;
     let steps = record.steps.iter().filter(|step| !failed.contains(step.path()));
     let records = steps.flat_map(|step| {
         let kept = trash.as_ref().and_then(|trash| trashed(step, trash, record, &base));
-        kept.into_iter().chain(records(step, area, record, &put.tree, &base))
+        kept.into_iter().map(Ok).chain(records(step, area, record, &changes.put, &base))
     });
+    let mut made = Ok(());
+    let records = records.map_while(|record| record.map_err(|error| made = Err(error)).ok());
     let told = AuditLog::reopen(root).and_then(|mut log| log.append_last(records).map(drop));
-    or_continue(root, told, UNTOLD, &Silent::default())
+    or_continue(root, told, UNTOLD, &Silent::default())?;
+    made
 }
 
 /// What the audit log is told of what a step has moved to the trash.
@@ -124,27 +128,14 @@ fn before(record: &Record, path: &RelPath) -> Option<Before> {
     Some(Before { mode: words.next()?, owner: words.next()?, group: words.next()? })
 }
 
-/// The entries that a step tells of.
-fn within<'a>(step: &'a Step, tree: &'a Tree) -> impl Iterator<Item = &'a Entry> {
-    let whole = matches!(step, Step::NewDirectory(_) | Step::Exchange(_));
-    let gone = matches!(step, Step::RemoveFile(_) | Step::RemoveDirectory(_) | Step::TakeAway(_));
-    let from = tree.entries().partition_point(|entry| entry.path < *step.path());
-    let within = tree.entries()[from..].iter().take_while(|entry| entry.path.is_within(step.path()));
-    within.take(match (gone, whole) {
-        (true, _) => 0,
-        (_, true) => usize::MAX,
-        _ => 1,
-    })
-}
-
 /// What the audit log is told of a step.
 fn records<'a>(
     step: &'a Step,
     area: Area,
     record: &'a Record,
-    tree: &'a Tree,
+    put: &'a Put<'_>,
     base: &'a AuditRecord,
-) -> Box<dyn Iterator<Item = AuditRecord> + 'a> {
+) -> Box<dyn Iterator<Item = Result<AuditRecord, Error>> + 'a> {
     let action = match step {
         // It was told what became of it.
         Step::RemoveFile(_) | Step::RemoveDirectory(_) | Step::TakeAway(_) if record.trash.is_some() => {
@@ -154,15 +145,21 @@ fn records<'a>(
             let (path, before) = (step.path().to_string(), before(record, step.path()));
             let result = Some(Outcome::Success);
             let removed = AuditRecord { action: "remove".into(), path, before, result, ..base.clone() };
-            return Box::new(std::iter::once(removed));
+            return Box::new(std::iter::once(Ok(removed)));
         }
         _ if area == Area::Repair => "repair",
         Step::ApplyMetadata(_) => "metadata",
         Step::Replace(_) | Step::NewDirectory(_) | Step::Exchange(_) => "publish",
     };
-    Box::new(within(step, tree).flat_map(move |entry| {
+    let whole = matches!(step, Step::NewDirectory(_) | Step::Exchange(_));
+    let within = put.within(step.path()).take(if whole { usize::MAX } else { 1 });
+    Box::new(within.flat_map(move |item| {
+        let entry = match item {
+            Ok((entry, _)) => entry,
+            Err(error) => return vec![Err(error)],
+        };
         let acl = record.acls.get(&entry.path).cloned();
-        let given = AuditRecord { acl, before: before(record, &entry.path), ..base.of_entry(action, entry) };
+        let given = AuditRecord { acl, before: before(record, &entry.path), ..base.of_entry(action, &entry) };
         let withheld = record.withheld.get(&entry.path).map(|what| AuditRecord {
             action: "refuse".into(),
             path: entry.path.to_string(),
@@ -170,6 +167,6 @@ fn records<'a>(
             reason: Some(format!("not given: {what}; the policy here does not grant it")),
             ..base.clone()
         });
-        std::iter::once(given).chain(withheld)
+        std::iter::once(given).chain(withheld).map(Ok).collect()
     }))
 }

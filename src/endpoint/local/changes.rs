@@ -4,19 +4,23 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::put::Put;
 use super::retire::Retired;
 use super::target::{Run, State};
 use crate::endpoint::Error;
-use crate::manifest::{Content, Entry, Manifest, Timestamp, Tree};
+use crate::manifest::{Checker, Content, Entry, InvalidTree, Timestamp, Tree};
 use crate::path::RelPath;
 use crate::plan::publish::Step;
-use crate::root::{FileKind, Follow, Metadata};
-use crate::scan::names::Names;
+use crate::root::{FileKind, Follow};
 
 /// What is different afterwards.
-pub(super) struct Changes {
-    /// Generation and time of the new manifest; entries that are new or other than before, and those that a step looks at.
-    pub(super) put: Manifest,
+pub(super) struct Changes<'a> {
+    /// Of the new manifest.
+    pub(super) generation: u64,
+    /// When it is written.
+    pub(super) created: Timestamp,
+    /// Entries that are new or other than before, and those that a step looks at.
+    pub(super) put: Put<'a>,
     /// What is listed no more.
     pub(super) gone: BTreeSet<RelPath>,
 }
@@ -42,14 +46,14 @@ impl<'a> Named<'a> {
 }
 
 /// What `steps` change, and the entries of all that they name.
-pub(super) fn of(
-    run: &Run,
-    state: &State,
+pub(super) fn of<'a>(
+    run: &'a Run,
+    state: &'a State,
     delete: bool,
     failed: &HashSet<u32>,
     steps: &[Step],
     retired: &Retired,
-) -> Result<Changes, Error> {
+) -> Result<Changes<'a>, Error> {
     let (source, old) = (&state.source, &state.old_manifest.tree);
     let named = Named::of(steps);
     let mut gone: BTreeSet<RelPath> =
@@ -57,53 +61,57 @@ pub(super) fn of(
     for unit in retired.gone.keys() {
         gone.extend(within(old, unit).map(|entry| entry.path.clone()));
     }
-    let (mut names, mut put) = (Names::default(), Vec::new());
+    let (mut put, mut changed) = (Put::of_run(run, state), Vec::new());
     for (at, entry) in source.entries().iter().enumerate().filter(|(at, _)| !failed.contains(&(*at as u32))) {
-        let entry = published(run, state, at as u32, entry, &mut names)?;
-        let there = old.get(&entry.path);
-        if !named.has(&entry.path) && there == Some(&entry) {
+        let path = &entry.path;
+        let there = old.get(path);
+        if let Some(there) = there.filter(|_| !named.has(path))
+            && *there == put.made(at as u32)?
+        {
             continue;
         }
         if !entry.is_directory() && there.is_some_and(Entry::is_directory) {
-            gone.extend(within(old, &entry.path).skip(1).map(|below| below.path.clone()));
+            gone.extend(within(old, path).skip(1).map(|below| below.path.clone()));
         }
-        let above = entry.path.ancestors().filter(|above| old.get(above).is_some_and(|above| !above.is_directory()));
-        gone.extend(above);
-        put.push(entry);
+        if !old.entries().is_empty() {
+            let above = path.ancestors().filter(|above| old.get(above).is_some_and(|above| !above.is_directory()));
+            gone.extend(above);
+        }
+        changed.push(at as u32);
     }
+    put.add_of_source(changed);
     // Directories in which something happens, and further names of files that get other permissions.
     let kept = |entry: &&Entry| source.position(&entry.path).is_none() && !gone.contains(&entry.path);
     let beside = named.paths.iter().filter_map(|path| old.get(path)).filter(kept);
-    put.extend(beside.cloned().collect::<Vec<_>>());
+    put.add(beside.cloned());
     let changed: HashSet<&RelPath> =
         named.steps.iter().filter(|step| matches!(step, Step::ApplyMetadata(_))).map(Step::path).collect();
     let further = |entry: &&Entry| matches!(&entry.content, Content::HardLink { first } if changed.contains(first));
     if !changed.is_empty() {
-        put.extend(old.entries().iter().filter(kept).filter(further).cloned().collect::<Vec<_>>());
+        put.add(old.entries().iter().filter(further).filter(kept).cloned());
     }
-    put.sort_by(|a, b| a.path.cmp(&b.path));
-    put.dedup_by(|a, b| a.path == b.path);
-    left_behind(source, old, &mut put, &gone);
-    first_names(source, &mut put, run, state, failed, &mut names)?;
+    let left = left_behind(source, old, &put, &gone)?;
+    put.add(left);
+    first_names(state, &mut put, failed);
+    check(&put)?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let created = Timestamp { seconds: now.as_secs() as i64, nanoseconds: now.subsec_nanos() };
-    Ok(Changes { put: Manifest { generation: state.old_manifest.generation + 1, created, tree: tree(put)? }, gone })
+    Ok(Changes { generation: state.old_manifest.generation + 1, created, put, gone })
 }
 
 /// Further names of a file that is replaced or removed by its first name, and that the run has nothing to do with: the old
 /// content is theirs still. The first of them is a file of its own from now on.
-fn left_behind(source: &Tree, old: &Tree, put: &mut Vec<Entry>, gone: &BTreeSet<RelPath>) {
-    let there = |put: &[Entry], path: &RelPath| put.binary_search_by(|entry| entry.path.cmp(path)).ok();
+fn left_behind(source: &Tree, old: &Tree, put: &Put<'_>, gone: &BTreeSet<RelPath>) -> Result<Vec<Entry>, Error> {
     let mut heirs: BTreeMap<RelPath, RelPath> = BTreeMap::new();
     let mut left: Vec<Entry> = Vec::new();
     for entry in old.entries() {
         let Content::HardLink { first } = &entry.content else { continue };
         let Some(before) = old.get(first) else { continue };
-        let replaced = match there(put, first) {
-            Some(at) => put[at].file() != before.file(),
+        let replaced = match put.get(first)? {
+            Some(now) => now.file() != before.file(),
             None => gone.contains(first),
         };
-        let in_run = source.position(&entry.path).is_some() || there(put, &entry.path).is_some();
+        let in_run = source.position(&entry.path).is_some() || put.holds(&entry.path);
         if !replaced || in_run || gone.contains(&entry.path) {
             continue;
         }
@@ -116,58 +124,34 @@ fn left_behind(source: &Tree, old: &Tree, put: &mut Vec<Entry>, gone: &BTreeSet<
         };
         left.push(Entry { path: entry.path.clone(), content, ..before.clone() });
     }
-    put.extend(left);
-    put.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(left)
 }
 
 /// A hard link is nothing without its first name.
-fn first_names(
-    source: &Tree,
-    put: &mut Vec<Entry>,
-    run: &Run,
-    state: &State,
-    failed: &HashSet<u32>,
-    names: &mut Names,
-) -> Result<(), Error> {
-    let firsts: BTreeSet<RelPath> = put
-        .iter()
-        .filter_map(|entry| if let Content::HardLink { first } = &entry.content { Some(first.clone()) } else { None })
-        .collect();
-    for first in firsts {
-        if put.binary_search_by(|entry| entry.path.cmp(&first)).is_ok() {
-            continue;
-        }
-        let of_source = source.position(&first).filter(|at| !failed.contains(&(*at as u32)));
+fn first_names(state: &State, put: &mut Put<'_>, failed: &HashSet<u32>) {
+    let firsts: BTreeSet<RelPath> = put.hard_links().map(|(_, first)| first.clone()).collect();
+    let missing: Vec<RelPath> = firsts.into_iter().filter(|first| !put.holds(first)).collect();
+    for first in missing {
+        let of_source = state.source.position(&first).map(|at| at as u32).filter(|at| !failed.contains(at));
         match of_source {
-            Some(at) => put.push(published(run, state, at as u32, &source.entries()[at], names)?),
-            None => put.extend(state.old_manifest.tree.get(&first).cloned()),
+            Some(at) => put.add_of_source([at]),
+            None => put.add(state.old_manifest.tree.get(&first).cloned()),
         }
-        put.sort_by(|a, b| a.path.cmp(&b.path));
     }
-    Ok(())
 }
 
-/// An entry of the source as it is at the target afterwards.
-fn published(run: &Run, state: &State, index: u32, entry: &Entry, names: &mut Names) -> Result<Entry, Error> {
-    let mut entry = entry.clone();
-    let there = state.target.position(&entry.path);
-    if let Content::File { digest, .. } = &mut entry.content {
-        let proven = state.staged.get(&index).map(|staged| &staged.0).or_else(|| state.kept.get(&index)).copied();
-        *digest = proven.or_else(|| state.target.entries()[there?].file()?.1).or(*digest);
+fn invalid(error: InvalidTree) -> Error {
+    Error::Refused { by: "the manifest".into(), reason: error.to_string() }
+}
+
+fn check(put: &Put<'_>) -> Result<(), Error> {
+    if put.is_of_source_alone() {
+        // A part of a tree, with what there are further names of, is a tree.
+        return Ok(());
     }
-    let wanted = run.permissions(&entry)?;
-    let now: Option<Metadata> = match state.staged.get(&index) {
-        Some((_, staged)) => Some(*staged),
-        None => there.map(|at| state.metadata[at]),
-    };
-    let own = || (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-    let (uid, gid) = now.map_or_else(own, |now| (now.uid, now.gid));
-    entry.owner = names.user(wanted.uid.unwrap_or(uid));
-    entry.group = names.group(wanted.gid.unwrap_or(gid));
-    if !matches!(entry.content, Content::Symlink { .. }) {
-        entry.mode = wanted.mode;
-    }
-    Ok(entry)
+    let mut checker = Checker::default();
+    let is_file = |path: &RelPath| put.get(path).is_ok_and(|entry| entry.is_some_and(|entry| entry.file().is_some()));
+    put.iter().try_for_each(|item| checker.add(&item?.0, &is_file).map_err(invalid))
 }
 
 /// The entries at `path` and below.
@@ -203,47 +187,82 @@ pub(super) fn stays(run: &Run, state: &State, failed: &HashSet<u32>, old: &Entry
     }
 }
 
-/// `old` with the changes, but for what is at or below the paths that could not be published: of those the old entries stay
-/// where `is_there` finds them. `stays` says it of all else that is not changed.
+/// Gives `each` one by one the entries of `old` with the changes, but for what is at or below the paths that could not be
+/// published: of those the old entries stay where `is_there` finds them. `stays` says it of all else that is not changed. With
+/// an entry that is the source's comes its index there.
 pub(super) fn carried_out(
-    changes: &Changes,
+    changes: &Changes<'_>,
     old: &Tree,
     undone: &HashSet<&RelPath>,
     stays: &dyn Fn(&Entry) -> bool,
     is_there: &dyn Fn(&Entry) -> bool,
-) -> Result<Tree, Error> {
+    each: &mut dyn FnMut(&Entry, Option<u32>) -> Result<(), Error>,
+) -> Result<(), Error> {
     let concerned = |path: &RelPath| {
         !undone.is_empty() && (undone.contains(path) || path.ancestors().any(|above| undone.contains(&above)))
     };
-    let mut put = changes.put.tree.entries().iter().filter(|entry| !concerned(&entry.path)).peekable();
-    let mut entries = Vec::with_capacity(old.entries().len() + changes.put.tree.entries().len());
-    for entry in old.entries() {
-        while let Some(new) = put.next_if(|new| new.path < entry.path) {
-            entries.push(new.clone());
+    let mut listed = Listed::new(changes, old, each);
+    let mut olds = old.entries().iter().peekable();
+    let mut old_before = |listed: &mut Listed<'_>, path: Option<&RelPath>| -> Result<(), Error> {
+        while let Some(entry) = olds.next_if(|entry| path.is_none_or(|path| entry.path < *path)) {
+            let remains = match concerned(&entry.path) {
+                true => is_there(entry),
+                false => !changes.gone.contains(&entry.path) && stays(entry),
+            };
+            if remains {
+                listed.add(entry, None)?;
+            }
         }
-        if let Some(new) = put.next_if(|new| new.path == entry.path) {
-            entries.push(new.clone());
-            continue;
+        if let Some(path) = path {
+            olds.next_if(|entry| entry.path == *path);
         }
-        let remains = match concerned(&entry.path) {
-            true => is_there(entry),
-            false => !changes.gone.contains(&entry.path) && stays(entry),
-        };
-        if remains {
-            entries.push(entry.clone());
+        Ok(())
+    };
+    for item in changes.put.iter() {
+        let (entry, index) = item?;
+        if !concerned(&entry.path) {
+            old_before(&mut listed, Some(&entry.path))?;
+            listed.add(&entry, index)?;
         }
     }
-    entries.extend(put.cloned());
-    // What has no digest is not vouched for, nor is a hard link whose first name is not.
-    entries.retain(|entry| !matches!(entry.content, Content::File { digest: None, .. }));
-    if entries.iter().any(|entry| matches!(entry.content, Content::HardLink { .. })) {
-        let files: HashSet<RelPath> =
-            entries.iter().filter(|entry| entry.file().is_some()).map(|entry| entry.path.clone()).collect();
-        entries.retain(|entry| !matches!(&entry.content, Content::HardLink { first } if !files.contains(first)));
-    }
-    tree(entries)
+    old_before(&mut listed, None)
 }
 
-fn tree(entries: Vec<Entry>) -> Result<Tree, Error> {
-    Tree::new(entries).map_err(|error| Error::Refused { by: "the manifest".into(), reason: error.to_string() })
+/// What comes into a manifest: what has no digest is not vouched for, nor is a hard link whose first name is not.
+struct Listed<'a> {
+    checker: Checker,
+    /// What there are further names of.
+    firsts: HashSet<RelPath>,
+    /// Those of them that are listed.
+    files: HashSet<RelPath>,
+    each: &'a mut dyn FnMut(&Entry, Option<u32>) -> Result<(), Error>,
+}
+
+impl<'a> Listed<'a> {
+    fn new(
+        changes: &Changes<'_>,
+        old: &Tree,
+        each: &'a mut dyn FnMut(&Entry, Option<u32>) -> Result<(), Error>,
+    ) -> Listed<'a> {
+        let before = old.entries().iter().filter_map(|entry| match &entry.content {
+            Content::HardLink { first } => Some(first),
+            _ => None,
+        });
+        let firsts = before.chain(changes.put.hard_links().map(|(_, first)| first)).cloned().collect();
+        Listed { checker: Checker::default(), firsts, files: HashSet::new(), each }
+    }
+
+    fn add(&mut self, entry: &Entry, index: Option<u32>) -> Result<(), Error> {
+        match &entry.content {
+            Content::File { digest: None, .. } => return Ok(()),
+            Content::HardLink { first } if !self.files.contains(first) => return Ok(()),
+            Content::File { .. } if self.firsts.contains(&entry.path) => {
+                self.files.insert(entry.path.clone());
+            }
+            _ => {}
+        }
+        let files = &self.files;
+        self.checker.add(entry, &|path| files.contains(path)).map_err(invalid)?;
+        (self.each)(entry, index)
+    }
 }

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use super::area::Area;
 use super::metadata::{Acls, apply_directory};
 use super::publish::{self, Record};
+use super::remember::Remembering;
 use super::retire;
 use super::target::{Run, State, io, rel};
 use super::trash::Trash;
-use super::{audited, changes, known, links, recall, record, unit};
+use super::{audited, changes, links, recall, record, unit};
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
 use crate::manifest::{Content, Entry, Manifest, Tree};
@@ -23,7 +24,6 @@ use crate::staging::Permissions;
 /// Publishes the run.
 pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
     let mut state = run.state();
-    let state = &mut *state;
     let Some(staging) = &run.staging else { return Err(Error::Usage("a dry run publishes nothing".into())) };
     let source = Arc::clone(&state.source);
     links::record(run, &state.refused, &source, monitor)?;
@@ -33,12 +33,13 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         delete_later: options.delete_later || (options.delete && !state.refused.is_empty()),
         ..options.clone()
     };
-    let mut failed = not_staged(state, options);
+    let mut failed = not_staged(&mut state, options);
     failed.extend(state.refused.keys());
-    let mut withheld = withhold(run, state, options, &mut failed);
+    let mut withheld = withhold(run, &state, options, &mut failed);
     let held_back = !withheld.is_empty();
     withheld.extend(state.refused.iter().map(|(&at, why)| (source.entries()[at as usize].path.clone(), why.clone())));
-    let retired = retire::decide(run, state, options, &failed)?;
+    let retired = retire::decide(run, &mut state, options, &failed)?;
+    let state = &*state;
     let put_off = shown(retired.put_off.iter().cloned());
     let publication = Publication {
         source: &source,
@@ -72,10 +73,10 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let acls = late_acls(run, &source, &steps)?;
     let (actor, from) = (run.options.actor.clone(), run.options.source.clone());
     let (withheld_rights, acls_given) = decided(run, state, &failed);
-    let (created, generation) = (changes.put.created, changes.put.generation);
+    let (created, generation) = (changes.created, changes.generation);
     let trash = run.options.trash_seconds.is_some().then(|| trash::name(created.seconds, generation));
     let trash = trash.as_deref().map(rel).transpose()?;
-    let (before, login) = (record::before(&state.target, &changes.put.tree, &steps), run.options.login.clone());
+    let (before, login) = (record::before(&state.target, &changes.put, &steps), run.options.login.clone());
     let record = Record {
         actor,
         source: from,
@@ -87,21 +88,32 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         before,
         trash,
     };
-    audited::announce(&run.root, Area::Run, &record, &changes.put, monitor)?;
+    audited::announce(&run.root, Area::Run, &record, &changes, monitor)?;
     publish::write_down(&run.root, staging, &record, &changes, &acls)?;
-    state.recorded = true;
+    state.recorded.set(true);
     let problems = publish::carry_out(&run.root, staging, Area::Run, &record, &changes, &acls)?;
     let stays = |old: &Entry| changes::stays(run, state, &failed, old);
     let old = &state.old_manifest.tree;
-    let (manifest, digest) = publish::put_in_force(&run.root, staging, &record, &changes, old, &problems, &stays)?;
+    let mut kept = recall::is_worth_keeping(old.entries().len().max(source.entries().len())).then(Vec::new);
+    let mut remembering = Remembering::new(run, state, &record);
+    let mut each = |entry: &Entry, index: Option<u32>| {
+        remembering.add(entry, index);
+        if let Some(kept) = &mut kept {
+            kept.push(entry.clone());
+        }
+    };
+    let in_force = publish::put_in_force(&run.root, staging, &record, &changes, old, &problems, &stays, &mut each)?;
+    let digest = in_force.digest;
     if let Some(birth) = &run.birth {
         birth.appear(&run.root)?;
         // Only now it has the mode that it keeps.
-        publish::admit_readers(&run.root, &manifest.tree)?;
+        publish::admit_readers(&run.root, &in_force)?;
     }
-    remember(run, state, &record, &manifest, monitor);
-    let generation = manifest.generation;
-    recall::keep_manifest(&run.root, Arc::new(manifest), digest);
+    remembering.store(monitor);
+    match kept.and_then(|entries| Tree::new(entries).ok()) {
+        Some(tree) => recall::keep_manifest(&run.root, Arc::new(Manifest { generation, created, tree }), digest),
+        None => recall::forget_manifest(&run.root),
+    }
     // What a step could not do is claimed by nobody, nor what was to come with it.
     let undone: BTreeSet<&RelPath> = problems.iter().map(|(path, _)| path).collect();
     let whole =
@@ -169,25 +181,28 @@ pub(super) fn shown(problems: impl IntoIterator<Item = (RelPath, String)>) -> Ve
 pub(super) fn not_staged(state: &mut State, options: &CommitOptions) -> HashSet<u32> {
     let source = Arc::clone(&state.source);
     let mut failed: HashSet<u32> = options.failed.iter().copied().collect();
-    for action in &mut state.plan.actions {
-        let index = action.index;
-        if source.entries()[index as usize].file().is_none() || action.need == Need::Nothing {
-            continue;
-        }
-        if state.staged.contains_key(&index) {
-            action.change = if action.change == Change::Added { Change::Added } else { Change::Modified };
-        } else if !state.kept.contains_key(&index) {
-            failed.insert(index);
-        }
+    let State { plan, staged, kept, target, .. } = state;
+    let staged = staged.get_mut();
+    let is_file = |action: &Action| source.entries()[action.index as usize].file().is_some();
+    let is_needed = |action: &&Action| is_file(action) && action.need != Need::Nothing;
+    let lacks = |action: &&Action| !staged.contains(action.index) && !kept.contains(action.index);
+    failed.extend(plan.actions.iter().filter(is_needed).filter(lacks).map(|action| action.index));
+    // The engine goes by the same list: only what changes something copies it.
+    let differs =
+        |action: &Action| is_needed(&action) && action.change == Change::MetadataOnly && staged.contains(action.index);
+    if plan.actions.iter().any(differs) {
+        plan.actions.iter_mut().filter(|action| differs(action)).for_each(|action| action.change = Change::Modified);
     }
     // The further names of what was compared and is the same stay, too.
-    let (kept, target) = (&state.kept, &state.target);
-    state.plan.actions.retain(|action| {
+    let stays = |action: &Action| {
         let entry = &source.entries()[action.index as usize];
-        let Content::HardLink { first } = &entry.content else { return true };
-        let same = source.position(first).is_some_and(|at| kept.contains_key(&(at as u32)));
-        !(same && target.get(&entry.path).is_some_and(|there| there.content == entry.content))
-    });
+        let Content::HardLink { first } = &entry.content else { return false };
+        let same = source.position(first).is_some_and(|at| kept.contains(at as u32));
+        same && target.get(&entry.path).is_some_and(|there| there.content == entry.content)
+    };
+    if plan.actions.iter().any(stays) {
+        plan.actions.retain(|action| !stays(action));
+    }
     for action in &state.plan.actions {
         if let Content::HardLink { first } = &source.entries()[action.index as usize].content
             && source.position(first).is_some_and(|at| failed.contains(&(at as u32)))
@@ -238,52 +253,13 @@ pub(super) fn withhold(
     held
 }
 
-/// Keeps for the next run what is known of the files now.
-fn remember(run: &Run, state: &State, record: &Record, manifest: &Manifest, monitor: &dyn Monitor) {
-    // A run that looked at a part says nothing of the rest, and is not to cost what the rest would.
-    let part = run.options.filter.only.is_some();
-    let looked_at = if part { state.source.entries() } else { manifest.tree.entries() };
-    let firsts: HashSet<&RelPath> = looked_at
-        .iter()
-        .filter_map(|entry| if let Content::HardLink { first } = &entry.content { Some(first) } else { None })
-        .collect();
-    let steps = record.steps.iter();
-    let whole: HashSet<&RelPath> =
-        steps.filter(|step| matches!(step, Step::NewDirectory(_) | Step::Exchange(_))).map(Step::path).collect();
-    let in_whole = |path: &RelPath| !whole.is_empty() && path.ancestors().any(|above| whole.contains(&above));
-    let mut files = match part {
-        true => known::Files::amending(&run.root, &manifest.tree),
-        false => known::Files::new(&run.root, &manifest.tree),
-    };
-    for (entry, metadata) in state.target.entries().iter().zip(&state.metadata) {
-        match manifest.tree.get(&entry.path).is_some_and(|listed| listed.file() == entry.file()) || !part {
-            true => files.unchanged(entry, metadata),
-            false => files.gone(metadata),
-        }
-    }
-    for entry in looked_at.iter().filter(|entry| entry.file().is_some()) {
-        let Some(index) = manifest.tree.position(&entry.path) else { continue };
-        let at = state.source.position(&entry.path).map(|at| at as u32);
-        let staged = at.and_then(|at| state.staged.get(&at));
-        let planned = || at.is_some_and(|at| state.plan.actions.binary_search_by_key(&at, |one| one.index).is_ok());
-        match staged {
-            // What was moved with the directory above it is what it was in staging.
-            Some((_, metadata)) if in_whole(&entry.path) && !firsts.contains(&entry.path) => {
-                files.published(index, metadata);
-            }
-            _ if firsts.contains(&entry.path) || planned() || in_whole(&entry.path) => files.look(index),
-            // A rule kept it out of this run.
-            _ if state.target.position(&entry.path).is_none() => files.apart(index),
-            _ => {}
-        }
-    }
-    files.store(monitor);
-}
-
 /// Makes the staged tree what is to be published: with its links, without what failed.
 pub(super) fn settle(run: &Run, staging: &Root, state: &State, failed: &HashSet<u32>) -> Result<(), Error> {
     let source = &state.source;
-    let mut linked: HashSet<&RelPath> = HashSet::new();
+    let is_staged = |path: &RelPath| {
+        let index = source.position(path).map(|at| at as u32);
+        index.is_some_and(|index| !failed.contains(&index) && state.staged.borrow().contains(index))
+    };
     for action in &state.plan.actions {
         let entry = &source.entries()[action.index as usize];
         let path = run.staged_path(&entry.path)?;
@@ -291,11 +267,10 @@ pub(super) fn settle(run: &Run, staging: &Root, state: &State, failed: &HashSet<
             staging.remove_tree(&path).map_err(io)?;
             continue;
         }
+        if action.change == Change::MetadataOnly {
+            continue;
+        }
         match &entry.content {
-            Content::File { .. } if state.staged.contains_key(&action.index) => {
-                linked.insert(&entry.path);
-            }
-            _ if action.change == Change::MetadataOnly => {}
             Content::Symlink { target } => {
                 staging.remove_tree(&path).map_err(io)?;
                 staging.symlink(target, &path).map_err(io)?;
@@ -303,7 +278,7 @@ pub(super) fn settle(run: &Run, staging: &Root, state: &State, failed: &HashSet<
             }
             Content::HardLink { first } => {
                 staging.remove_tree(&path).map_err(io)?;
-                let made = match linked.contains(first) {
+                let made = match is_staged(first) {
                     true => staging.hard_link(&run.staged_path(first)?, &path),
                     false => run.root.hard_link_to(first, staging, &path),
                 };

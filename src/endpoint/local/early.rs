@@ -4,18 +4,18 @@
 //! with this content and these permissions; a file counts as whole only by a digest that was proven when it was staged, and
 //! while its inode, size and times are what they were then.
 
-use std::collections::HashMap;
 use std::io::{ErrorKind, Read as _};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::RenameFlags;
 
 use super::area::Area;
+use super::by_index::ByIndex;
 use super::metadata;
 use super::publish;
-use super::target::{Run, io, rel, stage_failure};
+use super::target::{Run, Staged, io, rel, stage_failure};
 use crate::endpoint::Error;
-use crate::manifest::{Digest, Entry, Tree};
+use crate::manifest::{Entry, Tree};
 use crate::path::RelPath;
 use crate::plan::{Need, Plan};
 use crate::root::{FileKind, Follow, Metadata, Root};
@@ -37,14 +37,17 @@ fn table(early: &Root) -> DigestTable {
 }
 
 /// Keeps for later what a run staged that was not to publish anything.
-pub(super) fn keep(early: &Root, staged: &HashMap<u32, (Digest, Metadata)>) -> Result<(), Error> {
-    if staged.is_empty() {
+pub(super) fn keep(early: &Root, source: &Tree, staged: &ByIndex<Staged>) -> Result<(), Error> {
+    let whole = staged.iter().filter_map(|(index, staged)| {
+        let entry = source.entries().get(index as usize)?;
+        Some((staged.fingerprint(entry)?, staged.digest))
+    });
+    let mut whole = whole.peekable();
+    if whole.peek().is_none() {
         return Ok(());
     }
     let mut known = table(early);
-    for (digest, metadata) in staged.values() {
-        known.insert(metadata, *digest);
-    }
+    whole.for_each(|(file, digest)| known.insert(file, digest));
     publish::store(early, WHOLE, &known.to_bytes())
 }
 
@@ -74,13 +77,8 @@ pub(super) fn prepare(run: &Run, early: &Root, source: &Tree, plan: &mut Plan) -
 }
 
 /// Takes over into `staging` what was staged before of what `plan` wants, and says so in it. Gives the files that are whole.
-pub(super) fn take(
-    run: &Run,
-    staging: &Root,
-    source: &Tree,
-    plan: &mut Plan,
-) -> Result<HashMap<u32, (Digest, Metadata)>, Error> {
-    let mut taken = HashMap::new();
+pub(super) fn take(run: &Run, staging: &Root, source: &Tree, plan: &mut Plan) -> Result<ByIndex<Staged>, Error> {
+    let mut taken = ByIndex::default();
     let early = match run.root.subroot(&rel(Area::Early.in_root())?) {
         Ok(early) => early,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(taken),
@@ -90,7 +88,7 @@ pub(super) fn take(
     let whole = table(&early);
     for action in &mut plan.actions {
         let entry = &source.entries()[action.index as usize];
-        let (Some((size, digest)), Need::Content { resume_at: 0 }) = (entry.file(), action.need) else { continue };
+        let (Some((size, digest)), Need::Content { resume_at: 0 }) = (entry.file(), &action.need) else { continue };
         let path = run.staged_path(&entry.path)?;
         let Ok(there) = early.stat(&path, Follow::Never) else { continue };
         let known = whole.get(&there);
@@ -104,7 +102,8 @@ pub(super) fn take(
         {
             Some(known) => {
                 // The new name is a change of its own.
-                taken.insert(action.index, (known, staging.stat(&path, Follow::Never).map_err(io)?));
+                let found = staging.stat(&path, Follow::Never).map_err(io)?;
+                taken.insert(action.index, Staged::of(entry, known, &found));
                 Need::Nothing
             }
             None => Need::Content { resume_at: found },

@@ -16,8 +16,8 @@ use crate::manifest::{Digest, Entry, Tree};
 use crate::monitor::threads::Threads;
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
-use crate::root::{FileKind, Follow, Metadata, Root};
-use crate::scan::cache::{DigestTable, Known, is_dated, is_settled};
+use crate::root::{FileKind, Fingerprint, Follow, Metadata, Root, Seen};
+use crate::scan::cache::{DigestTable, is_dated, is_settled};
 use crate::staging::clean_pages;
 
 /// What is hashed between two times that the table is stored: so much is lost when the machine stops.
@@ -32,7 +32,7 @@ pub(super) struct Look<'a> {
     /// What earlier runs vouch for.
     pub(super) listed: &'a Tree,
     /// What stat said of the target's entries, by their index.
-    pub(super) metadata: &'a [Metadata],
+    pub(super) metadata: &'a [Seen],
     /// Believe no digest that was computed before.
     pub(super) hash_all: bool,
     /// Change nothing, not even the table.
@@ -60,10 +60,10 @@ pub(super) fn complete(look: &Look<'_>, target: &mut Tree, monitor: &dyn Monitor
 fn find(look: &Look<'_>, target: &mut Tree, monitor: &dyn Monitor) {
     let mut table = if look.hash_all { Arc::default() } else { recall::table(look.root) };
     let mut unknown = Vec::new();
-    for (index, metadata) in look.metadata.iter().enumerate() {
+    for index in 0..look.metadata.len() {
         let entry = &target.entries()[index];
         let Some((size, _)) = entry.file() else { continue };
-        if let Some(digest) = table.get(metadata) {
+        if let Some(digest) = content_of(look, entry, index).and_then(|content| table.get(content)) {
             target.set_digest(index, digest);
         } else if look.source.get(&entry.path).and_then(|entry| entry.file()).is_some_and(|there| there.0 == size) {
             unknown.push((index, size));
@@ -91,14 +91,20 @@ fn find(look: &Look<'_>, target: &mut Tree, monitor: &dyn Monitor) {
         let looked = SystemTime::now();
         for (index, digest) in hash(look, target, batch, monitor) {
             target.set_digest(index, digest);
-            if is_settled(&look.metadata[index], looked) {
-                Arc::make_mut(&mut table).insert(&look.metadata[index], digest);
+            let content = content_of(look, &target.entries()[index], index);
+            if let Some(content) = content.filter(|content| is_settled(*content, looked)) {
+                Arc::make_mut(&mut table).insert(content, digest);
             }
         }
         if !look.dry_run {
             recall::keep_table(look.root, Arc::clone(&table), monitor);
         }
     }
+}
+
+/// Which content the scan saw.
+fn content_of(look: &Look<'_>, entry: &Entry, index: usize) -> Option<Fingerprint> {
+    Some(look.metadata[index].fingerprint(entry.file()?.0, entry.mtime))
 }
 
 /// Hashes files by several threads. One that cannot be read, or is not what the scan saw, has no digest.
@@ -109,8 +115,9 @@ fn hash(look: &Look<'_>, target: &Tree, files: &[(usize, u64)], monitor: &dyn Mo
             scope.spawn(|| {
                 let mut buffer = vec![0; BUFFER_BYTES];
                 while let Some(&(index, _)) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let path = &target.entries()[index].path;
-                    if let Some(digest) = hash_one(look.root, path, &look.metadata[index], &mut buffer, monitor) {
+                    let entry = &target.entries()[index];
+                    let Some(seen) = content_of(look, entry, index) else { continue };
+                    if let Some(digest) = hash_one(look.root, &entry.path, seen, &mut buffer, monitor) {
                         found.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push((index, digest));
                     }
                 }
@@ -120,13 +127,20 @@ fn hash(look: &Look<'_>, target: &Tree, files: &[(usize, u64)], monitor: &dyn Mo
     found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-fn hash_one(root: &Root, path: &RelPath, seen: &Metadata, buffer: &mut [u8], monitor: &dyn Monitor) -> Option<Digest> {
+fn hash_one(
+    root: &Root,
+    path: &RelPath,
+    seen: Fingerprint,
+    buffer: &mut [u8],
+    monitor: &dyn Monitor,
+) -> Option<Digest> {
     let mut file = root.open_read(path, Follow::Never).ok()?;
     // RACE: another file, even a FIFO, may have got the name since the scan: nothing else is read.
-    if !Metadata::of(&file).ok()?.same_content(seen) {
+    let found = Metadata::of(&file).ok()?;
+    if Fingerprint::from(&found) != seen {
         return None;
     }
-    clean_pages(&file, seen);
+    clean_pages(&file, &found);
     let mut hash = Sha256::new();
     loop {
         if monitor.stopped() {
@@ -139,90 +153,88 @@ fn hash_one(root: &Root, path: &RelPath, seen: &Metadata, buffer: &mut [u8], mon
             Err(_) => return None,
         }
     }
-    Metadata::of(&file).ok()?.same_content(seen).then(|| Digest(hash.finalize().into()))
+    let same = Fingerprint::from(&Metadata::of(&file).ok()?) == seen;
+    same.then(|| Digest(hash.finalize().into()))
 }
 
 /// The table after a run, as it is put together.
 pub(super) struct Files<'a> {
     root: &'a Root,
-    /// What is published.
-    tree: &'a Tree,
     table: Arc<DigestTable>,
-    /// What was known before, for the times of hashing; `None` where the table has it still.
-    before: Option<Arc<DigestTable>>,
+    /// By their places in the table the files that are to be known; `None` where what is known stays.
+    told: Option<Vec<bool>>,
     /// The directory that was last looked into.
     beside: Option<(RelPath, Root)>,
 }
 
 impl<'a> Files<'a> {
     /// What is told is all that is to be known: what nobody has any more is forgotten.
-    pub(super) fn new(root: &'a Root, tree: &'a Tree) -> Files<'a> {
-        Files { root, tree, table: Arc::default(), before: Some(recall::table(root)), beside: None }
+    pub(super) fn new(root: &'a Root) -> Files<'a> {
+        Files { told: Some(Vec::new()), ..Files::amending(root) }
     }
 
-    /// What is known stays, and the files of `tree` that are looked at are added.
-    pub(super) fn amending(root: &'a Root, tree: &'a Tree) -> Files<'a> {
-        Files { root, tree, table: recall::table(root), before: None, beside: None }
+    /// What is known stays, and the files that are looked at are added.
+    pub(super) fn amending(root: &'a Root) -> Files<'a> {
+        Files { root, table: recall::table(root), told: None, beside: None }
+    }
+
+    fn tell(&mut self, content: Fingerprint) {
+        if let (Some(told), Some(place)) = (&mut self.told, self.table.place(content)) {
+            if told.len() <= place {
+                told.resize(self.table.len(), false);
+            }
+            told[place] = true;
+        }
+    }
+
+    fn insert(&mut self, content: Fingerprint, digest: Digest) {
+        Arc::make_mut(&mut self.table).insert(content, digest);
+        self.tell(content);
     }
 
     /// A file of the target that a run left as it was, as the scan saw it.
-    pub(super) fn unchanged(&mut self, entry: &Entry, metadata: &Metadata) {
-        let Some((_, Some(digest))) = entry.file() else { return };
-        let known = |table: &DigestTable| table.known(metadata).filter(|known| known.digest == digest);
-        let Some(before) = &self.before else {
-            if known(&self.table).is_none() {
-                Arc::make_mut(&mut self.table).insert(metadata, digest);
-            }
-            return;
-        };
-        let table = Arc::make_mut(&mut self.table);
-        match known(before) {
-            Some(Known { hashed, .. }) => {
-                table.insert_as_of(metadata, Known { digest, hashed });
-                if let Some(blocks) = before.blocks(metadata) {
-                    table.set_blocks(metadata, blocks.into());
-                }
-            }
+    pub(super) fn unchanged(&mut self, entry: &Entry, seen: &Seen) {
+        let Some((size, Some(digest))) = entry.file() else { return };
+        let content = seen.fingerprint(size, entry.mtime);
+        match self.table.get(content) == Some(digest) {
+            true => self.tell(content),
             // It was hashed by this run.
-            None => table.insert(metadata, digest),
+            false => self.insert(content, digest),
         }
     }
 
     /// A file of the target that a run had nothing to do with: what was known of it is known still.
-    pub(super) fn apart(&mut self, index: usize) {
-        let tree = self.tree;
-        let entry = &tree.entries()[index];
-        let Some(metadata) = self.stat(&entry.path) else { return };
-        let known = self.before.as_ref().and_then(|before| before.known(&metadata)).map(|known| known.digest);
+    pub(super) fn apart(&mut self, entry: &Entry) {
+        let Some(found) = self.stat(&entry.path) else { return };
+        let known = self.table.get(&found);
         if known.is_some() && entry.file().is_some_and(|(_, listed)| listed == known) {
-            self.unchanged(entry, &metadata);
+            self.tell((&found).into());
         }
     }
 
-    /// A file that is published, with what stat said of it when it had got its content and permissions.
-    pub(super) fn published(&mut self, index: usize, metadata: &Metadata) {
-        let entry = &self.tree.entries()[index];
-        let Some((size, Some(digest))) = entry.file() else { return };
-        // RACE: who writes to a file right after it was published gives it another time than it is listed with. Only one
-        // who puts that time back within the same tick of the clock is not noticed, until the file changes again.
-        let as_published = metadata.kind == FileKind::Regular && metadata.size == size && metadata.mtime == entry.mtime;
-        if as_published && is_dated(metadata) {
-            Arc::make_mut(&mut self.table).insert(metadata, digest);
+    /// A file that is published, with which content it had when it had got its permissions.
+    pub(super) fn published(&mut self, entry: &Entry, content: Fingerprint) {
+        if let Some((_, Some(digest))) = entry.file().filter(|_| is_dated(content)) {
+            self.insert(content, digest);
         }
     }
 
     /// The same, where its inode changed since: it is looked at again.
-    pub(super) fn look(&mut self, index: usize) {
-        let path = &self.tree.entries()[index].path;
-        if let Some(metadata) = self.stat(path) {
-            self.published(index, &metadata);
+    pub(super) fn look(&mut self, entry: &Entry) {
+        let Some(found) = self.stat(&entry.path) else { return };
+        // RACE: who writes to a file right after it was published gives it another time than it is listed with. Only one
+        // who puts that time back within the same tick of the clock is not noticed, until the file changes again.
+        let size = entry.file().map(|(size, _)| size);
+        if found.kind == FileKind::Regular && Some(found.size) == size && found.mtime == entry.mtime {
+            self.published(entry, (&found).into());
         }
     }
 
     /// A file that is there no more.
-    pub(super) fn gone(&mut self, metadata: &Metadata) {
-        if self.table.known(metadata).is_some() {
-            Arc::make_mut(&mut self.table).remove(metadata);
+    pub(super) fn gone(&mut self, entry: &Entry, seen: &Seen) {
+        let content = entry.file().map(|(size, _)| seen.fingerprint(size, entry.mtime));
+        if let Some(content) = content.filter(|content| self.table.known(*content).is_some()) {
+            Arc::make_mut(&mut self.table).remove(content);
         }
     }
 
@@ -236,7 +248,12 @@ impl<'a> Files<'a> {
     }
 
     /// Stores the table; that it could not be makes the next run slower, not wrong.
-    pub(super) fn store(self, monitor: &dyn Monitor) {
+    pub(super) fn store(mut self, monitor: &dyn Monitor) {
+        if let Some(told) = &self.told
+            && (0..self.table.len()).any(|place| told.get(place) != Some(&true))
+        {
+            Arc::make_mut(&mut self.table).keep_only(&|place| told.get(place) == Some(&true));
+        }
         recall::keep_table(self.root, self.table, monitor);
     }
 }

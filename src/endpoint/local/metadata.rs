@@ -4,10 +4,11 @@ use std::collections::HashMap;
 
 use rustix::fs::RenameFlags;
 
+use super::put::Put;
 use super::target::{Run, io, rel, stage_failure};
 use crate::access::{AclLists, Inode};
 use crate::endpoint::Error;
-use crate::manifest::{Content, Digest, Entry, Tree};
+use crate::manifest::{Content, Digest, Entry};
 use crate::path::RelPath;
 use crate::root::{FileKind, Root};
 use crate::scan::names;
@@ -80,16 +81,14 @@ pub(super) struct Existing<'a> {
     staging: &'a Root,
     acls: &'a Acls,
     /// The further names in the tree of each file that has some.
-    names: HashMap<&'a RelPath, Vec<&'a RelPath>>,
+    names: HashMap<RelPath, Vec<RelPath>>,
 }
 
 impl<'a> Existing<'a> {
-    pub(super) fn new(root: &'a Root, staging: &'a Root, tree: &'a Tree, acls: &'a Acls) -> Existing<'a> {
-        let mut names: HashMap<&RelPath, Vec<&RelPath>> = HashMap::new();
-        for entry in tree.entries() {
-            if let Content::HardLink { first } = &entry.content {
-                names.entry(first).or_default().push(&entry.path);
-            }
+    pub(super) fn new(root: &'a Root, staging: &'a Root, put: &Put<'_>, acls: &'a Acls) -> Existing<'a> {
+        let mut names: HashMap<RelPath, Vec<RelPath>> = HashMap::new();
+        for (path, first) in put.hard_links() {
+            names.entry(first.clone()).or_default().push(path.clone());
         }
         Existing { root, staging, acls, names }
     }
@@ -148,7 +147,7 @@ impl<'a> Existing<'a> {
     }
 
     /// Puts the copy in the file's place, under all names that it has in the tree.
-    fn replace(&self, path: &RelPath, others: &[&RelPath], copy: &Inode) -> Result<(), Error> {
+    fn replace(&self, path: &RelPath, others: &[RelPath], copy: &Inode) -> Result<(), Error> {
         // DURABILITY: a name must not lead to content that is not stored.
         let file = copy.readable().map_or(Ok(()), std::fs::File::sync_all);
         file.map_err(|source| failed(self.root, path, "write to stable storage", source))?;

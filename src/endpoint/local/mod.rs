@@ -2,6 +2,7 @@
 
 mod area;
 mod audited;
+mod by_index;
 mod changes;
 mod circle;
 mod commit;
@@ -9,13 +10,16 @@ mod early;
 mod fold;
 mod known;
 mod links;
+mod looked;
 mod metadata;
 mod place;
 mod prepare;
 mod publish;
+mod put;
 mod recall;
 mod record;
 mod refusals;
+mod remember;
 mod repair;
 mod retire;
 mod room;
@@ -25,10 +29,11 @@ mod trash;
 mod unit;
 mod writer;
 
+pub(in crate::endpoint) use looked::Looked;
 pub use place::{anywhere, beneath};
 pub(crate) use refusals::recorded;
 pub use repair::Repair;
 pub use source::LocalSource;
-pub(in crate::endpoint) use source::{LocalReader, Looked, Opened, Piece, changed, hashed, produced_whole, unreadable};
+pub(in crate::endpoint) use source::{LocalReader, Opened, Piece, changed, hashed, produced_whole, unreadable};
 pub use target::LocalTarget;
 pub(crate) use target::POINTERS;

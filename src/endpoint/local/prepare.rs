@@ -15,7 +15,6 @@ impl Run {
     pub(super) fn prepare(&self, staging: &Root, source: &Tree, plan: &mut Plan) -> Result<(), Error> {
         let stage_error = |error: StageError| stage_failure(&error, staging);
         let before = Journal::load(staging).map_err(stage_error)?;
-        let mut files = Vec::new();
         let mut directories: Vec<RelPath> = Vec::new();
         let mut resumed: HashSet<RelPath> = HashSet::new();
         for action in &mut plan.actions {
@@ -29,7 +28,6 @@ impl Run {
                     action.need = Need::Content { resume_at };
                     resumed.insert(self.staged_path(&entry.path)?);
                 }
-                files.push((entry.path.clone(), size, entry.mtime));
             }
             if action.change == Change::MetadataOnly && action.need == Need::Nothing {
                 continue;
@@ -43,7 +41,12 @@ impl Run {
             }
         }
         drop_leftovers(staging, &resumed)?;
-        Journal::new(files).store(staging).map_err(stage_error)?;
+        drop(before);
+        let files = plan.actions.iter().filter(|action| action.need != Need::Nothing).filter_map(|action| {
+            let entry = &source.entries()[action.index as usize];
+            Some((&entry.path, entry.file()?.0, entry.mtime))
+        });
+        Journal::store_list(staging, files).map_err(stage_error)?;
         let mut made: HashSet<RelPath> = HashSet::new();
         for directory in directories {
             if made.contains(&directory) {

@@ -4,22 +4,23 @@
 //! this run or by the next one, and the manifest that is put in force lists nothing that a step did not bring about.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fs::File;
 use std::io::{ErrorKind, Read as _, Write as _};
 
 use rustix::fs::{Mode, RenameFlags};
 use rustix::io::Errno;
-use sha2::{Digest as _, Sha256};
 
 use super::area::Area;
 use super::audited;
 use super::changes::{self, Changes};
 use super::metadata::{Acls, Existing};
+use super::put::Put;
 use super::recall;
 pub(super) use super::record::Record;
 use super::target::{MANIFEST, STATE, io, rel};
 use super::trash::{Trash, rename_whole};
 use crate::endpoint::Error;
-use crate::manifest::{Digest, Entry, Manifest, Tree, format};
+use crate::manifest::{Audience, Digest, Entry, Manifest, Readers, Tree, format};
 use crate::monitor::Silent;
 use crate::path::RelPath;
 use crate::plan::publish::Step;
@@ -40,14 +41,20 @@ pub(super) fn write_down(
     root: &Root,
     staging: &Root,
     record: &Record,
-    changes: &Changes,
+    changes: &Changes<'_>,
     acls: &Acls,
 ) -> Result<(), Error> {
     // DURABILITY: all content and permissions first, then what becomes of the manifest; only then the record that makes them
     // the truth.
     root.sync_filesystem().map_err(io)?;
     store(staging, ACLS, acls.encode().as_bytes())?;
-    store(staging, CHANGES, &format::encode(&changes.put))?;
+    store_by(staging, CHANGES, |file| {
+        let mut encoder = format::Encoder::new(file, changes.generation, changes.created).map_err(Failed::Write)?;
+        for item in changes.put.iter() {
+            encoder.add(&item.map_err(Failed::Other)?.0).map_err(Failed::Write)?;
+        }
+        encoder.finish().map_err(Failed::Write)
+    })?;
     staging.sync_dir(None).map_err(io)?;
     store(staging, RECORD, record.encode(&changes.gone).as_bytes())?;
     staging.sync_dir(None).map_err(io)
@@ -61,28 +68,38 @@ pub(super) fn carry_out(
     staging: &Root,
     area: Area,
     record: &Record,
-    changes: &Changes,
+    changes: &Changes<'_>,
     acls: &Acls,
 ) -> Result<Vec<(RelPath, String)>, Error> {
-    let problems = execute(root, staging, record, &changes.put.tree, acls)?;
-    audited::tell(root, area, record, &changes.put, &problems)?;
+    let problems = execute(root, staging, record, &changes.put, acls)?;
+    audited::tell(root, area, record, changes, &problems)?;
     if area == Area::Repair {
         finish(root, area)?;
     }
     Ok(problems)
 }
 
-/// Puts the manifest in force that what was carried out makes of the `old` one, and clears the staging area. Answers it and
-/// the SHA-256 of its file.
+/// A manifest that was put in force.
+pub(super) struct InForce {
+    /// SHA-256 of its file.
+    pub(super) digest: Digest,
+    /// Who may read all that it lists, wherever that lies.
+    readers: Audience,
+}
+
+/// Puts the manifest in force that what was carried out makes of the `old` one, and clears the staging area. `each` is given
+/// what is listed, one by one; with an entry that is the source's comes its index there.
+#[allow(clippy::too_many_arguments)]
 pub(super) fn put_in_force(
     root: &Root,
     staging: &Root,
     record: &Record,
-    changes: &Changes,
+    changes: &Changes<'_>,
     old: &Tree,
     problems: &[(RelPath, String)],
     stays: &dyn Fn(&Entry) -> bool,
-) -> Result<(Manifest, Digest), Error> {
+    each: &mut dyn FnMut(&Entry, Option<u32>),
+) -> Result<InForce, Error> {
     // Permissions that could not be given do not make it another file.
     let metadata: HashSet<&RelPath> =
         record.steps.iter().filter(|step| matches!(step, Step::ApplyMetadata(_))).map(Step::path).collect();
@@ -90,22 +107,35 @@ pub(super) fn put_in_force(
         record.steps.iter().map(Step::path).filter(|path| !metadata.contains(path)).collect();
     let undone = problems.iter().map(|(path, _)| path).filter(|path| content.contains(path)).collect();
     let is_there = |entry: &Entry| root.stat(&entry.path, Follow::Never).is_ok();
-    let tree = changes::carried_out(changes, old, &undone, stays, &is_there)?;
-    let manifest = Manifest { tree, ..changes.put };
-    let text = format::encode(&manifest);
-    store(staging, NEW_MANIFEST, &text)?;
-    let audience = crate::staging::audience_of(root, &manifest.tree);
+    let mut readers = Readers::default();
+    let digest = store_by(staging, NEW_MANIFEST, |file| {
+        let mut encoder = format::Encoder::new(file, changes.generation, changes.created).map_err(Failed::Write)?;
+        let mut failed = None;
+        let mut add = |entry: &Entry, index: Option<u32>| {
+            if failed.is_none() {
+                failed = encoder.add(entry).err();
+                readers.add(entry);
+                each(entry, index);
+            }
+            Ok::<(), Error>(())
+        };
+        changes::carried_out(changes, old, &undone, stays, &is_there, &mut add).map_err(Failed::Other)?;
+        failed.map_or(Ok(()), |error| Err(Failed::Write(error)))?;
+        encoder.finish().map_err(Failed::Write)
+    })?;
+    let in_force = InForce { digest, readers: readers.audience() };
+    let audience = crate::staging::audience_at(root, in_force.readers.clone());
     if let Ok(file) = staging.open_read(&rel(NEW_MANIFEST)?, Follow::Never) {
         crate::staging::admit(&file, &audience);
     }
     finish(root, Area::Run)?;
     crate::staging::open_state(root, &audience);
-    Ok((manifest, Digest(Sha256::digest(&text).into())))
+    Ok(in_force)
 }
 
 /// Lets those read the manifest in force who may read what it lists.
-pub(super) fn admit_readers(root: &Root, tree: &Tree) -> Result<(), Error> {
-    let audience = crate::staging::audience_of(root, tree);
+pub(super) fn admit_readers(root: &Root, in_force: &InForce) -> Result<(), Error> {
+    let audience = crate::staging::audience_at(root, in_force.readers.clone());
     if let Ok(file) = root.open_read(&rel(MANIFEST)?, Follow::Never) {
         crate::staging::admit(&file, &audience);
     }
@@ -114,16 +144,28 @@ pub(super) fn admit_readers(root: &Root, tree: &Tree) -> Result<(), Error> {
 }
 
 pub(super) fn store(staging: &Root, name: &str, bytes: &[u8]) -> Result<(), Error> {
+    store_by(staging, name, |file| file.write_all(bytes).map_err(Failed::Write))
+}
+
+/// Why something is not stored.
+enum Failed {
+    Write(std::io::Error),
+    Other(Error),
+}
+
+/// Stores what `write` writes, in place of what has the name.
+fn store_by<T>(staging: &Root, name: &str, write: impl FnOnce(&mut File) -> Result<T, Failed>) -> Result<T, Error> {
     let path = rel(&format!("{name}.new"))?;
     staging.remove_tree(&path).map_err(io)?;
     let mut file = staging.create_new(&path, 0o600).map_err(io)?;
-    let shown = crate::error::shown(&staging.shown().join(name)).to_string();
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|source| Error::Io {
-        operation: "write",
-        path: shown,
-        source,
+    let shown = || crate::error::shown(&staging.shown().join(name)).to_string();
+    let written = write(&mut file).and_then(|written| file.sync_all().map(|()| written).map_err(Failed::Write));
+    let written = written.map_err(|failed| match failed {
+        Failed::Write(source) => Error::Io { operation: "write", path: shown(), source },
+        Failed::Other(error) => error,
     })?;
-    staging.rename(&path, &rel(name)?, RenameFlags::empty()).map_err(io)
+    staging.rename(&path, &rel(name)?, RenameFlags::empty()).map_err(io)?;
+    Ok(written)
 }
 
 /// Whether nothing else can be expected to work either: the disk, not the path, is at fault.
@@ -140,10 +182,10 @@ fn execute(
     root: &Root,
     staging: &Root,
     record: &Record,
-    tree: &Tree,
+    put: &Put<'_>,
     acls: &Acls,
 ) -> Result<Vec<(RelPath, String)>, Error> {
-    let existing = Existing::new(root, staging, tree, acls);
+    let existing = Existing::new(root, staging, put, acls);
     let trash = record.trash.as_ref().map(|name| Trash::new(root, name)).transpose()?;
     let mut problems = Vec::new();
     let mut touched: BTreeSet<RelPath> = BTreeSet::new();
@@ -168,7 +210,7 @@ fn execute(
         let take = || match step {
             Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path, trash.as_ref()),
             Step::Exchange(_) => exchange(root, staging, path, record.inodes.get(path).copied(), trash.as_ref()),
-            Step::ApplyMetadata(_) => tree.get(path).map_or(Ok(()), |entry| existing.apply(entry)),
+            Step::ApplyMetadata(_) => put.get(path)?.map_or(Ok(()), |entry| existing.apply(&entry)),
             Step::RemoveFile(_) => match &trash {
                 Some(trash) => trash.take(path),
                 None => gone(root.unlink(path).map_err(io)),
@@ -206,8 +248,8 @@ fn execute(
     }
     // What happened in a directory moved its time; and new ones still have the mode they were staged with.
     for path in touched.iter().rev() {
-        if let Some(entry) = tree.get(path).filter(|entry| entry.is_directory()) {
-            note(path, existing.apply(entry))?;
+        if let Some(entry) = put.get(path)?.filter(|entry| entry.is_directory()) {
+            note(path, existing.apply(&entry))?;
         }
     }
     Ok(problems)
@@ -379,15 +421,16 @@ fn recover_in(root: &Root, state: &Root, area: Area) -> Result<bool, Error> {
     let acls = read(&staging, ACLS)?.and_then(|bytes| Acls::parse(std::str::from_utf8(&bytes).ok()?));
     let acls = acls.ok_or_else(|| damaged("the list of ACLs"))?;
     let (old, _) = recall::manifest(root, &Silent::default())?;
-    if area == Area::Run && !whole && old.generation >= put.generation {
+    let Manifest { generation, created, tree } = put;
+    if area == Area::Run && !whole && old.generation >= generation {
         finish(root, area)?;
         return Ok(true);
     }
-    let changes = Changes { put, gone };
-    audited::announce(root, area, &record, &changes.put, &Silent::default())?;
+    let changes = Changes { generation, created, put: Put::from(tree), gone };
+    audited::announce(root, area, &record, &changes, &Silent::default())?;
     let problems = carry_out(root, &staging, area, &record, &changes, &acls)?;
     if area == Area::Run {
-        put_in_force(root, &staging, &record, &changes, &old.tree, &problems, &|_| !whole)?;
+        put_in_force(root, &staging, &record, &changes, &old.tree, &problems, &|_| !whole, &mut |_, _| {})?;
     }
     Ok(true)
 }

@@ -5,15 +5,17 @@
 //! replaced by a rename, under the lock of the root; whoever else replaces them is noticed and their file is read.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufReader, ErrorKind, Read as _, Seek as _};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest as _, Sha256};
 
-use super::publish;
-use super::target::{MANIFEST, rel};
+use super::target::{MANIFEST, io, rel};
 use crate::endpoint::Error;
 use crate::endpoint::agent::memory_bytes;
-use crate::manifest::{Digest, Manifest, format};
+use crate::manifest::format::{self, ReadError};
+use crate::manifest::{Digest, Manifest};
 use crate::monitor::{Event, Monitor};
 use crate::root::{Follow, Metadata, Root};
 use crate::scan::cache::DigestTable;
@@ -21,9 +23,20 @@ use crate::staging::{DIGESTS, load_digests, store_digests};
 
 const NEW_TABLE: &str = ".lockstep/digests.new";
 /// About what an entry takes, in a manifest and in a table together.
-const ENTRY_BYTES: u64 = 400;
+const ENTRY_BYTES: u64 = 240;
 /// What is kept of all roots together takes no more, nor more than a sixteenth of the machine's memory.
-const KEPT_BYTES_MAX: u64 = 256 << 20;
+const KEPT_BYTES_MAX: u64 = 144 << 20;
+
+fn kept_bytes_max() -> u64 {
+    KEPT_BYTES_MAX.min(memory_bytes() / 16)
+}
+
+/// Whether what is known of so many entries is kept at all.
+pub(super) fn is_worth_keeping(entries: usize) -> bool {
+    entries as u64 * ENTRY_BYTES <= kept_bytes_max()
+}
+
+const READ_BYTES: usize = 128 * 1024;
 
 /// A manifest in force and the SHA-256 of its file (zeros where there is none).
 pub(super) type InForce = (Arc<Manifest>, Digest);
@@ -66,7 +79,7 @@ fn at<T>(root: &Root, look: impl FnOnce(&mut Kept) -> T) -> Option<T> {
     let kept = roots.kept.entry((found.device, found.inode)).or_default();
     kept.used = roots.uses;
     let seen = look(kept);
-    roots.shrink(KEPT_BYTES_MAX.min(memory_bytes() / 16));
+    roots.shrink(kept_bytes_max());
     Some(seen)
 }
 
@@ -96,11 +109,21 @@ pub(super) fn manifest(root: &Root, monitor: &dyn Monitor) -> Result<InForce, Er
     if let Some(known) = known.flatten() {
         return Ok(known);
     }
-    let Some(text) = publish::read(root, MANIFEST)? else { return Ok((Arc::default(), Digest([0; 32]))) };
-    let digest = Digest(Sha256::digest(&text).into());
-    let manifest = match format::decode(&text) {
-        Ok(manifest) => Arc::new(manifest),
-        Err(error) => {
+    let unread = |source| Error::Io {
+        operation: "read",
+        path: crate::error::shown(&root.shown().join(MANIFEST)).to_string(),
+        source,
+    };
+    let file = match root.open_read(&rel(MANIFEST)?, Follow::Never) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok((Arc::default(), Digest([0; 32]))),
+        Err(error) => return Err(io(error)),
+    };
+    let (manifest, digest) = match format::read(BufReader::with_capacity(READ_BYTES, &file)) {
+        Ok((manifest, digest)) => (Arc::new(manifest), digest),
+        Err(ReadError::Io(source)) => return Err(unread(source)),
+        Err(ReadError::Format(error)) => {
+            let digest = digest_of(file).map_err(unread)?;
             let at = crate::error::shown(root.shown());
             monitor.event(Event::Warning(&format!(
                 "the manifest of {at} is damaged ({error}); this run writes a new one"
@@ -113,6 +136,26 @@ pub(super) fn manifest(root: &Root, monitor: &dyn Monitor) -> Result<InForce, Er
         at(root, |kept| kept.manifest = Some((now, (Arc::clone(&manifest), digest))));
     }
     Ok((manifest, digest))
+}
+
+fn digest_of(mut file: File) -> std::io::Result<Digest> {
+    let mut hash = Sha256::new();
+    file.rewind()?;
+    let mut buffer = vec![0; READ_BYTES];
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(read) => hash.update(&buffer[..read]),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(Digest(hash.finalize().into()))
+}
+
+/// Keeps nothing: another manifest was put in force.
+pub(super) fn forget_manifest(root: &Root) {
+    at(root, |kept| kept.manifest = None);
 }
 
 /// Keeps what was put in force. Only whoever holds the lock of the root may say so.

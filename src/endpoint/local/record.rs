@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use super::put::Put;
 use crate::audit::{Before, Login};
-use crate::manifest::Tree;
+use crate::manifest::{Name, Tree};
 use crate::path::RelPath;
 use crate::plan::publish::Step;
 
@@ -40,12 +41,12 @@ fn unhex(text: &str) -> Option<Vec<u8>> {
 }
 
 /// What the paths of `put`, and those of `steps`, have at the target now. Few texts occur, and are there once.
-pub(super) fn before(target: &Tree, put: &Tree, steps: &[Step]) -> BTreeMap<RelPath, Arc<str>> {
-    let mut texts: HashMap<(u32, Arc<str>, Arc<str>), Arc<str>> = HashMap::new();
-    let paths = put.entries().iter().map(|entry| &entry.path).chain(steps.iter().map(Step::path));
+pub(super) fn before(target: &Tree, put: &Put<'_>, steps: &[Step]) -> BTreeMap<RelPath, Arc<str>> {
+    let mut texts: HashMap<(u32, Name, Name), Arc<str>> = HashMap::new();
+    let paths = put.paths().chain(steps.iter().map(Step::path));
     let there = paths.filter_map(|path| target.get(path));
     let with_text = there.map(|entry| {
-        let key = (entry.mode, Arc::clone(&entry.owner), Arc::clone(&entry.group));
+        let key = (entry.mode, entry.owner.clone(), entry.group.clone());
         let text = texts.entry(key).or_insert_with(|| {
             let Before { mode, owner, group } = Before::of(entry);
             format!("{mode}\t{owner}\t{group}").into()

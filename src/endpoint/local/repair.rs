@@ -10,13 +10,14 @@ use super::area::Area;
 use super::changes::Changes;
 use super::metadata::Acls;
 use super::publish::{self, Record};
+use super::put::Put;
 use super::target::{Run, State, io, needed, rel};
 use super::{audited, commit, known, links, recall, record, room};
 use crate::access::Inode;
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::{Exit, chain};
 use crate::filter::{Filter, FilterSpec};
-use crate::manifest::{Content, Digest, Entry, Manifest, Tree};
+use crate::manifest::{Content, Digest, Entry, Timestamp, Tree};
 use crate::monitor::threads::Threads;
 use crate::monitor::{Event, Monitor, Problem, Severity};
 use crate::path::RelPath;
@@ -111,7 +112,7 @@ pub(super) fn diff(run: &Run, repair: &Repair, wanted: &Arc<Tree>, monitor: &dyn
         report_special: false,
         threads: Threads::default(),
     };
-    let scanned = scan::scan(&run.root, &rule, monitor).map_err(|error| match error {
+    let scanned = scan::scan_seen(&run.root, &rule, monitor).map_err(|error| match error {
         scan::ScanError::Root(error) => io(error),
         other => Error::Refused { by: "the repair".into(), reason: chain(&other) },
     })?;
@@ -196,14 +197,14 @@ pub(super) fn commit(
     monitor: &dyn Monitor,
 ) -> Result<Committed, Error> {
     let mut state = run.state();
-    let state = &mut *state;
     let Some(staging) = &run.staging else { return Err(Error::Usage("a dry run repairs nothing".into())) };
     let wanted = Arc::clone(&state.source);
     links::record(run, &state.refused, &wanted, monitor)?;
     // The further names of what is refused are not to be had either.
     let refused = options.failed.iter().chain(state.refused.keys()).copied();
     let options = &CommitOptions { failed: refused.collect(), ..options.clone() };
-    let mut failed = commit::not_staged(state, options);
+    let mut failed = commit::not_staged(&mut state, options);
+    let state = &*state;
     let mut held = commit::withhold(run, state, options, &mut failed);
     held.extend(state.refused.iter().map(|(&at, why)| (wanted.entries()[at as usize].path.clone(), why.clone())));
     let steps = steps(&Publication {
@@ -221,28 +222,27 @@ pub(super) fn commit(
     }
     commit::settle(run, staging, state, &failed)?;
     commit::settle_directories(run, staging, state, &failed)?;
-    let tree = given(run, repair, state, &failed)?;
-    let changes = Changes { put: Manifest { tree, ..Manifest::default() }, gone: BTreeSet::new() };
+    let put = Put::from(given(run, repair, state, &failed)?);
+    let changes = Changes { generation: 0, created: Timestamp::default(), put, gone: BTreeSet::new() };
     let (actor, source) = (run.options.actor.clone(), run.options.source.clone());
-    let (before, login) = (record::before(&state.target, &changes.put.tree, &steps), run.options.login.clone());
+    let (before, login) = (record::before(&state.target, &changes.put, &steps), run.options.login.clone());
     let record = Record { actor, source, login, steps, before, ..Record::default() };
     let acls = Acls::default();
-    audited::announce(&run.root, run.area(), &record, &changes.put, monitor)?;
+    audited::announce(&run.root, run.area(), &record, &changes, monitor)?;
     publish::write_down(&run.root, staging, &record, &changes, &acls)?;
-    state.recorded = true;
+    state.recorded.set(true);
     let problems = publish::carry_out(&run.root, staging, run.area(), &record, &changes, &acls)?;
     let undone: BTreeSet<&RelPath> = problems.iter().map(|(path, _)| path).collect();
     let done = |path: &RelPath| !undone.contains(path) && !path.ancestors().any(|above| undone.contains(&above));
     let actions = state.plan.actions.iter().filter(|action| !failed.contains(&action.index));
     let entries = actions.map(|action| &wanted.entries()[action.index as usize]);
     let entries: Vec<&Entry> = entries.filter(|entry| done(&entry.path)).collect();
-    let tree = &changes.put.tree;
-    let mut files = known::Files::amending(&run.root, tree);
+    let mut files = known::Files::amending(&run.root);
     for entry in &entries {
         // A further name is another time of change for the first one.
         let path = if let Content::HardLink { first } = &entry.content { first } else { &entry.path };
-        if let Some(index) = tree.position(path) {
-            files.look(index);
+        if let Some(entry) = changes.put.get(path)? {
+            files.look(&entry);
         }
     }
     files.store(monitor);

@@ -160,7 +160,7 @@ fn pointed(run: &Run, state: &State, failed: &HashSet<u32>) -> Result<BTreeSet<(
         let entry = &state.source.entries()[action.index as usize];
         let names = match &entry.content {
             Content::Symlink { target } => leads_to(&run.root, &entry.path, target),
-            Content::File { .. } if run.is_last(&entry.path) && state.staged.contains_key(&action.index) => {
+            Content::File { .. } if run.is_last(&entry.path) && state.staged.borrow().contains(action.index) => {
                 let staged = run.staged_path(&entry.path)?;
                 run.staging.as_ref().and_then(|staging| names_as(staging, &staged, &entry.path))
             }

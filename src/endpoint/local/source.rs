@@ -10,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rustix::fs::{Advice, SeekFrom as Sparse};
 use sha2::{Digest as _, Sha256};
 
+use super::looked::Looked;
 use super::place::Place;
 use crate::endpoint::{
     BEING_PUBLISHED, BLOCK_BYTES, Block, Error, Fetch, Links, Produced, Reader, SMALL_FILE_BYTES, Scan, ScanOptions,
@@ -21,7 +22,7 @@ use crate::monitor::cpu::{Stage, spend};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::plan::trail::Stop;
-use crate::root::{FileKind, Follow, Metadata, Root};
+use crate::root::{FileKind, Fingerprint, Follow, Metadata, Root, Seen};
 use crate::scan::cache::DigestCache;
 use crate::scan::{self, LinkRule, ScanRule};
 use crate::staging;
@@ -38,13 +39,8 @@ pub struct LocalSource {
     /// Where digests are kept between runs.
     cache_file: Option<PathBuf>,
     scanned: Mutex<Arc<Looked>>,
-}
-
-/// What stat said of each entry of a scan, and when that was over.
-#[derive(Debug)]
-pub(in crate::endpoint) struct Looked {
-    pub(in crate::endpoint) metadata: Vec<Metadata>,
-    pub(in crate::endpoint) at: SystemTime,
+    /// Whoever stores digests: the database is opened by one alone.
+    storing: Mutex<()>,
 }
 
 impl LocalSource {
@@ -79,25 +75,18 @@ impl LocalSource {
             }
         };
         let scanned = Mutex::new(Arc::new(Looked { metadata: Vec::new(), at: UNIX_EPOCH }));
-        Ok(LocalSource { root, called: place.called(), cache_file, scanned })
+        Ok(LocalSource { root, called: place.called(), cache_file, scanned, storing: Mutex::default() })
     }
 }
 
 impl LocalSource {
     /// Digests of what runs have brought here: it was hashed when it arrived, and is not what it was if its inode changed since.
-    fn known_as_target(&self, scanned: &mut scan::Scanned) {
+    fn known_as_target(&self, scanned: &mut scan::Scanned<Seen>) {
         let is_unknown = |entry: &Entry| matches!(entry.content, Content::File { digest: None, .. });
         if !scanned.tree.entries().iter().any(is_unknown) || !staging::is_believed(&self.root) {
             return;
         }
-        let table = super::recall::table(&self.root);
-        for (index, metadata) in scanned.metadata.iter().enumerate() {
-            if is_unknown(&scanned.tree.entries()[index])
-                && let Some(digest) = table.get(metadata)
-            {
-                scanned.tree.set_digest(index, digest);
-            }
-        }
+        scanned.know(&super::recall::table(&self.root));
     }
 }
 
@@ -120,7 +109,7 @@ impl Source for LocalSource {
         };
         let rule = ScanRule { filter, links, ignore_files: true, report_special: true, threads: options.threads };
         let before = staging::standing(&self.root);
-        let mut scanned = scan::scan(&self.root, &rule, monitor).map_err(|error| match error {
+        let mut scanned = scan::scan_seen(&self.root, &rule, monitor).map_err(|error| match error {
             scan::ScanError::Root(error) => failed(error),
             scan::ScanError::Changed(_) => Error::Refused { by: self.describe(), reason: crate::error::chain(&error) },
         })?;
@@ -130,8 +119,8 @@ impl Source for LocalSource {
             return Err(Error::Refused { by: self.describe(), reason: BEING_PUBLISHED.to_owned() });
         }
         if let Some(file) = self.cache_file.as_deref().filter(|_| !options.hash_all) {
-            let cache = DigestCache::load_for(file, &scanned.metadata);
-            scanned.know(cache.table());
+            let cache = DigestCache(file).load_for(&scanned.metadata);
+            scanned.know(&cache);
             monitor.event(Event::Detail(&format!(
                 "{}: SHA-256 known from earlier runs: {}",
                 self.describe(),
@@ -155,9 +144,9 @@ impl Source for LocalSource {
         Ok(trail)
     }
 
-    fn remember(&self, _: &Tree, digests: &[(u32, Digest)]) {
-        let (known, looked) = self.seen(digests);
-        self.keep(&known, looked.at);
+    fn remember(&self, tree: &Tree, digests: &[(u32, Digest)]) {
+        let looked = self.looked();
+        self.keep(looked.known(tree, digests), looked.at);
     }
 }
 
@@ -181,18 +170,16 @@ impl LocalSource {
         *self.scanned.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = looked;
     }
 
-    /// Digests of entries of the last scan, with what stat said of each.
-    pub(in crate::endpoint) fn seen(&self, digests: &[(u32, Digest)]) -> (Vec<(Metadata, Digest)>, Arc<Looked>) {
-        let looked = self.looked();
-        let seen = |&(index, digest): &(u32, Digest)| Some((*looked.metadata.get(index as usize)?, digest));
-        (digests.iter().filter_map(seen).collect(), looked)
-    }
-
     /// Keeps digests for later runs; true where that was done.
-    pub(in crate::endpoint) fn keep(&self, known: &[(Metadata, Digest)], looked: SystemTime) -> bool {
+    pub(in crate::endpoint) fn keep(
+        &self,
+        known: impl IntoIterator<Item = (Fingerprint, Digest)>,
+        looked: SystemTime,
+    ) -> bool {
         let Some(file) = &self.cache_file else { return false };
+        let _turn = self.storing.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // A cache that cannot be written makes the next run slower, not wrong.
-        DigestCache::unread(file).store(known, looked).is_ok()
+        DigestCache(file).store(known, looked).is_ok()
     }
 
     /// Opens a regular file of the tree, as long as it is what was scanned.

@@ -3,12 +3,14 @@
 //! Everything is staged beneath `.lockstep/staging/current` of the root. A root that is not there yet is made under a
 //! hidden name beside its own and gets its name in the last step, so that a new tree appears whole.
 
-use std::collections::{BTreeMap, HashMap};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::area::Area;
+use super::by_index::ByIndex;
 use super::links::{self, Confined};
 use super::place::{Birth, Place};
 use super::refusals::Refusals;
@@ -24,7 +26,7 @@ use crate::path::RelPath;
 use crate::plan::{Change, Compare, Desired, Need, Plan, diff, require_proof};
 use crate::policy::acl::Principal;
 use crate::policy::{Decision, Policy, PolicySpec, Sender};
-use crate::root::{Metadata, Root, RootError};
+use crate::root::{FileKind, Fingerprint, Metadata, Root, RootError, Seen};
 use crate::scan::names::{Names, UnknownName};
 use crate::scan::{self, LinkRule, ScanRule};
 use crate::staging::{self, Ids, LockError, Permissions, RootLock, StageError};
@@ -69,7 +71,7 @@ pub(super) struct State {
     pub(super) source: Arc<Tree>,
     pub(super) target: Tree,
     /// What stat said of the target's entries.
-    pub(super) metadata: Vec<Metadata>,
+    pub(super) metadata: Vec<Seen>,
     pub(super) plan: Plan,
     pub(super) old_manifest: Arc<Manifest>,
     /// What the run was to look at.
@@ -77,9 +79,9 @@ pub(super) struct State {
     /// SHA-256 of the old manifest's file.
     pub(super) old_digest: Digest,
     /// Files whose content is staged and proven, and what they are there.
-    pub(super) staged: HashMap<u32, (Digest, Metadata)>,
+    pub(super) staged: RefCell<ByIndex<Staged>>,
     /// Files whose content was found at the target.
-    pub(super) kept: HashMap<u32, Digest>,
+    pub(super) kept: ByIndex<Digest>,
     /// Links that are not made, and why.
     pub(super) refused: BTreeMap<u32, String>,
     /// Files lie there that the manifest does not list as they are, and the source has.
@@ -91,7 +93,31 @@ pub(super) struct State {
     /// The other end broke the rules: staging is given up, and nothing is published.
     pub(super) rejected: bool,
     /// What is to be published is written down: staging is needed until that is done.
-    pub(super) recorded: bool,
+    pub(super) recorded: Cell<bool>,
+}
+
+/// A file that is staged whole.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Staged {
+    pub(super) digest: Digest,
+    pub(super) seen: Seen,
+    /// It has the size and time of its entry: a file system may keep times less exactly.
+    pub(super) as_listed: bool,
+}
+
+impl Staged {
+    /// What stat said of `entry` when it was staged with this digest.
+    pub(super) fn of(entry: &Entry, digest: Digest, found: &Metadata) -> Staged {
+        let size = entry.file().map(|(size, _)| size);
+        let as_listed = found.kind == FileKind::Regular && Some(found.size) == size && found.mtime == entry.mtime;
+        Staged { digest, seen: Seen::of(found), as_listed }
+    }
+
+    /// Which content lies there of `entry`, where that can be said.
+    pub(super) fn fingerprint(&self, entry: &Entry) -> Option<Fingerprint> {
+        let (size, _) = entry.file().filter(|_| self.as_listed)?;
+        Some(self.seen.fingerprint(size, entry.mtime))
+    }
 }
 
 pub(super) fn io(error: RootError) -> Error {
@@ -279,14 +305,15 @@ impl Target for LocalTarget {
         run.record_refusals();
         if let (Area::Early, Some(staging)) = (run.area(), &run.staging) {
             // What could not be written down is hashed again when it is wanted.
-            let _ = early::keep(staging, &run.state().staged);
+            let state = run.state();
+            let _ = early::keep(staging, &state.source, &state.staged.borrow());
         }
         let given_up = {
             let state = run.state();
             // What a check would take for something that is being brought.
             let nothing =
                 run.area() == Area::Run && run.staging.as_ref().is_some_and(|staging| !prepare::holds_files(staging));
-            (state.full || state.rejected || nothing) && !state.recorded
+            (state.full || state.rejected || nothing) && !state.recorded.get()
         };
         if given_up && let Ok(path) = rel(run.area().in_root()) {
             // What is staged would only keep the disk full, or came from somebody who is not to be believed.
@@ -418,7 +445,7 @@ impl Run {
             report_special: false,
             threads: self.options.threads,
         };
-        let scanned = scan::scan(&self.root, &rule, monitor).map_err(|error| match error {
+        let scanned = scan::scan_seen(&self.root, &rule, monitor).map_err(|error| match error {
             scan::ScanError::Root(error) => io(error),
             other => Error::Refused { by: "the receiver".into(), reason: crate::error::chain(&other) },
         })?;
@@ -427,7 +454,11 @@ impl Run {
             monitor.event(Event::Problem(&Problem { severity: Severity::Skipped, ..problem }));
         }
         let mut target = scanned.tree;
-        let (old_manifest, old_digest) = recall::manifest(&self.root, monitor)?;
+        target.share_paths(source);
+        let (mut old_manifest, old_digest) = recall::manifest(&self.root, monitor)?;
+        if let Some(listed) = Arc::get_mut(&mut old_manifest) {
+            listed.tree.share_paths(source);
+        }
         warn_of_the_future(&old_manifest, &self.root, monitor);
         let look = known::Look {
             root: &self.root,
@@ -467,7 +498,7 @@ impl Run {
         let compare = Compare { checksum: self.options.checksum, ..Compare::default() };
         let mut plan = diff(source, &target, &|index, _| wanted[index].clone(), compare);
         require_proof(&mut plan, source, &target, &doubtful);
-        let mut staged = HashMap::new();
+        let mut staged = ByIndex::default();
         if let Some(staging) = &self.staging {
             if self.area() == Area::Early {
                 early::prepare(self, staging, source, &mut plan)?;
@@ -505,7 +536,7 @@ impl Run {
             metadata: scanned.metadata,
             need,
             plan: plan.clone(),
-            staged,
+            staged: RefCell::new(staged),
             reach,
             old_manifest,
             old_digest,
@@ -525,8 +556,8 @@ pub(super) fn needed(source: &Tree, plan: &Plan) -> room::Need {
     let mut need = room::Need::default();
     for action in plan.actions.iter().filter(|action| action.change != Change::MetadataOnly) {
         let size = source.entries()[action.index as usize].file().map_or(0, |(size, _)| size);
-        let (bytes, inodes) = match action.need {
-            Need::Content { resume_at } => (size.saturating_sub(resume_at), u64::from(resume_at == 0)),
+        let (bytes, inodes) = match &action.need {
+            Need::Content { resume_at } => (size.saturating_sub(*resume_at), u64::from(*resume_at == 0)),
             Need::Nothing => (0, 1),
             // It may turn out to be there.
             Need::Compare { .. } => (0, 0),

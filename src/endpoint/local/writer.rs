@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::room::{self, Need};
-use super::target::Run;
+use super::target::{self, Run};
 use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::path::RelPath;
@@ -113,7 +113,8 @@ impl LocalWriter {
         let wanted = self.run.permissions(entry)?;
         let result = match file.finish(digest, &wanted, self.run.options.verify_disk) {
             Ok(metadata) => {
-                self.run.state().staged.insert(index, (digest, metadata));
+                let staged = target::Staged::of(entry, digest, &metadata);
+                self.run.state().staged.get_mut().insert(index, staged);
                 Ok(())
             }
             Err(error) => {

@@ -11,30 +11,13 @@ use sha2::{Digest as _, Sha256};
 
 use crate::endpoint::Block;
 use crate::endpoint::local::{Opened, Piece};
-use crate::manifest::{Digest, Timestamp};
-use crate::root::Metadata;
+use crate::manifest::Digest;
+use crate::root::Fingerprint;
 
 /// Digests of files that were read, at most.
 const DIGESTS_MAX: usize = 65_536;
 /// What a piece costs beside its bytes.
 const PIECE_COST: usize = 256;
-
-/// Which content: a file that is changed has another time of change.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Identity {
-    device: u64,
-    inode: u64,
-    size: u64,
-    mtime: Timestamp,
-    ctime: Timestamp,
-}
-
-impl Identity {
-    pub(super) fn of(metadata: &Metadata) -> Identity {
-        let Metadata { device, inode, size, mtime, ctime, .. } = *metadata;
-        Identity { device, inode, size, mtime, ctime }
-    }
-}
 
 /// A small file, once somebody has read it.
 pub(super) type Slot = Arc<Mutex<Option<(Block, Digest)>>>;
@@ -48,14 +31,14 @@ pub(super) struct Flows {
 struct State {
     /// The runs that go on.
     views: BTreeSet<u64>,
-    flows: HashMap<Identity, Flow>,
-    smalls: HashMap<Identity, Small>,
+    flows: HashMap<Fingerprint, Flow>,
+    smalls: HashMap<Fingerprint, Small>,
     /// What is kept, by when it came.
-    order: BTreeMap<u64, (Identity, Kept)>,
+    order: BTreeMap<u64, (Fingerprint, Kept)>,
     kept_bytes: usize,
-    digests: HashMap<Identity, Known>,
+    digests: HashMap<Fingerprint, Known>,
     /// The same, by when they came.
-    learnt: VecDeque<Identity>,
+    learnt: VecDeque<Fingerprint>,
     /// Numbers for members and for what is kept.
     next: u64,
 }
@@ -117,7 +100,7 @@ pub(super) enum Look {
 /// One who reads a large file.
 pub(super) struct Member {
     flows: Arc<Flows>,
-    identity: Identity,
+    identity: Fingerprint,
     number: u64,
     head: Arc<Mutex<Head>>,
 }
@@ -129,7 +112,7 @@ fn cost(piece: &Piece) -> usize {
     }
 }
 
-fn small_cost(identity: Identity) -> usize {
+fn small_cost(identity: Fingerprint) -> usize {
     2 * usize::try_from(identity.size).unwrap_or(usize::MAX / 4) + PIECE_COST
 }
 
@@ -176,7 +159,7 @@ impl Flows {
     }
 
     /// A run begins to read a large file at `from`.
-    pub(super) fn join(self: &Arc<Self>, view: u64, identity: Identity, from: u64) -> Member {
+    pub(super) fn join(self: &Arc<Self>, view: u64, identity: Fingerprint, from: u64) -> Member {
         let mut state = self.state();
         let number = state.number();
         let digest = state.digests.get(&identity).map(|known| known.digest);
@@ -196,7 +179,7 @@ impl Flows {
     }
 
     /// Where a small file is, or is to be put by whoever finds nothing there.
-    pub(super) fn small(&self, view: u64, identity: Identity) -> Slot {
+    pub(super) fn small(&self, view: u64, identity: Fingerprint) -> Slot {
         let state = &mut *self.state();
         let (slot, number) = match state.smalls.get_mut(&identity) {
             Some(small) => {
@@ -217,21 +200,21 @@ impl Flows {
         slot
     }
 
-    pub(super) fn digest(&self, identity: Identity) -> Option<Digest> {
+    pub(super) fn digest(&self, identity: Fingerprint) -> Option<Digest> {
         self.state().digests.get(&identity).map(|known| known.digest)
     }
 
     /// A file was read as a whole.
-    pub(super) fn learn(&self, identity: Identity, digest: Digest) {
+    pub(super) fn learn(&self, identity: Fingerprint, digest: Digest) {
         self.state().learn(identity, digest);
     }
 
     /// Whether just this is in the cache on the disk already.
-    pub(super) fn is_stored(&self, identity: Identity, digest: Digest) -> bool {
+    pub(super) fn is_stored(&self, identity: Fingerprint, digest: Digest) -> bool {
         self.state().digests.get(&identity).is_some_and(|known| known.stored && known.digest == digest)
     }
 
-    pub(super) fn stored(&self, identity: Identity, digest: Digest) {
+    pub(super) fn stored(&self, identity: Fingerprint, digest: Digest) {
         let mut state = self.state();
         state.learn(identity, digest);
         if let Some(known) = state.digests.get_mut(&identity) {
@@ -251,7 +234,7 @@ impl State {
         self.next
     }
 
-    fn learn(&mut self, identity: Identity, digest: Digest) {
+    fn learn(&mut self, identity: Fingerprint, digest: Digest) {
         let State { digests, learnt, .. } = self;
         digests.entry(identity).or_insert_with(|| {
             learnt.push_back(identity);
@@ -264,7 +247,7 @@ impl State {
         }
     }
 
-    fn keep(&mut self, identity: Identity, what: Kept, cost: usize) -> u64 {
+    fn keep(&mut self, identity: Fingerprint, what: Kept, cost: usize) -> u64 {
         let number = self.number();
         self.order.insert(number, (identity, what));
         self.kept_bytes += cost;
@@ -300,7 +283,7 @@ impl State {
     }
 
     /// Drops the pieces of a file that everybody has passed, and all of it where nobody is left.
-    fn prune(&mut self, identity: Identity) {
+    fn prune(&mut self, identity: Fingerprint) {
         let Some(flow) = self.flows.get(&identity) else { return };
         if all_in(&self.views, &flow.joined) {
             let passed = flow.members.values().copied().min().unwrap_or(u64::MAX);

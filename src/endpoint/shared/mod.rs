@@ -22,7 +22,7 @@ mod scans;
 #[cfg(test)]
 mod tests;
 
-use flow::{Flows, Identity};
+use flow::Flows;
 use reader::SharedReader;
 use scans::Scans;
 
@@ -104,12 +104,12 @@ impl Source for View {
         if self.common.is_alone() {
             return self.source.remember(tree, digests);
         }
-        let (mut known, looked) = self.source.seen(digests);
-        known.retain(|(metadata, _)| is_settled(metadata, looked.at));
+        let looked = self.source.looked();
+        let mut known: Vec<_> = looked.known(tree, digests).filter(|(file, _)| is_settled(*file, looked.at)).collect();
         let _turn = self.common.storing.lock().unwrap_or_else(PoisonError::into_inner);
-        known.retain(|(metadata, digest)| !self.common.flows.is_stored(Identity::of(metadata), *digest));
-        if !known.is_empty() && self.source.keep(&known, looked.at) {
-            known.iter().for_each(|(metadata, digest)| self.common.flows.stored(Identity::of(metadata), *digest));
+        known.retain(|(file, digest)| !self.common.flows.is_stored(*file, *digest));
+        if !known.is_empty() && self.source.keep(known.iter().copied(), looked.at) {
+            known.iter().for_each(|(file, digest)| self.common.flows.stored(*file, *digest));
         }
     }
 }

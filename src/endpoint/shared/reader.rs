@@ -5,10 +5,11 @@ use std::io;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use super::flow::{Flows, Identity, Look, Member};
+use super::flow::{Flows, Look, Member};
 use crate::endpoint::local::{LocalReader, LocalSource, Opened, changed, hashed, produced_whole, unreadable};
 use crate::endpoint::{Error, Fetch, Produced, Reader, SMALL_FILE_BYTES};
 use crate::manifest::{Digest, Tree};
+use crate::root::Fingerprint;
 use crate::scan::cache::{GRANULARITY, is_settled};
 
 /// A file of this size that changed just now is worth waiting for until a further change would show.
@@ -74,7 +75,7 @@ impl<'a> SharedReader<'a> {
             return self.whole(fetch, &mut opened).map_err(failed);
         }
         opened.is_read_on();
-        let member = self.flows.join(self.view, Identity::of(&opened.before), fetch.from);
+        let member = self.flows.join(self.view, Fingerprint::from(&opened.before), fetch.from);
         let mut following = Following { fetch, opened, member, offset: fetch.from };
         if let Some(expected) = fetch.unless {
             let Some(digest) = following.hash_all().map_err(failed)? else { return Err(changed(index)) };
@@ -88,7 +89,7 @@ impl<'a> SharedReader<'a> {
 
     /// A small file: the first who comes reads it.
     fn whole(&self, fetch: Fetch, opened: &mut Opened) -> io::Result<Produced> {
-        let identity = Identity::of(&opened.before);
+        let identity = Fingerprint::from(&opened.before);
         let slot = self.flows.small(self.view, identity);
         let mut kept = slot.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((block, digest)) = &mut *kept {

@@ -13,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 use super::*;
 use crate::endpoint::{BLOCK_BYTES, Block, Fetch, Produced, SMALL_FILE_BYTES};
 use crate::monitor::Silent;
-use crate::root::Metadata;
+use crate::root::{Fingerprint, Metadata};
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 
@@ -45,8 +45,8 @@ fn scanned(view: &View) -> Arc<Tree> {
     Arc::new(view.scan(&ScanOptions::default(), &Silent::default()).unwrap().tree)
 }
 
-fn identity(path: &Path) -> Identity {
-    Identity::of(&Metadata::of(&File::open(path).unwrap()).unwrap())
+fn identity(path: &Path) -> Fingerprint {
+    Fingerprint::from(&Metadata::of(&File::open(path).unwrap()).unwrap())
 }
 
 /// What a run has been given of one file so far.

@@ -1,7 +1,7 @@
 //! Users and groups of the other machine, by number and by name.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use super::prove::SharedShell;
 use super::read::read_whole;
@@ -9,6 +9,7 @@ use super::session::{Reply, Session, extended};
 use super::shell::Job;
 use crate::endpoint::Error;
 use crate::error::Escaped;
+use crate::manifest::Name;
 use crate::wire::buffer::Reader;
 
 /// Numbers asked for in one request.
@@ -17,8 +18,8 @@ const AT_ONCE: usize = 1000;
 /// Names by number, as the server gives them; the number in digits where it does not.
 #[derive(Debug, Default)]
 pub(super) struct Names {
-    users: HashMap<u32, Arc<str>>,
-    groups: HashMap<u32, Arc<str>>,
+    users: HashMap<u32, Name>,
+    groups: HashMap<u32, Name>,
 }
 
 impl Names {
@@ -35,7 +36,7 @@ impl Names {
         if !session.offers.names {
             return Ok(());
         }
-        let unknown = |ids: &BTreeSet<u32>, known: &HashMap<u32, Arc<str>>| -> Vec<u32> {
+        let unknown = |ids: &BTreeSet<u32>, known: &HashMap<u32, Name>| -> Vec<u32> {
             ids.iter().copied().filter(|id| !known.contains_key(id)).collect()
         };
         let (users, groups) = (unknown(users, &self.users), unknown(groups, &self.groups));
@@ -48,17 +49,17 @@ impl Names {
         Ok(())
     }
 
-    pub(super) fn user(&self, uid: u32) -> Arc<str> {
+    pub(super) fn user(&self, uid: u32) -> Name {
         self.users.get(&uid).cloned().unwrap_or_else(|| uid.to_string().into())
     }
 
-    pub(super) fn group(&self, gid: u32) -> Arc<str> {
+    pub(super) fn group(&self, gid: u32) -> Name {
         self.groups.get(&gid).cloned().unwrap_or_else(|| gid.to_string().into())
     }
 }
 
 /// The pairs of numbers and names; those without a name are left out.
-fn ask(session: &Session, ids: &[u32], users: bool) -> Result<Vec<(u32, Arc<str>)>, Error> {
+fn ask(session: &Session, ids: &[u32], users: bool) -> Result<Vec<(u32, Name)>, Error> {
     let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_be_bytes()).collect();
     let (first, second): (&[u8], &[u8]) = if users { (&bytes, b"") } else { (b"", &bytes) };
     let body = match session.call(extended("users-groups-by-id@openssh.com", &[first, second]))? {

@@ -211,7 +211,7 @@ fn settle(
         let index = action.index;
         let entry = &source.entries()[index as usize];
         let has_content = state.staged.contains_key(&index) && !failed.contains(&index);
-        match (&entry.content, action.need) {
+        match (&entry.content, &action.need) {
             (Content::File { .. }, Need::Nothing) => {}
             (Content::File { .. }, _) if has_content => {
                 action.change = if action.change == Change::Added { Change::Added } else { Change::Modified };
@@ -341,8 +341,8 @@ fn new_manifest(run: &Run, state: &State, options: &CommitOptions, failed: &Hash
         }
         let wanted = run.permissions(&entry)?;
         let there = there.filter(|_| !state.staged.contains_key(&index));
-        let owner = there.map_or_else(|| names.user(own.0), |there| Arc::clone(&there.owner));
-        let group = there.map_or_else(|| names.group(own.1), |there| Arc::clone(&there.group));
+        let owner = there.map_or_else(|| names.user(own.0), |there| there.owner.clone());
+        let group = there.map_or_else(|| names.group(own.1), |there| there.group.clone());
         entry.owner = wanted.uid.map_or(owner, |uid| names.user(uid));
         entry.group = wanted.gid.map_or(group, |gid| names.group(gid));
         if !matches!(entry.content, Content::Symlink { .. }) {
@@ -408,7 +408,7 @@ fn admit(run: &Run, tree: &Tree) -> Result<(), Error> {
     // A directory that is made by this run gets this mode when it appears.
     let mode = directory.as_ref().and_then(|found| found.mode).filter(|_| run.rename_to.is_none()).unwrap_or(0o755);
     let of_group = gid.is_some() && directory.and_then(|found| found.owner).map(|(_, gid)| gid) == gid;
-    let group = Audience::of(tree).group.filter(|_| of_group).unwrap_or_default();
+    let group = Audience::of(tree).group.filter(|_| of_group).unwrap_or_else(|| "".into());
     let audience = Audience::of(tree).within(mode, "", &group);
     if !audience.others && audience.group.is_none() {
         return Ok(());

@@ -490,7 +490,7 @@ fn ask_for_recent(source: &Tree, target: &Tree, manifest: &Manifest, plan: &mut 
         if size != old_size {
             continue;
         }
-        let need = Need::Compare { digest };
+        let need = Need::Compare { digest: Box::new(digest) };
         let index = index as u32;
         match plan.actions.binary_search_by_key(&index, |action| action.index) {
             Ok(at) if plan.actions[at].need == Need::Nothing => plan.actions[at].need = need,

@@ -13,6 +13,9 @@ use crate::wire::extension::{FETCH_MAX, Fields, WireError, put_frame, put_string
 /// At most this many streams a worker.
 const STREAMS: usize = 32;
 
+/// So many digests are remembered at once.
+const REMEMBERED: usize = 16_384;
+
 /// One stream of a client.
 struct Stream<'a> {
     reader: Box<dyn Reader + 'a>,
@@ -24,13 +27,19 @@ pub(super) fn serve(source: &(dyn Source + Send + Sync), tree: &OnceLock<Arc<Tre
     let Some(tree) = tree.get() else { return };
     let mut streams: HashMap<u32, Stream<'_>> = HashMap::new();
     let mut learned = HashMap::new();
+    let remember = |learned: &mut HashMap<u32, Digest>| {
+        source.remember(tree, &std::mem::take(learned).into_iter().collect::<Vec<_>>());
+    };
     for job in jobs {
         match answer(source, tree, &mut streams, &mut learned, &job) {
             Ok(body) => job.reply(&body),
             Err(failure) => job.refuse(&failure),
         }
+        if learned.len() >= REMEMBERED {
+            remember(&mut learned);
+        }
     }
-    source.remember(tree, &learned.into_iter().collect::<Vec<_>>());
+    remember(&mut learned);
 }
 
 fn answer<'a>(
