@@ -289,7 +289,7 @@ fn names_are_looked_up_for_who_cannot() {
 #[test]
 fn nothing_is_started_by_hand() {
     let output =
-        Command::new(env!("CARGO_BIN_EXE_lockstep")).args(["serve-connection", "127.0.0.1:1"]).output().unwrap();
+        Command::new(env!("CARGO_BIN_EXE_lockstep")).args(["serve-connection", "127.0.0.1:1", "1"]).output().unwrap();
     ends(&output, 2, &["it is started by 'lockstep serve'"]);
     // Not among the commands that people see.
     let help = Command::new(env!("CARGO_BIN_EXE_lockstep")).arg("--help").output().unwrap();
