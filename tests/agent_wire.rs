@@ -289,7 +289,7 @@ fn h21_what_was_to_become_a_new_directory_is_refused_and_recorded_as_well() {
     agent.commit().unwrap();
     drop(agent.server.take());
     let actions: Vec<_> = lines(&agent.path("new")).iter().map(|line| line["action"].to_string()).collect();
-    assert_eq!(actions, ["\"refuse\"", "\"publish\""]);
+    assert_eq!(actions, ["\"refuse\"", "\"intent\"", "\"publish\""]);
 }
 
 #[test]
@@ -313,5 +313,5 @@ fn a_refusal_that_quotes_its_sender_at_length_does_not_spoil_the_log() {
     agent.commit().unwrap();
     drop(agent.server.take());
     let actions: Vec<_> = lines(&agent.path("data")).iter().map(|line| line["action"].to_string()).collect();
-    assert_eq!(actions, ["\"refuse\"", "\"publish\""]);
+    assert_eq!(actions, ["\"refuse\"", "\"intent\"", "\"publish\""]);
 }

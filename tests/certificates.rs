@@ -39,7 +39,7 @@ fn s27_certificates_stand_for_keys_on_both_sides() {
     let named = [&options[..], &["-o", "CertificateFile=elsewhere"]].concat();
     done(&sshd.push(&named));
     // An RSA key signs for its certificate too, and not with SHA-1.
-    keygen(sshd.at.path(), &["-t", "rsa", "-b", "2048", "-N", "", "-f", "rsa"]);
+    keygen(sshd.at.path(), &["-t", "rsa", "-b", "3072", "-N", "", "-f", "rsa"]);
     keygen(sshd.at.path(), &["-s", "ca", "-I", "rsa user", "-n", &account(), "rsa.pub"]);
     done(&sshd.push(&["-P", &port, "--known-hosts", "known", "--identity", "rsa"]));
     assert!(sshd.log().contains("Accepted certificate ID \"rsa user\""), "{}", sshd.log());

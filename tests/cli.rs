@@ -202,7 +202,7 @@ fn s13_the_record_says_who_did_what_when_and_from_where() {
     flip(&at.path().join("data/sub/large.bin"));
     push();
     let show = |more: &[&str]| lockstep(&[&["audit", "show", "target"], more].concat(), at.path());
-    let line = r"(?m)^\d{4}-\d\d-\d\dT[0-9:]{8}Z publish sub/large.bin 700000 bytes sha256:[0-9a-f]{64} mode 0644 \S+:\S+ by \S+@\S+ from data$";
+    let line = r"(?m)^\d{4}-\d\d-\d\dT[0-9:]{8}\.\d{3}Z publish sub/large.bin 700000 bytes sha256:[0-9a-f]{64} mode 0644 \S+:\S+ by \S+@\S+ from data$";
     show(&[]).code(0).stdout(predicates::str::is_match(line).unwrap().count(2));
     show(&["--path", "sub/"]).code(0).stdout(predicates::str::is_match("(?m)^").unwrap().count(5));
     show(&["--path", r"new\nline\\"]).code(0).stdout(contains(r" publish new\nline\\ 3 bytes"));

@@ -6,7 +6,9 @@
 mod adoption;
 mod agent_disk;
 mod agent_wire;
+mod algorithms;
 mod architecture;
+mod audit;
 mod certificates;
 mod check;
 mod check_index;

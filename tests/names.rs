@@ -50,10 +50,10 @@ fn h06_h09_h10_names_of_any_bytes_are_literal_to_lockstep_at_both_ends() {
     for at in ["target", "copy"] {
         let different = differences(&sshd.path("source"), &sshd.path(at), &[]);
         assert!(different.is_empty(), "{different:#?}");
-        // One line for each entry, whatever it is called.
+        // One line for each entry, whatever it is called, after the announcement.
         let log = fs::read_to_string(sshd.path(at).join(".lockstep/audit.jsonl")).unwrap();
-        assert_eq!(log.lines().count(), ODD.len() * 3, "{log}");
-        for line in log.lines() {
+        assert_eq!(log.lines().count(), 1 + ODD.len() * 3, "{log}");
+        for line in log.lines().skip(1) {
             let line: serde_json::Value = serde_json::from_str(line).unwrap();
             assert!(!line["path"].as_str().unwrap().contains(char::is_control), "{line}");
         }

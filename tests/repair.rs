@@ -358,7 +358,11 @@ fn programs_are_told_each_path() {
     assert_eq!((&verdict["event"], &verdict["result"]), (&"verdict".into(), &"good".into()));
     // What was mended was read from the disk, whatever is known of it; and nothing else.
     assert_eq!((&verdict["depth"], &verdict["hashed_files"]), (&"default".into(), &2.into()));
-    let audit = Command::new(lockstep()).args(["audit", "show", "-n", "3"]).arg(&pair.target).output().unwrap();
+    let audit = Command::new(lockstep())
+        .args(["audit", "show", "-n", "3", "--action", "repair"])
+        .arg(&pair.target)
+        .output()
+        .unwrap();
     ends(&audit, 0, &["repair data/a.bin", "repair data/deep ", "repair data/deep/c.txt 5 bytes"]);
 }
 

@@ -11,7 +11,7 @@ use crate::kit::sshd::Agent;
 use crate::kit::{done, ends, key, keygen, public, text};
 
 const NAMESPACE: &str = "manifest@lockstep.internal";
-const KINDS: [&[&str]; 3] = [&["ed25519"], &["ecdsa", "-b", "256"], &["rsa", "-b", "2048"]];
+const KINDS: [&[&str]; 3] = [&["ed25519"], &["ecdsa", "-b", "256"], &["rsa", "-b", "3072"]];
 
 /// A data set that was published, and keys.
 struct Signed {
@@ -288,7 +288,7 @@ fn certificates_sign_for_their_principals_while_they_are_valid() {
 #[test]
 fn the_agent_signs_with_the_key_that_a_public_half_names() {
     let data = Signed::new();
-    keygen(data.at.path(), &["-t", "rsa", "-b", "2048", "-N", "", "-f", "rsa"]);
+    keygen(data.at.path(), &["-t", "rsa", "-b", "3072", "-N", "", "-f", "rsa"]);
     keygen(data.at.path(), &["-t", "ed25519", "-N", "open sesame", "-f", "locked"]);
     let sign = |key: &str| data.command(env!("CARGO_BIN_EXE_lockstep"), &["manifest", "sign", "--key", key, "there"]);
     ends(&sign("rsa.pub").output().unwrap(), 3, &["is a public key", "SSH_AUTH_SOCK is not set"]);
@@ -322,8 +322,8 @@ fn what_cannot_be_signed_is_said() {
     let sign = |more: &[&str]| data.run(&[&["manifest", "sign"], more].concat());
     ends(&sign(&["--key", "alice", "data"]), 2, &["has no manifest"]);
     ends(&sign(&["there"]), 3, &["cannot sign", ".ssh/id_ed25519", "No such file"]);
-    keygen(data.at.path(), &["-t", "rsa", "-b", "1024", "-N", "", "-f", "short"]);
-    ends(&sign(&["--key", "short", "there"]), 3, &["1024 bits is too weak"]);
+    keygen(data.at.path(), &["-t", "rsa", "-b", "2048", "-N", "", "-f", "short"]);
+    ends(&sign(&["--key", "short", "there"]), 3, &["2048 bits is too weak"]);
     fs::set_permissions(data.path("alice"), fs::Permissions::from_mode(0o644)).unwrap();
     ends(&sign(&["--key", "alice", "there"]), 3, &["others can read this private key", "chmod 600"]);
     fs::set_permissions(data.path("alice"), fs::Permissions::from_mode(0o600)).unwrap();

@@ -83,8 +83,16 @@ fn h36_a_unit_with_a_file_that_failed_is_held_back_and_so_is_every_marker() {
     }
     let units = with(|begin| begin.units = vec!["ckpt-*/".into()]);
     pair.push(&units);
-    for path in ["ckpt-1/weights", "ckpt-1/config", "ckpt-1/_SUCCESS", "latest", "ckpt-2/weights", "readme", "ckpt-3/w"]
-    {
+    for path in [
+        "ckpt-1/weights",
+        "ckpt-1/config",
+        "ckpt-1/_SUCCESS",
+        "latest",
+        "ckpt-2/weights",
+        "readme",
+        "ckpt-3/w",
+        "ckpt-3/_SUCCESS",
+    ] {
         pair.write(path, b"new!");
     }
     let source = LocalSource::new(&pair.source, None).unwrap();
@@ -99,6 +107,8 @@ fn h36_a_unit_with_a_file_that_failed_is_held_back_and_so_is_every_marker() {
         [read("latest"), read("ckpt-2/weights"), read("readme"), read("ckpt-3/w")],
         ["old", "new!", "new!", "new!"]
     );
+    // One that is whole comes with its marker.
+    assert_eq!([read("ckpt-3/w"), read("ckpt-3/_SUCCESS")], ["new!", "new!"]);
     let told: Vec<_> =
         report.problems.iter().filter_map(|problem| problem.path.as_ref()).map(|path| path.to_string()).collect();
     for path in ["ckpt-1", "ckpt-1/weights", "latest"] {

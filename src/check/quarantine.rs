@@ -16,7 +16,7 @@ use rustix::io::Errno;
 
 use super::repair::is_denied;
 use super::{Depth, Finding, Kind, Options, Outcome, Report};
-use crate::audit::{AuditLog, AuditRecord};
+use crate::audit::{AuditError, AuditLog, AuditRecord, OnFailure, settings};
 use crate::error::{chain, shown};
 use crate::filter::{Filter, FilterError, FilterSpec, STATE_DIRECTORY};
 use crate::layout::names::pattern;
@@ -46,6 +46,8 @@ const POINTERS: [&[u8]; 4] = [b"latest", b"latest_checkpointed_iteration.txt", b
 const POINTER_MAX: u64 = 4096;
 /// The longest name of a file.
 const NAME_MAX: usize = 255;
+/// More than the line of a move takes.
+const LINE_BYTES: u64 = 16 << 10;
 /// Within the state directory: what lies there takes part in no check and no run.
 const WITHIN: &str = ".lockstep/quarantine";
 const BESIDE: &str = ".quarantine";
@@ -90,6 +92,8 @@ pub enum NotMoved {
     Io { operation: &'static str, path: PathBuf, source: std::io::Error },
     #[error(transparent)]
     Root(#[from] RootError),
+    #[error("it is not moved, since that could not be recorded; mend it, or see [audit] on_failure")]
+    Audit(#[source] AuditError),
     #[error(transparent)]
     Lock(LockError),
     #[error(transparent)]
@@ -347,6 +351,10 @@ pub fn move_aside(
     let way = Way::find(root, within, to)?;
     // It may be a unit of what is published to the directory above.
     let above = if within.is_none() { self::lock(&way.above, actor)? } else { None };
+    // What cannot be recorded is not done.
+    if lock.is_some() && settings().on_failure == OnFailure::Refuse {
+        AuditLog::open(root).and_then(|log| log.reserve(LINE_BYTES)).map_err(NotMoved::Audit)?;
+    }
     let moved = way.go(SystemTime::now())?;
     let counts: Vec<String> =
         report.counts().into_iter().map(|(kind, count)| format!("{count} {}", kind.name())).collect();
@@ -354,11 +362,12 @@ pub fn move_aside(
         actor: actor.to_owned(),
         action: "quarantine".into(),
         path: within.map_or_else(|| ".".to_owned(), ToString::to_string),
+        result: Some(crate::audit::Outcome::Success),
         reason: Some(format!("moved to '{}': {} in the tree", shown(&moved), counts.join(", "))),
         ..AuditRecord::default()
     };
     // The log of a root is moved with it; its descriptor leads there.
-    let audited = lock.is_some().then(|| AuditLog::open(root).and_then(|mut log| log.append(&[record])));
+    let audited = lock.is_some().then(|| AuditLog::open(root).and_then(|mut log| log.append_last([record])));
     let not_audited = audited.and_then(Result::err).map(|error| chain(&error));
     drop((lock, above));
     let last_good = match within {

@@ -13,10 +13,10 @@ use tracing_subscriber::layer::{Context, Layer};
 use tracing_subscriber::prelude::*;
 
 use super::memory::Memory;
+use super::sftp_server::By;
 use super::{Failure, journal, output};
 use crate::error::Exit;
-use crate::server::agent::{self, Agent, Extensions, Factory, Output, SharedTarget};
-use crate::server::attributed::Attributed;
+use crate::server::agent::{self, Agent, Extensions, Factory, Output};
 use crate::server::channel::FedSession;
 use crate::server::confine::{Identity, Wanted, names, trial};
 use crate::server::hearsay;
@@ -66,11 +66,12 @@ fn sides(start: &SessionStart) -> (SessionConfig, Arc<Agent>) {
         read_only: start.read_only,
         policy: start.policy.clone(),
         actor: start.actor.clone(),
+        login: start.login.clone(),
     };
-    let sides =
-        super::sftp_server::factory(start.root.clone(), true, start.read_only, start.policy.clone(), &start.actor);
-    let (open, actor) = (sides.target, start.actor.clone());
-    let target = Box::new(move |path: &[u8]| Ok(Arc::new(Attributed::new(open(path)?, actor.clone())) as SharedTarget));
+    let by = By { actor: start.actor.clone(), login: start.login.clone() };
+    let sides = super::sftp_server::factory(start.root.clone(), true, start.read_only, start.policy.clone(), &by);
+    let open = sides.target;
+    let target = Box::new(move |path: &[u8]| Ok(by.attributed(open(path)?)));
     (config, Arc::new(Agent::new(Arc::new(Factory { target, source: sides.source }))))
 }
 

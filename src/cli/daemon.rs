@@ -6,10 +6,12 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use super::arguments::Place;
+use super::audit::place;
 use super::connections::Connections;
 use super::memory::Memory;
-use super::transfer::{config_file, load_config, state_directory};
+use super::transfer::{actor, config_file, load_config, state_directory};
 use super::{Failure, login, notify, remote};
+use crate::audit::{AuditError, AuditLog, OnFailure, Outcome};
 use crate::codec::CompressOptions;
 use crate::config::Config;
 use crate::daemon::status::{State, Status, TargetStatus};
@@ -20,6 +22,7 @@ use crate::endpoint::{Source, Target};
 use crate::error::{Escaped, Exit, chain};
 use crate::monitor::Monitor;
 use crate::policy::PolicySpec;
+use crate::root::Root;
 
 /// Watch the sources of all jobs, and keep their targets in step
 ///
@@ -92,18 +95,26 @@ impl Daemon {
         let file = config_file(self.config.as_deref());
         let config = load_config(self.config.as_deref())?;
         let places = places(&config)?;
+        place::configure(&config.audit)?;
+        let state = places.state.clone();
         let asked = signals()?;
         let dialler = Arc::new(Dialler { reach: self.reach, ssh: self.ssh, kept: Connections::default() });
         let connect: Arc<dyn Connect> = Arc::clone(&dialler) as Arc<dyn Connect>;
         let running = Running::start(config, places, connect).map_err(|error| failure(&error))?;
+        if let Err(error) = tell(&state, &file, Ok("started"))
+            && crate::audit::settings().on_failure == OnFailure::Refuse
+        {
+            running.stop();
+            return Err(error.into());
+        }
         tracing::info!(config = %crate::error::shown(&file), "started");
         notify::ready();
         let (mut pulse, mut memory) = (notify::Pulse::new(), Memory::new());
         loop {
             match asked.swap(0, Ordering::SeqCst) {
                 STOP => break,
-                RELOAD => reload(&running, &file),
-                _ if running.reload_wanted() => reload(&running, &file),
+                RELOAD => reload(&running, &file, &state),
+                _ if running.reload_wanted() => reload(&running, &file, &state),
                 _ => {}
             }
             running.tick();
@@ -134,14 +145,33 @@ impl Daemon {
     }
 }
 
-fn reload(running: &Running, file: &Path) {
+fn reload(running: &Running, file: &Path, state: &Path) {
     notify::reloading();
-    let taken = Config::load(file).map_err(|error| chain(&error));
-    match taken.and_then(|config| running.take(config).map_err(|error| chain(&error))) {
+    let taken = Config::load(file).map_err(|error| chain(&error)).and_then(|config| {
+        let settings = place::settings(&config.audit, None).map_err(|failure| chain(&failure))?;
+        running.take(config).map_err(|error| chain(&error))?;
+        crate::audit::configure(settings);
+        Ok(())
+    });
+    let told = tell(state, file, taken.as_ref().map(|()| "read anew").map_err(String::as_str));
+    if let Err(error) = told {
+        tracing::error!(error = chain(&error), "the audit log of the daemon cannot be written");
+    }
+    match taken {
         Ok(()) => tracing::info!(config = %crate::error::shown(file), "read anew"),
         Err(reason) => running.keep_configuration(reason),
     }
     notify::ready();
+}
+
+/// Tells the log in the state directory which configuration is in force, or why one is not.
+fn tell(state: &Path, file: &Path, how: Result<&str, &str>) -> Result<(), AuditError> {
+    let (result, why) = match how {
+        Ok(why) => (Outcome::Success, why.to_owned()),
+        Err(reason) => (Outcome::Failure, format!("not taken: {reason}")),
+    };
+    let record = place::configuration(file, result, &why, actor());
+    AuditLog::open(&Root::open(state)?)?.append_last([record]).map(drop)
 }
 
 /// How things stand, for `systemctl status`: the worst first, and of a failure one example.

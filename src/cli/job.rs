@@ -32,6 +32,7 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
         return Err(Failure::usage(missing()));
     }
     let config = load_config(how.config.as_deref())?;
+    super::audit::place::configure(&config.audit)?;
     let job = config.job(name).map_err(|error| {
         let here = std::path::Path::new(name).exists();
         Failure::usage(if here { format!("{}; {}", chain(&error), missing()) } else { chain(&error) })

@@ -27,7 +27,7 @@ mod model;
 mod sign;
 
 pub(super) use model::Model;
-pub(super) use sign::Trust;
+pub(super) use sign::{Trust, listed as trusted_file, local};
 
 /// Where a target keeps the manifest of what was published.
 const PUBLISHED: &str = ".lockstep/manifest";

@@ -49,6 +49,7 @@ pub(super) struct Pull {
 
 impl Push {
     pub(super) fn run(self) -> Result<Exit, Failure> {
+        super::audit::place::configure_as_usual()?;
         match self.arguments.as_slice() {
             [] => Err(Failure::usage("push needs SRC and DEST, or the NAME of a job")),
             [name] => job::push(name, &self.how),
@@ -65,6 +66,7 @@ impl Push {
 
 impl Pull {
     pub(super) fn run(self) -> Result<Exit, Failure> {
+        super::audit::place::configure_as_usual()?;
         match self.arguments.as_slice() {
             [sources @ .., target] if !sources.is_empty() => {
                 Place::must_be_here(target, "pull fetches to this machine (push sends)")?;

@@ -6,10 +6,15 @@ use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use russh::keys::PrivateKey;
+
+use super::audit::place;
 use super::memory::Memory;
 use super::{Failure, notify};
-use crate::config::{AddressList, Config, Confine, DEFAULT_PATH};
+use crate::audit::{AuditRecord, Outcome};
+use crate::config::{AddressList, Audit, Config, Confine, DEFAULT_PATH};
 use crate::error::{Exit, chain};
+use crate::server::host_key;
 use crate::server::listener::{self, Reloader, ServeConfig, ServeError, ServeUser};
 
 /// Listen for SSH connections: public keys only, file transfer only
@@ -101,7 +106,7 @@ fn default_path() -> PathBuf {
 }
 
 /// The listener's part of a configuration file.
-fn read(path: &Path) -> Result<ServeConfig, Failure> {
+fn read(path: &Path) -> Result<(ServeConfig, Audit), Failure> {
     let usage = |error: crate::config::ConfigError| Failure::usage(chain(&error));
     let config = Config::load(path).map_err(|error| match error {
         error @ crate::config::ConfigError::Read { .. } => {
@@ -109,7 +114,7 @@ fn read(path: &Path) -> Result<ServeConfig, Failure> {
         }
         error => usage(error),
     })?;
-    of_config(&config)
+    Ok((of_config(&config)?, config.audit))
 }
 
 /// The listener's part of a configuration.
@@ -143,6 +148,7 @@ pub(super) fn of_config(config: &Config) -> Result<ServeConfig, Failure> {
         users,
         revoked_keys: serve.revoked_keys.clone(),
         audit: serve.audit.clone(),
+        log: Default::default(),
         strict_key_exchange: serve.strict_key_exchange,
         confine: serve.confine,
         limits: serve.limits.clone(),
@@ -159,7 +165,10 @@ impl Serve {
         log();
         raise_limit_of_files();
         let passed = notify::sockets()?;
-        let config = self.read()?;
+        let (config, audit) = self.read()?;
+        // Without a key of its own the log is signed with the host's.
+        let key = host_key::load_or_create(&config.host_key).map_err(|error| Failure::plain(Exit::Usage, &error))?;
+        let config = ServeConfig { log: place::settings(&audit, Some(&key))?, ..config };
         if !passed.is_empty() && passed.iter().map(|(_, address)| *address).ne(config.listen.iter().copied()) {
             tracing::info!("the sockets that systemd passed are used; 'listen' is not");
         }
@@ -185,25 +194,31 @@ impl Serve {
             let (running, reloader) = listener.start();
             tracing::info!("{}", reloader.confinement());
             let (stop, stopped) = tokio::sync::watch::channel(false);
+            let confinement = reloader.confinement();
+            let service = Service { serve: self, reloader, stop, listening, key, confinement };
+            service.tell(Ok("started"));
             let signals =
                 Signals::listen().map_err(|error| failed(Exit::Io, format!("listening for signals: {error}")))?;
             notify::ready();
-            let confinement = reloader.confinement();
-            tokio::spawn(signals.follow(Service { serve: self, reloader, stop, listening, confinement }));
+            tokio::spawn(signals.follow(service));
             running.run(stopped).await;
             Ok(Exit::Done)
         })
     }
 
-    fn read(&self) -> Result<ServeConfig, Failure> {
-        let mut config = match &self.one {
-            Some(one) => one.read()?,
-            None => read(&self.config.clone().unwrap_or_else(default_path))?,
+    fn read(&self) -> Result<(ServeConfig, Audit), Failure> {
+        let (mut config, audit) = match &self.one {
+            Some(one) => (one.read()?, Audit::default()),
+            None => read(&self.file())?,
         };
         if !self.listen.is_empty() {
             config.listen.clone_from(&self.listen);
         }
-        Ok(config)
+        Ok((config, audit))
+    }
+
+    fn file(&self) -> PathBuf {
+        self.config.clone().unwrap_or_else(default_path)
     }
 }
 
@@ -213,6 +228,7 @@ struct Service {
     reloader: Reloader,
     stop: tokio::sync::watch::Sender<bool>,
     listening: String,
+    key: PrivateKey,
     confinement: String,
 }
 
@@ -220,14 +236,36 @@ impl Service {
     /// Everything stays as it was when the new configuration is not right; gives why.
     async fn reload(&self) -> Option<String> {
         notify::reloading();
-        let reloaded = match self.serve.read() {
-            Ok(config) => self.reloader.reload(config).await.map_err(|error| chain(&error)),
+        let read =
+            self.serve.read().and_then(|(config, audit)| Ok((config, place::settings(&audit, Some(&self.key))?)));
+        let reloaded = match read {
+            Ok((config, log)) => {
+                self.reloader.reload(ServeConfig { log, ..config }).await.map_err(|error| chain(&error))
+            }
             Err(failure) => Err(chain(&failure)),
         };
+        self.tell(reloaded.as_ref().map(|()| "read anew").map_err(String::as_str));
         notify::ready();
         let reason = reloaded.err()?;
         tracing::error!(reason, "not reloaded: everything stays as it was");
         Some(reason)
+    }
+
+    /// Tells the log which configuration is in force, or why one is not.
+    fn tell(&self, how: Result<&str, &str>) {
+        let (result, why) = match how {
+            Ok(why) => (Outcome::Success, why.to_owned()),
+            Err(reason) => (Outcome::Failure, format!("not taken: {reason}")),
+        };
+        let actor = super::transfer::actor();
+        self.reloader.note(match self.serve.one {
+            None => place::configuration(&self.serve.file(), result, &why, actor),
+            Some(_) => {
+                let reason = Some(format!("{why}, by the options of the command line"));
+                let action = "configuration".into();
+                AuditRecord { actor, action, result: Some(result), reason, ..AuditRecord::default() }
+            }
+        });
     }
 
     fn status(&self, wrong: Option<&str>) -> String {

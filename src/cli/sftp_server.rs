@@ -1,10 +1,13 @@
 //! `lockstep sftp-server`: what sshd starts as a subsystem, and what a client starts by a command.
 
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use russh::keys::{Certificate, HashAlg, PublicKey};
+
 use super::Failure;
-use crate::audit::{AuditLog, AuditRecord};
+use crate::audit::{AuditLog, AuditRecord, Login, Outcome};
 use crate::endpoint::Error;
 use crate::endpoint::local::{LocalSource, LocalTarget, anywhere, beneath, recorded};
 use crate::error::{Escaped, Exit, chain};
@@ -40,18 +43,20 @@ pub(super) struct SftpServer {
 
 impl SftpServer {
     pub(super) fn run(self) -> Result<Exit, Failure> {
+        super::audit::place::configure_as_usual()?;
         let policy = super::transfer::receivers_policy(self.policy_file.as_deref())?;
         let home = std::env::home_dir().unwrap_or_else(|| PathBuf::from("/"));
         let confined = self.root.is_some();
         let root = self.root.unwrap_or(home);
+        let by = logged_in();
         let config = SessionConfig {
             root: root.clone(),
             confine: confined,
             read_only: self.read_only,
             policy: policy.clone(),
             actor: super::transfer::actor(),
+            login: by.login.clone(),
         };
-        let actor = logged_in();
         if confined && root.is_dir() {
             let wanted =
                 Wanted { root: &root, read_only: self.read_only, identity: None, require: self.require_confinement };
@@ -60,9 +65,8 @@ impl SftpServer {
             confine::names::start().map_err(|error| failed(crate::error::in_words(&error)))?;
             confine::enter(&wanted).map_err(|error| failed(chain(&error)))?;
         }
-        let Factory { target, source } = factory(root, confined, self.read_only, policy, &actor);
-        let target =
-            Box::new(move |path: &[u8]| Ok(Arc::new(Attributed::new(target(path)?, actor.clone())) as SharedTarget));
+        let Factory { target, source } = factory(root, confined, self.read_only, policy, &by);
+        let target = Box::new(move |path: &[u8]| Ok(by.attributed(target(path)?)));
         let agent = Arc::new(Agent::new(Arc::new(Factory { target, source })).alone());
         let ended = stdio::run(config, Some(Arc::clone(&agent) as Arc<dyn Extensions>));
         if let Some(agent) = Arc::into_inner(agent) {
@@ -73,20 +77,61 @@ impl SftpServer {
     }
 }
 
-/// Who is at the other end as far as this machine knows: whom sshd let in, and from where.
-fn logged_in() -> String {
-    let own = super::transfer::actor();
-    let connection = std::env::var("SSH_CONNECTION").unwrap_or_default();
-    match connection.split(' ').next().filter(|from| !from.is_empty()) {
-        Some(from) => format!("{own} from {}", Escaped(from.as_bytes())),
-        None => own,
+/// Who is at the other end, and by what.
+#[derive(Clone)]
+pub(super) struct By {
+    pub(super) actor: String,
+    pub(super) login: Login,
+}
+
+impl By {
+    /// A target whose records say so.
+    pub(super) fn attributed(&self, target: SharedTarget) -> SharedTarget {
+        Arc::new(Attributed::new(target, self.actor.clone(), self.login.clone()))
     }
 }
 
+/// As far as this machine knows: whom sshd let in, from where, and, where it says so (ExposeAuthInfo), with which key.
+fn logged_in() -> By {
+    let own = super::transfer::actor();
+    let connection = std::env::var("SSH_CONNECTION").unwrap_or_default();
+    let mut words = connection.split(' ');
+    let from = words.next().filter(|from| !from.is_empty()).map(|from| Escaped(from.as_bytes()).to_string());
+    let port = words.next().and_then(|port| port.parse::<u16>().ok());
+    let mut login = std::env::var_os("SSH_USER_AUTH").and_then(|file| exposed(Path::new(&file))).unwrap_or_default();
+    login.peer = from.as_ref().map(|from| match (from.parse::<std::net::IpAddr>(), port) {
+        (Ok(ip), Some(port)) => std::net::SocketAddr::new(ip, port).to_string(),
+        _ => from.clone(),
+    });
+    let actor = match from {
+        Some(from) => format!("{own} from {from}"),
+        None => own,
+    };
+    By { actor, login }
+}
+
+/// The key or certificate in the file that sshd writes for a session: `publickey TYPE BASE64` for each that was used.
+fn exposed(file: &Path) -> Option<Login> {
+    let mut text = String::new();
+    std::fs::File::open(file).ok()?.take(64 << 10).read_to_string(&mut text).ok()?;
+    let key = text.lines().find_map(|line| line.strip_prefix("publickey "))?;
+    if let Ok(certificate) = Certificate::from_openssh(key) {
+        return Some(Login {
+            key: Some(certificate.public_key().fingerprint(HashAlg::Sha256).to_string()),
+            certificate: Some(Escaped(certificate.key_id().as_bytes()).to_string()),
+            serial: Some(certificate.serial()),
+            authority: Some(certificate.signature_key().fingerprint(HashAlg::Sha256).to_string()),
+            ..Login::default()
+        });
+    }
+    let key = PublicKey::from_openssh(key).ok()?;
+    Some(Login { key: Some(key.fingerprint(HashAlg::Sha256).to_string()), ..Login::default() })
+}
+
 /// Opens the directories that a client names: beneath `root` where it is confined, else as the file system has them. What
-/// `actor` is refused there is in the audit log of `root`; without a root there is no place for one.
-pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: PolicySpec, actor: &str) -> Factory {
-    let (target_root, actor) = (root.clone(), actor.to_owned());
+/// somebody is refused there is in the audit log of `root`; without a root there is no place for one.
+pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: PolicySpec, by: &By) -> Factory {
+    let (target_root, by) = (root.clone(), by.clone());
     // Whoever set up the server named the root: it is opened by name. What a client names is looked up beneath it.
     let confined = |root: &Path, path: &[u8]| -> Result<(Arc<Root>, Option<RelPath>), Error> {
         let path = beneath(path)?;
@@ -109,7 +154,7 @@ pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: Pol
                 return Ok(Arc::new(LocalTarget::new(&anywhere(&target_root, path), policy)));
             }
             let opened = own(path).and_then(|()| confined(&target_root, path));
-            let (root, path) = opened.inspect_err(|error| record_refusal(&target_root, &actor, path, error))?;
+            let (root, path) = opened.inspect_err(|error| record_refusal(&target_root, &by, path, error))?;
             Ok(Arc::new(LocalTarget::beneath(root, path, policy)))
         }),
         source: Box::new(move |path| {
@@ -133,11 +178,13 @@ fn own(path: &[u8]) -> Result<(), Error> {
 }
 
 /// A run that is not even begun has no root of its own to record it.
-fn record_refusal(root: &Path, actor: &str, path: &[u8], error: &Error) {
+fn record_refusal(root: &Path, by: &By, path: &[u8], error: &Error) {
     let Error::Refused { reason, .. } = error else { return };
     let record = AuditRecord {
-        actor: actor.to_owned(),
+        actor: by.actor.clone(),
+        login: Some(Box::new(by.login.clone())),
         action: "refuse".into(),
+        result: Some(Outcome::Failure),
         path: Escaped(&path[..path.len().min(PATH_MAX)]).to_string(),
         reason: Some(recorded(reason)),
         ..AuditRecord::default()
@@ -157,8 +204,9 @@ mod tests {
     #[test]
     fn h01_no_run_is_begun_on_the_directory_that_lockstep_keeps_for_itself() {
         let at = tempfile::tempdir().unwrap();
+        let by = By { actor: "tester".into(), login: Login::default() };
         for confine in [true, false] {
-            let sides = factory(at.path().to_owned(), confine, false, PolicySpec::default(), "tester");
+            let sides = factory(at.path().to_owned(), confine, false, PolicySpec::default(), &by);
             for path in ["/.lockstep", ".lockstep", "sub/.lockstep/", "/sub/.lockstep/staging"] {
                 assert!(matches!((sides.target)(path.as_bytes()), Err(Error::Refused { .. })), "{path}");
             }

@@ -252,6 +252,7 @@ impl How {
                 trash_seconds: self.trash_seconds()?,
                 actor: actor(),
                 source: String::new(),
+                login: None,
                 trail: Vec::new(),
             },
             delete: self.deletes(),

@@ -4,6 +4,7 @@
 //! file, line and column, so that nothing is found out in the middle of a run.
 
 mod address;
+mod audit;
 mod daemon;
 mod error;
 mod job;
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 pub use address::AddressList;
+pub use audit::Audit;
 pub use daemon::Daemon;
 pub(crate) use error::meant;
 pub use error::{ConfigError, Position, Untrusted};
@@ -53,6 +55,9 @@ pub struct Config {
     /// What runs the jobs by itself.
     #[serde(default)]
     pub daemon: Daemon,
+    /// The audit logs.
+    #[serde(default)]
+    pub audit: Audit,
 }
 
 /// Only where things stand in the text.
@@ -66,6 +71,8 @@ struct Places {
     serve: Option<Spanned<ServePlaces>>,
     #[serde(default)]
     daemon: Option<Spanned<IgnoredAny>>,
+    #[serde(default)]
+    audit: Option<Spanned<IgnoredAny>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -163,6 +170,7 @@ impl Config {
         }
         let at_daemon = |message| (places.daemon.as_ref().map(Spanned::span), message);
         self.daemon.check().map_err(at_daemon)?;
+        self.audit.check().map_err(|message| (places.audit.as_ref().map(Spanned::span), message))?;
         let mut names = BTreeSet::new();
         let Some(serve) = &self.serve else { return Ok(()) };
         serve.check().map_err(|message| (places.serve.as_ref().map(Spanned::span), message))?;

@@ -12,7 +12,7 @@ use rustix::fs::RenameFlags;
 
 use super::{Drift, DriftError, Findings, MANIFEST, Question, look};
 use crate::access::Inode;
-use crate::audit::{AuditError, AuditLog, AuditRecord};
+use crate::audit::{AuditError, AuditLog, AuditRecord, Before, OnFailure, Outcome, settings};
 use crate::error::Escaped;
 use crate::manifest::{Manifest, Timestamp, Tree, format};
 use crate::monitor::Monitor;
@@ -89,14 +89,19 @@ pub fn mend(
     let mut manifest = findings.manifest.take();
     let mut mended = Vec::with_capacity(drift.len());
     let mut left = drift.into_iter().peekable();
-    while left.peek().is_some() {
+    while let Some(next) = left.peek() {
         let start = mended.len();
+        if changes {
+            // What cannot be recorded is not done.
+            let bytes = (next.path.as_bytes().len() as u64 + 600) * BATCH as u64;
+            or_continue(AuditLog::open(&root).and_then(|log| log.reserve(bytes)))?;
+        }
         for drift in left.by_ref().take(BATCH) {
             let refused = one(&root, &drift, manifest.as_ref(), mending.dry_run).err();
             mended.push(Mended { drift, refused });
         }
         if changes {
-            record(&root, mending.actor, &mended[start..])?;
+            or_continue(record(&root, mending.actor, &mended[start..]))?;
         }
     }
     if changes && let Some(manifest) = manifest.take().and_then(|manifest| follow(manifest, &mended)) {
@@ -167,7 +172,19 @@ fn verify(inode: &Inode, path: &RelPath, manifest: Option<&Manifest>) -> Result<
     }
 }
 
+/// A log that cannot be written is a warning where that was asked for.
+fn or_continue(result: Result<(), AuditError>) -> Result<(), AuditError> {
+    match result {
+        Err(error) if settings().on_failure == OnFailure::Continue => {
+            tracing::warn!(error = crate::error::chain(&error), "the audit log cannot be written, and has a gap");
+            Ok(())
+        }
+        result => result,
+    }
+}
+
 fn record(root: &Root, actor: &str, mended: &[Mended]) -> Result<(), AuditError> {
+    let mut names = Names::default();
     let records: Vec<AuditRecord> = mended
         .iter()
         .map(|mended| {
@@ -186,13 +203,19 @@ fn record(root: &Root, actor: &str, mended: &[Mended]) -> Result<(), AuditError>
                 owner: wanted("owner"),
                 group: wanted("group"),
                 acl: wanted("acl").into_iter().chain(default).reduce(|access, default| format!("{access}; {default}")),
+                before: Some(Before {
+                    mode: format!("{:04o}", mended.drift.found.mode),
+                    owner: names.user(mended.drift.found.uid).to_string(),
+                    group: names.group(mended.drift.found.gid).to_string(),
+                }),
+                result: Some(if mended.refused.is_none() { Outcome::Success } else { Outcome::Failure }),
                 reason: mended.refused.clone(),
                 ..AuditRecord::default()
             }
         })
         .collect();
     if !records.is_empty() {
-        AuditLog::open(root)?.append(&records)?;
+        AuditLog::open(root)?.append_last(records)?;
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
 //! The algorithms that both ends of lockstep agree to, as client and as server: authenticated key exchange with a
-//! post-quantum one first, authenticated ciphers, the fastest first, no SHA-1.
+//! post-quantum one first, authenticated ciphers, the fastest first, no SHA-1, nothing over numbers that take long to compute with.
 
 use russh::{Preferred, cipher, kex, mac};
 
@@ -18,15 +18,7 @@ pub fn preferred(end: End) -> Preferred {
         End::Server => (kex::EXTENSION_SUPPORT_AS_SERVER, kex::EXTENSION_OPENSSH_STRICT_KEX_AS_SERVER),
     };
     Preferred {
-        kex: vec![
-            kex::MLKEM768X25519_SHA256,
-            kex::CURVE25519,
-            kex::CURVE25519_PRE_RFC_8731,
-            kex::DH_G16_SHA512,
-            extensions,
-            strict,
-        ]
-        .into(),
+        kex: vec![kex::MLKEM768X25519_SHA256, kex::CURVE25519, kex::CURVE25519_PRE_RFC_8731, extensions, strict].into(),
         cipher: vec![cipher::AES_128_GCM, cipher::AES_256_GCM, cipher::CHACHA20_POLY1305].into(),
         mac: vec![mac::HMAC_SHA256_ETM, mac::HMAC_SHA512_ETM].into(),
         ..Preferred::default()

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::audit::Login;
 use crate::codec::Once;
 use crate::error::Exit;
 use crate::filter::FilterSpec;
@@ -346,6 +347,9 @@ pub struct BeginOptions {
     pub actor: String,
     /// Where the content comes from, for the audit log.
     pub source: String,
+    /// By what whoever runs it is here, as this machine has seen it: it is never read from what the other end sends.
+    #[serde(skip)]
+    pub login: Option<Box<Login>>,
     /// For runs that are made over and over: the directories that it came through. A target that is among them refuses, and
     /// remembers them otherwise.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -12,6 +12,7 @@ use super::authorized_keys::{Asked, AuthorizedKeys, Credential, Grant};
 use super::live::short;
 use super::revoked::Revoked;
 use super::trusted_file;
+use crate::audit::Login;
 use crate::config::AddressList;
 use crate::error::Escaped;
 use crate::policy::PolicySpec;
@@ -59,6 +60,21 @@ impl Proof {
             Proof::Certificate(certificate) => certificate.public_key(),
         };
         key.fingerprint(HashAlg::Sha256).to_string()
+    }
+
+    /// All of that in the fields of an audit line, with the address that the packets came from.
+    pub fn login(&self, peer: SocketAddr) -> Login {
+        let (peer, key) = (Some(peer.to_string()), Some(self.fingerprint()));
+        match self {
+            Proof::Key(_) => Login { peer, key, ..Login::default() },
+            Proof::Certificate(certificate) => Login {
+                peer,
+                key,
+                certificate: Some(short(&Escaped(certificate.key_id().as_bytes()).to_string(), 100)),
+                serial: Some(certificate.serial()),
+                authority: Some(certificate.signature_key().fingerprint(HashAlg::Sha256).to_string()),
+            },
+        }
     }
 
     /// The fingerprint, and what the certificate says of itself; for logs.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::agent::SharedTarget;
 use super::live::short;
+use crate::audit::Login;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::error::Escaped;
 use crate::manifest::Tree;
@@ -17,12 +18,13 @@ const SAID_MAX: usize = 200;
 pub struct Attributed {
     target: SharedTarget,
     actor: String,
+    login: Login,
 }
 
 impl Attributed {
-    /// `actor` is who is at the other end.
-    pub fn new(target: SharedTarget, actor: String) -> Attributed {
-        Attributed { target, actor }
+    /// `actor` is who is at the other end, `login` by what.
+    pub fn new(target: SharedTarget, actor: String, login: Login) -> Attributed {
+        Attributed { target, actor, login }
     }
 }
 
@@ -37,7 +39,8 @@ impl Target for Attributed {
 
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
         let actor = format!("{}, who says {}", self.actor, said(&options.actor));
-        let options = BeginOptions { actor, source: said(&options.source), ..options.clone() };
+        let (source, login) = (said(&options.source), Some(Box::new(self.login.clone())));
+        let options = BeginOptions { actor, source, login, ..options.clone() };
         self.target.begin(&options, monitor)
     }
 

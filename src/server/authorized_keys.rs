@@ -7,6 +7,7 @@ use russh::keys::{Certificate, HashAlg, PublicKey};
 
 use super::certificate;
 use crate::config::AddressList;
+use crate::signature::MIN_RSA_BITS;
 
 /// What a key that was proven may do.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -160,8 +161,8 @@ impl Line {
 pub(super) fn strong(key: &KeyData) -> Result<(), String> {
     match key {
         KeyData::Dsa(_) => Err("DSA keys are too weak; make an Ed25519 key".into()),
-        KeyData::Rsa(key) if key.key_size() < 2048 => {
-            Err(format!("an RSA key of {} bits is too weak; 2048 are the least", key.key_size()))
+        KeyData::Rsa(key) if key.key_size() < MIN_RSA_BITS => {
+            Err(format!("an RSA key of {} bits is too weak; {MIN_RSA_BITS} are the least", key.key_size()))
         }
         _ => Ok(()),
     }

@@ -25,7 +25,7 @@ use super::pace::Pace;
 use super::process::Level;
 use super::process::message::{Answer, Asked, FROM_PROCESS_MAX, Frames, FromProcess, ToProcess, frame, origin};
 use super::spawn;
-use crate::audit::AuditRecord;
+use crate::audit::{AuditRecord, Outcome};
 use crate::error::{Escaped, in_words};
 use crate::scan::names;
 
@@ -277,14 +277,20 @@ impl Connection<'_> {
             Asked::Confined(result) if !logged_in => {
                 let admitted = self.admitted.take().ok_or_else(|| misplaced("that it is confined"))?;
                 match result {
-                    Ok(confinement) => Box::pin(async move {
-                        let login = AuditRecord {
-                            action: "login".into(),
-                            ..server.record(&admitted.granted.start.actor, peer)
-                        };
-                        let recorded = server.recorder.must(login).await;
-                        (number, Worked::Recorded(admitted, confinement, recorded))
-                    }),
+                    Ok(confinement) => {
+                        // Keys that were refused in this connection before this one was taken.
+                        let reason = self.live.refusals().map(|refused| format!("before it: {refused}"));
+                        Box::pin(async move {
+                            let login = AuditRecord {
+                                action: "login".into(),
+                                result: Some(Outcome::Success),
+                                reason,
+                                ..server.record_of(&admitted.granted.start, peer)
+                            };
+                            let recorded = server.recorder.must(login).await;
+                            (number, Worked::Recorded(admitted, confinement, recorded))
+                        })
+                    }
                     Err(reason) => {
                         let (user, reason) = (&admitted.login.user.name, clean(&reason));
                         tracing::error!(%peer, user, reason, "a session cannot be confined");
@@ -383,8 +389,8 @@ impl Connection<'_> {
         }
         tracing::warn!(peer = %self.live.peer, user = start.user, what, detail, "request refused");
         let reason = Some(if detail.is_empty() { what } else { format!("{what}: {detail}") });
-        let record = self.server.record(&start.actor, self.live.peer);
-        self.server.recorder.note(AuditRecord { action: "refuse".into(), reason, ..record });
+        let (record, result) = (self.server.record_of(start, self.live.peer), Some(Outcome::Failure));
+        self.server.recorder.note(AuditRecord { action: "refuse".into(), result, reason, ..record });
     }
 
     /// Says what went through a session.
@@ -398,9 +404,10 @@ impl Connection<'_> {
             Some(error) => tracing::warn!(%peer, user, received, sent, seconds, error, "session ended"),
         }
         let why = error.map(|error| format!("; {error}")).unwrap_or_default();
+        let result = Some(if why.is_empty() { Outcome::Success } else { Outcome::Failure });
         let reason = Some(format!("received {received} and sent {sent} bytes in {seconds:.1} s{why}"));
-        let record = self.server.record(&start.actor, peer);
-        self.server.recorder.note(AuditRecord { action: "session".into(), reason, ..record });
+        let record = self.server.record_of(start, peer);
+        self.server.recorder.note(AuditRecord { action: "session".into(), result, reason, ..record });
     }
 
     /// A line of the process, as one of this connection.
@@ -427,6 +434,11 @@ impl Connection<'_> {
         if let Some(login) = live.login.get() {
             let why = why.unwrap_or_else(|| "by the client".into());
             tracing::info!(%peer, user = login.user.name, why, "connection ended");
+            let actor = format!("{}@{}", login.user.name, peer.ip());
+            let (login, reason) =
+                (Some(Box::new(login.proof.login(peer))), Some(format!("ended: {}", short(&why, 1000))));
+            let record = AuditRecord { action: "connection".into(), login, reason, ..server.record(&actor, peer) };
+            server.recorder.note(AuditRecord { result: Some(Outcome::Success), ..record });
             return;
         }
         let reason = match (live.refusals(), why) {
@@ -434,12 +446,16 @@ impl Connection<'_> {
             (None, Some(why)) => short(&why, 1000),
             (None, None) => {
                 tracing::info!(%peer, "connection ended without a login");
+                let (result, reason) = (Some(Outcome::Failure), Some("ended without a login".into()));
+                let record = AuditRecord { action: "connection".into(), result, reason, ..server.record("", peer) };
+                server.recorder.note_stranger(record);
                 return;
             }
         };
         tracing::warn!(%peer, reason, "no login");
         server.recorder.note_stranger(AuditRecord {
             action: "refuse".into(),
+            result: Some(Outcome::Failure),
             reason: Some(reason),
             ..server.record("", peer)
         });

@@ -24,7 +24,7 @@ use super::process::message::{Setup, frame};
 use super::record::Recorder;
 
 pub use super::access::ServeUser;
-use crate::audit::{AuditError, AuditRecord};
+use crate::audit::{self, AuditError, AuditRecord, Login, Outcome};
 use crate::config::{Confine, ServeLimits};
 use crate::policy::PolicySpec;
 
@@ -43,6 +43,8 @@ pub struct ServeConfig {
     pub revoked_keys: Option<PathBuf>,
     /// A directory for the record of logins, sessions and refusals.
     pub audit: Option<PathBuf>,
+    /// How audit logs are kept, that of the listener and those of roots.
+    pub log: audit::Settings,
     /// Refuse clients without strict key exchange (CVE-2023-48795). Without, the one cipher that needs it is not offered.
     pub strict_key_exchange: bool,
     /// What happens where the kernel cannot confine the process of a connection.
@@ -55,14 +57,15 @@ impl ServeConfig {
     /// With the usual limits.
     pub fn new(listen: SocketAddr, host_key: PathBuf, users: Vec<ServeUser>) -> Self {
         let limits = ServeLimits::default();
-        let (host_certificate, revoked_keys, audit, strict_key_exchange) = (None, None, None, true);
+        let (host_certificate, revoked_keys, directory, strict_key_exchange) = (None, None, None, true);
         Self {
             listen: vec![listen],
             host_key,
             host_certificate,
             users,
             revoked_keys,
-            audit,
+            audit: directory,
+            log: audit::Settings::default(),
             strict_key_exchange,
             confine: Confine::default(),
             limits,
@@ -88,6 +91,8 @@ pub struct SessionStart {
     pub fingerprint: String,
     /// All of that in a line, for audit logs: `user@address (SHA256:…)`.
     pub actor: String,
+    /// The same in the fields of an audit line.
+    pub login: Login,
 }
 
 /// Makes the session of a channel. It is called on a thread that may block.
@@ -165,7 +170,14 @@ impl Server {
 
     /// A record to be filled in. Addresses are those the packets came from.
     pub(super) fn record(&self, actor: &str, peer: SocketAddr) -> AuditRecord {
-        AuditRecord { actor: actor.to_owned(), source: peer.to_string(), ..AuditRecord::default() }
+        let login = Login { peer: Some(peer.to_string()), ..Login::default() };
+        let (actor, source) = (actor.to_owned(), peer.to_string());
+        AuditRecord { actor, source, login: Some(Box::new(login)), ..AuditRecord::default() }
+    }
+
+    /// The same of somebody who has logged in.
+    pub(super) fn record_of(&self, start: &SessionStart, peer: SocketAddr) -> AuditRecord {
+        AuditRecord { login: Some(Box::new(start.login.clone())), ..self.record(&start.actor, peer) }
     }
 }
 
@@ -200,6 +212,7 @@ pub async fn bind_with(
 ) -> Result<Listener, ServeError> {
     let key = host_key::load_or_create(&config.host_key)?;
     let (settings, problems) = prepare(&config, &key)?;
+    audit::configure(config.log.clone());
     let settings = Arc::new(settings);
     let recorder = config.audit.as_deref().map_or_else(|| Ok(Recorder::default()), Recorder::open)?;
     let fingerprint = key.public_key().fingerprint(HashAlg::Sha256).to_string();
@@ -323,6 +336,7 @@ fn setup(config: &ServeConfig, key: &PrivateKey) -> Result<Arc<[u8]>, HostKeyErr
         idle_seconds: config.limits.idle_timeout.as_secs(),
         channels: config.limits.channels.get(),
         connections: config.limits.connections.get(),
+        log: config.log.clone(),
     };
     let framed = frame(&setup).map_err(|error| HostKeyError::Invalid { path: path(), reason: error.to_string() })?;
     Ok(framed.into())
@@ -457,7 +471,8 @@ impl Refused {
         self.last = Some(Instant::now());
         tracing::warn!(%peer, reason, more, "connection refused");
         let reason = Some(if more == 0 { reason.to_owned() } else { format!("{reason}; and {more} before it") });
-        server.recorder.note_stranger(AuditRecord { action: "refuse".into(), reason, ..server.record("", peer) });
+        let (action, result) = ("refuse".into(), Some(Outcome::Failure));
+        server.recorder.note_stranger(AuditRecord { action, result, reason, ..server.record("", peer) });
     }
 }
 
@@ -479,6 +494,11 @@ impl Reloader {
         self.server.limits.connections()
     }
 
+    /// Notes what is no connection's doing, as that another configuration is in force.
+    pub fn note(&self, record: AuditRecord) {
+        self.server.recorder.note(record);
+    }
+
     /// From now on `config` decides. Who may no longer be here, or under other conditions, is ended.
     ///
     /// Addresses, host key and audit log stay as they are until the next start.
@@ -492,6 +512,7 @@ impl Reloader {
         if fixed(&config) != fixed(&self.config) {
             tracing::warn!("a change of listen, host_key or audit takes effect at the next start");
         }
+        audit::configure(config.log.clone());
         let access = settings.access.clone();
         self.server.limits.set(settings.limits.clone());
         *self.server.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);

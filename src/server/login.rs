@@ -57,6 +57,7 @@ fn start(user: &ServeUser, grant: &Grant, peer: SocketAddr, proof: &Proof) -> Se
         policy: user.policy.clone(),
         peer,
         fingerprint: proof.fingerprint(),
+        login: proof.login(peer),
         actor: format!("{}@{} ({})", user.name, peer.ip().to_canonical(), proof.describe()),
     }
 }

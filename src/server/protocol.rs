@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use russh::keys::{Algorithm, Certificate, EcdsaCurve, HashAlg, PrivateKey};
 use russh::server::Config;
-use russh::{MethodKind, MethodSet};
+use russh::{MethodKind, MethodSet, SshId};
 
 use super::strict::Offered;
 use crate::endpoint::algorithms::{End, preferred};
@@ -41,6 +41,7 @@ pub(super) fn configuration(
     };
     let offered = Offered::new(&preferred, &host_keys, strict_key_exchange);
     let configuration = Config {
+        server_id: SshId::Standard(concat!("SSH-2.0-lockstep_", env!("CARGO_PKG_VERSION")).into()),
         methods,
         auth_rejection_time: Duration::from_millis(500),
         auth_rejection_time_initial: Some(Duration::ZERO),

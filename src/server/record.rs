@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use crate::audit::{AuditError, AuditLog, AuditRecord};
+use crate::audit::{AuditError, AuditLog, AuditRecord, OnFailure, settings};
+use crate::error::shown;
 use crate::root::Root;
 
 /// Records that may wait. A flood of refusals is counted, not kept.
@@ -40,17 +41,35 @@ impl Recorder {
         let root = Root::open(directory)?;
         drop(AuditLog::open(&root)?);
         let (sender, mut entries) = mpsc::channel::<Entry>(WAITING);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+        let runtime = runtime.map_err(|source| AuditError::Io { path: shown(directory).to_string(), source })?;
         let write = move || {
-            let mut batch = Vec::new();
-            while entries.blocking_recv_many(&mut batch, BATCH) > 0 {
+            let (mut batch, mut unsigned) = (Vec::new(), false);
+            loop {
+                let more = runtime.block_on(async {
+                    let more = entries.recv_many(&mut batch, BATCH);
+                    match settings().signing.as_ref().filter(|_| unsigned) {
+                        Some(signing) => tokio::time::timeout(signing.every, more).await.ok(),
+                        None => Some(more.await),
+                    }
+                });
+                // Who waits for all of it, nobody who is left, and a silence: each is an end.
+                let end = more.is_none_or(|more| more == 0) || batch.iter().any(|(record, _)| record.is_none());
                 let (records, waiting): (Vec<_>, Vec<_>) = batch.drain(..).unzip();
-                let records: Vec<_> = records.into_iter().flatten().collect();
-                let written = AuditLog::open(&root).and_then(|mut log| log.append(&records));
+                let records = records.into_iter().flatten();
+                let written = AuditLog::open(&root).and_then(|mut log| match end {
+                    true => log.append_last(records),
+                    false => log.append_all(records),
+                });
+                unsigned = !end;
                 if let Err(error) = &written {
                     tracing::error!(error = crate::error::chain(error), "the audit log cannot be written");
                 }
                 for sender in waiting.into_iter().flatten() {
                     let _ = sender.send(written.is_ok());
+                }
+                if more == Some(0) {
+                    return;
                 }
             }
         };
@@ -59,9 +78,10 @@ impl Recorder {
         Ok(Recorder { entries: Some(sender), ..Recorder::default() })
     }
 
-    /// Records what must not happen without a record. `false` when it could not be written.
+    /// Records what must not happen without a record, unless `[audit] on_failure` says that it may. `false` when it could not
+    /// be written.
     pub async fn must(&self, record: AuditRecord) -> bool {
-        self.written(Some(record)).await
+        self.written(Some(record)).await || settings().on_failure == OnFailure::Continue
     }
 
     /// Waits until all that was noted is written.

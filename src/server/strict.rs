@@ -13,14 +13,12 @@ use russh::keys::Algorithm;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::watch;
 
-use crate::error::Escaped;
-use crate::wire::buffer::{Reader, Short, Writer};
+use crate::wire::buffer::Writer;
+use crate::wire::kexinit::{KexInit, agreed, is_marker};
 
 const STRICT: &str = "kex-strict-c-v00@openssh.com";
-/// Longest first line (RFC 4253, section 4.2), and longest packet that must be taken (section 6.1).
+/// Longest first line (RFC 4253, section 4.2).
 const LINE_MAX: usize = 255;
-const PACKET_MAX: usize = 35_000;
-const KEXINIT: u8 = 20;
 const DISCONNECT: u8 = 1;
 const KEY_EXCHANGE_FAILED: u32 = 3;
 
@@ -149,54 +147,35 @@ fn examine(seen: &[u8], offered: &Offered) -> Seen {
     if !seen.starts_with(b"SSH-2.0-") {
         return Seen::Bad("it does not speak SSH 2".into());
     }
-    let packet = &seen[end + 1..];
-    let Some(length) = packet.first_chunk().map(|bytes| u32::from_be_bytes(*bytes) as usize) else { return Seen::More };
-    if length > PACKET_MAX {
-        return Seen::Bad("its first packet is longer than any that may come first".into());
-    }
-    let Some(body) = packet.get(4..4 + length) else { return Seen::More };
-    let Some((&padding, rest)) = body.split_first() else { return Seen::Bad("its first packet is empty".into()) };
-    let payload = rest.len().checked_sub(padding.into()).map(|length| &rest[..length]);
-    match payload.ok_or(Short).and_then(|payload| judge(payload, offered)) {
-        Ok(None) => Seen::Good,
-        Ok(Some(reason)) => Seen::Bad(reason),
-        Err(Short) => Seen::Bad("its first packet is cut short".into()),
+    match KexInit::of_packet(&seen[end + 1..]) {
+        Ok(None) => Seen::More,
+        Ok(Some(theirs)) => judge(&theirs, offered).map_or(Seen::Good, Seen::Bad),
+        Err(wrong) => Seen::Bad(wrong.to_string()),
     }
 }
 
-/// A reason to refuse a client that begins so.
-fn judge(payload: &[u8], offered: &Offered) -> Result<Option<String>, Short> {
-    let mut reader = Reader(payload);
-    if reader.u8()? != KEXINIT {
-        return Ok(Some("it does not begin with the key exchange".into()));
-    }
-    reader.bytes(16)?;
-    let exchanges = names(reader.string()?);
-    if offered.strict && !exchanges.iter().any(|name| name == STRICT) {
+/// A reason to refuse a client that can do this.
+fn judge(theirs: &KexInit, offered: &Offered) -> Option<String> {
+    if offered.strict && !theirs.exchanges.iter().any(|name| name == STRICT) {
         let what = "it does not offer strict key exchange (kex-strict-c-v00@openssh.com), the protection against \
                     Terrapin, CVE-2023-48795; update the client";
-        return Ok(Some(what.into()));
+        return Some(what.into());
     }
-    let (host_keys, to_server, to_client) = (names(reader.string()?), names(reader.string()?), names(reader.string()?));
     for (kind, theirs, ours) in [
-        ("key exchange", &exchanges, &offered.exchanges),
-        ("host key type", &host_keys, &offered.host_keys),
-        ("cipher", &to_server, &offered.ciphers),
-        ("cipher", &to_client, &offered.ciphers),
+        ("key exchange", &theirs.exchanges, &offered.exchanges),
+        ("host key type", &theirs.host_keys, &offered.host_keys),
+        ("cipher", &theirs.ciphers_to_server, &offered.ciphers),
+        ("cipher", &theirs.ciphers_to_client, &offered.ciphers),
     ] {
-        let marker = |name: &str| name.starts_with("kex-strict-") || name.starts_with("ext-info-");
-        if !theirs.iter().any(|name| !marker(name) && ours.contains(name)) {
-            let theirs: Vec<&str> = theirs.iter().map(String::as_str).filter(|name| !marker(name)).collect();
-            let ours: Vec<&str> = ours.iter().map(String::as_str).filter(|name| !marker(name)).collect();
-            let theirs: String = theirs.join(",").chars().take(300).collect();
-            return Ok(Some(format!("no {kind} that it offers ({theirs}) is good enough; known: {}", ours.join(","))));
+        if agreed(theirs, ours).is_none() {
+            let named = |names: &[String]| {
+                names.iter().map(String::as_str).filter(|name| !is_marker(name)).collect::<Vec<_>>().join(",")
+            };
+            let theirs: String = named(theirs).chars().take(300).collect();
+            return Some(format!("no {kind} that it offers ({theirs}) is good enough; known: {}", named(ours)));
         }
     }
-    Ok(None)
-}
-
-fn names(list: &[u8]) -> Vec<String> {
-    list.split(|&byte| byte == b',').map(|name| Escaped(name).to_string()).collect()
+    None
 }
 
 /// The packet that says goodbye, as it looks before there are keys.
@@ -228,7 +207,7 @@ mod tests {
     }
 
     fn start(lists: [&str; 4]) -> Vec<u8> {
-        let mut payload = vec![KEXINIT];
+        let mut payload = vec![20];
         payload.extend([7; 16]);
         for list in lists.iter().chain(&["hmac-sha2-256"; 2]).chain(&["none"; 2]).chain(&[""; 2]) {
             payload.extend((list.len() as u32).to_be_bytes());

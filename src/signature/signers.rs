@@ -8,7 +8,7 @@ use ssh_key::certificate::CertType;
 use ssh_key::public::KeyData;
 use ssh_key::{Algorithm, Certificate, PublicKey};
 
-use super::{NAMESPACE, Refusal, Signer, fingerprint, pattern, strong};
+use super::{Refusal, Signer, fingerprint, pattern, strong};
 use crate::error::Escaped;
 
 /// Seconds since 1970 of a time on the clock of this machine; `None` for one that it skips or shows twice.
@@ -67,14 +67,20 @@ impl AllowedSigners {
     }
 
     /// Whether whoever signed with `key` (or a certificate) may.
-    pub(super) fn judge(&self, key: &KeyData, wanted: Option<&str>, now: u64) -> Result<Signer, Vec<Refusal>> {
+    pub(super) fn judge(
+        &self,
+        namespace: &'static str,
+        key: &KeyData,
+        wanted: Option<&str>,
+        now: u64,
+    ) -> Result<Signer, Vec<Refusal>> {
         let (listed, certificate) = match key {
             KeyData::Certificate(certificate) => (certificate.signature_key(), Some(&**certificate)),
             key => (key, None),
         };
         let mut refusals = Vec::new();
         for line in self.lines.iter().filter(|line| line.key == *listed) {
-            match line.judge(certificate, wanted, now) {
+            match line.judge(namespace, certificate, wanted, now) {
                 Ok(principal) => {
                     let key = certificate.map_or(key, Certificate::public_key);
                     return Ok(Signer { principal, fingerprint: fingerprint(key), line: line.number });
@@ -99,7 +105,13 @@ impl AllowedSigners {
 
 impl Line {
     /// The principal, or what speaks against it.
-    fn judge(&self, certificate: Option<&Certificate>, wanted: Option<&str>, now: u64) -> Result<String, Refusal> {
+    fn judge(
+        &self,
+        namespace: &'static str,
+        certificate: Option<&Certificate>,
+        wanted: Option<&str>,
+        now: u64,
+    ) -> Result<String, Refusal> {
         let line = self.number;
         match certificate {
             None if self.options.authority => return Err(Refusal::IsAuthority { line }),
@@ -110,8 +122,12 @@ impl Line {
             let [allowed, wanted] = [&self.principals, wanted].map(|text| Escaped(text.as_bytes()).to_string());
             return Err(Refusal::Principal { line, allowed, wanted });
         }
-        if let Some(list) = self.options.namespaces.as_ref().filter(|list| !pattern::any_of(list, NAMESPACE)) {
-            return Err(Refusal::NotForNamespace { line, allowed: Escaped(list.as_bytes()).to_string() });
+        if let Some(list) = self.options.namespaces.as_ref().filter(|list| !pattern::any_of(list, namespace)) {
+            return Err(Refusal::NotForNamespace {
+                line,
+                allowed: Escaped(list.as_bytes()).to_string(),
+                wanted: namespace,
+            });
         }
         let now_signed = i64::try_from(now).unwrap_or(i64::MAX);
         if let Some(from) = self.options.after.as_ref().filter(|from| now_signed < from.seconds) {
@@ -286,6 +302,7 @@ fn moment(text: String, local: LocalTime<'_>) -> Result<Moment, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::signature::NAMESPACE;
 
     const KEY: &str = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJdD7y3aLq454yWBdwLWbieU1ebz9/cu7/QEXn9OIeZJ";
     const NOW: u64 = 1_700_000_000;
@@ -293,7 +310,7 @@ mod tests {
     fn judge(text: &str, wanted: Option<&str>) -> Result<Signer, Vec<Refusal>> {
         let ahead = |time: NaiveDateTime| Some(time.and_utc().timestamp() - 3600);
         let key = PublicKey::from_openssh(KEY).unwrap();
-        AllowedSigners::parse(text.as_bytes(), &ahead).judge(key.key_data(), wanted, NOW)
+        AllowedSigners::parse(text.as_bytes(), &ahead).judge(NAMESPACE, key.key_data(), wanted, NOW)
     }
 
     #[test]
@@ -369,7 +386,7 @@ mod tests {
         let text = format!("a valid-after=\"202003290230\" {KEY}");
         let key = PublicKey::from_openssh(KEY).unwrap();
         let signers = AllowedSigners::parse(text.as_bytes(), &|_| None);
-        let said = signers.judge(key.key_data(), None, NOW).unwrap_err()[0].to_string();
+        let said = signers.judge(NAMESPACE, key.key_data(), None, NOW).unwrap_err()[0].to_string();
         assert!(said.contains("write it in UTC"), "{said}");
     }
 }

@@ -17,10 +17,8 @@ use russh::keys::{Algorithm, Certificate, PublicKey};
 
 use super::options::SshOptions;
 use super::{quote, sha1, shown};
+use crate::signature::MIN_RSA_BITS;
 use crate::signature::pattern::wild;
-
-/// Shorter RSA keys are not believed, on file or not.
-const MIN_RSA_BITS: u32 = 2048;
 
 /// A key that a file holds for the host.
 #[derive(Debug)]
@@ -484,7 +482,7 @@ mod tests {
     #[test]
     fn h57_short_rsa_keys_are_refused_even_when_they_are_on_file() {
         let directory = tempfile::tempdir().unwrap();
-        for (bits, good) in [("1024", false), ("2048", true)] {
+        for (bits, good) in [("2048", false), ("3072", true)] {
             let file = directory.path().join(bits);
             let mut command = std::process::Command::new("ssh-keygen");
             let run = command.args(["-q", "-t", "rsa", "-N", "", "-b", bits, "-f"]).arg(&file).status().unwrap();
@@ -492,7 +490,7 @@ mod tests {
             let key = std::fs::read_to_string(directory.path().join(format!("{bits}.pub"))).unwrap();
             let verdict = verdict(&format!("h1 {key}"), "h1", 22, key.trim());
             assert_eq!(verdict.is_ok(), good, "{verdict:?}");
-            assert!(good || verdict.unwrap_err().contains("only 1024 bits"));
+            assert!(good || verdict.unwrap_err().contains("only 2048 bits"));
         }
     }
 

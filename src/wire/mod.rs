@@ -1,8 +1,9 @@
-//! The messages of SFTP version 3 and of lockstep's extensions.
+//! The messages of SFTP version 3 and of lockstep's extensions, and the first one of SSH.
 
 pub mod buffer;
 pub mod entries;
 pub mod extension;
+pub mod kexinit;
 pub mod notes;
 pub mod sftp;
 pub mod tar;

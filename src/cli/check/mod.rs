@@ -11,17 +11,19 @@ use clap::Args;
 use sha2::{Digest as _, Sha256};
 
 use super::arguments::Place;
+use super::audit::place as audit;
 use super::display::{Display, Verbosity};
 use super::inspect::Rules;
 use super::manifest::{Model, Trust, read_text};
 use super::stop::Stop;
 use super::{Failure, output, shown, transfer};
+use crate::audit::{self as audit_log, AuditError, AuditLog, AuditRecord, LOG};
 use crate::check::{self, CheckError, Depth, Kind, Options, Outcome, Report, Slot, SlotError, Verdict};
 use crate::drift;
 use crate::error::{Exit, chain, in_words};
 use crate::manifest::Digest;
 use crate::path::RelPath;
-use crate::root::Root;
+use crate::root::{Follow, Root};
 use crate::staging::hold::Hold;
 use crate::sync::repair::is_left_over;
 
@@ -265,6 +267,7 @@ impl CheckOptions {
     /// Checks `path`. With `aside` standard output is left to somebody else.
     pub(super) fn run(&self, path: &Path, aside: bool) -> Result<Exit, Failure> {
         let timer = self.timeout.map(|seconds| Timer::start(seconds, path)).transpose()?;
+        audit::configure_as_usual()?;
         let root = Root::open(path)?;
         let slot = self.verdict.as_deref().map_or(Slot::Root(&root), Slot::File);
         if self.cached {
@@ -303,6 +306,7 @@ impl CheckOptions {
             // Who may only read checks as well as anybody.
             _ => {}
         }
+        record(&root, &verdict, &report);
         let text = match (self.json, self.combined) {
             (true, _) => show::json(&report, &verdict, started.elapsed()),
             (_, true) => show::combined(&report),
@@ -491,6 +495,41 @@ impl CheckOptions {
         };
         say(&text, aside)?;
         Ok(Exit::Done)
+    }
+}
+
+/// Tells the audit log of what was checked, where it has one and this user may write it.
+fn record(root: &Root, verdict: &Verdict, report: &Report) {
+    let there = RelPath::new(LOG).is_ok_and(|log| root.stat(&log, Follow::Never).is_ok());
+    if !there {
+        return;
+    }
+    let (result, word) = match report.outcome() {
+        Outcome::Good => (audit_log::Outcome::Success, "good"),
+        Outcome::Bad => (audit_log::Outcome::Failure, "bad"),
+        Outcome::Unfinished => (audit_log::Outcome::Failure, "unfinished"),
+    };
+    let counts = report.counts().into_iter().map(|(kind, count)| format!("{count} {}", kind.name()));
+    let found: Vec<String> = counts.collect();
+    let reason = if found.is_empty() { word.to_owned() } else { format!("{word}: {}", found.join(", ")) };
+    let record = AuditRecord {
+        actor: transfer::actor(),
+        action: "check".into(),
+        generation: verdict.generation,
+        sha256: report.list.map(|list| list.to_string()),
+        result: Some(result),
+        reason: Some(reason),
+        ..AuditRecord::default()
+    };
+    let denied = |error: &AuditError| {
+        let kind = error.io().map(std::io::Error::kind);
+        matches!(kind, Some(ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem))
+    };
+    match AuditLog::open(root).and_then(|mut log| log.append_last([record])) {
+        Err(error) if !denied(&error) => {
+            eprintln!("lockstep: note: the audit log does not tell of this check: {}", chain(&error));
+        }
+        _ => {}
     }
 }
 

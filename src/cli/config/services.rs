@@ -1,8 +1,11 @@
-//! What of `[daemon]` and `[serve]` can be known without starting them.
+//! What of `[daemon]`, `[serve]` and `[audit]` can be known without starting them.
 
 use std::path::Path;
 
+use russh::keys::HashAlg;
+
 use super::jobs::{about, unknown_owners};
+use crate::audit;
 use crate::cli::finding::{Finding, Level};
 use crate::cli::places::{real, unwritable};
 use crate::cli::{control, daemon, serve};
@@ -22,7 +25,20 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
     if let Some(serve) = &config.serve {
         of_server(config, serve, &mut findings);
     }
+    findings.extend(config.audit.signing_key.as_deref().map(signs));
     findings
+}
+
+fn signs(key: &Path) -> Finding {
+    match audit::load_key(key) {
+        Ok(found) => {
+            Finding::ok("audit", format!("its heads are signed by {}", found.public_key().fingerprint(HashAlg::Sha256)))
+        }
+        Err(reason) => {
+            let remedy = "a key that belongs to the user of the service, or root, and that nobody else can read";
+            Finding::error("audit", reason, remedy)
+        }
+    }
 }
 
 fn of_daemon(config: &Config, findings: &mut Vec<Finding>) {

@@ -94,8 +94,9 @@ impl Sign {
         let not_made = |error: SignError| failed(&crate::error::chain(&error));
         let key =
             SigningKey::find(&file, agent.as_deref(), &passphrase::of_keys()).map_err(|reason| failed(&reason))?;
-        let made = key.sign(&signature::to_sign(&text).map_err(not_made)?).map_err(|reason| failed(&reason))?;
-        let made = signature::assemble(key.public(), made, &text).map_err(not_made)?;
+        let made =
+            key.sign(&signature::to_sign(NAMESPACE, &text).map_err(not_made)?).map_err(|reason| failed(&reason))?;
+        let made = signature::assemble(NAMESPACE, key.public(), made, &text).map_err(not_made)?;
         let to = match &self.output {
             Some(file) if file.as_os_str() == "-" => {
                 output(made.as_bytes())?;
@@ -178,7 +179,7 @@ impl Trust {
             }
         };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let signer = signature::verify(&signed, text, &signers, self.signer.as_deref(), now)
+        let signer = signature::verify(NAMESPACE, &signed, text, &signers, self.signer.as_deref(), now)
             .map_err(|refusals| refused(&of, &at, list, &refusals))?;
         eprintln!(
             "'{}' is signed by {} with {} (line {} of '{}')",
@@ -232,7 +233,7 @@ pub(super) fn read_signature(
 }
 
 /// The list of signers, or the key to be trusted: a file that others may write would let them decide who is trusted.
-pub(super) fn listed(path: &Path, what: &str) -> Result<Vec<u8>, Failure> {
+pub(in crate::cli) fn listed(path: &Path, what: &str) -> Result<Vec<u8>, Failure> {
     let io = || Failure::io("read", path);
     let file = File::open(path).map_err(io())?;
     // RACE: none; the descriptor that is checked is the one that is read.
@@ -253,6 +254,6 @@ pub(super) fn listed(path: &Path, what: &str) -> Result<Vec<u8>, Failure> {
 }
 
 /// A time on the clock of this machine.
-fn local(time: NaiveDateTime) -> Option<i64> {
+pub(in crate::cli) fn local(time: NaiveDateTime) -> Option<i64> {
     Local.from_local_datetime(&time).single().map(|time| time.timestamp())
 }

@@ -241,6 +241,7 @@ fn json_lines(findings: &Findings, loaded: Option<&Loaded>, subject: Option<&Sub
 impl Apply {
     pub(in crate::cli) fn run(self) -> Result<Exit, Failure> {
         directory(&self.path)?;
+        crate::cli::audit::place::configure_as_usual()?;
         let loaded = self.rules.required()?;
         let question = Question { policy: Some(&loaded.policy), subject: None };
         let actor = transfer::actor();

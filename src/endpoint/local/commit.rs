@@ -9,7 +9,7 @@ use super::publish::{self, Record};
 use super::retire;
 use super::target::{Run, State, io, rel};
 use super::trash::Trash;
-use super::{changes, known, links, recall, unit};
+use super::{audited, changes, known, links, recall, record, unit};
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
 use crate::manifest::{Content, Entry, Manifest, Tree};
@@ -26,7 +26,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let state = &mut *state;
     let Some(staging) = &run.staging else { return Err(Error::Usage("a dry run publishes nothing".into())) };
     let source = Arc::clone(&state.source);
-    links::record(run, &state.refused, &source)?;
+    links::record(run, &state.refused, &source, monitor)?;
     // After any problem nothing is deleted.
     let options = &CommitOptions {
         delete: options.delete && state.refused.is_empty(),
@@ -75,7 +75,19 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let (created, generation) = (changes.put.created, changes.put.generation);
     let trash = run.options.trash_seconds.is_some().then(|| trash::name(created.seconds, generation));
     let trash = trash.as_deref().map(rel).transpose()?;
-    let record = Record { actor, source: from, steps, inodes, withheld: withheld_rights, acls: acls_given, trash };
+    let (before, login) = (record::before(&state.target, &changes.put.tree, &steps), run.options.login.clone());
+    let record = Record {
+        actor,
+        source: from,
+        login,
+        steps,
+        inodes,
+        withheld: withheld_rights,
+        acls: acls_given,
+        before,
+        trash,
+    };
+    audited::announce(&run.root, Area::Run, &record, &changes.put, monitor)?;
     publish::write_down(&run.root, staging, &record, &changes, &acls)?;
     state.recorded = true;
     let problems = publish::carry_out(&run.root, staging, Area::Run, &record, &changes, &acls)?;
@@ -186,8 +198,8 @@ pub(super) fn not_staged(state: &mut State, options: &CommitOptions) -> HashSet<
     failed
 }
 
-/// Adds to `failed` what must not appear without that which failed: the rest of its unit, and every marker and pointer,
-/// since it may say of just this that it is complete.
+/// Adds to `failed` what must not appear without that which failed: the rest of its unit, and every marker and pointer outside
+/// of units, since it may say of just this that it is complete.
 pub(super) fn withhold(
     run: &Run,
     state: &State,
@@ -209,14 +221,17 @@ pub(super) fn withhold(
     let mut held = Vec::new();
     for action in &state.plan.actions {
         let (path, directory) = (&entries[action.index as usize].path, entries[action.index as usize].is_directory());
-        let pointer = !directory && run.is_last(path);
-        if pointer && failed.insert(action.index) {
-            held.push((path.clone(), "is held back, since other paths failed: it may say that they are there".into()));
-        } else if let Some(unit) =
-            run.unit_of(path, directory).filter(|unit| units.contains(unit) || stale.contains(unit))
-        {
-            failed.insert(action.index);
-            units.insert(unit);
+        match run.unit_of(path, directory) {
+            // A marker in a unit speaks of that unit alone, and goes with it.
+            Some(unit) if units.contains(&unit) || stale.contains(&unit) => {
+                failed.insert(action.index);
+                units.insert(unit);
+            }
+            None if !directory && run.is_last(path) && failed.insert(action.index) => {
+                let why = "is held back, since other paths failed: it may say that they are there";
+                held.push((path.clone(), why.into()));
+            }
+            _ => {}
         }
     }
     held.extend(units.into_iter().map(|unit| (unit, "is not published, since it would not be whole".to_owned())));

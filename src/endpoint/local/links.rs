@@ -6,8 +6,9 @@
 
 use std::collections::BTreeMap;
 
+use super::audited;
 use super::target::Run;
-use crate::audit::{AuditLog, AuditRecord};
+use crate::audit::{AuditLog, AuditRecord, Outcome};
 use crate::endpoint::Error;
 use crate::error::Escaped;
 use crate::manifest::{Content, Tree};
@@ -55,15 +56,18 @@ pub(super) fn tell(refused: &BTreeMap<u32, String>, source: &Tree, monitor: &dyn
 }
 
 /// Has the audit log say what was refused.
-pub(super) fn record(run: &Run, refused: &BTreeMap<u32, String>, source: &Tree) -> Result<(), Error> {
-    let wrong = |error: crate::audit::AuditError| Error::Refused {
-        by: "the audit log".into(),
-        reason: crate::error::chain(&error),
-    };
+pub(super) fn record(
+    run: &Run,
+    refused: &BTreeMap<u32, String>,
+    source: &Tree,
+    monitor: &dyn Monitor,
+) -> Result<(), Error> {
     let line = |(&index, reason): (&u32, &String)| AuditRecord {
         action: "refuse".into(),
         actor: run.options.actor.clone(),
         source: run.options.source.clone(),
+        login: run.options.login.clone(),
+        result: Some(Outcome::Failure),
         path: source.entries()[index as usize].path.to_string(),
         reason: Some(reason.clone()),
         ..AuditRecord::default()
@@ -72,6 +76,6 @@ pub(super) fn record(run: &Run, refused: &BTreeMap<u32, String>, source: &Tree) 
     if lines.is_empty() {
         return Ok(());
     }
-    AuditLog::open(&run.root).map_err(wrong)?.append(&lines).map_err(wrong)?;
-    Ok(())
+    let told = AuditLog::open(&run.root).and_then(|mut log| log.append(&lines).map(drop));
+    audited::or_continue(&run.root, told, audited::UNCHANGED, monitor)
 }

@@ -1,6 +1,7 @@
 //! A side of a run that lies on this machine.
 
 mod area;
+mod audited;
 mod changes;
 mod circle;
 mod commit;

@@ -11,13 +11,13 @@ use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
 use super::area::Area;
+use super::audited;
 use super::changes::{self, Changes};
 use super::metadata::{Acls, Existing};
 use super::recall;
 pub(super) use super::record::Record;
 use super::target::{MANIFEST, STATE, io, rel};
 use super::trash::{Trash, rename_whole};
-use crate::audit::{AuditLog, AuditRecord};
 use crate::endpoint::Error;
 use crate::manifest::{Digest, Entry, Manifest, Tree, format};
 use crate::monitor::Silent;
@@ -65,7 +65,7 @@ pub(super) fn carry_out(
     acls: &Acls,
 ) -> Result<Vec<(RelPath, String)>, Error> {
     let problems = execute(root, staging, record, &changes.put.tree, acls)?;
-    audit(root, area, record, &changes.put.tree, &problems)?;
+    audited::tell(root, area, record, &changes.put, &problems)?;
     if area == Area::Repair {
         finish(root, area)?;
     }
@@ -309,68 +309,6 @@ fn exchange(
     trash.take_rest(&old, path)
 }
 
-/// Tells the audit log. A run that was interrupted between this and its end tells it once more when it is finished.
-fn audit(root: &Root, area: Area, record: &Record, tree: &Tree, problems: &[(RelPath, String)]) -> Result<(), Error> {
-    let wrong = |error: crate::audit::AuditError| Error::Refused {
-        by: "the audit log".into(),
-        reason: crate::error::chain(&error),
-    };
-    let base = AuditRecord { actor: record.actor.clone(), source: record.source.clone(), ..AuditRecord::default() };
-    let failed: HashSet<&RelPath> = problems.iter().map(|(path, _)| path).collect();
-    let trash = record.trash.as_ref().map(|name| Trash::new(root, name)).transpose()?;
-    let steps = record.steps.iter().filter(|step| !failed.contains(step.path()));
-    let records = steps.flat_map(|step| {
-        let kept = trash.as_ref().and_then(|trash| trashed(step, trash, &base));
-        kept.into_iter().chain(records(step, area, record, tree, &base))
-    });
-    AuditLog::open(root).map_err(wrong)?.append_all(records).map_err(wrong)?;
-    Ok(())
-}
-
-/// What the audit log is told of what a step has moved to the trash.
-fn trashed(step: &Step, trash: &Trash<'_>, base: &AuditRecord) -> Option<AuditRecord> {
-    let place = trash.place(step.path()).ok().filter(|_| trash.holds(step.path()))?;
-    let reason = Some(format!("moved to trash: {place}"));
-    Some(AuditRecord { action: "trash".into(), path: step.path().to_string(), reason, ..base.clone() })
-}
-
-/// What the audit log is told of a step.
-fn records<'a>(
-    step: &'a Step,
-    area: Area,
-    record: &'a Record,
-    tree: &'a Tree,
-    base: &'a AuditRecord,
-) -> Box<dyn Iterator<Item = AuditRecord> + 'a> {
-    let action = match step {
-        // It was told what became of it.
-        Step::RemoveFile(_) | Step::RemoveDirectory(_) | Step::TakeAway(_) if record.trash.is_some() => {
-            return Box::new(std::iter::empty());
-        }
-        Step::RemoveFile(_) | Step::RemoveDirectory(_) | Step::TakeAway(_) => {
-            let removed = AuditRecord { action: "remove".into(), path: step.path().to_string(), ..base.clone() };
-            return Box::new(std::iter::once(removed));
-        }
-        _ if area == Area::Repair => "repair",
-        Step::ApplyMetadata(_) => "metadata",
-        Step::Replace(_) | Step::NewDirectory(_) | Step::Exchange(_) => "publish",
-    };
-    let whole = matches!(step, Step::NewDirectory(_) | Step::Exchange(_));
-    let from = tree.entries().partition_point(|entry| entry.path < *step.path());
-    let within = tree.entries()[from..].iter().take_while(|entry| entry.path.is_within(step.path()));
-    Box::new(within.take(if whole { usize::MAX } else { 1 }).flat_map(move |entry| {
-        let acl = record.acls.get(&entry.path).cloned();
-        let given = AuditRecord { acl, ..base.of_entry(action, entry) };
-        let withheld = record.withheld.get(&entry.path).map(|what| AuditRecord {
-            action: "refuse".into(),
-            path: entry.path.to_string(),
-            reason: Some(format!("not given: {what}; the policy here does not grant it")),
-            ..base.clone()
-        });
-        std::iter::once(given).chain(withheld)
-    }))
-}
-
 /// Puts the new manifest in force and clears the staging area, in an order that a crash does not hurt.
 fn finish(root: &Root, area: Area) -> Result<(), Error> {
     let path = rel(area.in_root())?;
@@ -446,6 +384,7 @@ fn recover_in(root: &Root, state: &Root, area: Area) -> Result<bool, Error> {
         return Ok(true);
     }
     let changes = Changes { put, gone };
+    audited::announce(root, area, &record, &changes.put, &Silent::default())?;
     let problems = carry_out(root, &staging, area, &record, &changes, &acls)?;
     if area == Area::Run {
         put_in_force(root, &staging, &record, &changes, &old.tree, &problems, &|_| !whole)?;

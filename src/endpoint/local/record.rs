@@ -1,7 +1,10 @@
 //! What a run that publishes has written down: the steps, for whom, and what the audit log is to be told.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
+use crate::audit::{Before, Login};
+use crate::manifest::Tree;
 use crate::path::RelPath;
 use crate::plan::publish::Step;
 
@@ -12,12 +15,16 @@ pub(super) struct Record {
     pub(super) actor: String,
     /// Where the content came from.
     pub(super) source: String,
+    /// By what whoever pushed is here.
+    pub(super) login: Option<Box<Login>>,
     /// In their order.
     pub(super) steps: Vec<Step>,
     /// What a sender asked for and does not get, for the audit log.
     pub(super) withheld: BTreeMap<RelPath, String>,
     /// The ACLs that rules give, for the audit log.
     pub(super) acls: BTreeMap<RelPath, String>,
+    /// Mode, owner and group that paths have until then, separated by tabs.
+    pub(super) before: BTreeMap<RelPath, Arc<str>>,
     /// The inodes of directories that are exchanged whole, to know afterwards which of the two is the new one.
     pub(super) inodes: BTreeMap<RelPath, u64>,
     /// What is removed or replaced is moved to the directory of this name in the trash.
@@ -30,6 +37,22 @@ fn hex(bytes: &[u8]) -> String {
 
 fn unhex(text: &str) -> Option<Vec<u8>> {
     (0..text.len().div_ceil(2)).map(|at| u8::from_str_radix(text.get(2 * at..2 * at + 2)?, 16).ok()).collect()
+}
+
+/// What the paths of `put`, and those of `steps`, have at the target now. Few texts occur, and are there once.
+pub(super) fn before(target: &Tree, put: &Tree, steps: &[Step]) -> BTreeMap<RelPath, Arc<str>> {
+    let mut texts: HashMap<(u32, Arc<str>, Arc<str>), Arc<str>> = HashMap::new();
+    let paths = put.entries().iter().map(|entry| &entry.path).chain(steps.iter().map(Step::path));
+    let there = paths.filter_map(|path| target.get(path));
+    let with_text = there.map(|entry| {
+        let key = (entry.mode, Arc::clone(&entry.owner), Arc::clone(&entry.group));
+        let text = texts.entry(key).or_insert_with(|| {
+            let Before { mode, owner, group } = Before::of(entry);
+            format!("{mode}\t{owner}\t{group}").into()
+        });
+        (entry.path.clone(), Arc::clone(text))
+    });
+    with_text.collect()
 }
 
 impl Record {
@@ -57,6 +80,12 @@ impl Record {
         if let Some(name) = &self.trash {
             text.push_str(&format!("T{}\n", hex(name.as_bytes())));
         }
+        if let Some(login) = self.login.as_ref().and_then(|login| serde_json::to_string(login).ok()) {
+            text.push_str(&format!("I{}\n", hex(login.as_bytes())));
+        }
+        for (path, before) in &self.before {
+            text.push_str(&format!("B{} {}\n", hex(path.as_bytes()), hex(before.as_bytes())));
+        }
         for (letter, notes) in [('W', &self.withheld), ('L', &self.acls)] {
             for (path, note) in notes {
                 text.push_str(&format!("{letter}{} {}\n", hex(path.as_bytes()), hex(note.as_bytes())));
@@ -76,11 +105,19 @@ impl Record {
         let mut gone = BTreeSet::new();
         for line in lines {
             let (letter, rest) = line.split_at_checked(1)?;
+            if letter == "I" {
+                record.login = Some(serde_json::from_slice(&unhex(rest)?).ok()?);
+                continue;
+            }
             let (path, more) = rest.split_once(' ').map_or((rest, None), |(path, more)| (path, Some(more)));
             let path = RelPath::new(unhex(path)?).ok()?;
             if matches!(letter, "W" | "L") {
                 let notes = if letter == "W" { &mut record.withheld } else { &mut record.acls };
                 notes.insert(path, String::from_utf8(unhex(more?)?).ok()?);
+                continue;
+            }
+            if letter == "B" {
+                record.before.insert(path, String::from_utf8(unhex(more?)?).ok()?.into());
                 continue;
             }
             if letter == "G" {
@@ -129,10 +166,24 @@ mod tests {
         let note = |text: &str| BTreeMap::from([(RelPath::new("b \n/c").unwrap(), text.to_owned())]);
         let (withheld, acls) = (note("the special bits of mode 4755"), note("user:ops:r--"));
         let trash = Some(path(b"20260131T065902Z-12"));
-        let record = Record { actor: "ana@gpu01".into(), source: String::new(), steps, withheld, acls, inodes, trash };
+        let login = Login { key: Some("SHA256:x".into()), serial: Some(7), ..Login::default() };
+        let before = BTreeMap::from([(path(b"b"), "0640\tana\tteam".into())]);
+        let (actor, source, login) = ("ana@gpu01".into(), String::new(), Some(Box::new(login)));
+        let record = Record { actor, source, login, steps, withheld, acls, before, inodes, trash };
         let gone = BTreeSet::from([path(b"h\xff"), path(b"i")]);
         assert_eq!(Record::parse(&record.encode(&gone)), Some((record, gone)));
-        for damaged in ["", "\n", "61\n62", "61\n\nR2e2e\n", "61\n\nR6\n", "61\n\nZ61\n", "61\n\nX61 g\n", "6\n\n"] {
+        for damaged in [
+            "",
+            "\n",
+            "61\n62",
+            "61\n\nR2e2e\n",
+            "61\n\nR6\n",
+            "61\n\nZ61\n",
+            "61\n\nX61 g\n",
+            "61\n\nI6161\n",
+            "61\n\nB61\n",
+            "6\n\n",
+        ] {
             assert_eq!(Record::parse(damaged), None, "{damaged:?}");
         }
     }

@@ -3,7 +3,7 @@
 //! What always holds: a refusal is in the log before the run is over, whether the run goes on to publish or not.
 
 use super::target::Run;
-use crate::audit::{AuditLog, AuditRecord};
+use crate::audit::{AuditLog, AuditRecord, Outcome};
 use crate::error::{Escaped, chain};
 
 /// A peer that only sends what is refused does not fill the disk with the record of it.
@@ -57,6 +57,8 @@ impl Run {
             .map(|(path, reason)| AuditRecord {
                 actor: self.options.actor.clone(),
                 source: self.options.source.clone(),
+                login: self.options.login.clone(),
+                result: Some(Outcome::Failure),
                 action: "refuse".into(),
                 path,
                 reason: Some(reason),

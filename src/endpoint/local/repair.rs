@@ -11,7 +11,7 @@ use super::changes::Changes;
 use super::metadata::Acls;
 use super::publish::{self, Record};
 use super::target::{Run, State, io, needed, rel};
-use super::{commit, known, links, recall, room};
+use super::{audited, commit, known, links, recall, record, room};
 use crate::access::Inode;
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::{Exit, chain};
@@ -199,7 +199,7 @@ pub(super) fn commit(
     let state = &mut *state;
     let Some(staging) = &run.staging else { return Err(Error::Usage("a dry run repairs nothing".into())) };
     let wanted = Arc::clone(&state.source);
-    links::record(run, &state.refused, &wanted)?;
+    links::record(run, &state.refused, &wanted, monitor)?;
     // The further names of what is refused are not to be had either.
     let refused = options.failed.iter().chain(state.refused.keys()).copied();
     let options = &CommitOptions { failed: refused.collect(), ..options.clone() };
@@ -224,8 +224,10 @@ pub(super) fn commit(
     let tree = given(run, repair, state, &failed)?;
     let changes = Changes { put: Manifest { tree, ..Manifest::default() }, gone: BTreeSet::new() };
     let (actor, source) = (run.options.actor.clone(), run.options.source.clone());
-    let record = Record { actor, source, steps, ..Record::default() };
+    let (before, login) = (record::before(&state.target, &changes.put.tree, &steps), run.options.login.clone());
+    let record = Record { actor, source, login, steps, before, ..Record::default() };
     let acls = Acls::default();
+    audited::announce(&run.root, run.area(), &record, &changes.put, monitor)?;
     publish::write_down(&run.root, staging, &record, &changes, &acls)?;
     state.recorded = true;
     let problems = publish::carry_out(&run.root, staging, run.area(), &record, &changes, &acls)?;

@@ -11,14 +11,27 @@ use super::stage::store;
 use super::target::{Run, STATE, State};
 use super::trash::Trash;
 use super::{REGULAR, at, kind_of};
-use crate::audit::{AuditRecord, HEAD, Head, LOG, TAIL_BYTES, head_of, lines};
+use crate::audit::{
+    AuditRecord, Before, HEAD, Head, LOG, OnFailure, Outcome, TAIL_BYTES, head_of, lines, settings, signed_head,
+};
 use crate::endpoint::Error;
+use crate::error::{chain, counted};
 use crate::manifest::Manifest;
 use crate::path::RelPath;
 use crate::plan::Change;
 use crate::wire::sftp::{Attributes, open, packet};
 
-/// Appends one line for each path that was published or removed.
+/// Says what is about to be done, before anything can be seen of it. Room for what will be said of it cannot be taken by SFTP.
+///
+/// # Errors
+/// When it cannot be written, or the log's end has been tampered with: nothing has changed then.
+pub(super) fn announce(run: &Run, generation: u64, steps: usize) -> Result<(), Error> {
+    let reason = Some(format!("to publish in {}", counted(steps as u64, "step", "steps")));
+    let intent = AuditRecord { action: "intent".into(), reason, generation: Some(generation), ..base(run) };
+    or_continue(put(run, std::iter::once(intent), false))
+}
+
+/// Appends one line for each path that was published or removed, and signs the log where there is a key.
 ///
 /// # Errors
 /// When it cannot be written, or its end has been tampered with. The run is not complete then.
@@ -34,11 +47,37 @@ pub(super) fn append(
     if records.peek().is_none() {
         return Ok(());
     }
+    or_continue(put(run, records, true))
+}
+
+/// What a log that cannot be written means: a connection that is gone ends the run in any case.
+fn or_continue(result: Result<(), Error>) -> Result<(), Error> {
+    match result {
+        Err(error @ (Error::Io { .. } | Error::Refused { .. })) if settings().on_failure == OnFailure::Continue => {
+            tracing::warn!(error = chain(&error), "the audit log cannot be written, and has a gap");
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+fn base(run: &Run) -> AuditRecord {
+    let (actor, source) = (run.options.actor.clone(), run.options.source.clone());
+    AuditRecord { actor, source, ..AuditRecord::default() }
+}
+
+fn put(run: &Run, records: impl Iterator<Item = AuditRecord>, last: bool) -> Result<(), Error> {
     let session = &run.session;
     let path = at(&run.root, LOG);
     let (head, end) = end_of(run)?;
     let broken = |error: serde_json::Error| Error::Usage(error.to_string());
-    let (text, head) = lines(head, records).map_err(broken)?;
+    let (mut text, mut head) = lines(head, records).map_err(broken)?;
+    if let Some(signing) = settings().signing.as_ref().filter(|_| last) {
+        let signed = signed_head(&signing.key, head).map_err(|error| Error::Usage(chain(&error)))?;
+        let (line, after) = lines(head, [signed]).map_err(broken)?;
+        text.extend(line);
+        head = after;
+    }
     let handle = match session.call(session::open(&path, open::WRITE | open::CREATE))? {
         Reply::Handle(handle) => handle,
         Reply::Refused(refusal) => return Err(session.refused("open", &path, &refusal)),
@@ -115,9 +154,9 @@ fn records<'a>(
     manifest: &'a Manifest,
     trash: Option<&'a Trash<'a>>,
 ) -> impl Iterator<Item = AuditRecord> + 'a {
-    let (actor, source) = (run.options.actor.clone(), run.options.source.clone());
-    let base = AuditRecord { actor, source, ..AuditRecord::default() };
+    let base = AuditRecord { generation: Some(manifest.generation), ..base(run) };
     let gone = base.clone();
+    let before = |path: &RelPath| state.target.get(path).map(Before::of);
     let actions = state.plan.actions.iter().filter(|action| published.contains(&action.index));
     let old = gone.clone();
     let modified = state.plan.actions.iter().filter(|action| published.contains(&action.index));
@@ -125,15 +164,19 @@ fn records<'a>(
     let replaced = modified.map(|action| &state.source.entries()[action.index as usize].path);
     let kept = trash.into_iter().flat_map(move |trash| {
         let (old, paths) = (old.clone(), replaced.clone());
-        paths.map(move |path| aside(&old, trash, path))
+        paths.map(move |path| AuditRecord { before: before(path), ..aside(&old, trash, path) })
     });
     let given = actions.filter_map(move |action| {
         let entry = manifest.tree.get(&state.source.entries()[action.index as usize].path)?;
-        Some(base.of_entry(if action.change == Change::MetadataOnly { "metadata" } else { "publish" }, entry))
+        let what = if action.change == Change::MetadataOnly { "metadata" } else { "publish" };
+        Some(AuditRecord { before: before(&entry.path), ..base.of_entry(what, entry) })
     });
     let removals = removed.iter().map(move |path| match trash {
-        Some(trash) => aside(&gone, trash, path),
-        None => AuditRecord { action: "remove".into(), path: path.to_string(), ..gone.clone() },
+        Some(trash) => AuditRecord { before: before(path), ..aside(&gone, trash, path) },
+        None => {
+            let (path, before) = (path.to_string(), before(path));
+            AuditRecord { action: "remove".into(), path, before, result: Some(Outcome::Success), ..gone.clone() }
+        }
     });
     kept.chain(given).chain(removals)
 }
@@ -141,5 +184,6 @@ fn records<'a>(
 /// What was moved to the trash.
 fn aside(base: &AuditRecord, trash: &Trash<'_>, path: &RelPath) -> AuditRecord {
     let reason = Some(format!("moved to trash: {}", trash.shown(path)));
-    AuditRecord { action: "trash".into(), path: path.to_string(), reason, ..base.clone() }
+    let (path, result) = (path.to_string(), Some(Outcome::Success));
+    AuditRecord { action: "trash".into(), path, reason, result, ..base.clone() }
 }

@@ -91,6 +91,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     bring_to_disk(run)?;
     let trash = run.options.trash_seconds.is_some().then(|| trash::name(manifest.created.seconds, manifest.generation));
     let record = Record { base: state.old_digest, steps, trash };
+    audit::announce(run, manifest.generation, record.steps.len())?;
     store(&run.session, &run.staging, NEW_MANIFEST, &text)?;
     store(&run.session, &run.staging, RECORD, record.encode().as_bytes())?;
     let done = execute(run, &record, &manifest.tree, false)?;

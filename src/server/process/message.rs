@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
+use crate::audit;
 use crate::config::Confine;
 use crate::scan::names::{Found, Question};
 use crate::server::access::Proof;
@@ -40,6 +41,8 @@ pub(in crate::server) struct Setup {
     pub(in crate::server) channels: usize,
     /// Connections that there may be: they share what memory there is for clients that take nothing.
     pub(in crate::server) connections: usize,
+    /// How the logs of roots are kept.
+    pub(in crate::server) log: audit::Settings,
 }
 
 /// What a client has shown, in OpenSSH's form.

@@ -99,6 +99,7 @@ pub fn run(
         let (from, to) = tokio::net::UnixStream::from_std(listener)?.into_split();
         let mut frames = Frames::new(from, TO_PROCESS_MAX);
         let setup: Setup = frames.next().await?.ok_or(std::io::ErrorKind::UnexpectedEof)?;
+        crate::audit::configure(setup.log.clone());
         crate::endpoint::surplus::one_of(setup.connections);
         let own = Arc::new(Own::new(setup.channels));
         let (asking, sending) = (upstream.clone(), upstream.clone());

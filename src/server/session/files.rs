@@ -39,6 +39,8 @@ struct Arrival {
     touched: bool,
     /// The mode that the client asked for.
     asked: u32,
+    /// What was there, where it was not made by this handle.
+    before: Option<Metadata>,
     /// Of what was written from the start without a gap, and how much that is.
     hash: Option<(Sha256, u64)>,
 }
@@ -64,7 +66,9 @@ impl OpenFile {
         }
         let arrival = opening.map(|Opening { touched, private, asked, .. }| {
             let hash = (site.recorder.is_some() && found.size == 0).then(|| (Sha256::new(), 0));
-            Mutex::new(Arrival { private, touched, asked: asked.unwrap_or(found.mode), hash })
+            // What was made for this has no mode of before.
+            let before = asked.is_none().then_some(found);
+            Mutex::new(Arrival { private, touched, asked: asked.unwrap_or(found.mode), before, hash })
         });
         let append = opening.is_some_and(|opening| opening.append);
         if opening.is_some_and(|opening| opening.private) {
@@ -172,7 +176,7 @@ impl OpenFile {
         }
         let hash = arrival.hash.as_ref().filter(|(_, length)| *length == found.size);
         let digest = hash.map(|(hash, _)| Digest(hash.clone().finalize().into()));
-        self.site.note_file("", "publish", &path, &self.file, digest);
+        self.site.note_file("", "publish", &path, &self.file, digest, arrival.before.as_ref());
         Ok(Status::Ok.packet(id))
     }
 }

@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use super::agent::{Extensions, Output};
 use super::attributes;
 use super::channel;
+use crate::audit::Login;
 use crate::policy::{Policy, PolicyError, PolicySpec};
 use crate::root::{Follow, Metadata, Root, RootError};
 use crate::scan::names::Names;
@@ -51,6 +52,8 @@ pub struct SessionConfig {
     pub policy: PolicySpec,
     /// For whom, in logs.
     pub actor: String,
+    /// By what he is here.
+    pub login: Login,
 }
 
 /// Why there is no session.
@@ -256,7 +259,7 @@ impl Session {
         };
         // Without a root there is no place for a log.
         let recorder = if config.confine && !config.read_only {
-            Some(Recorder::new(Root::open(&config.root)?, config.actor.clone()))
+            Some(Recorder::new(Root::open(&config.root)?, config.actor.clone(), config.login.clone()))
         } else {
             None
         };
@@ -363,12 +366,17 @@ impl Session {
         if !self.allows(request.writes) {
             return Err(Status::PermissionDenied.into());
         }
-        // Where rules are set, what cannot be recorded is not done.
-        let blind = self.site.recorder.as_ref().is_some_and(Recorder::failed) && !self.site.policy.is_empty();
-        if request.writes && blind {
-            return Err(Failed::because(Status::Failure, "the server's audit log cannot be written"));
+        if request.writes { self.recorded() } else { Ok(()) }
+    }
+
+    /// What cannot be recorded is not done.
+    fn recorded(&self) -> Result<(), Failed> {
+        match &self.site.recorder {
+            Some(recorder) if !recorder.ready() => {
+                Err(Failed::because(Status::Failure, "the server's audit log cannot be written"))
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn version(&self) -> Vec<u8> {

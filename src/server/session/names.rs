@@ -84,6 +84,9 @@ impl Session {
         if !self.allows(writes) {
             return Err(Status::PermissionDenied.into());
         }
+        if writes {
+            self.recorded()?;
+        }
         let path = if path.is_empty() { None } else { self.place(path)? }.ok_or(Failed::from(Status::NoSuchFile))?;
         self.has_room()?;
         let file = if writes {
@@ -257,18 +260,19 @@ impl Session {
             spot.holder.rmdir(&spot.name)?;
             return Err(error.into());
         }
-        self.site.note_file("mkdir", "publish", &spot.path, &made, None);
+        self.site.note_file("mkdir", "publish", &spot.path, &made, None, None);
         done(id)
     }
 
     pub(super) fn remove(&mut self, id: u32, reader: &mut Reader<'_>, directory: bool) -> Answer {
         let spot = self.spot(reader.string()?)?;
+        let there = spot.holder.stat(&spot.name, Follow::Never).ok();
         if directory {
             spot.holder.rmdir(&spot.name)?
         } else {
             spot.holder.unlink(&spot.name)?
         }
-        self.site.note("", "remove", &spot.path, |_| {});
+        self.site.note("", "remove", &spot.path, |record| record.before = there.as_ref().map(super::site::before));
         done(id)
     }
 
@@ -276,7 +280,8 @@ impl Session {
         let (from, to) = (reader.string()?, reader.string()?);
         let (from, to) = (self.spot(from)?, self.spot(to)?);
         self.site.links_stay(&from, &to.path)?;
-        if !replace && to.holder.stat(&to.name, Follow::Never).is_ok() {
+        let replaced = to.holder.stat(&to.name, Follow::Never).ok();
+        if !replace && replaced.is_some() {
             return Err(Errno::EXIST.into());
         }
         // The permissions come before the name: at no moment has a file a name and another's permissions.
@@ -287,7 +292,7 @@ impl Session {
         }
         let how = format!("renamed from '{}'", crate::error::Escaped(from.path.as_bytes()));
         match to.holder.open_with(&to.name, Follow::Never, OFlags::PATH, 0) {
-            Ok(file) => self.site.note_file(&how, "publish", &to.path, &file, None),
+            Ok(file) => self.site.note_file(&how, "publish", &to.path, &file, None, replaced.as_ref()),
             Err(_) => self.site.note(&how, "publish", &to.path, |_| {}),
         }
         done(id)

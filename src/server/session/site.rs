@@ -13,7 +13,7 @@ use rustix::fs::OFlags;
 use super::record::Recorder;
 use super::{Failed, Status};
 use crate::access::{AclLists, Inode};
-use crate::audit::AuditRecord;
+use crate::audit::{AuditRecord, Before, Outcome};
 use crate::error::Escaped;
 use crate::manifest::{Digest, Timestamp};
 use crate::path::RelPath;
@@ -171,7 +171,7 @@ impl Site {
         let sized = asked.size.map_or(Ok(()), |size| file.set_len(size));
         let applied = change.apply(file);
         sized.and(applied)?;
-        self.note_file("", "metadata", path, file, None);
+        self.note_file("", "metadata", path, file, None, Some(&found));
         Ok(())
     }
 
@@ -248,15 +248,25 @@ impl Site {
     pub(super) fn note(&self, how: &str, action: &str, path: &RelPath, more: impl FnOnce(&mut AuditRecord)) {
         if let Some(recorder) = &self.recorder {
             let path = Escaped(path.as_bytes()).to_string();
-            let mut record = AuditRecord { action: action.into(), path, ..AuditRecord::default() };
+            let result = Some(if action == "refuse" { Outcome::Failure } else { Outcome::Success });
+            let mut record = AuditRecord { action: action.into(), path, result, ..AuditRecord::default() };
             more(&mut record);
             recorder.record(how, record);
         }
     }
 
-    /// The same about something that is open, with what it is now.
-    pub(super) fn note_file(&self, how: &str, action: &str, path: &RelPath, file: &File, digest: Option<Digest>) {
+    /// The same about something that is open, with what it is now, and what had the name before.
+    pub(super) fn note_file(
+        &self,
+        how: &str,
+        action: &str,
+        path: &RelPath,
+        file: &File,
+        digest: Option<Digest>,
+        there: Option<&Metadata>,
+    ) {
         self.note(how, action, path, |record| {
+            record.before = there.map(before);
             record.sha256 = digest.map(|digest| digest.to_string());
             if let Ok(found) = Metadata::of(file) {
                 record.size = (found.kind == FileKind::Regular).then_some(found.size);
@@ -266,6 +276,12 @@ impl Site {
             }
         });
     }
+}
+
+/// Mode, owner and group of something, for a line that tells of its change.
+pub(super) fn before(found: &Metadata) -> Before {
+    let (owner, group) = (found.uid.to_string(), found.gid.to_string());
+    Before { mode: format!("{:04o}", found.mode), owner, group }
 }
 
 /// Calls `visit` for `spot` and all below it: with the name from the spot's directory, the path it has below `new`, and
