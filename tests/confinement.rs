@@ -289,7 +289,7 @@ fn names_are_looked_up_for_who_cannot() {
 #[test]
 fn nothing_is_started_by_hand() {
     let output =
-        Command::new(env!("CARGO_BIN_EXE_lockstep")).args(["serve-connection", "127.0.0.1:1"]).output().unwrap();
+        Command::new(env!("CARGO_BIN_EXE_lockstep")).args(["serve-connection", "127.0.0.1:1", "1"]).output().unwrap();
     ends(&output, 2, &["it is started by 'lockstep serve'"]);
     // Not among the commands that people see.
     let help = Command::new(env!("CARGO_BIN_EXE_lockstep")).arg("--help").output().unwrap();
@@ -306,4 +306,32 @@ fn h43_connections_before_the_login_are_no_more_processes_than_the_limit() {
     assert_eq!(served.connections().len(), 3);
     drop(streams);
     until("their end", || served.connections().is_empty());
+}
+
+#[test]
+fn further_connections_of_a_run_carry_its_content_to_the_process_that_has_it() {
+    let served = Served::start("", "");
+    fs::create_dir(served.path("source")).unwrap();
+    let content = |number: u32| -> Vec<u8> {
+        (0..12_000_000_u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8 ^ number as u8).collect()
+    };
+    for number in 0..8 {
+        fs::write(served.path(&format!("source/{number}")), content(number)).unwrap();
+    }
+    let pushed = served.lockstep(&["push", "source", "sync@127.0.0.1:/m", "--transfers", "4"], "sync");
+    assert!(pushed.status.success(), "{}", said(&pushed));
+    let pulled = served.lockstep(&["pull", "sync@127.0.0.1:/m", "back", "--transfers", "4"], "sync");
+    assert!(pulled.status.success(), "{}", said(&pulled));
+    for number in 0..8 {
+        for copy in ["sync/m", "back"] {
+            assert!(fs::read(served.path(&format!("{copy}/{number}"))).unwrap() == content(number), "{copy}/{number}");
+        }
+    }
+    until("the ends", || served.connections().is_empty());
+    let log = served.log();
+    let large = |field: &str| {
+        let of = |line: &str| line.split_once(field)?.1.split(' ').next()?.parse::<u64>().ok();
+        log.lines().filter_map(of).filter(|&bytes| bytes > 4_000_000).count()
+    };
+    assert!(large("received=") > 1 && large("sent=") > 1, "{log}");
 }

@@ -1,6 +1,9 @@
 //! `lockstep serve-connection`: the process of one connection of `lockstep serve`, which starts it. Not for people.
 
 use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -13,19 +16,26 @@ use super::memory::Memory;
 use super::sftp_server::By;
 use super::{Failure, journal, output};
 use crate::error::Exit;
-use crate::server::agent::{Agent, Extensions, Factory, Output};
+use crate::server::agent::{self, Agent, Extensions, Factory, Output};
 use crate::server::channel::FedSession;
 use crate::server::confine::{Identity, Wanted, names, trial};
 use crate::server::hearsay;
 use crate::server::listener::{SessionFactory, SessionStart};
-use crate::server::process::{self, Level, Started, Upstream};
+use crate::server::process::{self, Lane, Level, Relay, Started, Upstream};
 use crate::server::session::{Session, SessionConfig};
+use crate::server::stdio;
+use crate::wire::extension;
+
+/// Bytes of a token of `attach`.
+const TOKEN: usize = 16;
 
 /// The process of one connection; 'lockstep serve' starts it
 #[derive(Debug, clap::Args)]
 pub(super) struct ServeConnection {
     /// Address and port of the client
     peer: OsString,
+    /// The number of the connection
+    number: u64,
 }
 
 impl ServeConnection {
@@ -40,15 +50,16 @@ impl ServeConnection {
         let _ = tracing_subscriber::registry().with(library).with(lines).try_init();
         // Standard error leads nowhere.
         std::panic::set_hook(Box::new(|panic| tracing::error!("a mistake of the program: {panic}")));
-        let factory: SessionFactory = Arc::new(session);
+        agent::set_origin(self.number);
+        let factory = |lane| -> SessionFactory { Arc::new(move |start, output| session(&lane, start, output)) };
         let mut memory = Memory::new();
         process::run(started, &upstream, outgoing, factory, || memory.give_back()).map_err(failed)?;
         Ok(Exit::Done)
     }
 }
 
-/// The session of a channel: SFTP and the agent, both confined to the user's root.
-fn session(start: &SessionStart, output: Arc<dyn Output>) -> Result<Box<dyn FedSession>, String> {
+/// What the sessions of a process have: SFTP and the agent, both confined to the user's root.
+fn sides(start: &SessionStart) -> (SessionConfig, Arc<Agent>) {
     let config = SessionConfig {
         root: start.root.clone(),
         confine: true,
@@ -61,25 +72,128 @@ fn session(start: &SessionStart, output: Arc<dyn Output>) -> Result<Box<dyn FedS
     let sides = super::sftp_server::factory(start.root.clone(), true, start.read_only, start.policy.clone(), &by);
     let open = sides.target;
     let target = Box::new(move |path: &[u8]| Ok(by.attributed(open(path)?)));
-    // Another connection has another process: it cannot carry content of a run of this one.
-    let agent = Arc::new(Agent::new(Arc::new(Factory { target, source: sides.source })).alone());
+    (config, Arc::new(Agent::new(Arc::new(Factory { target, source: sides.source }))))
+}
+
+/// The session of a channel.
+fn session(lane: &Arc<Lane>, start: &SessionStart, output: Arc<dyn Output>) -> Result<Box<dyn FedSession>, String> {
+    let (config, agent) = sides(start);
     let extensions = Arc::clone(&agent) as Arc<dyn Extensions>;
-    let session = Session::new(config, output, Some(extensions)).map_err(|error| crate::error::chain(&error))?;
-    Ok(Box::new(Whole { session: Some(session), agent: Some(agent) }))
+    let session = Session::new(config, Arc::clone(&output), Some(extensions));
+    let session = session.map_err(|error| crate::error::chain(&error))?;
+    let (lane, start) = (Arc::clone(lane), start.clone());
+    let head = Some(Vec::new());
+    Ok(Box::new(Whole { session: Some(session), agent: Some(agent), head, told: 0, relay: None, lane, start, output }))
+}
+
+/// A further connection of a run of this process, which another process passes on.
+fn serve_lane(start: &SessionStart, stream: UnixStream) {
+    let (config, agent) = sides(start);
+    let extensions = Arc::clone(&agent) as Arc<dyn Extensions>;
+    let ends = stream.try_clone().map(|other| (File::from(OwnedFd::from(stream)), File::from(OwnedFd::from(other))));
+    let ended = ends.and_then(|(input, out)| stdio::over(input, out, config, Some(extensions)));
+    if let Err(error) = ended {
+        tracing::debug!("a further connection of a run ended: {}", crate::error::in_words(&error));
+    }
+    if let Some(agent) = Arc::into_inner(agent) {
+        agent.finish();
+    }
 }
 
 /// A session that has ended when its agent has: the process ends after it, and what arrived is to be stored before.
 struct Whole {
     session: Option<Session>,
     agent: Option<Arc<Agent>>,
+    /// The first packets, until it is known whether the client wants to work on the run of another process.
+    head: Option<Vec<u8>>,
+    /// So many bytes of them the session has.
+    told: usize,
+    relay: Option<Relay>,
+    lane: Arc<Lane>,
+    start: SessionStart,
+    output: Arc<dyn Output>,
+}
+
+impl Whole {
+    fn to_session(&mut self, bytes: &[u8]) -> Result<(), String> {
+        self.session.as_mut().map_or(Ok(()), |session| FedSession::feed(session, bytes))
+    }
+
+    /// Looks at the second packet of a client, which says that it belongs to a run; a first one of it goes to the session.
+    fn decide(&mut self, mut head: Vec<u8>) -> Result<(), String> {
+        let wanted = extension::request("attach");
+        let whole = |bytes: &[u8]| Some(4 + u32::from_be_bytes(*bytes.first_chunk()?) as usize);
+        let Some(first) = whole(&head).filter(|&first| first <= head.len()) else {
+            // The first packet has nine bytes; what is longer is none.
+            return if head.len() < 64 { self.wait(head) } else { self.go_on(&head) };
+        };
+        let second = &head[first..];
+        let Some(length) = whole(second) else { return self.wait(head) };
+        if length != wanted.len() + TOKEN {
+            return self.go_on(&head);
+        }
+        if second.len() < length {
+            return self.wait(head);
+        }
+        // Behind length, kind and number, of which the latter is the client's.
+        let (named, token) = (&second[9..wanted.len()], &second[wanted.len()..length]);
+        if second[4] != extension::EXTENDED || *named != wanted[9..] {
+            return self.go_on(&head);
+        }
+        match self.lane.relay(token, Arc::clone(&self.output)) {
+            None => self.go_on(&head),
+            Some(mut relay) => {
+                head.drain(..first);
+                let fed = relay.feed(&head).map_err(|error| crate::error::in_words(&error));
+                self.relay = Some(relay);
+                fed
+            }
+        }
+    }
+
+    /// The client waits for the answer to its first packet before it says more.
+    fn wait(&mut self, head: Vec<u8>) -> Result<(), String> {
+        self.head = Some(head);
+        Ok(())
+    }
+
+    /// It is a session of this process.
+    fn go_on(&mut self, head: &[u8]) -> Result<(), String> {
+        let start = self.start.clone();
+        self.lane.accept(move |stream| serve_lane(&start, stream));
+        let told = self.told;
+        self.to_session(&head[told..])
+    }
 }
 
 impl FedSession for Whole {
     fn feed(&mut self, bytes: &[u8]) -> Result<(), String> {
-        self.session.as_mut().map_or(Ok(()), |session| FedSession::feed(session, bytes))
+        if let Some(relay) = &mut self.relay {
+            return relay.feed(bytes).map_err(|error| crate::error::in_words(&error));
+        }
+        match self.head.take() {
+            None => self.to_session(bytes),
+            Some(mut head) => {
+                head.extend_from_slice(bytes);
+                // The first packet is answered at once.
+                let first = head.first_chunk().map(|length| 4 + u32::from_be_bytes(*length) as usize);
+                if let Some(first) = first.filter(|&first| self.told == 0 && first <= head.len() && first <= 64) {
+                    self.told = first;
+                    self.to_session(&head[..first])?;
+                }
+                self.decide(head)
+            }
+        }
     }
 
     fn finish(&mut self) {
+        if let Some(head) = self.head.take() {
+            let told = self.told;
+            let _ = self.to_session(&head[told..]);
+        }
+        if let Some(relay) = &mut self.relay {
+            relay.finish();
+        }
         if let Some(session) = &mut self.session {
             session.finish();
         }

@@ -23,7 +23,7 @@ use super::live::{Live, short};
 use super::login::{self, Admitted, Decided};
 use super::pace::Pace;
 use super::process::Level;
-use super::process::message::{Answer, Asked, FROM_PROCESS_MAX, Frames, FromProcess, ToProcess, frame};
+use super::process::message::{Answer, Asked, FROM_PROCESS_MAX, Frames, FromProcess, ToProcess, frame, origin};
 use super::spawn;
 use crate::audit::{AuditRecord, Outcome};
 use crate::error::{Escaped, in_words};
@@ -42,14 +42,14 @@ const KINDS: usize = 32;
 
 /// Serves until either side ends it.
 pub(super) async fn serve(server: Arc<Server>, socket: TcpStream, peer: SocketAddr, number: u64, permit: Permit) {
-    let (child, control) = match spawn::start(socket, peer).await {
+    let (child, control, lane) = match spawn::start(socket, peer, number).await {
         Ok(started) => started,
         Err(error) => {
             tracing::error!(%peer, "a connection gets no process: {}", in_words(&error));
             return;
         }
     };
-    let live = Arc::new(Live::new(peer));
+    let live = Arc::new(Live::new(peer, Some(lane)));
     let registered = server.live.add(number, &live);
     let (from, to) = control.into_split();
     let connection = Connection {
@@ -307,6 +307,12 @@ impl Connection<'_> {
             }
             Asked::Session if logged_in && !self.live.is_gone() => {
                 let answer = self.session();
+                return self.say(&ToProcess::Answer(number, answer)).await.map(|()| None);
+            }
+            Asked::Attach(token) if logged_in && !self.live.is_gone() => {
+                let attached = origin(&token).ok_or("no such run");
+                let attached = attached.and_then(|number| self.server.live.attach(self.live, number));
+                let answer = attached.map_or_else(|reason| Answer::No(reason.to_owned()), |()| Answer::Yes);
                 return self.say(&ToProcess::Answer(number, answer)).await.map(|()| None);
             }
             Asked::Name(question) if logged_in => blocking(Box::new(move || Worked::Name(names::look_up(&question)))),

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,6 +11,7 @@ use tokio::sync::watch;
 
 use super::access::{Proof, ServeUser};
 use super::authorized_keys::Grant;
+use super::process::lanes::pass;
 
 /// Reasons that are kept of one connection.
 const REFUSALS_MAX: usize = 10;
@@ -37,6 +39,8 @@ pub(super) struct Live {
     pub(super) peer: SocketAddr,
     /// Set by what its process says was proven, when the login is recorded.
     pub(super) login: OnceLock<Login>,
+    /// The listener's end of the socket by which its process gets further connections, until it is one itself.
+    pub(super) lane: Mutex<Option<OwnedFd>>,
     /// When something was done last, as far as is known.
     last: Mutex<Instant>,
     /// The number of the last question for that, and of the last answer.
@@ -54,10 +58,11 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Live {
     /// A connection that has not logged in.
-    pub(super) fn new(peer: SocketAddr) -> Live {
+    pub(super) fn new(peer: SocketAddr, lane: Option<OwnedFd>) -> Live {
         Live {
             peer,
             login: OnceLock::new(),
+            lane: Mutex::new(lane),
             last: Mutex::new(Instant::now()),
             asked: watch::Sender::new(0),
             answered: watch::Sender::new(0),
@@ -164,6 +169,25 @@ impl Registry {
     pub(super) fn add(&self, number: u64, live: &Arc<Live>) -> Registered<'_> {
         locked(&self.0).insert(number, Arc::clone(live));
         Registered { registry: self, number }
+    }
+
+    /// Has the process of connection `number`, of the same login, work for the process of `live`.
+    ///
+    /// # Errors
+    /// There is none, or it takes no more.
+    pub(super) fn attach(&self, live: &Live, number: u64) -> Result<(), &'static str> {
+        let none = "no such run";
+        let other = locked(&self.0).get(&number).cloned().filter(|other| !other.is_gone()).ok_or(none)?;
+        let same = match (live.login.get(), other.login.get()) {
+            (Some(one), Some(other)) => *one.user == *other.user && one.grant == other.grant,
+            _ => false,
+        };
+        if !same || std::ptr::eq(&*other, live) {
+            return Err(none);
+        }
+        let lane = locked(&live.lane).take().ok_or(none)?;
+        let to = locked(&other.lane);
+        pass(to.as_ref().ok_or(none)?, &lane).map_err(|_| "the process of the run takes no more connections")
     }
 
     /// Those that are there now.

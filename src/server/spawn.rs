@@ -14,21 +14,27 @@ pub const COMMAND: &str = "serve-connection";
 const ENVIRONMENT: [&str; 5] = ["LOCKSTEP_LOG", "RUST_BACKTRACE", "TZ", "LANG", "LD_LIBRARY_PATH"];
 
 /// Starts the process. The program is the one that runs, whatever has become of its file.
-pub(super) async fn start(socket: TcpStream, peer: SocketAddr) -> std::io::Result<(Child, UnixStream)> {
+pub(super) async fn start(
+    socket: TcpStream,
+    peer: SocketAddr,
+    number: u64,
+) -> std::io::Result<(Child, UnixStream, OwnedFd)> {
     let (own, its) = UnixStream::pair()?;
+    let (lane, its_lane) = std::os::unix::net::UnixStream::pair()?;
+    let its_lane = OwnedFd::from(its_lane);
     let (socket, its) = (OwnedFd::from(socket.into_std()?), OwnedFd::from(its.into_std()?));
     let spawn = move || {
         let mut command = Command::new("/proc/self/exe");
-        command.arg0("lockstep").arg(COMMAND).arg(peer.to_string()).env_clear();
+        command.arg0("lockstep").arg(COMMAND).arg(peer.to_string()).arg(number.to_string()).env_clear();
         let kept = |(name, _): &(std::ffi::OsString, _)| {
             ENVIRONMENT.iter().any(|kept| name == kept) || name.as_encoded_bytes().starts_with(b"MIMALLOC_")
         };
         command.envs(std::env::vars_os().filter(kept));
         // A group of its own: Ctrl-C at the listener's terminal is the listener's.
         command.process_group(0).kill_on_drop(true);
-        command.stdin(Stdio::from(socket)).stdout(Stdio::from(its)).stderr(Stdio::null());
+        command.stdin(Stdio::from(socket)).stdout(Stdio::from(its)).stderr(Stdio::from(its_lane));
         command.spawn()
     };
     let child = tokio::task::spawn_blocking(spawn).await.map_err(std::io::Error::other)??;
-    Ok((child, own))
+    Ok((child, own, lane.into()))
 }

@@ -112,12 +112,25 @@ fn write_all(out: &mut impl Write, packets: &[Vec<u8>]) -> io::Result<()> {
 /// When the root cannot be opened, the input cannot be read or is not SFTP.
 pub fn run(config: SessionConfig, extensions: Option<Arc<dyn Extensions>>) -> io::Result<()> {
     allow_open_files();
-    let (mut input, out) = (duplicate(io::stdin())?, duplicate(io::stdout())?);
+    over(duplicate(io::stdin())?, duplicate(io::stdout())?, config, extensions)
+}
+
+/// The same over another pair of streams.
+///
+/// # Errors
+/// Likewise.
+pub fn over(
+    mut input: File,
+    out: File,
+    config: SessionConfig,
+    extensions: Option<Arc<dyn Extensions>>,
+) -> io::Result<()> {
+    let watched = out.try_clone()?;
     let replies = Arc::new(Replies::default());
     let mut session = Session::new(config, replies.clone(), extensions).map_err(io::Error::other)?;
     let queue = Arc::clone(&replies);
     let writer = std::thread::Builder::new().name("replies".into()).spawn(move || queue.write_to(out))?;
-    watch(&replies)?;
+    watch(watched, &replies)?;
     let mut buffer = vec![0; IN_BUFFER];
     let result = loop {
         match input.read(&mut buffer) {
@@ -137,8 +150,8 @@ pub fn run(config: SessionConfig, extensions: Option<Arc<dyn Extensions>>) -> io
 }
 
 /// Notices when nobody can read the replies any more, though there may be requests to be read yet.
-fn watch(replies: &Arc<Replies>) -> io::Result<()> {
-    let (out, replies) = (duplicate(io::stdout())?, Arc::clone(replies));
+fn watch(out: File, replies: &Arc<Replies>) -> io::Result<()> {
+    let replies = Arc::clone(replies);
     let wait = move || {
         use rustix::event::{PollFd, PollFlags, poll};
         loop {

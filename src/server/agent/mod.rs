@@ -153,13 +153,29 @@ struct Run {
 /// Runs that further connections of this process may attach to, by token.
 static RUNS: Mutex<Option<HashMap<[u8; 16], Weak<Run>>>> = Mutex::new(None);
 
+/// The number of this process among those of a server; tokens begin with it.
+static ORIGIN: OnceLock<u64> = OnceLock::new();
+
+/// Says it. Only the first call counts.
+pub fn set_origin(number: u64) {
+    let _ = ORIGIN.set(number);
+}
+
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn register(run: &Arc<Run>) -> Vec<u8> {
     let mut token = [0; 16];
-    let filled = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut token));
+    // The half that nobody can guess is enough beside a login of the same user.
+    let random = match ORIGIN.get() {
+        Some(number) => {
+            token[..8].copy_from_slice(&number.to_be_bytes());
+            &mut token[8..]
+        }
+        None => &mut token[..],
+    };
+    let filled = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(random));
     if filled.is_err() {
         return Vec::new(); // No token: the client works over one connection.
     }

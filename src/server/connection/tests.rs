@@ -12,7 +12,7 @@ async fn with(said: Vec<u8>, then: impl AsyncFnOnce(&mut UnixStream)) -> (Arc<Se
     let at = tempfile::tempdir().unwrap();
     let config = ServeConfig::new(([127, 0, 0, 1], 0).into(), at.path().join("host"), Vec::new());
     let server = bind(config).await.unwrap().start().0.server;
-    let live = Arc::new(Live::new(([127, 0, 0, 1], 1).into()));
+    let live = Arc::new(Live::new(([127, 0, 0, 1], 1).into(), None));
     let permit = server.limits.admit(live.peer.ip()).unwrap();
     let (own, mut its) = UnixStream::pair().unwrap();
     let (from, to) = own.into_split();
@@ -48,6 +48,7 @@ async fn a_process_that_says_what_it_should_not_is_killed_and_has_got_nothing() 
     for wrong in [
         asked(Asked::Session),
         asked(Asked::Name(Question::UserName(0))),
+        asked(Asked::Attach(vec![0; 16])),
         asked(Asked::Confined(Ok(Confinement::default()))),
         FromProcess::SessionEnded { number: 1, received: 0, sent: 0, error: None },
     ] {

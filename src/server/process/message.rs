@@ -84,6 +84,8 @@ pub(in crate::server) enum Asked {
     Confined(Result<Confinement, String>),
     /// A place for a session.
     Session,
+    /// To work on the run of another process of the same user, by its token.
+    Attach(Vec<u8>),
     /// About users and groups of this machine.
     Name(Question),
 }
@@ -220,6 +222,11 @@ pub(in crate::server) mod path {
         let bytes = Vec::<u8>::deserialize(input)?;
         Ok(PathBuf::from(OsStr::from_bytes(&bytes)))
     }
+}
+
+/// The number of the connection whose process has the run of a token.
+pub(in crate::server) fn origin(token: &[u8]) -> Option<u64> {
+    token.first_chunk().map(|number| u64::from_be_bytes(*number))
 }
 
 /// The address of the client, as it is given to the process on its command line.

@@ -21,10 +21,12 @@ use crate::error::in_words;
 use crate::server::listener::SessionFactory;
 
 mod client;
+pub(in crate::server) mod lanes;
 pub(in crate::server) mod message;
 mod own;
 mod upstream;
 
+pub use lanes::{Lane, Relay};
 pub use message::Level;
 pub use upstream::{Outgoing, Upstream};
 
@@ -43,12 +45,14 @@ pub struct Started {
     pub client: OwnedFd,
     /// The socket to the listener.
     pub listener: OwnedFd,
+    /// The socket by which further connections of a run come.
+    pub lane: OwnedFd,
     /// Who the client is.
     pub peer: SocketAddr,
 }
 
 impl Started {
-    /// Takes the standard input and output over, and leaves nothing in their place that anybody could reach by them.
+    /// Takes the standard input, output and error over, and leaves nothing in their place that anybody could reach by them.
     ///
     /// # Errors
     /// When they are something else: the process was not started by a listener.
@@ -60,13 +64,15 @@ impl Started {
         };
         let client = rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), 3)?;
         let listener = rustix::io::fcntl_dupfd_cloexec(std::io::stdout(), 3)?;
-        if !socket(&client) || !socket(&listener) {
+        let lane = rustix::io::fcntl_dupfd_cloexec(std::io::stderr(), 3)?;
+        if !socket(&client) || !socket(&listener) || !socket(&lane) {
             return Err(wrong());
         }
         let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
         rustix::stdio::dup2_stdin(&null)?;
         rustix::stdio::dup2_stdout(&null)?;
-        Ok(Started { client, listener, peer })
+        rustix::stdio::dup2_stderr(&null)?;
+        Ok(Started { client, listener, lane, peer })
     }
 }
 
@@ -78,9 +84,10 @@ pub fn run(
     started: Started,
     upstream: &Upstream,
     outgoing: Outgoing,
-    factory: SessionFactory,
+    factory: impl FnOnce(Arc<Lane>) -> SessionFactory,
     mut pulse: impl FnMut(),
 ) -> std::io::Result<()> {
+    let factory = factory(Arc::new(Lane::new(started.lane, upstream.clone())));
     // One thread: others come with the first session, after the process was confined, and are so too.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {

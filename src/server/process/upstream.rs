@@ -123,6 +123,11 @@ impl Upstream {
         }
     }
 
+    /// Whether the process that has this run works for this one from now on; blocks.
+    pub(super) fn attach(&self, token: &[u8]) -> bool {
+        matches!(self.question(Asked::Attach(token.to_vec())).blocking_recv(), Ok(Answer::Yes))
+    }
+
     /// Asks about users and groups; blocks.
     pub(super) fn look_up(&self, question: Question) -> Found {
         match self.question(Asked::Name(question)).blocking_recv() {
