@@ -187,6 +187,9 @@ pub(super) fn stays(run: &Run, state: &State, failed: &HashSet<u32>, old: &Entry
     }
 }
 
+/// Takes entries of the new manifest, with the index at the source of those that are the source's.
+pub(super) type Each<'a> = dyn FnMut(&Entry, Option<u32>) -> Result<(), Error> + 'a;
+
 /// Gives `each` one by one the entries of `old` with the changes, but for what is at or below the paths that could not be
 /// published: of those the old entries stay where `is_there` finds them. `stays` says it of all else that is not changed. With
 /// an entry that is the source's comes its index there.
@@ -196,7 +199,7 @@ pub(super) fn carried_out(
     undone: &HashSet<&RelPath>,
     stays: &dyn Fn(&Entry) -> bool,
     is_there: &dyn Fn(&Entry) -> bool,
-    each: &mut dyn FnMut(&Entry, Option<u32>) -> Result<(), Error>,
+    each: &mut Each<'_>,
 ) -> Result<(), Error> {
     let concerned = |path: &RelPath| {
         !undone.is_empty() && (undone.contains(path) || path.ancestors().any(|above| undone.contains(&above)))
@@ -235,15 +238,11 @@ struct Listed<'a> {
     firsts: HashSet<RelPath>,
     /// Those of them that are listed.
     files: HashSet<RelPath>,
-    each: &'a mut dyn FnMut(&Entry, Option<u32>) -> Result<(), Error>,
+    each: &'a mut Each<'a>,
 }
 
 impl<'a> Listed<'a> {
-    fn new(
-        changes: &Changes<'_>,
-        old: &Tree,
-        each: &'a mut dyn FnMut(&Entry, Option<u32>) -> Result<(), Error>,
-    ) -> Listed<'a> {
+    fn new(changes: &Changes<'_>, old: &Tree, each: &'a mut Each<'a>) -> Listed<'a> {
         let before = old.entries().iter().filter_map(|entry| match &entry.content {
             Content::HardLink { first } => Some(first),
             _ => None,
