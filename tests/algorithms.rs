@@ -83,8 +83,8 @@ fn the_doctor_says_what_a_login_would_agree_to_and_trusts_nobody() {
             "nothing is wrong",
         ],
     );
-    ends(&doctor(served.port, "none", &[]), 0, &["is not known here", "keys scan-host --add", "1 warning"]);
-    ends(&doctor(served.port, "none", &["--strict"]), 4, &["1 warning"]);
+    ends(&doctor(served.port, "none", &[]), 0, &["is not known here", "keys scan-host --add", "2 warnings"]);
+    ends(&doctor(served.port, "none", &["--strict"]), 4, &["2 warnings"]);
     assert!(!at.join("none").exists(), "the host was trusted");
     assert!(!served.log().contains("logged in"), "{}", served.log());
     ends(&run(&["doctor", "-P", "22"]), 2, &["-P says how to reach the host of --ssh"]);

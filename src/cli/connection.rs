@@ -115,7 +115,7 @@ struct Whole {
 }
 
 impl Whole {
-    fn to_session(&mut self, bytes: &[u8]) -> Result<(), String> {
+    fn feed_session(&mut self, bytes: &[u8]) -> Result<(), String> {
         self.session.as_mut().map_or(Ok(()), |session| FedSession::feed(session, bytes))
     }
 
@@ -162,7 +162,7 @@ impl Whole {
         let start = self.start.clone();
         self.lane.accept(move |stream| serve_lane(&start, stream));
         let told = self.told;
-        self.to_session(&head[told..])
+        self.feed_session(&head[told..])
     }
 }
 
@@ -172,14 +172,14 @@ impl FedSession for Whole {
             return relay.feed(bytes).map_err(|error| crate::error::in_words(&error));
         }
         match self.head.take() {
-            None => self.to_session(bytes),
+            None => self.feed_session(bytes),
             Some(mut head) => {
                 head.extend_from_slice(bytes);
                 // The first packet is answered at once.
                 let first = head.first_chunk().map(|length| 4 + u32::from_be_bytes(*length) as usize);
                 if let Some(first) = first.filter(|&first| self.told == 0 && first <= head.len() && first <= 64) {
                     self.told = first;
-                    self.to_session(&head[..first])?;
+                    self.feed_session(&head[..first])?;
                 }
                 self.decide(head)
             }
@@ -189,7 +189,7 @@ impl FedSession for Whole {
     fn finish(&mut self) {
         if let Some(head) = self.head.take() {
             let told = self.told;
-            let _ = self.to_session(&head[told..]);
+            let _ = self.feed_session(&head[told..]);
         }
         if let Some(relay) = &mut self.relay {
             relay.finish();
