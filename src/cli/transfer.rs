@@ -232,7 +232,6 @@ impl How {
             scan: ScanOptions { filter: filter.clone(), hash_all: self.checksum, links: self.links, whole: false },
             begin: BeginOptions {
                 policy: self.policy()?,
-                peer: false,
                 filter,
                 checksum: self.checksum,
                 last: Vec::new(),
@@ -246,6 +245,7 @@ impl How {
                 actor: actor(),
                 source: String::new(),
                 trail: Vec::new(),
+                ..BeginOptions::default()
             },
             delete: self.deletes(),
             retain: None,

@@ -30,6 +30,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     // After any problem nothing is deleted.
     let options = &CommitOptions { delete: options.delete && state.refused.is_empty(), ..options.clone() };
     let mut failed = not_staged(state, options);
+    run.allow_commit(state, options)?;
     failed.extend(state.refused.keys());
     let mut withheld = withhold(run, state, options, &mut failed);
     let held_back = !withheld.is_empty();
@@ -71,7 +72,16 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let (created, generation) = (changes.put.created, changes.put.generation);
     let trash = run.options.trash_seconds.is_some().then(|| trash::name(created.seconds, generation));
     let trash = trash.as_deref().map(rel).transpose()?;
-    let record = Record { actor, source: from, steps, inodes, withheld: withheld_rights, acls: acls_given, trash };
+    let record = Record {
+        actor,
+        source: from,
+        steps,
+        inodes,
+        withheld: withheld_rights,
+        acls: acls_given,
+        trash,
+        only_new: run.options.forbidden.change,
+    };
     publish::write_down(&run.root, staging, &record, &changes, &acls)?;
     state.recorded = true;
     let problems = publish::carry_out(&run.root, staging, Area::Run, &record, &changes, &acls)?;

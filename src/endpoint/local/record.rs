@@ -22,6 +22,8 @@ pub(super) struct Record {
     pub(super) inodes: BTreeMap<RelPath, u64>,
     /// What is removed or replaced is moved to the directory of this name in the trash.
     pub(super) trash: Option<RelPath>,
+    /// What is there is not replaced, and directories that are there stay as they are.
+    pub(super) only_new: bool,
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -57,6 +59,9 @@ impl Record {
         if let Some(name) = &self.trash {
             text.push_str(&format!("T{}\n", hex(name.as_bytes())));
         }
+        if self.only_new {
+            text.push_str("O\n");
+        }
         for (letter, notes) in [('W', &self.withheld), ('L', &self.acls)] {
             for (path, note) in notes {
                 text.push_str(&format!("{letter}{} {}\n", hex(path.as_bytes()), hex(note.as_bytes())));
@@ -76,6 +81,10 @@ impl Record {
         let mut gone = BTreeSet::new();
         for line in lines {
             let (letter, rest) = line.split_at_checked(1)?;
+            if line == "O" {
+                record.only_new = true;
+                continue;
+            }
             let (path, more) = rest.split_once(' ').map_or((rest, None), |(path, more)| (path, Some(more)));
             let path = RelPath::new(unhex(path)?).ok()?;
             if matches!(letter, "W" | "L") {
@@ -129,7 +138,8 @@ mod tests {
         let note = |text: &str| BTreeMap::from([(RelPath::new("b \n/c").unwrap(), text.to_owned())]);
         let (withheld, acls) = (note("the special bits of mode 4755"), note("user:ops:r--"));
         let trash = Some(path(b"20260131T065902Z-12"));
-        let record = Record { actor: "ana@gpu01".into(), source: String::new(), steps, withheld, acls, inodes, trash };
+        let (actor, source, only_new) = ("ana@gpu01".into(), String::new(), true);
+        let record = Record { actor, source, steps, withheld, acls, inodes, trash, only_new };
         let gone = BTreeSet::from([path(b"h\xff"), path(b"i")]);
         assert_eq!(Record::parse(&record.encode(&gone)), Some((record, gone)));
         for damaged in ["", "\n", "61\n62", "61\n\nR2e2e\n", "61\n\nR6\n", "61\n\nZ61\n", "61\n\nX61 g\n", "6\n\n"] {
