@@ -9,13 +9,18 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::memory::Memory;
 use super::{Failure, notify};
-use crate::config::{AddressList, Config, DEFAULT_PATH};
+use crate::config::{AddressList, Config, DEFAULT_PATH, Rights};
+use crate::endpoint::Error;
 use crate::error::{Exit, chain};
-use crate::server::agent::{Agent, Extensions, Factory, SharedTarget};
+use crate::server::agent::{Agent, Extensions, Factory, Limits, SharedTarget};
 use crate::server::attributed::Attributed;
 use crate::server::channel::FedSession;
 use crate::server::hearsay;
-use crate::server::listener::{self, Reloader, ServeConfig, ServeError, ServeUser, SessionFactory, SessionStart};
+use crate::server::listener::{
+    self, Reloader, ServeConfig, ServeError, ServeKey, ServeUser, SessionFactory, SessionStart, Which,
+};
+use crate::server::metered::Metered;
+use crate::server::quota::Allowance;
 use crate::server::session::{Session, SessionConfig};
 
 /// Listen for SSH connections: public keys only, file transfer only
@@ -58,8 +63,11 @@ struct OneUser {
     #[arg(long, value_name = "RANGE", requires = "user")]
     from: Vec<String>,
     /// Refuse everything that writes
-    #[arg(long, requires = "user")]
+    #[arg(long, requires = "user", conflicts_with = "rights")]
     read_only: bool,
+    /// What may be done, of list, read, write, write-once and delete [default: list,read,write,delete]
+    #[arg(long, value_name = "RIGHTS", requires = "user")]
+    rights: Option<Rights>,
     /// A file of [[rule]] tables: owner and permissions of what arrives
     #[arg(long, value_name = "FILE", requires = "user")]
     policy_file: Option<PathBuf>,
@@ -83,10 +91,11 @@ impl OneUser {
         let user = ServeUser {
             name: self.user.clone(),
             root: self.root.clone(),
-            read_only: self.read_only,
+            rights: if self.read_only { Rights::READ_ONLY } else { self.rights.unwrap_or_default() },
             authorized_keys: self.authorized_keys.clone(),
             from,
             policy: super::transfer::receivers_policy(self.policy_file.as_deref())?,
+            ..ServeUser::default()
         };
         let mut config = ServeConfig::new(SocketAddr::from(([127, 0, 0, 1], 2222)), self.host_key.clone(), vec![user]);
         (config.revoked_keys, config.audit) = (self.revoked_keys.clone(), self.audit.clone());
@@ -94,12 +103,12 @@ impl OneUser {
     }
 }
 
-fn default_path() -> PathBuf {
+pub(super) fn default_path() -> PathBuf {
     std::env::var_os("LOCKSTEP_CONFIG").map_or_else(|| DEFAULT_PATH.into(), PathBuf::from)
 }
 
 /// The listener's part of a configuration file.
-fn read(path: &Path) -> Result<ServeConfig, Failure> {
+pub(super) fn read(path: &Path) -> Result<ServeConfig, Failure> {
     let usage = |error: crate::config::ConfigError| Failure::usage(chain(&error));
     let config = Config::load(path).map_err(|error| match error {
         error @ crate::config::ConfigError::Read { .. } => {
@@ -118,19 +127,26 @@ pub(super) fn of_config(config: &Config) -> Result<ServeConfig, Failure> {
     if serve.users.is_empty() {
         return Err(missing("[[serve.user]], so that nobody could log in"));
     }
+    let policy = |name: &Option<String>| name.as_ref().map(|name| config.policy(name).map_err(usage)).transpose();
     let mut users = Vec::new();
     for user in &serve.users {
+        let mut keys = Vec::new();
+        for key in &user.keys {
+            let named = key.fingerprint.clone().map(Which::Fingerprint);
+            let which = named.unwrap_or_else(|| Which::Principal(key.principal.clone().unwrap_or_default()));
+            let (root, rights, quota, from) = (key.root.clone(), key.rights, key.quota, key.from.clone());
+            keys.push(ServeKey { which, root, rights, quota, policy: policy(&key.policy)?, from });
+        }
         users.push(ServeUser {
             name: user.name.clone(),
             root: user.root.clone(),
-            read_only: user.read_only,
+            create_root: user.create_root,
+            rights: user.rights(),
+            quota: user.quota,
             authorized_keys: user.authorized_keys.clone(),
             from: user.from.clone(),
-            policy: user
-                .policy
-                .as_ref()
-                .map_or_else(|| Ok(Default::default()), |name| config.policy(name))
-                .map_err(usage)?,
+            policy: policy(&user.policy)?.unwrap_or_default(),
+            keys,
         });
     }
     Ok(ServeConfig {
@@ -138,6 +154,9 @@ pub(super) fn of_config(config: &Config) -> Result<ServeConfig, Failure> {
         host_key: serve.host_key.clone(),
         host_certificate: serve.host_certificate.clone(),
         users,
+        origins: serve.origins(),
+        penalties: serve.penalties.clone(),
+        penalty_exempt: serve.penalty_exempt.clone(),
         revoked_keys: serve.revoked_keys.clone(),
         audit: serve.audit.clone(),
         strict_key_exchange: serve.strict_key_exchange,
@@ -150,15 +169,23 @@ fn session(start: &SessionStart, output: Arc<dyn crate::server::agent::Output>) 
     let config = SessionConfig {
         root: start.root.clone(),
         confine: true,
-        read_only: start.read_only,
+        rights: start.rights,
+        quota: start.quota,
         policy: start.policy.clone(),
         actor: start.actor.clone(),
     };
-    let sides =
-        super::sftp_server::factory(start.root.clone(), true, start.read_only, start.policy.clone(), &start.actor);
+    let sides = super::sftp_server::factory(start.root.clone(), true, start.policy.clone(), &start.actor);
     let (open, actor) = (sides.target, start.actor.clone());
-    let target = Box::new(move |path: &[u8]| Ok(Arc::new(Attributed::new(open(path)?, actor.clone())) as SharedTarget));
-    let agent: Arc<dyn Extensions> = Arc::new(Agent::new(Arc::new(Factory { target, source: sides.source })));
+    let limited = start.quota.map(|quota| (start.root.clone(), quota));
+    let target = Box::new(move |path: &[u8]| {
+        let target = Arc::new(Attributed::new(open(path)?, actor.clone())) as SharedTarget;
+        let Some((root, quota)) = &limited else { return Ok(target) };
+        let allowance = Allowance::open(root, *quota);
+        let allowance = allowance.map_err(|error| Error::Refused { by: "the server".into(), reason: chain(&error) })?;
+        Ok(Arc::new(Metered::new(target, allowance)) as SharedTarget)
+    });
+    let factory = Arc::new(Factory { target, source: sides.source });
+    let agent: Arc<dyn Extensions> = Arc::new(Agent::limited(factory, Limits::default(), start.rights));
     let session = Session::new(config, output, Some(agent)).map_err(|error| chain(&error))?;
     Ok(Box::new(session))
 }
@@ -246,7 +273,9 @@ impl Service {
         let doing = if *self.stop.borrow() { "stopping" } else { &self.listening };
         let connections = self.reloader.connections();
         let wrong = wrong.map(|reason| format!("; not reloaded: {reason}")).unwrap_or_default();
-        format!("{doing}; connections: {connections}{wrong}")
+        let turned = Some(self.reloader.turned_away()).filter(|turned| !turned.is_empty());
+        let turned = turned.map(|turned| format!("; turned away: {turned}")).unwrap_or_default();
+        format!("{doing}; connections: {connections}{turned}{wrong}")
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::Failure;
 use crate::audit::{AuditLog, AuditRecord};
+use crate::config::Rights;
 use crate::endpoint::Error;
 use crate::endpoint::local::{LocalSource, LocalTarget, anywhere, beneath, recorded};
 use crate::error::{Escaped, Exit, chain};
@@ -12,7 +13,7 @@ use crate::filter::STATE_DIRECTORY;
 use crate::path::{PATH_MAX, RelPath};
 use crate::policy::PolicySpec;
 use crate::root::Root;
-use crate::server::agent::{Agent, Extensions, Factory, SharedTarget};
+use crate::server::agent::{Agent, Extensions, Factory, Limits, SharedTarget};
 use crate::server::attributed::Attributed;
 use crate::server::session::SessionConfig;
 use crate::server::stdio;
@@ -27,8 +28,11 @@ pub(super) struct SftpServer {
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
     /// Refuse everything that writes
-    #[arg(long)]
+    #[arg(long, conflicts_with = "rights")]
     read_only: bool,
+    /// What may be done, of list, read, write, write-once and delete [default: list,read,write,delete]
+    #[arg(long, value_name = "RIGHTS")]
+    rights: Option<Rights>,
     /// A file of [[rule]] tables: owner and permissions of what arrives; a sender's wishes give way to it
     #[arg(long, value_name = "FILE")]
     policy_file: Option<PathBuf>,
@@ -40,18 +44,21 @@ impl SftpServer {
         let home = std::env::home_dir().unwrap_or_else(|| PathBuf::from("/"));
         let confine = self.root.is_some();
         let root = self.root.unwrap_or(home);
+        let rights = if self.read_only { Rights::READ_ONLY } else { self.rights.unwrap_or_default() };
         let config = SessionConfig {
             root: root.clone(),
             confine,
-            read_only: self.read_only,
+            rights,
+            quota: None,
             policy: policy.clone(),
             actor: super::transfer::actor(),
         };
         let actor = logged_in();
-        let Factory { target, source } = factory(root, confine, self.read_only, policy, &actor);
+        let Factory { target, source } = factory(root, confine, policy, &actor);
         let target =
             Box::new(move |path: &[u8]| Ok(Arc::new(Attributed::new(target(path)?, actor.clone())) as SharedTarget));
-        let agent = Arc::new(Agent::new(Arc::new(Factory { target, source })).alone());
+        let factory = Arc::new(Factory { target, source });
+        let agent = Arc::new(Agent::limited(factory, Limits::default(), rights).alone());
         let ended = stdio::run(config, Some(Arc::clone(&agent) as Arc<dyn Extensions>));
         if let Some(agent) = Arc::into_inner(agent) {
             agent.finish();
@@ -73,7 +80,7 @@ fn logged_in() -> String {
 
 /// Opens the directories that a client names: beneath `root` where it is confined, else as the file system has them. What
 /// `actor` is refused there is in the audit log of `root`; without a root there is no place for one.
-pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: PolicySpec, actor: &str) -> Factory {
+pub(super) fn factory(root: PathBuf, confine: bool, policy: PolicySpec, actor: &str) -> Factory {
     let (target_root, actor) = (root.clone(), actor.to_owned());
     // Whoever set up the server named the root: it is opened by name. What a client names is looked up beneath it.
     let confined = |root: &Path, path: &[u8]| -> Result<(Arc<Root>, Option<RelPath>), Error> {
@@ -87,10 +94,6 @@ pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: Pol
     };
     Factory {
         target: Box::new(move |path| {
-            if read_only {
-                let reason = "this account may read only".to_owned();
-                return Err(Error::Refused { by: "the server".into(), reason });
-            }
             let policy = policy.clone();
             if !confine {
                 own(path)?;
@@ -146,7 +149,7 @@ mod tests {
     fn h01_no_run_is_begun_on_the_directory_that_lockstep_keeps_for_itself() {
         let at = tempfile::tempdir().unwrap();
         for confine in [true, false] {
-            let sides = factory(at.path().to_owned(), confine, false, PolicySpec::default(), "tester");
+            let sides = factory(at.path().to_owned(), confine, PolicySpec::default(), "tester");
             for path in ["/.lockstep", ".lockstep", "sub/.lockstep/", "/sub/.lockstep/staging"] {
                 assert!(matches!((sides.target)(path.as_bytes()), Err(Error::Refused { .. })), "{path}");
             }

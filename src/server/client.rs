@@ -10,7 +10,6 @@ use russh::{Channel, ChannelId, ChannelOpenFailure, Pty};
 
 use super::access::{Proof, ServeUser};
 use super::agent::Output;
-use super::authorized_keys::Grant;
 use super::channel::{self, FedSession};
 use super::hearsay;
 use super::limits::{Permit, SessionPermit};
@@ -70,7 +69,7 @@ impl Client {
             Ok(judged) => judged,
             Err(reason) => return self.refuse(name, &described, &reason),
         };
-        let start = Arc::new(start(&user, &grant, self.live.peer, &proof));
+        let start = Arc::new(start(&user, self.live.peer, &proof));
         let login = AuditRecord { action: "login".into(), ..self.server.record(&start.actor, peer) };
         if !self.server.recorder.must(login).await {
             return self.refuse(name, &described, "the audit log cannot be written");
@@ -154,11 +153,12 @@ impl Client {
     }
 }
 
-fn start(user: &ServeUser, grant: &Grant, peer: std::net::SocketAddr, proof: &Proof) -> SessionStart {
+fn start(user: &ServeUser, peer: std::net::SocketAddr, proof: &Proof) -> SessionStart {
     SessionStart {
         user: user.name.clone(),
         root: user.root.clone(),
-        read_only: user.read_only || grant.read_only,
+        rights: user.rights,
+        quota: user.quota,
         policy: user.policy.clone(),
         peer,
         fingerprint: proof.fingerprint(),

@@ -11,6 +11,7 @@ use super::client::Client;
 use super::limits::Permit;
 use super::listener::Server;
 use super::live::{Live, short};
+use super::penalties::Fault;
 use super::strict::{Refusal, StrictStream};
 use crate::audit::AuditRecord;
 use crate::endpoint::stream::OverflowStream;
@@ -35,12 +36,17 @@ pub(super) async fn serve(server: Arc<Server>, socket: TcpStream, peer: SocketAd
         session.await
     };
     tokio::pin!(running);
-    let (ended, why) = tokio::select! {
-        ended = &mut running => (true, ended.err().filter(|error| !hung_up(error)).map(|error| in_words(&error))),
-        () = late(&live, settings.limits.login_grace) => (false, Some("no login in time".to_owned())),
-        () = idle(&server, &live) => (false, Some("nothing was done for too long".to_owned())),
-        reason = live.ended() => (false, Some(reason)),
-        () = refused(&mut refusal) => (false, None),
+    let (ended, fault, why) = tokio::select! {
+        ended = &mut running => {
+            let error = ended.err().filter(|error| !hung_up(error));
+            let breach = error.as_ref().is_some_and(|error| !matches!(error, russh::Error::IO(_)));
+            let fault = if breach { Fault::Breach } else { Fault::NoLogin };
+            (true, Some(fault), error.map(|error| in_words(&error)))
+        }
+        () = late(&live, settings.limits.login_grace) => (false, Some(Fault::Late), Some("no login in time".to_owned())),
+        () = idle(&server, &live) => (false, None, Some("nothing was done for too long".to_owned())),
+        reason = live.ended() => (false, None, Some(reason)),
+        () = refused(&mut refusal) => (false, Some(Fault::NoLogin), None),
     };
     if !ended {
         live.abandon();
@@ -55,6 +61,10 @@ pub(super) async fn serve(server: Arc<Server>, socket: TcpStream, peer: SocketAd
     let _ = kill.send(());
     drop((registered, permit));
     super::hearsay::forget(&live);
+    if let Some(fault) = fault.filter(|_| live.login.get().is_none()) {
+        let refused = live.refusals().is_some();
+        server.door.punish(peer.ip(), if refused { Fault::FailedLogin } else { fault });
+    }
     report(&server, &live, refusal.borrow().clone().or(why));
 }
 

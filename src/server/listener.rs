@@ -16,15 +16,17 @@ use super::access::Access;
 use super::agent::Output;
 use super::channel::{FedSession, Summary};
 use super::connection;
+use super::door::{Door, Turned};
 use super::host_key::{self, HostKeyError};
 use super::limits::Limits;
 use super::live::{Live, Registry};
 use super::record::Recorder;
+use super::resolve;
 use super::strict::Offered;
 
-pub use super::access::ServeUser;
+pub use super::access::{ServeKey, ServeUser, Which};
 use crate::audit::{AuditError, AuditRecord};
-use crate::config::ServeLimits;
+use crate::config::{AddressList, Origins, Penalties, Quota, Rights, ServeLimits};
 use crate::endpoint::algorithms::{End, preferred};
 use crate::policy::PolicySpec;
 
@@ -39,6 +41,12 @@ pub struct ServeConfig {
     pub host_certificate: Option<PathBuf>,
     /// Who may log in.
     pub users: Vec<ServeUser>,
+    /// Who may come from where, beside what each user says.
+    pub origins: Origins,
+    /// For how long an address is refused that fails again and again.
+    pub penalties: Penalties,
+    /// Addresses without penalties.
+    pub penalty_exempt: Option<AddressList>,
     /// Keys that are refused whoever lists them; read anew at each login.
     pub revoked_keys: Option<PathBuf>,
     /// A directory for the record of logins, sessions and refusals.
@@ -59,6 +67,9 @@ impl ServeConfig {
             host_key,
             host_certificate,
             users,
+            origins: Origins::default(),
+            penalties: Penalties::default(),
+            penalty_exempt: None,
             revoked_keys,
             audit,
             strict_key_exchange,
@@ -75,7 +86,9 @@ pub struct SessionStart {
     /// The user's root.
     pub root: PathBuf,
     /// By the user's settings or by the key's.
-    pub read_only: bool,
+    pub rights: Rights,
+    /// How much may lie beneath the root.
+    pub quota: Option<Quota>,
     /// The receiver's rules for what arrives.
     pub policy: PolicySpec,
     /// Where from.
@@ -135,6 +148,7 @@ pub(super) struct Settings {
 pub(super) struct Server {
     settings: RwLock<Arc<Settings>>,
     pub(super) limits: Arc<Limits>,
+    pub(super) door: Door,
     pub(super) live: Registry,
     pub(super) recorder: Recorder,
     pub(super) factory: SessionFactory,
@@ -233,7 +247,7 @@ pub fn look(config: &ServeConfig) -> (Vec<ServeError>, Vec<String>) {
         Err(error) => wrong.push(error.into()),
     }
     wrong.extend(config.users.iter().filter_map(no_root));
-    let problems = Access::new(&config.users, config.revoked_keys.clone()).look();
+    let problems = access(config).look();
     let problems = problems.unwrap_or_else(|reason| {
         wrong.push(ServeError::Revoked(reason));
         Vec::new()
@@ -242,8 +256,11 @@ pub fn look(config: &ServeConfig) -> (Vec<ServeError>, Vec<String>) {
 }
 
 fn no_root(user: &ServeUser) -> Option<ServeError> {
-    let reason = || format!("root {} is not a directory; make it first", crate::error::shown(&user.root));
-    (!user.root.is_dir()).then(|| ServeError::User { user: user.name.clone(), reason: reason() })
+    resolve::look(user).map(|reason| ServeError::User { user: user.name.clone(), reason })
+}
+
+fn access(config: &ServeConfig) -> Access {
+    Access::new(&config.users, config.origins.clone(), config.revoked_keys.clone())
 }
 
 /// Checks what can be checked before anybody comes; beside the settings comes what will refuse people later.
@@ -251,7 +268,7 @@ fn prepare(config: &ServeConfig, key: &PrivateKey) -> Result<(Settings, Vec<Stri
     if let Some(error) = config.users.iter().find_map(no_root) {
         return Err(error);
     }
-    let access = Access::new(&config.users, config.revoked_keys.clone());
+    let access = access(config);
     let problems = access.look().map_err(ServeError::Revoked)?;
     let (protocol, offered) = protocol(config, key)?;
     let limits = config.limits.clone();
@@ -340,6 +357,7 @@ impl Listener {
         warn(&self.problems);
         let server = Arc::new(Server {
             limits: Limits::new(self.settings.limits.clone()),
+            door: Door::new(self.config.penalties.clone(), self.config.penalty_exempt.clone()),
             settings: RwLock::new(self.settings),
             live: Registry::default(),
             recorder: self.recorder,
@@ -408,7 +426,6 @@ impl Running {
 }
 
 async fn accept(server: Arc<Server>, socket: TcpListener) {
-    let mut refused = Refused::default();
     loop {
         let (socket, peer) = match socket.accept().await {
             Ok(accepted) => accepted,
@@ -420,39 +437,32 @@ async fn accept(server: Arc<Server>, socket: TcpListener) {
         };
         // An IPv4 client of a listener for both is shown as what it is.
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-        match server.limits.admit(peer.ip()) {
+        let settings = server.settings();
+        let admitted = server.door.admit(&settings.access, &settings.limits, peer.ip(), server.limits.waiting());
+        match admitted.and_then(|()| server.limits.admit(peer.ip()).map_err(Turned::Limit)) {
             Ok(permit) => {
                 let number = server.number.fetch_add(1, Ordering::Relaxed);
                 tokio::spawn(connection::serve(Arc::clone(&server), socket, peer, number, Arc::new(permit)));
             }
-            Err(reason) => {
+            Err(turned) => {
                 // As OpenSSH's server says it; before the version such lines are allowed.
-                let _ = socket.try_write(format!("lockstep: {reason}; try again later\r\n").as_bytes());
-                refused.say(&server, peer, reason);
+                if let Some(farewell) = turned.farewell() {
+                    let _ = socket.try_write(farewell.as_bytes());
+                }
+                turn_away(&server, peer, turned);
             }
         }
     }
 }
 
-/// Connections over a limit are said and recorded once a second, with their number: they may come in floods.
-#[derive(Default)]
-struct Refused {
-    last: Option<Instant>,
-    unsaid: u64,
-}
-
-impl Refused {
-    fn say(&mut self, server: &Server, peer: SocketAddr, reason: &str) {
-        if self.last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
-            self.unsaid += 1;
-            return;
-        }
-        let more = std::mem::take(&mut self.unsaid);
-        self.last = Some(Instant::now());
-        tracing::warn!(%peer, reason, more, "connection refused");
-        let reason = Some(if more == 0 { reason.to_owned() } else { format!("{reason}; and {more} before it") });
-        server.recorder.note_stranger(AuditRecord { action: "refuse".into(), reason, ..server.record("", peer) });
-    }
+/// Who is turned away is said and recorded once a second for each kind, with the number of those before: they may come in
+/// floods.
+fn turn_away(server: &Server, peer: SocketAddr, turned: Turned) {
+    let Some(more) = server.door.count(turned) else { return };
+    let reason = turned.reason();
+    tracing::warn!(%peer, reason, more, "connection refused");
+    let reason = Some(if more == 0 { reason.to_owned() } else { format!("{reason}; and {more} before it") });
+    server.recorder.note_stranger(AuditRecord { action: "refuse".into(), reason, ..server.record("", peer) });
 }
 
 /// Replaces users and limits while the listener runs.
@@ -463,6 +473,11 @@ pub struct Reloader {
 }
 
 impl Reloader {
+    /// How many connections were turned away before a byte was exchanged, and why; empty where none was.
+    pub fn turned_away(&self) -> String {
+        self.server.door.turned_away()
+    }
+
     /// How many clients are connected.
     pub fn connections(&self) -> usize {
         self.server.limits.connections()
@@ -483,6 +498,7 @@ impl Reloader {
         }
         let access = settings.access.clone();
         self.server.limits.set(settings.limits.clone());
+        self.server.door.set(config.penalties.clone(), config.penalty_exempt.clone());
         *self.server.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
         let all = self.server.live.all();
         let ended = tokio::task::spawn_blocking(move || {
