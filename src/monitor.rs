@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::path::RelPath;
 
 pub mod cpu;
+pub mod threads;
 
 /// Sums that grow while a run goes on. All are counts since its start.
 #[derive(Debug, Default)]

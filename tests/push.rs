@@ -458,17 +458,25 @@ fn what_the_target_did_not_let_happen_is_not_counted_as_done() {
 }
 
 #[test]
-fn a_job_that_is_pushed_runs_with_its_nice_value() {
+fn a_job_that_is_pushed_gives_way_as_it_says() {
     let area = tempfile::tempdir().unwrap();
     let at = area.path();
     write(at, "data/file", "data");
     let root = at.display();
-    let job = format!("[[job]]\nname = \"j\"\nsource = \"{root}/data\"\ntargets = [\"{root}/target\"]\nnice = 15\n");
-    write(at, "config.toml", &job);
+    let job = format!("[[job]]\nname = \"j\"\nsource = \"{root}/data\"\ntargets = [\"{root}/target\"]\n");
     let config = at.join("config.toml").display().to_string();
-    let command = [crate::kit::area::lockstep(), "push", "--config", &config, "j"];
-    let mut push = crate::kit::area::traced("setpriority", None, &at.join("log"), &command);
-    assert!(crate::kit::area::run_traced(push.env("HOME", at)).status.success());
-    let calls = fs::read_to_string(at.join("log")).unwrap();
+    let push = |more: &str, calls: &str| {
+        write(at, "config.toml", &format!("{job}{more}"));
+        let command = [crate::kit::area::lockstep(), "push", "--config", &config, "j"];
+        let mut push = crate::kit::area::traced(calls, None, &at.join("log"), &command);
+        assert!(crate::kit::area::run_traced(push.env("HOME", at)).status.success());
+        fs::read_to_string(at.join("log")).unwrap()
+    };
+    let calls = push("nice = 15\nio_class = \"best-effort:6\"\n", "setpriority,ioprio_set");
     assert!(calls.contains("setpriority(PRIO_PROCESS, 0, 15)"), "{calls}");
+    assert!(calls.contains("IOPRIO_PRIO_VALUE(IOPRIO_CLASS_BE, 6)) = 0"), "{calls}");
+    let threads = |count: usize| push(&format!("threads = {count}\n"), "clone3,clone").matches("CLONE_THREAD").count();
+    // For listing the source, and for listing the target.
+    let (few, many) = (threads(1), threads(11));
+    assert!(many >= few + 20, "{few} {many}");
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 
 use lockstep::endpoint::local::{LocalSource, LocalTarget};
 use lockstep::manifest::format;
-use lockstep::monitor::{Counters, Event, Monitor};
+use lockstep::monitor::{Counters, Event, Monitor, Problem};
 use lockstep::policy::PolicySpec;
 use lockstep::sync::{Options, run};
 
@@ -106,6 +106,31 @@ fn h36_a_unit_with_a_file_that_failed_is_held_back_and_so_is_every_marker() {
     }
     let held = pair.listed("ckpt-1/config").unwrap();
     assert_ne!(held, pair.listed("ckpt-2/weights").unwrap(), "the manifest lists what is not there");
+    assert!(pair.push(&units).is_complete());
+    assert_eq!(pair.differences(), "");
+}
+
+#[test]
+fn a_unit_that_was_made_anew_waits_when_what_it_had_cannot_be_removed_yet() {
+    let pair = Pair::new();
+    for path in ["ckpt-1/shard-1", "ckpt-1/shard-2", "ckpt-2/shard-1", "readme"] {
+        pair.write(path, b"old");
+    }
+    let mut units = with(|begin| begin.units = vec!["ckpt-*/".into()]);
+    units.delete = true;
+    pair.push(&units);
+    fs::remove_file(pair.source.join("ckpt-1/shard-2")).unwrap();
+    for path in ["ckpt-1/shard-1", "ckpt-2/shard-1", "readme"] {
+        pair.write(path, b"new!");
+    }
+    let source = LocalSource::new(&pair.source, None).unwrap();
+    let target = LocalTarget::new(&pair.target, PolicySpec::default());
+    let spoil = pair.source.join("readme");
+    let report = run(&source, &target, &units, &Spoil(&spoil, Counters::default()), &AtomicBool::new(false)).unwrap();
+    let read = |path: &str| fs::read_to_string(pair.target.join(path)).unwrap_or_default();
+    assert_eq!([read("ckpt-1/shard-1"), read("ckpt-1/shard-2"), read("ckpt-2/shard-1")], ["old", "old", "new!"]);
+    let told = |problem: &Problem| problem.path.as_ref().is_some_and(|path| path.as_bytes() == b"ckpt-1");
+    assert!(report.problems.iter().any(told), "{:?}", report.problems);
     assert!(pair.push(&units).is_complete());
     assert_eq!(pair.differences(), "");
 }

@@ -13,6 +13,7 @@ use crate::drift::{self, DriftError, Question};
 use crate::filter::{Filter, FilterError, FilterSpec};
 use crate::layout::Wanted;
 use crate::manifest::{Digest, Timestamp};
+use crate::monitor::threads::Threads;
 use crate::monitor::{Monitor, Phase};
 use crate::path::{InvalidPath, RelPath};
 use crate::policy::rights::Subject;
@@ -352,7 +353,13 @@ fn compare_all(
     let loaded = list::load(root, options.against.as_deref(), options.key.as_ref())?;
     let mut report = empty(&loaded);
     old_generation(options, &loaded, &mut report);
-    let rule = ScanRule { filter: filter.clone(), links: LinkRule::All, ignore_files: false, report_special: true };
+    let rule = ScanRule {
+        filter: filter.clone(),
+        links: LinkRule::All,
+        ignore_files: false,
+        report_special: true,
+        threads: Threads::default(),
+    };
     let scanned = scan::scan(root, &rule, monitor)?;
     layouts::look(root, path, options, &loaded, &scanned, &mut report);
     match &loaded.list {

@@ -9,10 +9,11 @@ use super::transfer::{How, Rate, config_file, load_config};
 use super::{Failure, shown, unfinished};
 use crate::config::{Config, Delete, Job, Schedule};
 use crate::error::{Escaped, Exit, chain, counted};
+use crate::monitor::threads::Threads;
 use crate::path::RelPath;
 use crate::root::Root;
 use crate::sync::retention::keep_only;
-use crate::sync::{Options, SyncReport, be_nice};
+use crate::sync::{Options, SyncReport, be_nice, set_io_class};
 
 /// Runs the job called `name`. One target that fails does not keep the others from theirs.
 pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
@@ -42,9 +43,8 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
     own.transfers = how.transfers.or(job.connections);
     let how = &own;
     let mut options = options(&config, job, how)?;
-    if let Some(nice) = job.nice {
-        be_nice(nice).map_err(|error| wrong(chain(&error)))?;
-    }
+    let ways = [job.nice.map(be_nice), job.io_class.map(set_io_class)];
+    ways.into_iter().flatten().collect::<Result<(), _>>().map_err(|error| wrong(chain(&error)))?;
     // Said once, before anybody is connected to, and with the exit code of a push of the same directory.
     if job.remote_source().is_none()
         && !std::fs::metadata(&job.source).map_err(Failure::io("open", &job.source))?.is_dir()
@@ -148,6 +148,8 @@ fn options(config: &Config, job: &Job, how: &How) -> Result<Options, Failure> {
         options.begin.policy = config.policy(name).map_err(|error| Failure::usage(chain(&error)))?;
     }
     options.begin.last.clone_from(&job.last);
+    let threads = Threads::at_most(job.threads);
+    (options.scan.threads, options.begin.threads) = (threads, threads);
     options.begin.units = job.unit.iter().cloned().collect();
     options.delete = job.delete != Delete::Never;
     options.begin.trash_seconds = job.trash_seconds();

@@ -12,6 +12,7 @@ use crate::config::{Bandwidth, Config, DEFAULT_PATH, Period};
 use crate::endpoint::{BeginOptions, Links, ScanOptions};
 use crate::error::Exit;
 use crate::filter::FilterSpec;
+use crate::monitor::threads::Threads;
 use crate::plan::safety::DeleteLimit;
 use crate::plan::trash::USUAL_KEEP_SECONDS;
 use crate::policy::{PolicySpec, chmod_rules, chown_rules};
@@ -229,7 +230,12 @@ impl How {
     pub(super) fn options(&self) -> Result<Options, Failure> {
         let filter = self.filter()?;
         Ok(Options {
-            scan: ScanOptions { filter: filter.clone(), hash_all: self.checksum, links: self.links, whole: false },
+            scan: ScanOptions {
+                filter: filter.clone(),
+                hash_all: self.checksum,
+                links: self.links,
+                ..ScanOptions::default()
+            },
             begin: BeginOptions {
                 policy: self.policy()?,
                 filter,
@@ -241,6 +247,7 @@ impl How {
                 wait_seconds: self.wait,
                 dry_run: self.dry_run,
                 stage_only: false,
+                threads: Threads::default(),
                 trash_seconds: self.trash_seconds()?,
                 actor: actor(),
                 source: String::new(),

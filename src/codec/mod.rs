@@ -195,6 +195,18 @@ impl Sample {
     }
 }
 
+/// How content goes to the other side. `None` is what nobody knows yet.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Way {
+    /// Bytes a second that the link carries.
+    pub link_rate: Option<f64>,
+    /// Processors of this machine that have nothing to do.
+    pub idle_processors: Option<f64>,
+}
+
+/// So much of a processor has to be free for compressing.
+const IDLE_MIN: f64 = 0.2;
+
 /// Decides for one worker whether a block is compressed.
 #[derive(Debug)]
 pub struct Chooser {
@@ -212,9 +224,9 @@ impl Chooser {
         Chooser { options, ratio: 1.0, compress_rate: 400e6, file: None }
     }
 
-    /// The level to compress `data` of file `index` with; `None` to send it as it is. `link_rate` is in bytes a
-    /// second, `None` while nobody knows it; `once` is of the block, where others send it too.
-    pub fn level(&mut self, index: u32, data: &[u8], link_rate: Option<f64>, once: Option<&Once>) -> Option<i32> {
+    /// The level to compress `data` of file `index` with; `None` to send it as it is. `way` is what it goes by; `once` is of the
+    /// block, where others send it too.
+    pub fn level(&mut self, index: u32, data: &[u8], way: Way, once: Option<&Once>) -> Option<i32> {
         if !self.options.enabled || data.len() < 64 {
             return None;
         }
@@ -229,7 +241,9 @@ impl Chooser {
         if self.options.level.is_some() {
             return self.options.level;
         }
-        pays(self.ratio, self.compress_rate, link_rate).then_some(1)
+        // Where no processor is free it is not the link that is waited for, however slow that looks.
+        let busy = way.idle_processors.is_some_and(|idle| idle < IDLE_MIN);
+        (!busy && pays(self.ratio, self.compress_rate, way)).then_some(1)
     }
 
     fn learn(&mut self, sample: Option<Sample>) {
@@ -241,11 +255,13 @@ impl Chooser {
 }
 
 /// Whether compressing makes a byte arrive sooner: it and the sending overlap, so the slower of them counts.
-pub fn pays(ratio: f64, compress_rate: f64, link_rate: Option<f64>) -> bool {
+pub fn pays(ratio: f64, compress_rate: f64, way: Way) -> bool {
     // A link nobody has measured is taken for a gigabit one.
-    let link_rate = link_rate.unwrap_or(118e6);
-    // Compressing takes the processor from hashing and from the cipher: it has to be clearly faster than the link.
-    (2.0 / compress_rate).max(ratio / link_rate) < 1.0 / link_rate
+    let link_rate = way.link_rate.unwrap_or(118e6);
+    // Compressing takes the processor from hashing and from the cipher: where it is not known that one is free, it has to be
+    // clearly faster than the link.
+    let margin = if way.idle_processors.is_some() { 1.2 } else { 2.0 };
+    (margin / compress_rate).max(ratio / link_rate) < 1.0 / link_rate
 }
 
 #[cfg(test)]
@@ -325,18 +341,24 @@ mod tests {
         }
         // The sample as well: the second chooser believes the first.
         let mut choosers = [(); 2].map(|()| Chooser::new(CompressOptions::default()));
-        assert_eq!(choosers[0].level(0, &data, Some(1e6), Some(&once)), Some(1));
-        assert_eq!(choosers[1].level(0, &[7; 100], Some(1e6), Some(&once)), Some(1));
+        let slow = Way { link_rate: Some(1e6), idle_processors: None };
+        assert_eq!(choosers[0].level(0, &data, slow, Some(&once)), Some(1));
+        assert_eq!(choosers[1].level(0, &[7; 100], slow, Some(&once)), Some(1));
         assert_eq!(choosers[0].ratio.to_bits(), choosers[1].ratio.to_bits());
     }
 
     #[test]
     fn compresses_only_what_pays() {
-        assert!(pays(0.5, 500e6, Some(100e6)));
-        assert!(!pays(0.5, 500e6, Some(2e9)));
-        assert!(!pays(1.0, 500e6, Some(100e6)));
+        let link = |rate, idle_processors| Way { link_rate: Some(rate), idle_processors };
+        assert!(pays(0.5, 500e6, link(100e6, None)));
+        assert!(!pays(0.5, 500e6, link(2e9, None)));
+        assert!(!pays(1.0, 500e6, link(100e6, None)));
+        assert!(!pays(0.5, 500e6, link(300e6, None)));
+        assert!(pays(0.5, 500e6, link(300e6, Some(0.5))));
+        let slow = Way { link_rate: Some(1e6), idle_processors: Some(1.5) };
         let mut chooser = Chooser::new(CompressOptions { level: None, enabled: true });
-        assert_eq!(chooser.level(0, &vec![1; 100_000], Some(1e6), None), Some(1));
+        assert_eq!(chooser.level(0, &vec![1; 100_000], Way { idle_processors: Some(0.1), ..slow }, None), None);
+        assert_eq!(chooser.level(0, &vec![1; 100_000], slow, None), Some(1));
         let mut seen = [0_u8; 32];
         let random: Vec<u8> = (0..2048_u32)
             .flat_map(|n| {
@@ -345,8 +367,8 @@ mod tests {
                 seen
             })
             .collect();
-        assert_eq!(chooser.level(1, &random, Some(1e6), None), None);
+        assert_eq!(chooser.level(1, &random, slow, None), None);
         let mut off = Chooser::new(CompressOptions { level: Some(3), enabled: false });
-        assert_eq!(off.level(0, &[1; 1000], None, None), None);
+        assert_eq!(off.level(0, &[1; 1000], Way::default(), None), None);
     }
 }

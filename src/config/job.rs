@@ -1,6 +1,7 @@
 //! A job: what is kept in step with what, and how.
 
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -11,6 +12,7 @@ pub use crate::layout::complete::{ByLayout as Layout, Ready};
 use crate::plan::retain::Retain;
 use crate::plan::safety::DeleteLimit;
 use crate::plan::trash::USUAL_KEEP_SECONDS;
+use crate::sync::IoClass;
 
 /// One `[[job]]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -65,6 +67,12 @@ pub struct Job {
     /// How the job's threads give way to other processes of this machine, -20 to 19 as for nice(1).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nice: Option<i8>,
+    /// How what the job's threads read and write waits for others: `idle`, or `best-effort:0` to `best-effort:7`, as for ionice(1).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_class: Option<IoClass>,
+    /// Directories that are listed, and files that are hashed in a target of this machine, at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<NonZeroUsize>,
     /// Connections to each target, and files in work at once, 1 to 64.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connections: Option<u8>,

@@ -68,6 +68,8 @@ fn h49_a_wrong_type_or_value_is_named_with_its_place() {
         (&format!("{JOB}trash_keep = '7d'\n"), ":", "'trash_keep' is for delete = 'trash'"),
         (&format!("{JOB}delete = 'trash'\ntrash_keep = 'long'\n"), ":6:14:", "'long' is no length of time"),
         (&format!("{JOB}nice = 20\n"), ":", "'nice' is 20, and has to be from -20 to 19"),
+        (&format!("{JOB}io_class = 'low'\n"), ":5:12:", "'low' is neither 'idle' nor 'best-effort:0'"),
+        (&format!("{JOB}threads = 0\n"), ":5:11:", "nonzero"),
         (&format!("{JOB}connections = 0\n"), ":", "'connections' is 0, and has to be from 1 to 64"),
         (&format!("{JOB}delete = 'all'\n"), ":5:10:", "mirror"),
         (&format!("{JOB}bandwidth = 'fast'\n"), ":5:13:", "'fast' is not a rate"),

@@ -19,7 +19,7 @@ use crate::config::{Job, Schedule};
 use crate::endpoint::shared::SharedSource;
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
-use crate::sync::{Rate, be_nice};
+use crate::sync::{Rate, be_nice, set_io_class};
 
 /// Another machine is not asked more often.
 const REMOTE_PAUSE: Duration = Duration::from_secs(1);
@@ -116,7 +116,7 @@ impl JobThreads {
             let (actor, state): (String, PathBuf) = (actor.clone(), places.state.clone());
             let teller = teller.clone();
             let serve = move || {
-                shared.be_nice();
+                shared.give_way();
                 let watched = Arc::clone(&shared);
                 let guard =
                     Arc::new(move |path: &RelPath| watched.feed().is_some_and(|feed| feed.is_being_written(path)));
@@ -150,7 +150,7 @@ impl JobThreads {
         }
         let shared = Arc::clone(&self.shared);
         self.threads.push(std::thread::Builder::new().name("watch".into()).spawn(move || {
-            shared.be_nice();
+            shared.give_way();
             shared.watch();
         })?);
         Ok(())
@@ -221,8 +221,9 @@ impl JobThreads {
 
 impl Shared {
     /// Gives way to others as the job says, from now on and with all that this thread starts.
-    fn be_nice(&self) {
-        if let Some(Err(error)) = self.job.nice.map(be_nice) {
+    fn give_way(&self) {
+        let ways = [self.job.nice.map(be_nice), self.job.io_class.map(set_io_class)];
+        for error in ways.into_iter().flatten().filter_map(Result::err) {
             tracing::warn!(job = self.job.name.as_str(), "{}", crate::error::chain(&error));
         }
     }

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::fetch::{self, Looked};
 use super::pending::Work;
-use super::settle::Rules;
+use super::settle::{POINTERS, Rules};
 use super::tally::Tally;
 use super::{Connect, Trouble, clock};
 use crate::config::{Delete, Job};
@@ -21,6 +21,7 @@ use crate::filter::{Filter, FilterSpec, line_for};
 use crate::layout::complete;
 use crate::manifest::Tree;
 use crate::monitor::Severity;
+use crate::monitor::threads::Threads;
 use crate::path::RelPath;
 use crate::plan::trail;
 use crate::policy::PolicySpec;
@@ -224,8 +225,8 @@ fn changes_again(work: &Work, held: &BTreeSet<RelPath>) -> bool {
 
 /// gitignore lines of what may say that something else is there.
 fn pointers(job: &Job) -> impl Iterator<Item = String> {
-    let usual = ["latest", "latest_checkpointed_iteration.txt"];
-    usual.into_iter().map(str::to_owned).chain(job.last.iter().cloned())
+    let usual = POINTERS.iter().map(|name| String::from_utf8_lossy(name).into_owned());
+    usual.chain(job.last.iter().cloned())
 }
 
 /// What of the source takes part; `None` where nothing of the work is left to do. Where something of it changes `again`, no
@@ -313,8 +314,14 @@ fn is_unit(job: &Job, path: &RelPath) -> bool {
 /// What is asked of the engine.
 fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
     let job = plan.job;
+    let threads = Threads::at_most(job.threads);
     Options {
-        scan: ScanOptions { filter: filter.clone(), whole: job.remote_source().is_some(), ..ScanOptions::default() },
+        scan: ScanOptions {
+            filter: filter.clone(),
+            whole: job.remote_source().is_some(),
+            threads,
+            ..ScanOptions::default()
+        },
         begin: BeginOptions {
             policy: plan.policy.clone(),
             filter,
@@ -322,6 +329,7 @@ fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
             units: job.unit.iter().cloned().collect(),
             wait_seconds: WAIT_SECONDS,
             trash_seconds: job.trash_seconds(),
+            threads,
             actor: plan.actor.to_owned(),
             source: crate::error::shown(&job.source).to_string(),
             ..BeginOptions::default()

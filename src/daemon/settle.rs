@@ -20,7 +20,7 @@ const UNTOLD: Duration = Duration::from_secs(600);
 /// More paths than this are not remembered one by one.
 pub(super) const WAITING_MAX: usize = 100_000;
 /// Files that name a checkpoint, wherever they are.
-const POINTERS: [&[u8]; 2] = [b"latest", b"latest_checkpointed_iteration.txt"];
+pub(super) const POINTERS: [&[u8]; 2] = [b"latest", b"latest_checkpointed_iteration.txt"];
 
 /// When things are finished.
 #[derive(Debug)]

@@ -12,6 +12,7 @@ use crate::access::{AclLists, Inode};
 use crate::filter::{Filter, FilterError, FilterSpec};
 use crate::manifest::format::{self, FormatError};
 use crate::manifest::{Content, Entry, Manifest};
+use crate::monitor::threads::Threads;
 use crate::monitor::{Monitor, Problem, Severity};
 use crate::path::{InvalidPath, RelPath};
 use crate::policy::Policy;
@@ -116,6 +117,7 @@ pub fn look(path: &Path, question: &Question<'_>, monitor: &dyn Monitor) -> Resu
         links: LinkRule::All,
         ignore_files: false,
         report_special: false,
+        threads: Threads::default(),
     };
     let scanned = scan::scan(&root, &rule, monitor)?;
     let mut findings = Findings { entries: scanned.tree.entries().len() as u64, ..Findings::default() };

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::endpoint::{Crew, Error, Fetch, Produced, Reader, Scan, ScanOptions, Source};
 use crate::error::Exit;
-use crate::manifest::{Digest, Tree};
+use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::monitor::Monitor;
 use crate::path::RelPath;
 use crate::plan::trail::Stop;
@@ -28,7 +28,8 @@ pub type HeldBack = Arc<dyn Fn() -> BTreeSet<RelPath> + Send + Sync>;
 /// Whether the tree has been left alone as a whole since something was remembered of it.
 pub type Steady = Arc<dyn Fn() -> bool + Send + Sync>;
 
-/// Whether a small file with this content may go with what was listed: a pointer that names something else has to wait for it.
+/// Whether a small file with this content, or a link with this target, may go with what was listed: a pointer that names something
+/// else has to wait for it.
 pub type Fitting = Arc<dyn Fn(&RelPath, &[u8], &Tree) -> bool + Send + Sync>;
 
 /// A source with a guard.
@@ -56,7 +57,7 @@ impl<S> Guarded<S> {
         Guarded { steady: Some(steady), ..self }
     }
 
-    /// Leaves small files that do not fit.
+    /// Leaves small files that do not fit, and ends the run when it has listed a link that does not.
     #[must_use]
     pub fn fitting(self, fitting: Fitting) -> Guarded<S> {
         Guarded { fitting: Some(fitting), ..self }
@@ -73,7 +74,12 @@ impl<S: Source> Source for Guarded<S> {
         // All that was listed has been noticed by the time that this answers.
         let held = (self.held_back)();
         let unfinished = |path: &&RelPath| scan.tree.get(path).is_some_and(|entry| entry.file().is_none());
-        let steady = self.steady.as_ref().is_none_or(|steady| steady());
+        // RACE: a link may have been put in the place of another after what it named then was asked for.
+        let fits = |entry: &Entry| match (&entry.content, &self.fitting) {
+            (Content::Symlink { target }, Some(fitting)) => fitting(&entry.path, target, &scan.tree),
+            _ => true,
+        };
+        let steady = self.steady.as_ref().is_none_or(|steady| steady()) && scan.tree.entries().iter().all(fits);
         match held.iter().find(unfinished) {
             // That is over soon.
             _ if !steady => Err(Error::Remote { message: NOT_STEADY.to_owned(), exit: Exit::TryAgain }),
@@ -153,6 +159,23 @@ mod tests {
     use super::*;
     use crate::endpoint::local::LocalSource;
     use crate::monitor::Silent;
+
+    #[test]
+    fn a_link_waits_for_what_it_names() {
+        let at = tempfile::tempdir().unwrap();
+        std::fs::create_dir(at.path().join("unit")).unwrap();
+        std::os::unix::fs::symlink("unit", at.path().join("latest")).unwrap();
+        let source = LocalSource::new(at.path(), None).unwrap();
+        let fitting: Fitting = Arc::new(|path, target, tree: &Tree| {
+            path.as_bytes() != b"latest" || tree.get(&RelPath::new(target).unwrap()).is_some()
+        });
+        let source = Guarded::new(source, Arc::new(|_: &RelPath| false), Arc::new(BTreeSet::new)).fitting(fitting);
+        assert!(source.scan(&ScanOptions::default(), &Silent::default()).is_ok());
+        let mut alone = ScanOptions::default();
+        alone.filter.only = Some(vec![b"latest".to_vec()]);
+        let error = source.scan(&alone, &Silent::default()).unwrap_err();
+        assert!(error.to_string().contains(NOT_STEADY), "{error}");
+    }
 
     #[test]
     fn a_file_in_somebodys_hands_is_read_and_not_handed_on() {

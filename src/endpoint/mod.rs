@@ -12,6 +12,7 @@ use crate::codec::Once;
 use crate::error::Exit;
 use crate::filter::FilterSpec;
 use crate::manifest::{Digest, Tree};
+use crate::monitor::threads::Threads;
 use crate::monitor::{Monitor, Problem};
 use crate::plan::Plan;
 use crate::plan::trail::Stop;
@@ -180,6 +181,9 @@ pub struct ScanOptions {
     /// List nothing while a run publishes there, or after one was interrupted while it did.
     #[serde(default)]
     pub whole: bool,
+    /// How many directories are listed at once on this machine.
+    #[serde(skip)]
+    pub threads: Threads,
 }
 
 /// Why a source is not listed that is to be whole.
@@ -343,6 +347,9 @@ pub struct BeginOptions {
     pub ignore_free_space: bool,
     /// Hash what lies on the disk before publishing, not only the stream.
     pub verify_disk: bool,
+    /// How many directories are listed, and files hashed, at once where the target is on this machine.
+    #[serde(skip)]
+    pub threads: Threads,
     /// How long to wait for another run on the same root, in seconds.
     pub wait_seconds: u64,
     /// Only look: create and change nothing.
@@ -368,6 +375,10 @@ pub struct BeginOptions {
 pub struct CommitOptions {
     /// Remove what the plan lists as removals.
     pub delete: bool,
+    /// They are to go, but not now, since something failed: a unit that would keep some of them beside what is new is not
+    /// published yet.
+    #[serde(default)]
+    pub delete_later: bool,
     /// Indices of entries that failed at the source and are not to be published.
     pub failed: Vec<u32>,
     /// Paths that could not even be listed at the source: what they belong to is not whole.

@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use crate::filter::{Filter, GLOBS_BYTES_MAX, IGNORE_FILE};
 use crate::manifest::{Content, Entry, Tree};
+use crate::monitor::threads::Threads;
 use crate::monitor::{Counters, Monitor, Problem, Severity};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root, RootError};
@@ -45,6 +46,8 @@ pub struct ScanRule {
     pub ignore_files: bool,
     /// Whether FIFOs, sockets and devices are reported as skipped, or left out silently.
     pub report_special: bool,
+    /// How many directories are listed at once.
+    pub threads: Threads,
 }
 
 /// What was found.
@@ -118,7 +121,7 @@ pub fn scan(root: &Root, rule: &ScanRule, monitor: &dyn Monitor) -> Result<Scann
         queue: Mutex::new(Queue { waiting: vec![top], open: 1 }),
         changed: Condvar::new(),
     };
-    let threads = std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 8));
+    let threads = rule.threads.count();
     let mut all = Found::default();
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| work(&shared))).collect();
@@ -330,7 +333,7 @@ mod tests {
     fn listed(at: &std::path::Path, rules: &[&str], links: LinkRule) -> Scanned {
         let spec = FilterSpec { rules: rules.iter().map(|&rule| rule.into()).collect(), only: None };
         let filter = Filter::compile(&spec).unwrap();
-        let rule = ScanRule { filter, links, ignore_files: true, report_special: true };
+        let rule = ScanRule { filter, links, ignore_files: true, report_special: true, threads: Threads::default() };
         scan(&Root::open(at).unwrap(), &rule, &Silent::default()).unwrap()
     }
 

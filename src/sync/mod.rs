@@ -29,7 +29,7 @@ mod worker;
 use pace::Pace;
 pub use pace::Rate;
 use queue::Queue;
-pub use way::{NiceError, be_nice};
+pub use way::{IoClass, WayError, be_nice, set_io_class};
 
 /// How a run is done.
 #[derive(Debug, Clone)]
@@ -265,7 +265,8 @@ fn run_begun(
     let bytes = |paths: &BTreeSet<RelPath>| paths.iter().map(|path| path.as_bytes().to_vec()).collect();
     let (retire, spare) = if any_failed { Default::default() } else { (bytes(&retired.gone), bytes(&retired.needed)) };
     let delete = options.delete && !any_failed;
-    let commit = CommitOptions { delete, failed, unreadable, retire, spare };
+    let commit =
+        CommitOptions { delete, delete_later: options.delete && any_failed, failed, unreadable, retire, spare };
     let committed = std::thread::scope(|scope| {
         // What was hashed is stored while it is published, and does not hold that up.
         scope.spawn(|| source.remember(&tree, &outcome.digests));

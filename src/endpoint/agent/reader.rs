@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::body;
-use crate::codec::{self, CompressOptions};
+use crate::codec::{self, CompressOptions, Way};
 use crate::endpoint::client::{Client, Completion};
 use crate::endpoint::{Block, Error, Fetch, Produced, Reader};
 use crate::manifest::Tree;
@@ -72,13 +72,18 @@ impl AgentReader {
         }
     }
 
+    /// Nobody here knows what the other side's processors do.
+    fn way(&self) -> Way {
+        Way { link_rate: self.client.link_rate(), idle_processors: None }
+    }
+
     /// The level to ask for the next bundle in.
     fn level(&self) -> u8 {
         match self.compress {
             CompressOptions { enabled: false, .. } => 0,
             CompressOptions { level: Some(level), .. } => level.clamp(0, 19) as u8,
             _ if self.asked.is_multiple_of(PROBE) => 1,
-            _ => u8::from(self.ratio < 0.95 && codec::pays(self.ratio, COMPRESS_RATE, self.client.link_rate())),
+            _ => u8::from(self.ratio < 0.95 && codec::pays(self.ratio, COMPRESS_RATE, self.way())),
         }
     }
 

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::body;
-use crate::codec::{self, Chooser, CompressOptions};
+use crate::codec::{self, Chooser, CompressOptions, Way};
 use crate::endpoint::client::{Client, Completion};
 use crate::endpoint::{BLOCK_BYTES, Block, Error, Staged, WriteFailure, Writer};
 use crate::manifest::Digest;
-use crate::monitor::cpu::{Stage, spend};
+use crate::monitor::cpu::{Stage, idle_processors, spend};
 use crate::wire::extension::{self, FILES_MAX, Fields, HOLE_MAX, WireError};
 
 /// The writer of one worker.
@@ -56,10 +56,14 @@ impl AgentWriter {
         Ok(())
     }
 
+    fn way(&self) -> Way {
+        Way { link_rate: self.client.link_rate(), idle_processors: idle_processors() }
+    }
+
     fn flush(&mut self) -> Result<(), Error> {
         let Some(first) = self.batch.first() else { return Ok(()) };
-        let link_rate = self.client.link_rate();
-        let level = spend(Stage::Compress, || self.chooser.level(first.0, &self.contents, link_rate, None));
+        let way = self.way();
+        let level = spend(Stage::Compress, || self.chooser.level(first.0, &self.contents, way, None));
         let mut packet = extension::request("put");
         packet.extend_from_slice(&(self.batch.len() as u32).to_be_bytes());
         let mut files = Vec::with_capacity(self.batch.len());
@@ -130,8 +134,8 @@ impl Writer for AgentWriter {
         let mut header = Self::message("write", index);
         header.extend_from_slice(&offset.to_be_bytes());
         let length = block.data().len() as u32;
-        let (link_rate, once) = (self.client.link_rate(), block.once());
-        if let Some(level) = spend(Stage::Compress, || self.chooser.level(index, block.data(), link_rate, once)) {
+        let (way, once) = (self.way(), block.once());
+        if let Some(level) = spend(Stage::Compress, || self.chooser.level(index, block.data(), way, once)) {
             let mut packet = header.clone();
             packet.push(1);
             packet.extend_from_slice(&length.to_be_bytes());

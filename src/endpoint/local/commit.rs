@@ -28,7 +28,11 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let source = Arc::clone(&state.source);
     links::record(run, &state.refused, &source)?;
     // After any problem nothing is deleted.
-    let options = &CommitOptions { delete: options.delete && state.refused.is_empty(), ..options.clone() };
+    let options = &CommitOptions {
+        delete: options.delete && state.refused.is_empty(),
+        delete_later: options.delete_later || (options.delete && !state.refused.is_empty()),
+        ..options.clone()
+    };
     let mut failed = not_staged(state, options);
     run.allow_commit(state, options)?;
     failed.extend(state.refused.keys());
@@ -202,21 +206,27 @@ pub(super) fn withhold(
 ) -> Vec<(RelPath, String)> {
     let entries = state.source.entries();
     let unreadable: Vec<RelPath> = options.unreadable.iter().filter_map(|path| RelPath::new(path).ok()).collect();
-    if failed.is_empty() && unreadable.is_empty() {
+    if failed.is_empty() && unreadable.is_empty() && !options.delete_later {
         return Vec::new();
     }
     let missing = failed.iter().filter_map(|&index| entries.get(index as usize));
     let missing = missing.map(|entry| (&entry.path, entry.is_directory()));
     let missing = missing.chain(unreadable.iter().map(|path| (path, true)));
-    let units: BTreeSet<RelPath> = missing.filter_map(|(path, directory)| run.unit_of(path, directory)).collect();
+    let mut units: BTreeSet<RelPath> = missing.filter_map(|(path, directory)| run.unit_of(path, directory)).collect();
+    // What is to go of a unit and stays for now would be taken for a part of what is new.
+    let stale = state.plan.removals.iter().filter(|_| options.delete_later);
+    let stale: BTreeSet<RelPath> = stale.filter_map(|removal| run.unit_of(&removal.path, removal.directory)).collect();
     let mut held = Vec::new();
     for action in &state.plan.actions {
         let (path, directory) = (&entries[action.index as usize].path, entries[action.index as usize].is_directory());
         let pointer = !directory && run.is_last(path);
         if pointer && failed.insert(action.index) {
             held.push((path.clone(), "is held back, since other paths failed: it may say that they are there".into()));
-        } else if run.unit_of(path, directory).is_some_and(|unit| units.contains(&unit)) {
+        } else if let Some(unit) =
+            run.unit_of(path, directory).filter(|unit| units.contains(unit) || stale.contains(unit))
+        {
             failed.insert(action.index);
+            units.insert(unit);
         }
     }
     held.extend(units.into_iter().map(|unit| (unit, "is not published, since it would not be whole".to_owned())));

@@ -13,6 +13,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::recall;
 use crate::manifest::{Digest, Entry, Tree};
+use crate::monitor::threads::Threads;
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
@@ -36,6 +37,8 @@ pub(super) struct Look<'a> {
     pub(super) hash_all: bool,
     /// Change nothing, not even the table.
     pub(super) dry_run: bool,
+    /// How many files are hashed at once.
+    pub(super) threads: Threads,
 }
 
 /// Gives the files of `target` their digests: what is known, and for those that may be what the source has, by hashing.
@@ -101,9 +104,8 @@ fn find(look: &Look<'_>, target: &mut Tree, monitor: &dyn Monitor) {
 /// Hashes files by several threads. One that cannot be read, or is not what the scan saw, has no digest.
 fn hash(look: &Look<'_>, target: &Tree, files: &[(usize, u64)], monitor: &dyn Monitor) -> Vec<(usize, Digest)> {
     let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::with_capacity(files.len())));
-    let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 8));
     std::thread::scope(|scope| {
-        for _ in 0..cores.min(files.len()) {
+        for _ in 0..look.threads.count().min(files.len()) {
             scope.spawn(|| {
                 let mut buffer = vec![0; BUFFER_BYTES];
                 while let Some(&(index, _)) = files.get(next.fetch_add(1, Ordering::Relaxed)) {

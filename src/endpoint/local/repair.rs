@@ -17,6 +17,7 @@ use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::{Exit, chain};
 use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Content, Digest, Entry, Manifest, Tree};
+use crate::monitor::threads::Threads;
 use crate::monitor::{Event, Monitor, Problem, Severity};
 use crate::path::RelPath;
 use crate::plan::publish::{Publication, steps};
@@ -103,7 +104,13 @@ pub(super) fn diff(run: &Run, repair: &Repair, wanted: &Arc<Tree>, monitor: &dyn
     let only = Some(wanted.entries().iter().map(|entry| entry.path.as_bytes().to_vec()).collect());
     let filter = Filter::compile(&FilterSpec { rules: Vec::new(), only });
     let filter = filter.map_err(|error| Error::Usage(chain(&error)))?;
-    let rule = ScanRule { filter, links: LinkRule::All, ignore_files: false, report_special: false };
+    let rule = ScanRule {
+        filter,
+        links: LinkRule::All,
+        ignore_files: false,
+        report_special: false,
+        threads: Threads::default(),
+    };
     let scanned = scan::scan(&run.root, &rule, monitor).map_err(|error| match error {
         scan::ScanError::Root(error) => io(error),
         other => Error::Refused { by: "the repair".into(), reason: chain(&other) },
@@ -121,6 +128,7 @@ pub(super) fn diff(run: &Run, repair: &Repair, wanted: &Arc<Tree>, monitor: &dyn
         metadata: &scanned.metadata,
         hash_all: true,
         dry_run: true,
+        threads: Threads::default(),
     };
     known::complete(&look, &mut target, monitor);
     let mut names = Names::default();

@@ -118,7 +118,7 @@ impl Source for LocalSource {
             Links::Skip => LinkRule::Skip,
             Links::Refuse => LinkRule::Refuse,
         };
-        let rule = ScanRule { filter, links, ignore_files: true, report_special: true };
+        let rule = ScanRule { filter, links, ignore_files: true, report_special: true, threads: options.threads };
         let before = staging::standing(&self.root);
         let mut scanned = scan::scan(&self.root, &rule, monitor).map_err(|error| match error {
             scan::ScanError::Root(error) => failed(error),

@@ -412,7 +412,13 @@ impl Run {
         let filter =
             Filter::compile(&self.options.filter).map_err(|error| Error::Usage(crate::error::chain(&error)))?;
         let reach = filter.reach();
-        let rule = ScanRule { filter, links: LinkRule::All, ignore_files: true, report_special: false };
+        let rule = ScanRule {
+            filter,
+            links: LinkRule::All,
+            ignore_files: true,
+            report_special: false,
+            threads: self.options.threads,
+        };
         let scanned = scan::scan(&self.root, &rule, monitor).map_err(|error| match error {
             scan::ScanError::Root(error) => io(error),
             other => Error::Refused { by: "the receiver".into(), reason: crate::error::chain(&other) },
@@ -431,6 +437,7 @@ impl Run {
             metadata: &scanned.metadata,
             hash_all: self.options.checksum,
             dry_run: self.options.dry_run,
+            threads: self.options.threads,
         };
         let doubtful = known::complete(&look, &mut target, monitor);
         if let Some(staging) = &self.staging

@@ -52,7 +52,7 @@ impl Source for StockSource {
         if options.whole && trail::is_publishing(session, &self.lanes.root)? {
             return Err(busy());
         }
-        let rule = ScanRule { filter, links, ignore_files: true, report_special: true };
+        let rule = ScanRule { filter, links, ignore_files: true, report_special: true, threads: options.threads };
         let listed = list(session, &self.lanes.root, &rule, &mut Names::default(), monitor)?;
         let wrong = |error: crate::manifest::InvalidTree| session.client.protocol(error.to_string());
         let mut tree = Tree::new(listed.entries).map_err(wrong)?;

@@ -401,7 +401,13 @@ impl Run {
         let (old_manifest, old_digest) = publish::read_manifest(&self.session, &self.root, monitor)?;
         let filter =
             Filter::compile(&self.options.filter).map_err(|error| Error::Usage(crate::error::chain(&error)))?;
-        let rule = ScanRule { filter, links: LinkRule::All, ignore_files: true, report_special: false };
+        let rule = ScanRule {
+            filter,
+            links: LinkRule::All,
+            ignore_files: true,
+            report_special: false,
+            threads: self.options.threads,
+        };
         let listed = list(&self.session, &self.root, &rule, &mut locked(&self.names), monitor)?;
         for problem in &listed.problems {
             // It is looked at for comparison; whether it matters is found out when it is to be changed.
