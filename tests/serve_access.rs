@@ -92,7 +92,7 @@ fn h51_an_entry_of_allow_or_deny_that_cannot_be_resolved_ends_the_start_with_its
         ),
         ("deny = ['sync@gpu01']", ":4:8:", "not looked up"),
         ("deny = ['snyc@10.0.0.0/8']", ":1:1:", "there is no user 'snyc'; did you mean 'sync'?"),
-        ("allow = ['*@2001:db8::/200']", ":4:10:", "at most 128 bits"),
+        ("allow = ['*@2001:db8::/200']", ":4:9:", "at most 128 bits"),
     ] {
         let at = tempfile::tempdir().unwrap();
         let config = at.path().join("config.toml");

@@ -174,9 +174,8 @@ impl Serve {
         }
         for (field, list) in [("allow", &self.allow), ("deny", &self.deny)] {
             // A name that is nobody's would let in, or keep out, nobody.
-            let stranger = list.iter().filter_map(|origin| origin.user.as_ref());
-            let stranger = stranger.filter(|name| !self.users.iter().any(|user| user.is_called(name))).next();
-            if let Some(name) = stranger {
+            let mut named = list.iter().filter_map(|origin| origin.user.as_ref());
+            if let Some(name) = named.find(|name| !self.users.iter().any(|user| user.is_called(name))) {
                 let known: Vec<String> = self.users.iter().map(|user| user.name.clone()).collect();
                 let shown = crate::error::Escaped(name.as_bytes());
                 return Err(format!("'{field}': there is no user '{shown}'{}", meant(name, &known)));

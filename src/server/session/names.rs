@@ -122,7 +122,8 @@ impl Session {
         flags |= if append { OFlags::APPEND } else { OFlags::empty() };
         // RACE: what is missing may be made, and what is there removed, between the two attempts; then once more.
         for _ in 0..4 {
-            if !only_new && !(has(open::CREATE) && has(open::EXCLUSIVE)) {
+            let must_be_new = only_new || (has(open::CREATE) && has(open::EXCLUSIVE));
+            if !must_be_new {
                 match self.site.root.open_with(path, Follow::Inside, flags, 0) {
                     Ok(file) => {
                         let regular = Metadata::of(&file)?.kind == FileKind::Regular;
