@@ -12,13 +12,16 @@ use tracing_subscriber::prelude::*;
 use super::memory::Memory;
 use super::sftp_server::By;
 use super::{Failure, journal, output};
-use crate::error::Exit;
-use crate::server::agent::{Agent, Extensions, Factory, Output};
+use crate::endpoint::Error;
+use crate::error::{Exit, chain};
+use crate::server::agent::{Agent, Extensions, Factory, Limits, Output, SharedTarget};
 use crate::server::channel::FedSession;
 use crate::server::confine::{Identity, Wanted, names, trial};
 use crate::server::hearsay;
 use crate::server::listener::{SessionFactory, SessionStart};
+use crate::server::metered::Metered;
 use crate::server::process::{self, Level, Started, Upstream};
+use crate::server::quota::Allowance;
 use crate::server::session::{Session, SessionConfig};
 
 /// The process of one connection; 'lockstep serve' starts it
@@ -52,19 +55,28 @@ fn session(start: &SessionStart, output: Arc<dyn Output>) -> Result<Box<dyn FedS
     let config = SessionConfig {
         root: start.root.clone(),
         confine: true,
-        read_only: start.read_only,
+        rights: start.rights,
+        quota: start.quota,
         policy: start.policy.clone(),
         actor: start.actor.clone(),
         login: start.login.clone(),
     };
     let by = By { actor: start.actor.clone(), login: start.login.clone() };
-    let sides = super::sftp_server::factory(start.root.clone(), true, start.read_only, start.policy.clone(), &by);
+    let sides = super::sftp_server::factory(start.root.clone(), true, start.policy.clone(), &by);
     let open = sides.target;
-    let target = Box::new(move |path: &[u8]| Ok(by.attributed(open(path)?)));
+    let limited = start.quota.map(|quota| (start.root.clone(), quota));
+    let target = Box::new(move |path: &[u8]| {
+        let target = by.attributed(open(path)?);
+        let Some((root, quota)) = &limited else { return Ok(target) };
+        let allowance = Allowance::open(root, *quota);
+        let allowance = allowance.map_err(|error| Error::Refused { by: "the server".into(), reason: chain(&error) })?;
+        Ok(Arc::new(Metered::new(target, allowance)) as SharedTarget)
+    });
     // Another connection has another process: it cannot carry content of a run of this one.
-    let agent = Arc::new(Agent::new(Arc::new(Factory { target, source: sides.source })).alone());
+    let factory = Arc::new(Factory { target, source: sides.source });
+    let agent = Arc::new(Agent::limited(factory, Limits::default(), start.rights).alone());
     let extensions = Arc::clone(&agent) as Arc<dyn Extensions>;
-    let session = Session::new(config, output, Some(extensions)).map_err(|error| crate::error::chain(&error))?;
+    let session = Session::new(config, output, Some(extensions)).map_err(|error| chain(&error))?;
     Ok(Box::new(Whole { session: Some(session), agent: Some(agent) }))
 }
 

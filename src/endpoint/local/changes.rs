@@ -151,6 +151,10 @@ fn first_names(
 fn published(run: &Run, state: &State, index: u32, entry: &Entry, names: &mut Names) -> Result<Entry, Error> {
     let mut entry = entry.clone();
     let there = state.target.position(&entry.path);
+    if let Some(at) = there.filter(|_| run.options.forbidden.change && entry.is_directory()) {
+        // It stays as it is.
+        return Ok(state.target.entries()[at].clone());
+    }
     if let Content::File { digest, .. } = &mut entry.content {
         let proven = state.staged.get(&index).map(|staged| &staged.0).or_else(|| state.kept.get(&index)).copied();
         *digest = proven.or_else(|| state.target.entries()[there?].file()?.1).or(*digest);

@@ -7,6 +7,7 @@ mod circle;
 mod commit;
 mod early;
 mod fold;
+mod forbidden;
 mod known;
 mod links;
 mod metadata;
