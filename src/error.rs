@@ -141,6 +141,17 @@ pub fn counted(count: u64, one: &str, many: &str) -> String {
     format!("{count} {}", if count == 1 { one } else { many })
 }
 
+/// `1.5 GB`: powers of 1000, as disks are sold.
+pub fn bytes_shown(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["bytes", "kB", "MB", "GB", "TB", "PB"];
+    let (mut value, mut unit) = (bytes as f64, 0);
+    while value >= 999.95 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} bytes") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
 /// A path, made safe to print.
 pub fn shown(path: &std::path::Path) -> Escaped<'_> {
     Escaped(path.as_os_str().as_encoded_bytes())
@@ -149,6 +160,14 @@ pub fn shown(path: &std::path::Path) -> Escaped<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_are_shown_in_units() {
+        let cases = [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_950, "1.0 MB")];
+        for (bytes, text) in cases {
+            assert_eq!(bytes_shown(bytes), text);
+        }
+    }
 
     #[test]
     fn causes_are_said_once_and_in_words() {

@@ -54,6 +54,7 @@ mod quickstart;
 mod readers;
 mod repair;
 mod retain;
+mod rights;
 mod rogue;
 mod scenarios_permissions;
 mod serve;

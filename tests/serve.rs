@@ -87,11 +87,12 @@ fn s16_who_comes_from_elsewhere_and_who_may_only_read() {
     let elsewhere = Server::start(&["--from", "192.0.2.0/24"]);
     sample(elsewhere.at.path());
     let refused = elsewhere.lockstep(&["push", "source", "sync@127.0.0.1:/x"], "user");
-    assert_eq!(refused.status.code(), Some(3), "{}", said(&refused));
+    // No user may come from here: nothing is exchanged.
+    assert_eq!(refused.status.code(), Some(75), "{}", said(&refused));
     let reading = Server::start(&["--read-only"]);
     sample(reading.at.path());
     let refused = reading.lockstep(&["push", "source", "sync@127.0.0.1:/x"], "user");
-    assert!(!refused.status.success() && said(&refused).contains("read"), "{}", said(&refused));
+    assert!(!refused.status.success() && said(&refused).contains("do not include 'write'"), "{}", said(&refused));
     assert!(!reading.at.path().join("root/x").exists());
 }
 

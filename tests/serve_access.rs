@@ -36,6 +36,77 @@ fn s16_a_user_comes_in_only_from_the_ranges_given_for_him() {
 }
 
 #[test]
+fn s16_allow_and_deny_say_who_may_come_from_where_and_deny_wins() {
+    let served = Served::with(
+        &["sync", "backup"],
+        |_| "allow = ['sync@127.0.0.0/16', '*@127.7.0.0/16']\ndeny = ['sync@127.0.0.9', '127.7.7.0/24']".to_owned(),
+        "",
+        |at| [user(at, "sync", ""), user(at, "backup", "from = ['127.7.0.0/16']")].concat(),
+    );
+    let from = |name: &str, address: &str| {
+        let mut sftp = served.client("sftp", "-P", name);
+        sftp.args(["-b", "/dev/null", "-o"]).arg(format!("BindAddress={address}"));
+        sftp.arg(format!("{name}@127.0.0.1")).output().unwrap()
+    };
+    for (name, address, admitted) in [
+        ("sync", "127.0.0.1", true),
+        ("sync", "127.0.0.9", false),
+        ("sync", "127.7.0.1", true),
+        ("backup", "127.0.0.1", false),
+        ("backup", "127.7.0.1", true),
+        ("backup", "127.7.7.1", false),
+        ("sync", "127.8.0.1", false),
+    ] {
+        let output = from(name, address);
+        assert_eq!(output.status.success(), admitted, "{name} from {address}: {}", said(&output));
+    }
+    // Before a key is looked at; and where nobody may come from nothing is said at all.
+    served.wait_for("'allow' and 'deny' do not admit the user from this address");
+    served.wait_for("no user may come from this address");
+    let first = |address: [u8; 4]| {
+        use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+        let stream = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        bind(&stream, &std::net::SocketAddr::from((address, 0))).unwrap();
+        connect(&stream, &std::net::SocketAddr::from(([127, 0, 0, 1], served.port))).unwrap();
+        let mut stream = std::net::TcpStream::from(stream);
+        let mut bytes = [0; 8];
+        std::io::Read::read(&mut stream, &mut bytes).map_or(0, |count| count)
+    };
+    assert_eq!((first([127, 8, 0, 1]), first([127, 7, 7, 1])), (0, 0));
+    assert!(first([127, 0, 0, 1]) > 0);
+    // What a reload does not understand changes nothing; what it does, it does at once.
+    served.reload("'sync@127.0.0.9'", "'sync@127.0.0.9/8'");
+    served.wait_for("write 127.0.0.0/8");
+    assert!(!from("sync", "127.0.0.9").status.success() && from("sync", "127.0.0.1").status.success());
+    served.reload("'sync@127.0.0.9/8'", "'sync@127.0.0.1'");
+    assert!(from("sync", "127.0.0.9").status.success() && !from("sync", "127.0.0.1").status.success());
+}
+
+#[test]
+fn h51_an_entry_of_allow_or_deny_that_cannot_be_resolved_ends_the_start_with_its_place() {
+    for (lists, place, part) in [
+        (
+            "allow = ['sync@127.0.0.0/8',\n         'sync@10.1.1.1/8']",
+            ":4:9:",
+            "'10.1.1.1/8' is not an address range: 10.1.1.1 is in the middle of it; write 10.0.0.0/8",
+        ),
+        ("deny = ['sync@gpu01']", ":4:8:", "not looked up"),
+        ("deny = ['snyc@10.0.0.0/8']", ":1:1:", "there is no user 'snyc'; did you mean 'sync'?"),
+        ("allow = ['*@2001:db8::/200']", ":4:9:", "at most 128 bits"),
+    ] {
+        let at = tempfile::tempdir().unwrap();
+        let config = at.path().join("config.toml");
+        let head = format!("[serve]\nlisten = '127.0.0.1:0'\nhost_key = '/x'\n{lists}\n");
+        write(&config, &format!("{head}{}", user(at.path(), "sync", "")));
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_lockstep")).arg("serve").arg("--config").arg(&config).output().unwrap();
+        let text = said(&output);
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(text.contains(&format!("config.toml{place}")) && text.contains(part), "{place} {part}: {text}");
+    }
+}
+
+#[test]
 fn s16_a_key_is_good_only_from_where_its_line_says() {
     let served = Served::start("", "");
     let key = fs::read_to_string(served.path("sync.keys")).unwrap();

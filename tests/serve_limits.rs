@@ -74,6 +74,64 @@ fn h43_connections_are_limited_before_the_login_and_for_one_address() {
     until("a place that was given back", || first_words(&mut raw(&served)).starts_with("SSH-2.0-"));
 }
 
+/// The first line that the server says to a client of this address; nothing where it hangs up.
+fn greeting(served: &Served, last: u8) -> String {
+    use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+    let stream = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    bind(&stream, &std::net::SocketAddr::from(([127, 0, 0, last], 0))).unwrap();
+    connect(&stream, &std::net::SocketAddr::from(([127, 0, 0, 1], served.port))).unwrap();
+    let mut line = String::new();
+    let _ = BufReader::new(TcpStream::from(stream)).read_line(&mut line);
+    line
+}
+
+#[test]
+fn h43_an_address_that_fails_again_and_again_is_refused_for_a_while() {
+    let penalties = "penalties = { failed_login = '1h', least = '3h', most = '4h' }\npenalty_exempt = ['127.0.0.9']";
+    let served = Served::start(penalties, "");
+    keygen(served.at(), &["-t", "ed25519", "-N", "", "-f", "wrong.key"]);
+    let tried = |key: &str, last: u8| {
+        let mut sftp = served.client("sftp", "-P", key);
+        sftp.args(["-b", "/dev/null", "-o", &format!("BindAddress=127.0.0.{last}"), "sync@127.0.0.1"]);
+        let output = sftp.output().unwrap();
+        (output.status.success(), said(&output))
+    };
+    for number in 1..=3 {
+        assert!(greeting(&served, 5).starts_with("SSH-2.0-"), "refused after {number}");
+        assert!(!tried("wrong", 5).0 && !tried("wrong", 9).0);
+        // The end of a connection is noticed when it is.
+        until("the failure", || served.log().matches("no login").count() >= 2 * number);
+    }
+    until("the penalty", || !greeting(&served, 5).starts_with("SSH-2.0-"));
+    assert_eq!(greeting(&served, 5), "lockstep: this address failed too often; try again later\r\n");
+    assert!(!tried("sync", 5).0, "also with a good key");
+    // Others are not concerned, nor who is exempt.
+    assert!(tried("sync", 1).0 && tried("sync", 9).0);
+    for _ in 0..100 {
+        greeting(&served, 5);
+    }
+    let log = served.log();
+    let lines = log.matches("this address failed too often").count();
+    assert!((1..50).contains(&lines), "{lines} lines for a hundred: {log}");
+    assert_eq!(log.matches("the address is refused for a while").count(), 1, "{log}");
+    served.reload("penalty_exempt = ['127.0.0.9']", "penalty_exempt = ['127.0.0.0/24']");
+    assert!(tried("sync", 5).0);
+}
+
+#[test]
+fn h43_from_a_number_on_connections_that_have_not_logged_in_are_shed() {
+    // All of those that are over the first two; random numbers are looked at where they are drawn.
+    let served = Served::start("", "startups = '2:100:60'\nunauthenticated = 60\nper_address = 60");
+    let waiting: Vec<TcpStream> = (0..2).map(|_| raw(&served)).collect();
+    until("two that wait", || greeting(&served, 1).starts_with("lockstep: too many connections that have not"));
+    for _ in 0..20 {
+        assert!(greeting(&served, 2).starts_with("lockstep: too many connections that have not logged in"));
+    }
+    served.wait_for("some are shed at random");
+    drop(waiting);
+    until("a place", || served.sftp("sync", "sync", "ls\n").status.success());
+}
+
 #[test]
 fn h43_keys_are_not_tried_without_end() {
     let served = Served::start("", "auth_tries = 2");

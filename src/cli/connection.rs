@@ -15,13 +15,16 @@ use tracing_subscriber::prelude::*;
 use super::memory::Memory;
 use super::sftp_server::By;
 use super::{Failure, journal, output};
-use crate::error::Exit;
-use crate::server::agent::{self, Agent, Extensions, Factory, Output};
+use crate::endpoint::Error;
+use crate::error::{Exit, chain};
+use crate::server::agent::{self, Agent, Extensions, Factory, Limits, Output, SharedTarget};
 use crate::server::channel::FedSession;
 use crate::server::confine::{Identity, Wanted, names, trial};
 use crate::server::hearsay;
 use crate::server::listener::{SessionFactory, SessionStart};
+use crate::server::metered::Metered;
 use crate::server::process::{self, Lane, Level, Relay, Started, Upstream};
+use crate::server::quota::Allowance;
 use crate::server::session::{Session, SessionConfig};
 use crate::server::stdio;
 use crate::wire::extension;
@@ -63,16 +66,25 @@ fn sides(start: &SessionStart) -> (SessionConfig, Arc<Agent>) {
     let config = SessionConfig {
         root: start.root.clone(),
         confine: true,
-        read_only: start.read_only,
+        rights: start.rights,
+        quota: start.quota,
         policy: start.policy.clone(),
         actor: start.actor.clone(),
         login: start.login.clone(),
     };
     let by = By { actor: start.actor.clone(), login: start.login.clone() };
-    let sides = super::sftp_server::factory(start.root.clone(), true, start.read_only, start.policy.clone(), &by);
+    let sides = super::sftp_server::factory(start.root.clone(), true, start.policy.clone(), &by);
     let open = sides.target;
-    let target = Box::new(move |path: &[u8]| Ok(by.attributed(open(path)?)));
-    (config, Arc::new(Agent::new(Arc::new(Factory { target, source: sides.source }))))
+    let limited = start.quota.map(|quota| (start.root.clone(), quota));
+    let target = Box::new(move |path: &[u8]| {
+        let target = by.attributed(open(path)?);
+        let Some((root, quota)) = &limited else { return Ok(target) };
+        let allowance = Allowance::open(root, *quota);
+        let allowance = allowance.map_err(|error| Error::Refused { by: "the server".into(), reason: chain(&error) })?;
+        Ok(Arc::new(Metered::new(target, allowance)) as SharedTarget)
+    });
+    let factory = Arc::new(Factory { target, source: sides.source });
+    (config, Arc::new(Agent::limited(factory, Limits::default(), start.rights)))
 }
 
 /// The session of a channel.

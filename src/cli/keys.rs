@@ -10,6 +10,8 @@ use crate::endpoint::link::ConnectError;
 use crate::error::{Escaped, Exit};
 use crate::ssh::{Enrolled, Finding, Shown, SshOptions, SshRemote, key_file, quote};
 
+mod list;
+
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
     /// Make a key pair to log in with
@@ -18,6 +20,8 @@ pub(super) enum Command {
     Enroll(Enroll),
     /// Show a server's host keys, and trust them
     ScanHost(ScanHost),
+    /// Show what may connect to the server here, from where, and what it may do
+    List(list::List),
 }
 
 impl Command {
@@ -26,6 +30,7 @@ impl Command {
             Command::Generate(command) => command.run(),
             Command::Enroll(command) => command.run(),
             Command::ScanHost(command) => command.run(),
+            Command::List(command) => command.run(),
         }
     }
 }

@@ -12,10 +12,10 @@ use super::audit::place;
 use super::memory::Memory;
 use super::{Failure, notify};
 use crate::audit::{AuditRecord, Outcome};
-use crate::config::{AddressList, Audit, Config, Confine, DEFAULT_PATH};
+use crate::config::{AddressList, Audit, Config, Confine, DEFAULT_PATH, Rights};
 use crate::error::{Exit, chain};
 use crate::server::host_key;
-use crate::server::listener::{self, Reloader, ServeConfig, ServeError, ServeUser};
+use crate::server::listener::{self, Reloader, ServeConfig, ServeError, ServeKey, ServeUser, Which};
 
 /// Listen for SSH connections: public keys only, file transfer only
 ///
@@ -57,8 +57,11 @@ struct OneUser {
     #[arg(long, value_name = "RANGE", requires = "user")]
     from: Vec<String>,
     /// Refuse everything that writes
-    #[arg(long, requires = "user")]
+    #[arg(long, requires = "user", conflicts_with = "rights")]
     read_only: bool,
+    /// What may be done, of list, read, write, write-once and delete [default: list,read,write,delete]
+    #[arg(long, value_name = "RIGHTS", requires = "user")]
+    rights: Option<Rights>,
     /// A file of [[rule]] tables: owner and permissions of what arrives
     #[arg(long, value_name = "FILE", requires = "user")]
     policy_file: Option<PathBuf>,
@@ -88,11 +91,12 @@ impl OneUser {
         let user = ServeUser {
             name: self.user.clone(),
             root: self.root.clone(),
-            read_only: self.read_only,
+            rights: if self.read_only { Rights::READ_ONLY } else { self.rights.unwrap_or_default() },
             authorized_keys: self.authorized_keys.clone(),
             run_as: self.run_as.clone(),
             from,
             policy: super::transfer::receivers_policy(self.policy_file.as_deref())?,
+            ..ServeUser::default()
         };
         let mut config = ServeConfig::new(SocketAddr::from(([127, 0, 0, 1], 2222)), self.host_key.clone(), vec![user]);
         (config.revoked_keys, config.audit) = (self.revoked_keys.clone(), self.audit.clone());
@@ -101,12 +105,12 @@ impl OneUser {
     }
 }
 
-fn default_path() -> PathBuf {
+pub(super) fn default_path() -> PathBuf {
     std::env::var_os("LOCKSTEP_CONFIG").map_or_else(|| DEFAULT_PATH.into(), PathBuf::from)
 }
 
 /// The listener's part of a configuration file.
-fn read(path: &Path) -> Result<(ServeConfig, Audit), Failure> {
+pub(super) fn read(path: &Path) -> Result<(ServeConfig, Audit), Failure> {
     let usage = |error: crate::config::ConfigError| Failure::usage(chain(&error));
     let config = Config::load(path).map_err(|error| match error {
         error @ crate::config::ConfigError::Read { .. } => {
@@ -125,20 +129,27 @@ pub(super) fn of_config(config: &Config) -> Result<ServeConfig, Failure> {
     if serve.users.is_empty() {
         return Err(missing("[[serve.user]], so that nobody could log in"));
     }
+    let policy = |name: &Option<String>| name.as_ref().map(|name| config.policy(name).map_err(usage)).transpose();
     let mut users = Vec::new();
     for user in &serve.users {
+        let mut keys = Vec::new();
+        for key in &user.keys {
+            let named = key.fingerprint.clone().map(Which::Fingerprint);
+            let which = named.unwrap_or_else(|| Which::Principal(key.principal.clone().unwrap_or_default()));
+            let (root, rights, quota, from) = (key.root.clone(), key.rights, key.quota, key.from.clone());
+            keys.push(ServeKey { which, root, rights, quota, policy: policy(&key.policy)?, from });
+        }
         users.push(ServeUser {
             name: user.name.clone(),
             root: user.root.clone(),
-            read_only: user.read_only,
+            create_root: user.create_root,
+            rights: user.rights(),
+            quota: user.quota,
             authorized_keys: user.authorized_keys.clone(),
             run_as: user.run_as.clone(),
             from: user.from.clone(),
-            policy: user
-                .policy
-                .as_ref()
-                .map_or_else(|| Ok(Default::default()), |name| config.policy(name))
-                .map_err(usage)?,
+            policy: policy(&user.policy)?.unwrap_or_default(),
+            keys,
         });
     }
     Ok(ServeConfig {
@@ -146,6 +157,9 @@ pub(super) fn of_config(config: &Config) -> Result<ServeConfig, Failure> {
         host_key: serve.host_key.clone(),
         host_certificate: serve.host_certificate.clone(),
         users,
+        origins: serve.origins(),
+        penalties: serve.penalties.clone(),
+        penalty_exempt: serve.penalty_exempt.clone(),
         revoked_keys: serve.revoked_keys.clone(),
         audit: serve.audit.clone(),
         log: Default::default(),
@@ -272,7 +286,9 @@ impl Service {
         let doing = if *self.stop.borrow() { "stopping" } else { &self.listening };
         let connections = self.reloader.connections();
         let wrong = wrong.map(|reason| format!("; not reloaded: {reason}")).unwrap_or_default();
-        format!("{doing}; connections: {connections}{wrong}; {}", self.confinement)
+        let turned = Some(self.reloader.turned_away()).filter(|turned| !turned.is_empty());
+        let turned = turned.map(|turned| format!("; turned away: {turned}")).unwrap_or_default();
+        format!("{doing}; connections: {connections}{turned}{wrong}; {}", self.confinement)
     }
 }
 

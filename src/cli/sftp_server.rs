@@ -8,6 +8,7 @@ use russh::keys::{Certificate, HashAlg, PublicKey};
 
 use super::Failure;
 use crate::audit::{AuditLog, AuditRecord, Login, Outcome};
+use crate::config::Rights;
 use crate::endpoint::Error;
 use crate::endpoint::local::{LocalSource, LocalTarget, anywhere, beneath, recorded};
 use crate::error::{Escaped, Exit, chain};
@@ -15,7 +16,7 @@ use crate::filter::STATE_DIRECTORY;
 use crate::path::{PATH_MAX, RelPath};
 use crate::policy::PolicySpec;
 use crate::root::Root;
-use crate::server::agent::{Agent, Extensions, Factory, SharedTarget};
+use crate::server::agent::{Agent, Extensions, Factory, Limits, SharedTarget};
 use crate::server::attributed::Attributed;
 use crate::server::confine::{self, Wanted};
 use crate::server::session::SessionConfig;
@@ -31,8 +32,11 @@ pub(super) struct SftpServer {
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
     /// Refuse everything that writes
-    #[arg(long)]
+    #[arg(long, conflicts_with = "rights")]
     read_only: bool,
+    /// What may be done, of list, read, write, write-once and delete [default: list,read,write,delete]
+    #[arg(long, value_name = "RIGHTS")]
+    rights: Option<Rights>,
     /// A file of [[rule]] tables: owner and permissions of what arrives; a sender's wishes give way to it
     #[arg(long, value_name = "FILE")]
     policy_file: Option<PathBuf>,
@@ -48,26 +52,29 @@ impl SftpServer {
         let home = std::env::home_dir().unwrap_or_else(|| PathBuf::from("/"));
         let confined = self.root.is_some();
         let root = self.root.unwrap_or(home);
+        let rights = if self.read_only { Rights::READ_ONLY } else { self.rights.unwrap_or_default() };
         let by = logged_in();
         let config = SessionConfig {
             root: root.clone(),
             confine: confined,
-            read_only: self.read_only,
+            rights,
+            quota: None,
             policy: policy.clone(),
             actor: super::transfer::actor(),
             login: by.login.clone(),
         };
         if confined && root.is_dir() {
-            let wanted =
-                Wanted { root: &root, read_only: self.read_only, identity: None, require: self.require_confinement };
+            let read_only = !rights.writes();
+            let wanted = Wanted { root: &root, read_only, identity: None, require: self.require_confinement };
             let failed = |message: String| Failure::Plain { exit: Exit::Io, message: format!("no session: {message}") };
             stdio::allow_open_files();
             confine::names::start().map_err(|error| failed(crate::error::in_words(&error)))?;
             confine::enter(&wanted).map_err(|error| failed(chain(&error)))?;
         }
-        let Factory { target, source } = factory(root, confined, self.read_only, policy, &by);
+        let Factory { target, source } = factory(root, confined, policy, &by);
         let target = Box::new(move |path: &[u8]| Ok(by.attributed(target(path)?)));
-        let agent = Arc::new(Agent::new(Arc::new(Factory { target, source })).alone());
+        let factory = Arc::new(Factory { target, source });
+        let agent = Arc::new(Agent::limited(factory, Limits::default(), rights).alone());
         let ended = stdio::run(config, Some(Arc::clone(&agent) as Arc<dyn Extensions>));
         if let Some(agent) = Arc::into_inner(agent) {
             agent.finish();
@@ -130,7 +137,7 @@ fn exposed(file: &Path) -> Option<Login> {
 
 /// Opens the directories that a client names: beneath `root` where it is confined, else as the file system has them. What
 /// somebody is refused there is in the audit log of `root`; without a root there is no place for one.
-pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: PolicySpec, by: &By) -> Factory {
+pub(super) fn factory(root: PathBuf, confine: bool, policy: PolicySpec, by: &By) -> Factory {
     let (target_root, by) = (root.clone(), by.clone());
     // Whoever set up the server named the root: it is opened by name. What a client names is looked up beneath it.
     let confined = |root: &Path, path: &[u8]| -> Result<(Arc<Root>, Option<RelPath>), Error> {
@@ -144,10 +151,6 @@ pub(super) fn factory(root: PathBuf, confine: bool, read_only: bool, policy: Pol
     };
     Factory {
         target: Box::new(move |path| {
-            if read_only {
-                let reason = "this account may read only".to_owned();
-                return Err(Error::Refused { by: "the server".into(), reason });
-            }
             let policy = policy.clone();
             if !confine {
                 own(path)?;
@@ -206,7 +209,7 @@ mod tests {
         let at = tempfile::tempdir().unwrap();
         let by = By { actor: "tester".into(), login: Login::default() };
         for confine in [true, false] {
-            let sides = factory(at.path().to_owned(), confine, false, PolicySpec::default(), &by);
+            let sides = factory(at.path().to_owned(), confine, PolicySpec::default(), &by);
             for path in ["/.lockstep", ".lockstep", "sub/.lockstep/", "/sub/.lockstep/staging"] {
                 assert!(matches!((sides.target)(path.as_bytes()), Err(Error::Refused { .. })), "{path}");
             }

@@ -238,7 +238,6 @@ impl How {
             },
             begin: BeginOptions {
                 policy: self.policy()?,
-                peer: false,
                 filter,
                 checksum: self.checksum,
                 last: Vec::new(),
@@ -254,6 +253,7 @@ impl How {
                 source: String::new(),
                 login: None,
                 trail: Vec::new(),
+                ..BeginOptions::default()
             },
             delete: self.deletes(),
             retain: None,

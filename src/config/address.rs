@@ -108,7 +108,7 @@ fn network(address: IpAddr, bits: u32, text: &str) -> Result<Pattern, String> {
 }
 
 /// `*` is any number of characters, `?` is one.
-fn wildcard(pattern: &[u8], text: &[u8]) -> bool {
+pub(super) fn wildcard(pattern: &[u8], text: &[u8]) -> bool {
     let (mut p, mut t) = (0, 0);
     let mut star: Option<(usize, usize)> = None;
     while t < text.len() {
@@ -141,6 +141,15 @@ impl std::fmt::Display for Entry {
             Pattern::Network { address, bits } => write!(f, "{exception}{address}/{bits}"),
             Pattern::Wildcard(text) => write!(f, "{exception}{text}"),
         }
+    }
+}
+
+impl std::fmt::Display for AddressList {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (at, entry) in self.0.iter().enumerate() {
+            write!(f, "{}{entry}", if at == 0 { "" } else { "," })?;
+        }
+        Ok(())
     }
 }
 

@@ -7,7 +7,11 @@ mod address;
 mod audit;
 mod daemon;
 mod error;
+mod floods;
 mod job;
+mod origins;
+mod quota;
+mod rights;
 mod serve;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,8 +30,12 @@ pub use audit::Audit;
 pub use daemon::Daemon;
 pub(crate) use error::meant;
 pub use error::{ConfigError, Position, Untrusted};
+pub use floods::{Penalties, Startups};
 pub use job::{Bandwidth, Delete, Job, Layout, Period, Ready, Schedule, Watch};
-pub use serve::{Confine, Serve, ServeLimits, ServeUser};
+pub use origins::{Origin, Origins};
+pub use quota::Quota;
+pub use rights::{Right, Rights};
+pub use serve::{Confine, Serve, ServeKey, ServeLimits, ServeUser, fixed_part, is_called};
 
 use crate::filter::{Filter, FilterSpec};
 use crate::policy::{Policy, PolicySpec};
@@ -84,7 +92,13 @@ struct RulePlaces {
 #[derive(Default, Deserialize)]
 struct ServePlaces {
     #[serde(default)]
-    user: Vec<Spanned<IgnoredAny>>,
+    user: Vec<Spanned<UserPlaces>>,
+}
+
+#[derive(Default, Deserialize)]
+struct UserPlaces {
+    #[serde(default)]
+    key: Vec<Spanned<IgnoredAny>>,
 }
 
 impl Config {
@@ -178,7 +192,14 @@ impl Config {
         for (at, user) in serve.users.iter().enumerate() {
             let checked = user.check().and_then(|()| self.known_policy(user.policy.as_deref()));
             let checked = checked.and_then(|()| unique(&mut names, &user.name));
-            checked.map_err(|message| (place(users, at), format!("user '{}': {message}", user.name)))?;
+            let name = &user.name;
+            checked.map_err(|message| (place(users, at), format!("user '{name}': {message}")))?;
+            for (number, key) in user.keys.iter().enumerate() {
+                let keys = users.get(at).map_or(&[][..], |user| &user.get_ref().key);
+                let checked = key.check().and_then(|()| self.known_policy(key.policy.as_deref()));
+                let wrong = |message| format!("user '{name}', key {}: {message}", key.called());
+                checked.map_err(|message| (place(keys, number), wrong(message)))?;
+            }
         }
         Ok(())
     }
@@ -262,7 +283,7 @@ impl Config {
     }
 }
 
-fn place(places: &[Spanned<IgnoredAny>], at: usize) -> Option<Range<usize>> {
+fn place<T>(places: &[Spanned<T>], at: usize) -> Option<Range<usize>> {
     places.get(at).map(Spanned::span)
 }
 

@@ -308,6 +308,15 @@ pub trait Reader: Send {
     fn next(&mut self) -> Result<Option<Produced>, Error>;
 }
 
+/// What a run may not do with what is there already, whatever its sender asks for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Forbidden {
+    /// Replace it, or give it other content or permissions. Directories that are there stay as they are.
+    pub change: bool,
+    /// Remove it.
+    pub remove: bool,
+}
+
 /// How a run treats a target.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct BeginOptions {
@@ -316,6 +325,15 @@ pub struct BeginOptions {
     /// The sender is somebody else, who may not ask for everything. Whoever takes options from a connection sets it.
     #[serde(skip)]
     pub peer: bool,
+    /// What it may not do. Set in the same way.
+    #[serde(skip)]
+    pub forbidden: Forbidden,
+    /// It is going to remove what the source does not have, so that a target which forbids that says so at once.
+    #[serde(default)]
+    pub deletes: bool,
+    /// It is going to take units away.
+    #[serde(default)]
+    pub retires: bool,
     /// What to leave out of the comparison (and so of deleting).
     pub filter: FilterSpec,
     /// Compare by content alone.

@@ -14,6 +14,8 @@ use crate::signature::MIN_RSA_BITS;
 pub struct Grant {
     /// Its forced command asks for reading only.
     pub read_only: bool,
+    /// The principals of its certificate that are good here.
+    pub principals: Vec<String>,
 }
 
 /// What a client proved to hold.
@@ -51,6 +53,26 @@ struct Line {
     /// Lower case names with their values; or why they cannot be read, which refuses the key.
     options: Result<Vec<(String, Option<String>)>, String>,
     key: KeyData,
+    comment: String,
+}
+
+/// What a line says, for people.
+#[derive(Debug, Clone)]
+pub struct Listed<'a> {
+    /// Of the line, from 1.
+    pub number: usize,
+    /// Whether it is one that signs certificates.
+    pub authority: bool,
+    /// The key.
+    pub key: &'a KeyData,
+    /// What stands behind the key.
+    pub comment: &'a str,
+    /// Names in lower case, with their values.
+    pub options: &'a [(String, Option<String>)],
+    /// Why nobody gets in by it, wherever he comes from.
+    pub refusal: Option<String>,
+    /// Reading alone is allowed.
+    pub read_only: bool,
 }
 
 impl AuthorizedKeys {
@@ -75,7 +97,8 @@ impl AuthorizedKeys {
                     let options = options(text);
                     let names = options.iter().flatten();
                     let authority = names.clone().any(|(name, _)| name == "cert-authority");
-                    keys.lines.push(Line { number, authority, options, key: key.key_data().clone() });
+                    let (key, comment) = (key.key_data().clone(), key.comment().to_string());
+                    keys.lines.push(Line { number, authority, options, key, comment });
                 }
                 Err(error) => keys.unreadable.push((number, format!("not a public key: {error}"))),
             }
@@ -86,6 +109,22 @@ impl AuthorizedKeys {
     /// Whether a certificate may be good, so that a key that is not listed may yet be.
     pub fn has_authority(&self) -> bool {
         self.lines.iter().any(|line| line.authority)
+    }
+
+    /// What the lines say at this moment, seconds since 1970.
+    pub fn list(&self, now: u64) -> impl Iterator<Item = Listed<'_>> {
+        self.lines.iter().map(move |line| {
+            let standing = line.standing(now);
+            Listed {
+                number: line.number,
+                authority: line.authority,
+                key: &line.key,
+                comment: &line.comment,
+                options: line.options.as_deref().unwrap_or_default(),
+                read_only: standing.as_ref().is_ok_and(|grant| grant.read_only),
+                refusal: standing.err(),
+            }
+        })
     }
 
     /// Looks a credential up.
@@ -142,6 +181,19 @@ impl Line {
         Ok(grant)
     }
 
+    /// What it grants whoever comes from the right place, with a certificate that is good.
+    fn standing(&self, now: u64) -> Result<Grant, String> {
+        let own = |name: &str| name == "from" || (self.authority && matches!(name, "cert-authority" | "principals"));
+        let options = self.options.clone()?.into_iter().filter(|(name, _)| !own(name)).collect();
+        let peer = IpAddr::from([0, 0, 0, 0]);
+        let line = Line { options: Ok(options), ..self.clone() };
+        for (_, list) in self.options.iter().flatten().filter(|(name, _)| name == "from") {
+            AddressList::parse(list.iter().flat_map(|list| list.split(',')))
+                .map_err(|reason| format!("from=: {reason}"))?;
+        }
+        line.grant(&self.key, &Asked { user: "", peer, now })
+    }
+
     fn grant_certificate(&self, certificate: &Certificate, asked: &Asked<'_>) -> Result<Grant, String> {
         let mut grant = Grant::default();
         let mut principals = None;
@@ -152,7 +204,9 @@ impl Line {
                 (name, value) => restrict(&mut grant, name, value.as_deref(), asked)?,
             }
         }
-        grant.read_only |= certificate::check(certificate, principals.as_deref(), asked)?.read_only;
+        let certified = certificate::check(certificate, principals.as_deref(), asked)?;
+        grant.read_only |= certified.read_only;
+        grant.principals = certified.principals;
         Ok(grant)
     }
 }

@@ -32,12 +32,14 @@ pub fn check(certificate: &Certificate, principals: Option<&str>, asked: &Asked<
         Some(list) => list.split(',').map(str::trim).filter(|name| !name.is_empty()).collect(),
         None => vec![asked.user],
     };
-    if !certificate.valid_principals().iter().any(|principal| wanted.contains(&principal.as_str())) {
+    let good = certificate.valid_principals().iter().filter(|principal| wanted.contains(&principal.as_str()));
+    let good: Vec<String> = good.cloned().collect();
+    if good.is_empty() {
         let list = certificate.valid_principals().join(", ");
         let list = if list.is_empty() { "nobody".to_owned() } else { Escaped(list.as_bytes()).to_string() };
         return Err(format!("it is for {list}, not for {}", wanted.join(" or ")));
     }
-    let mut grant = Grant::default();
+    let mut grant = Grant { principals: good, ..Grant::default() };
     for (name, value) in certificate.critical_options().iter() {
         match name.as_str() {
             "force-command" => {

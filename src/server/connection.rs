@@ -22,6 +22,7 @@ use super::listener::{Server, SessionStart};
 use super::live::{Live, short};
 use super::login::{self, Admitted, Decided};
 use super::pace::Pace;
+use super::penalties::Fault;
 use super::process::Level;
 use super::process::message::{Answer, Asked, FROM_PROCESS_MAX, Frames, FromProcess, ToProcess, frame, origin};
 use super::spawn;
@@ -31,6 +32,8 @@ use crate::scan::names;
 
 /// How long a process may take to end when its client has gone, or is to go: the client hears why for a second of it.
 const END: Duration = Duration::from_secs(3);
+/// Why somebody is let go who does not log in.
+const LATE: &str = "no login in time";
 /// How long a process may take to read what it is told.
 const READ: Duration = Duration::from_secs(10);
 /// So many messages of one process are looked at in a second.
@@ -67,6 +70,7 @@ pub(super) async fn serve(server: Arc<Server>, socket: TcpStream, peer: SocketAd
         messages: Pace::new(MESSAGES),
         lines: Pace::new(LINES),
         told: false,
+        late: false,
         deadline: None,
     };
     connection.run().await;
@@ -115,6 +119,8 @@ struct Connection<'s> {
     lines: Pace,
     /// The process was told to end.
     told: bool,
+    /// That was since nobody had logged in in time.
+    late: bool,
     /// When it is killed.
     deadline: Option<Instant>,
 }
@@ -143,6 +149,8 @@ impl Connection<'_> {
         if !self.live.is_gone() {
             let why = killed.unwrap_or_else(|| how(status));
             tracing::error!(peer = %self.live.peer, why, "the process of a connection ended before it");
+            // Whoever brings a process down before a login is not to do so again and again.
+            self.punish(Some(Fault::Breach));
             self.report(Some(why));
         }
     }
@@ -171,7 +179,7 @@ impl Connection<'_> {
                     self.answer(number, worked).await
                 }
                 reason = live.ended(), if !self.told => {
-                    self.told = true;
+                    (self.told, self.late) = (true, reason == LATE);
                     self.end_by(if live.is_gone() { server.settings().limits.stop_grace } else { END });
                     self.say(&ToProcess::End(reason)).await
                 }
@@ -238,11 +246,12 @@ impl Connection<'_> {
                 self.live.answered(number, Duration::from_millis(milliseconds));
             }
             FromProcess::Said { level, text } => self.log(level, &text),
-            FromProcess::Ended(why) => {
+            FromProcess::Ended { fault, why } => {
                 if self.live.is_gone() {
                     return Err(misplaced("its end, twice"));
                 }
                 self.live.leave();
+                self.punish(fault);
                 self.report(why.map(|why| clean(&why)));
                 if self.sessions.is_empty() {
                     self.end_by(END);
@@ -428,6 +437,19 @@ impl Connection<'_> {
         }
     }
 
+    /// Has an address from which nobody logged in pay for it; but not for what the listener ended by itself.
+    fn punish(&self, fault: Option<Fault>) {
+        let fault = match (self.told, self.late) {
+            (_, true) => Some(Fault::Late),
+            (true, false) => None,
+            (false, false) => fault,
+        };
+        if let Some(fault) = fault.filter(|_| self.live.login.get().is_none()) {
+            let refused = self.live.refusals().is_some();
+            self.server.door.punish(self.live.peer.ip(), if refused { Fault::FailedLogin } else { fault });
+        }
+    }
+
     /// One line for a connection: who it was, or why it did not become anybody.
     fn report(&self, why: Option<String>) {
         let (server, live, peer) = (self.server, self.live, self.live.peer);
@@ -498,7 +520,7 @@ async fn until(deadline: Option<Instant>) {
 async fn late(live: &Live, grace: Duration) {
     tokio::time::sleep(grace).await;
     if live.login.get().is_none() {
-        live.end("no login in time");
+        live.end(LATE);
     }
     std::future::pending().await
 }

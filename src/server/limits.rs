@@ -94,6 +94,11 @@ impl Limits {
         Ok(SessionPermit { limits: Arc::clone(self), user: user.to_owned() })
     }
 
+    /// How many of them have not logged in.
+    pub fn waiting(&self) -> usize {
+        self.lock().unauthenticated
+    }
+
     /// How many connections there are.
     pub fn connections(&self) -> usize {
         self.lock().connections
@@ -106,7 +111,7 @@ impl Limits {
 }
 
 /// Whoever has one address of IPv6 has a /64 of them.
-fn block(address: IpAddr) -> IpAddr {
+pub(super) fn block(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => IpAddr::V6(std::net::Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX))),
         address => address,

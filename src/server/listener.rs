@@ -17,15 +17,17 @@ use super::agent::Output;
 use super::channel::FedSession;
 use super::confine::{Available, Identity};
 use super::connection;
+use super::door::{Door, Turned};
 use super::host_key::{self, HostKeyError};
 use super::limits::Limits;
 use super::live::{Live, Registry, refresh};
 use super::process::message::{Setup, frame};
 use super::record::Recorder;
+use super::resolve;
 
-pub use super::access::ServeUser;
+pub use super::access::{ServeKey, ServeUser, Which};
 use crate::audit::{self, AuditError, AuditRecord, Login, Outcome};
-use crate::config::{Confine, ServeLimits};
+use crate::config::{AddressList, Confine, Origins, Penalties, Quota, Rights, ServeLimits};
 use crate::policy::PolicySpec;
 
 /// What to listen on, for whom and within which limits.
@@ -39,6 +41,12 @@ pub struct ServeConfig {
     pub host_certificate: Option<PathBuf>,
     /// Who may log in.
     pub users: Vec<ServeUser>,
+    /// Who may come from where, beside what each user says.
+    pub origins: Origins,
+    /// For how long an address is refused that fails again and again.
+    pub penalties: Penalties,
+    /// Addresses without penalties.
+    pub penalty_exempt: Option<AddressList>,
     /// Keys that are refused whoever lists them; read anew at each login.
     pub revoked_keys: Option<PathBuf>,
     /// A directory for the record of logins, sessions and refusals.
@@ -63,6 +71,9 @@ impl ServeConfig {
             host_key,
             host_certificate,
             users,
+            origins: Origins::default(),
+            penalties: Penalties::default(),
+            penalty_exempt: None,
             revoked_keys,
             audit: directory,
             log: audit::Settings::default(),
@@ -82,7 +93,9 @@ pub struct SessionStart {
     #[serde(with = "super::process::message::path")]
     pub root: PathBuf,
     /// By the user's settings or by the key's.
-    pub read_only: bool,
+    pub rights: Rights,
+    /// How much may lie beneath the root.
+    pub quota: Option<Quota>,
     /// The receiver's rules for what arrives.
     pub policy: PolicySpec,
     /// Where from.
@@ -151,6 +164,7 @@ pub(super) struct Settings {
 pub(super) struct Server {
     settings: RwLock<Arc<Settings>>,
     pub(super) limits: Arc<Limits>,
+    pub(super) door: Door,
     pub(super) live: Registry,
     pub(super) recorder: Recorder,
     /// How many sessions there may be in a connection.
@@ -246,7 +260,7 @@ pub fn look(config: &ServeConfig) -> (Vec<ServeError>, Vec<String>) {
     wrong.extend(config.users.iter().filter_map(no_root));
     wrong.extend(config.users.iter().filter_map(|user| no_identity(user, false)));
     wrong.extend(lacking(config.confine).0);
-    let problems = Access::new(&config.users, config.revoked_keys.clone()).look();
+    let problems = access(config).look();
     let problems = problems.unwrap_or_else(|reason| {
         wrong.push(ServeError::Revoked(reason));
         Vec::new()
@@ -255,8 +269,11 @@ pub fn look(config: &ServeConfig) -> (Vec<ServeError>, Vec<String>) {
 }
 
 fn no_root(user: &ServeUser) -> Option<ServeError> {
-    let reason = || format!("root {} is not a directory; make it first", crate::error::shown(&user.root));
-    (!user.root.is_dir()).then(|| ServeError::User { user: user.name.clone(), reason: reason() })
+    resolve::look(user).map(|reason| ServeError::User { user: user.name.clone(), reason })
+}
+
+fn access(config: &ServeConfig) -> Access {
+    Access::new(&config.users, config.origins.clone(), config.revoked_keys.clone())
 }
 
 /// Why sessions of the user cannot run as whom they should. `here`: by this very process.
@@ -264,6 +281,7 @@ fn no_identity(user: &ServeUser, here: bool) -> Option<ServeError> {
     let look = |name: &String| {
         let identity = Identity::of(name)?;
         identity.can_follow(&user.policy)?;
+        user.keys.iter().filter_map(|key| key.policy.as_ref()).try_for_each(|policy| identity.can_follow(policy))?;
         if here { identity.reachable() } else { Ok(()) }
     };
     let reason = user.run_as.as_ref()?;
@@ -274,14 +292,18 @@ fn no_identity(user: &ServeUser, here: bool) -> Option<ServeError> {
 fn other_root(user: &ServeUser) -> Option<String> {
     use std::os::unix::fs::MetadataExt as _;
     let identity = Identity::of(user.run_as.as_deref()?).ok()?;
-    let owner = std::fs::metadata(&user.root).ok()?.uid();
-    (owner != identity.uid && !user.read_only).then(|| {
-        let (root, name) = (crate::error::shown(&user.root), &identity.name);
-        format!(
-            "user {}: root {root} does not belong to '{name}', whom its sessions run as; run: chown {name} {root}",
-            user.name
-        )
-    })
+    let own = user.keys.iter().filter_map(|key| Some((key.root.as_ref()?, key.rights.unwrap_or(user.rights))));
+    let mut written = own.chain([(&user.root, user.rights)]).filter(|(_, rights)| rights.writes());
+    let others = |root: &PathBuf| {
+        let root = resolve::fixed_root(root)?;
+        (std::fs::metadata(&root).ok()?.uid() != identity.uid).then_some(root)
+    };
+    let root = crate::error::shown(&written.find_map(|(root, _)| others(root))?).to_string();
+    let name = &identity.name;
+    Some(format!(
+        "user {}: root {root} does not belong to '{name}', whom its sessions run as; run: chown {name} {root}",
+        user.name
+    ))
 }
 
 /// What the kernel lacks to confine sessions, where that must not be and where it is only to be known.
@@ -304,7 +326,7 @@ fn prepare(config: &ServeConfig, key: &PrivateKey) -> Result<(Settings, Vec<Stri
     if let Some(error) = config.users.iter().find_map(no_root) {
         return Err(error);
     }
-    let access = Access::new(&config.users, config.revoked_keys.clone());
+    let access = access(config);
     let mut problems = access.look().map_err(ServeError::Revoked)?;
     if let Some(error) = config.users.iter().find_map(|user| no_identity(user, true)) {
         return Err(error);
@@ -362,6 +384,7 @@ impl Listener {
         warn(&self.problems);
         let server = Arc::new(Server {
             limits: Limits::new(self.settings.limits.clone()),
+            door: Door::new(self.config.penalties.clone(), self.config.penalty_exempt.clone()),
             settings: RwLock::new(self.settings),
             live: Registry::default(),
             recorder: self.recorder,
@@ -428,7 +451,6 @@ impl Running {
 }
 
 async fn accept(server: Arc<Server>, socket: TcpListener) {
-    let mut refused = Refused::default();
     loop {
         let (socket, peer) = match socket.accept().await {
             Ok(accepted) => accepted,
@@ -440,40 +462,33 @@ async fn accept(server: Arc<Server>, socket: TcpListener) {
         };
         // An IPv4 client of a listener for both is shown as what it is.
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-        match server.limits.admit(peer.ip()) {
+        let settings = server.settings();
+        let admitted = server.door.admit(&settings.access, &settings.limits, peer.ip(), server.limits.waiting());
+        match admitted.and_then(|()| server.limits.admit(peer.ip()).map_err(Turned::Limit)) {
             Ok(permit) => {
                 let number = server.number.fetch_add(1, Ordering::Relaxed);
                 tokio::spawn(connection::serve(Arc::clone(&server), socket, peer, number, permit));
             }
-            Err(reason) => {
+            Err(turned) => {
                 // As OpenSSH's server says it; before the version such lines are allowed.
-                let _ = socket.try_write(format!("lockstep: {reason}; try again later\r\n").as_bytes());
-                refused.say(&server, peer, reason);
+                if let Some(farewell) = turned.farewell() {
+                    let _ = socket.try_write(farewell.as_bytes());
+                }
+                turn_away(&server, peer, turned);
             }
         }
     }
 }
 
-/// Connections over a limit are said and recorded once a second, with their number: they may come in floods.
-#[derive(Default)]
-struct Refused {
-    last: Option<Instant>,
-    unsaid: u64,
-}
-
-impl Refused {
-    fn say(&mut self, server: &Server, peer: SocketAddr, reason: &str) {
-        if self.last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
-            self.unsaid += 1;
-            return;
-        }
-        let more = std::mem::take(&mut self.unsaid);
-        self.last = Some(Instant::now());
-        tracing::warn!(%peer, reason, more, "connection refused");
-        let reason = Some(if more == 0 { reason.to_owned() } else { format!("{reason}; and {more} before it") });
-        let (action, result) = ("refuse".into(), Some(Outcome::Failure));
-        server.recorder.note_stranger(AuditRecord { action, result, reason, ..server.record("", peer) });
-    }
+/// Who is turned away is said and recorded once a second for each kind, with the number of those before: they may come in
+/// floods.
+fn turn_away(server: &Server, peer: SocketAddr, turned: Turned) {
+    let Some(more) = server.door.count(turned) else { return };
+    let reason = turned.reason();
+    tracing::warn!(%peer, reason, more, "connection refused");
+    let reason = Some(if more == 0 { reason.to_owned() } else { format!("{reason}; and {more} before it") });
+    let (action, result) = ("refuse".into(), Some(Outcome::Failure));
+    server.recorder.note_stranger(AuditRecord { action, result, reason, ..server.record("", peer) });
 }
 
 /// Replaces users and limits while the listener runs.
@@ -487,6 +502,11 @@ impl Reloader {
     /// What keeps sessions in their place, in words.
     pub fn confinement(&self) -> String {
         format!("sessions in processes of their own, confined by {}", Available::look())
+    }
+
+    /// How many connections were turned away before a byte was exchanged, and why; empty where none was.
+    pub fn turned_away(&self) -> String {
+        self.server.door.turned_away()
     }
 
     /// How many clients are connected.
@@ -515,6 +535,7 @@ impl Reloader {
         audit::configure(config.log.clone());
         let access = settings.access.clone();
         self.server.limits.set(settings.limits.clone());
+        self.server.door.set(config.penalties.clone(), config.penalty_exempt.clone());
         *self.server.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
         let all = self.server.live.all();
         self.server.channels.send_replace(config.limits.channels.get());

@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use super::access::{Proof, ServeUser};
-use super::authorized_keys::Grant;
 use super::confine::Identity;
 use super::listener::{Server, SessionStart, Settings};
 use super::live::{Live, Login, short};
@@ -44,16 +43,17 @@ pub(super) fn proven(server: &Server, live: &Live, name: &str, shown: &Shown) ->
         Ok((user, grant, identity))
     });
     let (user, grant, identity) = judged.inspect_err(|reason| refuse(live, name, &proof.describe(), reason))?;
-    let start = start(&user, &grant, live.peer, &proof);
+    let start = start(&user, live.peer, &proof);
     let granted = Granted { start, identity, confine: settings.confine };
     Ok(Box::new(Admitted { login: Login { user, proof, grant }, granted, settings }))
 }
 
-fn start(user: &ServeUser, grant: &Grant, peer: SocketAddr, proof: &Proof) -> SessionStart {
+fn start(user: &ServeUser, peer: SocketAddr, proof: &Proof) -> SessionStart {
     SessionStart {
         user: user.name.clone(),
         root: user.root.clone(),
-        read_only: user.read_only || grant.read_only,
+        rights: user.rights,
+        quota: user.quota,
         policy: user.policy.clone(),
         peer,
         fingerprint: proof.fingerprint(),

@@ -174,8 +174,9 @@ pub fn run(
         return Ok(SyncReport::of_nothing(started));
     }
     monitor.event(Event::Phase(Phase::Scanning));
+    let begin = BeginOptions { deletes: options.delete, retires: options.retain.is_some(), ..options.begin.clone() };
     let (begun, scanned) = std::thread::scope(|scope| {
-        let begun = scope.spawn(|| target.begin(&options.begin, monitor));
+        let begun = scope.spawn(|| target.begin(&begin, monitor));
         let scanned = source.scan(&options.scan, monitor);
         let begun = begun.join().unwrap_or_else(|_| Err(Error::Usage("an internal error stopped the target".into())));
         (begun, scanned)

@@ -58,6 +58,9 @@ impl Served {
             );
         }
         let (serve, users) = (serve(at.path()), users(at.path()));
+        // Tests fail on purpose, and often; those of penalties say otherwise.
+        let exempt = if serve.contains("penalt") { "" } else { "penalty_exempt = ['127.0.0.0/8']\n" };
+        let serve = format!("{exempt}{serve}");
         let head = format!("[serve]\nlisten = '127.0.0.1:0'\nhost_key = '{}/host'\n{serve}\n", at.path().display());
         write(&at.path().join("config.toml"), &format!("{head}[serve.limits]\n{limits}\n{users}"));
         let mut served = Served { child: spawn(at.path()), port: 0, at };

@@ -9,7 +9,7 @@ use crate::audit;
 use crate::cli::finding::{Finding, Level};
 use crate::cli::places::{real, unwritable};
 use crate::cli::{control, daemon, serve};
-use crate::config::{Config, Serve};
+use crate::config::{Config, Serve, fixed_part};
 use crate::error::{Escaped, chain, shown};
 use crate::server::listener;
 
@@ -127,12 +127,16 @@ fn of_server(config: &Config, serve: &Serve, findings: &mut Vec<Finding>) {
     for user in &serve.users {
         let about = format!("user {}", Escaped(user.name.as_bytes()));
         // Whether another account may write there is told above.
-        let judged = !user.read_only && user.run_as.is_none();
-        if let Some(reason) = Some(&user.root).filter(|root| root.is_dir() && judged).and_then(|root| unwritable(root))
-        {
-            let remedy =
-                "let the user of the service write there, and the unit (ReadWritePaths=); or set read_only = true";
-            findings.push(Finding::warning(&about, format!("its root: {reason}"), remedy));
+        let judged = user.run_as.is_none();
+        let own = user.keys.iter().filter_map(|key| Some((key.root.as_ref()?, key.rights.unwrap_or(user.rights()))));
+        for (root, rights) in own.chain([(&user.root, user.rights())]) {
+            let root = fixed_part(root);
+            let judged = judged && rights.writes() && root.is_dir();
+            if let Some(reason) = Some(root).filter(|_| judged).and_then(|at| unwritable(&at)) {
+                let remedy =
+                    "let the user of the service write there, and the unit (ReadWritePaths=); or set read_only = true";
+                findings.push(Finding::warning(&about, format!("its root: {reason}"), remedy));
+            }
         }
         let policy = user.policy.as_ref().and_then(|name| config.policies.get(name));
         findings.extend(policy.map(unknown_owners).into_iter().flatten().map(|name| {

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use crate::cli::finding::Finding;
 use crate::cli::places::{nearest, unwritable};
 use crate::cli::{control, daemon};
-use crate::config::Config;
+use crate::config::{Config, fixed_part};
 use crate::daemon::filesystem;
 use crate::error::shown;
 use crate::policy::PolicySpec;
@@ -69,9 +69,12 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
         }
     }
     for user in config.serve.iter().flat_map(|serve| &serve.users) {
-        let site = sites.entry(user.root.clone()).or_default();
-        (site.written, site.units) = (!user.read_only, true);
-        site.asks(policy(&user.policy));
+        let own = user.keys.iter().filter_map(|key| Some((key.root.as_ref()?, key.rights.unwrap_or(user.rights()))));
+        for (root, rights) in own.chain([(&user.root, user.rights())]) {
+            let site = sites.entry(fixed_part(root)).or_default();
+            (site.written, site.units) = (site.written || rights.writes(), true);
+            site.asks(policy(&user.policy));
+        }
     }
     if !config.jobs.is_empty() {
         let socket = control::socket_of(config).ok().and_then(|socket| Some(socket.parent()?.to_owned()));

@@ -34,6 +34,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         ..options.clone()
     };
     let mut failed = not_staged(&mut state, options);
+    run.allow_commit(&state, options)?;
     failed.extend(state.refused.keys());
     let mut withheld = withhold(run, &state, options, &mut failed);
     let held_back = !withheld.is_empty();
@@ -87,6 +88,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         acls: acls_given,
         before,
         trash,
+        only_new: run.options.forbidden.change,
     };
     audited::announce(&run.root, Area::Run, &record, &changes, monitor)?;
     publish::write_down(&run.root, staging, &record, &changes, &acls)?;

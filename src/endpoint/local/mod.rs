@@ -8,6 +8,7 @@ mod circle;
 mod commit;
 mod early;
 mod fold;
+mod forbidden;
 mod known;
 mod links;
 mod looked;

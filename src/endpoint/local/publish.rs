@@ -208,6 +208,7 @@ fn execute(
         }
         touched.extend(path.parent());
         let take = || match step {
+            Step::Replace(_) if record.only_new => publish_new(root, staging, path),
             Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path, trash.as_ref()),
             Step::Exchange(_) => exchange(root, staging, path, record.inodes.get(path).copied(), trash.as_ref()),
             Step::ApplyMetadata(_) => put.get(path)?.map_or(Ok(()), |entry| existing.apply(&entry)),
@@ -247,7 +248,10 @@ fn execute(
         note(path, gone(close_again(root, path, *mode)))?;
     }
     // What happened in a directory moved its time; and new ones still have the mode they were staged with.
-    for path in touched.iter().rev() {
+    let made: Vec<&RelPath> =
+        record.steps.iter().filter(|step| matches!(step, Step::NewDirectory(_))).map(Step::path).collect();
+    let stays = |path: &RelPath| record.only_new && !made.iter().any(|above| path.is_within(above));
+    for path in touched.iter().rev().filter(|path| !stays(path)) {
         if let Some(entry) = put.get(path)?.filter(|entry| entry.is_directory()) {
             note(path, existing.apply(&entry))?;
         }
@@ -322,6 +326,38 @@ fn publish_one(root: &Root, staging: &Root, path: &RelPath, trash: Option<&Trash
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(io(error)),
         }
+    }
+    root.stat(path, Follow::Never).map(drop).map_err(io)
+}
+
+const TAKEN: &str =
+    "something has got this name meanwhile, and what is there is not replaced with the right 'write-once'";
+
+/// Renames the staged thing to its place when nothing is there, not even since the run was compared.
+fn publish_new(root: &Root, staging: &Root, path: &RelPath) -> Result<(), Error> {
+    for tree in [&b"tree/"[..], b"last/"] {
+        let Ok(staged) = RelPath::new([tree, path.as_bytes()].concat()) else { continue };
+        let found = match staging.stat(&staged, Follow::Never) {
+            Ok(found) => found,
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            Err(error) => return Err(io(error)),
+        };
+        let renamed = staging.rename_to(&staged, root, path, RenameFlags::NOREPLACE);
+        // FUSE and NFS may not know the flag. A further name is not made where there is one.
+        let renamed = renamed.or_else(|error| match error.kind() {
+            ErrorKind::InvalidInput => staging.hard_link_to(&staged, root, path).and_then(|()| staging.unlink(&staged)),
+            _ => Err(error),
+        });
+        return renamed.or_else(|error| match root.stat(path, Follow::Never) {
+            // The further name was made before, and the run cut off then.
+            Ok(there) if (there.device, there.inode) == (found.device, found.inode) => {
+                staging.unlink(&staged).map_err(io)
+            }
+            Ok(_) if error.kind() == ErrorKind::AlreadyExists => {
+                Err(Error::Refused { by: "the receiver".into(), reason: TAKEN.into() })
+            }
+            _ => Err(io(error)),
+        });
     }
     root.stat(path, Follow::Never).map(drop).map_err(io)
 }

@@ -169,6 +169,10 @@ impl OfRun<'_> {
         let (run, state) = (self.run, self.state);
         let mut entry = state.source.entries()[index as usize].clone();
         let there = state.target.position(&entry.path);
+        if let Some(at) = there.filter(|_| run.options.forbidden.change && entry.is_directory()) {
+            // It stays as it is.
+            return Ok(state.target.entries()[at].clone());
+        }
         let staged = state.staged.borrow().get(index).copied();
         if let Content::File { digest, .. } = &mut entry.content {
             let proven = staged.map(|staged| staged.digest).or_else(|| state.kept.get(index).copied());

@@ -30,6 +30,8 @@ pub(super) struct Record {
     pub(super) inodes: BTreeMap<RelPath, u64>,
     /// What is removed or replaced is moved to the directory of this name in the trash.
     pub(super) trash: Option<RelPath>,
+    /// What is there is not replaced, and directories that are there stay as they are.
+    pub(super) only_new: bool,
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -87,6 +89,9 @@ impl Record {
         for (path, before) in &self.before {
             text.push_str(&format!("B{} {}\n", hex(path.as_bytes()), hex(before.as_bytes())));
         }
+        if self.only_new {
+            text.push_str("O\n");
+        }
         for (letter, notes) in [('W', &self.withheld), ('L', &self.acls)] {
             for (path, note) in notes {
                 text.push_str(&format!("{letter}{} {}\n", hex(path.as_bytes()), hex(note.as_bytes())));
@@ -108,6 +113,10 @@ impl Record {
             let (letter, rest) = line.split_at_checked(1)?;
             if letter == "I" {
                 record.login = Some(serde_json::from_slice(&unhex(rest)?).ok()?);
+                continue;
+            }
+            if line == "O" {
+                record.only_new = true;
                 continue;
             }
             let (path, more) = rest.split_once(' ').map_or((rest, None), |(path, more)| (path, Some(more)));
@@ -170,7 +179,8 @@ mod tests {
         let login = Login { key: Some("SHA256:x".into()), serial: Some(7), ..Login::default() };
         let before = BTreeMap::from([(path(b"b"), "0640\tana\tteam".into())]);
         let (actor, source, login) = ("ana@gpu01".into(), String::new(), Some(Box::new(login)));
-        let record = Record { actor, source, login, steps, withheld, acls, before, inodes, trash };
+        let only_new = true;
+        let record = Record { actor, source, login, steps, withheld, acls, before, inodes, trash, only_new };
         let gone = BTreeSet::from([path(b"h\xff"), path(b"i")]);
         assert_eq!(Record::parse(&record.encode(&gone)), Some((record, gone)));
         for damaged in [

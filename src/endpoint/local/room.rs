@@ -4,6 +4,7 @@ use std::io::ErrorKind;
 
 use super::target::io;
 use crate::endpoint::Error;
+use crate::error::bytes_shown as shown;
 use crate::root::Root;
 
 /// What a run is about to store.
@@ -11,17 +12,6 @@ use crate::root::Root;
 pub(super) struct Need {
     pub(super) bytes: u64,
     pub(super) inodes: u64,
-}
-
-/// `1.5 GB`: powers of 1000, as disks are sold.
-fn shown(bytes: u64) -> String {
-    const UNITS: [&str; 6] = ["bytes", "kB", "MB", "GB", "TB", "PB"];
-    let (mut value, mut unit) = (bytes as f64, 0);
-    while value >= 999.95 && unit + 1 < UNITS.len() {
-        value /= 1000.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{bytes} bytes") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
 
 /// Refuses what cannot fit, before a byte of it is sent. What is free may be used by others meanwhile, and quotas are
@@ -68,14 +58,6 @@ mod tests {
         assert!(text.contains("18446.7 PB are needed") && text.contains("are free"), "{text}");
         if root.free_space().unwrap().inodes.is_some() {
             assert!(check(&root, Need { bytes: 0, inodes: u64::MAX }).is_err());
-        }
-    }
-
-    #[test]
-    fn sizes_are_shown_in_units() {
-        let cases = [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (999_949, "999.9 kB"), (999_950, "1.0 MB")];
-        for (bytes, text) in cases {
-            assert_eq!(shown(bytes), text);
         }
     }
 }

@@ -16,7 +16,7 @@ use super::place::{Birth, Place};
 use super::refusals::Refusals;
 use super::repair::{self, Repair};
 use super::writer::LocalWriter;
-use super::{circle, commit, early, fold, known, metadata, prepare, publish, recall, room, trash};
+use super::{circle, commit, early, fold, forbidden, known, metadata, prepare, publish, recall, room, trash};
 use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec, Reach};
@@ -178,6 +178,7 @@ impl Target for LocalTarget {
 
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
         let usage = |error: &dyn std::error::Error| Error::Usage(crate::error::chain(error));
+        forbidden::begin(options)?;
         let sent_by = match (options.peer, self.place.confined()) {
             (false, _) => Sender::Oneself,
             (true, None) => Sender::Peer,
@@ -498,6 +499,7 @@ impl Run {
         let compare = Compare { checksum: self.options.checksum, ..Compare::default() };
         let mut plan = diff(source, &target, &|index, _| wanted[index].clone(), compare);
         require_proof(&mut plan, source, &target, &doubtful);
+        self.allow(source, &target, &mut plan)?;
         let mut staged = ByIndex::default();
         if let Some(staging) = &self.staging {
             if self.area() == Area::Early {
@@ -510,7 +512,8 @@ impl Run {
                 staged = early::take(self, staging, source, &mut plan)?;
             }
         }
-        if let Some(keep) = self.options.trash_seconds.filter(|_| !self.options.dry_run) {
+        let collects = !self.options.dry_run && !self.options.forbidden.remove;
+        if let Some(keep) = self.options.trash_seconds.filter(|_| collects) {
             // What has to go makes room for what comes.
             trash::collect(&self.root, keep, monitor);
         }

@@ -12,14 +12,17 @@ use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use crate::endpoint::{BeginOptions, CommitOptions, Error, ScanOptions, Source, Target};
+use super::gate::{self, Need};
+use crate::config::{Right, Rights};
+use crate::endpoint::{BeginOptions, CommitOptions, Error, Forbidden, ScanOptions, Source, Target};
 use crate::manifest::Tree;
-use crate::monitor::{Monitor as _, Severity};
+use crate::monitor::Monitor as _;
 use crate::plan::Plan;
 use crate::wire::entries::EntryList;
-use crate::wire::extension::{self, CHUNK_BYTES, DOMAIN, Fields, Message, NAMES, VERSION, WireError};
+use crate::wire::extension::{self, DOMAIN, Fields, Message, NAMES, VERSION, WireError};
 use crate::wire::notes::Notes;
 
+mod chunks;
 mod limits;
 mod reading;
 mod writing;
@@ -105,6 +108,10 @@ impl Failure {
 
     fn breach(message: String) -> Failure {
         Failure { breach: true, ..Failure::new(5, message, 5) }
+    }
+
+    fn forbidden(reason: &str) -> Failure {
+        Failure::new(3, format!("refused by the server: {reason}"), crate::error::Exit::Incomplete.code())
     }
 
     fn order(what: &str) -> Failure {
@@ -237,6 +244,7 @@ pub struct Agent {
     busy: Arc<AtomicBool>,
     /// Whether further connections may work on its run.
     shared: bool,
+    rights: Rights,
     run: Arc<Mutex<Option<Arc<Run>>>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -244,11 +252,11 @@ pub struct Agent {
 impl Agent {
     /// An agent that has no run yet. Its control thread ends, and its run is aborted, after it is dropped.
     pub fn new(factory: Arc<Factory>) -> Agent {
-        Agent::limited(factory, Limits::default())
+        Agent::limited(factory, Limits::default(), Rights::FULL)
     }
 
-    /// The same with other bounds.
-    pub fn limited(factory: Arc<Factory>, limits: Limits) -> Agent {
+    /// The same with other bounds, for a client that may do what `rights` say.
+    pub fn limited(factory: Arc<Factory>, limits: Limits, rights: Rights) -> Agent {
         let (control, jobs) = bounded(QUEUE);
         let run = Arc::new(Mutex::new(None));
         let shared = Arc::clone(&run);
@@ -257,8 +265,8 @@ impl Agent {
         // Without the thread the channel is closed, and every request is refused.
         let thread = std::thread::Builder::new()
             .name("agent-control".to_owned())
-            .spawn(move || Control::new(factory, shared, limits).serve(&jobs, &done));
-        Agent { control, busy, run, shared: true, thread: thread.ok() }
+            .spawn(move || Control::new(factory, shared, limits, rights).serve(&jobs, &done));
+        Agent { control, busy, run, shared: true, rights, thread: thread.ok() }
     }
 
     /// Waits until what has arrived is stored and the run is given up. A process that ended before would lose what the
@@ -277,18 +285,32 @@ impl Agent {
     }
 }
 
+fn need(name: &str) -> Option<Need> {
+    gate::of_agent(name.strip_suffix(DOMAIN).unwrap_or(name))
+}
+
 impl Extensions for Agent {
     fn names(&self) -> Vec<(&'static str, &'static str)> {
         let attach = |name: &&str| name.starts_with("attach@");
-        NAMES.iter().filter(|name| self.shared || !attach(name)).map(|name| (*name, VERSION)).collect()
+        let allowed = |name: &&str| need(name).is_some_and(|need| need.allowed(self.rights));
+        NAMES
+            .iter()
+            .filter(|name| (self.shared || !attach(name)) && allowed(name))
+            .map(|name| (*name, VERSION))
+            .collect()
     }
 
     fn handle(&self, id: u32, message: Message, output: &Arc<dyn Output>) -> bool {
         let Ok(asked) = Fields(message.bytes()).string() else { return false };
         let Some(name) = NAMES.iter().find(|known| known.as_bytes() == asked) else { return false };
         let payload = message.skip(4 + name.len());
+        let need = need(name);
         let name = name.strip_suffix(DOMAIN).unwrap_or(name);
         let job = Job { name, id, payload, output: Arc::clone(output) };
+        if let Some(need) = need.filter(|need| !need.allowed(self.rights)) {
+            job.refuse(&Failure::forbidden(need.refusal(self.rights)));
+            return true;
+        }
         let data = matches!(name, "put" | "open" | "write" | "hole" | "finish" | "keep" | "discard" | "fetch" | "next");
         // What stood in a queue behind a request that takes hours would keep the session from reading on, and so from
         // noticing that its client has gone.
@@ -329,6 +351,7 @@ struct Control {
     own: bool,
     ended: bool,
     limits: Limits,
+    rights: Rights,
     entries: EntryList,
     held: Held,
     plan: Option<Plan>,
@@ -337,13 +360,14 @@ struct Control {
 }
 
 impl Control {
-    fn new(factory: Arc<Factory>, shared: Arc<Mutex<Option<Arc<Run>>>>, limits: Limits) -> Control {
+    fn new(factory: Arc<Factory>, shared: Arc<Mutex<Option<Arc<Run>>>>, limits: Limits, rights: Rights) -> Control {
         Control {
             factory,
             shared,
             own: false,
             ended: false,
             limits,
+            rights,
             entries: EntryList::new(limits.entries_bytes),
             held: Held::default(),
             plan: None,
@@ -411,7 +435,8 @@ impl Control {
                 let root = fields.string()?;
                 let wish: BeginOptions = serde_json::from_slice(fields.string()?)?;
                 let wait_seconds = wish.wait_seconds.min(self.limits.wait.as_secs());
-                let options = BeginOptions { peer: true, wait_seconds, ..wish };
+                let forbidden = Forbidden { change: !Need::Change.allowed(self.rights), remove: !self.removes() };
+                let options = BeginOptions { peer: true, forbidden, wait_seconds, ..wish };
                 self.must_be_free()?;
                 let target = (self.factory.target)(root)?;
                 target.begin(&options, &notes)?;
@@ -496,6 +521,11 @@ impl Control {
         }
     }
 
+    /// Who sees no names cannot know what a run would remove.
+    fn removes(&self) -> bool {
+        self.rights.has(Right::Delete) && self.rights.has(Right::List)
+    }
+
     fn must_be_free(&self) -> Result<(), Failure> {
         if locked(&self.shared).is_some() || self.ended {
             Err(Failure::order("a run was begun already"))
@@ -535,7 +565,11 @@ impl Control {
         let _ = run.held.set(std::mem::take(&mut self.held));
         let tree = Tree::new(entries).map_err(|error| Failure::breach(error.to_string()))?;
         let tree = Arc::new(tree);
-        let plan = target.diff(&tree, notes)?;
+        let mut plan = target.diff(&tree, notes)?;
+        if !self.rights.has(Right::List) {
+            // What there is beside what is sent is not told.
+            (plan.removals, plan.target_entries) = (Vec::new(), 0);
+        }
         if notes.stopped() {
             return Err(Failure::gone());
         }
@@ -546,56 +580,6 @@ impl Control {
         body.extend_from_slice(&(plan.removals.len() as u32).to_be_bytes());
         notes.put(&mut body);
         self.plan = Some(plan);
-        Ok(body)
-    }
-
-    fn plan_chunk(&self, action: usize, removal: usize) -> Result<Vec<u8>, Failure> {
-        let plan = self.plan.as_ref().ok_or_else(|| Failure::order("there is no plan"))?;
-        let (mut raw, mut actions, mut removals) = (Vec::new(), 0_u32, 0_u32);
-        for action in plan.actions.iter().skip(action) {
-            if raw.len() >= CHUNK_BYTES {
-                break;
-            }
-            extension::put_action(&mut raw, action);
-            actions += 1;
-        }
-        for removal in plan.removals.iter().skip(removal) {
-            if raw.len() >= CHUNK_BYTES {
-                break;
-            }
-            extension::put_removal(&mut raw, removal);
-            removals += 1;
-        }
-        let mut body = actions.to_be_bytes().to_vec();
-        body.extend_from_slice(&removals.to_be_bytes());
-        extension::put_frame(&mut body, &raw, Some(1));
-        Ok(body)
-    }
-
-    fn list_chunk(&mut self, from: usize) -> Result<Vec<u8>, Failure> {
-        let run = self.run()?;
-        let (Some(tree), true) = (run.tree.get(), self.own) else { return Err(Failure::order("nothing was scanned")) };
-        let mut raw = Vec::new();
-        let Some(rest) = tree.entries().get(from..).filter(|rest| !rest.is_empty()) else {
-            // After the entries come the problems.
-            while let Some(problem) = self.scan_problems.get(self.problems).filter(|_| raw.len() < CHUNK_BYTES) {
-                extension::put_string(&mut raw, problem.path.as_ref().map_or(b"", |path| path.as_bytes()));
-                extension::put_string(&mut raw, problem.message.as_bytes());
-                raw.push(u8::from(problem.severity == Severity::Failed));
-                self.problems += 1;
-            }
-            let mut body = Vec::new();
-            extension::put_frame(&mut body, &raw, Some(1));
-            return Ok(body);
-        };
-        for entry in rest {
-            if raw.len() >= CHUNK_BYTES {
-                break;
-            }
-            extension::put_entry(&mut raw, entry);
-        }
-        let mut body = Vec::new();
-        extension::put_frame(&mut body, &raw, Some(1));
         Ok(body)
     }
 }

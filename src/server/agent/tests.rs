@@ -13,7 +13,7 @@ use crate::endpoint::client::{Client, ClientOptions};
 use crate::endpoint::link::{Link, LinkError};
 use crate::endpoint::{Block, Committed, Staged, WriteFailure, Writer};
 use crate::manifest::{Content, Digest, Entry, Timestamp};
-use crate::monitor::{Monitor, Silent};
+use crate::monitor::{Monitor, Severity, Silent};
 use crate::path::RelPath;
 
 #[derive(Default)]
@@ -296,7 +296,7 @@ fn limited(target: &Arc<Begun>, limits: Limits) -> Client {
         source: Box::new(|_| Err(Error::Usage("no source".into()))),
     };
     let (end, answers) = unbounded();
-    let agent = Agent::limited(Arc::new(factory), limits);
+    let agent = Agent::limited(Arc::new(factory), limits, Rights::FULL);
     let near = Near { agent, output: Arc::new(Queue(end.clone())), answers, end };
     Client::connect(Arc::new(near), "limited", ClientOptions::default()).unwrap()
 }

@@ -31,6 +31,7 @@ async fn with(said: Vec<u8>, then: impl AsyncFnOnce(&mut UnixStream)) -> (Arc<Se
         messages: Pace::new(MESSAGES),
         lines: Pace::new(LINES),
         told: false,
+        late: false,
         deadline: None,
     };
     its.write_all(&said).await.unwrap();
@@ -65,7 +66,7 @@ async fn a_process_that_says_what_it_should_not_is_killed_and_has_got_nothing() 
 
 #[tokio::test]
 async fn a_process_ends_once() {
-    let end = frame(&FromProcess::Ended(None)).unwrap();
+    let end = frame(&FromProcess::Ended { fault: None, why: None }).unwrap();
     let (server, live) = with([&end[..], &end].concat(), async |_| {}).await;
     assert!(live.is_gone());
     assert_eq!(server.limits.connections(), 0);

@@ -46,7 +46,7 @@ impl Client {
         };
         let wanted = Wanted {
             root: &start.root,
-            read_only: start.read_only,
+            read_only: !start.rights.writes(),
             identity: identity.as_ref(),
             require: confine == Confine::Require,
         };

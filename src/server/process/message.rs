@@ -22,6 +22,7 @@ use crate::scan::names::{Found, Question};
 use crate::server::access::Proof;
 use crate::server::confine::{Confinement, Identity};
 use crate::server::listener::SessionStart;
+use crate::server::penalties::Fault;
 
 /// The longest message of a process. A packet of the client, with a certificate in it, has 256 KiB at most.
 pub(in crate::server) const FROM_PROCESS_MAX: usize = 512 << 10;
@@ -69,8 +70,8 @@ pub(in crate::server) enum FromProcess {
     Quiet { number: u64, milliseconds: u64 },
     /// A line for the log.
     Said { level: Level, text: String },
-    /// The connection is over; sessions may still end.
-    Ended(Option<String>),
+    /// The connection is over; sessions may still end. With what the client did amiss, which counts if it never logged in.
+    Ended { fault: Option<Fault>, why: Option<String> },
 }
 
 /// Questions of a process.

@@ -14,6 +14,7 @@ use russh::Disconnect;
 use russh::keys::{Certificate, PrivateKey};
 use tokio::net::TcpStream;
 
+use super::penalties::Fault;
 use super::protocol;
 use super::strict::{Refusal, StrictStream};
 use crate::endpoint::stream::OverflowStream;
@@ -109,8 +110,8 @@ pub fn run(
             upstream.follow(frames, Arc::clone(&own)).await;
         };
         let serving = async {
-            let why = serve(client, &setup, upstream, &own, factory).await;
-            upstream.ended(why);
+            let (fault, why) = serve(client, &setup, upstream, &own, factory).await;
+            upstream.ended(fault, why);
             // What was begun comes to its end: a commit is not to be cut off.
             own.rests().await;
             upstream.flush().await;
@@ -135,17 +136,17 @@ pub fn run(
     Ok(())
 }
 
-/// The connection. Gives why it ended, where it was not by the client.
+/// The connection. Gives what the client did amiss if it never logged in, and why it ended, where it was not by the client.
 async fn serve(
     client: TcpStream,
     setup: &Setup,
     upstream: &Upstream,
     own: &Arc<Own>,
     factory: SessionFactory,
-) -> Option<String> {
+) -> (Option<Fault>, Option<String>) {
     let (config, offered) = match configured(setup) {
         Ok(made) => made,
-        Err(reason) => return Some(reason),
+        Err(reason) => return (None, Some(reason)),
     };
     let (stream, kill) = OverflowStream::new(client);
     let (stream, mut refusal) = StrictStream::new(stream, Arc::new(offered));
@@ -157,10 +158,15 @@ async fn serve(
         session.await
     };
     tokio::pin!(running);
-    let (ended, why) = tokio::select! {
-        ended = &mut running => (true, ended.err().filter(|error| !hung_up(error)).map(|error| in_words(&error))),
-        reason = own.ended() => (false, Some(reason)),
-        () = refused(&mut refusal) => (false, None),
+    let (ended, fault, why) = tokio::select! {
+        ended = &mut running => {
+            let error = ended.err().filter(|error| !hung_up(error));
+            let breach = error.as_ref().is_some_and(|error| !matches!(error, russh::Error::IO(_)));
+            let fault = if breach { Fault::Breach } else { Fault::NoLogin };
+            (true, Some(fault), error.map(|error| in_words(&error)))
+        }
+        reason = own.ended() => (false, None, Some(reason)),
+        () = refused(&mut refusal) => (false, Some(Fault::NoLogin), None),
     };
     if !ended {
         own.abandon();
@@ -174,7 +180,7 @@ async fn serve(
     }
     let _ = kill.send(());
     let refused = refusal.borrow().clone();
-    refused.or(why)
+    (fault, refused.or(why))
 }
 
 fn configured(setup: &Setup) -> Result<(russh::server::Config, super::strict::Offered), String> {

@@ -16,6 +16,7 @@ use crate::scan::names::{Found, Question};
 use crate::server::access::Proof;
 use crate::server::confine::Confinement;
 use crate::server::live::short;
+use crate::server::penalties::Fault;
 use russh::keys::ssh_key::public::KeyData;
 
 /// Lines of the log that wait to be sent; what comes beyond is counted.
@@ -154,8 +155,8 @@ impl Upstream {
         self.tell(&FromProcess::SessionEnded { number, received, sent, error });
     }
 
-    pub(super) fn ended(&self, why: Option<String>) {
-        self.tell(&FromProcess::Ended(why.map(|why| short(&why, LINE_MAX))));
+    pub(super) fn ended(&self, fault: Option<Fault>, why: Option<String>) {
+        self.tell(&FromProcess::Ended { fault, why: why.map(|why| short(&why, LINE_MAX)) });
     }
 
     /// A line for the log.

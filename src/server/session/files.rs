@@ -14,6 +14,7 @@ use super::{Answer, Failed, Status, attributes_packet, statvfs_packet};
 use crate::manifest::Digest;
 use crate::path::RelPath;
 use crate::root::{Change, FileKind, Metadata, RootError};
+use crate::server::gate::Need;
 use crate::wire::buffer::{Reader, Short, Writer};
 use crate::wire::sftp::{Attributes, DATA_MAX, Packet, packet};
 
@@ -43,6 +44,8 @@ struct Arrival {
     before: Option<Metadata>,
     /// Of what was written from the start without a gap, and how much that is.
     hash: Option<(Sha256, u64)>,
+    /// Up to where room was taken for it.
+    end: u64,
 }
 
 /// How a file was opened to be written.
@@ -68,7 +71,7 @@ impl OpenFile {
             let hash = (site.recorder.is_some() && found.size == 0).then(|| (Sha256::new(), 0));
             // What was made for this has no mode of before.
             let before = asked.is_none().then_some(found);
-            Mutex::new(Arrival { private, touched, asked: asked.unwrap_or(found.mode), before, hash })
+            Mutex::new(Arrival { private, touched, asked: asked.unwrap_or(found.mode), before, hash, end: found.size })
         });
         let append = opening.is_some_and(|opening| opening.append);
         if opening.is_some_and(|opening| opening.private) {
@@ -81,6 +84,18 @@ impl OpenFile {
 
     fn arrival(&self) -> Option<MutexGuard<'_, Arrival>> {
         self.arrival.as_ref().map(|arrival| arrival.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Takes the room for `length` bytes at `offset`, as far as the file grows by them.
+    pub(super) fn grow(&self, offset: u64, length: u64) -> Result<(), Failed> {
+        if self.site.allowance.is_none() {
+            return Ok(());
+        }
+        let Some(mut arrival) = self.arrival() else { return Ok(()) };
+        let end = if self.append { arrival.end } else { offset }.saturating_add(length);
+        self.site.take(end.saturating_sub(arrival.end), 0)?;
+        arrival.end = arrival.end.max(end);
+        Ok(())
     }
 
     /// Its content is no longer what went through this handle alone.
@@ -115,6 +130,7 @@ impl OpenFile {
     }
 
     fn write(&self, id: u32, offset: u64, data: &[u8]) -> Answer {
+        self.grow(offset, data.len() as u64)?;
         if let Some(mut arrival) = self.arrival() {
             arrival.touched = true;
             arrival.hash = match arrival.hash.take() {
@@ -134,7 +150,13 @@ impl OpenFile {
 
     /// A mode for a file that is still private is kept for its close.
     fn set(&self, id: u32, mut asked: Attributes) -> Answer {
-        if asked.size.is_some() {
+        // What was not made by this handle is there already.
+        if self.arrival.is_none() && !Need::Change.allowed(self.site.rights) {
+            let path = self.path()?;
+            return Err(self.site.not_allowed(Need::Change, Some(path.as_bytes())));
+        }
+        let size = asked.size;
+        if size.is_some() {
             self.changed_otherwise();
         }
         if let Some(mut arrival) = self.arrival()
@@ -149,6 +171,9 @@ impl OpenFile {
             let path = self.path()?;
             self.site.guard(&path)?;
             self.site.set(&self.file, &path, &asked)?;
+        }
+        if let (Some(mut arrival), Some(size)) = (self.arrival(), size) {
+            arrival.end = size;
         }
         Ok(Status::Ok.packet(id))
     }
@@ -244,5 +269,5 @@ impl Job {
 }
 
 fn statvfs(file: &OpenFile, id: u32) -> Result<Vec<u8>, RootError> {
-    file.site.root.filesystem(Some(&file.file)).map(|found| statvfs_packet(id, &found))
+    file.site.root.filesystem(Some(&file.file)).map(|found| statvfs_packet(id, &file.site.limited(found)))
 }

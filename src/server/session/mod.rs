@@ -1,12 +1,13 @@
 //! One SFTP version 3 session: packets in, packets out.
 //!
-//! What always holds: no path leads out of the root; a session that only reads changes nothing; special bits are
-//! never set at a client's wish; a malformed stream ends the session.
+//! What always holds: no path leads out of the root; what the rights do not cover is neither done nor advertised; special
+//! bits are never set at a client's wish; a malformed stream ends the session.
 //!
 //! Order, as the draft asks for: requests on one open file, by whichever handle, are done in the order they came, and
 //! requests that name paths when everything before them is done. Requests on different open files go on at once, so
 //! replies may come in another order than the requests (`lanes`).
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
@@ -18,7 +19,10 @@ use rustix::io::Errno;
 use super::agent::{Extensions, Output};
 use super::attributes;
 use super::channel;
+use super::gate::Need;
+use super::quota::{Allowance, QuotaError};
 use crate::audit::Login;
+use crate::config::{Quota, Rights};
 use crate::policy::{Policy, PolicyError, PolicySpec};
 use crate::root::{Follow, Metadata, Root, RootError};
 use crate::scan::names::Names;
@@ -46,8 +50,10 @@ pub struct SessionConfig {
     pub root: PathBuf,
     /// Whether `/` of the client is the root.
     pub confine: bool,
-    /// Whether everything that writes is refused.
-    pub read_only: bool,
+    /// What may be done.
+    pub rights: Rights,
+    /// How much may lie beneath the root of a session that is confined.
+    pub quota: Option<Quota>,
     /// The receiver's rules. Their paths count from `/` as the client sees it.
     pub policy: PolicySpec,
     /// For whom, in logs.
@@ -65,6 +71,9 @@ pub enum SessionError {
     /// The rules cannot be used.
     #[error("the policy of the server")]
     Policy(#[from] PolicyError),
+    /// What is used of the quota is not known.
+    #[error(transparent)]
+    Quota(#[from] QuotaError),
 }
 
 const HANDLES_MAX: usize = 1024;
@@ -85,18 +94,18 @@ enum Failed {
     /// The packet ends before its fields do: the stream is not to be trusted any more.
     Malformed,
     /// With the cause, and a reason for people where the code does not say it.
-    Status(Status, Option<Errno>, &'static str),
+    Status(Status, Option<Errno>, Cow<'static, str>),
 }
 
 impl Failed {
-    fn because(status: Status, reason: &'static str) -> Failed {
-        Failed::Status(status, None, reason)
+    fn because(status: Status, reason: impl Into<Cow<'static, str>>) -> Failed {
+        Failed::Status(status, None, reason.into())
     }
 
     fn packet(&self, id: u32) -> Vec<u8> {
         match self {
             Failed::Malformed => Status::BadMessage.packet(id),
-            Failed::Status(status, _, "") => status.packet(id),
+            Failed::Status(status, _, reason) if reason.is_empty() => status.packet(id),
             Failed::Status(status, _, reason) => status.packet_saying(id, &format!("{}: {reason}", status.text())),
         }
     }
@@ -110,7 +119,14 @@ impl From<Short> for Failed {
 
 impl From<Status> for Failed {
     fn from(status: Status) -> Self {
-        Failed::Status(status, None, "")
+        Failed::Status(status, None, "".into())
+    }
+}
+
+/// Version 3 has no status of its own for it; the reason says what is used.
+impl From<QuotaError> for Failed {
+    fn from(error: QuotaError) -> Self {
+        Failed::because(Status::Failure, error.to_string())
     }
 }
 
@@ -135,7 +151,7 @@ impl From<Errno> for Failed {
             E::MFILE | E::NFILE => "too many files are open",
             _ => "",
         };
-        Failed::Status(status, Some(error), reason)
+        Failed::Status(status, Some(error), reason.into())
     }
 }
 
@@ -179,50 +195,50 @@ struct Request {
     name: &'static str,
     version: &'static str,
     handler: Handler,
-    writes: bool,
+    needs: Need,
 }
 
-const fn request(kind: u8, writes: bool, handler: Handler) -> Request {
-    Request { kind, name: "", version: "", handler, writes }
+const fn request(kind: u8, needs: Need, handler: Handler) -> Request {
+    Request { kind, name: "", version: "", handler, needs }
 }
 
-const fn extension(name: &'static str, version: &'static str, writes: bool, handler: Handler) -> Request {
-    Request { kind: packet::EXTENDED, name, version, handler, writes }
+const fn extension(name: &'static str, version: &'static str, needs: Need, handler: Handler) -> Request {
+    Request { kind: packet::EXTENDED, name, version, handler, needs }
 }
 
 use Handler::{Alone, OnFile};
 
-/// All requests: what they are called, whether they write, what answers them.
+/// All requests: what they are called, what they need, what answers them.
 const REQUESTS: [Request; 29] = [
-    request(packet::OPEN, false, Alone(Session::open)), // Looks at the flags itself.
-    request(packet::CLOSE, false, Handler::Close),
-    request(packet::READ, false, OnFile(Work::read)),
-    request(packet::WRITE, true, OnFile(Work::write)),
-    request(packet::LSTAT, false, Alone(|s, id, r| s.stat(id, r, Follow::Never))),
-    request(packet::FSTAT, false, OnFile(|_| Ok(Work::Stat))),
-    request(packet::SETSTAT, true, Alone(|s, id, r| s.setstat(id, r, Follow::Inside))),
-    request(packet::FSETSTAT, true, OnFile(Work::set)),
-    request(packet::OPENDIR, false, Alone(Session::opendir)),
-    request(packet::READDIR, false, Alone(Session::readdir)),
-    request(packet::REMOVE, true, Alone(|s, id, r| s.remove(id, r, false))),
-    request(packet::MKDIR, true, Alone(Session::mkdir)),
-    request(packet::RMDIR, true, Alone(|s, id, r| s.remove(id, r, true))),
-    request(packet::REALPATH, false, Alone(Session::realpath)),
-    request(packet::STAT, false, Alone(|s, id, r| s.stat(id, r, Follow::Inside))),
-    request(packet::RENAME, true, Alone(|s, id, r| s.rename(id, r, false))),
-    request(packet::READLINK, false, Alone(Session::readlink)),
-    request(packet::SYMLINK, true, Alone(Session::symlink)),
-    extension("posix-rename@openssh.com", "1", true, Alone(|s, id, r| s.rename(id, r, true))),
-    extension("statvfs@openssh.com", "2", false, Alone(Session::statvfs)),
-    extension("fstatvfs@openssh.com", "2", false, OnFile(|_| Ok(Work::Filesystem))),
-    extension("hardlink@openssh.com", "1", true, Alone(Session::hardlink)),
-    extension("fsync@openssh.com", "1", true, OnFile(|_| Ok(Work::Sync))),
-    extension("lsetstat@openssh.com", "1", true, Alone(|s, id, r| s.setstat(id, r, Follow::Never))),
-    extension("limits@openssh.com", "1", false, Alone(Session::limits)),
-    extension("expand-path@openssh.com", "1", false, Alone(Session::expand_path)),
-    extension("copy-data", "1", true, Alone(Session::copy_data)),
-    extension("home-directory", "1", false, Alone(Session::home_directory)),
-    extension("users-groups-by-id@openssh.com", "1", false, Alone(Session::users_groups)),
+    request(packet::OPEN, Need::Nothing, Alone(Session::open)), // Looks at the flags itself.
+    request(packet::CLOSE, Need::Nothing, Handler::Close),
+    request(packet::READ, Need::Read, OnFile(Work::read)),
+    request(packet::WRITE, Need::Create, OnFile(Work::write)),
+    request(packet::LSTAT, Need::Look, Alone(|s, id, r| s.stat(id, r, Follow::Never))),
+    request(packet::FSTAT, Need::Nothing, OnFile(|_| Ok(Work::Stat))),
+    request(packet::SETSTAT, Need::Change, Alone(|s, id, r| s.setstat(id, r, Follow::Inside))),
+    request(packet::FSETSTAT, Need::Create, OnFile(Work::set)),
+    request(packet::OPENDIR, Need::List, Alone(Session::opendir)),
+    request(packet::READDIR, Need::List, Alone(Session::readdir)),
+    request(packet::REMOVE, Need::Delete, Alone(|s, id, r| s.remove(id, r, false))),
+    request(packet::MKDIR, Need::Create, Alone(Session::mkdir)),
+    request(packet::RMDIR, Need::Delete, Alone(|s, id, r| s.remove(id, r, true))),
+    request(packet::REALPATH, Need::Nothing, Alone(Session::realpath)),
+    request(packet::STAT, Need::Look, Alone(|s, id, r| s.stat(id, r, Follow::Inside))),
+    request(packet::RENAME, Need::Change, Alone(|s, id, r| s.rename(id, r, false))),
+    request(packet::READLINK, Need::Look, Alone(Session::readlink)),
+    request(packet::SYMLINK, Need::Create, Alone(Session::symlink)),
+    extension("posix-rename@openssh.com", "1", Need::Change, Alone(|s, id, r| s.rename(id, r, true))),
+    extension("statvfs@openssh.com", "2", Need::Look, Alone(Session::statvfs)),
+    extension("fstatvfs@openssh.com", "2", Need::Nothing, OnFile(|_| Ok(Work::Filesystem))),
+    extension("hardlink@openssh.com", "1", Need::Create, Alone(Session::hardlink)),
+    extension("fsync@openssh.com", "1", Need::Create, OnFile(|_| Ok(Work::Sync))),
+    extension("lsetstat@openssh.com", "1", Need::Change, Alone(|s, id, r| s.setstat(id, r, Follow::Never))),
+    extension("limits@openssh.com", "1", Need::Nothing, Alone(Session::limits)),
+    extension("expand-path@openssh.com", "1", Need::Nothing, Alone(Session::expand_path)),
+    extension("copy-data", "1", Need::Create, Alone(Session::copy_data)),
+    extension("home-directory", "1", Need::Nothing, Alone(Session::home_directory)),
+    extension("users-groups-by-id@openssh.com", "1", Need::Look, Alone(Session::users_groups)),
 ];
 
 /// A session; see the module's documentation.
@@ -257,8 +273,10 @@ impl Session {
         } else {
             (Root::open("/".as_ref())?, config.root.as_os_str().as_bytes().to_vec())
         };
-        // Without a root there is no place for a log.
-        let recorder = if config.confine && !config.read_only {
+        // Without a root there is no place for a log, nor for a count.
+        let allowance = config.quota.filter(|_| config.confine && config.rights.writes());
+        let allowance = allowance.map(|quota| Allowance::open(&config.root, quota)).transpose()?;
+        let recorder = if config.confine && config.rights.writes() {
             Some(Recorder::new(Root::open(&config.root)?, config.actor.clone(), config.login.clone()))
         } else {
             None
@@ -271,6 +289,8 @@ impl Session {
             ids: Ids::default(),
             private: Mutex::default(),
             recorder,
+            rights: config.rights,
+            allowance,
         });
         let (lanes, owners, frames) = (Lanes::new(Arc::clone(&output)), Names::default(), Frames::default());
         let (handles, next, begun) = (HashMap::new(), 0, false);
@@ -312,7 +332,7 @@ impl Session {
         };
         let known = REQUESTS.iter().find(|known| known.kind == kind && known.name.as_bytes() == name);
         let next = match known {
-            Some(request) => self.gate(request).and_then(|()| self.handle(request.handler, id, &mut reader)),
+            Some(request) => self.gate(request, &reader).and_then(|()| self.handle(request.handler, id, &mut reader)),
             None => {
                 if let Some(agent) = self.extensions.as_ref().filter(|_| kind == packet::EXTENDED) {
                     let (bytes, start) = packet.into_parts();
@@ -357,16 +377,15 @@ impl Session {
         }
     }
 
-    fn allows(&self, writes: bool) -> bool {
-        !(writes && self.config.read_only)
-    }
-
     /// The one place that decides what is done; [`Session::version`] advertises by the same rule.
-    fn gate(&self, request: &Request) -> Result<(), Failed> {
-        if !self.allows(request.writes) {
-            return Err(Status::PermissionDenied.into());
+    fn gate(&self, request: &Request, asked: &Reader<'_>) -> Result<(), Failed> {
+        if !request.needs.allowed(self.config.rights) {
+            // Some begin with a path, the others with a handle, which is of no use to whoever reads the log.
+            let named = matches!(request.handler, Alone(_)) && request.needs.writes();
+            let path = asked.clone().string().ok().filter(|_| named && request.name != "copy-data");
+            return Err(self.site.not_allowed(request.needs, path));
         }
-        if request.writes { self.recorded() } else { Ok(()) }
+        if request.needs.writes() { self.recorded() } else { Ok(()) }
     }
 
     /// What cannot be recorded is not done.
@@ -382,7 +401,8 @@ impl Session {
     fn version(&self) -> Vec<u8> {
         let mut writer = Writer::new(packet::VERSION);
         writer.u32(VERSION);
-        let own = REQUESTS.iter().filter(|request| request.kind == packet::EXTENDED && self.allows(request.writes));
+        let rights = self.config.rights;
+        let own = REQUESTS.iter().filter(|one| one.kind == packet::EXTENDED && one.needs.allowed(rights));
         let own = own.map(|request| (request.name, request.version));
         for (name, version) in own.chain(self.extensions.iter().flat_map(|agent| agent.names())) {
             writer.string(name.as_bytes()).string(version.as_bytes());
@@ -444,5 +464,7 @@ impl channel::FedSession for Session {
     }
 }
 
+#[cfg(test)]
+mod rights_tests;
 #[cfg(test)]
 mod tests;

@@ -14,6 +14,7 @@ use crate::path::{InvalidPath, PathProblem, RelPath};
 use crate::root::{Change, FileKind, Follow, Metadata};
 use crate::scan::names;
 use crate::server::attributes;
+use crate::server::gate::Need;
 use crate::wire::buffer::{Reader, Writer};
 use crate::wire::sftp::{Attributes, DATA_MAX, PACKET_LIMIT, open, packet};
 
@@ -81,8 +82,13 @@ impl Session {
         let wanted = reader.u32()?;
         let asked = Attributes::decode(reader)?;
         let writes = wanted & (open::WRITE | open::APPEND | open::CREATE | open::TRUNCATE) != 0;
-        if !self.allows(writes) {
-            return Err(Status::PermissionDenied.into());
+        // Without a flag it is read.
+        let reads = wanted & open::READ != 0 || !writes;
+        let making = wanted & open::CREATE != 0;
+        let needs = [(reads, Need::Read), (making, Need::Create), (writes && !making, Need::Change)];
+        let missing = needs.into_iter().find(|(wanted, need)| *wanted && !need.allowed(self.config.rights));
+        if let Some((_, need)) = missing {
+            return Err(self.site.not_allowed(need, Some(path).filter(|_| writes)));
         }
         if writes {
             self.recorded()?;
@@ -109,6 +115,8 @@ impl Session {
     fn open_to_write(&self, path: &RelPath, wanted: u32, mode: Option<u32>) -> Result<OpenFile, Failed> {
         let has = |flag: u32| wanted & flag != 0;
         let append = has(open::APPEND);
+        // Who may not change what is there makes what is not, and nothing else.
+        let only_new = !Need::Change.allowed(self.site.rights);
         let mut flags = match (has(open::READ), has(open::WRITE)) {
             (true, true) => OFlags::RDWR,
             (false, true) => OFlags::WRONLY,
@@ -118,14 +126,17 @@ impl Session {
         flags |= if append { OFlags::APPEND } else { OFlags::empty() };
         // RACE: what is missing may be made, and what is there removed, between the two attempts; then once more.
         for _ in 0..4 {
-            if !(has(open::CREATE) && has(open::EXCLUSIVE)) {
+            let must_be_new = only_new || (has(open::CREATE) && has(open::EXCLUSIVE));
+            if !must_be_new {
                 match self.site.root.open_with(path, Follow::Inside, flags, 0) {
                     Ok(file) => {
                         let regular = Metadata::of(&file)?.kind == FileKind::Regular;
                         self.site.guard(&self.site.root.path_of(&file)?.ok_or(Failed::from(Status::Failure))?)?;
                         let touched = has(open::TRUNCATE) && regular;
                         if touched {
+                            let before = Metadata::of(&file)?.size;
                             file.set_len(0)?;
+                            self.site.give_back(before, 0);
                         }
                         return OpenFile::new(
                             file,
@@ -138,6 +149,9 @@ impl Session {
                 }
             }
             match self.create(path, flags, append, mode) {
+                Err(Failed::Status(_, Some(Errno::EXIST), _)) if only_new => {
+                    return Err(self.site.not_allowed(Need::Change, Some(path.as_bytes())));
+                }
                 Err(Failed::Status(_, Some(Errno::EXIST), _)) if !has(open::EXCLUSIVE) => {}
                 other => return other,
             }
@@ -153,7 +167,7 @@ impl Session {
         let grant = self.site.grant(&spot.path, false, asked, None)?;
         let mode = if grant.ruled() { PRIVATE } else { grant.mode };
         let flags = flags | OFlags::CREATE | OFlags::EXCL;
-        let file = spot.holder.open_with(&spot.name, Follow::Never, flags, mode)?;
+        let file = self.site.making(|| spot.holder.open_with(&spot.name, Follow::Never, flags, mode))?;
         let opening = Opening { append, touched: true, private: grant.ruled(), asked: Some(asked) };
         OpenFile::new(file, Some(opening), &self.site)
     }
@@ -251,13 +265,14 @@ impl Session {
         let spot = self.spot(path)?;
         let default = if self.site.policy.is_empty() { 0o777 } else { 0o755 };
         let grant = self.site.grant(&spot.path, true, asked.mode.unwrap_or(default) & 0o7777, None)?;
-        spot.holder.mkdir(&spot.name, if grant.ruled() { 0o700 } else { grant.mode })?;
+        self.site.making(|| spot.holder.mkdir(&spot.name, if grant.ruled() { 0o700 } else { grant.mode }))?;
         let made = spot.holder.open_with(&spot.name, Follow::Never, OFlags::PATH | OFlags::DIRECTORY, 0)?;
         if grant.ruled()
             && let Err(error) = grant.give(&made)
         {
             // What cannot have its permissions does not stay.
             spot.holder.rmdir(&spot.name)?;
+            self.site.give_back(0, 1);
             return Err(error.into());
         }
         self.site.note_file("mkdir", "publish", &spot.path, &made, None, None);
@@ -272,6 +287,7 @@ impl Session {
         } else {
             spot.holder.unlink(&spot.name)?
         }
+        self.site.gone(there.as_ref());
         self.site.note("", "remove", &spot.path, |record| record.before = there.as_ref().map(super::site::before));
         done(id)
     }
@@ -286,9 +302,15 @@ impl Session {
         }
         // The permissions come before the name: at no moment has a file a name and another's permissions.
         self.site.conform(&from, &to.path)?;
+        let moved = self.found(&from);
         if let Err(failed) = rename(&from, &to, replace) {
             self.site.conform(&from, &from.path)?;
             return Err(failed);
+        }
+        // Two names of one file stay as they are.
+        let inode = |found: &Metadata| (found.device, found.inode);
+        if moved.as_ref().map(inode) != replaced.as_ref().map(inode) {
+            self.site.gone(replaced.as_ref());
         }
         let how = format!("renamed from '{}'", crate::error::Escaped(from.path.as_bytes()));
         match to.holder.open_with(&to.name, Follow::Never, OFlags::PATH, 0) {
@@ -312,7 +334,7 @@ impl Session {
             return Err(Status::NoSuchFile.into());
         }
         self.site.link_stays(&spot.path, target)?;
-        spot.holder.symlink(target, &spot.name)?;
+        self.site.making(|| spot.holder.symlink(target, &spot.name))?;
         self.site.note("symlink", "publish", &spot.path, |_| {});
         done(id)
     }
@@ -328,7 +350,7 @@ impl Session {
             }
         }
         self.site.links_stay(&from, &to.path)?;
-        from.holder.hard_link_to(&from.name, &to.holder, &to.name)?;
+        self.site.making(|| from.holder.hard_link_to(&from.name, &to.holder, &to.name))?;
         self.site.note("hard link", "publish", &to.path, |_| {});
         done(id)
     }
@@ -340,6 +362,9 @@ impl Session {
     }
 
     fn real(&self, path: &[u8]) -> Result<Vec<u8>, Failed> {
+        if !Need::Look.allowed(self.site.rights) {
+            return self.lexical(path);
+        }
         let shown = |path: Option<&RelPath>| [&b"/"[..], path.map_or(b"", RelPath::as_bytes)].concat();
         let root = &self.site.root;
         let mut place = self.place(path)?;
@@ -361,6 +386,25 @@ impl Session {
             }
         }
         Err(Errno::LOOP.into())
+    }
+
+    /// The same for who may not look: nothing is told of what is there.
+    fn lexical(&self, path: &[u8]) -> Result<Vec<u8>, Failed> {
+        let whole = if path.starts_with(b"/") { path.to_vec() } else { [&self.start, &b"/"[..], path].concat() };
+        let mut parts: Vec<&[u8]> = Vec::new();
+        for part in whole.split(|&byte| byte == b'/') {
+            match part {
+                b"" | b"." => {}
+                b".." => drop(parts.pop()),
+                part => parts.push(part),
+            }
+        }
+        Ok([&b"/"[..], &parts.join(&b'/')].concat())
+    }
+
+    /// What lies at a spot, where that has to be known afterwards.
+    fn found(&self, spot: &Spot) -> Option<Metadata> {
+        self.site.allowance.as_ref().and_then(|_| spot.holder.stat(&spot.name, Follow::Never).ok())
     }
 
     /// `~` and `~user` at the front are homes.
@@ -396,7 +440,7 @@ impl Session {
                 self.site.root.filesystem(Some(&file))?
             }
         };
-        Ok(statvfs_packet(id, &found))
+        Ok(statvfs_packet(id, &self.site.limited(found)))
     }
 
     pub(super) fn copy_data(&mut self, id: u32, reader: &mut Reader<'_>) -> Answer {
@@ -406,6 +450,8 @@ impl Session {
         if (from.device, from.inode) == (to.device, to.inode) {
             return Err(Failed::because(Status::Failure, "both are the same file"));
         }
+        let there = Metadata::of(&from.file)?.size.saturating_sub(from_at);
+        to.grow(to_at, if length == 0 { there } else { length.min(there) })?;
         to.changed_otherwise();
         super::copy::copy(&from.file, from_at, &to.file, to_at, length, to.append)?;
         done(id)

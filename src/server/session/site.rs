@@ -6,14 +6,15 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, StatVfs};
 
 use super::record::Recorder;
 use super::{Failed, Status};
 use crate::access::{AclLists, Inode};
 use crate::audit::{AuditRecord, Before, Outcome};
+use crate::config::Rights;
 use crate::error::Escaped;
 use crate::manifest::{Digest, Timestamp};
 use crate::path::RelPath;
@@ -21,6 +22,8 @@ use crate::policy::acl::Principal;
 use crate::policy::{Decision, Policy};
 use crate::root::{Change, FileKind, Follow, Metadata, Root};
 use crate::scan::names::UnknownName;
+use crate::server::gate::Need;
+use crate::server::quota::{Allowance, Amount};
 use crate::staging::Ids;
 use crate::wire::sftp::Attributes;
 
@@ -40,6 +43,9 @@ pub(super) struct Site {
     pub(super) private: Mutex<HashSet<(u64, u64)>>,
     /// Where a log is kept.
     pub(super) recorder: Option<Recorder>,
+    pub(super) rights: Rights,
+    /// What may still be stored, where that is limited.
+    pub(super) allowance: Option<Arc<Allowance>>,
 }
 
 /// A name in a directory that is open.
@@ -168,9 +174,14 @@ impl Site {
             let given = |id, there| Some(id).filter(|&id| id != u32::MAX && (free || id != there));
             (change.uid, change.gid) = (given(user, found.uid), given(group, found.gid));
         }
-        let sized = asked.size.map_or(Ok(()), |size| file.set_len(size));
+        let sized = asked.size.map_or(Ok(()), |size| {
+            self.take(size.saturating_sub(found.size), 0)?;
+            file.set_len(size)?;
+            self.give_back(found.size.saturating_sub(size), 0);
+            Ok(())
+        });
         let applied = change.apply(file);
-        sized.and(applied)?;
+        sized.and(applied.map_err(Failed::from))?;
         self.note_file("", "metadata", path, file, None, Some(&found));
         Ok(())
     }
@@ -236,6 +247,60 @@ impl Site {
     /// Whether a file gets its permissions when the handle that made it is closed, and none before.
     pub(super) fn is_private(&self, found: &Metadata) -> bool {
         self.private().contains(&(found.device, found.inode))
+    }
+
+    /// Refuses what the rights do not cover; what would have written has its line in the log.
+    pub(super) fn not_allowed(&self, needs: Need, path: Option<&[u8]>) -> Failed {
+        let reason = needs.refusal(self.rights);
+        if let (Some(path), Some(recorder)) = (path, &self.recorder) {
+            let path = Escaped(&path[..path.len().min(crate::path::PATH_MAX)]).to_string();
+            let reason = Some(reason.to_owned());
+            let (action, result) = ("refuse".into(), Some(Outcome::Failure));
+            recorder.record("", AuditRecord { action, path, reason, result, ..AuditRecord::default() });
+        }
+        Failed::because(Status::PermissionDenied, reason)
+    }
+
+    /// Takes room that is about to be used, where it is limited.
+    pub(super) fn take(&self, bytes: u64, files: u64) -> Result<(), Failed> {
+        Ok(self.allowance.as_ref().map_or(Ok(()), |allowance| allowance.take(Amount::new(bytes, files)))?)
+    }
+
+    /// Gives room back.
+    pub(super) fn give_back(&self, bytes: u64, files: u64) {
+        if let Some(allowance) = &self.allowance {
+            allowance.give_back(Amount::new(bytes, files));
+        }
+    }
+
+    /// Gives back what something took that is no more; `found` is what it was.
+    pub(super) fn gone(&self, found: Option<&Metadata>) {
+        let Some(found) = found else { return };
+        // A file with another name still takes its room.
+        let last = found.kind == FileKind::Regular && found.links <= 1;
+        self.give_back(if last { found.size } else { 0 }, 1);
+    }
+
+    /// What a file system has, as far as the client may use it.
+    pub(super) fn limited(&self, mut found: StatVfs) -> StatVfs {
+        let Some(Ok((cap, free))) = self.allowance.as_ref().map(|allowance| allowance.state()) else { return found };
+        let blocks = |bytes: u64| bytes / found.f_frsize.max(1);
+        found.f_blocks = found.f_blocks.min(blocks(cap.bytes));
+        found.f_bfree = found.f_bfree.min(blocks(free.bytes));
+        found.f_bavail = found.f_bavail.min(blocks(free.bytes));
+        found.f_files = found.f_files.min(cap.files);
+        found.f_ffree = found.f_ffree.min(free.files);
+        found.f_favail = found.f_favail.min(free.files);
+        found
+    }
+
+    /// Does something that makes one file, directory or link.
+    pub(super) fn making<T, E: Into<Failed>>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<T, Failed> {
+        self.take(0, 1)?;
+        make().map_err(|error| {
+            self.give_back(0, 1);
+            error.into()
+        })
     }
 
     /// A refusal, with its line in the log.

@@ -39,7 +39,9 @@ impl Client {
         });
         let policy = PolicySpec { rules: rules.collect() };
         let (root, actor) = (at.path().to_owned(), "someone@somewhere".to_owned());
-        let config = SessionConfig { root, confine: true, read_only, policy, actor, login: Login::default() };
+        let rights = if read_only { Rights::READ_ONLY } else { Rights::FULL };
+        let login = Login::default();
+        let config = SessionConfig { root, confine: true, rights, quota: None, policy, actor, login };
         let kept = Arc::new(Kept::default());
         let mut session = Session::new(config, kept.clone(), None).unwrap();
         session.feed(&Writer::new(packet::INIT).u32(3).finish()).unwrap();
@@ -121,7 +123,8 @@ fn h45_special_bits_are_dropped() {
 fn a_read_only_session_changes_nothing() {
     let mut client = Client::new(true, &[]);
     let reply = client.ask(packet::OPEN, |w| w.string(b"/f").u32(open::WRITE | open::CREATE).u32(0));
-    assert_eq!(reply, Status::PermissionDenied.packet(1));
+    let said = "Permission denied: the rights here do not include 'write'";
+    assert_eq!(reply, Status::PermissionDenied.packet_saying(1, said));
     assert_eq!(client.log(), "");
 }
 
@@ -350,14 +353,9 @@ fn s12_h47_what_arrives_has_the_acl_of_its_rule_and_no_other() {
         ..RuleSpec::default()
     };
     let policy = PolicySpec { rules: vec![rule("*.txt", &["user:games:r", "group::---"]), rule("plain", &[])] };
-    let config = SessionConfig {
-        root: at.path().to_owned(),
-        confine: true,
-        read_only: false,
-        policy,
-        actor: String::new(),
-        login: Login::default(),
-    };
+    let (root, rights, actor) = (at.path().to_owned(), Rights::FULL, String::new());
+    let login = Login::default();
+    let config = SessionConfig { root, confine: true, rights, quota: None, policy, actor, login };
     let kept = Arc::new(Kept::default());
     let mut session = Session::new(config, kept.clone(), None).unwrap();
     session.feed(&Writer::new(packet::INIT).u32(3).finish()).unwrap();
