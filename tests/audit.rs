@@ -313,7 +313,8 @@ fn h60_every_way_of_tampering_is_found_and_named() {
         format!("line {}", line["sequence"])
     };
     for name in ["audit-000001.jsonl", "audit-000002.jsonl", "audit.jsonl"] {
-        let cases: [(&str, &dyn Fn(&mut Vec<String>), usize); 4] = [
+        type Change<'c> = &'c dyn Fn(&mut Vec<String>);
+        let cases: [(&str, Change<'_>, usize); 4] = [
             ("edited", &|all| all[1] = all[1].replacen("\"time\":\"2", "\"time\":\"3", 1), 1),
             ("removed", &|all| drop(all.remove(1)), 1),
             ("inserted", &|all| all.insert(1, all[0].clone()), 1),
@@ -522,14 +523,14 @@ fn h30_room_that_was_taken_holds_when_the_disk_is_full_of_other_things() {
         place.write(&format!("many/{number:03}-{}", "x".repeat(100)), b"");
     }
     fs::create_dir(place.path("target")).unwrap();
-    // A file system of its own; what is left of it is filled while names are given, before the log is told.
+    // A file system of its own; what is left of it is filled while modes are given, before the log is told.
     let script = "mount -t tmpfs -o size=8m tmpfs target && \"$0\" push -q source target || exit 90\n\
                   lockstep=$0\n\
                   chmod 600 source/many/*\n\
                   fill() { cat /dev/zero > target/.lockstep/fill 2>/dev/null; }\n\
-                  strace -f -qq -o calls -e trace=fchmod -e inject=fchmod:delay_enter=3000000:when=1 \
+                  strace -f -qq -o calls -e trace=fchmod -e inject=fchmod:delay_enter=20000 \
                       \"$lockstep\" push -q source target & pid=$!\n\
-                  while ! grep -q '\"intent\".*\"generation\":2' target/.lockstep/audit.jsonl; do\n\
+                  while ! [ -e target/.lockstep/staging/current/commit ]; do\n\
                       kill -0 $pid 2>/dev/null || exit 91; sleep 0.02\n\
                   done\n\
                   fill; wait $pid; echo ended $?\n\

@@ -30,7 +30,7 @@ impl Drop for Sshd {
 }
 
 fn keygen(path: &Path, passphrase: &str) {
-    let kind: &[&str] = if path.ends_with("rsa") { &["rsa", "-b", "2048"] } else { &["ed25519"] };
+    let kind: &[&str] = if path.ends_with("rsa") { &["rsa", "-b", "3072"] } else { &["ed25519"] };
     let run = Command::new("ssh-keygen")
         .args(["-q", "-N", passphrase, "-t"])
         .args(kind)

@@ -77,10 +77,12 @@ async fn nobody_logs_in_whom_the_listener_does_not_know() {
     let shown = super::super::process::message::Shown::Key(key.into());
     let said = frame(&asked(Asked::Proven { user: "root".into(), shown })).unwrap();
     let (_, live) = with(said, async |its| {
-        let mut frames = Frames::new(its, FROM_PROCESS_MAX);
+        let mut frames = Frames::new(&mut *its, FROM_PROCESS_MAX);
         assert!(frames.next::<super::super::process::message::Setup>().await.unwrap().is_some());
         let answer: Option<ToProcess> = frames.next().await.unwrap();
         assert!(matches!(answer, Some(ToProcess::Answer(1, Answer::No(reason))) if reason.contains("no such user")));
+        drop(frames);
+        its.shutdown().await.unwrap();
     })
     .await;
     assert!(live.login.get().is_none() && live.refusals().unwrap().contains("no such user"));
