@@ -313,7 +313,8 @@ fn h60_every_way_of_tampering_is_found_and_named() {
         format!("line {}", line["sequence"])
     };
     for name in ["audit-000001.jsonl", "audit-000002.jsonl", "audit.jsonl"] {
-        let cases: [(&str, &dyn Fn(&mut Vec<String>), usize); 4] = [
+        type Change<'c> = &'c dyn Fn(&mut Vec<String>);
+        let cases: [(&str, Change<'_>, usize); 4] = [
             ("edited", &|all| all[1] = all[1].replacen("\"time\":\"2", "\"time\":\"3", 1), 1),
             ("removed", &|all| drop(all.remove(1)), 1),
             ("inserted", &|all| all.insert(1, all[0].clone()), 1),
