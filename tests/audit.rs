@@ -599,6 +599,8 @@ fn s13_a_daemon_tells_which_configuration_it_goes_by() {
     let state = running.path("state");
     let config = running.path("config.toml");
     let told = || find(&lines(&state), "configuration", "").clone();
+    let log = state.join(".lockstep/audit.jsonl");
+    until("the first line", || fs::read_to_string(&log).is_ok_and(|text| text.contains("configuration")));
     let started = told();
     assert_eq!(started["sha256"], sha256(&fs::read(&config).unwrap()), "{started}");
     assert_eq!((&started["path"], &started["result"]), (&config.to_str().unwrap().into(), &"success".into()));
