@@ -9,6 +9,7 @@ mod agent_wire;
 mod algorithms;
 mod architecture;
 mod audit;
+mod authority;
 mod certificates;
 mod check;
 mod check_index;

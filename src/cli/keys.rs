@@ -10,7 +10,9 @@ use crate::endpoint::link::ConnectError;
 use crate::error::{Escaped, Exit};
 use crate::ssh::{Enrolled, Finding, Shown, SshOptions, SshRemote, key_file, quote};
 
+mod certify;
 mod list;
+mod revoke;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -20,6 +22,10 @@ pub(super) enum Command {
     Enroll(Enroll),
     /// Show a server's host keys, and trust them
     ScanHost(ScanHost),
+    /// Sign certificates for keys, so that no node needs a list of all the others'
+    Certify(certify::Certify),
+    /// Refuse keys and certificates from now on, whoever lists them
+    Revoke(revoke::Revoke),
     /// Show what may connect to the server here, from where, and what it may do
     List(list::List),
 }
@@ -30,6 +36,8 @@ impl Command {
             Command::Generate(command) => command.run(),
             Command::Enroll(command) => command.run(),
             Command::ScanHost(command) => command.run(),
+            Command::Certify(command) => command.run(),
+            Command::Revoke(command) => command.run(),
             Command::List(command) => command.run(),
         }
     }

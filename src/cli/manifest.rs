@@ -12,6 +12,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use sha2::{Digest as _, Sha256};
 
 use super::display::{Display, Verbosity};
+use super::whole::replace;
 use super::{Failure, output, shown};
 use crate::endpoint::local::LocalSource;
 use crate::endpoint::{Fetch, Links, Produced, ScanOptions, Source as _};
@@ -241,23 +242,6 @@ impl Create {
 fn now() -> Timestamp {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     Timestamp { seconds: since.as_secs().try_into().unwrap_or(i64::MAX), nanoseconds: since.subsec_nanos() }
-}
-
-/// Puts `text` in the place of `file`, whole or not at all; a device or pipe is written to.
-fn replace(file: &Path, text: &[u8]) -> std::io::Result<()> {
-    if std::fs::metadata(file).is_ok_and(|metadata| !metadata.is_file()) {
-        return std::fs::OpenOptions::new().write(true).open(file)?.write_all(text);
-    }
-    let mut new = file.as_os_str().to_owned();
-    new.push(format!(".{}.new", std::process::id()));
-    let new = PathBuf::from(new);
-    let written = std::fs::File::create_new(&new)
-        .and_then(|mut open| open.write_all(text).and_then(|()| open.sync_all()))
-        .and_then(|()| std::fs::rename(&new, file));
-    if written.is_err() {
-        let _ = std::fs::remove_file(&new);
-    }
-    written
 }
 
 /// Reads and checks a native manifest: `file`, or that of what was published to `directory`.

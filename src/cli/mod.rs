@@ -52,6 +52,7 @@ mod status;
 mod stop;
 mod transfer;
 mod unfinished;
+mod whole;
 
 const EXIT_CODES: &str = "\
 Exit codes:

@@ -2,13 +2,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Write as _};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, Termios, tcgetattr, tcsetattr};
 
 use super::display;
 use crate::error::shown;
-use crate::ssh::Passphrase;
+use crate::ssh::{Passphrase, SigningKey};
 
 /// A terminal that shows nothing of what is typed, until this is dropped.
 struct Silent {
@@ -67,4 +68,10 @@ pub(super) fn ask(question: &str) -> Option<String> {
 /// Asks for that of a key file.
 pub(super) fn of_keys() -> Passphrase {
     Arc::new(|key| ask(&format!("Passphrase for {}: ", shown(key))))
+}
+
+/// The key of a file that is to sign something, with its passphrase asked for, or at the agent of SSH_AUTH_SOCK.
+pub(super) fn signing_key(file: &Path) -> Result<SigningKey, String> {
+    let agent = std::env::var_os("SSH_AUTH_SOCK").filter(|socket| !socket.is_empty()).map(PathBuf::from);
+    SigningKey::find(file, agent.as_deref(), &of_keys())
 }

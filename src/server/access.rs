@@ -1,7 +1,7 @@
 //! Who may log in: one decision, made at each login and again for open connections when the configuration is reloaded.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -169,6 +169,11 @@ impl Access {
             }
         }
         Ok(found)
+    }
+
+    /// The list of what is revoked.
+    pub fn revoked_keys(&self) -> Option<&Path> {
+        self.revoked_keys.as_deref()
     }
 
     fn revoked(&self) -> Result<Revoked, String> {

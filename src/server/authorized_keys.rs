@@ -212,7 +212,10 @@ impl Line {
 }
 
 /// Keys that can be broken are no proof.
-pub(super) fn strong(key: &KeyData) -> Result<(), String> {
+///
+/// # Errors
+/// Why it is too weak.
+pub fn strong(key: &KeyData) -> Result<(), String> {
     match key {
         KeyData::Dsa(_) => Err("DSA keys are too weak; make an Ed25519 key".into()),
         KeyData::Rsa(key) if key.key_size() < MIN_RSA_BITS => {

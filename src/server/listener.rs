@@ -24,6 +24,7 @@ use super::live::{Live, Registry, refresh};
 use super::process::message::{Setup, frame};
 use super::record::Recorder;
 use super::resolve;
+use super::watch::watch;
 
 pub use super::access::{ServeKey, ServeUser, Which};
 use crate::audit::{self, AuditError, AuditRecord, Login, Outcome};
@@ -416,7 +417,9 @@ impl Running {
         let Running { server, sockets } = self;
         let accepting: Vec<_> =
             sockets.into_iter().map(|socket| tokio::spawn(accept(Arc::clone(&server), socket))).collect();
+        let watching = tokio::spawn(watch(Arc::clone(&server)));
         let _ = shutdown.wait_for(|stop| *stop).await;
+        watching.abort();
         accepting.iter().for_each(tokio::task::JoinHandle::abort);
         drop(accepting);
         server.stopping.store(true, Ordering::Release);
@@ -549,7 +552,7 @@ impl Reloader {
 }
 
 /// Whether a connection may go on.
-fn rejudge(access: &Access, live: &Live) -> Result<(), String> {
+pub(super) fn rejudge(access: &Access, live: &Live) -> Result<(), String> {
     let Some(login) = live.login.get() else { return Ok(()) };
     let (user, grant) = access.judge(&login.user.name, &login.proof, live.peer)?;
     let same = *user == *login.user && grant == login.grant;

@@ -33,3 +33,4 @@ pub mod startups;
 pub mod stdio;
 pub mod strict;
 pub mod trusted_file;
+mod watch;

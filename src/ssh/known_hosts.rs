@@ -340,6 +340,23 @@ impl KnownHost {
     }
 }
 
+/// Adds a line that revokes a key for every host, be it a host's own or an authority's. Whether the line is new.
+///
+/// # Errors
+/// When the file cannot be read or written, or others may write it.
+pub fn revoke_host(file: &Path, key: &PublicKey) -> Result<bool, String> {
+    let failed = |error: io::Error| format!("cannot add to '{}': {}", shown(file), crate::error::in_words(&error));
+    let bare = PublicKey::from(key.key_data().clone()).to_openssh().map_err(|error| error.to_string())?;
+    let line = format!("@revoked * {}", bare.trim_end());
+    match contents(file) {
+        Ok(bytes) if bytes.split(|byte| *byte == b'\n').any(|there| there == line.as_bytes()) => return Ok(false),
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
+    }
+    append(file, &line).map(|()| true).map_err(failed)
+}
+
 fn too_short(key: &KeyData) -> Option<String> {
     let KeyData::Rsa(rsa) = key else { return None };
     let bits = rsa.key_size();

@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 mod agent;
 mod auth;
+pub mod certify;
 pub mod config;
 mod credit;
 mod dial;
@@ -25,7 +26,7 @@ mod signing;
 mod trust;
 
 pub use enroll::Enrolled;
-pub use known_hosts::Finding;
+pub use known_hosts::{Finding, revoke_host};
 pub use look::Outlook;
 pub use offer::Offer;
 pub use options::{AddressFamily, Keepalive, Passphrase, SshOptions, UnknownHost};

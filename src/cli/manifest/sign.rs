@@ -17,7 +17,6 @@ use crate::error::{Escaped, Exit, counted, in_words};
 use crate::path::RelPath;
 use crate::root::{Follow, Root};
 use crate::signature::{self, AllowedSigners, NAMESPACE, Refusal, SignError};
-use crate::ssh::SigningKey;
 
 /// Where the signature of what was published lies.
 const SIGNATURE: &str = ".lockstep/manifest.sig";
@@ -89,11 +88,9 @@ impl Sign {
         let (at, text) = read_text((!directory).then_some(&*self.path), &self.path)?;
         let manifest = decode(&at, &text)?;
         let file = self.key.unwrap_or_else(|| std::env::home_dir().unwrap_or_default().join(".ssh/id_ed25519"));
-        let agent = std::env::var_os("SSH_AUTH_SOCK").filter(|socket| !socket.is_empty()).map(PathBuf::from);
         let failed = |reason: &dyn std::fmt::Display| untrusted(format!("cannot sign '{}': {reason}", shown(&at)));
         let not_made = |error: SignError| failed(&crate::error::chain(&error));
-        let key =
-            SigningKey::find(&file, agent.as_deref(), &passphrase::of_keys()).map_err(|reason| failed(&reason))?;
+        let key = passphrase::signing_key(&file).map_err(|reason| failed(&reason))?;
         let made =
             key.sign(&signature::to_sign(NAMESPACE, &text).map_err(not_made)?).map_err(|reason| failed(&reason))?;
         let made = signature::assemble(NAMESPACE, key.public(), made, &text).map_err(not_made)?;

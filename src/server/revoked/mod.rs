@@ -11,6 +11,8 @@ use std::path::Path;
 use russh::keys::ssh_key::public::KeyData;
 use russh::keys::{HashAlg, PublicKey};
 
+pub mod add;
+
 use super::authorized_keys::Credential;
 use super::trusted_file;
 use crate::error::Escaped;
