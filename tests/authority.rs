@@ -95,7 +95,7 @@ fn s27_sshd_takes_a_certificate_that_the_agent_signed() {
     done(&certified);
     fs::write(at.join("krl"), "").unwrap();
     let port = sshd.port.to_string();
-    let push = || sshd.push(&["-P", &port, "--identity", "user", "-F", "none"]);
+    let push = || sshd.push(&["-P", &port, "--identity", "user", "--known-hosts", "known", "-F", "none"]);
     done(&push());
     assert!(sshd.log().contains("Accepted certificate ID \"the user\""), "{}", sshd.log());
     // What we revoke, sshd refuses.
@@ -205,7 +205,10 @@ fn s27_what_cannot_be_certified_or_revoked_says_why_and_changes_nothing() {
     }
     let made: Vec<_> = fs::read_dir(at).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(made.iter().filter(|name| name.to_string_lossy().ends_with("-cert.pub")).count() == 1, "{made:?}");
-    write(&at.join("config.toml"), "[serve]\nlisten = '127.0.0.1:0'\nhost_key = '/h'\n[[serve.user]]\nname = 'u'\nroot = '/'\nauthorized_keys = '/k'\n");
+    write(
+        &at.join("config.toml"),
+        "[serve]\nlisten = '127.0.0.1:0'\nhost_key = '/h'\n[[serve.user]]\nname = 'u'\nroot = '/'\nauthorized_keys = '/k'\n",
+    );
     for (arguments, code, part) in [
         (&["--config", "config.toml", "alice.pub"][..], 2, "set revoked_keys"),
         (&["--list", "list", "SHA256:short"], 2, "not a fingerprint"),

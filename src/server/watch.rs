@@ -87,7 +87,8 @@ fn look(looked: &mut Looked, access: &Access, all: &[Arc<Live>]) -> Option<(Vec<
     }
     // Nobody can log in by a list that cannot be read. Who is here stays, as when it is loaded by a signal.
     if let Err(reason) = access.look() {
-        let list: Vec<PathBuf> = changed.into_iter().filter(|path| Some(path.as_path()) == access.revoked_keys()).collect();
+        let list: Vec<PathBuf> =
+            changed.into_iter().filter(|path| Some(path.as_path()) == access.revoked_keys()).collect();
         if !list.is_empty() {
             tracing::error!(reason, "nobody can log in; open sessions stay until the list can be read");
         }

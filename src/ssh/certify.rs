@@ -54,8 +54,7 @@ pub fn certify(key: &PublicKey, statement: &Statement, authority: &SigningKey) -
     }
     let mut nonce = [0; 32];
     SysRng.try_fill_bytes(&mut nonce).map_err(|error| format!("no random numbers: {error}"))?;
-    let mut builder =
-        Builder::new(nonce, key.key_data().clone(), statement.after, statement.before).map_err(failed)?;
+    let mut builder = Builder::new(nonce, key.key_data().clone(), statement.after, statement.before).map_err(failed)?;
     let kind = match statement.subject {
         Subject::User => CertType::User,
         Subject::Host => CertType::Host,

@@ -63,7 +63,9 @@ fn write(mut file: File, bytes: &[u8]) -> io::Result<()> {
 /// Why there is none.
 pub fn public_half(path: &Path) -> Result<PublicKey, String> {
     let mut reasons = Vec::new();
-    for file in [beside(path), path.to_owned()] {
+    // What is a public half by its name has none beside it.
+    let other = (path.extension() != Some("pub".as_ref())).then(|| beside(path));
+    for file in other.into_iter().chain([path.to_owned()]) {
         let mut text = String::new();
         match File::open(&file).and_then(|file| file.take(identity::MAX_BYTES).read_to_string(&mut text)) {
             Ok(_) => match PublicKey::from_openssh(text.trim()) {

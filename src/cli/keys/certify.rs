@@ -4,11 +4,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use chrono::{DateTime, SecondsFormat};
-use russh::keys::ssh_key::public::KeyData;
 use russh::keys::{Certificate, HashAlg, PublicKey};
 
-use super::super::{Failure, output, passphrase, shown};
 use super::super::whole::replace;
+use super::super::{Failure, output, passphrase, shown};
 use super::public_line;
 use crate::config::AddressList;
 use crate::error::{Escaped, Exit};
@@ -77,8 +76,7 @@ impl Certify {
         let keys: Vec<(&PathBuf, PublicKey, PathBuf)> =
             self.keys.iter().map(|file| found(file).map(|(key, to)| (file, key, to))).collect::<Result<_, _>>()?;
         let authority = passphrase::signing_key(&self.ca).map_err(|reason| untrusted(format!("--ca: {reason}")))?;
-        strong(authority.public())
-            .map_err(|reason| Failure::usage(format!("--ca '{}': {reason}", shown(&self.ca))))?;
+        strong(authority.public()).map_err(|reason| Failure::usage(format!("--ca '{}': {reason}", shown(&self.ca))))?;
         for (file, key, to) in &keys {
             if key.key_data() == authority.public() {
                 return Err(Failure::usage(format!("'{}' is the authority's own key", shown(file))));
@@ -91,7 +89,9 @@ impl Certify {
         let line = public_line(&PublicKey::from(authority.public().clone()));
         let names = self.principals.join(",");
         let line = if self.host {
-            eprintln!("clients trust it with this line in their known_hosts, and the server shows it by host_certificate:");
+            eprintln!(
+                "clients trust it with this line in their known_hosts, and the server shows it by host_certificate:"
+            );
             format!("@cert-authority {names} {line}\n")
         } else {
             eprintln!("a server takes it with this line in the user's authorized_keys:");
@@ -108,10 +108,11 @@ impl Certify {
         source: Option<String>,
         authority: &SigningKey,
     ) -> Result<Certificate, Failure> {
-        let id = self.id.clone().unwrap_or_else(|| key.comment().as_str_lossy().into_owned());
+        let id = self.id.clone().unwrap_or_else(|| key.comment().as_str_lossy().to_owned());
         if id.trim().is_empty() || id.contains(char::is_control) {
             let file = shown(file);
-            let message = format!("'{file}': the key has no comment that could be its name in logs; give one with --id");
+            let message =
+                format!("'{file}': the key has no comment that could be its name in logs; give one with --id");
             return Err(Failure::usage(message));
         }
         let (after, before) = certify::validity(self.valid);
@@ -131,7 +132,9 @@ fn untrusted(message: String) -> Failure {
 fn addresses(text: &str) -> Result<String, Failure> {
     let wrong = |reason: String| Failure::usage(format!("--from: {reason}"));
     if text.contains(['!', '*', '?']) {
-        return Err(wrong("a certificate has addresses and ranges alone, as 192.168.1.0/24; no wildcards or exceptions".into()));
+        return Err(wrong(
+            "a certificate has addresses and ranges alone, as 192.168.1.0/24; no wildcards or exceptions".into(),
+        ));
     }
     AddressList::parse(text.split(',')).map(|list| list.to_string()).map_err(wrong)
 }
@@ -139,10 +142,10 @@ fn addresses(text: &str) -> Result<String, Failure> {
 /// The key of a file, and where its certificate goes.
 fn found(file: &Path) -> Result<(PublicKey, PathBuf), Failure> {
     let wrong = |reason: &str| Failure::usage(format!("'{}': {reason}", shown(file)));
-    let key = key_file::public_half(file).map_err(Failure::usage)?;
-    if matches!(key.key_data(), KeyData::Certificate(_)) {
+    if std::fs::read_to_string(file).is_ok_and(|text| Certificate::from_openssh(text.trim()).is_ok()) {
         return Err(wrong("it is a certificate; name the key that it is for"));
     }
+    let key = key_file::public_half(file).map_err(Failure::usage)?;
     strong(key.key_data()).map_err(|reason| wrong(&reason))?;
     let name = file.as_os_str().to_string_lossy();
     let to = PathBuf::from(format!("{}-cert.pub", name.strip_suffix(".pub").unwrap_or(&name)));

@@ -45,9 +45,10 @@ pub(in crate::cli) struct Revoke {
 fn serials(text: &str) -> Result<RangeInclusive<u64>, String> {
     let wrong = || format!("'{text}' is not a number from 1 on, or two as 5-9");
     let number = |text: &str| text.parse::<u64>().ok().filter(|number| *number > 0).ok_or_else(wrong);
-    let (first, last) = text.split_once('-').map_or_else(|| Ok((number(text)?, number(text)?)), |(first, last)| {
-        Ok::<_, String>((number(first)?, number(last)?))
-    })?;
+    let (first, last) = text.split_once('-').map_or_else(
+        || Ok((number(text)?, number(text)?)),
+        |(first, last)| Ok::<_, String>((number(first)?, number(last)?)),
+    )?;
     if first <= last { Ok(first..=last) } else { Err(wrong()) }
 }
 
@@ -64,7 +65,9 @@ impl Named {
             let print = text.trim_end_matches('=').parse();
             return print.map(Named::Fingerprint).map_err(|_| {
                 let shown = Escaped(text.as_bytes());
-                Failure::usage(format!("'{shown}' is not a fingerprint: SHA256: and 43 letters, as ssh-keygen -l prints it"))
+                Failure::usage(format!(
+                    "'{shown}' is not a fingerprint: SHA256: and 43 letters, as ssh-keygen -l prints it"
+                ))
             });
         }
         let file = Path::new(text);
@@ -92,7 +95,8 @@ impl Revoke {
                 Named::Certificate(certificate) => of_certificate(&certificate),
             });
         }
-        let with = |range: RangeInclusive<u64>| authority.clone().map(|authority| Revocation::Serials { authority, range });
+        let with =
+            |range: RangeInclusive<u64>| authority.clone().map(|authority| Revocation::Serials { authority, range });
         all.extend(self.serials.iter().cloned().filter_map(with));
         all.extend(self.ids.iter().map(|id| Revocation::Id { authority: authority.clone(), id: id.clone() }));
         let list = self.file()?;
@@ -105,7 +109,9 @@ impl Revoke {
             }
         }
         if new.contains(&true) {
-            eprintln!("a server that goes by the list refuses it from now on, and ends sessions that are open within seconds");
+            eprintln!(
+                "a server that goes by the list refuses it from now on, and ends sessions that are open within seconds"
+            );
         }
         Ok(Exit::Done)
     }

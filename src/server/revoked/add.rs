@@ -73,7 +73,9 @@ impl Revocation {
                 let covers = |known: &RangeInclusive<u64>| known.contains(range.start()) && known.contains(range.end());
                 list.serials.iter().any(covers)
             }),
-            Revocation::Id { authority, id } => of(authority.as_deref()).any(|list| list.key_ids.contains(id.as_bytes())),
+            Revocation::Id { authority, id } => {
+                of(authority.as_deref()).any(|list| list.key_ids.contains(id.as_bytes()))
+            }
         }
     }
 
