@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod adoption;
+mod advisories;
 mod agent_disk;
 mod agent_wire;
 mod algorithms;
@@ -30,6 +31,7 @@ mod early;
 mod fanout;
 mod feed;
 mod feed_limits;
+mod fuzz;
 mod hostile_agent;
 mod hostile_races;
 mod hostile_server;
@@ -72,6 +74,7 @@ mod stock_faults;
 mod stock_order;
 mod stock_pipes;
 mod systemd;
+mod threats;
 mod trash;
 mod units;
 mod web;

@@ -340,6 +340,16 @@ impl KnownHost {
     }
 }
 
+/// What the text of one file says of keys that a host may show, one of each type.
+///
+/// # Errors
+/// When a `@revoked` line cannot be understood.
+pub fn judge_hosts(text: &[u8], options: &SshOptions, keys: &[PublicKey]) -> Result<Vec<Finding>, String> {
+    let mut known = KnownHost::new(options);
+    known.add(Path::new("known_hosts"), text)?;
+    Ok(known.judge(keys))
+}
+
 /// Adds a line that revokes a key for every host, be it a host's own or an authority's. Whether the line is new.
 ///
 /// # Errors

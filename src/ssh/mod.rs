@@ -26,7 +26,7 @@ mod signing;
 mod trust;
 
 pub use enroll::Enrolled;
-pub use known_hosts::{Finding, revoke_host};
+pub use known_hosts::{Finding, judge_hosts, revoke_host};
 pub use look::Outlook;
 pub use offer::Offer;
 pub use options::{AddressFamily, Keepalive, Passphrase, SshOptions, UnknownHost};

@@ -47,7 +47,11 @@ impl Revoked {
         Revoked::parse(&bytes).map_err(|reason| format!("{shown}: {reason}"))
     }
 
-    fn parse(bytes: &[u8]) -> Result<Revoked, String> {
+    /// Reads the text of such a file, or the bytes of a key revocation list.
+    ///
+    /// # Errors
+    /// What is not understood.
+    pub fn parse(bytes: &[u8]) -> Result<Revoked, String> {
         if let Some(list) = bytes.strip_prefix(KRL) {
             let cut = |Short| "the key revocation list is cut short".to_owned();
             return sections(list).map_err(cut)?;
