@@ -333,5 +333,5 @@ fn further_connections_of_a_run_carry_its_content_to_the_process_that_has_it() {
         let of = |line: &str| line.split_once(field)?.1.split(' ').next()?.parse::<u64>().ok();
         log.lines().filter_map(of).filter(|&bytes| bytes > 4_000_000).count()
     };
-    assert!(large("received=") > 1, "{log}");
+    assert!(large("received=") > 1 && large("sent=") > 1, "{log}");
 }

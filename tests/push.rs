@@ -1,11 +1,12 @@
 //! What push and pull mean by their arguments, jobs of the configuration, and runs that are stopped.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use crate::kit::own::Server;
-use crate::kit::text as said;
+use crate::kit::{text as said, until};
 
 fn lockstep(at: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
@@ -479,4 +480,36 @@ fn a_job_that_is_pushed_gives_way_as_it_says() {
     // For listing the source, and for listing the target.
     let (few, many) = (threads(1), threads(11));
     assert!(many >= few + 20, "{few} {many}");
+}
+
+/// The directory under its hidden name, as another run has it that is about to end.
+#[test]
+fn h35_a_target_that_gets_its_name_while_another_run_waits_for_it_is_gone_on_with() {
+    for named in [true, false] {
+        let at = tempfile::tempdir().unwrap();
+        let path = |name: &str| at.path().join(name);
+        fs::create_dir(path("source")).unwrap();
+        fs::write(path("source/file"), "content").unwrap();
+        let state = path(".target.lockstep/.lockstep");
+        fs::create_dir_all(&state).unwrap();
+        for directory in [path(".target.lockstep"), state.clone()] {
+            fs::set_permissions(directory, fs::Permissions::from_mode(0o700)).unwrap();
+        }
+        let lock = fs::File::create(state.join("lock")).unwrap();
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+        let mut push = lockstep(at.path(), &["push", "-q", "--wait", "60", "source", "target"]).spawn().unwrap();
+        until("the wait for the lock", || {
+            let open = fs::read_dir(format!("/proc/{}/fd", push.id())).into_iter().flatten().flatten();
+            open.filter_map(|entry| fs::read_link(entry.path()).ok()).any(|to| to.ends_with(".lockstep/lock"))
+        });
+        // The run that has the lock publishes; or it is another directory that gets the name.
+        if named {
+            fs::rename(path(".target.lockstep"), path("target")).unwrap();
+        } else {
+            fs::create_dir(path("target")).unwrap();
+        }
+        drop(lock);
+        assert!(push.wait().unwrap().success(), "named: {named}");
+        assert_eq!(fs::read_to_string(path("target/file")).unwrap(), "content");
+    }
 }

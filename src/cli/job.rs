@@ -13,7 +13,7 @@ use crate::monitor::threads::Threads;
 use crate::path::RelPath;
 use crate::root::Root;
 use crate::sync::retention::keep_only;
-use crate::sync::{Options, SyncReport, be_nice, set_io_class};
+use crate::sync::{Options, SyncReport, give_way};
 
 /// Runs the job called `name`. One target that fails does not keep the others from theirs.
 pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
@@ -44,8 +44,9 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
     own.transfers = how.transfers.or(job.connections);
     let how = &own;
     let mut options = options(&config, job, how)?;
-    let ways = [job.nice.map(be_nice), job.io_class.map(set_io_class)];
-    ways.into_iter().flatten().collect::<Result<(), _>>().map_err(|error| wrong(chain(&error)))?;
+    if let Some(error) = give_way(job.nice, job.io_class).first() {
+        return Err(wrong(chain(error)));
+    }
     // Said once, before anybody is connected to, and with the exit code of a push of the same directory.
     if job.remote_source().is_none()
         && !std::fs::metadata(&job.source).map_err(Failure::io("open", &job.source))?.is_dir()

@@ -19,7 +19,7 @@ use crate::config::{Job, Schedule};
 use crate::endpoint::shared::SharedSource;
 use crate::path::RelPath;
 use crate::policy::PolicySpec;
-use crate::sync::{Rate, be_nice, set_io_class};
+use crate::sync::{Rate, give_way};
 
 /// Another machine is not asked more often.
 const REMOTE_PAUSE: Duration = Duration::from_secs(1);
@@ -222,8 +222,7 @@ impl JobThreads {
 impl Shared {
     /// Gives way to others as the job says, from now on and with all that this thread starts.
     fn give_way(&self) {
-        let ways = [self.job.nice.map(be_nice), self.job.io_class.map(set_io_class)];
-        for error in ways.into_iter().flatten().filter_map(Result::err) {
+        for error in give_way(self.job.nice, self.job.io_class) {
             tracing::warn!(job = self.job.name.as_str(), "{}", crate::error::chain(&error));
         }
     }

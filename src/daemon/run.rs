@@ -184,7 +184,6 @@ pub(super) fn stage(
     options.begin.stage_only = true;
     (options.delete, options.begin.trash_seconds) = (false, None);
     let source = LocalSource::new(&plan.job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
-    options.begin.trail = source.trail().map_err(|error| failed(&error, error.exit()))?;
     // That its unit is not finished is known.
     let view = plan.shared.view(source, ready);
     let source = Guarded::new(view, Arc::clone(&plan.file_guard), Arc::new(BTreeSet::new));

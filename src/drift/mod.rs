@@ -12,7 +12,6 @@ use crate::access::{AclLists, Inode};
 use crate::filter::{Filter, FilterError, FilterSpec};
 use crate::manifest::format::{self, FormatError};
 use crate::manifest::{Content, Entry, Manifest};
-use crate::monitor::threads::Threads;
 use crate::monitor::{Monitor, Problem, Severity};
 use crate::path::{InvalidPath, RelPath};
 use crate::policy::Policy;
@@ -20,7 +19,7 @@ use crate::policy::acl::{Principal, RowTag, rows};
 use crate::policy::rights::{Subject, letters};
 use crate::root::{Follow, Metadata, Root, RootError};
 use crate::scan::names::{Names, UnknownName};
-use crate::scan::{self, LinkRule, ScanError, ScanRule, Scanned};
+use crate::scan::{self, ScanError, ScanRule, Scanned};
 use crate::staging::Ids;
 
 mod mend;
@@ -112,13 +111,7 @@ struct Wanted {
 /// When it cannot be listed, or a rule names a user or group that is not known here.
 pub fn look(path: &Path, question: &Question<'_>, monitor: &dyn Monitor) -> Result<Findings, DriftError> {
     let root = Root::open(path)?;
-    let rule = ScanRule {
-        filter: Filter::compile(&FilterSpec::default())?,
-        links: LinkRule::All,
-        ignore_files: false,
-        report_special: false,
-        threads: Threads::default(),
-    };
+    let rule = ScanRule::everything(Filter::compile(&FilterSpec::default())?);
     let scanned = scan::scan(&root, &rule, monitor)?;
     let mut findings = Findings { entries: scanned.tree.entries().len() as u64, ..Findings::default() };
     match published(&root)? {

@@ -51,6 +51,14 @@ pub struct ScanRule {
     pub threads: Threads,
 }
 
+impl ScanRule {
+    /// Everything that the filter lets by, as it lies there: all links, no regard for ignore files, not a word of what is no file.
+    pub fn everything(filter: Filter) -> ScanRule {
+        let (ignore_files, report_special) = (false, false);
+        ScanRule { filter, links: LinkRule::All, ignore_files, report_special, threads: Threads::default() }
+    }
+}
+
 /// What was found, with what is kept of each stat.
 #[derive(Debug, Default)]
 pub struct Scanned<M = Metadata> {

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 
 use super::access::{Proof, ServeUser};
 use super::authorized_keys::Grant;
+use super::ending::Ending;
 use super::process::lanes::pass;
 
 /// Reasons that are kept of one connection.
@@ -47,7 +48,7 @@ pub(super) struct Live {
     asked: watch::Sender<u64>,
     answered: watch::Sender<u64>,
     refusals: Mutex<Vec<String>>,
-    end: watch::Sender<Option<String>>,
+    end: Ending,
     /// The connection is over, and its process has not ended yet.
     gone: AtomicBool,
 }
@@ -67,27 +68,19 @@ impl Live {
             asked: watch::Sender::new(0),
             answered: watch::Sender::new(0),
             refusals: Mutex::default(),
-            end: watch::Sender::new(None),
+            end: Ending::new(),
             gone: AtomicBool::new(false),
         }
     }
 
     /// Ends it; the first reason stays.
     pub(super) fn end(&self, reason: &str) {
-        self.end.send_if_modified(|end| end.is_none() && end.replace(reason.to_owned()).is_none());
+        self.end.end(reason);
     }
 
     /// Why it is to end.
     pub(super) async fn ended(&self) -> String {
-        let mut end = self.end.subscribe();
-        loop {
-            if let Some(reason) = end.borrow_and_update().clone() {
-                return reason;
-            }
-            if end.changed().await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        }
+        self.end.ended().await
     }
 
     /// The client has gone; work of its sessions may go on.

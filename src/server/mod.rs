@@ -10,6 +10,7 @@ pub mod channel;
 pub mod confine;
 mod connection;
 pub mod door;
+mod ending;
 pub mod gate;
 pub mod hearsay;
 pub mod host_key;

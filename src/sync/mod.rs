@@ -29,7 +29,7 @@ mod worker;
 use pace::Pace;
 pub use pace::Rate;
 use queue::Queue;
-pub use way::{IoClass, WayError, be_nice, set_io_class};
+pub use way::{IoClass, WayError, give_way};
 
 /// How a run is done.
 #[derive(Debug, Clone)]

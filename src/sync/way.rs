@@ -76,12 +76,18 @@ impl<'de> Deserialize<'de> for IoClass {
     }
 }
 
+/// Gives way to others, with this thread and those that it starts from now on, as far as it is asked for; what the system did not allow.
+pub fn give_way(nice: Option<i8>, class: Option<IoClass>) -> Vec<WayError> {
+    let ways = [nice.map(be_nice), class.map(set_io_class)];
+    ways.into_iter().flatten().filter_map(Result::err).collect()
+}
+
 /// Gives this thread, and those that it starts from now on, a nice value: -20 (before others) to 19 (after all). On Linux it is of
 /// a thread, not of its process.
 ///
 /// # Errors
 /// [`WayError`] where the system does not allow it.
-pub fn be_nice(nice: i8) -> Result<(), WayError> {
+fn be_nice(nice: i8) -> Result<(), WayError> {
     rustix::process::setpriority_process(None, nice.into()).map_err(|errno| WayError::Nice { nice, errno })
 }
 
@@ -90,7 +96,7 @@ pub fn be_nice(nice: i8) -> Result<(), WayError> {
 ///
 /// # Errors
 /// [`WayError`] where there is no ionice, or the system does not allow it.
-pub fn set_io_class(class: IoClass) -> Result<(), WayError> {
+fn set_io_class(class: IoClass) -> Result<(), WayError> {
     let failed = |why| WayError::Io { class, why };
     let mut ionice = Command::new("ionice");
     match class {

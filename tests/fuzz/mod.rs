@@ -65,11 +65,10 @@ fn run(name: &str, rounds: usize) {
     let seeds: Vec<Vec<u8>> = seeds.into_iter().map(|path| fs::read(path).unwrap()).collect();
     assert!(!seeds.is_empty(), "no corpus in '{}'", corpus.display());
     let tried = |data: &[u8]| {
-        if let Err(panic) = std::panic::catch_unwind(|| target(data)) {
+        if std::panic::catch_unwind(|| target(data)).is_err() {
             let kept = std::env::temp_dir().join(format!("lockstep-fuzz-{name}"));
             fs::write(&kept, data).unwrap();
-            eprintln!("{name}: what it fails with is in '{}'", kept.display());
-            std::panic::resume_unwind(panic);
+            panic!("{name}: what it fails with is in '{}'", kept.display());
         }
     };
     seeds.iter().for_each(|seed| tried(seed));

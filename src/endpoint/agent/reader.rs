@@ -23,6 +23,8 @@ const PROBE: u64 = 32;
 const COMPRESS_RATE: f64 = 400e6;
 /// Files asked for ahead.
 const AHEAD: usize = 512;
+/// And files of no more than so many bytes: the rest is for readers over other connections.
+const AHEAD_BYTES: u64 = 64 << 20;
 
 /// A file that was asked for.
 struct Wanted {
@@ -46,6 +48,8 @@ pub(super) struct AgentReader {
     receiver: Receiver<Completion>,
     waiting: Vec<Fetch>,
     wanted: HashMap<u32, Wanted>,
+    /// What of those is still to come.
+    ahead: u64,
     asked: u64,
     given: u64,
     early: BTreeMap<u64, Vec<u8>>,
@@ -65,6 +69,7 @@ impl AgentReader {
             receiver,
             waiting: Vec::new(),
             wanted: HashMap::new(),
+            ahead: 0,
             asked: 0,
             given: 0,
             early: BTreeMap::new(),
@@ -148,6 +153,7 @@ impl AgentReader {
                 1 => {
                     let (offset, data) = (fields.u64()?, fields.string()?);
                     wanted.advance(offset, data.len() as u64)?;
+                    self.ahead = self.ahead.saturating_sub(data.len() as u64);
                     Produced::Data { index, offset, block: Block::copy_of(data) }
                 }
                 2 => {
@@ -156,6 +162,7 @@ impl AgentReader {
                         return Err(WireError::Range("the length of a hole"));
                     }
                     wanted.advance(offset, length)?;
+                    self.ahead = self.ahead.saturating_sub(length);
                     Produced::Hole { index, offset, length }
                 }
                 3 if wanted.at != wanted.size => return Err(WireError::Range("the end of a file")),
@@ -173,8 +180,10 @@ impl AgentReader {
                 }
                 _ => return Err(WireError::Range("the kind of a piece")),
             };
-            if !matches!(kind, 1 | 2) {
-                self.wanted.remove(&index);
+            if !matches!(kind, 1 | 2)
+                && let Some(wanted) = self.wanted.remove(&index)
+            {
+                self.ahead = self.ahead.saturating_sub(wanted.size.saturating_sub(wanted.at));
             }
             self.ready.push_back(produced);
         }
@@ -194,13 +203,14 @@ impl Wanted {
 
 impl Reader for AgentReader {
     fn wants_more(&self) -> bool {
-        self.wanted.len() < AHEAD
+        self.wanted.len() < AHEAD && self.ahead < AHEAD_BYTES
     }
 
     fn push(&mut self, fetch: Fetch) {
         let size =
             self.tree.entries().get(fetch.index as usize).and_then(|entry| entry.file()).map_or(0, |file| file.0);
         let (at, since) = (fetch.from, u64::MAX);
+        self.ahead += size.saturating_sub(at);
         self.wanted.insert(fetch.index, Wanted { fetch, size, at, since });
         self.waiting.push(fetch);
     }

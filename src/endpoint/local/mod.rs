@@ -7,6 +7,7 @@ mod changes;
 mod circle;
 mod commit;
 mod early;
+mod enter;
 mod fold;
 mod forbidden;
 mod known;

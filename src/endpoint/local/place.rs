@@ -117,6 +117,18 @@ impl Place {
 }
 
 impl Birth {
+    /// Whether the directory, which is `root`, still has its hidden name, and nothing the one it is to have. Whoever waited for
+    /// another run may find that this was its birth too.
+    pub(super) fn is_due(&self, root: &Root) -> Result<bool, Error> {
+        let found = |path| match self.above.stat(path, Follow::Never) {
+            Ok(found) => Ok(Some((found.device, found.inode))),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(super::target::io(error)),
+        };
+        let own = root.stat_root().map_err(super::target::io)?;
+        Ok(found(&self.hidden)? == Some((own.device, own.inode)) && found(&self.name)?.is_none())
+    }
+
     /// Gives the directory, which is `root`, its name. Fails when something has got that name meanwhile.
     pub(super) fn appear(&self, root: &Root) -> Result<(), Error> {
         let io = super::target::io;

@@ -25,7 +25,7 @@ use crate::plan::publish::{Publication, steps};
 use crate::plan::{Compare, Desired, Need, Plan, diff as compare};
 use crate::root::{FileKind, Follow, Metadata};
 use crate::scan::names::Names;
-use crate::scan::{self, LinkRule, ScanRule};
+use crate::scan::{self, ScanRule};
 use crate::staging::{Permissions, sftp_holder};
 
 /// What a repair goes by.
@@ -105,13 +105,7 @@ pub(super) fn diff(run: &Run, repair: &Repair, wanted: &Arc<Tree>, monitor: &dyn
     let only = Some(wanted.entries().iter().map(|entry| entry.path.as_bytes().to_vec()).collect());
     let filter = Filter::compile(&FilterSpec { rules: Vec::new(), only });
     let filter = filter.map_err(|error| Error::Usage(chain(&error)))?;
-    let rule = ScanRule {
-        filter,
-        links: LinkRule::All,
-        ignore_files: false,
-        report_special: false,
-        threads: Threads::default(),
-    };
+    let rule = ScanRule::everything(filter);
     let scanned = scan::scan_seen(&run.root, &rule, monitor).map_err(|error| match error {
         scan::ScanError::Root(error) => io(error),
         other => Error::Refused { by: "the repair".into(), reason: chain(&other) },

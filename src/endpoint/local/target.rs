@@ -7,7 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::area::Area;
 use super::by_index::ByIndex;
@@ -16,7 +16,7 @@ use super::place::{Birth, Place};
 use super::refusals::Refusals;
 use super::repair::{self, Repair};
 use super::writer::LocalWriter;
-use super::{circle, commit, early, fold, forbidden, known, metadata, prepare, publish, recall, room, trash};
+use super::{commit, early, fold, forbidden, known, metadata, prepare, publish, recall, room, trash};
 use crate::access::AclLists;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec, Reach};
@@ -28,8 +28,8 @@ use crate::policy::acl::Principal;
 use crate::policy::{Decision, Policy, PolicySpec, Sender};
 use crate::root::{FileKind, Fingerprint, Metadata, Root, RootError, Seen};
 use crate::scan::names::{Names, UnknownName};
-use crate::scan::{self, LinkRule, ScanRule};
-use crate::staging::{self, Ids, LockError, Permissions, RootLock, StageError};
+use crate::scan::{self, ScanRule};
+use crate::staging::{self, Ids, Permissions, RootLock, StageError};
 
 pub(super) const STATE: &str = ".lockstep";
 pub(super) const MANIFEST: &str = ".lockstep/manifest";
@@ -41,10 +41,10 @@ pub(crate) const POINTERS: [&str; 5] =
 
 /// A directory of this machine as a target.
 pub struct LocalTarget {
-    place: Place,
+    pub(super) place: Place,
     policy: PolicySpec,
     /// It is mended rather than brought up to date.
-    repair: Option<Arc<Repair>>,
+    pub(super) repair: Option<Arc<Repair>>,
     run: Mutex<Option<Arc<Run>>>,
 }
 
@@ -150,25 +150,6 @@ impl LocalTarget {
         let run = self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         run.clone().ok_or_else(|| Error::Usage("no run has begun at this target".into()))
     }
-
-    /// Opens the root, or the hidden one that will be it. `None` is a dry run on nothing.
-    fn open_root(&self, dry_run: bool) -> Result<Option<(Root, Option<Birth>)>, Error> {
-        match self.place.open() {
-            Ok(root) => return Ok(Some((root, None))),
-            Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
-                let shown = crate::error::shown(&error.path);
-                return Err(Error::Usage(format!(
-                    "'{shown}' cannot be a target: a file lies there, or on the way to it"
-                )));
-            }
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
-            Err(_) if dry_run => return Ok(None),
-            Err(_) => {}
-        }
-        let (root, birth) = self.place.bear()?;
-        metadata::disinherit(&root)?;
-        Ok(Some((root, Some(birth))))
-    }
 }
 
 impl Target for LocalTarget {
@@ -189,7 +170,7 @@ impl Target for LocalTarget {
         let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
         let units = FilterSpec { rules: options.units.clone(), only: None };
         let units = Filter::compile(&units).map_err(|error| usage(&error))?;
-        let Some((root, birth)) = self.open_root(options.dry_run || self.repair.is_some())? else {
+        let Some((root, birth, mut lock)) = self.enter(options, monitor)? else {
             // A dry run on nothing: compared with an empty directory that is never written to.
             *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
             return Ok(());
@@ -197,20 +178,8 @@ impl Target for LocalTarget {
         if policy.grants_by_acl() {
             metadata::check_support(&root)?;
         }
-        circle::refuse(&self.place, &options.trail)?;
-        let mut lock = None;
         let mut staging = None;
-        if !options.dry_run {
-            let wait = Duration::from_secs(options.wait_seconds);
-            let taken = RootLock::take(&root, &options.actor, wait, &|| monitor.stopped());
-            let taken = taken.map_err(|error| match error {
-                LockError::Held { holder } => Error::Locked { root: self.describe(), holder },
-                LockError::Root(error) => io(error),
-                foreign @ LockError::Foreign { .. } => {
-                    Error::Refused { by: "the receiver".into(), reason: crate::error::chain(&foreign) }
-                }
-                other => Error::Usage(crate::error::chain(&other)),
-            })?;
+        if let Some(taken) = lock.take() {
             let area = match (&self.repair, options.stage_only) {
                 (Some(_), _) => Area::Repair,
                 (None, true) => Area::Early,
@@ -439,13 +408,7 @@ impl Run {
         let filter =
             Filter::compile(&self.options.filter).map_err(|error| Error::Usage(crate::error::chain(&error)))?;
         let reach = filter.reach();
-        let rule = ScanRule {
-            filter,
-            links: LinkRule::All,
-            ignore_files: true,
-            report_special: false,
-            threads: self.options.threads,
-        };
+        let rule = ScanRule { ignore_files: true, threads: self.options.threads, ..ScanRule::everything(filter) };
         let scanned = scan::scan_seen(&self.root, &rule, monitor).map_err(|error| match error {
             scan::ScanError::Root(error) => io(error),
             other => Error::Refused { by: "the receiver".into(), reason: crate::error::chain(&other) },

@@ -25,13 +25,12 @@ use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
 use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Audience, Content, Digest, Entry, Manifest, Tree, format};
-use crate::monitor::threads::Threads;
 use crate::monitor::{Event, Monitor, Silent};
 use crate::path::RelPath;
 use crate::plan::outcome::{Outcome, entries_after};
 use crate::plan::publish::{Publication, Step, steps};
 use crate::plan::{Action, Change, Need, trash};
-use crate::scan::{LinkRule, ScanRule};
+use crate::scan::ScanRule;
 use crate::wire::sftp::{Attributes, packet};
 
 const RECORD: &str = "commit";
@@ -435,13 +434,7 @@ fn admit(run: &Run, tree: &Tree) -> Result<(), Error> {
 pub(super) fn clear(run: &Run) -> Result<(), Error> {
     let session = &run.session;
     let filter = Filter::compile(&FilterSpec::default()).map_err(|error| Error::Usage(error.to_string()))?;
-    let rule = ScanRule {
-        filter,
-        links: LinkRule::All,
-        ignore_files: false,
-        report_special: false,
-        threads: Threads::default(),
-    };
+    let rule = ScanRule::everything(filter);
     let listed = list(session, &run.staging, &rule, &mut Names::default(), &Silent::default())?;
     let mut entries = listed.entries;
     entries.sort_unstable_by(|a, b| b.path.cmp(&a.path));

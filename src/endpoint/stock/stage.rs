@@ -12,9 +12,8 @@ use crate::endpoint::Error;
 use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Content, Tree};
 use crate::monitor::Silent;
-use crate::monitor::threads::Threads;
 use crate::plan::{Change, Need, Plan};
-use crate::scan::{LinkRule, ScanRule};
+use crate::scan::ScanRule;
 use crate::staging::Journal;
 use crate::wire::sftp::{Attributes, open, packet};
 
@@ -80,13 +79,7 @@ struct Left {
 fn left_behind(run: &Run) -> Result<Left, Error> {
     let mut left = Left { files: HashMap::new(), others: Vec::new(), directories: BTreeSet::new() };
     let filter = Filter::compile(&FilterSpec::default()).map_err(|error| Error::Usage(error.to_string()))?;
-    let rule = ScanRule {
-        filter,
-        links: LinkRule::All,
-        ignore_files: false,
-        report_special: false,
-        threads: Threads::default(),
-    };
+    let rule = ScanRule::everything(filter);
     for top in ["tree", "last"] {
         let root = at(&run.staging, top);
         if run.session.stat(packet::LSTAT, &root)?.is_err() {

@@ -15,12 +15,11 @@ use crate::endpoint::Error;
 use crate::error::chain;
 use crate::filter::{Filter, FilterSpec};
 use crate::manifest::Entry;
-use crate::monitor::threads::Threads;
 use crate::monitor::{Event, Monitor, Silent};
 use crate::path::RelPath;
 use crate::plan::publish::Step;
 use crate::plan::trash::{TRASH, is_expired};
-use crate::scan::{LinkRule, ScanRule};
+use crate::scan::ScanRule;
 use crate::wire::sftp::{Attributes, packet};
 
 /// The directory of one run.
@@ -159,13 +158,7 @@ impl<'a> Trash<'a> {
 fn rule(rules: &[&str]) -> Result<ScanRule, Error> {
     let spec = FilterSpec { rules: rules.iter().map(|&rule| rule.to_owned()).collect(), only: None };
     let filter = Filter::compile(&spec).map_err(|error| Error::Usage(error.to_string()))?;
-    Ok(ScanRule {
-        filter,
-        links: LinkRule::All,
-        ignore_files: false,
-        report_special: false,
-        threads: Threads::default(),
-    })
+    Ok(ScanRule::everything(filter))
 }
 
 /// Removes what has been in the trash for long enough. What cannot be removed is told, and stays.

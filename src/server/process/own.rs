@@ -10,6 +10,7 @@ use russh::{Channel, ChannelId};
 use tokio::sync::watch;
 
 use crate::server::channel::Shared;
+use crate::server::ending::Ending;
 
 /// See the module.
 pub(super) struct Own {
@@ -22,7 +23,7 @@ pub(super) struct Own {
     channels: AtomicUsize,
     /// How many there are.
     running: watch::Sender<usize>,
-    end: watch::Sender<Option<String>>,
+    end: Ending,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -37,26 +38,18 @@ impl Own {
             last: Mutex::new(Instant::now()),
             channels: AtomicUsize::new(channels),
             running: watch::Sender::new(0),
-            end: watch::Sender::new(None),
+            end: Ending::new(),
         }
     }
 
     /// Ends it; the first reason stays.
     pub(super) fn end(&self, reason: &str) {
-        self.end.send_if_modified(|end| end.is_none() && end.replace(reason.to_owned()).is_none());
+        self.end.end(reason);
     }
 
     /// Why it is to end.
     pub(super) async fn ended(&self) -> String {
-        let mut end = self.end.subscribe();
-        loop {
-            if let Some(reason) = end.borrow_and_update().clone() {
-                return reason;
-            }
-            if end.changed().await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        }
+        self.end.ended().await
     }
 
     /// So many sessions may be open from now on.
