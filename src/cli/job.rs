@@ -2,12 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::sync::Arc;
 
 use super::arguments::{Place, Route};
 use super::stop::Stop;
-use super::transfer::{How, Rate, config_file, load_config};
+use super::transfer::{How, Rate, config_file, load_config, state_directory};
 use super::{Failure, shown, unfinished};
-use crate::config::{Config, Delete, Job, Schedule};
+use crate::config::{Config, Delete, Job, Ready, Schedule};
+use crate::daemon::units;
+use crate::endpoint::Source;
+use crate::endpoint::guarded::Guarded;
+use crate::endpoint::local::LocalSource;
 use crate::error::{Escaped, Exit, chain, counted};
 use crate::monitor::threads::Threads;
 use crate::path::RelPath;
@@ -120,14 +125,24 @@ fn keeping(job: &Job, mut options: Options, safe: Option<BTreeSet<RelPath>>) -> 
 fn to_one(job: &Job, target: &str, how: &How, options: Options, stop: &Stop) -> Result<(Exit, SyncReport), Failure> {
     let mut display = how.display(stop);
     let source = match job.remote_source() {
-        Some(source) => Place::parse(OsStr::new(source))?,
-        None => Place::Here(job.source.clone()),
+        Some(source) => Place::parse(OsStr::new(source))?.source(how, &display)?,
+        None => listed_whole(job, &options)?,
     };
-    let source = source.source(how, &display)?;
     let place = Place::parse(OsStr::new(target))?;
     let sending = matches!(place, Place::There(_));
     let target = place.target(how, &display)?;
     how.reported(&Route { source, target, only: None, sending, called: None }, options, &mut display, stop)
+}
+
+/// A source of this machine, of which a unit that was listed and only finished afterwards ends the run.
+fn listed_whole(job: &Job, options: &Options) -> Result<Box<dyn Source>, Failure> {
+    let source = LocalSource::new(&job.source, state_directory().as_deref())?;
+    if job.ready == Ready::Settled {
+        return Ok(Box::new(source));
+    }
+    let whole = units::all_of_it(job, &Root::open(&job.source)?, &options.scan.filter);
+    let whole = whole.map_err(|trouble| Failure::Plain { exit: trouble.exit, message: trouble.message })?;
+    Ok(Box::new(Guarded::new(source, Arc::new(|_| false), Arc::new(BTreeSet::new)).whole(whole)))
 }
 
 /// Options that the job decides itself are refused.

@@ -46,6 +46,7 @@ mod tally;
 mod target;
 mod tell;
 mod temporary;
+pub mod units;
 mod watch;
 pub mod words;
 mod writers;

@@ -10,9 +10,9 @@ use super::fetch::{self, Looked};
 use super::pending::Work;
 use super::settle::{POINTERS, Rules};
 use super::tally::Tally;
-use super::{Connect, Trouble, clock};
+use super::{Connect, Trouble, clock, units};
 use crate::config::{Delete, Job};
-use crate::endpoint::guarded::{BEING_WRITTEN, Fitting, Guard, Guarded, HeldBack, NOT_STEADY, Steady};
+use crate::endpoint::guarded::{BEING_WRITTEN, Fitting, Guard, Guarded, HeldBack, NOT_STEADY, NOT_WHOLE, Steady};
 use crate::endpoint::local::LocalSource;
 use crate::endpoint::shared::SharedSource;
 use crate::endpoint::{BeginOptions, Error, ScanOptions, Source};
@@ -130,6 +130,7 @@ pub(super) fn run(
             let view = plan.shared.view(source, ready);
             let source = Guarded::new(view, Arc::clone(&plan.guard), Arc::clone(&plan.held_back)).steady(steady);
             let source = source.fitting(goes_with_what_it_names(job, &root)?);
+            let source = source.whole(units::all_of_it(job, &root, &options.scan.filter)?);
             (Box::new(source), options)
         }
     };
@@ -150,7 +151,7 @@ pub(super) fn run(
             Ok(Done { units, soon, left: done.left + left_there, ..done })
         }
         // A unit was begun between asking what is not finished and looking.
-        Err(Error::Remote { message, .. }) if message == NOT_STEADY => {
+        Err(Error::Remote { message, .. }) if [NOT_STEADY, NOT_WHOLE].contains(&message.as_str()) => {
             Ok(Done { left: 1, soon: true, ..Done::default() })
         }
         Err(Error::Remote { message, .. }) if message == BEING_WRITTEN => Ok(Done { left: 1, ..Done::default() }),

@@ -19,6 +19,9 @@ pub const BEING_WRITTEN: &str = "is being written; it is sent when its writer ha
 /// What is said where a run publishes into the source at this moment.
 pub const NOT_STEADY: &str = "a run publishes into it; it is passed on when that is done";
 
+/// What is said where something was listed that was only finished afterwards.
+pub const NOT_WHOLE: &str = "a unit was written to while it was listed; the same again finds it as it is then";
+
 /// Whether a file that was read a moment ago is in somebody's hands.
 pub type Guard = Arc<dyn Fn(&RelPath) -> bool + Send + Sync>;
 
@@ -32,9 +35,13 @@ pub type Steady = Arc<dyn Fn() -> bool + Send + Sync>;
 /// else has to wait for it.
 pub type Fitting = Arc<dyn Fn(&RelPath, &[u8], &Tree) -> bool + Send + Sync>;
 
+/// Whether what was listed is all that there is, as far as it has to be.
+pub type Whole = Arc<dyn Fn(&Tree) -> bool + Send + Sync>;
+
 /// A source with a guard.
 pub struct Guarded<S> {
     steady: Option<Steady>,
+    whole: Option<Whole>,
     fitting: Option<Fitting>,
     source: S,
     guard: Guard,
@@ -48,13 +55,19 @@ impl<S> Guarded<S> {
     /// the tree was listed: a directory that is not finished, and holds no file yet that `guard` could be asked about, ends the
     /// run.
     pub fn new(source: S, guard: Guard, held_back: HeldBack) -> Guarded<S> {
-        Guarded { steady: None, fitting: None, source, guard, held_back, left: Mutex::default() }
+        Guarded { steady: None, whole: None, fitting: None, source, guard, held_back, left: Mutex::default() }
     }
 
     /// Ends the run when the tree was listed and `steady` says no.
     #[must_use]
     pub fn steady(self, steady: Steady) -> Guarded<S> {
         Guarded { steady: Some(steady), ..self }
+    }
+
+    /// Ends the run when the tree was listed and `whole` says that something is missing.
+    #[must_use]
+    pub fn whole(self, whole: Whole) -> Guarded<S> {
+        Guarded { whole: Some(whole), ..self }
     }
 
     /// Leaves small files that do not fit, and ends the run when it has listed a link that does not.
@@ -80,9 +93,12 @@ impl<S: Source> Source for Guarded<S> {
             _ => true,
         };
         let steady = self.steady.as_ref().is_none_or(|steady| steady()) && scan.tree.entries().iter().all(fits);
+        let whole = self.whole.as_ref().is_none_or(|whole| whole(&scan.tree));
         match held.iter().find(unfinished) {
             // That is over soon.
             _ if !steady => Err(Error::Remote { message: NOT_STEADY.to_owned(), exit: Exit::TryAgain }),
+            // RACE: a directory that was not finished when it was listed may be finished by now.
+            None if !whole => Err(Error::Remote { message: NOT_WHOLE.to_owned(), exit: Exit::TryAgain }),
             None => {
                 *self.left.lock().unwrap_or_else(PoisonError::into_inner) = held;
                 Ok(scan)

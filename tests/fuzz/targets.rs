@@ -80,7 +80,10 @@ impl Output for Answers {
     }
 }
 
-const SECRET: &[u8] = b"what nobody may read or change";
+/// What nobody may read or change: another one each time, since a fuzzer learns what it is compared with.
+fn secret(at: &Path) -> Vec<u8> {
+    format!("the secret of {}", at.display()).into_bytes()
+}
 
 /// A root with some files, and beside it what must stay as it is.
 fn place() -> tempfile::TempDir {
@@ -88,7 +91,7 @@ fn place() -> tempfile::TempDir {
     let at = if shared.is_dir() { tempfile::tempdir_in(shared) } else { tempfile::tempdir() }.unwrap();
     fs::create_dir_all(at.path().join("root/d/sub")).unwrap();
     fs::create_dir(at.path().join("outside")).unwrap();
-    fs::write(at.path().join("outside/secret"), SECRET).unwrap();
+    fs::write(at.path().join("outside/secret"), secret(at.path())).unwrap();
     fs::set_permissions(at.path().join("outside/secret"), fs::Permissions::from_mode(0o600)).unwrap();
     fs::write(at.path().join("root/f"), "content").unwrap();
     fs::write(at.path().join("root/d/g"), "more content").unwrap();
@@ -101,11 +104,11 @@ fn place() -> tempfile::TempDir {
 fn holds(at: &Path, answers: &Answers) {
     let outside: Vec<_> = fs::read_dir(at.join("outside")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(outside, ["secret"], "something was made or removed outside of the root");
-    let secret = at.join("outside/secret");
-    assert_eq!(fs::read(&secret).unwrap(), SECRET, "a file outside of the root was changed");
+    let (content, secret) = (secret(at), at.join("outside/secret"));
+    assert_eq!(fs::read(&secret).unwrap(), content, "a file outside of the root was changed");
     assert_eq!(fs::metadata(&secret).unwrap().permissions().mode() & 0o7777, 0o600, "its mode was changed");
     let answers = answers.0.lock().unwrap();
-    assert!(!answers.windows(SECRET.len()).any(|window| window == SECRET), "it was read");
+    assert!(!answers.windows(content.len()).any(|window| window == content), "it was read");
     let mut left = answers.as_slice();
     let mut frames = Frames::default();
     while !left.is_empty() {
