@@ -11,7 +11,7 @@ use lockstep::manifest::{Content, Entry, Timestamp};
 use lockstep::wire::extension::{Fields, put_frame, put_string};
 use sha2::Digest as _;
 
-use crate::hostile_agent::{Peer, entry, file, frame, link};
+use super::agent::{Peer, entry, file, frame, link};
 
 /// Exchanges a directory for a link that leads out, again and again, while `work` goes on.
 fn while_swapping(directory: &Path, link: &Path, work: impl FnOnce()) {
