@@ -207,7 +207,7 @@ fn every_request(openat2: bool, usual: u32) {
 
 #[test]
 fn h14_no_request_of_the_agent_is_led_out_by_a_directory_that_is_swapped() {
-    every_request(true, 120);
+    every_request(true, 96);
 }
 
 #[test]
