@@ -127,33 +127,23 @@ impl Field {
         }
     }
 
-    /// The server of this root, with openat2 or as where there is none (h63).
+    /// The server of this root, with openat2 or as where there is none (h63). Without Landlock, which would hide that the first
+    /// wall had a hole.
     pub(super) fn server(&self, openat2: bool) -> Command {
-        let program = env!("CARGO_BIN_EXE_lockstep");
-        let mut command = if openat2 {
-            Command::new(program)
-        } else {
-            let mut strace = Command::new("strace");
-            strace.args([
-                "--seccomp-bpf",
-                "-f",
-                "-qq",
-                "-e",
-                "trace=openat2",
-                "-e",
-                "inject=openat2:error=ENOSYS",
-                "-o",
-            ]);
-            strace.arg(self.path("calls")).arg(program);
-            strace
-        };
-        command.args(["sftp-server", "--root"]).arg(self.path("root"));
-        command
+        let lacking = if openat2 { "landlock_create_ruleset" } else { "openat2,landlock_create_ruleset" };
+        let mut strace = Command::new("strace");
+        strace.args(["--seccomp-bpf", "-f", "-qq", "-e", &format!("trace={lacking}")]);
+        strace.args(["-e", &format!("inject={lacking}:error=ENOSYS"), "-o"]).arg(self.path("calls"));
+        strace.args([env!("CARGO_BIN_EXE_lockstep"), "sftp-server", "--root"]).arg(self.path("root"));
+        strace
     }
 
-    /// Whether it was made to do without openat2.
+    /// Whether it was made to do without openat2; it did without Landlock.
     pub(super) fn went_without(&self) -> bool {
-        fs::read_to_string(self.path("calls")).is_ok_and(|calls| calls.contains("ENOSYS"))
+        let calls = fs::read_to_string(self.path("calls")).unwrap();
+        let refused = |call: &str| calls.lines().any(|line| line.contains(call) && line.contains("ENOSYS"));
+        assert!(refused("landlock_create_ruleset("), "{calls}");
+        refused("openat2(")
     }
 
     /// Swaps while `work` goes on: the directory and a link change places in one step and in several, and a directory below
