@@ -115,7 +115,8 @@ mod tests {
 
     #[test]
     fn who_is_full_is_asked_again_and_who_is_not_is_not() {
-        let cases: [(&[&[u8]], Duration, Option<&str>); 7] = [
+        type Case<'a> = (&'a [&'a [u8]], Duration, Option<&'a str>);
+        let cases: [Case<'_>; 7] = [
             (&[b""], SILENT, None),
             (&[b"Exceeded MaxStartups\r\n"], FULL, Some("Exceeded MaxStartups")),
             (
