@@ -33,7 +33,7 @@ impl Client<'_> {
     /// Asks; what was answered, or why not, is looked at.
     fn ask(&mut self, name: &str, body: &[u8]) -> Option<Vec<u8>> {
         let answer = self.peer.ask(name, body);
-        self.field.is_silent(name, answer.as_ref().map_or_else(|why| why.as_bytes(), |body| body));
+        self.field.is_silent(name, answer.as_deref().unwrap_or_else(|why| why.as_bytes()));
         self.tally.asked.insert(name.to_owned());
         if answer.is_err() {
             self.tally.refused += 1;
@@ -64,9 +64,9 @@ fn numbers(small: &[u32]) -> Vec<u8> {
 /// When in a run the swaps begin.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Since {
-    TheStart,
-    TheBegin,
-    TheComparison,
+    Start,
+    Begin,
+    Comparison,
 }
 
 /// A tree below `prefix`, in which everything is new, other than what is there, or to be removed by its absence.
@@ -166,18 +166,17 @@ fn every_request(openat2: bool, usual: u32) {
             field.while_swapping(|| client.fetches(["/", "/d", "d/sub"][round as usize / 3 % 3]));
             continue;
         }
-        let since =
-            [Since::TheComparison, Since::TheBegin, Since::TheComparison, Since::TheStart][round as usize / 3 % 4];
+        let since = [Since::Comparison, Since::Begin, Since::Comparison, Since::Start][round as usize / 3 % 4];
         let entries = tree(prefix, round);
         // Each part is done in quiet, or swaps have begun with it or before.
         let quiet = |part: Since| part < since;
-        let begun = if quiet(Since::TheStart) {
+        let begun = if quiet(Since::Start) {
             client.starts(root, round)
         } else {
             field.while_swapping(|| client.starts(root, round))
         };
         let compared = begun
-            && if quiet(Since::TheBegin) {
+            && if quiet(Since::Begin) {
                 client.compares(&entries)
             } else {
                 field.while_swapping(|| client.compares(&entries))
@@ -186,7 +185,7 @@ fn every_request(openat2: bool, usual: u32) {
             field.while_swapping(|| client.sends(&entries, round));
         }
         drop(client);
-        if round % 16 == 0 {
+        if round.is_multiple_of(16) {
             field.is_untouched();
         }
     }

@@ -333,7 +333,7 @@ fn every_request(openat2: bool, usual: u32) {
             (row.tries)(&mut client, row.request);
             client.round += 1;
             field.mend();
-            if client.round % 128 == 0 {
+            if client.round.is_multiple_of(128) {
                 field.tidy();
             }
         }
