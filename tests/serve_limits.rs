@@ -133,6 +133,42 @@ fn h43_from_a_number_on_connections_that_have_not_logged_in_are_shed() {
 }
 
 #[test]
+fn h43_a_push_comes_back_to_a_server_that_is_full_and_says_so() {
+    let served = Served::start("", "connections = 1");
+    fs::create_dir(served.path("source")).unwrap();
+    fs::write(served.path("source/f"), "f").unwrap();
+    let mut held = served.hold("sync", &[]);
+    assert!(held.speaks());
+    let pushed = std::thread::scope(|scope| {
+        let push = scope.spawn(|| served.lockstep(&["push", "source", "sync@127.0.0.1:/m"], "sync"));
+        served.wait_for("too many connections");
+        assert!(!push.is_finished());
+        drop(held);
+        push.join().unwrap()
+    });
+    let text = said(&pushed);
+    assert!(pushed.status.success(), "{text}");
+    assert!(text.contains("the host says 'lockstep: too many connections; try again later'"), "{text}");
+    assert_eq!(text.matches("trying again").count(), 1, "said once: {text}");
+    assert_eq!(fs::read_to_string(served.path("sync/m/f")).unwrap(), "f");
+}
+
+#[test]
+fn h43_a_push_does_not_come_back_to_a_server_that_refuses_its_address() {
+    let penalties = "penalties = { failed_login = '1h', least = '1s', most = '4h' }";
+    let served = Served::start(penalties, "");
+    keygen(served.at(), &["-t", "ed25519", "-N", "", "-f", "wrong.key"]);
+    fs::create_dir(served.path("source")).unwrap();
+    assert!(!served.sftp("sync", "wrong", "ls\n").status.success());
+    served.wait_for("refused for a while");
+    let started = std::time::Instant::now();
+    let pushed = served.lockstep(&["push", "source", "sync@127.0.0.1:/m"], "sync");
+    assert_eq!(pushed.status.code(), Some(75), "{}", said(&pushed));
+    assert!(said(&pushed).contains("the host says 'lockstep: this address failed too often"), "{}", said(&pushed));
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+}
+
+#[test]
 fn h43_keys_are_not_tried_without_end() {
     let served = Served::start("", "auth_tries = 2");
     for number in 0..4 {

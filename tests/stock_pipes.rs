@@ -137,7 +137,8 @@ impl Remote for Host {
 
     fn exec(&self, text: &str, _: usize) -> Result<Arc<dyn Link>, ConnectError> {
         if !self.shell {
-            return Err(ConnectError { message: "no shell".into(), exit: Exit::Usage, not_offered: true });
+            let (exit, not_offered, patience) = (Exit::Usage, true, std::time::Duration::ZERO);
+            return Err(ConnectError { message: "no shell".into(), exit, not_offered, patience });
         }
         let mut command = Command::new("sh");
         command.args(["-c", text]);

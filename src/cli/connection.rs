@@ -42,6 +42,13 @@ pub(super) struct ServeConnection {
 }
 
 impl ServeConnection {
+    /// As the listener starts it. The definition of the whole command line takes megabytes, which each process would keep.
+    pub(super) fn started(arguments: &[OsString]) -> Option<ServeConnection> {
+        let [_, command, peer, number] = arguments else { return None };
+        let number = number.to_str()?.parse().ok().filter(|_| command == "serve-connection")?;
+        Some(ServeConnection { peer: peer.clone(), number })
+    }
+
     pub(super) fn run(self) -> Result<Exit, Failure> {
         let failed =
             |error: std::io::Error| Failure::usage(format!("serve-connection: {}", crate::error::in_words(&error)));

@@ -40,6 +40,7 @@ mod manifest;
 mod memory;
 mod notify;
 mod passphrase;
+mod patience;
 mod places;
 mod policy;
 mod push;
@@ -210,6 +211,9 @@ fn output(data: &[u8]) -> Result<(), Failure> {
 /// Runs the command that `arguments` (the program's name first) ask for, and says what went wrong.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Exit {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
+    if let Some(connection) = connection::ServeConnection::started(&arguments) {
+        return ended(connection.run());
+    }
     let of_a_transfer = arguments.get(1).is_some_and(|command| command == "push" || command == "pull");
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
@@ -230,7 +234,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Exit {
             return Exit::Done;
         }
     };
-    cli.command.run().unwrap_or_else(|failure| {
+    ended(cli.command.run())
+}
+
+fn ended(result: Result<Exit, Failure>) -> Exit {
+    result.unwrap_or_else(|failure| {
         eprintln!("lockstep: {}", chain(&failure));
         failure.exit()
     })

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::Failure;
 use super::connections::Connections;
 use super::login::{Ssh, connect, failed};
+use super::patience::patiently;
 use super::transfer::USUAL_TRANSFERS;
 use crate::codec::CompressOptions;
 use crate::endpoint::agent::{self, AgentSource, AgentTarget};
@@ -212,7 +213,12 @@ fn reach(
     let root = destination.path.as_bytes();
     let mut reasons: Vec<(String, String)> = Vec::new();
     for way in reach.ways(ssh) {
-        let link = match remote.open(&way, 0) {
+        // What keeps a connection to come back to tries again by itself.
+        let opened = match dial.kept {
+            None => patiently(monitor, || remote.open(&way, 0)),
+            Some(_) => remote.open(&way, 0),
+        };
+        let link = match opened {
             Ok(link) => link,
             Err(error) if error.not_offered => {
                 reasons.push((named(&way), "not offered".to_owned()));

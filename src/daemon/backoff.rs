@@ -7,7 +7,7 @@ const FIRST: Duration = Duration::from_secs(1);
 
 /// The wait before the next try after `failures` in a row, 1 and more: twice as long each time, up to `longest`, and up to a
 /// quarter shorter or longer by chance, so that many daemons do not come back to one server at the same moment.
-pub(super) fn wait(failures: u64, longest: Duration) -> Duration {
+pub fn wait(failures: u64, longest: Duration) -> Duration {
     spread(base(failures, longest), RandomState::new().build_hasher().finish())
 }
 

@@ -20,7 +20,7 @@ use crate::endpoint::{Source, Target};
 use crate::error::{Exit, shown};
 use crate::monitor::Monitor;
 
-mod backoff;
+pub mod backoff;
 mod control;
 mod early;
 pub mod feed;

@@ -1,6 +1,7 @@
 //! The byte streams that remote endpoints speak over. The `ssh` shell implements them; a test may use pipes.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -37,6 +38,8 @@ pub struct ConnectError {
     pub exit: Exit,
     /// The host is there and trusts us, but this way in is not offered: another may be tried.
     pub not_offered: bool,
+    /// The host may have no room for a connection just now: for how long it is worth asking again; zero where it is not.
+    pub patience: Duration,
 }
 
 /// What is asked for at the other end.

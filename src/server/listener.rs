@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use russh::keys::ssh_key::LineEnding;
 use russh::keys::{HashAlg, PrivateKey};
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
 
 use super::access::Access;
 use super::agent::Output;
@@ -474,13 +475,36 @@ async fn accept(server: Arc<Server>, socket: TcpListener) {
             }
             Err(turned) => {
                 // As OpenSSH's server says it; before the version such lines are allowed.
-                if let Some(farewell) = turned.farewell() {
-                    let _ = socket.try_write(farewell.as_bytes());
-                }
                 turn_away(&server, peer, turned);
+                if let Some(farewell) = turned.farewell() {
+                    see_off(socket, &farewell);
+                }
             }
         }
     }
+}
+
+/// So many who were turned away may be listened to for a moment.
+static LEAVING: Semaphore = Semaphore::const_new(64);
+/// And for so long.
+const LEAVE: Duration = Duration::from_secs(1);
+
+/// Tells a client why it is turned away.
+///
+/// RACE: a socket that is closed before what came over it was read resets the connection, and its client, which says its
+/// version at once, may never see why. So what comes is read for a moment; not of everybody in a flood.
+fn see_off(mut socket: TcpStream, farewell: &str) {
+    let _ = socket.try_write(farewell.as_bytes());
+    let Ok(place) = LEAVING.try_acquire() else { return };
+    tokio::spawn(async move {
+        let mut left = [0; 1024];
+        let gone = async {
+            let _ = socket.shutdown().await;
+            let _ = socket.read(&mut left).await;
+        };
+        let _ = tokio::time::timeout(LEAVE, gone).await;
+        drop(place);
+    });
 }
 
 /// Who is turned away is said and recorded once a second for each kind, with the number of those before: they may come in

@@ -29,7 +29,9 @@ pub(super) async fn start(
         let kept = |(name, _): &(std::ffi::OsString, _)| {
             ENVIRONMENT.iter().any(|kept| name == kept) || name.as_encoded_bytes().starts_with(b"MIMALLOC_")
         };
-        command.envs(std::env::vars_os().filter(kept));
+        // The allocator's first pages would be huge ones: 6 MB for a process that needs a tenth of it, and there are as many as
+        // connections that have not even logged in.
+        command.env("MIMALLOC_ALLOW_THP", "0").envs(std::env::vars_os().filter(kept));
         // A group of its own: Ctrl-C at the listener's terminal is the listener's.
         command.process_group(0).kill_on_drop(true);
         command.stdin(Stdio::from(socket)).stdout(Stdio::from(its)).stderr(Stdio::from(its_lane));

@@ -12,6 +12,7 @@ pub mod config;
 mod credit;
 mod dial;
 mod enroll;
+mod foreword;
 mod identity;
 pub mod key_file;
 mod known_hosts;

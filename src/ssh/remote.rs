@@ -13,6 +13,7 @@ use tokio::runtime::Runtime;
 use super::auth::{Login, Opened};
 use super::credit::NEAR;
 use super::dial;
+use super::foreword::Foreword;
 use super::identity::Identities;
 use super::known_hosts::KnownHost;
 use super::link::ChannelLink;
@@ -61,6 +62,7 @@ impl OwnRuntime {
             message: format!("no threads for ssh: {error}"),
             exit: Exit::Io,
             not_offered: false,
+            patience: Duration::ZERO,
         })?;
         Ok(Arc::new(OwnRuntime(Some(runtime))))
     }
@@ -92,7 +94,8 @@ pub struct SshRemote {
 }
 
 pub(super) fn failed(options: &SshOptions, what: impl std::fmt::Display, exit: Exit) -> ConnectError {
-    ConnectError { message: format!("{}: {what}", options.describe()), exit, not_offered: false }
+    let message = format!("{}: {what}", options.describe());
+    ConnectError { message, exit, not_offered: false, patience: Duration::ZERO }
 }
 
 impl SshRemote {
@@ -101,7 +104,12 @@ impl SshRemote {
     /// # Errors
     /// When the options cannot be used or no thread can be started.
     pub fn new(options: SshOptions) -> Result<SshRemote, ConnectError> {
-        options.check().map_err(|message| ConnectError { message, exit: Exit::Usage, not_offered: false })?;
+        options.check().map_err(|message| ConnectError {
+            message,
+            exit: Exit::Usage,
+            not_offered: false,
+            patience: Duration::ZERO,
+        })?;
         let runtime = OwnRuntime::start()?;
         Ok(SshRemote {
             options,
@@ -191,14 +199,17 @@ impl SshRemote {
             let heard = Arc::new(Heard::default());
             let trust = Trust::new(known, options.unknown_host, Arc::clone(&heard));
             let (stream, jump, near) = self.stream(options).await?;
+            let (stream, foreword) = Foreword::of(stream);
             // Its writes never block, so that bulk in both directions cannot stop both ends.
             let (stream, _kill) = OverflowStream::new(stream);
             let shaken = russh::client::connect_stream(Arc::new(config), stream, trust);
             let mut handle = match tokio::time::timeout(options.connect_timeout, shaken).await {
                 Ok(Ok(handle)) => handle,
                 Ok(Err(stop)) => {
-                    let (message, exit) = stop.explain(&options.describe(), heard.said());
-                    return Err(ConnectError { message, exit, not_offered: false });
+                    let words = foreword.words().map(|words| format!("the host says '{words}'"));
+                    let (message, exit) = stop.explain(&options.describe(), words.or_else(|| heard.said()));
+                    let patience = if exit == Exit::TryAgain { foreword.patience() } else { Duration::ZERO };
+                    return Err(ConnectError { message, exit, not_offered: false, patience });
                 }
                 Err(_) => return Err(failed(options, "the handshake took too long", Exit::TryAgain)),
             };

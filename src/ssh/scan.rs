@@ -97,7 +97,7 @@ impl SshRemote {
             }
             (None, Ok(Err(stop))) => {
                 let (message, exit) = stop.explain(&options.describe(), None);
-                Err(ConnectError { message, exit, not_offered: false })
+                Err(ConnectError { message, exit, not_offered: false, patience: std::time::Duration::ZERO })
             }
             (None, Ok(Ok(_))) => Err(failed(options, "the handshake showed no key", Exit::TryAgain)),
             (None, Err(_)) => Err(failed(options, "the handshake took too long", Exit::TryAgain)),

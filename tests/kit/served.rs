@@ -117,6 +117,10 @@ impl Served {
         }
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The processes of its connections.
     pub(crate) fn connections(&self) -> Vec<u32> {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();

@@ -42,9 +42,9 @@ impl Peer {
         Peer { child, input: Some(input), output: Some(output), next: 0, at }
     }
 
-    /// On the `root` of a directory that is somebody else's.
-    pub(crate) fn beside(at: &Path) -> Peer {
-        let (child, input, output) = spawn(at);
+    /// The one that `command` starts.
+    pub(crate) fn by(command: &mut Command) -> Peer {
+        let (child, input, output) = started(command);
         Peer { child, input: Some(input), output: Some(output), next: 0, at: tempfile::tempdir().unwrap() }
     }
 
@@ -70,16 +70,7 @@ impl Peer {
         }
     }
 
-    /// A request of SFTP itself.
-    pub(crate) fn send_plain(&mut self, kind: u8, body: &[u8]) -> u32 {
-        self.next += 1;
-        let length = (5 + body.len() as u32).to_be_bytes();
-        let packet = [&length[..], &[kind], &self.next.to_be_bytes(), body].concat();
-        self.input.as_mut().unwrap().write_all(&packet).unwrap();
-        self.next
-    }
-
-    pub(crate) fn receive_plain(&mut self) -> Vec<u8> {
+    fn receive_plain(&mut self) -> Vec<u8> {
         let output = self.output.as_mut().unwrap();
         let mut length = [0; 4];
         output.read_exact(&mut length).expect("the server has gone");
@@ -95,7 +86,7 @@ impl Peer {
         answer
     }
 
-    pub(crate) fn begin(&mut self, root: &str, options: &BeginOptions) -> Answer {
+    fn begin(&mut self, root: &str, options: &BeginOptions) -> Answer {
         self.ask("begin", &begin(root, options))
     }
 
@@ -131,13 +122,12 @@ impl Drop for Peer {
 }
 
 fn spawn(at: &Path) -> (Child, ChildStdin, ChildStdout) {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_lockstep"))
-        .args(["sftp-server", "--root"])
-        .arg(at.join("root"))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
+    started(command.args(["sftp-server", "--root"]).arg(at.join("root")))
+}
+
+fn started(command: &mut Command) -> (Child, ChildStdin, ChildStdout) {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let (mut input, mut output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
     input.write_all(&[0, 0, 0, 5, 1, 0, 0, 0, 3]).unwrap();
     let mut length = [0; 4];
@@ -155,7 +145,7 @@ fn packet(name: &str, body: &[u8], id: u32) -> Vec<u8> {
     packet
 }
 
-fn begin(root: &str, options: &BeginOptions) -> Vec<u8> {
+pub(crate) fn begin(root: &str, options: &BeginOptions) -> Vec<u8> {
     let mut body = Vec::new();
     put_string(&mut body, root.as_bytes());
     put_string(&mut body, &serde_json::to_vec(options).unwrap());
