@@ -98,8 +98,8 @@ macro_rules! fuzzed {
 }
 
 fuzzed! {
-    packets: 1000,
-    extensions: 150,
+    packets: 800,
+    extensions: 60,
     wire: 10_000,
     manifest: 20_000,
     sums: 20_000,
