@@ -40,6 +40,19 @@ impl AddressList {
         Ok(AddressList(entries))
     }
 
+    /// Reads what `source-address` of a certificate may have: addresses and ranges alone.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse), and for exceptions and wildcards, which do not exist in certificates.
+    pub fn of_certificate(text: &str) -> Result<AddressList, String> {
+        if text.contains(['!', '*', '?']) {
+            return Err(
+                "a certificate has addresses and ranges alone, as 192.168.1.0/24; no wildcards or exceptions".into()
+            );
+        }
+        AddressList::parse(text.split(','))
+    }
+
     /// Whether `peer` may come in. IPv4 addresses in IPv6 clothes count as IPv4.
     pub fn admits(&self, peer: IpAddr) -> bool {
         let peer = peer.to_canonical();

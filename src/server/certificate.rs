@@ -46,10 +46,8 @@ pub fn check(certificate: &Certificate, principals: Option<&str>, asked: &Asked<
                 grant.read_only |= forced(value).map_err(|reason| format!("force-command: {reason}"))?;
             }
             "source-address" => {
-                // Exceptions and wildcards do not exist in certificates.
-                let plain = !value.contains(['!', '*', '?']);
-                let addresses = AddressList::parse(value.split(',')).ok().filter(|_| plain);
-                let addresses = addresses.ok_or("its source-address cannot be read")?;
+                let addresses = AddressList::of_certificate(value);
+                let addresses = addresses.map_err(|_| "its source-address cannot be read")?;
                 if !addresses.admits(asked.peer) {
                     return Err(format!("source-address {value} does not admit {}", asked.peer.to_canonical()));
                 }

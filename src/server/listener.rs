@@ -566,17 +566,20 @@ impl Reloader {
         *self.server.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
         let all = self.server.live.all();
         self.server.channels.send_replace(config.limits.channels.get());
-        let ended = tokio::task::spawn_blocking(move || {
-            all.iter().filter(|live| rejudge(&access, live).map_err(|reason| live.end(&reason)).is_err()).count()
-        });
+        let ended = tokio::task::spawn_blocking(move || judge_again(&access, &all));
         let ended = ended.await.unwrap_or(0);
         tracing::info!(users = config.users.len(), ended, "configuration reloaded");
         Ok(())
     }
 }
 
+/// Judges connections once more, and ends those that may not go on; so many are.
+pub(super) fn judge_again(access: &Access, all: &[Arc<Live>]) -> usize {
+    all.iter().filter(|live| rejudge(access, live).map_err(|reason| live.end(&reason)).is_err()).count()
+}
+
 /// Whether a connection may go on.
-pub(super) fn rejudge(access: &Access, live: &Live) -> Result<(), String> {
+fn rejudge(access: &Access, live: &Live) -> Result<(), String> {
     let Some(login) = live.login.get() else { return Ok(()) };
     let (user, grant) = access.judge(&login.user.name, &login.proof, live.peer)?;
     let same = *user == *login.user && grant == login.grant;

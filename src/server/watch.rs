@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::access::Access;
-use super::listener::{Server, rejudge};
+use super::listener::{Server, judge_again};
 use super::live::Live;
 use crate::audit::{AuditRecord, Outcome};
 use crate::error::shown;
@@ -95,7 +95,7 @@ fn look(looked: &mut Looked, access: &Access, all: &[Arc<Live>]) -> Option<(Vec<
         looked.judged(&list);
         return None;
     }
-    let ended = all.iter().filter(|live| rejudge(access, live).map_err(|reason| live.end(&reason)).is_err()).count();
+    let ended = judge_again(access, all);
     looked.judged(&changed);
     // That a file is gone by for the first time is no news.
     let news: Vec<PathBuf> = changed.into_iter().filter(|path| known.contains(path)).collect();

@@ -336,7 +336,8 @@ impl KnownHost {
     /// When there is no file to write to, or it cannot be written.
     pub(super) fn add_key(&self, key: &PublicKey) -> Result<(), String> {
         let file = self.first_file().ok_or_else(|| format!("{}: no file to add the host key to", self.name))?;
-        append(file, &self.line(key)).map_err(|error| format!("cannot add the host key to '{}': {error}", shown(file)))
+        let added = append(file, &self.line(key));
+        added.map(drop).map_err(|error| format!("cannot add the host key to '{}': {error}", shown(file)))
     }
 }
 
@@ -359,12 +360,9 @@ pub fn revoke_host(file: &Path, key: &PublicKey) -> Result<bool, String> {
     let bare = PublicKey::from(key.key_data().clone()).to_openssh().map_err(|error| error.to_string())?;
     let line = format!("@revoked * {}", bare.trim_end());
     match contents(file) {
-        Ok(bytes) if bytes.split(|byte| *byte == b'\n').any(|there| there == line.as_bytes()) => return Ok(false),
-        Ok(_) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(failed(error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(error)),
+        _ => append(file, &line).map_err(failed),
     }
-    append(file, &line).map(|()| true).map_err(failed)
 }
 
 fn too_short(key: &KeyData) -> Option<String> {
@@ -387,8 +385,9 @@ fn contents(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Appends a line, below one that lacks its end too; makes the file and its directory for the user alone.
-fn append(file: &Path, line: &str) -> io::Result<()> {
+/// Appends a line, below one that lacks its end too; makes the file and its directory for the user alone. Whether the line was not
+/// there yet.
+fn append(file: &Path, line: &str) -> io::Result<bool> {
     if let Some(directory) = file.parent().filter(|directory| !directory.as_os_str().is_empty()) {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     }
@@ -398,12 +397,13 @@ fn append(file: &Path, line: &str) -> io::Result<()> {
         Err(error) => return Err(error),
     };
     if present.split(|byte| *byte == b'\n').any(|there| there == line.as_bytes()) {
-        return Ok(());
+        return Ok(false);
     }
     let start = if present.last().is_none_or(|last| *last == b'\n') { "" } else { "\n" };
     // One write in append mode, so that lines of two programs do not mix.
     let mut file = std::fs::OpenOptions::new().append(true).create(true).mode(0o600).open(file)?;
-    file.write_all(format!("{start}{line}\n").as_bytes())
+    file.write_all(format!("{start}{line}\n").as_bytes())?;
+    Ok(true)
 }
 
 /// `ssh-rsa` whatever the hash, `ssh-ed25519`, …

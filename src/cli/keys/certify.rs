@@ -62,7 +62,9 @@ fn length(text: &str) -> Result<Duration, String> {
 
 impl Certify {
     pub(in crate::cli) fn run(self) -> Result<Exit, Failure> {
-        let source = self.from.as_deref().map(addresses).transpose()?;
+        let source = self.from.as_deref().map(AddressList::of_certificate).transpose();
+        let source = source.map_err(|reason| Failure::usage(format!("--from: {reason}")))?;
+        let source = source.map(|list| list.to_string());
         for principal in &self.principals {
             // What a list of names in authorized_keys could not name.
             if principal.is_empty() || principal.contains(|c: char| c.is_control() || c.is_whitespace() || c == '"') {
@@ -126,17 +128,6 @@ impl Certify {
 
 fn untrusted(message: String) -> Failure {
     Failure::Plain { exit: Exit::Trust, message }
-}
-
-/// As `source-address` has them: without the wildcards and exceptions of a list of ours.
-fn addresses(text: &str) -> Result<String, Failure> {
-    let wrong = |reason: String| Failure::usage(format!("--from: {reason}"));
-    if text.contains(['!', '*', '?']) {
-        return Err(wrong(
-            "a certificate has addresses and ranges alone, as 192.168.1.0/24; no wildcards or exceptions".into(),
-        ));
-    }
-    AddressList::parse(text.split(',')).map(|list| list.to_string()).map_err(wrong)
 }
 
 /// The key of a file, and where its certificate goes.

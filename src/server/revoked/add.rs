@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::ops::RangeInclusive;
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -180,7 +180,7 @@ fn replace(path: &Path, bytes: &[u8], is_there: bool) -> io::Result<()> {
         let mut file = File::options().write(true).create_new(true).mode(0o644).open(&new)?;
         if is_there {
             let before = path.metadata()?;
-            std::os::unix::fs::fchown(&file, Some(owner(&before)), Some(group(&before)))?;
+            std::os::unix::fs::fchown(&file, Some(before.uid()), Some(before.gid()))?;
             file.set_permissions(before.permissions())?;
         } else {
             file.set_permissions(std::fs::Permissions::from_mode(0o644))?;
@@ -193,14 +193,6 @@ fn replace(path: &Path, bytes: &[u8], is_there: bool) -> io::Result<()> {
         let _ = std::fs::remove_file(&new);
     }
     written
-}
-
-fn owner(metadata: &std::fs::Metadata) -> u32 {
-    std::os::unix::fs::MetadataExt::uid(metadata)
-}
-
-fn group(metadata: &std::fs::Metadata) -> u32 {
-    std::os::unix::fs::MetadataExt::gid(metadata)
 }
 
 fn extended(before: Option<&[u8]>, new: &[&Revocation], now: u64) -> Result<Vec<u8>, String> {

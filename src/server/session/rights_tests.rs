@@ -3,25 +3,12 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::sync::Mutex;
 
+use super::tests::Kept;
 use super::*;
 use crate::audit::Login;
 use crate::config::Rights;
 use crate::wire::sftp::open;
-
-#[derive(Default)]
-struct Kept(Mutex<Vec<Vec<u8>>>);
-
-impl Output for Kept {
-    fn send(&self, packet: Vec<u8>) {
-        self.0.lock().unwrap().push(packet);
-    }
-
-    fn is_gone(&self) -> bool {
-        false
-    }
-}
 
 const RIGHTS: [(char, &str); 5] = [('l', "list"), ('r', "read"), ('w', "write"), ('o', "write-once"), ('d', "delete")];
 

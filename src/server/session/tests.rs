@@ -8,8 +8,9 @@ use super::*;
 use crate::policy::RuleSpec;
 use crate::wire::sftp::open;
 
+/// Keeps what is answered.
 #[derive(Default)]
-struct Kept(Mutex<Vec<Vec<u8>>>);
+pub(super) struct Kept(pub(super) Mutex<Vec<Vec<u8>>>);
 
 impl Output for Kept {
     fn send(&self, packet: Vec<u8>) {
