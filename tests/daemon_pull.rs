@@ -3,13 +3,15 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::daemon::{Running, holds};
+use crate::kit::area::lockstep;
 use crate::kit::served::Served;
 use crate::kit::sshd::Sshd;
-use crate::kit::{account, done, until};
+use crate::kit::{account, done, ends, until};
 
 /// Polls so seldom that what arrives was asked for.
 const SELDOM: &str = "poll = \"1h\"\nretry_max = \"1s\"\n";
@@ -160,4 +162,43 @@ fn h34_a_job_that_fetches_says_what_keeps_it_and_goes_on_afterwards() {
     until("the failure to be told", || {
         running.target(0)["last_error"]["message"].as_str().is_some_and(|told| told.contains("/elsewhere"))
     });
+}
+
+#[test]
+fn s19_a_job_that_fetches_leaves_out_what_is_not_finished_when_it_is_run_once() {
+    let sshd = Sshd::only("Subsystem sftp internal-sftp");
+    let there = sshd.path("data");
+    save(&there, "checkpoint-1", true);
+    save(&there, "checkpoint-2", false);
+    let (area, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (config, target) = (area.path().join("config.toml"), here.path().join("copy"));
+    let source = format!("{}@127.0.0.1:{}", account(), there.display());
+    let push = |more: &str| {
+        let job =
+            format!("[[job]]\nname = \"data\"\nsource = \"{source}\"\ntargets = [\"{}\"]\n{more}", target.display());
+        fs::write(&config, job).unwrap();
+        let mut command = Command::new(lockstep());
+        command.args(["push", "data", "-F", "none", "-P", &sshd.port.to_string(), "--config"]).arg(&config);
+        command.arg("--identity").arg(sshd.path("user")).arg("--known-hosts").arg(sshd.path("known"));
+        command.env("HOME", area.path()).output().unwrap()
+    };
+    let says = ["'checkpoint-2' is not finished, and is left out: '_SUCCESS' is not in it", "left out: 1 unit;"];
+    ends(&push(UNITS), 4, &says);
+    assert!(holds(&target.join("checkpoint-1/deep/optimizer.bin"), "checkpoint-1"));
+    assert!(!target.join("checkpoint-2").exists() && !target.join("latest").exists());
+    fs::write(there.join("checkpoint-2/_SUCCESS"), "").unwrap();
+    done(&push(UNITS));
+    assert!(holds(&target.join("latest"), "checkpoint-2") && target.join("checkpoint-2/model.bin").exists());
+    // What names nothing is not waited for.
+    save(&there, "checkpoint-3", true);
+    fs::remove_dir_all(there.join("checkpoint-3")).unwrap();
+    done(&push(UNITS));
+    assert!(holds(&target.join("latest"), "checkpoint-3"));
+    // Without units it is one thing.
+    fs::remove_dir_all(&target).unwrap();
+    ends(&push("ready = \"_SUCCESS\"\n"), 4, &["is not finished: '_SUCCESS' is not in it"]);
+    assert!(!target.exists());
+    fs::write(there.join("_SUCCESS"), "").unwrap();
+    done(&push("ready = \"_SUCCESS\"\n"));
+    assert!(target.join("checkpoint-2/model.bin").exists());
 }

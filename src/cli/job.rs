@@ -62,7 +62,8 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
         None => unfinished::leave_out(job, &Root::open(&job.source)?, &mut options)?,
         Some(_) => 0,
     };
-    let failed = to_all(job, how, &options, &Stop::on_signals()?)?;
+    let (failed, left_there) = to_all(job, how, &options, &Stop::on_signals()?)?;
+    let unfinished = unfinished.max(left_there);
     match (failed.as_slice(), job.targets.len()) {
         ([], _) if unfinished > 0 => {
             let units = counted(unfinished as u64, "unit", "units");
@@ -80,16 +81,22 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
 }
 
 /// To one target after the other. Those that keep only some units are gone to once more when it is known that nobody needs the
-/// others any more. Gives the exit codes of those that are not in step.
-fn to_all(job: &Job, how: &How, options: &Options, stop: &Stop) -> Result<Vec<Exit>, Failure> {
+/// others any more. Gives the exit codes of those that are not in step, and how many units of a source of another machine were not
+/// finished.
+fn to_all(job: &Job, how: &How, options: &Options, stop: &Stop) -> Result<(Vec<Exit>, usize), Failure> {
     let quorum = job.quorum.unwrap_or(job.targets.len());
-    let (mut failed, mut full) = (Vec::new(), Vec::new());
-    let go = |target: &str, safe, failed: &mut Vec<Exit>| -> Result<bool, Failure> {
+    let (mut failed, mut full, mut unfinished) = (Vec::new(), Vec::new(), 0);
+    let mut go = |target: &str, safe, failed: &mut Vec<Exit>| -> Result<bool, Failure> {
         stop.check()?;
         let gone = keeping(job, options.clone(), safe).and_then(|options| to_one(job, target, how, options, stop));
         match gone {
-            Ok((Exit::Done, report)) => return Ok(!report.needed.is_empty()),
-            Ok((exit, _)) => failed.push(exit),
+            Ok((exit, report, left)) => {
+                unfinished = left.max(unfinished);
+                if exit == Exit::Done {
+                    return Ok(!report.needed.is_empty());
+                }
+                failed.push(exit);
+            }
             // Nobody else is asked after a stop.
             Err(failure) if stop.wanted() => return Err(failure),
             Err(failure) => {
@@ -111,7 +118,7 @@ fn to_all(job: &Job, how: &How, options: &Options, stop: &Stop) -> Result<Vec<Ex
     } else if !full.is_empty() {
         eprintln!("lockstep: warning: what 'retain' is to take away stays until {quorum} targets are in step");
     }
-    Ok(failed)
+    Ok((failed, unfinished))
 }
 
 /// The same options for a target that keeps only some units.
@@ -122,16 +129,29 @@ fn keeping(job: &Job, mut options: Options, safe: Option<BTreeSet<RelPath>>) -> 
     Ok(options)
 }
 
-fn to_one(job: &Job, target: &str, how: &How, options: Options, stop: &Stop) -> Result<(Exit, SyncReport), Failure> {
+/// Also tells how many units of a source of another machine were not finished.
+fn to_one(
+    job: &Job,
+    target: &str,
+    how: &How,
+    mut options: Options,
+    stop: &Stop,
+) -> Result<(Exit, SyncReport, usize), Failure> {
     let mut display = how.display(stop);
-    let source = match job.remote_source() {
-        Some(source) => Place::parse(OsStr::new(source))?.source(how, &display)?,
-        None => listed_whole(job, &options)?,
+    let (source, left) = match job.remote_source() {
+        Some(source) => {
+            let place = Place::parse(OsStr::new(source))?;
+            let connect = || place.source(how, &display);
+            unfinished::leave_out_there(job, &mut options, &connect, &display, stop.flag())?
+        }
+        None => (listed_whole(job, &options)?, 0),
     };
     let place = Place::parse(OsStr::new(target))?;
     let sending = matches!(place, Place::There(_));
     let target = place.target(how, &display)?;
-    how.reported(&Route { source, target, only: None, sending, called: None }, options, &mut display, stop)
+    let route = Route { source, target, only: None, sending, called: None };
+    let (exit, report) = how.reported(&route, options, &mut display, stop)?;
+    Ok((exit, report, left))
 }
 
 /// A source of this machine, of which a unit that was listed and only finished afterwards ends the run.
@@ -140,9 +160,10 @@ fn listed_whole(job: &Job, options: &Options) -> Result<Box<dyn Source>, Failure
     if job.ready == Ready::Settled {
         return Ok(Box::new(source));
     }
-    let whole = units::all_of_it(job, &Root::open(&job.source)?, &options.scan.filter);
-    let whole = whole.map_err(|trouble| Failure::Plain { exit: trouble.exit, message: trouble.message })?;
-    Ok(Box::new(Guarded::new(source, Arc::new(|_| false), Arc::new(BTreeSet::new)).whole(whole)))
+    let root = Root::open(&job.source)?;
+    let source = Guarded::new(source, Arc::new(|_| false), Arc::new(BTreeSet::new));
+    let source = source.whole(units::all_of_it(job, &root, &options.scan.filter)?);
+    Ok(Box::new(source.fitting(units::goes_with_what_it_names(job, &root)?)))
 }
 
 /// Options that the job decides itself are refused.

@@ -170,6 +170,12 @@ enum Failure {
     Plain { exit: Exit, message: String },
 }
 
+impl From<crate::daemon::Trouble> for Failure {
+    fn from(trouble: crate::daemon::Trouble) -> Failure {
+        Failure::Plain { exit: trouble.exit, message: trouble.message }
+    }
+}
+
 impl Failure {
     fn plain(exit: Exit, error: &dyn std::error::Error) -> Failure {
         Failure::Plain { exit, message: chain(error) }

@@ -24,7 +24,7 @@ pub mod backoff;
 mod control;
 mod early;
 pub mod feed;
-mod fetch;
+pub mod fetch;
 pub mod filesystem;
 mod follow;
 pub mod history;

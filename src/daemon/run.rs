@@ -12,14 +12,13 @@ use super::settle::{POINTERS, Rules};
 use super::tally::Tally;
 use super::{Connect, Trouble, clock, units};
 use crate::config::{Delete, Job};
-use crate::endpoint::guarded::{BEING_WRITTEN, Fitting, Guard, Guarded, HeldBack, NOT_STEADY, NOT_WHOLE, Steady};
+use crate::endpoint::guarded::{BEING_WRITTEN, Guard, Guarded, HeldBack, NOT_STEADY, NOT_WHOLE, Steady};
 use crate::endpoint::local::LocalSource;
 use crate::endpoint::shared::SharedSource;
 use crate::endpoint::{BeginOptions, Error, ScanOptions, Source};
 use crate::error::{Exit, chain};
 use crate::filter::{Filter, FilterSpec, line_for};
 use crate::layout::complete;
-use crate::manifest::Tree;
 use crate::monitor::Severity;
 use crate::monitor::threads::Threads;
 use crate::path::RelPath;
@@ -106,7 +105,9 @@ pub(super) fn run(
     let (source, mut options): (Box<dyn Source>, Options) = match job.remote_source() {
         Some(_) => {
             let mut options = options(plan, FilterSpec { rules: job.exclude.clone(), only: None });
-            let found = fetch::look(job, &options.scan, &plan.looked, connect, tally, stop)?;
+            let address = job.remote_source().unwrap_or_default();
+            let source = || connect.source(address, job.connections, tally);
+            let found = fetch::look(job, &options.scan, &plan.looked, &source, tally, stop)?;
             options.begin.filter.rules.extend(found.held.iter().map(line_for));
             left_there = u64::from(found.being_written);
             (plan.unfinished)(found.held);
@@ -129,7 +130,7 @@ pub(super) fn run(
             }
             let view = plan.shared.view(source, ready);
             let source = Guarded::new(view, Arc::clone(&plan.guard), Arc::clone(&plan.held_back)).steady(steady);
-            let source = source.fitting(goes_with_what_it_names(job, &root)?);
+            let source = source.fitting(units::goes_with_what_it_names(job, &root)?);
             let source = source.whole(units::all_of_it(job, &root, &options.scan.filter)?);
             (Box::new(source), options)
         }
@@ -284,26 +285,6 @@ fn named_now<'a>(job: &Job, paths: &'a BTreeSet<RelPath>, root: &Root) -> Vec<(&
     let Ok(rules) = rules else { return Vec::new() };
     let pointers = paths.iter().filter(|path| rules.is_pointer(path, false));
     pointers.filter_map(|pointer| Some((pointer, complete::named_by(root, pointer)?))).collect()
-}
-
-/// Says of a pointer, by the content that was read of it, whether what it names was listed with it.
-///
-/// RACE: it may have been replaced after it was looked at, and before all was listed: what it names then is finished, and not
-/// in this run.
-fn goes_with_what_it_names(job: &Job, root: &Root) -> Result<Fitting, Trouble> {
-    let wrong = |error: &dyn std::error::Error| Trouble { message: chain(error), exit: Exit::Usage };
-    let rules = Rules::new(job.settle.0, job.ready.clone(), job.unit.as_deref(), &job.last);
-    let rules = rules.map_err(|error| wrong(&error))?;
-    let excluded =
-        Filter::compile(&FilterSpec { rules: job.exclude.clone(), only: None }).map_err(|error| wrong(&error))?;
-    let root = root.reopen().map_err(|error| Trouble { message: chain(&error), exit: Exit::Io })?;
-    Ok(Arc::new(move |path: &RelPath, content: &[u8], tree: &Tree| {
-        let named = if rules.is_pointer(path, false) { complete::named(path, content) } else { None };
-        // What is not there, or takes no part, is not waited for.
-        named.is_none_or(|named| {
-            tree.get(&named).is_some() || !excluded.admits(&named, true) || root.stat(&named, Follow::Never).is_err()
-        })
-    }))
 }
 
 fn is_unit(job: &Job, path: &RelPath) -> bool {

@@ -1,13 +1,14 @@
-//! Whether units were listed as a whole.
+//! Whether units were listed as a whole, and what names one with it.
 
 use std::sync::Arc;
 
 use super::Trouble;
+use super::settle::Rules;
 use crate::config::Job;
-use crate::endpoint::guarded::Whole;
+use crate::endpoint::guarded::{Fitting, Whole};
 use crate::error::{Exit, chain};
 use crate::filter::{Filter, FilterSpec};
-use crate::layout::complete::Ready;
+use crate::layout::complete::{self, Ready};
 use crate::manifest::{Content, Entry, Tree};
 use crate::path::RelPath;
 use crate::root::{Follow, Root};
@@ -63,6 +64,29 @@ fn has_marker(tree: &Tree, unit: &RelPath, marker: Option<&str>, admitted: &Filt
 /// What is made in a directory, or removed, changes its time.
 fn is_as_listed(root: &Root, entry: &Entry) -> bool {
     root.stat(&entry.path, Follow::Never).is_ok_and(|found| found.mtime == entry.mtime)
+}
+
+/// Says of a pointer, by the content that was read of it, whether what it names was listed with it.
+///
+/// RACE: it may have been replaced after it was looked at, and before all was listed: what it names then is finished, and not
+/// in this run.
+///
+/// # Errors
+/// [`Trouble`] where the job's globs cannot be used.
+pub fn goes_with_what_it_names(job: &Job, root: &Root) -> Result<Fitting, Trouble> {
+    let wrong = |error: &dyn std::error::Error| Trouble { message: chain(error), exit: Exit::Usage };
+    let rules = Rules::new(job.settle.0, job.ready.clone(), job.unit.as_deref(), &job.last);
+    let rules = rules.map_err(|error| wrong(&error))?;
+    let excluded =
+        Filter::compile(&FilterSpec { rules: job.exclude.clone(), only: None }).map_err(|error| wrong(&error))?;
+    let root = root.reopen().map_err(|error| Trouble { message: chain(&error), exit: Exit::Io })?;
+    Ok(Arc::new(move |path: &RelPath, content: &[u8], tree: &Tree| {
+        let named = if rules.is_pointer(path, false) { complete::named(path, content) } else { None };
+        // What is not there, or takes no part, is not waited for.
+        named.is_none_or(|named| {
+            tree.get(&named).is_some() || !excluded.admits(&named, true) || root.stat(&named, Follow::Never).is_err()
+        })
+    }))
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use crate::path::RelPath;
 use crate::plan::trail::Stop;
 
 /// The largest file that is read for what it says.
-const SMALL_BYTES: u64 = 4096;
+pub const SMALL_BYTES: u64 = 4096;
 
 /// A source that was listed.
 pub struct Listed {
