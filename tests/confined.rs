@@ -15,6 +15,8 @@ use lockstep::monitor::Silent;
 use lockstep::sync::{SyncReport, run};
 
 use crate::kit::area::{ChildLink, lockstep, options, traced, write};
+use crate::kit::served::Served;
+use crate::kit::text;
 
 #[test]
 fn h14_h16_h19_a_confined_client_is_led_out_of_its_root_by_no_link() {
@@ -106,4 +108,28 @@ fn h63_where_openat2_is_not_to_be_had_paths_are_confined_all_the_same() {
                 .any(|line| line.contains("openat2(") && line.contains(" = ") && !line.contains("INJECTED")),
         "{calls}"
     );
+}
+
+#[test]
+fn h14_a_confined_client_is_not_told_where_its_root_lies() {
+    let served = Served::start("", "");
+    let there = served.path("sync");
+    write(&there, "plain", b"a file");
+    write(&there, "full/.lockstep/audit.jsonl", b"no line of a log\n");
+    write(&served.path("source"), "file", b"content");
+    let source = served.path("source").display().to_string();
+    let mine = served.at().display().to_string();
+    for (arguments, part) in [
+        (vec!["push", &source, "sync@127.0.0.1:/plain"], "'/plain"),
+        (vec!["push", &source, "sync@127.0.0.1:/plain/below"], "'/plain"),
+        (vec!["push", &source, "sync@127.0.0.1:/full"], "/full"),
+        (vec!["pull", "sync@127.0.0.1:/missing", "AT/here"], "'/missing'"),
+    ] {
+        let here = served.path("here").display().to_string();
+        let arguments: Vec<String> = arguments.iter().map(|text| text.replace("AT/here", &here)).collect();
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let told = text(&served.lockstep(&arguments, "sync"));
+        let told = told.replace(&source, "SOURCE").replace(&here, "HERE");
+        assert!(!told.contains(&mine) && told.contains(part), "{arguments:?}: {told}");
+    }
 }

@@ -90,7 +90,7 @@ fn sides(start: &SessionStart) -> (SessionConfig, Arc<Agent>) {
         let allowance = allowance.map_err(|error| Error::Refused { by: "the server".into(), reason: chain(&error) })?;
         Ok(Arc::new(Metered::new(target, allowance)) as SharedTarget)
     });
-    let factory = Arc::new(Factory { target, source: sides.source });
+    let factory = Arc::new(Factory { target, source: sides.source, veil: sides.veil });
     (config, Arc::new(Agent::limited(factory, Limits::default(), start.rights)))
 }
 

@@ -16,7 +16,7 @@ use crate::filter::STATE_DIRECTORY;
 use crate::path::{PATH_MAX, RelPath};
 use crate::policy::PolicySpec;
 use crate::root::Root;
-use crate::server::agent::{Agent, Extensions, Factory, Limits, SharedTarget};
+use crate::server::agent::{Agent, Extensions, Factory, Limits, SharedTarget, Veil};
 use crate::server::attributed::Attributed;
 use crate::server::confine::{self, Wanted};
 use crate::server::session::SessionConfig;
@@ -71,9 +71,9 @@ impl SftpServer {
             confine::names::start().map_err(|error| failed(crate::error::in_words(&error)))?;
             confine::enter(&wanted).map_err(|error| failed(chain(&error)))?;
         }
-        let Factory { target, source } = factory(root, confined, policy, &by);
+        let Factory { target, source, veil } = factory(root, confined, policy, &by);
         let target = Box::new(move |path: &[u8]| Ok(by.attributed(target(path)?)));
-        let factory = Arc::new(Factory { target, source });
+        let factory = Arc::new(Factory { target, source, veil });
         let agent = Arc::new(Agent::limited(factory, Limits::default(), rights).alone());
         let ended = stdio::run(config, Some(Arc::clone(&agent) as Arc<dyn Extensions>));
         if let Some(agent) = Arc::into_inner(agent) {
@@ -149,7 +149,10 @@ pub(super) fn factory(root: PathBuf, confine: bool, policy: PolicySpec, by: &By)
         })?;
         Ok((Arc::new(root), path))
     };
+    // Whoever is not confined names the paths of the machine himself.
+    let veil = if confine { Veil::over(&root) } else { Veil::default() };
     Factory {
+        veil,
         target: Box::new(move |path| {
             let policy = policy.clone();
             if !confine {

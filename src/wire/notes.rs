@@ -72,14 +72,14 @@ impl Notes {
         Notes { gone: Some(Box::new(gone)), ..Notes::default() }
     }
 
-    /// Appends the list to a reply.
-    pub fn put(&self, body: &mut Vec<u8>) {
+    /// Appends the list to a reply, each message as `told` gives it.
+    pub fn put(&self, body: &mut Vec<u8>, told: impl Fn(&str) -> String) {
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         body.extend_from_slice(&(kept.0.len() as u32).to_be_bytes());
         for note in &kept.0 {
             body.push(note.kind);
             put_string(body, &note.path);
-            put_string(body, note.message.as_bytes());
+            put_string(body, told(&note.message).as_bytes());
         }
         body.extend_from_slice(&kept.1.to_be_bytes());
     }
@@ -145,7 +145,7 @@ mod tests {
             notes.event(Event::Detail("again"));
         }
         let mut body = Vec::new();
-        notes.put(&mut body);
+        notes.put(&mut body, str::to_owned);
         let said = Said::default();
         tell(Fields(&body), "h", &said).unwrap();
         let said = said.0.into_inner().unwrap();

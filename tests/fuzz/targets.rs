@@ -21,7 +21,7 @@ use lockstep::policy::acl::Acl;
 use lockstep::policy::mode::Mode;
 use lockstep::policy::{Policy, PolicySpec, RuleSpec, chmod_rules, chown_rules};
 use lockstep::root::Root;
-use lockstep::server::agent::{Agent, Extensions, Factory, Limits, Output};
+use lockstep::server::agent::{Agent, Extensions, Factory, Limits, Output, Veil};
 use lockstep::server::authorized_keys::{Asked, AuthorizedKeys, Credential};
 use lockstep::server::revoked::Revoked;
 use lockstep::server::session::{Session, SessionConfig};
@@ -186,6 +186,7 @@ fn extensions(mut data: &[u8]) {
             let (root, path) = opened(&two, path)?;
             Ok(Arc::new(LocalSource::beneath(root, path, None)?))
         }),
+        veil: Veil::default(),
     };
     let agent = Arc::new(Agent::limited(Arc::new(factory), Limits::default(), Rights::default()).alone());
     let mut session = session(at.path(), &answers, Some(Arc::clone(&agent) as Arc<dyn Extensions>));

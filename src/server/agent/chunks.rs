@@ -1,6 +1,6 @@
 //! Plans and lists on their way to a client, in pieces.
 
-use super::{Control, Failure};
+use super::{Control, Failure, Veil};
 use crate::monitor::Severity;
 use crate::wire::extension::{self, CHUNK_BYTES};
 
@@ -28,7 +28,7 @@ impl Control {
         Ok(body)
     }
 
-    pub(super) fn list_chunk(&mut self, from: usize) -> Result<Vec<u8>, Failure> {
+    pub(super) fn list_chunk(&mut self, from: usize, veil: &Veil) -> Result<Vec<u8>, Failure> {
         let run = self.run()?;
         let (Some(tree), true) = (run.tree.get(), self.own) else { return Err(Failure::order("nothing was scanned")) };
         let mut raw = Vec::new();
@@ -36,7 +36,7 @@ impl Control {
             // After the entries come the problems.
             while let Some(problem) = self.scan_problems.get(self.problems).filter(|_| raw.len() < CHUNK_BYTES) {
                 extension::put_string(&mut raw, problem.path.as_ref().map_or(b"", |path| path.as_bytes()));
-                extension::put_string(&mut raw, problem.message.as_bytes());
+                extension::put_string(&mut raw, veil.cover(&problem.message).as_bytes());
                 raw.push(u8::from(problem.severity == Severity::Failed));
                 self.problems += 1;
             }

@@ -25,9 +25,11 @@ use crate::wire::notes::Notes;
 mod chunks;
 mod limits;
 mod reading;
+mod veil;
 mod writing;
 
 pub use limits::Limits;
+pub use veil::Veil;
 
 use limits::{Held, OpenFiles};
 
@@ -61,6 +63,8 @@ pub struct Factory {
     pub target: Opener<SharedTarget>,
     /// Opens a source.
     pub source: Opener<SharedSource>,
+    /// What the client is not told.
+    pub veil: Veil,
 }
 
 /// Requests that may take as long as it takes to hash a tree, or for another run to end. One is done at a time, and
@@ -74,6 +78,7 @@ struct Job {
     id: u32,
     payload: Message,
     output: Arc<dyn Output>,
+    veil: Veil,
 }
 
 impl Job {
@@ -82,7 +87,7 @@ impl Job {
     }
 
     fn refuse(&self, failure: &Failure) {
-        self.output.send(extension::status(self.id, failure.code, &failure.message, failure.exit));
+        self.output.send(extension::status(self.id, failure.code, &self.veil.cover(&failure.message), failure.exit));
     }
 }
 
@@ -245,6 +250,7 @@ pub struct Agent {
     /// Whether further connections may work on its run.
     shared: bool,
     rights: Rights,
+    veil: Veil,
     run: Arc<Mutex<Option<Arc<Run>>>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -262,11 +268,12 @@ impl Agent {
         let shared = Arc::clone(&run);
         let busy = Arc::new(AtomicBool::new(false));
         let done = Arc::clone(&busy);
+        let veil = factory.veil.clone();
         // Without the thread the channel is closed, and every request is refused.
         let thread = std::thread::Builder::new()
             .name("agent-control".to_owned())
             .spawn(move || Control::new(factory, shared, limits, rights).serve(&jobs, &done));
-        Agent { control, busy, run, shared: true, rights, thread: thread.ok() }
+        Agent { control, busy, run, shared: true, rights, veil, thread: thread.ok() }
     }
 
     /// Waits until what has arrived is stored and the run is given up. A process that ended before would lose what the
@@ -306,7 +313,7 @@ impl Extensions for Agent {
         let payload = message.skip(4 + name.len());
         let need = need(name);
         let name = name.strip_suffix(DOMAIN).unwrap_or(name);
-        let job = Job { name, id, payload, output: Arc::clone(output) };
+        let job = Job { name, id, payload, output: Arc::clone(output), veil: self.veil.clone() };
         if let Some(need) = need.filter(|need| !need.allowed(self.rights)) {
             job.refuse(&Failure::forbidden(need.refusal(self.rights)));
             return true;
@@ -443,7 +450,7 @@ impl Control {
                 let verification = target.verification();
                 let mut body = self.adopt(Side::Target(target))?;
                 extension::put_string(&mut body, verification.as_bytes());
-                notes.put(&mut body);
+                notes.put(&mut body, |text| job.veil.cover(text));
                 Ok(body)
             }
             "scan" => {
@@ -460,7 +467,7 @@ impl Control {
                 let run = self.run()?;
                 body.extend_from_slice(&(scan.tree.entries().len() as u32).to_be_bytes());
                 body.extend_from_slice(&(scan.problems.len() as u32).to_be_bytes());
-                notes.put(&mut body);
+                notes.put(&mut body, |text| job.veil.cover(text));
                 let _ = run.tree.set(Arc::new(scan.tree));
                 self.scan_problems = scan.problems;
                 run.start()?;
@@ -496,9 +503,9 @@ impl Control {
                 }
                 Ok(Vec::new())
             }
-            "diff" => self.diff(&notes),
+            "diff" => self.diff(&notes, &job.veil),
             "plan" => self.plan_chunk(fields.u32()? as usize, fields.u32()? as usize),
-            "list" => self.list_chunk(fields.u32()? as usize),
+            "list" => self.list_chunk(fields.u32()? as usize, &job.veil),
             "commit" => {
                 let options: CommitOptions = serde_json::from_slice(fields.string()?)?;
                 let run = self.run()?;
@@ -511,7 +518,7 @@ impl Control {
                 let committed = target.commit(&options, &notes)?;
                 let mut body = Vec::new();
                 extension::put_string(&mut body, &serde_json::to_vec(&committed)?);
-                notes.put(&mut body);
+                notes.put(&mut body, |text| job.veil.cover(text));
                 Ok(body)
             }
             _ => {
@@ -556,7 +563,7 @@ impl Control {
         Ok(body)
     }
 
-    fn diff(&mut self, notes: &Notes) -> Result<Vec<u8>, Failure> {
+    fn diff(&mut self, notes: &Notes, veil: &Veil) -> Result<Vec<u8>, Failure> {
         let run = self.run()?;
         let (Side::Target(target), true, None) = (&run.side, self.own && !self.ended, run.tree.get()) else {
             return Err(Failure::order("nothing to compare"));
@@ -578,7 +585,7 @@ impl Control {
         let mut body = plan.target_entries.to_be_bytes().to_vec();
         body.extend_from_slice(&(plan.actions.len() as u32).to_be_bytes());
         body.extend_from_slice(&(plan.removals.len() as u32).to_be_bytes());
-        notes.put(&mut body);
+        notes.put(&mut body, |text| veil.cover(text));
         self.plan = Some(plan);
         Ok(body)
     }

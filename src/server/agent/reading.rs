@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use crossbeam_channel::Receiver;
 
-use super::{Failure, Job};
+use super::{Failure, Job, Veil};
 use crate::endpoint::{BLOCK_BYTES, Error, Fetch, Produced, Reader, Source};
 use crate::manifest::{Digest, Tree};
 use crate::wire::extension::{FETCH_MAX, Fields, WireError, put_frame, put_string};
@@ -85,13 +85,13 @@ fn answer<'a>(
         return Ok(Vec::new());
     }
     let level = fields.u8()?.min(19);
-    let raw = bundle(stream, learned)?;
+    let raw = bundle(stream, learned, &job.veil)?;
     let mut body = Vec::new();
     put_frame(&mut body, &raw, (level > 0).then_some(i32::from(level)));
     Ok(body)
 }
 
-fn bundle(stream: &mut Stream<'_>, learned: &mut HashMap<u32, Digest>) -> Result<Vec<u8>, Error> {
+fn bundle(stream: &mut Stream<'_>, learned: &mut HashMap<u32, Digest>, veil: &Veil) -> Result<Vec<u8>, Error> {
     let mut raw = Vec::with_capacity(BLOCK_BYTES + 4096);
     while raw.len() < BLOCK_BYTES / 2 {
         let Some(produced) = stream.reader.next()? else { break };
@@ -132,7 +132,7 @@ fn bundle(stream: &mut Stream<'_>, learned: &mut HashMap<u32, Digest>) -> Result
             Produced::Failed { index, message, retry } => {
                 head(5, index);
                 raw.push(u8::from(retry));
-                put_string(&mut raw, message.as_bytes());
+                put_string(&mut raw, veil.cover(&message).as_bytes());
             }
         }
     }

@@ -132,6 +132,7 @@ fn client(target: &Arc<Memory>) -> Client {
     let factory = Factory {
         target: Box::new(move |_| Ok(Arc::clone(&shared) as SharedTarget)),
         source: Box::new(|_| Err(Error::Usage("no source".into()))),
+        veil: Veil::default(),
     };
     let (end, answers) = unbounded();
     let near = Near { agent: Agent::new(Arc::new(factory)), output: Arc::new(Queue(end.clone())), answers, end };
@@ -294,6 +295,7 @@ fn limited(target: &Arc<Begun>, limits: Limits) -> Client {
     let factory = Factory {
         target: Box::new(move |_| Ok(Arc::clone(&shared) as SharedTarget)),
         source: Box::new(|_| Err(Error::Usage("no source".into()))),
+        veil: Veil::default(),
     };
     let (end, answers) = unbounded();
     let agent = Agent::limited(Arc::new(factory), limits, Rights::FULL);
@@ -368,6 +370,7 @@ fn a_pull_lists_and_reads_every_file_and_a_lost_link_ends_it() {
     let factory = Factory {
         target: Box::new(|_| Err(Error::Usage("no target".into()))),
         source: Box::new(move |_| Ok(Arc::new(Files(Arc::clone(&served))) as SharedSource)),
+        veil: Veil::default(),
     };
     let (end, answers) = unbounded();
     let cut = end.clone();

@@ -265,7 +265,7 @@ impl Worker<'_> {
                 group.failures += 1;
                 group.body.extend_from_slice(&position.to_be_bytes());
                 group.body.push(u8::from(failure.retry));
-                put_string(&mut group.body, failure.message.as_bytes());
+                put_string(&mut group.body, group.job.veil.cover(&failure.message).as_bytes());
             }
             if group.remaining == 0
                 && let Some(group) = self.groups.remove(&id)
