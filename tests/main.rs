@@ -26,6 +26,7 @@ mod daemon;
 mod daemon_chain;
 mod daemon_faults;
 mod daemon_pull;
+mod delta;
 mod disk;
 mod early;
 mod fanout;

@@ -9,6 +9,8 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+pub mod chunks;
+
 /// The largest window a frame may ask for, in bytes.
 pub const WINDOW_MAX: u64 = 8 << 20;
 /// How much of a file the chooser looks at.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit::Login;
 use crate::codec::Once;
+use crate::endpoint::delta::{Alike, Within};
 use crate::error::Exit;
 use crate::filter::FilterSpec;
 use crate::manifest::{Digest, Tree};
@@ -22,6 +23,7 @@ use crate::policy::PolicySpec;
 pub mod agent;
 pub mod algorithms;
 pub mod client;
+pub mod delta;
 pub mod guarded;
 pub mod link;
 pub mod local;
@@ -256,6 +258,10 @@ pub trait Source: Sync {
     fn crew(&self) -> Crew {
         Crew::default()
     }
+    /// Whether it is reached over a network.
+    fn is_far(&self) -> bool {
+        false
+    }
     /// The directories that what it has came through, and itself; nothing where it cannot tell.
     ///
     /// # Errors
@@ -355,6 +361,9 @@ pub struct BeginOptions {
     pub wait_seconds: u64,
     /// Only look: create and change nothing.
     pub dry_run: bool,
+    /// Say which files may be made of what is there already ([`Plan::alike`]).
+    #[serde(default)]
+    pub delta: bool,
     /// Only stage: a later run that wants the same files publishes them.
     #[serde(default)]
     pub stage_only: bool,
@@ -465,6 +474,18 @@ pub trait Target: Sync {
     fn crew(&self) -> Crew {
         Crew::default()
     }
+    /// Whether it is reached over a network.
+    fn is_far(&self) -> bool {
+        false
+    }
+    /// What it has that the file at `index` may be made of ([`Writer::copy`]), from a place on; `None` where there is nothing.
+    ///
+    /// # Errors
+    /// When the connection ends.
+    fn alike(&self, index: u32, from: Within) -> Result<Option<Alike>, Error> {
+        let _ = (index, from);
+        Ok(None)
+    }
 }
 
 /// What became of a file that was given to a [`Writer`].
@@ -486,7 +507,7 @@ pub struct WriteFailure {
 }
 
 /// Stages files for one worker thread. Calls may return before their work is done; what became of it is told by
-/// [`Writer::completions`]. For one file: `put`; or `open`, `write` and `hole` in ascending order, `finish`; or `keep`.
+/// [`Writer::completions`]. For one file: `put`; or `open`, `write`, `hole` and `copy` in ascending order, `finish`; or `keep`.
 pub trait Writer: Send {
     /// Stages a whole small file.
     ///
@@ -508,6 +529,14 @@ pub trait Writer: Send {
     /// # Errors
     /// What ends the run.
     fn hole(&mut self, index: u32, offset: u64, length: u64) -> Result<(), Error>;
+    /// `length` bytes at `offset` that the target has at a place of what [`Target::alike`] listed.
+    ///
+    /// # Errors
+    /// What ends the run.
+    fn copy(&mut self, index: u32, offset: u64, length: u64, from: Within) -> Result<(), Error> {
+        let _ = (index, offset, length, from);
+        Err(Error::Usage("this target has nothing that could be copied".into()))
+    }
     /// The file is complete and has this digest at the source.
     ///
     /// # Errors

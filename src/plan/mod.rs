@@ -101,6 +101,8 @@ pub struct Plan {
     pub removals: Vec<Removal>,
     /// How many entries the target had before, `.lockstep` and what the filter excludes not counted.
     pub target_entries: u64,
+    /// Indices of files, ascending, that may be made of what the target has.
+    pub alike: Vec<u32>,
 }
 
 /// How paths are compared.

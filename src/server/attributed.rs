@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::agent::SharedTarget;
 use super::live::short;
 use crate::audit::Login;
+use crate::endpoint::delta::{Alike, Within};
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::error::Escaped;
 use crate::manifest::Tree;
@@ -70,5 +71,9 @@ impl Target for Attributed {
 
     fn wire_bytes(&self) -> u64 {
         self.target.wire_bytes()
+    }
+
+    fn alike(&self, index: u32, from: Within) -> Result<Option<Alike>, Error> {
+        self.target.alike(index, from)
     }
 }

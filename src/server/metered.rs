@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::agent::SharedTarget;
 use super::quota::{Allowance, Amount, QuotaError};
+use crate::endpoint::delta::{Alike, Within};
 use crate::endpoint::{BeginOptions, Block, CommitOptions, Committed, Error, Staged, Target, Writer};
 use crate::manifest::{Digest, Tree};
 use crate::monitor::Monitor;
@@ -130,6 +131,10 @@ impl Target for Metered {
     fn wire_bytes(&self) -> u64 {
         self.target.wire_bytes()
     }
+
+    fn alike(&self, index: u32, from: Within) -> Result<Option<Alike>, Error> {
+        self.target.alike(index, from)
+    }
 }
 
 struct MeteredWriter<'a> {
@@ -162,6 +167,11 @@ impl Writer for MeteredWriter<'_> {
     fn hole(&mut self, index: u32, offset: u64, length: u64) -> Result<(), Error> {
         self.take(length, 0)?;
         self.writer.hole(index, offset, length)
+    }
+
+    fn copy(&mut self, index: u32, offset: u64, length: u64, from: Within) -> Result<(), Error> {
+        self.take(length, 0)?;
+        self.writer.copy(index, offset, length, from)
     }
 
     fn finish(&mut self, index: u32, digest: Digest) -> Result<(), Error> {

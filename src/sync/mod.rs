@@ -18,6 +18,7 @@ use crate::plan::retain::{Retention, Retired};
 use crate::plan::safety::{self, DeleteLimit};
 use crate::plan::{Change, Need, Plan};
 
+mod delta;
 mod listed;
 mod pace;
 mod queue;
@@ -109,6 +110,8 @@ impl SyncReport {
 /// What the worker threads share.
 struct Shared<'a> {
     tree: &'a Tree,
+    /// Files that may be made of what the target has.
+    alike: &'a [u32],
     queue: Queue,
     retries: u32,
     monitor: &'a dyn Monitor,
@@ -174,7 +177,13 @@ pub fn run(
         return Ok(SyncReport::of_nothing(started));
     }
     monitor.event(Event::Phase(Phase::Scanning));
-    let begin = BeginOptions { deletes: options.delete, retires: options.retain.is_some(), ..options.begin.clone() };
+    let begin = BeginOptions {
+        deletes: options.delete,
+        retires: options.retain.is_some(),
+        // To compare costs both sides more than it saves where nothing is between them.
+        delta: target.is_far() && !source.is_far(),
+        ..options.begin.clone()
+    };
     let (begun, scanned) = std::thread::scope(|scope| {
         let begun = scope.spawn(|| target.begin(&begin, monitor));
         let scanned = source.scan(&options.scan, monitor);
@@ -347,6 +356,7 @@ fn transfer(
     let wire_bytes = || source.wire_bytes() + target.wire_bytes();
     let shared = Shared {
         tree,
+        alike: &plan.alike,
         queue,
         retries: options.retries,
         monitor,

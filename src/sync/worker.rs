@@ -4,10 +4,20 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use crossbeam_channel::{Receiver, unbounded};
+
+use super::delta::{Delta, Piece};
 use super::{REMEMBERED, Shared, lock};
+use crate::endpoint::delta::{self, Alike, Favourite, Matcher, Within};
 use crate::endpoint::{Error, Fetch, Produced, Reader, Source, Staged, Target, Writer};
-use crate::manifest::{Digest, Tree};
+use crate::manifest::{Digest, Entry, Tree};
 use crate::monitor::{Counters, Event, Problem, Severity};
+
+/// What a target lists, each part with the number of the file that it is of.
+type Parts = Receiver<(u32, Alike)>;
+
+/// So much a target copies before it is waited for.
+const COPYING_MAX: u64 = 64 << 20;
 
 /// Files that are read or written by this worker, and what is to become of them.
 struct Worker<'a, 'b> {
@@ -25,6 +35,11 @@ struct Worker<'a, 'b> {
     attempts: HashMap<u32, u32>,
     /// To be compared with what the target has, and not found to be the same.
     compared: HashSet<u32>,
+    /// Of what is read what the target has already is found out.
+    deltas: HashMap<u32, Delta>,
+    /// Bytes that the target was asked to copy, and has not answered.
+    copying: u64,
+    list: &'a dyn Fn(u32, Favourite) -> Parts,
 }
 
 pub(super) fn work(
@@ -33,18 +48,33 @@ pub(super) fn work(
     tree: &Arc<Tree>,
     shared: &Shared<'_>,
 ) -> Result<(), Error> {
-    Worker {
-        shared,
-        reader: source.reader(Arc::clone(tree))?,
-        writer: target.writer()?,
-        pushed: HashMap::new(),
-        open: HashSet::new(),
-        finished: HashMap::new(),
-        again: VecDeque::new(),
-        attempts: HashMap::new(),
-        compared: HashSet::new(),
-    }
-    .run(source)
+    std::thread::scope(|scope| {
+        let list = |index, favourite| {
+            let (sender, parts) = unbounded();
+            scope.spawn(move || {
+                let ask = |piece, offset| target.alike(index, Within { piece, offset });
+                // Where it cannot be told, all is sent; a connection that is lost shows there too.
+                let _ = delta::list_all(ask, &favourite, |piece, alike| sender.send((piece, alike)).is_ok());
+            });
+            parts
+        };
+        let worker = Worker {
+            shared,
+            reader: source.reader(Arc::clone(tree))?,
+            writer: target.writer()?,
+            pushed: HashMap::new(),
+            open: HashSet::new(),
+            finished: HashMap::new(),
+            again: VecDeque::new(),
+            attempts: HashMap::new(),
+            compared: HashSet::new(),
+            deltas: HashMap::new(),
+            copying: 0,
+            list: &list,
+        };
+        // What lists for it ends with it.
+        { worker }.run(source)
+    })
 }
 
 impl Worker<'_, '_> {
@@ -54,9 +84,12 @@ impl Worker<'_, '_> {
                 return Ok(());
             }
             while self.reader.wants_more() {
-                let Some(fetch) = self.next_fetch() else { break };
+                let Some(mut fetch) = self.next_fetch() else { break };
                 if fetch.unless.is_some() {
                     self.compared.insert(fetch.index);
+                }
+                if self.is_there(&mut fetch)? {
+                    continue;
                 }
                 self.pushed.insert(fetch.index, fetch);
                 self.reader.push(fetch);
@@ -107,16 +140,30 @@ impl Worker<'_, '_> {
             Produced::Data { index, offset, block } => {
                 let length = block.data().len() as u64;
                 Counters::add(&counters.done_bytes, length);
-                Counters::add(&counters.transferred_bytes, length);
+                if let Some(delta) = self.deltas.get_mut(&index) {
+                    let pieces = delta.feed(block);
+                    return self.take(index, pieces);
+                }
                 self.open_once(index)?;
+                Counters::add(&counters.transferred_bytes, length);
                 self.writer.write(index, offset, block)
             }
             Produced::Hole { index, offset, length } => {
                 Counters::add(&counters.done_bytes, length);
+                if let Some(delta) = self.deltas.get_mut(&index) {
+                    let pieces = delta.skip(offset, length);
+                    return self.take(index, pieces);
+                }
                 self.open_once(index)?;
                 self.writer.hole(index, offset, length)
             }
             Produced::End { index, digest } => {
+                if let Some(delta) = self.deltas.remove(&index) {
+                    let Some(pieces) = delta.end(digest) else {
+                        return self.pass_on(Produced::Same { index, digest });
+                    };
+                    self.take(index, pieces)?;
+                }
                 self.open_once(index)?;
                 self.open.remove(&index);
                 self.pushed.remove(&index);
@@ -131,6 +178,7 @@ impl Worker<'_, '_> {
                 self.writer.keep(index, digest)
             }
             Produced::Failed { index, message, retry } => {
+                self.deltas.remove(&index);
                 self.pushed.remove(&index);
                 if self.open.remove(&index) {
                     self.writer.discard(index)?;
@@ -139,6 +187,56 @@ impl Worker<'_, '_> {
                 Ok(())
             }
         }
+    }
+
+    /// Sends what the target does not have, and has it make the rest.
+    fn take(&mut self, index: u32, pieces: Vec<Piece>) -> Result<(), Error> {
+        let counters = self.shared.monitor.counters();
+        for piece in pieces {
+            self.open_once(index)?;
+            match piece {
+                Piece::Copy { offset, length, from } => self.writer.copy(index, offset, length, from)?,
+                Piece::Hole { offset, length } => self.writer.hole(index, offset, length)?,
+                Piece::Data { offset, block } => {
+                    Counters::add(&counters.transferred_bytes, block.data().len() as u64);
+                    self.writer.write(index, offset, block)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the target copies the file of another that it has. Where it may have parts of it, they are looked for from now on.
+    fn is_there(&mut self, fetch: &mut Fetch) -> Result<bool, Error> {
+        let index = fetch.index;
+        // What was made of something else, and was not the file, is sent whole.
+        if self.attempts.contains_key(&index) || self.shared.alike.binary_search(&index).is_err() {
+            return Ok(false);
+        }
+        let favourite = Favourite::default();
+        let parts = (self.list)(index, favourite.clone());
+        let mut matcher = Matcher::new(fetch.from, parts, favourite);
+        let file = self.shared.tree.entries().get(index as usize).and_then(Entry::file);
+        if let Some((size, Some(digest))) = file
+            && matcher.begins_with_all()
+        {
+            Counters::add(&self.shared.monitor.counters().done_bytes, size);
+            self.writer.open(index, 0)?;
+            self.writer.copy(index, 0, size, Within::default())?;
+            self.finished.insert(index, digest);
+            self.writer.finish(index, digest)?;
+            // Other workers, over connections of their own, are to have some of them too.
+            self.copying += size;
+            if self.copying >= COPYING_MAX {
+                self.copying = 0;
+                let staged = self.writer.completions(true)?;
+                self.complete(staged);
+            }
+            return Ok(true);
+        }
+        // It is compared by its parts, and read once.
+        self.deltas.insert(index, Delta::new(matcher, fetch.unless.take()));
+        Ok(false)
     }
 
     /// Tells what went over the wire, and keeps to the rate that was asked for.

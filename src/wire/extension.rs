@@ -3,7 +3,9 @@
 //! Everything read here comes from a peer: lengths are held against what is there before anything is allocated.
 
 use super::buffer::{Reader, Short};
+use crate::codec::chunks::{self, Chunk, ChunkId};
 use crate::codec::{self, CodecError};
+use crate::endpoint::delta::{Alike, PIECES_MAX};
 use crate::manifest::{Content, Digest, Entry};
 use crate::path::RelPath;
 use crate::plan::{Action, Change, Differences, Need, Removal};
@@ -16,7 +18,7 @@ pub const VERSION: &str = "1";
 /// that take whole units away. One that did not would remove what is to be kept.
 pub const TRASH: &str = "trash@lockstep.internal";
 /// The names that are advertised.
-pub const NAMES: [&str; 21] = [
+pub const NAMES: [&str; 23] = [
     "hello@lockstep.internal",
     "begin@lockstep.internal",
     "attach@lockstep.internal",
@@ -38,7 +40,13 @@ pub const NAMES: [&str; 21] = [
     "next@lockstep.internal",
     TRASH,
     "trail@lockstep.internal",
+    ALIKE,
+    COPY,
 ];
+/// Names what the target has that a file may be made of.
+pub const ALIKE: &str = "alike@lockstep.internal";
+/// Makes a part of a file of that.
+pub const COPY: &str = "copy@lockstep.internal";
 /// Content and lists in one message come to at most this many bytes before compression.
 pub const RAW_MAX: usize = 2 << 20;
 /// At most this many files in one `put` or `fetch`.
@@ -296,7 +304,7 @@ pub fn put_entry(out: &mut Vec<u8>, entry: &Entry) {
 }
 
 /// Appends one action of a plan.
-pub fn put_action(out: &mut Vec<u8>, action: &Action) {
+pub fn put_action(out: &mut Vec<u8>, action: &Action, alike: bool) {
     out.extend_from_slice(&action.index.to_be_bytes());
     out.push(match action.change {
         Change::Added => 0,
@@ -309,21 +317,21 @@ pub fn put_action(out: &mut Vec<u8>, action: &Action) {
     match &action.need {
         Need::Nothing => out.push(0),
         Need::Content { resume_at } => {
-            out.push(1);
+            out.push(if alike { 3 } else { 1 });
             out.extend_from_slice(&resume_at.to_be_bytes());
         }
         Need::Compare { digest } => {
-            out.push(2);
+            out.push(if alike { 4 } else { 2 });
             out.extend_from_slice(&digest.0);
         }
     }
 }
 
-/// Reads one action.
+/// Reads one action, and whether its file may be made of what the target has.
 ///
 /// # Errors
 /// [`WireError`].
-pub fn read_action(fields: &mut Fields<'_>) -> Result<Action, WireError> {
+pub fn read_action(fields: &mut Fields<'_>) -> Result<(Action, bool), WireError> {
     let index = fields.u32()?;
     let change = match fields.u8()? {
         0 => Change::Added,
@@ -335,13 +343,57 @@ pub fn read_action(fields: &mut Fields<'_>) -> Result<Action, WireError> {
     let bit = |at: u8| bits & 1 << at != 0;
     let differences =
         Differences { content: bit(0), size: bit(1), time: bit(2), mode: bit(3), owner: bit(4), group: bit(5) };
-    let need = match fields.u8()? {
+    let kind = fields.u8()?;
+    let need = match kind {
         0 => Need::Nothing,
-        1 => Need::Content { resume_at: fields.u64()? },
-        2 => Need::Compare { digest: Box::new(fields.digest()?) },
+        1 | 3 => Need::Content { resume_at: fields.u64()? },
+        2 | 4 => Need::Compare { digest: Box::new(fields.digest()?) },
         _ => return Err(WireError::Range("the kind of a need")),
     };
-    Ok(Action { index, change, differences, need })
+    Ok((Action { index, change, differences, need }, kind >= 3))
+}
+
+/// Appends what a target has that a file may be made of.
+pub fn put_alike(out: &mut Vec<u8>, alike: Option<&Alike>) {
+    let Some(alike) = alike else { return out.push(0) };
+    out.push(if alike.same { 2 } else { 1 });
+    out.push(alike.pieces as u8);
+    out.extend_from_slice(&alike.next.unwrap_or(0).to_be_bytes());
+    for chunk in &alike.chunks {
+        out.extend_from_slice(&chunk.id.0);
+        out.extend_from_slice(&chunk.length.to_be_bytes());
+    }
+}
+
+/// Reads it, where it was asked for from `from` on.
+///
+/// # Errors
+/// [`WireError`].
+pub fn read_alike(mut fields: Fields<'_>, from: u64) -> Result<Option<Alike>, WireError> {
+    let same = match fields.u8()? {
+        0 => return fields.end().map(|()| None),
+        kind => kind == 2,
+    };
+    let pieces = u32::from(fields.u8()?);
+    if pieces > PIECES_MAX {
+        return Err(WireError::Range("the number of files"));
+    }
+    let next = fields.u64()?;
+    let (mut chunks, mut end) = (Vec::new(), from);
+    while !fields.0.is_empty() {
+        let id = ChunkId(fields.bytes(16)?.try_into().map_err(|_| WireError::Short)?);
+        let length = fields.u32()?;
+        if length == 0 || length as usize > chunks::MAX_BYTES {
+            return Err(WireError::Range("the length of a chunk"));
+        }
+        end = end.saturating_add(u64::from(length));
+        chunks.push(Chunk { id, length });
+    }
+    // A list that does not go on would never end.
+    if next != 0 && (next != end || chunks.is_empty()) || same && !chunks.is_empty() {
+        return Err(WireError::Range("the next part of a list"));
+    }
+    Ok(Some(Alike { same, pieces, chunks, next: (next != 0).then_some(next) }))
 }
 
 /// Appends one removal of a plan.
@@ -363,14 +415,51 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_files_may_be_made_of_round_trips_and_a_list_that_does_not_go_on_is_refused() {
+        let chunk = |length| Chunk { id: ChunkId([7; 16]), length };
+        let some =
+            Alike { same: false, pieces: 3, chunks: vec![chunk(100), chunk(1 << 20)], next: Some(9 + 100 + (1 << 20)) };
+        let (last, same) = (Alike { next: None, ..some.clone() }, Alike { same: true, ..Alike::default() });
+        for alike in [None, Some(Alike::default()), Some(some.clone()), Some(last), Some(same.clone())] {
+            let mut raw = Vec::new();
+            put_alike(&mut raw, alike.as_ref());
+            assert_eq!(read_alike(Fields(&raw), 9).unwrap(), alike);
+            (0..raw.len()).for_each(|length| {
+                let _ = read_alike(Fields(&raw[..length]), 9);
+            });
+        }
+        for bad in [
+            Alike { next: Some(9), ..Alike::default() },
+            Alike { pieces: 5, ..Alike::default() },
+            Alike { next: Some(10), ..some.clone() },
+            Alike { chunks: vec![chunk(0)], ..Alike::default() },
+            Alike { chunks: vec![chunk((1 << 20) + 1)], ..Alike::default() },
+            Alike { same: true, ..some },
+        ] {
+            let mut raw = Vec::new();
+            put_alike(&mut raw, Some(&bad));
+            assert!(read_alike(Fields(&raw), 9).is_err(), "{bad:?}");
+        }
+        let action = Action {
+            index: 3,
+            change: Change::Added,
+            differences: Differences::default(),
+            need: Need::Content { resume_at: 9 },
+        };
+        let mut raw = Vec::new();
+        put_action(&mut raw, &action, true);
+        assert_eq!(read_action(&mut Fields(&raw)).unwrap(), (action, true));
+    }
+
+    #[test]
     fn actions_round_trip() {
         for need in [Need::Nothing, Need::Content { resume_at: 9 }, Need::Compare { digest: Box::new(Digest([1; 32])) }]
         {
             let differences = Differences { content: true, owner: true, ..Differences::default() };
             let action = Action { index: 3, change: Change::Modified, differences, need };
             let mut raw = Vec::new();
-            put_action(&mut raw, &action);
-            assert_eq!(read_action(&mut Fields(&raw)).unwrap(), action);
+            put_action(&mut raw, &action, false);
+            assert_eq!(read_action(&mut Fields(&raw)).unwrap(), (action, false));
         }
     }
 

@@ -90,6 +90,13 @@ impl Peer {
         self.ask("begin", &begin(root, options))
     }
 
+    /// Begins a run that is told what files may be made of, and compares.
+    fn compares(&mut self, entries: &[Entry]) {
+        self.begin("/", &BeginOptions { delta: true, ..BeginOptions::default() }).unwrap();
+        self.ask("entries", &frame(entries)).unwrap();
+        self.ask("diff", &[]).unwrap();
+    }
+
     /// Begins, and has these entries compared.
     fn prepare(&mut self, root: &str, entries: &[Entry]) {
         self.begin(root, &BeginOptions { ignore_free_space: true, ..BeginOptions::default() }).unwrap();
@@ -417,4 +424,49 @@ fn h35_who_waits_over_a_connection_that_is_gone_gives_his_place_back() {
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     });
     served.wait_for("session ended");
+}
+
+const MIB: usize = 1 << 20;
+
+fn noise(length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    blake3::Hasher::new().finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+#[test]
+fn h42_what_is_asked_of_a_file_that_may_be_copied_is_bounded() {
+    let mut peer = Peer::start();
+    let old = noise(3 * MIB);
+    fs::write(peer.root("old"), &old).unwrap();
+    peer.compares(&[file("new", 3 * MIB as u64)]);
+    let numbers = |numbers: &[u64]| -> Vec<u8> {
+        [&0_u32.to_be_bytes()[..], &numbers.iter().flat_map(|number| number.to_be_bytes()).collect::<Vec<_>>()].concat()
+    };
+    let alike = |index: u32, piece: u32, offset: u64| {
+        [&index.to_be_bytes()[..], &piece.to_be_bytes(), &offset.to_be_bytes()].concat()
+    };
+    let copy =
+        |length: u64, offset: u64| [&numbers(&[0, length])[..], &0_u32.to_be_bytes(), &offset.to_be_bytes()].concat();
+    let listed = peer.ask("alike", &alike(0, 0, 0)).unwrap();
+    assert!(listed.len() > 1 + 1 + 8 + 20 && listed[..2] == [1, 1]);
+    // From beyond its end nothing is listed, nor of a file that there is not.
+    for offset in [u64::MAX, 3 * MIB as u64] {
+        assert_eq!(peer.ask("alike", &alike(0, 0, offset)).unwrap().len(), 1 + 1 + 8);
+    }
+    for (index, piece) in [(9, 0), (0, 1), (0, u32::MAX)] {
+        assert_eq!(peer.ask("alike", &alike(index, piece, 0)).unwrap(), [0]);
+    }
+    peer.ask("open", &numbers(&[0])).unwrap();
+    assert!(peer.ask("copy", &copy((8 << 20) + 1, 0)).is_err());
+    drop(peer);
+    // What lies beyond the end of what is copied fails that file.
+    let mut peer = Peer::start();
+    fs::write(peer.root("old"), &old).unwrap();
+    peer.compares(&[file("new", 3 * MIB as u64)]);
+    peer.ask("open", &numbers(&[0])).unwrap();
+    peer.ask("copy", &copy(MIB as u64, u64::MAX - 5)).unwrap();
+    let finished = peer.ask("finish", &[&0_u32.to_be_bytes()[..], &[0; 32]].concat()).unwrap();
+    assert!(String::from_utf8_lossy(&finished).contains("cannot be made of what is there"), "{finished:?}");
+    assert!(!peer.root("new").exists());
 }

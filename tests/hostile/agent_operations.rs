@@ -99,6 +99,7 @@ impl Client<'_> {
             trash_seconds: round.is_multiple_of(4).then_some(60),
             units: if round.is_multiple_of(5) { vec!["d/".into()] } else { Vec::new() },
             dry_run: round % 11 == 10,
+            delta: true,
             ..BeginOptions::default()
         };
         self.ask("hello", &[]);
@@ -126,6 +127,8 @@ impl Client<'_> {
         self.ask("hole", &numbers(&[big, 0, 3, 0, 3]));
         self.ask("finish", &[&numbers(&[big])[..], &sha2::Sha256::digest(b"abc\0\0\0")].concat());
         self.ask("open", &numbers(&[index("f"), 0, 0]));
+        self.ask("alike", &numbers(&[index("f"), 0, 0, 0]));
+        self.ask("copy", &numbers(&[index("f"), 0, 0, 0, 1, 0, 0, 0]));
         self.ask("discard", &numbers(&[index("f")]));
         self.ask("keep", &[&numbers(&[index("g")])[..], &sha2::Sha256::digest(b"of the root")].concat());
         if round % 7 == 6 {

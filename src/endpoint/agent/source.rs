@@ -109,6 +109,10 @@ impl Source for AgentSource {
     /// The agent remembers for itself what it hashed.
     fn remember(&self, _: &Tree, _: &[(u32, Digest)]) {}
 
+    fn is_far(&self) -> bool {
+        true
+    }
+
     fn trail(&self) -> Result<Vec<Stop>, Error> {
         if !self.lanes.control().has("trail@lockstep.internal", extension::VERSION) {
             return Ok(Vec::new());

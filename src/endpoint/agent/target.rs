@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::writer::AgentWriter;
 use super::{Lanes, json, list_bytes_max};
+use crate::endpoint::delta::{Alike, Within};
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::error::said;
 use crate::manifest::{Digest, Tree};
@@ -81,10 +82,13 @@ fn read_chunk(reply: &[u8], plan: &mut Plan, entries: usize) -> Result<usize, Wi
     fields.frame(&mut raw)?;
     let mut fields = Fields(&raw);
     for _ in 0..actions {
-        let action = extension::read_action(&mut fields)?;
+        let (action, alike) = extension::read_action(&mut fields)?;
         let ascends = plan.actions.last().is_none_or(|last| last.index < action.index);
         if action.index as usize >= entries || !ascends {
             return Err(WireError::Range("the index of an action"));
+        }
+        if alike {
+            plan.alike.push(action.index);
         }
         plan.actions.push(action);
     }
@@ -114,6 +118,10 @@ impl Target for AgentTarget {
                           install this version there";
             return Err(Error::Refused { by: self.describe(), reason: reason.into() });
         }
+        // Who lacks one of the two, or may not use it, is sent everything.
+        let has = |name| self.lanes.control().has(name, extension::VERSION);
+        let knows = has(extension::ALIKE) && has(extension::COPY);
+        let options = &BeginOptions { delta: options.delta && knows, ..options.clone() };
         let reply = self.lanes.start("begin", options)?;
         let bad = |error| self.lanes.malformed(error);
         let mut fields = Fields(&reply);
@@ -168,6 +176,19 @@ impl Target for AgentTarget {
 
     fn stages_early(&self) -> bool {
         true
+    }
+
+    fn is_far(&self) -> bool {
+        true
+    }
+
+    fn alike(&self, index: u32, from: Within) -> Result<Option<Alike>, Error> {
+        let mut packet = extension::request("alike");
+        packet.extend_from_slice(&index.to_be_bytes());
+        packet.extend_from_slice(&from.piece.to_be_bytes());
+        packet.extend_from_slice(&from.offset.to_be_bytes());
+        let reply = self.lanes.call(packet)?;
+        extension::read_alike(Fields(&reply), from.offset).map_err(|error| self.lanes.malformed(error))
     }
 
     fn wire_bytes(&self) -> u64 {

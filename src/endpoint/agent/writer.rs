@@ -8,6 +8,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use super::body;
 use crate::codec::{self, Chooser, CompressOptions, Way};
 use crate::endpoint::client::{Client, Completion};
+use crate::endpoint::delta::{COPY_MAX, Within};
 use crate::endpoint::{BLOCK_BYTES, Block, Error, Staged, WriteFailure, Writer};
 use crate::manifest::Digest;
 use crate::monitor::cpu::{Stage, idle_processors, spend};
@@ -163,6 +164,21 @@ impl Writer for AgentWriter {
             packet.extend_from_slice(&step.to_be_bytes());
             self.submit(packet, 0, Vec::new())?;
             at += step;
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, index: u32, offset: u64, length: u64, from: Within) -> Result<(), Error> {
+        let mut done = 0;
+        while done < length {
+            let step = (length - done).min(COPY_MAX);
+            let mut packet = Self::message("copy", index);
+            packet.extend_from_slice(&(offset + done).to_be_bytes());
+            packet.extend_from_slice(&step.to_be_bytes());
+            packet.extend_from_slice(&from.piece.to_be_bytes());
+            packet.extend_from_slice(&(from.offset + done).to_be_bytes());
+            self.submit(packet, 0, Vec::new())?;
+            done += step;
         }
         Ok(())
     }

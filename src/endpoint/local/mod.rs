@@ -1,5 +1,6 @@
 //! A side of a run that lies on this machine.
 
+mod alike;
 mod area;
 mod audited;
 mod by_index;

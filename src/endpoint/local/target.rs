@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::alike::{self, Candidate};
 use super::area::Area;
 use super::by_index::ByIndex;
 use super::links::{self, Confined};
@@ -18,6 +19,7 @@ use super::repair::{self, Repair};
 use super::writer::LocalWriter;
 use super::{commit, early, fold, forbidden, known, metadata, prepare, publish, recall, room, trash};
 use crate::access::AclLists;
+use crate::endpoint::delta::{Alike, Within};
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec, Reach};
 use crate::manifest::{Digest, Entry, Manifest, Tree};
@@ -86,6 +88,8 @@ pub(super) struct State {
     pub(super) refused: BTreeMap<u32, String>,
     /// Files lie there that the manifest does not list as they are, and the source has.
     pub(super) adopts: bool,
+    /// What files may be made of.
+    pub(super) alike: BTreeMap<u32, Vec<Candidate>>,
     /// What the plan stores.
     pub(super) need: room::Need,
     /// The disk is full: staging is given up.
@@ -306,6 +310,10 @@ impl Target for LocalTarget {
     fn stages_early(&self) -> bool {
         self.repair.is_none()
     }
+
+    fn alike(&self, index: u32, from: Within) -> Result<Option<Alike>, Error> {
+        Ok(self.run()?.alike(index, from))
+    }
 }
 
 impl Run {
@@ -480,6 +488,11 @@ impl Run {
             // What has to go makes room for what comes.
             trash::collect(&self.root, keep, monitor);
         }
+        let alike = match self.options.delta {
+            true => alike::find(source, &target, &old_manifest.tree, &plan),
+            false => BTreeMap::new(),
+        };
+        plan.alike = alike.keys().copied().collect();
         let need = needed(source, &plan);
         if !self.options.ignore_free_space
             && let Err(error) = room::check(&self.root, need)
@@ -498,6 +511,7 @@ impl Run {
             source: Arc::clone(source),
             refused,
             adopts: doubtful.iter().any(|&at| source.get(&target.entries()[at].path).is_some()),
+            alike,
             target,
             metadata: scanned.metadata,
             need,

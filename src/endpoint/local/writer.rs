@@ -1,11 +1,15 @@
 //! Stages files of one worker thread.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use super::room::{self, Need};
 use super::target::{self, Run};
-use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
+use crate::endpoint::delta::Within;
+use crate::endpoint::{BLOCK_BYTES, Block, Error, Staged, WriteFailure, Writer};
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::path::RelPath;
 use crate::root::{Root, RootError};
@@ -18,6 +22,8 @@ pub(super) struct LocalWriter {
     /// The directory that the last file was staged in: the next one is likely to lie beside it.
     beside: Option<(RelPath, Root)>,
     open: HashMap<u32, StagedFile>,
+    /// What files are made of that the target has.
+    alike: HashMap<u32, (u32, File)>,
     /// Files that failed before their end; what else comes for them is dropped.
     broken: HashMap<u32, WriteFailure>,
     done: Vec<Staged>,
@@ -35,7 +41,15 @@ fn full(error: &StageError, staging: &Root, need: Need) -> Error {
 impl LocalWriter {
     pub(super) fn new(run: Arc<Run>) -> LocalWriter {
         let source = Arc::clone(&run.state().source);
-        LocalWriter { run, source, beside: None, open: HashMap::new(), broken: HashMap::new(), done: Vec::new() }
+        LocalWriter {
+            run,
+            source,
+            beside: None,
+            open: HashMap::new(),
+            alike: HashMap::new(),
+            broken: HashMap::new(),
+            done: Vec::new(),
+        }
     }
 
     fn staging(&self) -> Result<&Root, Error> {
@@ -108,6 +122,21 @@ impl LocalWriter {
         })
     }
 
+    fn read_alike(&mut self, index: u32, from: Within, length: usize) -> io::Result<Block> {
+        if self.alike.get(&index).is_none_or(|(piece, _)| *piece != from.piece) {
+            let opened = self.run.open_alike(index, from.piece);
+            let (file, _) = opened.ok_or_else(|| io::Error::other("it is not what it was any more"))?;
+            self.alike.insert(index, (from.piece, file));
+        }
+        let (_, file) = &self.alike[&index];
+        let mut block = Block::with_capacity(length);
+        let buffer = block.buffer_mut();
+        let start = buffer.len();
+        buffer.resize(start + length, 0);
+        file.read_exact_at(&mut buffer[start..], from.offset)?;
+        Ok(block)
+    }
+
     fn conclude(&mut self, index: u32, file: StagedFile, digest: Digest) -> Result<(), Error> {
         let (entry, _) = self.entry(index)?;
         let wanted = self.run.permissions(entry)?;
@@ -164,7 +193,26 @@ impl Writer for LocalWriter {
         }
     }
 
+    fn copy(&mut self, index: u32, offset: u64, length: u64, from: Within) -> Result<(), Error> {
+        let mut done = 0;
+        while done < length && self.open.contains_key(&index) {
+            let wanted = (length - done).min(BLOCK_BYTES as u64) as usize;
+            match self.read_alike(index, Within { offset: from.offset.saturating_add(done), ..from }, wanted) {
+                Ok(block) => self.write(index, offset.saturating_add(done), block)?,
+                Err(error) => {
+                    let message = format!("cannot be made of what is there: {}", crate::error::in_words(&error));
+                    self.open.remove(&index);
+                    // What is sent whole needs nothing of it.
+                    self.broken.insert(index, WriteFailure { message, retry: true });
+                }
+            }
+            done += wanted as u64;
+        }
+        Ok(())
+    }
+
     fn finish(&mut self, index: u32, digest: Digest) -> Result<(), Error> {
+        self.alike.remove(&index);
         if let Some(file) = self.open.remove(&index) {
             return self.conclude(index, file, digest);
         }
@@ -192,6 +240,7 @@ impl Writer for LocalWriter {
     }
 
     fn discard(&mut self, index: u32) -> Result<(), Error> {
+        self.alike.remove(&index);
         self.open.remove(&index);
         self.broken.remove(&index);
         let (entry, _) = self.entry(index)?;

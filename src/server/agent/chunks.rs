@@ -12,7 +12,8 @@ impl Control {
             if raw.len() >= CHUNK_BYTES {
                 break;
             }
-            extension::put_action(&mut raw, action);
+            let alike = plan.alike.binary_search(&action.index).is_ok();
+            extension::put_action(&mut raw, action, alike);
             actions += 1;
         }
         for removal in plan.removals.iter().skip(removal) {

@@ -201,12 +201,14 @@ fn register(run: &Arc<Run>) -> Vec<u8> {
 impl Run {
     fn start(self: &Arc<Self>) -> Result<(), Failure> {
         let mut queues = Vec::new();
-        for number in 0..WORKERS {
+        let more = usize::from(matches!(self.side, Side::Target(_)));
+        for number in 0..WORKERS + more {
             let (sender, receiver) = bounded(QUEUE);
             let run = Arc::clone(self);
             let thread = std::thread::Builder::new()
                 .name(format!("agent-{number}"))
                 .spawn(move || match &run.side {
+                    Side::Target(target) if number == WORKERS => writing::list_alike(&run, &**target, &receiver),
                     Side::Target(target) => writing::serve(&run, &**target, &receiver),
                     Side::Source(source) => reading::serve(&**source, &run.tree, &receiver),
                 })
@@ -318,7 +320,10 @@ impl Extensions for Agent {
             job.refuse(&Failure::forbidden(need.refusal(self.rights)));
             return true;
         }
-        let data = matches!(name, "put" | "open" | "write" | "hole" | "finish" | "keep" | "discard" | "fetch" | "next");
+        let data = matches!(
+            name,
+            "put" | "open" | "write" | "hole" | "copy" | "alike" | "finish" | "keep" | "discard" | "fetch" | "next"
+        );
         // What stood in a queue behind a request that takes hours would keep the session from reading on, and so from
         // noticing that its client has gone.
         if !data && self.busy.load(Ordering::Acquire) {
@@ -342,7 +347,9 @@ impl Agent {
         let at = if job.name == "put" { 4 } else { 0 };
         let index = job.payload.bytes().get(at..).and_then(|rest| Fields(rest).u32().ok()).unwrap_or(0);
         let run = locked(&self.run).clone();
-        let queue = run.and_then(|run| Some(locked(&run.queues).as_ref()?[index as usize % WORKERS].clone()));
+        // What lists for long has a worker of its own: content does not wait for it.
+        let number = if job.name == "alike" { WORKERS } else { index as usize % WORKERS };
+        let queue = run.and_then(|run| locked(&run.queues).as_ref()?.get(number).cloned());
         match queue {
             Some(queue) => queue.send(job).map_err(|error| error.0),
             None => Err(job),
@@ -443,7 +450,8 @@ impl Control {
                 let wish: BeginOptions = serde_json::from_slice(fields.string()?)?;
                 let wait_seconds = wish.wait_seconds.min(self.limits.wait.as_secs());
                 let forbidden = Forbidden { change: !Need::Change.allowed(self.rights), remove: !self.removes() };
-                let options = BeginOptions { peer: true, forbidden, wait_seconds, ..wish };
+                let delta = wish.delta && Need::Read.allowed(self.rights);
+                let options = BeginOptions { peer: true, forbidden, wait_seconds, delta, ..wish };
                 self.must_be_free()?;
                 let target = (self.factory.target)(root)?;
                 target.begin(&options, &notes)?;

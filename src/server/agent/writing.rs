@@ -6,9 +6,10 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, TryRecvError};
 
 use super::{Failure, Job, Run};
+use crate::endpoint::delta::{COPY_MAX, Within};
 use crate::endpoint::{Block, Staged, Target, Writer};
 use crate::manifest::Tree;
-use crate::wire::extension::{FILES_MAX, Fields, HOLE_MAX, Message, RAW_MAX, WireError, put_string};
+use crate::wire::extension::{FILES_MAX, Fields, HOLE_MAX, Message, RAW_MAX, WireError, put_alike, put_string};
 
 /// What stands in front of the frame of a `write`.
 const INDEX_AND_OFFSET: usize = 4 + 8;
@@ -47,6 +48,31 @@ pub(super) fn serve(run: &Run, target: &(dyn Target + Send + Sync), jobs: &Recei
             Worker { run, writer, tree, open, waiting, groups, serial: 0 }.serve(jobs);
         }
         Err(failure) => jobs.iter().for_each(|job| job.refuse(&failure)),
+    }
+}
+
+/// Tells what files may be made of.
+pub(super) fn list_alike(run: &Run, target: &(dyn Target + Send + Sync), jobs: &Receiver<Job>) {
+    let answer = |job: &Job| -> Result<Vec<u8>, Failure> {
+        run.is_good()?;
+        if job.output.is_gone() {
+            return Err(Failure::gone());
+        }
+        let mut fields = Fields(job.payload.bytes());
+        let (index, from) = (fields.u32()?, Within { piece: fields.u32()?, offset: fields.u64()? });
+        fields.end()?;
+        let mut body = Vec::new();
+        put_alike(&mut body, target.alike(index, from)?.as_ref());
+        Ok(body)
+    };
+    for job in jobs {
+        match answer(&job) {
+            Ok(body) => job.reply(&body),
+            Err(failure) => {
+                run.reject(b"", &failure);
+                job.refuse(&failure);
+            }
+        }
     }
 }
 
@@ -154,6 +180,19 @@ impl Worker<'_> {
                 let end = self.advance(index, offset, length, size)?;
                 self.open.insert(index, end);
                 self.writer.hole(index, offset, length).map_err(Refusal::run)?;
+            }
+            "copy" => {
+                let (offset, length) = (fields.u64()?, fields.u64()?);
+                let from = Within { piece: fields.u32()?, offset: fields.u64()? };
+                if length > COPY_MAX {
+                    return Err(WireError::Range("the length of a copy").into());
+                }
+                if job.output.is_gone() {
+                    return Err(Failure::gone().into());
+                }
+                let end = self.advance(index, offset, length, size)?;
+                self.open.insert(index, end);
+                self.writer.copy(index, offset, length, from).map_err(Refusal::run)?;
             }
             "finish" => {
                 let digest = fields.digest()?;

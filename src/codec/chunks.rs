@@ -1,0 +1,112 @@
+//! Content-defined chunks: what was inserted or removed moves the bounds near it, and no others.
+//!
+//! Bounds are those of FastCDC (Xia et al., 2020) with normalization level 1, as crate `fastcdc` cuts them. A chunk is known by the
+//! first 128 bits of its BLAKE3: that says where to look for content, and proves nothing; what is made of chunks is proven by
+//! SHA-256 as a whole.
+
+use std::sync::LazyLock;
+
+use fastcdc::v2020::{self, Normalization};
+
+/// No chunk is shorter, but for the last of a file.
+pub const MIN_BYTES: usize = 64 << 10;
+/// Around this length most chunks end.
+pub const AVERAGE_BYTES: usize = 256 << 10;
+/// No chunk is longer.
+pub const MAX_BYTES: usize = 1 << 20;
+
+static MASKS: LazyLock<(u64, u64)> = LazyLock::new(|| v2020::select_masks(AVERAGE_BYTES, Normalization::Level1));
+
+/// What a chunk is known by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ChunkId(pub [u8; 16]);
+
+/// A piece of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chunk {
+    /// What it holds.
+    pub id: ChunkId,
+    /// Its length in bytes, at least 1 and at most [`MAX_BYTES`].
+    pub length: u32,
+}
+
+impl Chunk {
+    /// The first chunk of `data`; `None` where there is nothing. Where `data` is shorter than [`MAX_BYTES`], the file has to end there.
+    pub fn first_of(data: &[u8]) -> Option<Chunk> {
+        let data = &data[..data.len().min(MAX_BYTES)];
+        if data.is_empty() {
+            return None;
+        }
+        let (strict, loose) = *MASKS;
+        let cut = v2020::cut(data, MIN_BYTES, AVERAGE_BYTES, MAX_BYTES, strict, loose, strict << 1, loose << 1);
+        let chunk = &data[..cut.1.clamp(1, data.len())];
+        Some(Chunk { id: ChunkId::of(chunk), length: chunk.len() as u32 })
+    }
+}
+
+impl ChunkId {
+    /// Of a whole chunk.
+    pub fn of(chunk: &[u8]) -> ChunkId {
+        let mut id = [0; 16];
+        id.copy_from_slice(&blake3::hash(chunk).as_bytes()[..16]);
+        ChunkId(id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn noise(seed: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&seed.to_le_bytes());
+        hasher.finalize_xof().fill(&mut bytes);
+        bytes
+    }
+
+    fn all(mut data: &[u8]) -> Vec<Chunk> {
+        let mut chunks = Vec::new();
+        while let Some(chunk) = Chunk::first_of(data) {
+            chunks.push(chunk);
+            data = &data[chunk.length as usize..];
+        }
+        chunks
+    }
+
+    #[test]
+    fn chunks_are_as_long_as_they_are_said_to_be_and_cover_everything() {
+        for data in [noise(1, 20 << 20), vec![0; 5 << 20], noise(2, 1), b"ab".repeat(1 << 20)] {
+            let chunks = all(&data);
+            assert_eq!(chunks.iter().map(|chunk| chunk.length as usize).sum::<usize>(), data.len());
+            let (_, but_last) = chunks.split_last().unwrap();
+            assert!(but_last.iter().all(|chunk| (MIN_BYTES..=MAX_BYTES).contains(&(chunk.length as usize))));
+        }
+        let chunks = all(&noise(1, 64 << 20)).len();
+        assert!((150..400).contains(&chunks), "{chunks}");
+        assert_eq!(Chunk::first_of(b""), None);
+    }
+
+    #[test]
+    fn the_bounds_are_those_of_the_protocol() {
+        // Whoever cuts otherwise finds nothing of what another version has.
+        let lengths: Vec<u32> = all(&noise(7, 2 << 20)).iter().map(|chunk| chunk.length).collect();
+        assert_eq!(lengths, LENGTHS);
+        assert_eq!(ChunkId::of(b"abc").0[..4], [0x64, 0x37, 0xb3, 0xac]);
+    }
+
+    const LENGTHS: [u32; 7] = [474_365, 137_683, 177_122, 169_437, 348_796, 731_684, 58_065];
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn what_is_inserted_changes_no_more_than_what_lies_near(at in 0_usize..(8 << 20), inserted in prop::collection::vec(any::<u8>(), 0..100_000)) {
+            let old = noise(3, 8 << 20);
+            let new = [&old[..at], &inserted, &old[at..]].concat();
+            let known: std::collections::HashSet<_> = all(&old).iter().map(|chunk| chunk.id).collect();
+            let other: usize = all(&new).iter().filter(|chunk| !known.contains(&chunk.id)).map(|chunk| chunk.length as usize).sum();
+            prop_assert!(other < inserted.len() + 4 * MAX_BYTES, "{other} bytes are not found again");
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! What this target has that a file may be made of: the file that it is to replace, one with the same content, or one that is called
+//! alike (the same shard of the checkpoint before).
+//!
+//! What always holds: nothing is decided by it but where content is looked for. What is made of it is hashed as a whole.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt as _;
+
+use super::target::Run;
+use crate::codec::chunks::{self, Chunk};
+use crate::endpoint::BLOCK_BYTES;
+use crate::endpoint::delta::{Alike, DELTA_BYTES_MIN, PIECES_MAX, Within};
+use crate::manifest::{Digest, Entry, Timestamp, Tree};
+use crate::path::RelPath;
+use crate::plan::{Need, Plan};
+use crate::root::{FileKind, Follow, Metadata};
+
+/// A part of a list covers about so much.
+const PART_BYTES: u64 = 32 << 20;
+
+/// A file of the target, as it was listed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Candidate {
+    path: RelPath,
+    size: u64,
+    mtime: Timestamp,
+    digest: Option<Digest>,
+}
+
+impl Candidate {
+    fn of(entry: &Entry) -> Option<Candidate> {
+        let (size, digest) = entry.file().filter(|(size, _)| *size >= DELTA_BYTES_MIN)?;
+        Some(Candidate { path: entry.path.clone(), size, mtime: entry.mtime, digest })
+    }
+}
+
+/// The large files of a target, by what they can be found by; of several that are called alike the newest ones.
+#[derive(Default)]
+struct Large<'a> {
+    by_digest: HashMap<Digest, &'a Entry>,
+    by_name: HashMap<&'a [u8], Newest<'a>>,
+    by_size: HashMap<(u64, &'a [u8]), Newest<'a>>,
+}
+
+/// The newest files of some, the newest first.
+#[derive(Default, Clone)]
+struct Newest<'a>(Vec<&'a Entry>);
+
+/// So many of them are kept.
+const NEWEST: usize = 3;
+
+impl<'a> Newest<'a> {
+    fn add(&mut self, entry: &'a Entry) {
+        if self.0.iter().any(|known| known.path == entry.path) {
+            return;
+        }
+        let age = |entry: &Entry| (entry.mtime.seconds, entry.mtime.nanoseconds);
+        let place = self.0.partition_point(|known| age(known) > age(entry));
+        self.0.insert(place, entry);
+        self.0.truncate(NEWEST);
+    }
+}
+
+fn extension(path: &RelPath) -> &[u8] {
+    let name = path.name();
+    name.iter().rposition(|&byte| byte == b'.').map_or(b"", |dot| &name[dot..])
+}
+
+impl<'a> Large<'a> {
+    fn of(entries: impl Iterator<Item = &'a Entry>) -> Large<'a> {
+        let mut large = Large::default();
+        for entry in entries {
+            let Some((size, digest)) = entry.file().filter(|(size, _)| *size >= DELTA_BYTES_MIN) else { continue };
+            if let Some(digest) = digest {
+                large.by_digest.entry(digest).or_insert(entry);
+            }
+            large.by_name.entry(entry.path.name()).or_default().add(entry);
+            large.by_size.entry((size, extension(&entry.path))).or_default().add(entry);
+        }
+        large
+    }
+}
+
+/// For the files whose content is needed what each may be made of. `target` is what was looked at, `listed` all that there was.
+pub(super) fn find(source: &Tree, target: &Tree, listed: &Tree, plan: &Plan) -> BTreeMap<u32, Vec<Candidate>> {
+    let wanted = |index: u32| {
+        let entry = &source.entries()[index as usize];
+        let (size, digest) = entry.file().filter(|(size, _)| *size >= DELTA_BYTES_MIN)?;
+        Some((entry, size, digest))
+    };
+    let needed = plan.actions.iter().filter(|action| action.need != Need::Nothing);
+    let needed: Vec<_> = needed.filter_map(|action| Some((action.index, wanted(action.index)?))).collect();
+    if needed.is_empty() {
+        return BTreeMap::new();
+    }
+    let large = Large::of(listed.entries().iter().chain(target.entries()));
+    let pieces = |entry: &Entry, size: u64, digest: Option<Digest>| -> Vec<Candidate> {
+        if let Some(same) = digest.and_then(|digest| large.by_digest.get(&digest)) {
+            return Candidate::of(same).into_iter().collect();
+        }
+        let mut pieces: Vec<Candidate> = Vec::new();
+        let before = target.get(&entry.path);
+        let called = large.by_name.get(entry.path.name()).into_iter().flat_map(|newest| &newest.0);
+        let sized = large.by_size.get(&(size, extension(&entry.path))).into_iter().flat_map(|newest| &newest.0);
+        for candidate in before.into_iter().chain(called.copied()).chain(sized.copied()).filter_map(Candidate::of) {
+            if !pieces.iter().any(|piece| piece.path == candidate.path) {
+                pieces.push(candidate);
+            }
+        }
+        // What it replaces is most often all that is needed.
+        pieces.truncate(if before.and_then(Candidate::of).is_some() { 1 } else { PIECES_MAX as usize });
+        pieces
+    };
+    let found = needed.into_iter().map(|(index, (entry, size, digest))| (index, pieces(entry, size, digest)));
+    found.filter(|(_, pieces)| !pieces.is_empty()).collect()
+}
+
+impl Run {
+    /// A file that the one at `index` may be made of, unless it is not what it was.
+    pub(super) fn open_alike(&self, index: u32, piece: u32) -> Option<(File, Candidate)> {
+        let candidate = self.state().alike.get(&index)?.get(piece as usize)?.clone();
+        let file = self.root.open_read(&candidate.path, Follow::Never).ok()?;
+        let found = Metadata::of(&file).ok()?;
+        let same = found.kind == FileKind::Regular && found.size == candidate.size && found.mtime == candidate.mtime;
+        same.then_some((file, candidate))
+    }
+
+    /// What it holds from a place on; `None` where there is none.
+    pub(super) fn alike(&self, index: u32, from: Within) -> Option<Alike> {
+        let (file, candidate) = self.open_alike(index, from.piece)?;
+        let state = self.state();
+        let pieces = state.alike.get(&index).map_or(0, |pieces| pieces.len() as u32);
+        let wanted = state.source.entries().get(index as usize).and_then(Entry::file);
+        drop(state);
+        let known = (candidate.size, candidate.digest);
+        if candidate.digest.is_some() && wanted == Some(known) {
+            return Some(Alike { same: true, pieces, ..Alike::default() });
+        }
+        // What cannot be read is not made anything of.
+        list(&file, from.offset, candidate.size).ok().map(|alike| Alike { pieces, ..alike })
+    }
+}
+
+fn list(file: &File, from: u64, size: u64) -> io::Result<Alike> {
+    let mut alike = Alike::default();
+    let (mut buffer, mut read_to, mut at) = (Vec::new(), from, from);
+    while at < size && at - from < PART_BYTES {
+        while buffer.len() < chunks::MAX_BYTES && read_to < size {
+            let start = buffer.len();
+            buffer.resize(start + BLOCK_BYTES, 0);
+            let read = match file.read_at(&mut buffer[start..], read_to) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => Ok(0),
+                // It became shorter.
+                Ok(0) => Err(ErrorKind::UnexpectedEof.into()),
+                other => other,
+            }?;
+            buffer.truncate(start + read);
+            read_to += read as u64;
+        }
+        let mut done = 0;
+        while at - from < PART_BYTES && (buffer.len() - done >= chunks::MAX_BYTES || read_to >= size) {
+            let Some(chunk) = Chunk::first_of(&buffer[done..]) else { break };
+            alike.chunks.push(chunk);
+            done += chunk.length as usize;
+            at += u64::from(chunk.length);
+        }
+        buffer.drain(..done);
+    }
+    alike.next = (at < size).then_some(at);
+    Ok(alike)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::Content;
+    use crate::plan::{Compare, Desired, diff};
+
+    const MIB: u64 = 1 << 20;
+
+    fn file(path: &str, size: u64, digest: Option<u8>, seconds: i64) -> Entry {
+        let content = Content::File { size, digest: digest.map(|byte| Digest([byte; 32])) };
+        let mtime = Timestamp { seconds, nanoseconds: 0 };
+        Entry { path: RelPath::new(path).unwrap(), content, mtime, mode: 0o644, owner: "u".into(), group: "g".into() }
+    }
+
+    fn found(wanted: Entry, there: Vec<Entry>) -> Vec<String> {
+        let directory = |path: &str| Entry { content: Content::Directory, ..file(path, 0, None, 0) };
+        let with = |mut files: Vec<Entry>| {
+            files.extend(["a", "b", "c"].map(directory));
+            Tree::new(files).unwrap()
+        };
+        let (source, target) = (with(vec![wanted]), with(there));
+        let as_sent =
+            |_: usize, entry: &Entry| Desired { mode: entry.mode, owner: None, group: None, acl_differs: false };
+        let plan = diff(&source, &target, &as_sent, Compare::default());
+        let found = find(&source, &target, &Tree::default(), &plan);
+        found.into_values().flatten().map(|candidate| candidate.path.to_string()).collect()
+    }
+
+    #[test]
+    fn the_most_alike_is_found() {
+        let w = |size, digest| file("c/w.bin", size, digest, 9);
+        for (what, wanted, there, expected) in [
+            ("nothing", w(9 * MIB, None), vec![], &[][..]),
+            (
+                "what it replaces",
+                w(9 * MIB, None),
+                vec![file("a/w.bin", 9 * MIB, None, 5), file("c/w.bin", 8 * MIB, None, 1)],
+                &["c/w.bin"],
+            ),
+            (
+                "the same content",
+                w(9 * MIB, Some(1)),
+                vec![file("a/x", 9 * MIB, Some(1), 5), file("c/w.bin", 8 * MIB, Some(2), 1)],
+                &["a/x"],
+            ),
+            (
+                "the newest of its name",
+                w(9 * MIB, None),
+                vec![file("a/w.bin", 7 * MIB, None, 5), file("b/w.bin", 3 * MIB, None, 6)],
+                &["b/w.bin", "a/w.bin"],
+            ),
+            (
+                "one of its size and kind",
+                w(9 * MIB, None),
+                vec![file("a/v.bin", 9 * MIB, None, 5), file("b/v.txt", 9 * MIB, None, 6)],
+                &["a/v.bin"],
+            ),
+            ("one that is too small", w(9 * MIB, None), vec![file("a/w.bin", MIB - 1, None, 5)], &[]),
+            ("for one that is too small", w(MIB - 1, None), vec![file("a/w.bin", 9 * MIB, None, 5)], &[]),
+        ] {
+            assert_eq!(found(wanted, there), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_list_goes_on_where_its_part_before_ended() {
+        let at = tempfile::tempdir().unwrap();
+        let mut data = vec![0; 70 << 20];
+        blake3::Hasher::new().finalize_xof().fill(&mut data);
+        std::fs::write(at.path().join("f"), &data).unwrap();
+        let file = File::open(at.path().join("f")).unwrap();
+        let size = data.len() as u64;
+        let (mut listed, mut from, mut parts) = (Vec::new(), Some(0), 0);
+        while let Some(next) = from {
+            let part = list(&file, next, size).unwrap();
+            listed.extend(part.chunks);
+            (from, parts) = (part.next, parts + 1);
+        }
+        assert_eq!(parts, 3);
+        let mut rest = &data[..];
+        for chunk in listed {
+            assert_eq!(Chunk::first_of(rest), Some(chunk));
+            rest = &rest[chunk.length as usize..];
+        }
+        assert!(rest.is_empty());
+        assert!(list(&file, size - MIB, size + 1).is_err());
+    }
+}

@@ -1,0 +1,159 @@
+//! What becomes of a file of which the target has parts, or perhaps all.
+
+use crate::endpoint::Block;
+use crate::endpoint::delta::{Matcher, Step, Within};
+use crate::manifest::Digest;
+
+/// What the writer is given.
+#[derive(Debug)]
+pub(super) enum Piece {
+    Copy { offset: u64, length: u64, from: Within },
+    Hole { offset: u64, length: u64 },
+    Data { offset: u64, block: Block },
+}
+
+/// One file.
+pub(super) struct Delta {
+    matcher: Matcher,
+    /// What the target has under the file's name has this digest; nothing is given to the writer as long as the two may be the same.
+    unless: Option<Digest>,
+    /// What the writer gets if they are not.
+    held: Vec<Piece>,
+}
+
+impl Delta {
+    pub(super) fn new(matcher: Matcher, unless: Option<Digest>) -> Delta {
+        Delta { matcher, unless, held: Vec::new() }
+    }
+
+    /// The next bytes.
+    pub(super) fn feed(&mut self, block: Block) -> Vec<Piece> {
+        let mut steps = Vec::new();
+        self.matcher.feed(block, &mut steps);
+        self.give(steps)
+    }
+
+    /// The next zeros.
+    pub(super) fn skip(&mut self, offset: u64, length: u64) -> Vec<Piece> {
+        let mut steps = Vec::new();
+        self.matcher.skip(length, &mut steps);
+        let mut pieces = self.give(steps);
+        let hole = Piece::Hole { offset, length };
+        if self.unless.is_some() {
+            self.held.push(hole);
+        } else {
+            pieces.push(hole);
+        }
+        pieces
+    }
+
+    /// The rest, when the whole file has this digest. `None` where the target has the file already.
+    pub(super) fn end(mut self, digest: Digest) -> Option<Vec<Piece>> {
+        let mut steps = Vec::new();
+        self.matcher.flush(&mut steps);
+        let mut pieces = self.give(steps);
+        if self.unless == Some(digest) {
+            return None;
+        }
+        pieces.append(&mut self.held);
+        Some(pieces)
+    }
+
+    fn give(&mut self, steps: Vec<Step>) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        for step in steps {
+            let piece = match step {
+                Step::Copy { offset, length, from } => {
+                    let in_place = from == Within { piece: 0, offset };
+                    let piece = Piece::Copy { offset, length, from };
+                    if in_place && self.unless.is_some() {
+                        self.held.push(piece);
+                        continue;
+                    }
+                    piece
+                }
+                Step::Data { offset, block } => Piece::Data { offset, block },
+            };
+            self.unless = None;
+            pieces.append(&mut self.held);
+            pieces.push(piece);
+        }
+        pieces
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::chunks::Chunk;
+    use crate::endpoint::delta::{Alike, Favourite};
+
+    const DIGEST: Digest = Digest([1; 32]);
+
+    fn delta(old: &[u8], unless: Option<Digest>) -> Delta {
+        let (sender, parts) = crossbeam_channel::unbounded();
+        let (mut chunks, mut rest) = (Vec::new(), old);
+        while let Some(chunk) = Chunk::first_of(rest) {
+            chunks.push(chunk);
+            rest = &rest[chunk.length as usize..];
+        }
+        sender.send((0, Alike { pieces: 1, chunks, ..Alike::default() })).unwrap();
+        Delta::new(Matcher::new(0, parts, Favourite::default()), unless)
+    }
+
+    fn noise(length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        blake3::Hasher::new().finalize_xof().fill(&mut bytes);
+        bytes
+    }
+
+    /// Copied, left as holes, sent.
+    fn sums(pieces: &[Piece]) -> (u64, u64, u64) {
+        pieces.iter().fold((0, 0, 0), |(copied, holes, sent), piece| match piece {
+            Piece::Copy { length, .. } => (copied + length, holes, sent),
+            Piece::Hole { length, .. } => (copied, holes + length, sent),
+            Piece::Data { block, .. } => (copied, holes, sent + block.data().len() as u64),
+        })
+    }
+
+    #[test]
+    fn of_what_the_target_has_as_it_is_nothing_is_given() {
+        let old = noise(5 << 20);
+        for (digest, given) in [(DIGEST, None), (Digest([2; 32]), Some((5 << 20, 100, 0)))] {
+            let mut delta = delta(&old, Some(DIGEST));
+            for block in old.chunks(1 << 20) {
+                assert!(delta.feed(Block::copy_of(block)).is_empty());
+            }
+            assert!(delta.skip(5 << 20, 100).is_empty());
+            assert_eq!(delta.end(digest).map(|pieces| sums(&pieces)), given);
+        }
+    }
+
+    #[test]
+    fn what_was_held_comes_first_when_something_else_follows() {
+        let old = noise(5 << 20);
+        let mut delta = delta(&old, Some(DIGEST));
+        let mut pieces = delta.feed(Block::copy_of(&old));
+        assert!(pieces.is_empty());
+        pieces.extend(delta.feed(Block::copy_of(&[7; 2 << 20])));
+        pieces.extend(delta.end(DIGEST).unwrap());
+        let (copied, _, sent) = sums(&pieces);
+        assert!(copied > 3 << 20 && copied + sent == 7 << 20, "{copied} {sent}");
+        let mut at = 0;
+        for piece in &pieces {
+            let (Piece::Copy { offset, .. } | Piece::Hole { offset, .. } | Piece::Data { offset, .. }) = piece;
+            assert_eq!(*offset, at);
+            at += sums(std::slice::from_ref(piece)).0 + sums(std::slice::from_ref(piece)).2;
+        }
+    }
+
+    #[test]
+    fn what_lies_elsewhere_at_the_target_is_not_what_it_has_as_it_is() {
+        let old = noise(5 << 20);
+        let moved = &old[3 << 20..];
+        let mut delta = delta(&old, Some(DIGEST));
+        let mut pieces = delta.feed(Block::copy_of(moved));
+        pieces.extend(delta.end(DIGEST).unwrap());
+        assert_eq!(sums(&pieces).0 + sums(&pieces).2, moved.len() as u64);
+    }
+}
