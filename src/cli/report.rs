@@ -164,10 +164,15 @@ pub fn summary(
         let rate = report.verified_bytes as f64 / seconds.max(0.001);
         write!(
             out,
-            "  {} {}, {} transferred and verified ({verification}), {}/s",
+            "  {} {}, {} {} ({verification}), {}/s",
             HumanCount(report.verified_files),
             if report.verified_files == 1 { "file" } else { "files" },
             BinaryBytes(report.verified_bytes),
+            // Parts of some were there already, or are zeros that no disk stores.
+            match report.transferred_bytes < report.verified_bytes {
+                true => format!("verified, {} of them transferred", BinaryBytes(report.transferred_bytes)),
+                false => "transferred and verified".to_owned(),
+            },
             BinaryBytes(rate as u64),
         )?;
         if report.wire_bytes > 0 {

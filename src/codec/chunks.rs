@@ -30,7 +30,48 @@ pub struct Chunk {
     pub length: u32,
 }
 
+/// So many files of a target are looked through for one.
+pub const PIECES_MAX: u32 = 4;
+/// The length of a block of [`Cut::ByLength`]; the last of a file may be shorter.
+pub const BLOCK_LENGTH: usize = 64 << 10;
+
+/// How a file is cut into what is listed of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cut {
+    /// Into chunks, whose bounds go with their content: what was moved is found again.
+    ByContent,
+    /// Into blocks of [`BLOCK_LENGTH`] from where was asked: a third of the work, where it is known what lies where.
+    ByLength,
+}
+
+/// Where a target has something that it listed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Within {
+    /// In which of the files that it has for one.
+    pub piece: u32,
+    /// Where in it.
+    pub offset: u64,
+}
+
+/// A part of a file of the target, of which another may be made.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Alike {
+    /// It is, by its digest, the file as a whole. Nothing is listed then.
+    pub same: bool,
+    /// So many such files there are, at most [`PIECES_MAX`]; the first is the most alike.
+    pub pieces: u32,
+    /// The chunks or blocks from where was asked, one after the other.
+    pub chunks: Vec<Chunk>,
+    /// Where the next part begins; `None` at the end.
+    pub next: Option<u64>,
+}
+
 impl Chunk {
+    /// All of `data`, which is no longer than [`MAX_BYTES`].
+    pub fn of(data: &[u8]) -> Chunk {
+        Chunk { id: ChunkId::of(data), length: data.len() as u32 }
+    }
+
     /// The first chunk of `data`; `None` where there is nothing. Where `data` is shorter than [`MAX_BYTES`], the file has to end there.
     pub fn first_of(data: &[u8]) -> Option<Chunk> {
         let data = &data[..data.len().min(MAX_BYTES)];
@@ -39,8 +80,7 @@ impl Chunk {
         }
         let (strict, loose) = *MASKS;
         let cut = v2020::cut(data, MIN_BYTES, AVERAGE_BYTES, MAX_BYTES, strict, loose, strict << 1, loose << 1);
-        let chunk = &data[..cut.1.clamp(1, data.len())];
-        Some(Chunk { id: ChunkId::of(chunk), length: chunk.len() as u32 })
+        Some(Chunk::of(&data[..cut.1.clamp(1, data.len())]))
     }
 }
 

@@ -86,19 +86,30 @@ impl Delta {
 mod tests {
     use super::*;
     use crate::codec::chunks::Chunk;
-    use crate::endpoint::delta::{Alike, Favourite};
+    use crate::endpoint::delta::{Alike, BLOCK_LENGTH, Cut, list};
+    use crossbeam_channel::unbounded;
 
     const DIGEST: Digest = Digest([1; 32]);
 
+    /// Of a target that lists all that it has at once.
     fn delta(old: &[u8], unless: Option<Digest>) -> Delta {
-        let (sender, parts) = crossbeam_channel::unbounded();
-        let (mut chunks, mut rest) = (Vec::new(), old);
-        while let Some(chunk) = Chunk::first_of(rest) {
-            chunks.push(chunk);
-            rest = &rest[chunk.length as usize..];
-        }
-        sender.send((0, Alike { pieces: 1, chunks, ..Alike::default() })).unwrap();
-        Delta::new(Matcher::new(0, parts, Favourite::default()), unless)
+        let ((orders, ordered), (sender, parts)) = (unbounded(), unbounded());
+        let matcher = Matcher::new(0, orders, parts);
+        let old = old.to_vec();
+        std::thread::spawn(move || {
+            let ask = |from: Within, cut: Cut| -> Result<_, ()> {
+                let (mut chunks, mut rest) = (Vec::new(), &old[from.offset as usize..]);
+                while let Some(first) = Chunk::first_of(rest) {
+                    let blocks = Chunk::of(&rest[..rest.len().min(BLOCK_LENGTH)]);
+                    let chunk = if cut == Cut::ByContent { first } else { blocks };
+                    chunks.push(chunk);
+                    rest = &rest[chunk.length as usize..];
+                }
+                Ok(Some(Alike { pieces: 1, chunks, ..Alike::default() }))
+            };
+            list(&ordered, &sender, ask)
+        });
+        Delta::new(matcher, unless)
     }
 
     fn noise(length: usize) -> Vec<u8> {

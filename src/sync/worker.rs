@@ -4,17 +4,14 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crossbeam_channel::{Receiver, unbounded};
+use crossbeam_channel::unbounded;
 
 use super::delta::{Delta, Piece};
 use super::{REMEMBERED, Shared, lock};
-use crate::endpoint::delta::{self, Alike, Favourite, Matcher, Within};
+use crate::endpoint::delta::{self, Matcher, Within};
 use crate::endpoint::{Error, Fetch, Produced, Reader, Source, Staged, Target, Writer};
 use crate::manifest::{Digest, Entry, Tree};
 use crate::monitor::{Counters, Event, Problem, Severity};
-
-/// What a target lists, each part with the number of the file that it is of.
-type Parts = Receiver<(u32, Alike)>;
 
 /// So much a target copies before it is waited for.
 const COPYING_MAX: u64 = 64 << 20;
@@ -39,7 +36,7 @@ struct Worker<'a, 'b> {
     deltas: HashMap<u32, Delta>,
     /// Bytes that the target was asked to copy, and has not answered.
     copying: u64,
-    list: &'a dyn Fn(u32, Favourite) -> Parts,
+    list: &'a dyn Fn(u32, u64) -> Matcher,
 }
 
 pub(super) fn work(
@@ -49,14 +46,13 @@ pub(super) fn work(
     shared: &Shared<'_>,
 ) -> Result<(), Error> {
     std::thread::scope(|scope| {
-        let list = |index, favourite| {
-            let (sender, parts) = unbounded();
+        let list = |index, from| {
+            let ((orders, ordered), (sender, parts)) = (unbounded(), unbounded());
             scope.spawn(move || {
-                let ask = |piece, offset| target.alike(index, Within { piece, offset });
                 // Where it cannot be told, all is sent; a connection that is lost shows there too.
-                let _ = delta::list_all(ask, &favourite, |piece, alike| sender.send((piece, alike)).is_ok());
+                let _ = delta::list(&ordered, &sender, |from, cut| target.alike(index, from, cut));
             });
-            parts
+            Matcher::new(from, orders, parts)
         };
         let worker = Worker {
             shared,
@@ -213,9 +209,7 @@ impl Worker<'_, '_> {
         if self.attempts.contains_key(&index) || self.shared.alike.binary_search(&index).is_err() {
             return Ok(false);
         }
-        let favourite = Favourite::default();
-        let parts = (self.list)(index, favourite.clone());
-        let mut matcher = Matcher::new(fetch.from, parts, favourite);
+        let mut matcher = (self.list)(index, fetch.from);
         let file = self.shared.tree.entries().get(index as usize).and_then(Entry::file);
         if let Some((size, Some(digest))) = file
             && matcher.begins_with_all()

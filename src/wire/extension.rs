@@ -3,9 +3,8 @@
 //! Everything read here comes from a peer: lengths are held against what is there before anything is allocated.
 
 use super::buffer::{Reader, Short};
-use crate::codec::chunks::{self, Chunk, ChunkId};
+use crate::codec::chunks::{self, Alike, Chunk, ChunkId, PIECES_MAX};
 use crate::codec::{self, CodecError};
-use crate::endpoint::delta::{Alike, PIECES_MAX};
 use crate::manifest::{Content, Digest, Entry};
 use crate::path::RelPath;
 use crate::plan::{Action, Change, Differences, Need, Removal};

@@ -444,7 +444,7 @@ fn h42_what_is_asked_of_a_file_that_may_be_copied_is_bounded() {
         [&0_u32.to_be_bytes()[..], &numbers.iter().flat_map(|number| number.to_be_bytes()).collect::<Vec<_>>()].concat()
     };
     let alike = |index: u32, piece: u32, offset: u64| {
-        [&index.to_be_bytes()[..], &piece.to_be_bytes(), &offset.to_be_bytes()].concat()
+        [&index.to_be_bytes()[..], &piece.to_be_bytes(), &offset.to_be_bytes(), &[0]].concat()
     };
     let copy =
         |length: u64, offset: u64| [&numbers(&[0, length])[..], &0_u32.to_be_bytes(), &offset.to_be_bytes()].concat();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::writer::AgentWriter;
 use super::{Lanes, json, list_bytes_max};
-use crate::endpoint::delta::{Alike, Within};
+use crate::endpoint::delta::{Alike, Cut, Within};
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::error::said;
 use crate::manifest::{Digest, Tree};
@@ -182,11 +182,12 @@ impl Target for AgentTarget {
         true
     }
 
-    fn alike(&self, index: u32, from: Within) -> Result<Option<Alike>, Error> {
+    fn alike(&self, index: u32, from: Within, cut: Cut) -> Result<Option<Alike>, Error> {
         let mut packet = extension::request("alike");
         packet.extend_from_slice(&index.to_be_bytes());
         packet.extend_from_slice(&from.piece.to_be_bytes());
         packet.extend_from_slice(&from.offset.to_be_bytes());
+        packet.push(u8::from(cut == Cut::ByLength));
         let reply = self.lanes.call(packet)?;
         extension::read_alike(Fields(&reply), from.offset).map_err(|error| self.lanes.malformed(error))
     }

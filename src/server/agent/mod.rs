@@ -4,10 +4,8 @@
 //! handled in order, by one worker; a message that breaks the rules has no effect, and nothing of its run is published:
 //! every later message is answered like it, what was staged is removed, and the audit log says why.
 
-use std::collections::HashMap;
-use std::io::Read as _;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -25,10 +23,12 @@ use crate::wire::notes::Notes;
 mod chunks;
 mod limits;
 mod reading;
+mod runs;
 mod veil;
 mod writing;
 
 pub use limits::Limits;
+pub use runs::set_origin;
 pub use veil::Veil;
 
 use limits::{Held, OpenFiles};
@@ -162,40 +162,8 @@ struct Run {
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
-/// Runs that further connections of this process may attach to, by token.
-static RUNS: Mutex<Option<HashMap<[u8; 16], Weak<Run>>>> = Mutex::new(None);
-
-/// The number of this process among those of a server; tokens begin with it.
-static ORIGIN: OnceLock<u64> = OnceLock::new();
-
-/// Says it. Only the first call counts.
-pub fn set_origin(number: u64) {
-    let _ = ORIGIN.set(number);
-}
-
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn register(run: &Arc<Run>) -> Vec<u8> {
-    let mut token = [0; 16];
-    // The half that nobody can guess is enough beside a login of the same user.
-    let random = match ORIGIN.get() {
-        Some(number) => {
-            token[..8].copy_from_slice(&number.to_be_bytes());
-            &mut token[8..]
-        }
-        None => &mut token[..],
-    };
-    let filled = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(random));
-    if filled.is_err() {
-        return Vec::new(); // No token: the client works over one connection.
-    }
-    let mut runs = locked(&RUNS);
-    let runs = runs.get_or_insert_default();
-    runs.retain(|_, run| run.strong_count() > 0);
-    runs.insert(token, Arc::downgrade(run));
-    token.to_vec()
 }
 
 impl Run {
@@ -490,8 +458,8 @@ impl Control {
             "attach" => {
                 self.must_be_free()?;
                 let token: [u8; 16] = fields.bytes(16)?.try_into().map_err(|_| WireError::Short)?;
-                let found = locked(&RUNS).as_ref().and_then(|runs| runs.get(&token)?.upgrade());
-                *locked(&self.shared) = Some(found.ok_or_else(|| Failure::order("no such run in this process"))?);
+                *locked(&self.shared) =
+                    Some(runs::find(&token).ok_or_else(|| Failure::order("no such run in this process"))?);
                 Ok(Vec::new())
             }
             "entries" => {
@@ -566,7 +534,7 @@ impl Control {
         });
         self.own = true;
         let mut body = Vec::new();
-        extension::put_string(&mut body, &register(&run));
+        extension::put_string(&mut body, &runs::register(&run));
         *locked(&self.shared) = Some(run);
         Ok(body)
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, TryRecvError};
 
 use super::{Failure, Job, Run};
-use crate::endpoint::delta::{COPY_MAX, Within};
+use crate::endpoint::delta::{COPY_MAX, Cut, Within};
 use crate::endpoint::{Block, Staged, Target, Writer};
 use crate::manifest::Tree;
 use crate::wire::extension::{FILES_MAX, Fields, HOLE_MAX, Message, RAW_MAX, WireError, put_alike, put_string};
@@ -60,9 +60,10 @@ pub(super) fn list_alike(run: &Run, target: &(dyn Target + Send + Sync), jobs: &
         }
         let mut fields = Fields(job.payload.bytes());
         let (index, from) = (fields.u32()?, Within { piece: fields.u32()?, offset: fields.u64()? });
+        let cut = if fields.u8()? == 0 { Cut::ByContent } else { Cut::ByLength };
         fields.end()?;
         let mut body = Vec::new();
-        put_alike(&mut body, target.alike(index, from)?.as_ref());
+        put_alike(&mut body, target.alike(index, from, cut)?.as_ref());
         Ok(body)
     };
     for job in jobs {

@@ -1,0 +1,573 @@
+//! Looks for what the target has, in one file.
+//!
+//! Where nothing is known the target lists chunks, whose bounds go with their content, and the file is cut likewise. Once something
+//! was found, what follows is likely to be what follows there: it is held against blocks of one length, from there on, which is
+//! less work for both. Where that does not hold for a while, chunks are looked for again, from where it ended.
+
+use std::collections::{HashMap, VecDeque};
+
+use crossbeam_channel::{Receiver, Sender, TryRecvError};
+
+use super::lister::{Order, Part, Range};
+use super::{Alike, COPY_MAX, Cut, PIECES_MAX, Step, Within};
+use crate::codec::chunks::{self, Chunk, ChunkId};
+use crate::endpoint::Block;
+
+/// The target has listed at least so much more than was looked for, before anything is sent for not being listed: the beginning of
+/// each of its files.
+const AHEAD_BYTES: u64 = 32 << 20;
+/// Where nothing was found for so long in all that the target has, nothing is looked for any more.
+const FRUITLESS_BYTES: u64 = 256 << 20;
+/// What follows on what was found is other for so long: it was moved.
+const MOVED_BYTES: u64 = 1 << 20;
+
+#[derive(Debug)]
+enum Mode {
+    /// Chunks are looked for, in what was listed since the file was there.
+    Seek { since: u64, heard: u64 },
+    /// What is read is held against what comes next at the target.
+    Follow { next: Within, blocks: VecDeque<Chunk>, missed: u64 },
+    /// Nothing is looked for.
+    Vain,
+}
+
+/// Where a chunk lies at the target.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    from: Within,
+    length: u32,
+    /// It lies elsewhere too, so that it does not say what follows.
+    repeated: bool,
+}
+
+/// One file on its way.
+pub struct Matcher {
+    orders: Sender<Order>,
+    parts: Receiver<Part>,
+    /// The number of the last order, and whether it is done.
+    order: u32,
+    done: bool,
+    pieces: u32,
+    mode: Mode,
+    known: HashMap<ChunkId, Known>,
+    /// What was fed and is not decided: from `start` on, which is at `at` of the file.
+    buffer: Vec<u8>,
+    start: usize,
+    at: u64,
+    /// What is to be copied, and may go on: where it goes, its length, and where it is.
+    copy: Option<(u64, u64, Within)>,
+    fruitless: u64,
+}
+
+impl Matcher {
+    /// Of a file that is read from `from` on. What it wants to know goes to `orders` ([`list`](super::list)), and comes by `parts`.
+    pub fn new(from: u64, orders: Sender<Order>, parts: Receiver<Part>) -> Matcher {
+        let mut matcher = Matcher {
+            orders,
+            parts,
+            order: 0,
+            done: false,
+            pieces: 1,
+            mode: Mode::Vain,
+            known: HashMap::new(),
+            buffer: Vec::new(),
+            start: 0,
+            at: from,
+            copy: None,
+            fruitless: 0,
+        };
+        matcher.seek(Within::default());
+        matcher
+    }
+
+    /// Waits for the first part, and says whether the target has the file as a whole.
+    pub fn begins_with_all(&mut self) -> bool {
+        let Ok(part) = self.parts.recv() else { return false };
+        let same = part.alike.as_ref().is_some_and(|alike| alike.same);
+        self.hear(part);
+        same
+    }
+
+    /// The next bytes of the file.
+    pub fn feed(&mut self, block: Block, steps: &mut Vec<Step>) {
+        if matches!(self.mode, Mode::Vain) {
+            self.flush(steps);
+            let offset = self.at;
+            self.at += block.data().len() as u64;
+            return steps.push(Step::Data { offset, block });
+        }
+        self.decide(block.data(), false, steps);
+    }
+
+    /// So many zeros follow, which are not fed: what comes before them is decided.
+    pub fn skip(&mut self, length: u64, steps: &mut Vec<Step>) {
+        self.flush(steps);
+        self.at += length;
+        // It has a hole there too, or something else; what is behind is there or not.
+        if let Mode::Follow { next, .. } = self.mode {
+            self.follow(Within { offset: next.offset + length, ..next });
+        }
+    }
+
+    /// Decides all that was fed.
+    pub fn flush(&mut self, steps: &mut Vec<Step>) {
+        self.decide(&[], true, steps);
+        self.put_copy(steps);
+    }
+
+    fn decide(&mut self, mut rest: &[u8], all: bool, steps: &mut Vec<Step>) {
+        loop {
+            let buffered = self.buffer.len() - self.start;
+            let wanted = match self.mode {
+                Mode::Seek { .. } => chunks::MAX_BYTES,
+                Mode::Follow { .. } => match self.next_length() {
+                    Some(length) => length,
+                    None => continue,
+                },
+                Mode::Vain => (buffered + rest.len()).max(1),
+            };
+            if buffered == 0 && rest.len() >= wanted {
+                rest = &rest[self.one(&rest[..wanted], steps)..];
+                continue;
+            }
+            let missing = wanted.saturating_sub(buffered).min(rest.len());
+            self.buffer.extend_from_slice(&rest[..missing]);
+            rest = &rest[missing..];
+            let buffered = buffered + missing;
+            if buffered == 0 || buffered < wanted && !all {
+                break;
+            }
+            let buffer = std::mem::take(&mut self.buffer);
+            let end = (self.start + wanted).min(buffer.len());
+            self.start += self.one(&buffer[self.start..end], steps);
+            self.buffer = buffer;
+            if self.start == self.buffer.len() {
+                self.buffer.clear();
+                self.start = 0;
+            }
+        }
+        self.buffer.drain(..self.start);
+        self.start = 0;
+    }
+
+    /// Decides the beginning of `data`; how much of it.
+    fn one(&mut self, data: &[u8], steps: &mut Vec<Step>) -> usize {
+        match &mut self.mode {
+            Mode::Seek { .. } => self.look_for(data, steps),
+            Mode::Follow { next, blocks, missed } => {
+                let (from, block) = (*next, blocks.pop_front());
+                next.offset += data.len() as u64;
+                let is_there =
+                    block.is_some_and(|block| block.length as usize == data.len() && block.id == ChunkId::of(data));
+                *missed = if is_there { 0 } else { *missed + data.len() as u64 };
+                let moved = (*missed >= MOVED_BYTES).then_some(Within { offset: next.offset - *missed, ..from });
+                match is_there {
+                    true => self.add_copy(data.len() as u64, from, steps),
+                    false => self.send(data, steps),
+                }
+                if let Some(from) = moved {
+                    self.seek(from);
+                }
+                data.len()
+            }
+            Mode::Vain => {
+                self.send(data, steps);
+                data.len()
+            }
+        }
+    }
+
+    fn look_for(&mut self, data: &[u8], steps: &mut Vec<Step>) -> usize {
+        let Some(chunk) = Chunk::first_of(data) else { return data.len() };
+        self.listen();
+        let length = chunk.length as usize;
+        match self.known.get(&chunk.id).copied().filter(|known| known.length == chunk.length) {
+            Some(Known { from, repeated, .. }) => {
+                self.fruitless = 0;
+                self.add_copy(u64::from(chunk.length), from, steps);
+                // What all is known of is not asked for again.
+                if !self.done && !repeated {
+                    self.follow(Within { offset: from.offset + u64::from(chunk.length), ..from });
+                }
+            }
+            None => {
+                self.fruitless += u64::from(chunk.length);
+                self.send(&data[..length], steps);
+                if self.done && (self.known.is_empty() || self.fruitless > FRUITLESS_BYTES) {
+                    self.mode = Mode::Vain;
+                }
+            }
+        }
+        length
+    }
+
+    /// How long the block is that comes next at the target. `None` where there is none, and chunks are looked for.
+    fn next_length(&mut self) -> Option<usize> {
+        loop {
+            let Mode::Follow { next, blocks, .. } = &self.mode else { return None };
+            if let Some(block) = blocks.front() {
+                return Some(block.length as usize);
+            }
+            let piece = next.piece;
+            if self.done {
+                self.seek(Within { piece, offset: 0 });
+                return None;
+            }
+            match self.parts.recv() {
+                Ok(part) => self.hear(part),
+                // The list broke off.
+                Err(_) => {
+                    self.mode = Mode::Vain;
+                    return None;
+                }
+            }
+        }
+    }
+
+    fn order(&mut self, cut: Cut, ranges: Vec<Range>) {
+        self.order += 1;
+        // Where nobody takes orders nothing more is listed.
+        self.done = self.orders.send(Order { number: self.order, cut, ranges }).is_err();
+    }
+
+    /// Looks for chunks: of what lies from there on, then before, then in other files.
+    fn seek(&mut self, from: Within) {
+        self.mode = Mode::Seek { since: self.at, heard: 0 };
+        self.seek_in(from, u64::MAX);
+    }
+
+    fn seek_in(&mut self, from: Within, first: u64) {
+        let mut ranges = Vec::new();
+        let whole = |piece| Range { from: Within { piece, offset: 0 }, to: u64::MAX };
+        if first == u64::MAX {
+            ranges.push(Range { from, to: u64::MAX });
+            if from.offset > 0 {
+                ranges.push(Range { from: Within { offset: 0, ..from }, to: from.offset });
+            }
+        } else {
+            // The beginning of each of the others first.
+            ranges.extend((1..self.pieces).map(|piece| Range { from: Within { piece, offset: 0 }, to: 1 }));
+            ranges.push(Range { from: Within { offset: first, ..from }, to: u64::MAX });
+        }
+        ranges.extend((0..self.pieces).filter(|piece| *piece != from.piece).map(whole));
+        self.order(Cut::ByContent, ranges);
+    }
+
+    fn follow(&mut self, next: Within) {
+        self.mode = Mode::Follow { next, blocks: VecDeque::new(), missed: 0 };
+        self.order(Cut::ByLength, vec![Range { from: next, to: u64::MAX }]);
+    }
+
+    /// Takes what the target has listed; waits where it has not come far enough.
+    fn listen(&mut self) {
+        while !self.done {
+            let Mode::Seek { since, heard } = self.mode else { return };
+            let part = match heard >= (self.at - since).saturating_add(AHEAD_BYTES) {
+                true => self.parts.try_recv(),
+                false => self.parts.recv().map_err(|_| TryRecvError::Disconnected),
+            };
+            match part {
+                Ok(part) => self.hear(part),
+                Err(TryRecvError::Empty) => return,
+                Err(TryRecvError::Disconnected) => self.done = true,
+            }
+        }
+    }
+
+    fn hear(&mut self, Part { order, cut, from, alike }: Part) {
+        let current = order == self.order;
+        let Some(alike) = alike else {
+            self.done |= current;
+            return;
+        };
+        let length = alike.chunks.iter().map(|chunk| u64::from(chunk.length)).sum::<u64>();
+        match (cut, &mut self.mode) {
+            (Cut::ByContent, mode) => {
+                if let Mode::Seek { heard, .. } = mode {
+                    *heard += length;
+                }
+                self.learn(from, &alike);
+                // The first answer says how many there are.
+                if order == 1 && current && alike.pieces.min(PIECES_MAX) > self.pieces {
+                    self.pieces = alike.pieces.min(PIECES_MAX);
+                    self.seek_in(Within::default(), alike.next.unwrap_or(u64::MAX - 1));
+                }
+            }
+            (Cut::ByLength, Mode::Follow { blocks, .. }) if current => blocks.extend(alike.chunks),
+            _ => {}
+        }
+    }
+
+    fn learn(&mut self, mut from: Within, part: &Alike) {
+        for chunk in &part.chunks {
+            // Of several that are alike the first will do.
+            let first = || Known { from, length: chunk.length, repeated: false };
+            let known = self.known.entry(chunk.id).or_insert_with(first);
+            known.repeated |= known.from != from;
+            from.offset += u64::from(chunk.length);
+        }
+    }
+
+    fn send(&mut self, data: &[u8], steps: &mut Vec<Step>) {
+        self.put_copy(steps);
+        if !data.is_empty() {
+            steps.push(Step::Data { offset: self.at, block: Block::copy_of(data) });
+        }
+        self.at += data.len() as u64;
+    }
+
+    fn add_copy(&mut self, length: u64, from: Within, steps: &mut Vec<Step>) {
+        let at = self.at;
+        self.at += length;
+        if let Some((offset, so_far, place)) = &mut self.copy
+            && place.piece == from.piece
+            && place.offset + *so_far == from.offset
+            && *offset + *so_far == at
+            && *so_far + length <= COPY_MAX
+        {
+            *so_far += length;
+            return;
+        }
+        self.put_copy(steps);
+        self.copy = Some((at, length, from));
+    }
+
+    fn put_copy(&mut self, steps: &mut Vec<Step>) {
+        if let Some((offset, length, from)) = self.copy.take() {
+            steps.push(Step::Copy { offset, length, from });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{BLOCK_LENGTH, list};
+    use super::*;
+    use crossbeam_channel::unbounded;
+    use proptest::prelude::*;
+
+    fn noise(seed: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+        bytes
+    }
+
+    /// What a target lists of `data` from `from` on, so many chunks.
+    fn part(data: &[u8], from: u64, cut: Cut, count: usize, pieces: u32) -> Alike {
+        let (mut alike, mut at) = (Alike { pieces, ..Alike::default() }, from as usize);
+        while alike.chunks.len() < count && at < data.len() {
+            let rest = &data[at..];
+            let chunk = match cut {
+                Cut::ByContent => Chunk::first_of(rest).unwrap(),
+                Cut::ByLength => Chunk::of(&rest[..rest.len().min(BLOCK_LENGTH)]),
+            };
+            alike.chunks.push(chunk);
+            at += chunk.length as usize;
+        }
+        alike.next = (at < data.len()).then_some(at as u64);
+        alike
+    }
+
+    /// What a target that has `there`, and lists so many chunks at once, makes of `new`, which is fed in blocks of so many bytes; how
+    /// many bytes were sent, and how many the target looked at: by content, and by length.
+    fn made(there: &[&[u8]], new: &[u8], block: usize, each: usize) -> (Vec<u8>, usize, [u64; 2]) {
+        std::thread::scope(|scope| {
+            let ((orders, ordered), (sender, parts)) = (unbounded(), unbounded());
+            let lists = scope.spawn(move || {
+                let mut looked = [0; 2];
+                let ask = |from: Within, cut: Cut| -> Result<_, ()> {
+                    let part = part(there[from.piece as usize], from.offset, cut, each, there.len() as u32);
+                    looked[usize::from(cut == Cut::ByLength)] +=
+                        part.chunks.iter().map(|chunk| u64::from(chunk.length)).sum::<u64>();
+                    Ok(Some(part))
+                };
+                list(&ordered, &sender, ask).unwrap();
+                looked
+            });
+            let mut matcher = Matcher::new(0, orders, parts);
+            let mut steps = Vec::new();
+            for bytes in new.chunks(block) {
+                matcher.feed(Block::copy_of(bytes), &mut steps);
+            }
+            matcher.flush(&mut steps);
+            drop(matcher);
+            let (mut made, mut sent) = (Vec::new(), 0);
+            for step in steps {
+                match step {
+                    Step::Copy { offset, length, from } => {
+                        assert!(offset == made.len() as u64 && length <= COPY_MAX);
+                        made.extend_from_slice(&there[from.piece as usize][from.offset as usize..][..length as usize]);
+                    }
+                    Step::Data { offset, block } => {
+                        assert_eq!(offset, made.len() as u64);
+                        sent += block.data().len();
+                        made.extend_from_slice(block.data());
+                    }
+                }
+            }
+            (made, sent, lists.join().unwrap())
+        })
+    }
+
+    #[test]
+    fn only_what_the_target_does_not_have_is_sent() {
+        let old = noise(1, 30 << 20);
+        let insert = |at: usize| [&old[..at], b"a header that was longer", &old[at..]].concat();
+        let mut changed = old.clone();
+        changed[10 << 20] ^= 1;
+        let mut replaced = old.clone();
+        replaced[5 << 20..9 << 20].copy_from_slice(&noise(4, 4 << 20));
+        let moved = [&old[20 << 20..], &old[..20 << 20]].concat();
+        for (what, new, most) in [
+            ("the same", old.clone(), 0),
+            ("a byte in the middle", changed, 1 << 20),
+            ("4 MiB in the middle", replaced, 6 << 20),
+            ("something at the front", insert(0), 1 << 20),
+            ("something in the middle", insert(15 << 20), 3 << 20),
+            ("more at the end", [&old[..], &noise(2, 1 << 20)].concat(), 2 << 20),
+            ("the end cut off", old[..20 << 20].to_vec(), 1 << 20),
+            ("parts that changed places", moved, 3 << 20),
+            ("nothing of it", noise(3, 10 << 20), 10 << 20),
+        ] {
+            for (block, each) in [(1 << 20, 16), (100_000, 16), (1 << 20, 1000)] {
+                let (result, sent, _) = made(&[&old], &new, block, each);
+                assert!(result == new && sent <= most, "{what}: {sent} bytes were sent");
+            }
+        }
+        assert_eq!(made(&[&[]], &old, 1 << 20, 1).1, old.len());
+    }
+
+    #[test]
+    fn what_follows_on_what_was_found_is_compared_by_blocks_of_one_length() {
+        let old = noise(1, 200 << 20);
+        let mut changed = [b"header", &old[..]].concat();
+        changed[150 << 20] ^= 1;
+        let (result, sent, [by_content, by_length]) = made(&[&old], &changed, 1 << 20, 32);
+        assert!(result == changed && sent < 2 << 20, "{sent} bytes were sent");
+        assert!(by_content < 80 << 20 && by_length > 150 << 20, "{by_content} {by_length}");
+    }
+
+    #[test]
+    fn of_several_files_each_is_looked_into() {
+        let there: Vec<Vec<u8>> = (1..4).map(|seed| noise(seed, 20 << 20)).collect();
+        let there: Vec<&[u8]> = there.iter().map(|data| &data[..]).collect();
+        for (new, most) in [(there[1].to_vec(), 0), ([there[2], there[0]].concat(), 2 << 20)] {
+            let (result, sent, _) = made(&there, &new, 1 << 20, 30);
+            assert!(result == new && sent <= most, "{sent} bytes were sent");
+        }
+    }
+
+    #[test]
+    fn a_list_that_breaks_off_costs_only_what_it_does_not_have() {
+        let old = noise(1, 20 << 20);
+        for cut in [Cut::ByContent, Cut::ByLength] {
+            let ((orders, ordered), (sender, parts)) = (unbounded(), unbounded());
+            let mut matcher = Matcher::new(0, orders, parts);
+            let alike = Some(part(&old, 0, Cut::ByContent, 20, 1));
+            sender.send(Part { order: 1, cut: Cut::ByContent, from: Within::default(), alike }).unwrap();
+            if cut == Cut::ByContent {
+                drop(ordered);
+            } else {
+                let alike = Some(part(&old, 0, cut, 20, 1));
+                sender.send(Part { order: 2, cut, from: Within::default(), alike }).unwrap();
+            }
+            drop(sender);
+            let (mut steps, mut at) = (Vec::new(), 0);
+            old.chunks(1 << 20).for_each(|bytes| matcher.feed(Block::copy_of(bytes), &mut steps));
+            matcher.flush(&mut steps);
+            for step in &steps {
+                let length = match step {
+                    Step::Copy { length, .. } => *length,
+                    Step::Data { block, .. } => block.data().len() as u64,
+                };
+                let (Step::Copy { offset, .. } | Step::Data { offset, .. }) = step;
+                assert_eq!(*offset, at);
+                at += length;
+            }
+            assert_eq!(at, old.len() as u64);
+            assert!(matches!(steps[0], Step::Copy { .. }) && matches!(steps.last(), Some(Step::Data { .. })));
+        }
+    }
+
+    #[test]
+    fn a_file_of_which_nothing_is_found_is_not_looked_at_to_its_end() {
+        let ((orders, _ordered), (sender, parts)) = (unbounded(), unbounded());
+        let chunks = vec![Chunk { id: ChunkId([0; 16]), length: 100_000 }];
+        let part = |alike| Part { order: 1, cut: Cut::ByContent, from: Within::default(), alike };
+        sender.send(part(Some(Alike { pieces: 1, chunks, ..Alike::default() }))).unwrap();
+        sender.send(part(None)).unwrap();
+        let mut matcher = Matcher::new(0, orders, parts);
+        let (mut steps, block) = (Vec::new(), vec![7; 1 << 20]);
+        for _ in 0..FRUITLESS_BYTES / (1 << 20) + 8 {
+            matcher.feed(Block::copy_of(&block), &mut steps);
+        }
+        assert!(matches!(matcher.mode, Mode::Vain));
+        matcher.flush(&mut steps);
+        let mut at = 0;
+        for step in steps {
+            let Step::Data { offset, block } = step else { panic!("{step:?}") };
+            assert_eq!(offset, at);
+            at += block.data().len() as u64;
+        }
+        assert_eq!(at, FRUITLESS_BYTES + (8 << 20));
+    }
+
+    #[derive(Debug, Clone)]
+    enum Edit {
+        Insert(usize, usize),
+        Remove(usize, usize),
+        Replace(usize, usize),
+        Move(usize, usize, usize),
+    }
+
+    fn edit() -> impl Strategy<Value = Edit> {
+        let (at, length) = (0_usize..(6 << 20), 0_usize..(1 << 20));
+        prop_oneof![
+            (at.clone(), length.clone()).prop_map(|(at, length)| Edit::Insert(at, length)),
+            (at.clone(), length.clone()).prop_map(|(at, length)| Edit::Remove(at, length)),
+            (at.clone(), length.clone()).prop_map(|(at, length)| Edit::Replace(at, length)),
+            (at.clone(), length, at).prop_map(|(at, length, to)| Edit::Move(at, length, to)),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn whatever_was_edited_the_target_makes_the_same_file(
+            edits in prop::collection::vec(edit(), 0..6), block in 1_000_usize..2_000_000, each in 1_usize..40, seed in any::<u64>(),
+        ) {
+            let old = noise(9, 6 << 20);
+            let mut new = old.clone();
+            for edit in edits {
+                let within = |at: usize, new: &Vec<u8>| at.min(new.len());
+                match edit {
+                    Edit::Insert(at, length) => {
+                        let at = within(at, &new);
+                        new.splice(at..at, noise(seed, length));
+                    }
+                    Edit::Remove(at, length) => {
+                        let at = within(at, &new);
+                        let end = within(at + length, &new);
+                        new.drain(at..end);
+                    }
+                    Edit::Replace(at, length) => {
+                        let at = within(at, &new);
+                        let end = within(at + length, &new);
+                        new.splice(at..end, noise(seed ^ 1, end - at));
+                    }
+                    Edit::Move(at, length, to) => {
+                        let at = within(at, &new);
+                        let end = within(at + length, &new);
+                        let moved: Vec<u8> = new.drain(at..end).collect();
+                        let to = within(to, &new);
+                        new.splice(to..to, moved);
+                    }
+                }
+            }
+            let other = noise(8, 3 << 20);
+            for there in [&[&old[..]][..], &[&other, &old]] {
+                prop_assert!(made(there, &new, block, each).0 == new);
+            }
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! What of a file need not be sent, since the target has it already: a list of blocks comes from there, and what the source reads is
+//! held against it.
+//!
+//! What always holds: the steps cover what was fed, in its order and without a gap. Nothing is believed of the list but where to
+//! look: the target hashes the whole file when all of it is there.
+
+use crate::endpoint::Block;
+
+mod lister;
+mod matcher;
+
+pub use crate::codec::chunks::{Alike, BLOCK_LENGTH, Cut, PIECES_MAX, Within};
+pub use lister::{Part, list};
+pub use matcher::Matcher;
+
+/// A smaller file is sent sooner than it is compared.
+pub const DELTA_BYTES_MIN: u64 = 1 << 20;
+/// So much is copied by one step.
+pub const COPY_MAX: u64 = 8 << 20;
+
+/// How a part of a file comes to the target.
+#[derive(Debug)]
+pub enum Step {
+    /// The target has it.
+    Copy {
+        /// Where in the file.
+        offset: u64,
+        /// How much.
+        length: u64,
+        /// Where the target has it.
+        from: Within,
+    },
+    /// It has to be sent.
+    Data {
+        /// Where in the file.
+        offset: u64,
+        /// The bytes.
+        block: Block,
+    },
+}
