@@ -1,3 +1,5 @@
+//! What each kind of content is coded as, and when a block is looked at.
+
 use super::*;
 use crate::codec::{decompress, weights};
 

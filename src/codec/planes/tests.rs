@@ -1,3 +1,5 @@
+//! Byte planes there and back, what they save, and frames that are damaged or lie.
+
 use proptest::prelude::*;
 
 use super::*;
