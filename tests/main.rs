@@ -49,6 +49,7 @@ mod oms;
 mod parts;
 mod pipeline;
 mod pipes;
+mod planes;
 mod policy;
 mod push;
 mod quarantine;

@@ -4,7 +4,7 @@
 
 use super::buffer::{Reader, Short};
 use crate::codec::chunks::{self, Alike, Chunk, ChunkId, PIECES_MAX};
-use crate::codec::{self, CodecError};
+use crate::codec::{self, CodecError, Coding};
 use crate::manifest::{Content, Digest, Entry};
 use crate::path::RelPath;
 use crate::plan::{Action, Change, Differences, Need, Removal};
@@ -194,6 +194,7 @@ impl<'a> Fields<'a> {
             0 if raw_length == self.0.len() => out.extend_from_slice(self.0),
             0 => return Err(WireError::Range("the declared length")),
             1 => codec::decompress(self.0, raw_length, out)?,
+            codec::PLANES_NUMBER => codec::planes::decode(self.0, raw_length, out)?,
             _ => return Err(WireError::Range("the codec")),
         }
         Ok(raw_length)
@@ -237,16 +238,24 @@ pub fn put_string(out: &mut Vec<u8>, bytes: &[u8]) {
 
 /// Appends a `frame` of `raw`, compressed when a level is given and it becomes smaller.
 pub fn put_frame(out: &mut Vec<u8>, raw: &[u8], level: Option<i32>) {
+    put_coded(out, raw, level.map(Coding::Zstd));
+}
+
+/// Appends a `frame` of `raw`, coded when a coding is given and it becomes smaller.
+pub fn put_coded(out: &mut Vec<u8>, raw: &[u8], coding: Option<Coding>) {
     let start = out.len();
-    out.push(1);
+    out.push(coding.map_or(0, Coding::number));
     out.extend_from_slice(&(raw.len() as u32).to_be_bytes());
-    let smaller = level.is_some_and(|level| codec::compress(raw, level, out).is_ok() && out.len() - start < raw.len());
+    let smaller = coding.is_some_and(|coding| coding.encode(raw, out).is_ok() && out.len() - start < raw.len());
     if !smaller {
         out.truncate(start + 5);
         out[start] = 0;
         out.extend_from_slice(raw);
     }
 }
+
+/// In the level of a `next`: the client reads byte planes. Only for a server that says the same.
+pub const TAKES_PLANES: u8 = 0x80;
 
 /// The start of a request; its length and number are filled in when it is sent.
 pub fn request(name: &str) -> Vec<u8> {

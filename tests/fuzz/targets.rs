@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use lockstep::audit;
-use lockstep::codec;
+use lockstep::codec::{self, Layout, planes};
 use lockstep::config::{AddressList, Config, Rights};
 use lockstep::endpoint::local::{LocalSource, LocalTarget};
 use lockstep::filter::{Filter, FilterSpec};
@@ -237,6 +237,19 @@ fn wire(data: &[u8]) {
         let mut out = Vec::new();
         if codec::decompress(frame, length, &mut out).is_ok() {
             assert_eq!(out.len(), length);
+        }
+        out.clear();
+        match planes::decode(frame, length, &mut out) {
+            Ok(()) => assert_eq!(out.len(), length),
+            Err(_) => assert!(out.is_empty()),
+        }
+    }
+    let layout = |byte: u8| Layout::new(1 << (byte & 3), usize::from(byte >> 4), byte & 4 != 0);
+    if let Some(layout) = data.first().and_then(|byte| layout(*byte)) {
+        let (mut frame, mut out) = (Vec::new(), Vec::new());
+        if planes::encode(data, layout, &mut frame).is_ok() {
+            planes::decode(&frame, data.len(), &mut out).unwrap();
+            assert_eq!(out, data);
         }
     }
     let mut frame = Vec::new();

@@ -15,6 +15,7 @@ pub(crate) mod raw;
 pub(crate) mod served;
 pub(crate) mod slurm;
 pub(crate) mod sshd;
+pub(crate) mod weights;
 
 /// All that a command said.
 pub(crate) fn text(output: &Output) -> String {

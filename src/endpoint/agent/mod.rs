@@ -4,9 +4,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
+use crossbeam_channel::{Receiver, unbounded};
 
-use crate::codec::CompressOptions;
-use crate::endpoint::client::{Answer, Client, ClientOptions};
+use crate::codec::{self, CompressOptions};
+use crate::endpoint::client::{Answer, Client, ClientOptions, Completion};
 use crate::endpoint::link::{Link, Remote, Way};
 use crate::endpoint::{BLOCK_BYTES, Error};
 use crate::error::Exit;
@@ -50,6 +51,10 @@ pub struct Lanes {
     turn: AtomicUsize,
     root: Vec<u8>,
     compress: CompressOptions,
+    /// The answer to `hello`, which is asked for when there is something to compress, and waited for when it is needed.
+    hello: Receiver<Completion>,
+    /// Whether it says that the agent reads and makes byte planes.
+    planes: OnceLock<bool>,
 }
 
 impl Lanes {
@@ -94,7 +99,25 @@ impl Lanes {
         let shared = first.has("attach@lockstep.internal", extension::VERSION);
         let further = (1..count).filter(|_| shared).map(|_| Slot::default()).collect();
         let (token, turn) = (OnceLock::new(), AtomicUsize::new(0));
-        Ok(Lanes { first: Arc::new(first), further, open, token, turn, root: root.to_vec(), compress })
+        let (sender, hello) = unbounded();
+        if compress.enabled {
+            first.submit(extension::request("hello"), 0, 0, &sender)?;
+        }
+        let (first, root, planes) = (Arc::new(first), root.to_vec(), OnceLock::new());
+        Ok(Lanes { first, further, open, token, turn, root, compress, hello, planes })
+    }
+
+    /// Whether the agent takes and gives byte planes, which one that does not name them must never be sent or asked for.
+    fn planes(&self) -> bool {
+        *self.planes.get_or_init(|| {
+            let names = || {
+                let answer = self.first.wait(&self.hello, false).ok()?.answer.ok()?;
+                let hello: serde_json::Value =
+                    serde_json::from_slice(Fields(&body(&self.first, answer).ok()?).string().ok()?).ok()?;
+                Some(hello["codecs"].as_array()?.iter().any(|name| name == codec::PLANES))
+            };
+            self.compress.enabled && names().unwrap_or(false)
+        })
     }
 
     fn control(&self) -> &Client {

@@ -9,18 +9,16 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::body;
-use crate::codec::{self, CompressOptions, Way};
+use crate::codec::{self, CompressOptions, PLANES_NUMBER, PLANES_RATE, Way, ZSTD_RATE};
 use crate::endpoint::client::{Client, Completion};
 use crate::endpoint::{Block, Error, Fetch, Produced, Reader};
 use crate::manifest::Tree;
-use crate::wire::extension::{self, FETCH_MAX, Fields, HOLE_MAX, WireError};
+use crate::wire::extension::{self, FETCH_MAX, Fields, HOLE_MAX, TAKES_PLANES, WireError};
 
 /// Requests in flight on one stream.
 const DEPTH: u64 = 8;
 /// Of so many bundles one is asked for compressed, to see whether that pays.
 const PROBE: u64 = 32;
-/// Bytes a second that the other end is taken to compress.
-const COMPRESS_RATE: f64 = 400e6;
 /// Files asked for ahead.
 const AHEAD: usize = 512;
 /// And files of no more than so many bytes: the rest is for readers over other connections.
@@ -42,8 +40,12 @@ pub(super) struct AgentReader {
     tree: Arc<Tree>,
     stream: u32,
     compress: CompressOptions,
+    /// Whether the agent is asked for byte planes.
+    planes: bool,
     /// What the last probe was compressed to, as a fraction.
     ratio: f64,
+    /// Bytes a second that the other end is taken to compress, by what the probe was coded in.
+    rate: f64,
     sender: Sender<Completion>,
     receiver: Receiver<Completion>,
     waiting: Vec<Fetch>,
@@ -57,14 +59,22 @@ pub(super) struct AgentReader {
 }
 
 impl AgentReader {
-    pub(super) fn new(client: Arc<Client>, tree: Arc<Tree>, stream: u32, compress: CompressOptions) -> Self {
+    pub(super) fn new(
+        client: Arc<Client>,
+        tree: Arc<Tree>,
+        stream: u32,
+        compress: CompressOptions,
+        planes: bool,
+    ) -> Self {
         let (sender, receiver) = unbounded();
         AgentReader {
             client,
             tree,
             stream,
             compress,
+            planes,
             ratio: 1.0,
+            rate: ZSTD_RATE,
             sender,
             receiver,
             waiting: Vec::new(),
@@ -84,12 +94,13 @@ impl AgentReader {
 
     /// The level to ask for the next bundle in.
     fn level(&self) -> u8 {
-        match self.compress {
+        let level = match self.compress {
             CompressOptions { enabled: false, .. } => 0,
             CompressOptions { level: Some(level), .. } => level.clamp(0, 19) as u8,
             _ if self.asked.is_multiple_of(PROBE) => 1,
-            _ => u8::from(self.ratio < 0.95 && codec::pays(self.ratio, COMPRESS_RATE, self.way())),
-        }
+            _ => u8::from(self.ratio < 0.95 && codec::pays(self.ratio, self.rate, self.way())),
+        };
+        if self.planes && level > 0 { level | TAKES_PLANES } else { level }
     }
 
     fn send_fetches(&mut self) -> Result<(), Error> {
@@ -131,6 +142,7 @@ impl AgentReader {
                 Fields(&reply).frame(&mut raw).map_err(|error| self.client.protocol(error.to_string()))?;
                 if completion.tag.is_multiple_of(PROBE) && !raw.is_empty() {
                     self.ratio = reply.len() as f64 / raw.len() as f64;
+                    self.rate = if reply.first() == Some(&PLANES_NUMBER) { PLANES_RATE } else { ZSTD_RATE };
                 }
                 self.early.insert(completion.tag, raw);
             }

@@ -103,7 +103,8 @@ impl Source for AgentSource {
 
     fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error> {
         let stream = self.streams.fetch_add(1, Ordering::Relaxed);
-        Ok(Box::new(AgentReader::new(self.lanes.lane(), tree, stream, self.lanes.compress)))
+        let (lane, compress, planes) = (self.lanes.lane(), self.lanes.compress, self.lanes.planes());
+        Ok(Box::new(AgentReader::new(lane, tree, stream, compress, planes)))
     }
 
     /// The agent remembers for itself what it hashed.

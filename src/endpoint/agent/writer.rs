@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::body;
-use crate::codec::{self, Chooser, CompressOptions, Way};
+use crate::codec::{Chooser, CompressOptions, Place, Way};
 use crate::endpoint::client::{Client, Completion};
 use crate::endpoint::delta::{COPY_MAX, Within};
 use crate::endpoint::{BLOCK_BYTES, Block, Error, Staged, WriteFailure, Writer};
@@ -30,11 +30,12 @@ pub(super) struct AgentWriter {
 }
 
 impl AgentWriter {
-    pub(super) fn new(client: Arc<Client>, compress: CompressOptions) -> Self {
+    /// `planes`: the agent reads byte planes.
+    pub(super) fn new(client: Arc<Client>, compress: CompressOptions, planes: bool) -> Self {
         let (sender, receiver) = unbounded();
         AgentWriter {
             client,
-            chooser: Chooser::new(compress),
+            chooser: Chooser::new(compress, planes),
             sender,
             receiver,
             outstanding: 0,
@@ -64,7 +65,8 @@ impl AgentWriter {
     fn flush(&mut self) -> Result<(), Error> {
         let Some(first) = self.batch.first() else { return Ok(()) };
         let way = self.way();
-        let level = spend(Stage::Compress, || self.chooser.level(first.0, &self.contents, way, None));
+        let place = Place { file: first.0, offset: 0, once: None };
+        let coding = spend(Stage::Compress, || self.chooser.coding(place, &self.contents, way));
         let mut packet = extension::request("put");
         packet.extend_from_slice(&(self.batch.len() as u32).to_be_bytes());
         let mut files = Vec::with_capacity(self.batch.len());
@@ -74,7 +76,7 @@ impl AgentWriter {
             packet.extend_from_slice(&digest.0);
             packet.extend_from_slice(&length.to_be_bytes());
         }
-        spend(Stage::Compress, || extension::put_frame(&mut packet, &self.contents, level));
+        spend(Stage::Compress, || extension::put_coded(&mut packet, &self.contents, coding));
         self.contents.clear();
         self.submit(packet, 0, files)
     }
@@ -136,13 +138,14 @@ impl Writer for AgentWriter {
         header.extend_from_slice(&offset.to_be_bytes());
         let length = block.data().len() as u32;
         let (way, once) = (self.way(), block.once());
-        if let Some(level) = spend(Stage::Compress, || self.chooser.level(index, block.data(), way, once)) {
+        let place = Place { file: index, offset, once };
+        if let Some(coding) = spend(Stage::Compress, || self.chooser.coding(place, block.data(), way)) {
             let mut packet = header.clone();
-            packet.push(1);
+            packet.push(coding.number());
             packet.extend_from_slice(&length.to_be_bytes());
             let made = spend(Stage::Compress, || match once {
-                Some(once) => once.compress(block.data(), level, &mut packet),
-                None => codec::compress(block.data(), level, &mut packet),
+                Some(once) => once.encode(coding, block.data(), &mut packet),
+                None => coding.encode(block.data(), &mut packet),
             });
             if made.is_ok() && packet.len() < block.data().len() {
                 return self.submit(packet, 0, Vec::new());

@@ -406,7 +406,7 @@ impl Control {
         match job.name {
             "hello" => {
                 let hello = serde_json::json!({
-                    "versions": [1], "software": concat!("lockstep ", env!("CARGO_PKG_VERSION")), "codecs": ["raw", "zstd"],
+                    "versions": [1], "software": concat!("lockstep ", env!("CARGO_PKG_VERSION")), "codecs": crate::codec::NAMES,
                     "block_bytes": crate::endpoint::BLOCK_BYTES, "in_flight_bytes": 16 << 20,
                 });
                 let mut body = Vec::new();

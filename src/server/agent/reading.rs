@@ -6,9 +6,10 @@ use std::sync::{Arc, OnceLock};
 use crossbeam_channel::Receiver;
 
 use super::{Failure, Job, Veil};
+use crate::codec::{Chooser, Coding, CompressOptions, Place};
 use crate::endpoint::{BLOCK_BYTES, Error, Fetch, Produced, Reader, Source};
 use crate::manifest::{Digest, Tree};
-use crate::wire::extension::{FETCH_MAX, Fields, WireError, put_frame, put_string};
+use crate::wire::extension::{FETCH_MAX, Fields, TAKES_PLANES, WireError, put_coded, put_string};
 
 /// At most this many streams a worker.
 const STREAMS: usize = 32;
@@ -16,11 +17,16 @@ const STREAMS: usize = 32;
 /// So many digests are remembered at once.
 const REMEMBERED: usize = 16_384;
 
+/// What stands in front of the data of a piece: kind, index, offset and length.
+const DATA_HEAD: u64 = 1 + 4 + 8 + 4;
+
 /// One stream of a client.
 struct Stream<'a> {
     reader: Box<dyn Reader + 'a>,
     /// Files that were fetched and are not produced yet.
     waiting: usize,
+    /// For a client that reads byte planes.
+    chooser: Chooser,
 }
 
 pub(super) fn serve(source: &(dyn Source + Send + Sync), tree: &OnceLock<Arc<Tree>>, jobs: &Receiver<Job>) {
@@ -61,7 +67,8 @@ fn answer<'a>(
         if streams.len() >= STREAMS {
             return Err(WireError::Range("the number of streams").into());
         }
-        streams.insert(stream, Stream { reader: source.reader(Arc::clone(tree))?, waiting: 0 });
+        let (reader, chooser) = (source.reader(Arc::clone(tree))?, Chooser::new(CompressOptions::default(), true));
+        streams.insert(stream, Stream { reader, waiting: 0, chooser });
     }
     let Some(stream) = streams.get_mut(&stream) else { return Err(Failure::order("no stream")) };
     if job.name == "fetch" {
@@ -84,11 +91,29 @@ fn answer<'a>(
         fetches.into_iter().for_each(|fetch| stream.reader.push(fetch));
         return Ok(Vec::new());
     }
-    let level = fields.u8()?.min(19);
+    let asked = fields.u8()?;
+    let level = i32::from((asked & !TAKES_PLANES).min(19));
     let raw = bundle(stream, learned, &job.veil)?;
+    let coding = match (level, asked & TAKES_PLANES) {
+        (0, _) => None,
+        (_, 0) => Some(Coding::Zstd(level)),
+        _ => stream.chooser.smallest(place(&raw), &raw, level).map(|(coding, _)| coding),
+    };
     let mut body = Vec::new();
-    put_frame(&mut body, &raw, (level > 0).then_some(i32::from(level)));
+    put_coded(&mut body, &raw, coding);
     Ok(body)
+}
+
+/// Where a bundle lies, as if the data that it begins with went on to the front; what begins with other pieces lies nowhere.
+fn place(raw: &[u8]) -> Place<'static> {
+    let mut fields = Fields(raw);
+    let begun = (|| Ok::<_, WireError>((fields.u8()?, fields.u32()?, fields.u64()?, fields.string()?.len())))();
+    match begun {
+        Ok((1, file, offset, length)) if length > raw.len() / 2 => {
+            Place { file, offset: offset.wrapping_sub(DATA_HEAD), once: None }
+        }
+        _ => Place { file: u32::MAX, offset: 0, once: None },
+    }
 }
 
 fn bundle(stream: &mut Stream<'_>, learned: &mut HashMap<u32, Digest>, veil: &Veil) -> Result<Vec<u8>, Error> {
