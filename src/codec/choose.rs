@@ -1,5 +1,6 @@
 //! How a block is coded: by a sample of it, by how fast the link is, and by what the processors have to do.
 
+use std::array::from_fn;
 use std::sync::OnceLock;
 use std::time::Instant;
 
@@ -60,8 +61,8 @@ struct Cost {
 impl Cost {
     /// `None` where it cannot be coded.
     fn measure(coding: Coding, data: &[u8]) -> Option<Cost> {
+        let mut frame = Vec::with_capacity(data.len() + data.len() / 8 + 1024);
         let started = Instant::now();
-        let mut frame = Vec::new();
         coding.encode(data, &mut frame).ok()?;
         let seconds = started.elapsed().as_secs_f64().max(1e-7);
         Some(Cost { ratio: frame.len() as f64 / data.len() as f64, rate: data.len() as f64 / seconds })
@@ -81,8 +82,8 @@ impl Sample {
         let sample = spread(data, SAMPLE_BYTES);
         let zstd = Cost::measure(Coding::Zstd(level), &sample)?;
         let planes = planes::guess(&spread(&sample, COUNTED_BYTES)).and_then(|(layout, ratio)| {
-            // Single bytes are one plane: it is for numbers in which zstd finds nothing to refer to, and is faster there.
-            let enough = if layout.width() == 1 { zstd.ratio + 0.01 } else { zstd.ratio - 0.02 };
+            // In a whole block zstd finds more to refer to than in a sample: planes have to be clearly better.
+            let enough = zstd.ratio - 0.02;
             let cost = if ratio < enough { Cost::measure(Coding::Planes(layout), &sample) } else { None };
             cost.filter(|cost| cost.ratio < enough).map(|cost| (layout, cost))
         });
@@ -96,7 +97,8 @@ fn spread(data: &[u8], wanted: usize) -> Vec<u8> {
         return data.to_vec();
     }
     let (piece, step) = (wanted / PIECES, (data.len() - wanted / PIECES) / (PIECES - 1));
-    (0..PIECES).flat_map(|number| &data[number * step / 4 * 4..][..piece]).copied().collect()
+    let pieces: [&[u8]; PIECES] = from_fn(|number| &data[number * step / 4 * 4..][..piece]);
+    pieces.concat()
 }
 
 /// How content goes to the other side. `None` is what nobody knows yet.

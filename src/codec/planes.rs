@@ -285,10 +285,7 @@ pub fn guess(sample: &[u8]) -> Option<(Layout, f64)> {
     if bits(&single) > 7.9 {
         return None;
     }
-    // Single bytes that are numbers have signs; text has none.
-    let negative = single[128..].iter().sum::<u32>() as usize;
-    let signed = (sample.len() / 4..=sample.len() * 3 / 4).contains(&negative);
-    let one = Layout::new(1, 0, false).filter(|_| signed).map(|layout| (layout, bits(&single) / 8.0));
+    let one = Layout::new(1, 0, false).map(|layout| (layout, bits(&single) / 8.0));
     let wider = [(2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)].into_iter().filter_map(|(width, phase)| {
         let layout = Layout::new(width, phase, true)?;
         Some((layout, fraction(sample, layout)))

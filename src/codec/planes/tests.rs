@@ -41,7 +41,7 @@ fn there_are_just_these_layouts_and_each_has_a_byte() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_length_goes_there_and_back_in_every_layout(data in prop::collection::vec(any::<u8>(), 4..300)) {
@@ -49,10 +49,17 @@ proptest! {
     }
 
     #[test]
-    fn what_is_no_frame_gives_nothing_or_the_length_that_was_declared(
-        frame in prop::collection::vec(any::<u8>(), 0..60), layout in 0..13_usize, length in 0..70_usize,
+    fn a_frame_that_was_changed_gives_nothing_or_the_length_that_was_declared(
+        data in prop::collection::vec(any::<u8>(), 4..40),
+        layout in 0..13_usize,
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3),
+        longer in prop::option::weighted(0.3, 0..6_usize),
     ) {
-        let frame = [&[layouts().nth(layout).unwrap().to_byte()][..], &frame].concat();
+        let mut frame = encoded(&data, layouts().nth(layout).unwrap());
+        for (at, byte) in changes {
+            *at.get_mut(&mut frame) = byte;
+        }
+        let length = data.len() - 2 + longer.unwrap_or(2);
         let mut out = Vec::new();
         match decode(&frame, length, &mut out) {
             Ok(()) => assert_eq!(out.len(), length),
