@@ -119,7 +119,7 @@ fn put_plane(plane: &[u8], out: &mut Vec<u8>) -> Result<(), CodecError> {
     Ok(())
 }
 
-/// Appends a zstd frame in which nothing is searched for: Huffman codes and nothing else, five times as fast as level 1 on
+/// Appends a zstd frame in which nothing is searched for: Huffman codes and nothing else, four times as fast as level 1 on
 /// exponents, and smaller, since the short matches that are found there take more than they save.
 fn put_literals(plane: &[u8], out: &mut Vec<u8>) -> Result<(), CodecError> {
     LITERALS.with_borrow_mut(|slot| {
