@@ -185,6 +185,11 @@ pub fn look<T: From<Trouble>>(
     Ok(Found { source, held, being_written: in_doubt || !written.is_empty() })
 }
 
+/// Whether a path is one of those that are held, or lies below one.
+fn lies_in(held: &BTreeSet<RelPath>, path: &RelPath) -> bool {
+    held.contains(path) || path.ancestors().any(|above| held.contains(&above))
+}
+
 /// Says of a pointer, by the content that was read of it, whether what it names was listed with it.
 ///
 /// RACE: it may have been replaced after all was listed, and name what was finished since. So it is left; if it says the same after
@@ -201,7 +206,7 @@ fn names_what_was_listed(
         if tree.get(&named).is_some() || !excluded.admits(&named, true) {
             return true;
         }
-        if held.contains(&named) || named.ancestors().any(|above| held.contains(&above)) {
+        if lies_in(&held, &named) {
             return false;
         }
         let this = (path.clone(), content.to_vec());
@@ -294,7 +299,7 @@ fn pointers(rules: &Rules, listed: &Listed, held: &BTreeSet<RelPath>) -> Result<
             _ => None,
         };
         let named = text.and_then(|text| complete::named(path, &text));
-        if named.is_some_and(|named| held.contains(&named) || named.ancestors().any(|above| held.contains(&above))) {
+        if named.is_some_and(|named| lies_in(held, &named)) {
             found.insert(path.clone());
         }
     }

@@ -4,23 +4,9 @@
 use std::fs;
 use std::path::Path;
 
+use crate::kit::weights::Numbers;
+
 mod targets;
-
-/// Numbers that are the same each time (xorshift64*).
-struct Numbers(u64);
-
-impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, end: usize) -> usize {
-        usize::try_from(self.next() % end.max(1) as u64).unwrap()
-    }
-}
 
 /// What breaks parsers most often.
 const TOKENS: [&[u8]; 12] =

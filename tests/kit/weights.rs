@@ -5,15 +5,19 @@
     reason = "tests of the library, of the program and the benchmark take what they need"
 )]
 
-/// xorshift64*.
-struct Numbers(u64);
+/// Numbers that are the same each time (xorshift64*).
+pub(crate) struct Numbers(pub(crate) u64);
 
 impl Numbers {
-    fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    pub(crate) fn below(&mut self, end: usize) -> usize {
+        (self.next() % end.max(1) as u64) as usize
     }
 
     fn uniform(&mut self) -> f64 {

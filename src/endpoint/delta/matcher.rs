@@ -50,9 +50,8 @@ pub struct Matcher {
     pieces: u32,
     mode: Mode,
     known: HashMap<ChunkId, Known>,
-    /// What was fed and is not decided: from `start` on, which is at `at` of the file.
+    /// What was fed and is not decided, and where in the file it begins.
     buffer: Vec<u8>,
-    start: usize,
     at: u64,
     /// What is to be copied, and may go on: where it goes, its length, and where it is.
     copy: Option<(u64, u64, Within)>,
@@ -71,7 +70,6 @@ impl Matcher {
             mode: Mode::Vain,
             known: HashMap::new(),
             buffer: Vec::new(),
-            start: 0,
             at: from,
             copy: None,
             fruitless: 0,
@@ -116,8 +114,10 @@ impl Matcher {
     }
 
     fn decide(&mut self, mut rest: &[u8], all: bool, steps: &mut Vec<Step>) {
+        // So much of the buffer is decided.
+        let mut start = 0;
         loop {
-            let buffered = self.buffer.len() - self.start;
+            let buffered = self.buffer.len() - start;
             let wanted = match self.mode {
                 Mode::Seek { .. } => chunks::MAX_BYTES,
                 Mode::Follow { .. } => match self.next_length() {
@@ -138,16 +138,15 @@ impl Matcher {
                 break;
             }
             let buffer = std::mem::take(&mut self.buffer);
-            let end = (self.start + wanted).min(buffer.len());
-            self.start += self.one(&buffer[self.start..end], steps);
+            let end = (start + wanted).min(buffer.len());
+            start += self.one(&buffer[start..end], steps);
             self.buffer = buffer;
-            if self.start == self.buffer.len() {
+            if start == self.buffer.len() {
                 self.buffer.clear();
-                self.start = 0;
+                start = 0;
             }
         }
-        self.buffer.drain(..self.start);
-        self.start = 0;
+        self.buffer.drain(..start);
     }
 
     /// Decides the beginning of `data`; how much of it.
@@ -233,23 +232,21 @@ impl Matcher {
     /// Looks for chunks: of what lies from there on, then before, then in other files.
     fn seek(&mut self, from: Within) {
         self.mode = Mode::Seek { since: self.at, heard: 0 };
-        self.seek_in(from, u64::MAX);
+        let mut ranges = vec![Range { from, to: u64::MAX }];
+        if from.offset > 0 {
+            ranges.push(Range { from: Within { offset: 0, ..from }, to: from.offset });
+        }
+        let others = (0..self.pieces).filter(|piece| *piece != from.piece);
+        ranges.extend(others.map(|piece| Range { from: Within { piece, offset: 0 }, to: u64::MAX }));
+        self.order(Cut::ByContent, ranges);
     }
 
-    fn seek_in(&mut self, from: Within, first: u64) {
-        let mut ranges = Vec::new();
-        let whole = |piece| Range { from: Within { piece, offset: 0 }, to: u64::MAX };
-        if first == u64::MAX {
-            ranges.push(Range { from, to: u64::MAX });
-            if from.offset > 0 {
-                ranges.push(Range { from: Within { offset: 0, ..from }, to: from.offset });
-            }
-        } else {
-            // The beginning of each of the others first.
-            ranges.extend((1..self.pieces).map(|piece| Range { from: Within { piece, offset: 0 }, to: 1 }));
-            ranges.push(Range { from: Within { offset: first, ..from }, to: u64::MAX });
-        }
-        ranges.extend((0..self.pieces).filter(|piece| *piece != from.piece).map(whole));
+    /// Goes on looking, since there are other files beside the first, which was listed up to `next`: the beginning of each comes before
+    /// the rest.
+    fn seek_in_all(&mut self, next: Option<u64>) {
+        let others = |to| (1..self.pieces).map(move |piece| Range { from: Within { piece, offset: 0 }, to });
+        let rest = next.map(|offset| Range { from: Within { piece: 0, offset }, to: u64::MAX });
+        let ranges = others(1).chain(rest).chain(others(u64::MAX)).collect();
         self.order(Cut::ByContent, ranges);
     }
 
@@ -290,7 +287,7 @@ impl Matcher {
                 // The first answer says how many there are.
                 if order == 1 && current && alike.pieces.min(PIECES_MAX) > self.pieces {
                     self.pieces = alike.pieces.min(PIECES_MAX);
-                    self.seek_in(Within::default(), alike.next.unwrap_or(u64::MAX - 1));
+                    self.seek_in_all(alike.next);
                 }
             }
             (Cut::ByLength, Mode::Follow { blocks, .. }) if current => blocks.extend(alike.chunks),
