@@ -10,7 +10,7 @@ use lockstep::server::confine::trial::Trial;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::kit::served::{Held, Served, user, write};
-use crate::kit::{ends, text as said, until};
+use crate::kit::{ends, noise, text as said, until};
 
 /// A line of proc(5)'s status.
 fn status(process: u32, name: &str) -> String {
@@ -312,9 +312,7 @@ fn h43_connections_before_the_login_are_no_more_processes_than_the_limit() {
 fn further_connections_of_a_run_carry_its_content_to_the_process_that_has_it() {
     let served = Served::start("", "");
     fs::create_dir(served.path("source")).unwrap();
-    let content = |number: u32| -> Vec<u8> {
-        (0..12_000_000_u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8 ^ number as u8).collect()
-    };
+    let content = |number: u64| noise(number, 12_000_000);
     for number in 0..8 {
         fs::write(served.path(&format!("source/{number}")), content(number)).unwrap();
     }

@@ -16,15 +16,9 @@ use lockstep::sync::run;
 
 use crate::kit::area::{contents, options, write};
 use crate::kit::served::{Served, user};
-use crate::kit::text;
+use crate::kit::{noise, text};
 
 const MIB: usize = 1 << 20;
-
-fn noise(seed: u64, length: usize) -> Vec<u8> {
-    let mut bytes = vec![0; length];
-    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
-    bytes
-}
 
 /// Pushes the source of `served` to a directory there; how many bytes went over the wire.
 fn push(served: &Served, to: &str, more: &[&str]) -> u64 {

@@ -262,7 +262,19 @@ fn conform(
 ) {
     let at = tempfile::tempdir().unwrap();
     let to = at.path().join("target");
-    for (number, nodes) in trees.iter().enumerate() {
+    let [first, mut second] = trees;
+    // The same size and time count as the same content, as is documented.
+    for node in &mut second {
+        let taken_for = |old: &&Node| {
+            let times = [&old.entry.mtime, &node.entry.mtime];
+            let [old_time, time] = times.map(|time| (time.seconds, if whole_seconds { 0 } else { time.nanoseconds }));
+            old.entry.path == node.entry.path && old.data.len() == node.data.len() && old_time == time
+        };
+        if let Some(data) = first.iter().find(taken_for).map(|old| old.data.clone()) {
+            node.data = data;
+        }
+    }
+    for (number, nodes) in [first, second].iter().enumerate() {
         let from = at.path().join(format!("source-{number}"));
         fs::create_dir(&from).unwrap();
         lay_out(&from, nodes);

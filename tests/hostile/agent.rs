@@ -16,7 +16,7 @@ use sha2::Digest as _;
 
 use crate::kit::own::Server;
 use crate::kit::served::Served;
-use crate::kit::until;
+use crate::kit::{noise, until};
 
 /// A session of the agent, confined to `root`, that is spoken to in single messages.
 pub(crate) struct Peer {
@@ -428,16 +428,10 @@ fn h35_who_waits_over_a_connection_that_is_gone_gives_his_place_back() {
 
 const MIB: usize = 1 << 20;
 
-fn noise(length: usize) -> Vec<u8> {
-    let mut bytes = vec![0; length];
-    blake3::Hasher::new().finalize_xof().fill(&mut bytes);
-    bytes
-}
-
 #[test]
 fn h42_what_is_asked_of_a_file_that_may_be_copied_is_bounded() {
     let mut peer = Peer::start();
-    let old = noise(3 * MIB);
+    let old = noise(0, 3 * MIB);
     fs::write(peer.root("old"), &old).unwrap();
     peer.compares(&[file("new", 3 * MIB as u64)]);
     let numbers = |numbers: &[u64]| -> Vec<u8> {

@@ -22,6 +22,13 @@ pub(crate) fn text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
+/// Bytes that nothing makes smaller, the same each time.
+pub(crate) fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
 /// How a command ended, and words that it said.
 #[track_caller]
 pub(crate) fn ends(output: &Output, code: i32, words: &[&str]) {
