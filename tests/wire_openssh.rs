@@ -14,6 +14,9 @@ fn copy_data_does_what_opensshs_server_does() {
     let at = tempfile::tempdir().unwrap();
     let content: Vec<u8> = (0..3_000_000_u32).map(|number| (number % 251) as u8).collect();
     fs::write(at.path().join("from"), &content).unwrap();
+    let sparse = fs::File::create(at.path().join("sparse")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&sparse, b"in the middle", 5_000_000).unwrap();
+    sparse.set_len(9_000_000).unwrap();
     let show = |name: &str| at.path().join(name).to_str().unwrap().to_owned();
     let mut results = Vec::new();
     for (target, mut server) in [("a", Server::lockstep(&[])), ("b", Server::openssh())] {
@@ -34,10 +37,17 @@ fn copy_data_does_what_opensshs_server_does() {
         // OpenSSH's server hides that there were only ten.
         let short = copy(&from, 2_999_990, 50, &to, 4_000_000);
         assert!(short == Status::EndOfFile || target == "b");
+        let sparse = server.open(&show("sparse"), open::READ);
+        let mut copy_sparse = |at: u64, length: u64, to_at: u64| {
+            server.status(packet::EXTENDED, |w| {
+                w.string(b"copy-data").string(&sparse).u64(at).u64(length).string(&to).u64(to_at)
+            })
+        };
+        let of_holes = [copy_sparse(0, 0, 1000), copy_sparse(4_999_990, 12, 20_000_000)];
         let again = server.open(&show("from"), open::READ | open::WRITE);
         let onto_itself = server
             .status(packet::EXTENDED, |w| w.string(b"copy-data").string(&from).u64(0).u64(10).string(&again).u64(20));
-        results.push((statuses, onto_itself));
+        results.push((statuses, of_holes, onto_itself));
     }
     assert_eq!(results[0], results[1]);
     assert!(fs::read(at.path().join("a")).unwrap() == fs::read(at.path().join("b")).unwrap());

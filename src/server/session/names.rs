@@ -453,7 +453,8 @@ impl Session {
         let there = Metadata::of(&from.file)?.size.saturating_sub(from_at);
         to.grow(to_at, if length == 0 { there } else { length.min(there) })?;
         to.changed_otherwise();
-        super::copy::copy(&from.file, from_at, &to.file, to_at, length, to.append)?;
+        let gone = || self.output.is_gone();
+        super::copy::copy((&from.file, from_at), (&to.file, to_at, to.append), length, &gone)?;
         done(id)
     }
 
