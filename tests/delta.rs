@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use lockstep::codec::chunks::{Chunk, ChunkId};
-use lockstep::endpoint::delta::{Alike, Cut, Within};
+use lockstep::endpoint::delta::{Alike, Wanted};
 use lockstep::endpoint::local::{LocalSource, LocalTarget};
 use lockstep::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use lockstep::manifest::Tree;
@@ -154,11 +154,11 @@ impl Target for Liar {
         true
     }
 
-    fn alike(&self, index: u32, from: Within, cut: Cut) -> Result<Option<Alike>, Error> {
-        let mut alike = self.0.alike(index, from, cut)?;
+    fn alike(&self, index: u32, wanted: Wanted) -> Result<Option<Alike>, Error> {
+        let mut alike = self.0.alike(index, wanted)?;
         if let Some(alike) = &mut alike {
             // All that follows seems to lie further on than it does.
-            alike.chunks.insert(0, Chunk { id: ChunkId([0; 16]), length: 5 });
+            alike.chunks.insert(0, Chunk { id: ChunkId::Content([0; 16]), length: 5 });
         }
         Ok(alike)
     }

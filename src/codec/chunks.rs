@@ -1,4 +1,5 @@
-//! Content-defined chunks: what was inserted or removed moves the bounds near it, and no others.
+//! Content-defined chunks: what was inserted or removed moves the bounds near it, and no others. And blocks of one length, for what is
+//! likely to lie where it is looked for.
 //!
 //! Bounds are those of FastCDC (Xia et al., 2020) with normalization level 1, as crate `fastcdc` cuts them. A chunk is known by the
 //! first 128 bits of its BLAKE3: that says where to look for content, and proves nothing; what is made of chunks is proven by
@@ -19,7 +20,12 @@ static MASKS: LazyLock<(u64, u64)> = LazyLock::new(|| v2020::select_masks(AVERAG
 
 /// What a chunk is known by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct ChunkId(pub [u8; 16]);
+pub enum ChunkId {
+    /// The first half of its BLAKE3: it is found wherever it lies.
+    Content([u8; 16]),
+    /// Its CRC-32 (IEEE 802.3): enough to say whether it is what lies at one place, at a fifth of the work.
+    Sum(u32),
+}
 
 /// A piece of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +48,20 @@ pub enum Cut {
     ByContent,
     /// Into blocks of [`BLOCK_LENGTH`] from where was asked: a third of the work, where it is known what lies where.
     ByLength,
+    /// Into blocks of [`BLOCK_LENGTH`] from the start of the file, known by sums that were kept when the file came: no work. What has
+    /// no sums is cut by length.
+    BySum,
+}
+
+/// What is to be listed of a file of the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    /// From there on.
+    pub from: Within,
+    /// Nothing is wanted that begins here or further on; the last block of [`Cut::ByLength`] ends here.
+    pub to: u64,
+    /// How.
+    pub cut: Cut,
 }
 
 /// Where a target has something that it listed.
@@ -54,16 +74,25 @@ pub struct Within {
 }
 
 /// A part of a file of the target, of which another may be made.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Alike {
     /// It is, by its digest, the file as a whole. Nothing is listed then.
     pub same: bool,
     /// So many such files there are, at most [`PIECES_MAX`]; the first is the most alike.
     pub pieces: u32,
+    /// How it is cut.
+    pub cut: Cut,
     /// The chunks or blocks from where was asked, one after the other.
     pub chunks: Vec<Chunk>,
     /// Where the next part begins; `None` at the end.
     pub next: Option<u64>,
+}
+
+/// Nothing.
+impl Default for Alike {
+    fn default() -> Alike {
+        Alike { same: false, pieces: 0, cut: Cut::ByContent, chunks: Vec::new(), next: None }
+    }
 }
 
 impl Chunk {
@@ -89,7 +118,15 @@ impl ChunkId {
     pub fn of(chunk: &[u8]) -> ChunkId {
         let mut id = [0; 16];
         id.copy_from_slice(&blake3::hash(chunk).as_bytes()[..16]);
-        ChunkId(id)
+        ChunkId::Content(id)
+    }
+
+    /// Whether a whole chunk is known by it.
+    pub fn is_of(&self, chunk: &[u8]) -> bool {
+        match self {
+            ChunkId::Content(_) => *self == ChunkId::of(chunk),
+            ChunkId::Sum(sum) => *sum == crc32fast::hash(chunk),
+        }
     }
 }
 
@@ -133,7 +170,11 @@ mod tests {
         // Whoever cuts otherwise finds nothing of what another version has.
         let lengths: Vec<u32> = all(&noise(7, 2 << 20)).iter().map(|chunk| chunk.length).collect();
         assert_eq!(lengths, LENGTHS);
-        assert_eq!(ChunkId::of(b"abc").0[..4], [0x64, 0x37, 0xb3, 0xac]);
+        let ChunkId::Content(id) = ChunkId::of(b"abc") else { panic!("it is found by its content") };
+        assert_eq!(id[..4], [0x64, 0x37, 0xb3, 0xac]);
+        assert!(ChunkId::of(b"abc").is_of(b"abc") && !ChunkId::of(b"abc").is_of(b"abd"));
+        // The check value of the algorithm.
+        assert!(ChunkId::Sum(0xcbf4_3926).is_of(b"123456789") && !ChunkId::Sum(0xcbf4_3926).is_of(b"123456780"));
     }
 
     const LENGTHS: [u32; 7] = [474_365, 137_683, 177_122, 169_437, 348_796, 731_684, 58_065];

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit::Login;
 use crate::codec::Once;
-use crate::endpoint::delta::{Alike, Cut, Within};
+use crate::endpoint::delta::{Alike, Wanted, Within};
 use crate::error::Exit;
 use crate::filter::FilterSpec;
 use crate::manifest::{Digest, Tree};
@@ -482,8 +482,8 @@ pub trait Target: Sync {
     ///
     /// # Errors
     /// When the connection ends.
-    fn alike(&self, index: u32, from: Within, cut: Cut) -> Result<Option<Alike>, Error> {
-        let _ = (index, from, cut);
+    fn alike(&self, index: u32, wanted: Wanted) -> Result<Option<Alike>, Error> {
+        let _ = (index, wanted);
         Ok(None)
     }
 }

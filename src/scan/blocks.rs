@@ -9,10 +9,13 @@ use crc32fast::Hasher;
 pub const BLOCK_BYTES: u64 = 4 << 20;
 /// A smaller file has no list of blocks: it is read as a whole.
 pub const LISTED_BYTES: u64 = 64 << 20;
+/// Room for more than this is made as they come: a size may be only what somebody announced.
+const BLOCKS_AT_ONCE: usize = 1 << 16;
 
 /// Adds up the blocks of a file that is read from its start.
 #[derive(Debug)]
 pub struct BlockSums {
+    length: u64,
     sums: Vec<u32>,
     current: Hasher,
     left: u64,
@@ -21,12 +24,14 @@ pub struct BlockSums {
 impl BlockSums {
     /// For a file of so many bytes; `None` where it is too small to have a list.
     pub fn of(size: u64) -> Option<BlockSums> {
-        let blocks = usize::try_from(size.div_ceil(BLOCK_BYTES)).ok()?;
-        (size >= LISTED_BYTES).then(|| BlockSums {
-            sums: Vec::with_capacity(blocks),
-            current: Hasher::new(),
-            left: BLOCK_BYTES,
-        })
+        BlockSums::by(BLOCK_BYTES, size)
+    }
+
+    /// The same with blocks of another length.
+    pub fn by(length: u64, size: u64) -> Option<BlockSums> {
+        let blocks = usize::try_from(size.div_ceil(length)).ok()?;
+        let sums = || Vec::with_capacity(blocks.min(BLOCKS_AT_ONCE));
+        (size >= LISTED_BYTES).then(|| BlockSums { length, sums: sums(), current: Hasher::new(), left: length })
     }
 
     /// The next bytes.
@@ -46,12 +51,12 @@ impl BlockSums {
     fn close(&mut self) {
         let full = std::mem::take(&mut self.current);
         self.sums.push(full.finalize());
-        self.left = BLOCK_BYTES;
+        self.left = self.length;
     }
 
     /// One checksum for each block.
     pub fn finish(mut self) -> Box<[u32]> {
-        if self.left < BLOCK_BYTES {
+        if self.left < self.length {
             self.close();
         }
         self.sums.into_boxed_slice()

@@ -3,7 +3,7 @@
 //! A table of a million files takes about 100 bytes for each: records in one piece, and a place of four bytes to find each by.
 //! It is read and written record by record.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, Read, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -217,6 +217,16 @@ impl DigestTable {
         };
         let left: Blocks = blocks.into_iter().filter(|(key, _)| is_known(key)).collect();
         self.blocks = left;
+    }
+
+    /// The digests of the files that have at least so many bytes.
+    pub fn digests_of(&self, bytes: u64) -> HashSet<Digest> {
+        let found = self.records.iter().filter_map(|record| {
+            let key = (number(record, 0)?, number(record, 8)?);
+            let (file, digest) = decode(key, &record[KEY_BYTES..OLD_RECORD_BYTES])?;
+            (file.size >= bytes).then_some(digest)
+        });
+        found.collect()
     }
 
     /// How many digests it holds.

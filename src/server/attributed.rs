@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::agent::SharedTarget;
 use super::live::short;
 use crate::audit::Login;
-use crate::endpoint::delta::{Alike, Cut, Within};
+use crate::endpoint::delta::{Alike, Wanted};
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::error::Escaped;
 use crate::manifest::Tree;
@@ -73,7 +73,7 @@ impl Target for Attributed {
         self.target.wire_bytes()
     }
 
-    fn alike(&self, index: u32, from: Within, cut: Cut) -> Result<Option<Alike>, Error> {
-        self.target.alike(index, from, cut)
+    fn alike(&self, index: u32, wanted: Wanted) -> Result<Option<Alike>, Error> {
+        self.target.alike(index, wanted)
     }
 }

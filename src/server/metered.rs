@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::agent::SharedTarget;
 use super::quota::{Allowance, Amount, QuotaError};
-use crate::endpoint::delta::{Alike, Cut, Within};
+use crate::endpoint::delta::{Alike, Wanted, Within};
 use crate::endpoint::{BeginOptions, Block, CommitOptions, Committed, Error, Staged, Target, Writer};
 use crate::manifest::{Digest, Tree};
 use crate::monitor::Monitor;
@@ -132,8 +132,8 @@ impl Target for Metered {
         self.target.wire_bytes()
     }
 
-    fn alike(&self, index: u32, from: Within, cut: Cut) -> Result<Option<Alike>, Error> {
-        self.target.alike(index, from, cut)
+    fn alike(&self, index: u32, wanted: Wanted) -> Result<Option<Alike>, Error> {
+        self.target.alike(index, wanted)
     }
 }
 

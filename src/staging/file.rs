@@ -7,13 +7,19 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::OFlags;
 use sha2::{Digest as _, Sha256};
 
+use super::copy_range;
 use crate::access::{AclLists, Inode};
+use crate::codec::chunks::BLOCK_LENGTH;
 use crate::manifest::{Digest, Timestamp};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root, RootError};
+use crate::scan::blocks::BlockSums;
 use crate::scan::cache::is_settled;
 
 const EXECUTE_BITS: u32 = 0o111;
+/// So much is copied before it is hashed.
+const COPIED_AT_ONCE: usize = 1 << 20;
+const READ_BACK: &str = "read the file back";
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// Setting an owner or a group; as an operation that failed.
@@ -33,6 +39,8 @@ pub enum StageError {
     Short { written: u64, size: u64 },
     #[error("its SHA-256 is {found}, and {announced} was announced")]
     Mismatch { found: Digest, announced: Digest },
+    #[error("cannot be made of what is there: {0}")]
+    Copy(String),
     #[error("what is staged of it is no regular file of {expected} bytes or more")]
     NotResumable { expected: u64 },
 }
@@ -40,7 +48,13 @@ pub enum StageError {
 impl StageError {
     /// Worth sending again from the start.
     pub fn retry(&self) -> bool {
-        matches!(self, StageError::Mismatch { .. } | StageError::NotResumable { .. } | StageError::Short { .. })
+        matches!(
+            self,
+            StageError::Copy(_)
+                | StageError::Mismatch { .. }
+                | StageError::NotResumable { .. }
+                | StageError::Short { .. }
+        )
     }
 
     /// The disk or the quota is full.
@@ -50,8 +64,12 @@ impl StageError {
             StageError::Io { source, .. } => source.kind(),
             _ => return false,
         };
-        matches!(kind, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+        is_full(kind)
     }
+}
+
+fn is_full(kind: io::ErrorKind) -> bool {
+    matches!(kind, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// What a file gets once it is proven.
@@ -74,9 +92,13 @@ pub struct Permissions {
 pub struct StagedFile {
     file: File,
     hash: Sha256,
+    /// Of its blocks, where it is large.
+    sums: Option<BlockSums>,
     written: u64,
     size: u64,
     resumed: bool,
+    /// So much from its start on was taken from a file of which it is known what it holds, and is not hashed.
+    unhashed: u64,
 }
 
 fn failed(operation: &'static str) -> impl Fn(io::Error) -> StageError {
@@ -90,7 +112,8 @@ impl StagedFile {
     /// When something has the name already, or it cannot be created.
     pub fn create(staging: &Root, path: &RelPath, size: u64) -> Result<StagedFile, StageError> {
         let file = staging.create_new(path, 0o600)?;
-        Ok(StagedFile { file, hash: Sha256::new(), written: 0, size, resumed: false })
+        let sums = BlockSums::by(BLOCK_LENGTH as u64, size);
+        Ok(StagedFile { file, hash: Sha256::new(), sums, written: 0, size, resumed: false, unhashed: 0 })
     }
 
     /// Goes on with what lies at `path`: its first `resume_at` bytes are hashed again, what is behind is dropped.
@@ -105,8 +128,9 @@ impl StagedFile {
             return Err(StageError::NotResumable { expected: resume_at });
         }
         file.set_len(resume_at).map_err(failed("cut the staged file"))?;
-        let hash = hash_start(&file, resume_at)?;
-        Ok(StagedFile { file, hash, written: resume_at, size, resumed: true })
+        let mut sums = BlockSums::by(BLOCK_LENGTH as u64, size);
+        let hash = hash_start(&file, resume_at, sums.as_mut())?;
+        Ok(StagedFile { file, hash, sums, written: resume_at, size, resumed: true, unhashed: 0 })
     }
 
     /// Checks a range before anything is done for it.
@@ -115,14 +139,22 @@ impl StagedFile {
         end.ok_or(StageError::OutOfPlace { offset, length, expected: self.written, size: self.size })
     }
 
+    fn add(&mut self, data: &[u8]) {
+        self.hash.update(data);
+        if let Some(sums) = &mut self.sums {
+            sums.update(data);
+        }
+    }
+
     /// Bytes at `offset`, which is where the last write ended.
     ///
     /// # Errors
     /// [`StageError::OutOfPlace`], or what the file system says.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), StageError> {
         let end = self.advance(offset, data.len() as u64)?;
+        self.hash_it()?;
         self.file.write_all_at(data, offset).map_err(failed("write the staged file"))?;
-        self.hash.update(data);
+        self.add(data);
         self.written = end;
         Ok(())
     }
@@ -133,27 +165,88 @@ impl StagedFile {
     /// As [`StagedFile::write`].
     pub fn hole(&mut self, offset: u64, length: u64) -> Result<(), StageError> {
         let end = self.advance(offset, length)?;
+        self.hash_it()?;
         self.file.set_len(end).map_err(failed("make a hole"))?;
         let mut left = length;
         while left > 0 {
             let step = left.min(ZEROS.len() as u64);
-            self.hash.update(&ZEROS[..step as usize]);
+            self.add(&ZEROS[..step as usize]);
             left -= step;
         }
         self.written = end;
         Ok(())
     }
 
+    /// Bytes at `offset` that lie in another file from `at` on. Where `known`, they are not read: the other file as a whole has the digest
+    /// that this is to have, and whoever calls sees to it that it still has when all is taken.
+    ///
+    /// # Errors
+    /// As [`StagedFile::write`]; [`StageError::Copy`] where the other file is shorter, or cannot be read: what is sent needs nothing of it.
+    pub fn copy(&mut self, offset: u64, length: u64, from: &File, at: u64, known: bool) -> Result<(), StageError> {
+        let end = self.advance(offset, length)?;
+        let known = known && at == offset && self.unhashed == self.written && !self.resumed;
+        if !known {
+            self.hash_it()?;
+        }
+        let (mut done, mut buffer) = (0, Vec::new());
+        while done < length {
+            let step = if known { length } else { (length - done).min(COPIED_AT_ONCE as u64) };
+            let copied =
+                copy_range((from, at.saturating_add(done)), (&self.file, offset + done, false), step, &|| false);
+            match copied {
+                Ok(copied) if copied == step => {}
+                Ok(_) => return Err(StageError::Copy("it ends before that".into())),
+                Err(error) if is_full(error.kind()) => return Err(failed("write the staged file")(error)),
+                Err(error) => return Err(StageError::Copy(crate::error::in_words(&error))),
+            }
+            if !known {
+                // What is hashed is what is there now, whatever becomes of the other file.
+                buffer.resize(step as usize, 0);
+                self.file.read_exact_at(&mut buffer, offset + done).map_err(failed(READ_BACK))?;
+                self.add(&buffer);
+            }
+            done += step;
+        }
+        self.written = end;
+        if known {
+            self.unhashed = end;
+        }
+        Ok(())
+    }
+
+    /// Whether it is taken from another file as a whole, so that what it holds is not known but from that.
+    pub fn is_unhashed(&self) -> bool {
+        self.unhashed > 0
+    }
+
+    /// Hashes what was taken without being read.
+    ///
+    /// # Errors
+    /// As reading fails.
+    pub fn hash_it(&mut self) -> Result<(), StageError> {
+        if self.unhashed > 0 {
+            self.hash = hash_start(&self.file, self.unhashed, self.sums.as_mut())?;
+            self.unhashed = 0;
+        }
+        Ok(())
+    }
+
     /// Proves the content and then gives the permissions. With `verify_disk`, and for every file that gets an execute
-    /// bit or was resumed, what lies on the disk is hashed too. Answers what it is now.
+    /// bit or was resumed, what lies on the disk is hashed too. Answers what it is now, and the sums of its blocks where it is large.
     ///
     /// # Errors
     /// [`StageError::Mismatch`] and [`StageError::Short`]: the caller removes the staged file.
-    pub fn finish(self, announced: Digest, wanted: &Permissions, verify_disk: bool) -> Result<Metadata, StageError> {
+    pub fn finish(
+        self,
+        announced: Digest,
+        wanted: &Permissions,
+        verify_disk: bool,
+    ) -> Result<(Metadata, Option<Box<[u32]>>), StageError> {
         if self.written != self.size {
             return Err(StageError::Short { written: self.written, size: self.size });
         }
-        let found = Digest(self.hash.finalize().into());
+        let known = self.unhashed == self.size && self.size > 0;
+        let found = if known { announced } else { Digest(self.hash.finalize().into()) };
         if found != announced {
             return Err(StageError::Mismatch { found, announced });
         }
@@ -165,7 +258,8 @@ impl StagedFile {
         }
         let inode = self.file.into();
         apply(&inode, wanted)?;
-        inode.metadata().map_err(failed("look at the staged file"))
+        let found = inode.metadata().map_err(failed("look at the staged file"))?;
+        Ok((found, self.sums.filter(|_| !known).map(BlockSums::finish)))
     }
 }
 
@@ -187,17 +281,20 @@ pub fn clean_pages(file: &File, seen: &Metadata) {
 /// # Errors
 /// When there are fewer, or they cannot be read.
 pub fn hash_of(file: &File, length: u64) -> Result<Digest, StageError> {
-    Ok(Digest(hash_start(file, length)?.finalize().into()))
+    Ok(Digest(hash_start(file, length, None)?.finalize().into()))
 }
 
-fn hash_start(file: &File, length: u64) -> Result<Sha256, StageError> {
+fn hash_start(file: &File, length: u64, mut sums: Option<&mut BlockSums>) -> Result<Sha256, StageError> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 256 * 1024];
     let mut at = 0;
     while at < length {
         let step = (length - at).min(buffer.len() as u64) as usize;
-        file.read_exact_at(&mut buffer[..step], at).map_err(failed("read the file back"))?;
+        file.read_exact_at(&mut buffer[..step], at).map_err(failed(READ_BACK))?;
         hash.update(&buffer[..step]);
+        if let Some(sums) = &mut sums {
+            sums.update(&buffer[..step]);
+        }
         at += step as u64;
     }
     Ok(hash)

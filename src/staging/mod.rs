@@ -4,6 +4,7 @@
 //! owner, ACL and mode only after its SHA-256 was found to be the one that was announced.
 
 mod audience;
+mod copy;
 mod digests;
 mod file;
 pub mod hold;
@@ -14,6 +15,7 @@ mod passed_on;
 mod state;
 
 pub use audience::{admit, as_manifest, audience_at, audience_of, open_state};
+pub use copy::copy_range;
 pub use digests::{DIGESTS, load_digests, store_beside_manifest, store_digests};
 pub use file::{Permissions, SET_OWNER, StageError, StagedFile, apply, clean_pages, hash_of};
 pub use ids::Ids;

@@ -86,7 +86,7 @@ impl Delta {
 mod tests {
     use super::*;
     use crate::codec::chunks::Chunk;
-    use crate::endpoint::delta::{Alike, BLOCK_LENGTH, Cut, list};
+    use crate::endpoint::delta::{Alike, BLOCK_LENGTH, Cut, Wanted, list};
     use crossbeam_channel::unbounded;
 
     const DIGEST: Digest = Digest([1; 32]);
@@ -97,15 +97,17 @@ mod tests {
         let matcher = Matcher::new(0, orders, parts);
         let old = old.to_vec();
         std::thread::spawn(move || {
-            let ask = |from: Within, cut: Cut| -> Result<_, ()> {
-                let (mut chunks, mut rest) = (Vec::new(), &old[from.offset as usize..]);
+            let ask = |Wanted { from, to, cut }: Wanted| -> Result<_, ()> {
+                let end = old.len().min(usize::try_from(to).unwrap());
+                let (mut chunks, mut rest) = (Vec::new(), old[..end].get(from.offset as usize..).unwrap_or_default());
                 while let Some(first) = Chunk::first_of(rest) {
                     let blocks = Chunk::of(&rest[..rest.len().min(BLOCK_LENGTH)]);
                     let chunk = if cut == Cut::ByContent { first } else { blocks };
                     chunks.push(chunk);
                     rest = &rest[chunk.length as usize..];
                 }
-                Ok(Some(Alike { pieces: 1, chunks, ..Alike::default() }))
+                let cut = if cut == Cut::BySum { Cut::ByLength } else { cut };
+                Ok(Some(Alike { pieces: 1, cut, chunks, ..Alike::default() }))
             };
             list(&ordered, &sender, ask)
         });

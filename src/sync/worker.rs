@@ -50,7 +50,7 @@ pub(super) fn work(
             let ((orders, ordered), (sender, parts)) = (unbounded(), unbounded());
             scope.spawn(move || {
                 // Where it cannot be told, all is sent; a connection that is lost shows there too.
-                let _ = delta::list(&ordered, &sender, |from, cut| target.alike(index, from, cut));
+                let _ = delta::list(&ordered, &sender, |wanted| target.alike(index, wanted));
             });
             Matcher::new(from, orders, parts)
         };

@@ -3,7 +3,6 @@
 //! Everything read here comes from a peer: lengths are held against what is there before anything is allocated.
 
 use super::buffer::{Reader, Short};
-use crate::codec::chunks::{self, Alike, Chunk, ChunkId, PIECES_MAX};
 use crate::codec::{self, CodecError, Coding};
 use crate::manifest::{Content, Digest, Entry};
 use crate::path::RelPath;
@@ -361,49 +360,6 @@ pub fn read_action(fields: &mut Fields<'_>) -> Result<(Action, bool), WireError>
     Ok((Action { index, change, differences, need }, kind >= 3))
 }
 
-/// Appends what a target has that a file may be made of.
-pub fn put_alike(out: &mut Vec<u8>, alike: Option<&Alike>) {
-    let Some(alike) = alike else { return out.push(0) };
-    out.push(if alike.same { 2 } else { 1 });
-    out.push(alike.pieces as u8);
-    out.extend_from_slice(&alike.next.unwrap_or(0).to_be_bytes());
-    for chunk in &alike.chunks {
-        out.extend_from_slice(&chunk.id.0);
-        out.extend_from_slice(&chunk.length.to_be_bytes());
-    }
-}
-
-/// Reads it, where it was asked for from `from` on.
-///
-/// # Errors
-/// [`WireError`].
-pub fn read_alike(mut fields: Fields<'_>, from: u64) -> Result<Option<Alike>, WireError> {
-    let same = match fields.u8()? {
-        0 => return fields.end().map(|()| None),
-        kind => kind == 2,
-    };
-    let pieces = u32::from(fields.u8()?);
-    if pieces > PIECES_MAX {
-        return Err(WireError::Range("the number of files"));
-    }
-    let next = fields.u64()?;
-    let (mut chunks, mut end) = (Vec::new(), from);
-    while !fields.0.is_empty() {
-        let id = ChunkId(fields.bytes(16)?.try_into().map_err(|_| WireError::Short)?);
-        let length = fields.u32()?;
-        if length == 0 || length as usize > chunks::MAX_BYTES {
-            return Err(WireError::Range("the length of a chunk"));
-        }
-        end = end.saturating_add(u64::from(length));
-        chunks.push(Chunk { id, length });
-    }
-    // A list that does not go on would never end.
-    if next != 0 && (next != end || chunks.is_empty()) || same && !chunks.is_empty() {
-        return Err(WireError::Range("the next part of a list"));
-    }
-    Ok(Some(Alike { same, pieces, chunks, next: (next != 0).then_some(next) }))
-}
-
 /// Appends one removal of a plan.
 pub fn put_removal(out: &mut Vec<u8>, removal: &Removal) {
     put_string(out, removal.path.as_bytes());
@@ -421,43 +377,6 @@ pub fn read_removal(fields: &mut Fields<'_>) -> Result<Removal, WireError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_files_may_be_made_of_round_trips_and_a_list_that_does_not_go_on_is_refused() {
-        let chunk = |length| Chunk { id: ChunkId([7; 16]), length };
-        let some =
-            Alike { same: false, pieces: 3, chunks: vec![chunk(100), chunk(1 << 20)], next: Some(9 + 100 + (1 << 20)) };
-        let (last, same) = (Alike { next: None, ..some.clone() }, Alike { same: true, ..Alike::default() });
-        for alike in [None, Some(Alike::default()), Some(some.clone()), Some(last), Some(same.clone())] {
-            let mut raw = Vec::new();
-            put_alike(&mut raw, alike.as_ref());
-            assert_eq!(read_alike(Fields(&raw), 9).unwrap(), alike);
-            (0..raw.len()).for_each(|length| {
-                let _ = read_alike(Fields(&raw[..length]), 9);
-            });
-        }
-        for bad in [
-            Alike { next: Some(9), ..Alike::default() },
-            Alike { pieces: 5, ..Alike::default() },
-            Alike { next: Some(10), ..some.clone() },
-            Alike { chunks: vec![chunk(0)], ..Alike::default() },
-            Alike { chunks: vec![chunk((1 << 20) + 1)], ..Alike::default() },
-            Alike { same: true, ..some },
-        ] {
-            let mut raw = Vec::new();
-            put_alike(&mut raw, Some(&bad));
-            assert!(read_alike(Fields(&raw), 9).is_err(), "{bad:?}");
-        }
-        let action = Action {
-            index: 3,
-            change: Change::Added,
-            differences: Differences::default(),
-            need: Need::Content { resume_at: 9 },
-        };
-        let mut raw = Vec::new();
-        put_action(&mut raw, &action, true);
-        assert_eq!(read_action(&mut Fields(&raw)).unwrap(), (action, true));
-    }
 
     #[test]
     fn actions_round_trip() {

@@ -438,15 +438,15 @@ fn h42_what_is_asked_of_a_file_that_may_be_copied_is_bounded() {
         [&0_u32.to_be_bytes()[..], &numbers.iter().flat_map(|number| number.to_be_bytes()).collect::<Vec<_>>()].concat()
     };
     let alike = |index: u32, piece: u32, offset: u64| {
-        [&index.to_be_bytes()[..], &piece.to_be_bytes(), &offset.to_be_bytes(), &[0]].concat()
+        [&index.to_be_bytes()[..], &piece.to_be_bytes(), &offset.to_be_bytes(), &[255; 8], &[0]].concat()
     };
     let copy =
         |length: u64, offset: u64| [&numbers(&[0, length])[..], &0_u32.to_be_bytes(), &offset.to_be_bytes()].concat();
     let listed = peer.ask("alike", &alike(0, 0, 0)).unwrap();
-    assert!(listed.len() > 1 + 1 + 8 + 20 && listed[..2] == [1, 1]);
+    assert!(listed.len() > 1 + 1 + 1 + 8 + 20 && listed[..3] == [1, 1, 0]);
     // From beyond its end nothing is listed, nor of a file that there is not.
     for offset in [u64::MAX, 3 * MIB as u64] {
-        assert_eq!(peer.ask("alike", &alike(0, 0, offset)).unwrap().len(), 1 + 1 + 8);
+        assert_eq!(peer.ask("alike", &alike(0, 0, offset)).unwrap().len(), 1 + 1 + 1 + 8);
     }
     for (index, piece) in [(9, 0), (0, 1), (0, u32::MAX)] {
         assert_eq!(peer.ask("alike", &alike(index, piece, 0)).unwrap(), [0]);

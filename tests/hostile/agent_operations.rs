@@ -127,7 +127,7 @@ impl Client<'_> {
         self.ask("hole", &numbers(&[big, 0, 3, 0, 3]));
         self.ask("finish", &[&numbers(&[big])[..], &sha2::Sha256::digest(b"abc\0\0\0")].concat());
         self.ask("open", &numbers(&[index("f"), 0, 0]));
-        self.ask("alike", &[numbers(&[index("f"), 0, 0, 0]), vec![0]].concat());
+        self.ask("alike", &[numbers(&[index("f"), 0, 0, 0, u32::MAX, u32::MAX]), vec![round as u8 % 3]].concat());
         self.ask("copy", &numbers(&[index("f"), 0, 0, 0, 1, 0, 0, 0]));
         self.ask("discard", &numbers(&[index("f")]));
         self.ask("keep", &[&numbers(&[index("g")])[..], &sha2::Sha256::digest(b"of the root")].concat());

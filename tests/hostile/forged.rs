@@ -162,7 +162,7 @@ fn requests_in_any_wrong_order_publish_nothing() {
         (compared(), ("hole", index(0, 16))),
         (compared(), ("copy", index(0, 28))),
         (compared(), ("copy", index(7, 28))),
-        (compared(), ("alike", index(0, 11))),
+        (compared(), ("alike", index(0, 19))),
         (compared(), ("finish", index(0, 32))),
         (compared(), ("finish", index(7, 32))),
         (compared(), ("keep", index(u32::MAX, 32))),

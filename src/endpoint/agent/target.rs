@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use super::writer::AgentWriter;
 use super::{Lanes, json, list_bytes_max};
-use crate::endpoint::delta::{Alike, Cut, Within};
+use crate::endpoint::delta::{Alike, Wanted};
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::error::said;
 use crate::manifest::{Digest, Tree};
 use crate::monitor::Monitor;
 use crate::plan::{Plan, Removal};
+use crate::wire::alike::{put_wanted, read_alike};
 use crate::wire::extension::{self, CHUNK_BYTES, Fields, WireError};
 
 /// A target served by an agent.
@@ -182,14 +183,12 @@ impl Target for AgentTarget {
         true
     }
 
-    fn alike(&self, index: u32, from: Within, cut: Cut) -> Result<Option<Alike>, Error> {
+    fn alike(&self, index: u32, wanted: Wanted) -> Result<Option<Alike>, Error> {
         let mut packet = extension::request("alike");
         packet.extend_from_slice(&index.to_be_bytes());
-        packet.extend_from_slice(&from.piece.to_be_bytes());
-        packet.extend_from_slice(&from.offset.to_be_bytes());
-        packet.push(u8::from(cut == Cut::ByLength));
+        put_wanted(&mut packet, &wanted);
         let reply = self.lanes.call(packet)?;
-        extension::read_alike(Fields(&reply), from.offset).map_err(|error| self.lanes.malformed(error))
+        read_alike(Fields(&reply), wanted.from.offset).map_err(|error| self.lanes.malformed(error))
     }
 
     fn wire_bytes(&self) -> u64 {

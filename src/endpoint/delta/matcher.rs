@@ -8,8 +8,8 @@ use std::collections::{HashMap, VecDeque};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 
-use super::lister::{Order, Part, Range};
-use super::{Alike, COPY_MAX, Cut, PIECES_MAX, Step, Within};
+use super::lister::{Order, Part};
+use super::{Alike, BLOCK_LENGTH, COPY_MAX, Cut, PIECES_MAX, Step, Wanted, Within};
 use crate::codec::chunks::{self, Chunk, ChunkId};
 use crate::endpoint::Block;
 
@@ -156,8 +156,7 @@ impl Matcher {
             Mode::Follow { next, blocks, missed } => {
                 let (from, block) = (*next, blocks.pop_front());
                 next.offset += data.len() as u64;
-                let is_there =
-                    block.is_some_and(|block| block.length as usize == data.len() && block.id == ChunkId::of(data));
+                let is_there = block.is_some_and(|block| block.length as usize == data.len() && block.id.is_of(data));
                 *missed = if is_there { 0 } else { *missed + data.len() as u64 };
                 let moved = (*missed >= MOVED_BYTES).then_some(Within { offset: next.offset - *missed, ..from });
                 match is_there {
@@ -223,36 +222,39 @@ impl Matcher {
         }
     }
 
-    fn order(&mut self, cut: Cut, ranges: Vec<Range>) {
+    fn order(&mut self, wanted: Vec<Wanted>) {
         self.order += 1;
         // Where nobody takes orders nothing more is listed.
-        self.done = self.orders.send(Order { number: self.order, cut, ranges }).is_err();
+        self.done = self.orders.send(Order { number: self.order, wanted }).is_err();
     }
 
     /// Looks for chunks: of what lies from there on, then before, then in other files.
     fn seek(&mut self, from: Within) {
         self.mode = Mode::Seek { since: self.at, heard: 0 };
-        let mut ranges = vec![Range { from, to: u64::MAX }];
+        let mut wanted = vec![by_content(from, u64::MAX)];
         if from.offset > 0 {
-            ranges.push(Range { from: Within { offset: 0, ..from }, to: from.offset });
+            wanted.push(by_content(Within { offset: 0, ..from }, from.offset));
         }
         let others = (0..self.pieces).filter(|piece| *piece != from.piece);
-        ranges.extend(others.map(|piece| Range { from: Within { piece, offset: 0 }, to: u64::MAX }));
-        self.order(Cut::ByContent, ranges);
+        wanted.extend(others.map(|piece| by_content(Within { piece, offset: 0 }, u64::MAX)));
+        self.order(wanted);
     }
 
     /// Goes on looking, since there are other files beside the first, which was listed up to `next`: the beginning of each comes before
     /// the rest.
     fn seek_in_all(&mut self, next: Option<u64>) {
-        let others = |to| (1..self.pieces).map(move |piece| Range { from: Within { piece, offset: 0 }, to });
-        let rest = next.map(|offset| Range { from: Within { piece: 0, offset }, to: u64::MAX });
-        let ranges = others(1).chain(rest).chain(others(u64::MAX)).collect();
-        self.order(Cut::ByContent, ranges);
+        let others = |to| (1..self.pieces).map(move |piece| by_content(Within { piece, offset: 0 }, to));
+        let rest = next.map(|offset| by_content(Within { piece: 0, offset }, u64::MAX));
+        self.order(others(1).chain(rest).chain(others(u64::MAX)).collect());
     }
 
     fn follow(&mut self, next: Within) {
         self.mode = Mode::Follow { next, blocks: VecDeque::new(), missed: 0 };
-        self.order(Cut::ByLength, vec![Range { from: next, to: u64::MAX }]);
+        // Sums are of blocks from the start of the file on.
+        let start = next.offset.next_multiple_of(BLOCK_LENGTH as u64);
+        let before = (start > next.offset).then_some(Wanted { from: next, to: start, cut: Cut::ByLength });
+        let rest = Wanted { from: Within { offset: start, ..next }, to: u64::MAX, cut: Cut::BySum };
+        self.order(before.into_iter().chain([rest]).collect());
     }
 
     /// Takes what the target has listed; waits where it has not come far enough.
@@ -271,14 +273,14 @@ impl Matcher {
         }
     }
 
-    fn hear(&mut self, Part { order, cut, from, alike }: Part) {
+    fn hear(&mut self, Part { order, from, alike }: Part) {
         let current = order == self.order;
         let Some(alike) = alike else {
             self.done |= current;
             return;
         };
         let length = alike.chunks.iter().map(|chunk| u64::from(chunk.length)).sum::<u64>();
-        match (cut, &mut self.mode) {
+        match (alike.cut, &mut self.mode) {
             (Cut::ByContent, mode) => {
                 if let Mode::Seek { heard, .. } = mode {
                     *heard += length;
@@ -290,7 +292,7 @@ impl Matcher {
                     self.seek_in_all(alike.next);
                 }
             }
-            (Cut::ByLength, Mode::Follow { blocks, .. }) if current => blocks.extend(alike.chunks),
+            (Cut::ByLength | Cut::BySum, Mode::Follow { blocks, .. }) if current => blocks.extend(alike.chunks),
             _ => {}
         }
     }
@@ -336,9 +338,13 @@ impl Matcher {
     }
 }
 
+fn by_content(from: Within, to: u64) -> Wanted {
+    Wanted { from, to, cut: Cut::ByContent }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::{BLOCK_LENGTH, list};
+    use super::super::list;
     use super::*;
     use crossbeam_channel::unbounded;
     use proptest::prelude::*;
@@ -349,14 +355,18 @@ mod tests {
         bytes
     }
 
-    /// What a target lists of `data` from `from` on, so many chunks.
-    fn part(data: &[u8], from: u64, cut: Cut, count: usize, pieces: u32) -> Alike {
-        let (mut alike, mut at) = (Alike { pieces, ..Alike::default() }, from as usize);
-        while alike.chunks.len() < count && at < data.len() {
+    /// What a target lists of `data`, so many chunks; with or without sums.
+    fn part(data: &[u8], wanted: Wanted, count: usize, pieces: u32, sums: bool) -> Alike {
+        let cut = if wanted.cut == Cut::BySum && !sums { Cut::ByLength } else { wanted.cut };
+        let (mut alike, mut at) = (Alike { pieces, cut, ..Alike::default() }, wanted.from.offset as usize);
+        let end = data.len().min(usize::try_from(wanted.to).unwrap());
+        while alike.chunks.len() < count && at < end {
             let rest = &data[at..];
+            let block = &rest[..(end - at).min(BLOCK_LENGTH)];
             let chunk = match cut {
                 Cut::ByContent => Chunk::first_of(rest).unwrap(),
-                Cut::ByLength => Chunk::of(&rest[..rest.len().min(BLOCK_LENGTH)]),
+                Cut::ByLength => Chunk::of(block),
+                Cut::BySum => Chunk { id: ChunkId::Sum(crc32fast::hash(block)), length: block.len() as u32 },
             };
             alike.chunks.push(chunk);
             at += chunk.length as usize;
@@ -366,16 +376,15 @@ mod tests {
     }
 
     /// What a target that has `there`, and lists so many chunks at once, makes of `new`, which is fed in blocks of so many bytes; how
-    /// many bytes were sent, and how many the target looked at: by content, and by length.
-    fn made(there: &[&[u8]], new: &[u8], block: usize, each: usize) -> (Vec<u8>, usize, [u64; 2]) {
+    /// many bytes were sent, and how many the target listed: by content, by length, and by sums.
+    fn made(there: &[&[u8]], new: &[u8], block: usize, each: usize, sums: bool) -> (Vec<u8>, usize, [u64; 3]) {
         std::thread::scope(|scope| {
             let ((orders, ordered), (sender, parts)) = (unbounded(), unbounded());
             let lists = scope.spawn(move || {
-                let mut looked = [0; 2];
-                let ask = |from: Within, cut: Cut| -> Result<_, ()> {
-                    let part = part(there[from.piece as usize], from.offset, cut, each, there.len() as u32);
-                    looked[usize::from(cut == Cut::ByLength)] +=
-                        part.chunks.iter().map(|chunk| u64::from(chunk.length)).sum::<u64>();
+                let mut looked = [0; 3];
+                let ask = |wanted: Wanted| -> Result<_, ()> {
+                    let part = part(there[wanted.from.piece as usize], wanted, each, there.len() as u32, sums);
+                    looked[part.cut as usize] += part.chunks.iter().map(|chunk| u64::from(chunk.length)).sum::<u64>();
                     Ok(Some(part))
                 };
                 list(&ordered, &sender, ask).unwrap();
@@ -426,12 +435,14 @@ mod tests {
             ("parts that changed places", moved, 3 << 20),
             ("nothing of it", noise(3, 10 << 20), 10 << 20),
         ] {
-            for (block, each) in [(1 << 20, 16), (100_000, 16), (1 << 20, 1000)] {
-                let (result, sent, _) = made(&[&old], &new, block, each);
+            for (block, each, sums) in
+                [(1 << 20, 16, true), (1 << 20, 16, false), (100_000, 16, true), (1 << 20, 1000, false)]
+            {
+                let (result, sent, _) = made(&[&old], &new, block, each, sums);
                 assert!(result == new && sent <= most, "{what}: {sent} bytes were sent");
             }
         }
-        assert_eq!(made(&[&[]], &old, 1 << 20, 1).1, old.len());
+        assert_eq!(made(&[&[]], &old, 1 << 20, 1, false).1, old.len());
     }
 
     #[test]
@@ -439,9 +450,16 @@ mod tests {
         let old = noise(1, 200 << 20);
         let mut changed = [b"header", &old[..]].concat();
         changed[150 << 20] ^= 1;
-        let (result, sent, [by_content, by_length]) = made(&[&old], &changed, 1 << 20, 32);
+        let (result, sent, [by_content, by_length, _]) = made(&[&old], &changed, 1 << 20, 32, false);
         assert!(result == changed && sent < 2 << 20, "{sent} bytes were sent");
         assert!(by_content < 80 << 20 && by_length > 150 << 20, "{by_content} {by_length}");
+        // Where sums were kept, the file itself is hardly looked at.
+        let (result, sent, [by_content, by_length, by_sum]) = made(&[&old], &changed, 1 << 20, 32, true);
+        assert!(result == changed && sent < 2 << 20, "{sent} bytes were sent");
+        assert!(
+            by_content < 80 << 20 && by_length < 1 << 20 && by_sum > 150 << 20,
+            "{by_content} {by_length} {by_sum}"
+        );
     }
 
     #[test]
@@ -449,7 +467,7 @@ mod tests {
         let there: Vec<Vec<u8>> = (1..4).map(|seed| noise(seed, 20 << 20)).collect();
         let there: Vec<&[u8]> = there.iter().map(|data| &data[..]).collect();
         for (new, most) in [(there[1].to_vec(), 0), ([there[2], there[0]].concat(), 2 << 20)] {
-            let (result, sent, _) = made(&there, &new, 1 << 20, 30);
+            let (result, sent, _) = made(&there, &new, 1 << 20, 30, true);
             assert!(result == new && sent <= most, "{sent} bytes were sent");
         }
     }
@@ -460,13 +478,15 @@ mod tests {
         for cut in [Cut::ByContent, Cut::ByLength] {
             let ((orders, ordered), (sender, parts)) = (unbounded(), unbounded());
             let mut matcher = Matcher::new(0, orders, parts);
-            let alike = Some(part(&old, 0, Cut::ByContent, 20, 1));
-            sender.send(Part { order: 1, cut: Cut::ByContent, from: Within::default(), alike }).unwrap();
+            let listed = |cut| {
+                let wanted = Wanted { from: Within::default(), to: u64::MAX, cut };
+                Some(part(&old, wanted, 20, 1, true))
+            };
+            sender.send(Part { order: 1, from: Within::default(), alike: listed(Cut::ByContent) }).unwrap();
             if cut == Cut::ByContent {
                 drop(ordered);
             } else {
-                let alike = Some(part(&old, 0, cut, 20, 1));
-                sender.send(Part { order: 2, cut, from: Within::default(), alike }).unwrap();
+                sender.send(Part { order: 2, from: Within::default(), alike: listed(cut) }).unwrap();
             }
             drop(sender);
             let (mut steps, mut at) = (Vec::new(), 0);
@@ -489,8 +509,8 @@ mod tests {
     #[test]
     fn a_file_of_which_nothing_is_found_is_not_looked_at_to_its_end() {
         let ((orders, _ordered), (sender, parts)) = (unbounded(), unbounded());
-        let chunks = vec![Chunk { id: ChunkId([0; 16]), length: 100_000 }];
-        let part = |alike| Part { order: 1, cut: Cut::ByContent, from: Within::default(), alike };
+        let chunks = vec![Chunk { id: ChunkId::Content([0; 16]), length: 100_000 }];
+        let part = |alike| Part { order: 1, from: Within::default(), alike };
         sender.send(part(Some(Alike { pieces: 1, chunks, ..Alike::default() }))).unwrap();
         sender.send(part(None)).unwrap();
         let mut matcher = Matcher::new(0, orders, parts);
@@ -532,6 +552,7 @@ mod tests {
         #[test]
         fn whatever_was_edited_the_target_makes_the_same_file(
             edits in prop::collection::vec(edit(), 0..6), block in 1_000_usize..2_000_000, each in 1_usize..40, seed in any::<u64>(),
+            sums in any::<bool>(),
         ) {
             let old = noise(9, 6 << 20);
             let mut new = old.clone();
@@ -563,7 +584,7 @@ mod tests {
             }
             let other = noise(8, 3 << 20);
             for there in [&[&old[..]][..], &[&other, &old]] {
-                prop_assert!(made(there, &new, block, each).0 == new);
+                prop_assert!(made(there, &new, block, each, sums).0 == new);
             }
         }
     }

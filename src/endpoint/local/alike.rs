@@ -8,14 +8,15 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt as _;
 
+use super::sums;
 use super::target::Run;
 use crate::codec::chunks::{self, Chunk};
 use crate::endpoint::BLOCK_BYTES;
-use crate::endpoint::delta::{Alike, BLOCK_LENGTH, Cut, DELTA_BYTES_MIN, PIECES_MAX, Within};
+use crate::endpoint::delta::{Alike, BLOCK_LENGTH, Cut, DELTA_BYTES_MIN, PIECES_MAX, Wanted};
 use crate::manifest::{Digest, Entry, Timestamp, Tree};
 use crate::path::RelPath;
 use crate::plan::{Need, Plan};
-use crate::root::{FileKind, Follow, Metadata};
+use crate::root::{FileKind, Fingerprint, Follow, Metadata, Seen};
 
 /// A part of a list covers about so much of a file: by its content, and by length, which takes a third of the time.
 const PART_BYTES: u64 = 8 << 20;
@@ -28,12 +29,29 @@ pub(super) struct Candidate {
     size: u64,
     mtime: Timestamp,
     digest: Option<Digest>,
+    /// Of what was looked at what its digest is of.
+    content: Option<Fingerprint>,
+}
+
+/// One of them that is read.
+pub(super) struct Opened {
+    pub(super) file: File,
+    candidate: Candidate,
+}
+
+impl Opened {
+    /// Whether it is known to hold what has this digest, as a whole: it is what it was when that was found out.
+    pub(super) fn holds(&self, size: u64, digest: Option<Digest>) -> bool {
+        let Candidate { digest: own, content, size: own_size, .. } = &self.candidate;
+        let now = || Metadata::of(&self.file).ok().map(|found| Fingerprint::from(&found));
+        digest.is_some() && *own == digest && *own_size == size && content.is_some() && *content == now()
+    }
 }
 
 impl Candidate {
     fn of(entry: &Entry) -> Option<Candidate> {
         let (size, digest) = entry.file().filter(|(size, _)| *size >= DELTA_BYTES_MIN)?;
-        Some(Candidate { path: entry.path.clone(), size, mtime: entry.mtime, digest })
+        Some(Candidate { path: entry.path.clone(), size, mtime: entry.mtime, digest, content: None })
     }
 }
 
@@ -84,8 +102,14 @@ impl<'a> Large<'a> {
     }
 }
 
-/// For the files whose content is needed what each may be made of. `target` is what was looked at, `listed` all that there was.
-pub(super) fn find(source: &Tree, target: &Tree, listed: &Tree, plan: &Plan) -> BTreeMap<u32, Vec<Candidate>> {
+/// For the files whose content is needed what each may be made of. `target` is what was looked at, with what stat said of it, `listed` all
+/// that there was.
+pub(super) fn find(
+    source: &Tree,
+    (target, seen): (&Tree, &[Seen]),
+    listed: &Tree,
+    plan: &Plan,
+) -> BTreeMap<u32, Vec<Candidate>> {
     let wanted = |index: u32| {
         let entry = &source.entries()[index as usize];
         let (size, digest) = entry.file().filter(|(size, _)| *size >= DELTA_BYTES_MIN)?;
@@ -96,10 +120,13 @@ pub(super) fn find(source: &Tree, target: &Tree, listed: &Tree, plan: &Plan) -> 
     if needed.is_empty() {
         return BTreeMap::new();
     }
-    let large = Large::of(listed.entries().iter().chain(target.entries()));
+    // What was looked at is known best.
+    let large = Large::of(target.entries().iter().chain(listed.entries()));
     let pieces = |entry: &Entry, size: u64, digest: Option<Digest>| -> Vec<Candidate> {
         if let Some(same) = digest.and_then(|digest| large.by_digest.get(&digest)) {
-            return Candidate::of(same).into_iter().collect();
+            let looked_at = target.position(&same.path).filter(|&at| target.entries()[at].file() == same.file());
+            let content = looked_at.and_then(|at| Some(seen.get(at)?.fingerprint(size, target.entries()[at].mtime)));
+            return Candidate::of(same).map(|found| Candidate { content, ..found }).into_iter().collect();
         }
         let mut pieces: Vec<Candidate> = Vec::new();
         let before = target.get(&entry.path);
@@ -120,38 +147,46 @@ pub(super) fn find(source: &Tree, target: &Tree, listed: &Tree, plan: &Plan) -> 
 
 impl Run {
     /// A file that the one at `index` may be made of, unless it is not what it was.
-    pub(super) fn open_alike(&self, index: u32, piece: u32) -> Option<(File, Candidate)> {
+    pub(super) fn open_alike(&self, index: u32, piece: u32) -> Option<Opened> {
         let candidate = self.state().alike.get(&index)?.get(piece as usize)?.clone();
         let file = self.root.open_read(&candidate.path, Follow::Never).ok()?;
         let found = Metadata::of(&file).ok()?;
         let same = found.kind == FileKind::Regular && found.size == candidate.size && found.mtime == candidate.mtime;
-        same.then_some((file, candidate))
+        same.then_some(Opened { file, candidate })
     }
 
     /// What it holds from a place on; `None` where there is none.
-    pub(super) fn alike(&self, index: u32, from: Within, cut: Cut) -> Option<Alike> {
-        let (file, candidate) = self.open_alike(index, from.piece)?;
+    pub(super) fn alike(&self, index: u32, wanted: Wanted) -> Option<Alike> {
+        let Opened { file, candidate } = self.open_alike(index, wanted.from.piece)?;
         let state = self.state();
         let pieces = state.alike.get(&index).map_or(0, |pieces| pieces.len() as u32);
-        let wanted = state.source.entries().get(index as usize).and_then(Entry::file);
+        let file_wanted = state.source.entries().get(index as usize).and_then(Entry::file);
         drop(state);
         let known = (candidate.size, candidate.digest);
-        if candidate.digest.is_some() && wanted == Some(known) {
+        if candidate.digest.is_some() && file_wanted == Some(known) {
             return Some(Alike { same: true, pieces, ..Alike::default() });
         }
+        let from = wanted.from.offset;
+        if wanted.cut == Cut::BySum
+            && from.is_multiple_of(BLOCK_LENGTH as u64)
+            && let Some(part) = candidate.digest.and_then(|digest| sums::load(&self.root, digest, candidate.size, from))
+        {
+            return Some(Alike { pieces, ..part });
+        }
         // What cannot be read is not made anything of.
-        list(&file, from.offset, candidate.size, cut).ok().map(|alike| Alike { pieces, ..alike })
+        list(&file, candidate.size, wanted).ok().map(|alike| Alike { pieces, ..alike })
     }
 }
 
-fn list(file: &File, from: u64, size: u64, cut: Cut) -> io::Result<Alike> {
-    let (part, least) = match cut {
-        Cut::ByContent => (PART_BYTES, chunks::MAX_BYTES),
-        Cut::ByLength => (LENGTHS_BYTES, BLOCK_LENGTH),
+fn list(file: &File, size: u64, wanted: Wanted) -> io::Result<Alike> {
+    let (part, least, cut) = match wanted.cut {
+        Cut::ByContent => (PART_BYTES, chunks::MAX_BYTES, Cut::ByContent),
+        Cut::ByLength | Cut::BySum => (LENGTHS_BYTES, BLOCK_LENGTH, Cut::ByLength),
     };
-    let mut alike = Alike::default();
+    let mut alike = Alike { cut, ..Alike::default() };
+    let (from, end) = (wanted.from.offset, size.min(wanted.to));
     let (mut buffer, mut read_to, mut at) = (Vec::new(), from, from);
-    while at < size && at - from < part {
+    while at < end && at - from < part {
         while buffer.len() < least && read_to < size {
             let start = buffer.len();
             buffer.resize(start + BLOCK_BYTES, 0);
@@ -165,11 +200,11 @@ fn list(file: &File, from: u64, size: u64, cut: Cut) -> io::Result<Alike> {
             read_to += read as u64;
         }
         let mut done = 0;
-        while at - from < part && done < buffer.len() && (buffer.len() - done >= least || read_to >= size) {
+        while at < end && at - from < part && done < buffer.len() && (buffer.len() - done >= least || read_to >= size) {
             let rest = &buffer[done..];
             let chunk = match cut {
                 Cut::ByContent => Chunk::first_of(rest),
-                Cut::ByLength => Some(Chunk::of(&rest[..rest.len().min(BLOCK_LENGTH)])),
+                _ => Some(Chunk::of(&rest[..rest.len().min(BLOCK_LENGTH.min((end - at) as usize))])),
             };
             let Some(chunk) = chunk else { break };
             alike.chunks.push(chunk);
@@ -185,6 +220,7 @@ fn list(file: &File, from: u64, size: u64, cut: Cut) -> io::Result<Alike> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::endpoint::delta::Within;
     use crate::manifest::Content;
     use crate::plan::{Compare, Desired, diff};
 
@@ -206,7 +242,7 @@ mod tests {
         let as_sent =
             |_: usize, entry: &Entry| Desired { mode: entry.mode, owner: None, group: None, acl_differs: false };
         let plan = diff(&source, &target, &as_sent, Compare::default());
-        let found = find(&source, &target, &Tree::default(), &plan);
+        let found = find(&source, (&target, &[]), &Tree::default(), &plan);
         found.into_values().flatten().map(|candidate| candidate.path.to_string()).collect()
     }
 
@@ -254,10 +290,11 @@ mod tests {
         std::fs::write(at.path().join("f"), &data).unwrap();
         let file = File::open(at.path().join("f")).unwrap();
         let size = data.len() as u64;
-        for (cut, expected) in [(Cut::ByContent, 9), (Cut::ByLength, 3)] {
+        let wanted = |from, to, cut| Wanted { from: Within { piece: 0, offset: from }, to, cut };
+        for (cut, expected) in [(Cut::ByContent, 9), (Cut::ByLength, 3), (Cut::BySum, 3)] {
             let (mut listed, mut from, mut parts) = (Vec::new(), Some(0), 0);
             while let Some(next) = from {
-                let part = list(&file, next, size, cut).unwrap();
+                let part = list(&file, size, wanted(next, u64::MAX, cut)).unwrap();
                 listed.extend(part.chunks);
                 (from, parts) = (part.next, parts + 1);
             }
@@ -270,8 +307,11 @@ mod tests {
                 rest = &rest[chunk.length as usize..];
             }
             assert!(rest.is_empty());
-            assert!(list(&file, size, size, cut).unwrap().chunks.is_empty());
+            assert!(list(&file, size, wanted(size, u64::MAX, cut)).unwrap().chunks.is_empty());
         }
-        assert!(list(&file, size - MIB, size + 1, Cut::ByContent).is_err());
+        assert!(list(&file, size + 1, wanted(size - MIB, u64::MAX, Cut::ByContent)).is_err());
+        let lengths = |alike: Alike| alike.chunks.iter().map(|chunk| chunk.length).collect::<Vec<_>>();
+        let part = list(&file, size, wanted(10, 10 + 65_536 + 7, Cut::ByLength)).unwrap();
+        assert_eq!((lengths(part), size), (vec![65_536, 7], 70 << 20));
     }
 }

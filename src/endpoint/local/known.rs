@@ -11,12 +11,13 @@ use std::time::SystemTime;
 
 use sha2::{Digest as _, Sha256};
 
-use super::recall;
+use super::{recall, sums};
 use crate::manifest::{Digest, Entry, Tree};
 use crate::monitor::threads::Threads;
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::root::{FileKind, Fingerprint, Follow, Metadata, Root, Seen};
+use crate::scan::blocks::LISTED_BYTES;
 use crate::scan::cache::{DigestTable, is_dated, is_settled};
 use crate::staging::clean_pages;
 
@@ -253,6 +254,7 @@ impl<'a> Files<'a> {
             && (0..self.table.len()).any(|place| told.get(place) != Some(&true))
         {
             Arc::make_mut(&mut self.table).keep_only(&|place| told.get(place) == Some(&true));
+            sums::keep_only(self.root, &self.table.digests_of(LISTED_BYTES));
         }
         recall::keep_table(self.root, self.table, monitor);
     }

@@ -27,6 +27,7 @@ mod repair;
 mod retire;
 mod room;
 mod source;
+mod sums;
 mod target;
 mod trash;
 mod unit;

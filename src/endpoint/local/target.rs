@@ -19,7 +19,7 @@ use super::repair::{self, Repair};
 use super::writer::LocalWriter;
 use super::{commit, early, fold, forbidden, known, metadata, prepare, publish, recall, room, trash};
 use crate::access::AclLists;
-use crate::endpoint::delta::{Alike, Cut, Within};
+use crate::endpoint::delta::{Alike, Wanted};
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec, Reach};
 use crate::manifest::{Digest, Entry, Manifest, Tree};
@@ -311,8 +311,8 @@ impl Target for LocalTarget {
         self.repair.is_none()
     }
 
-    fn alike(&self, index: u32, from: Within, cut: Cut) -> Result<Option<Alike>, Error> {
-        Ok(self.run()?.alike(index, from, cut))
+    fn alike(&self, index: u32, wanted: Wanted) -> Result<Option<Alike>, Error> {
+        Ok(self.run()?.alike(index, wanted))
     }
 }
 
@@ -489,7 +489,7 @@ impl Run {
             trash::collect(&self.root, keep, monitor);
         }
         let alike = match self.options.delta {
-            true => alike::find(source, &target, &old_manifest.tree, &plan),
+            true => alike::find(source, (&target, &scanned.metadata), &old_manifest.tree, &plan),
             false => BTreeMap::new(),
         };
         plan.alike = alike.keys().copied().collect();

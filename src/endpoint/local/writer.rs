@@ -1,15 +1,14 @@
 //! Stages files of one worker thread.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
+use super::alike::Opened;
 use super::room::{self, Need};
+use super::sums;
 use super::target::{self, Run};
 use crate::endpoint::delta::Within;
-use crate::endpoint::{BLOCK_BYTES, Block, Error, Staged, WriteFailure, Writer};
+use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::path::RelPath;
 use crate::root::{Root, RootError};
@@ -23,7 +22,7 @@ pub(super) struct LocalWriter {
     beside: Option<(RelPath, Root)>,
     open: HashMap<u32, StagedFile>,
     /// What files are made of that the target has.
-    alike: HashMap<u32, (u32, File)>,
+    alike: HashMap<u32, (u32, Opened)>,
     /// Files that failed before their end; what else comes for them is dropped.
     broken: HashMap<u32, WriteFailure>,
     done: Vec<Staged>,
@@ -122,26 +121,16 @@ impl LocalWriter {
         })
     }
 
-    fn read_alike(&mut self, index: u32, from: Within, length: usize) -> io::Result<Block> {
-        if self.alike.get(&index).is_none_or(|(piece, _)| *piece != from.piece) {
-            let opened = self.run.open_alike(index, from.piece);
-            let (file, _) = opened.ok_or_else(|| io::Error::other("it is not what it was any more"))?;
-            self.alike.insert(index, (from.piece, file));
-        }
-        let (_, file) = &self.alike[&index];
-        let mut block = Block::with_capacity(length);
-        let buffer = block.buffer_mut();
-        let start = buffer.len();
-        buffer.resize(start + length, 0);
-        file.read_exact_at(&mut buffer[start..], from.offset)?;
-        Ok(block)
-    }
-
-    fn conclude(&mut self, index: u32, file: StagedFile, digest: Digest) -> Result<(), Error> {
-        let (entry, _) = self.entry(index)?;
+    fn conclude(&mut self, index: u32, mut file: StagedFile, digest: Digest) -> Result<(), Error> {
+        let alike = self.alike.remove(&index);
+        let (entry, size) = self.entry(index)?;
         let wanted = self.run.permissions(entry)?;
-        let result = match file.finish(digest, &wanted, self.run.options.verify_disk) {
-            Ok(metadata) => {
+        let same = alike.is_some_and(|(_, opened)| opened.holds(size, Some(digest)));
+        let hashed = if same { Ok(()) } else { file.hash_it() };
+        let result = match hashed.and_then(|()| file.finish(digest, &wanted, self.run.options.verify_disk)) {
+            Ok((metadata, sums)) => {
+                // Without them the file is read when a part of it changes.
+                let _ = sums.map(|sums| sums::keep(&self.run.root, digest, size, &sums));
                 let staged = target::Staged::of(entry, digest, &metadata);
                 self.run.state().staged.get_mut().insert(index, staged);
                 Ok(())
@@ -194,28 +183,25 @@ impl Writer for LocalWriter {
     }
 
     fn copy(&mut self, index: u32, offset: u64, length: u64, from: Within) -> Result<(), Error> {
-        let mut done = 0;
-        while done < length && self.open.contains_key(&index) {
-            let wanted = (length - done).min(BLOCK_BYTES as u64) as usize;
-            match self.read_alike(index, Within { offset: from.offset.saturating_add(done), ..from }, wanted) {
-                Ok(block) => self.write(index, offset.saturating_add(done), block)?,
-                Err(error) => {
-                    let message = format!("cannot be made of what is there: {}", crate::error::in_words(&error));
-                    self.open.remove(&index);
-                    // What is sent whole needs nothing of it.
-                    self.broken.insert(index, WriteFailure { message, retry: true });
-                }
-            }
-            done += wanted as u64;
+        let (entry, size) = self.entry(index)?;
+        let wanted = entry.file().and_then(|(_, digest)| digest);
+        let Some(staged) = self.open.get_mut(&index) else { return Ok(()) };
+        if self.alike.get(&index).is_none_or(|(opened, _)| *opened != from.piece) {
+            self.alike.remove(&index);
+            self.alike.extend(self.run.open_alike(index, from.piece).map(|opened| (index, (from.piece, opened))));
         }
-        Ok(())
+        let copied = match self.alike.get(&index) {
+            Some((_, alike)) => staged.copy(offset, length, &alike.file, from.offset, alike.holds(size, wanted)),
+            None => Err(StageError::Copy("it is not what it was any more".into())),
+        };
+        copied.map_or_else(|error| self.break_off(index, &error), Ok)
     }
 
     fn finish(&mut self, index: u32, digest: Digest) -> Result<(), Error> {
-        self.alike.remove(&index);
         if let Some(file) = self.open.remove(&index) {
             return self.conclude(index, file, digest);
         }
+        self.alike.remove(&index);
         let never_opened = || WriteFailure { message: "was finished without having been opened".into(), retry: false };
         let failure = self.broken.remove(&index).unwrap_or_else(never_opened);
         self.done.push(Staged { index, result: Err(failure) });

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, TryRecvError};
 
 use super::{Failure, Job, Run};
-use crate::endpoint::delta::{COPY_MAX, Cut, Within};
+use crate::endpoint::delta::{COPY_MAX, Within};
 use crate::endpoint::{Block, Staged, Target, Writer};
 use crate::manifest::Tree;
-use crate::wire::extension::{FILES_MAX, Fields, HOLE_MAX, Message, RAW_MAX, WireError, put_alike, put_string};
+use crate::wire::alike::{put_alike, read_wanted};
+use crate::wire::extension::{FILES_MAX, Fields, HOLE_MAX, Message, RAW_MAX, WireError, put_string};
 
 /// What stands in front of the frame of a `write`.
 const INDEX_AND_OFFSET: usize = 4 + 8;
@@ -59,11 +60,10 @@ pub(super) fn list_alike(run: &Run, target: &(dyn Target + Send + Sync), jobs: &
             return Err(Failure::gone());
         }
         let mut fields = Fields(job.payload.bytes());
-        let (index, from) = (fields.u32()?, Within { piece: fields.u32()?, offset: fields.u64()? });
-        let cut = if fields.u8()? == 0 { Cut::ByContent } else { Cut::ByLength };
+        let (index, wanted) = (fields.u32()?, read_wanted(&mut fields)?);
         fields.end()?;
         let mut body = Vec::new();
-        put_alike(&mut body, target.alike(index, from, cut)?.as_ref());
+        put_alike(&mut body, target.alike(index, wanted)?.as_ref());
         Ok(body)
     };
     for job in jobs {
