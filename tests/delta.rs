@@ -3,6 +3,7 @@
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use lockstep::codec::chunks::{Chunk, ChunkId};
 use lockstep::endpoint::delta::{Alike, Wanted};
@@ -12,7 +13,8 @@ use lockstep::manifest::Tree;
 use lockstep::monitor::{Monitor, Silent};
 use lockstep::plan::Plan;
 use lockstep::policy::PolicySpec;
-use lockstep::sync::run;
+use lockstep::sync::{Options, run};
+use sha2::Digest as _;
 
 use crate::kit::area::{contents, options, write};
 use crate::kit::served::{Served, user};
@@ -87,6 +89,48 @@ fn s25_what_is_there_under_another_name_is_not_sent_again() {
 }
 
 #[test]
+fn sums_of_a_large_file_are_kept_as_long_as_it_is_there() {
+    let served = Served::start("", "");
+    let source = served.path("source");
+    let mut data = noise(1, 70 * MIB);
+    let kept = || contents(&served.path("sync/data/.lockstep/sums")).into_keys().collect::<Vec<_>>();
+    let name = |data: &[u8]| lockstep::manifest::Digest(sha2::Sha256::digest(data).into()).to_string();
+    write(&source, "model.bin", &data);
+    write(&source, "small.bin", &noise(2, 30 * MIB));
+    push(&served, "/data", &[]);
+    assert_eq!(kept(), [name(&data)]);
+    for round in 0..2 {
+        for at in [3, 44, 69] {
+            data[at * MIB + round * 99_999..][..70_000].copy_from_slice(&noise(at as u64, 70_000));
+        }
+        write(&source, "model.bin", &data);
+        let wire = push(&served, "/data", &[]);
+        assert!(wire < 2 * MIB as u64, "{wire}");
+        // What was replaced goes with the run after this one.
+        assert!(kept().contains(&name(&data).into()) && kept().len() == 2, "{:?}", kept());
+    }
+    // Sums of something else cost a second transfer, and nothing more.
+    let sums = served.path("sync/data/.lockstep/sums").join(name(&data));
+    let mut wrong = fs::read(&sums).unwrap();
+    let new = noise(9, 200_000);
+    let (first, last) = ((10 * MIB) / 65_536, (10 * MIB + 200_000) / 65_536);
+    data[10 * MIB..10 * MIB + 200_000].copy_from_slice(&new);
+    for block in first..=last {
+        let sum = crc32fast::hash(&data[block * 65_536..][..65_536]);
+        wrong[24 + block * 4..][..4].copy_from_slice(&sum.to_le_bytes());
+    }
+    fs::write(&sums, wrong).unwrap();
+    write(&source, "model.bin", &data);
+    assert!(push(&served, "/data", &[]) > 70 * MIB as u64);
+    fs::remove_file(source.join("model.bin")).unwrap();
+    for name in ["one", "two"] {
+        write(&source, name, b"");
+        push(&served, "/data", &["--delete"]);
+    }
+    assert!(kept().is_empty(), "{:?}", kept());
+}
+
+#[test]
 fn a_sparse_file_is_made_of_what_is_there_and_of_holes() {
     let served = Served::start("", "");
     let source = served.path("source");
@@ -118,10 +162,10 @@ fn who_may_not_read_there_is_told_of_nothing_and_sends_all() {
     assert!(push(&served, "/data", &[]) > 8 * MIB as u64);
 }
 
-/// A target that is mistaken about where its chunks lie.
-struct Liar(LocalTarget);
+/// A target at which something is done with what it answers about what it has.
+struct Odd<F>(LocalTarget, F);
 
-impl Target for Liar {
+impl<F: Fn(&mut Option<Alike>) + Sync> Target for Odd<F> {
     fn describe(&self) -> String {
         self.0.describe()
     }
@@ -156,10 +200,7 @@ impl Target for Liar {
 
     fn alike(&self, index: u32, wanted: Wanted) -> Result<Option<Alike>, Error> {
         let mut alike = self.0.alike(index, wanted)?;
-        if let Some(alike) = &mut alike {
-            // All that follows seems to lie further on than it does.
-            alike.chunks.insert(0, Chunk { id: ChunkId::Content([0; 16]), length: 5 });
-        }
+        (self.1)(&mut alike);
         Ok(alike)
     }
 }
@@ -178,9 +219,55 @@ fn h24_what_was_made_of_the_wrong_pieces_is_noticed_and_sent_whole() {
     assert!(go(&local()).is_complete());
     let new = [&old[..], b"more"].concat();
     write(&source, "f", &new);
-    let report = go(&Liar(local()));
+    // All that follows seems to lie further on than it does.
+    let further = |alike: &mut Option<Alike>| {
+        if let Some(alike) = alike {
+            alike.chunks.insert(0, Chunk { id: ChunkId::Content([0; 16]), length: 5 });
+        }
+    };
+    let report = go(&Odd(local(), further));
     assert!(report.is_complete() && fs::read(target.join("f")).unwrap() == new);
     // Once as far as that was believed, and once whole.
     let sent = report.transferred_bytes;
     assert!((9 * MIB as u64..11 * MIB as u64).contains(&sent), "{sent}");
+}
+
+#[test]
+fn h24_what_changes_while_it_is_copied_is_noticed_and_the_file_is_sent() {
+    let at = tempfile::tempdir().unwrap();
+    let (source, target, state) = (at.path().join("source"), at.path().join("target"), at.path().join("state"));
+    let data = noise(1, 9 * MIB);
+    write(&source, "a", &data);
+    // So that what it holds is known.
+    std::thread::sleep(Duration::from_millis(60));
+    let go = |target: &dyn Target| {
+        let source = LocalSource::new(&source, Some(state.as_path())).unwrap();
+        let options = Options { delete: false, ..options() };
+        run(&source, target, &options, &Silent::default(), &AtomicBool::new(false)).unwrap()
+    };
+    let local = || LocalTarget::new(&target, PolicySpec::default());
+    assert!(go(&local()).is_complete());
+    // With the directory above it the name changes, and nothing of the file.
+    write(&source, "sub/b", &data);
+    std::thread::sleep(Duration::from_millis(60));
+    assert!(go(&local()).is_complete());
+    fs::rename(source.join("sub"), source.join("moved")).unwrap();
+    let change = |alike: &mut Option<Alike>| {
+        assert!(alike.as_ref().unwrap().same);
+        for name in ["a", "sub/b"] {
+            let (file, before) = (target.join(name), fs::metadata(target.join(name)).unwrap());
+            let file = fs::File::options().write(true).open(file).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&file, b"other", 4 << 20).unwrap();
+            file.set_modified(before.modified().unwrap()).unwrap();
+        }
+    };
+    let report = go(&Odd(local(), change));
+    assert!(report.is_complete(), "{:?}", report.problems);
+    assert!(fs::read(target.join("moved/b")).unwrap() == data);
+    assert_eq!(report.transferred_bytes, data.len() as u64);
+    // And what did not change is not sent.
+    fs::rename(source.join("moved"), source.join("again")).unwrap();
+    let report = go(&Odd(local(), |_: &mut _| {}));
+    assert!(report.is_complete() && fs::read(target.join("again/b")).unwrap() == data);
+    assert_eq!(report.transferred_bytes, 0);
 }
