@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use lockstep::codec::chunks::{Chunk, ChunkId};
-use lockstep::endpoint::delta::{Alike, Wanted};
+use lockstep::endpoint::delta::{Alike, Cut, Wanted};
 use lockstep::endpoint::local::{LocalSource, LocalTarget};
 use lockstep::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
 use lockstep::manifest::Tree;
@@ -108,6 +108,14 @@ fn sums_of_a_large_file_are_kept_as_long_as_it_is_there() {
         assert!(wire < 2 * MIB as u64, "{wire}");
         // What was replaced goes with the run after this one.
         assert!(kept().contains(&name(&data).into()) && kept().len() == 2, "{:?}", kept());
+    }
+    // What begins as the file does that is there is not hashed from its start, and is right all the same.
+    for at in [69 * MIB, data.len()] {
+        data.truncate(at);
+        data.extend(noise(at as u64, 2 * MIB));
+        write(&source, "model.bin", &data);
+        let wire = push(&served, "/data", &[]);
+        assert!(wire < 4 * MIB as u64, "{wire}");
     }
     // Sums of something else cost a second transfer, and nothing more.
     let sums = served.path("sync/data/.lockstep/sums").join(name(&data));
@@ -230,6 +238,40 @@ fn h24_what_was_made_of_the_wrong_pieces_is_noticed_and_sent_whole() {
     // Once as far as that was believed, and once whole.
     let sent = report.transferred_bytes;
     assert!((9 * MIB as u64..11 * MIB as u64).contains(&sent), "{sent}");
+}
+
+#[test]
+fn h24_a_beginning_that_changes_while_it_is_copied_is_noticed() {
+    let at = tempfile::tempdir().unwrap();
+    let (source, target) = (at.path().join("source"), at.path().join("target"));
+    let mut data = noise(1, 70 * MIB);
+    write(&source, "log", &data);
+    let go = |target: &dyn Target| {
+        let source = LocalSource::new(&source, None).unwrap();
+        run(&source, target, &options(), &Silent::default(), &AtomicBool::new(false)).unwrap()
+    };
+    let local = || LocalTarget::new(&target, PolicySpec::default());
+    assert!(go(&local()).is_complete());
+    data.extend(noise(2, MIB));
+    write(&source, "log", &data);
+    // Of what is copied, where the beginning is listed no more and the sums say what they said.
+    let change = |alike: &mut Option<Alike>| {
+        if alike.as_ref().is_some_and(|alike| alike.cut == Cut::BySum) {
+            let (file, before) = (target.join("log"), fs::metadata(target.join("log")).unwrap());
+            let file = fs::File::options().write(true).open(file).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&file, b"other", 40 << 20).unwrap();
+            file.set_modified(before.modified().unwrap()).unwrap();
+        }
+    };
+    let report = go(&Odd(local(), change));
+    assert!(report.is_complete() && fs::read(target.join("log")).unwrap() == data);
+    assert!(report.transferred_bytes > 70 * MIB as u64, "{}", report.transferred_bytes);
+    // Left alone, only what is new is sent.
+    data.extend(noise(3, MIB));
+    write(&source, "log", &data);
+    let report = go(&Odd(local(), |_: &mut _| {}));
+    assert!(report.is_complete() && fs::read(target.join("log")).unwrap() == data);
+    assert!(report.transferred_bytes < 3 * MIB as u64, "{}", report.transferred_bytes);
 }
 
 #[test]

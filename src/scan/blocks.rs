@@ -34,6 +34,13 @@ impl BlockSums {
         (size >= LISTED_BYTES).then(|| BlockSums { length, sums: sums(), current: Hasher::new(), left: length })
     }
 
+    /// The same where the sums of the first blocks are known: what is read comes after those.
+    pub fn after(length: u64, size: u64, known: &[u32]) -> Option<BlockSums> {
+        let mut sums = BlockSums::by(length, size)?;
+        sums.sums.extend_from_slice(known);
+        Some(sums)
+    }
+
     /// The next bytes.
     pub fn update(&mut self, mut data: &[u8]) {
         while !data.is_empty() {

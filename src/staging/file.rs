@@ -5,15 +5,13 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::OFlags;
-use sha2::{Digest as _, Sha256};
 
 use super::copy_range;
+use super::hashing::{Hashing, Kept};
 use crate::access::{AclLists, Inode};
-use crate::codec::chunks::BLOCK_LENGTH;
 use crate::manifest::{Digest, Timestamp};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root, RootError};
-use crate::scan::blocks::BlockSums;
 use crate::scan::cache::is_settled;
 
 const EXECUTE_BITS: u32 = 0o111;
@@ -91,9 +89,7 @@ pub struct Permissions {
 #[derive(Debug)]
 pub struct StagedFile {
     file: File,
-    hash: Sha256,
-    /// Of its blocks, where it is large.
-    sums: Option<BlockSums>,
+    hashing: Hashing,
     written: u64,
     size: u64,
     resumed: bool,
@@ -112,8 +108,7 @@ impl StagedFile {
     /// When something has the name already, or it cannot be created.
     pub fn create(staging: &Root, path: &RelPath, size: u64) -> Result<StagedFile, StageError> {
         let file = staging.create_new(path, 0o600)?;
-        let sums = BlockSums::by(BLOCK_LENGTH as u64, size);
-        Ok(StagedFile { file, hash: Sha256::new(), sums, written: 0, size, resumed: false, unhashed: 0 })
+        Ok(StagedFile { file, hashing: Hashing::of(size), written: 0, size, resumed: false, unhashed: 0 })
     }
 
     /// Goes on with what lies at `path`: its first `resume_at` bytes are hashed again, what is behind is dropped.
@@ -128,9 +123,9 @@ impl StagedFile {
             return Err(StageError::NotResumable { expected: resume_at });
         }
         file.set_len(resume_at).map_err(failed("cut the staged file"))?;
-        let mut sums = BlockSums::by(BLOCK_LENGTH as u64, size);
-        let hash = hash_start(&file, resume_at, sums.as_mut())?;
-        Ok(StagedFile { file, hash, sums, written: resume_at, size, resumed: true, unhashed: 0 })
+        let mut hashing = Hashing::of(size);
+        hash_to(&file, &mut hashing, resume_at)?;
+        Ok(StagedFile { file, hashing, written: resume_at, size, resumed: true, unhashed: 0 })
     }
 
     /// Checks a range before anything is done for it.
@@ -139,22 +134,15 @@ impl StagedFile {
         end.ok_or(StageError::OutOfPlace { offset, length, expected: self.written, size: self.size })
     }
 
-    fn add(&mut self, data: &[u8]) {
-        self.hash.update(data);
-        if let Some(sums) = &mut self.sums {
-            sums.update(data);
-        }
-    }
-
     /// Bytes at `offset`, which is where the last write ended.
     ///
     /// # Errors
     /// [`StageError::OutOfPlace`], or what the file system says.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), StageError> {
         let end = self.advance(offset, data.len() as u64)?;
-        self.hash_it()?;
+        self.hash_it(None)?;
         self.file.write_all_at(data, offset).map_err(failed("write the staged file"))?;
-        self.add(data);
+        self.hashing.update(data);
         self.written = end;
         Ok(())
     }
@@ -165,20 +153,20 @@ impl StagedFile {
     /// As [`StagedFile::write`].
     pub fn hole(&mut self, offset: u64, length: u64) -> Result<(), StageError> {
         let end = self.advance(offset, length)?;
-        self.hash_it()?;
+        self.hash_it(None)?;
         self.file.set_len(end).map_err(failed("make a hole"))?;
         let mut left = length;
         while left > 0 {
             let step = left.min(ZEROS.len() as u64);
-            self.add(&ZEROS[..step as usize]);
+            self.hashing.update(&ZEROS[..step as usize]);
             left -= step;
         }
         self.written = end;
         Ok(())
     }
 
-    /// Bytes at `offset` that lie in another file from `at` on. Where `known`, they are not read: the other file as a whole has the digest
-    /// that this is to have, and whoever calls sees to it that it still has when all is taken.
+    /// Bytes at `offset` that lie in another file from `at` on. Where `known`, they are not read yet: it is known of the other file
+    /// what it holds, and whoever calls sees to it that it still does when all is taken.
     ///
     /// # Errors
     /// As [`StagedFile::write`]; [`StageError::Copy`] where the other file is shorter, or cannot be read: what is sent needs nothing of it.
@@ -186,7 +174,7 @@ impl StagedFile {
         let end = self.advance(offset, length)?;
         let known = known && at == offset && self.unhashed == self.written && !self.resumed;
         if !known {
-            self.hash_it()?;
+            self.hash_it(None)?;
         }
         let (mut done, mut buffer) = (0, Vec::new());
         while done < length {
@@ -203,7 +191,7 @@ impl StagedFile {
                 // What is hashed is what is there now, whatever becomes of the other file.
                 buffer.resize(step as usize, 0);
                 self.file.read_exact_at(&mut buffer, offset + done).map_err(failed(READ_BACK))?;
-                self.add(&buffer);
+                self.hashing.update(&buffer);
             }
             done += step;
         }
@@ -214,25 +202,28 @@ impl StagedFile {
         Ok(())
     }
 
-    /// Whether it is taken from another file as a whole, so that what it holds is not known but from that.
+    /// Whether it is, so far, taken from another file and not hashed.
     pub fn is_unhashed(&self) -> bool {
         self.unhashed > 0
     }
 
-    /// Hashes what was taken without being read.
+    /// Hashes what was taken without being read; from the last state of `kept` on, where the other file is the one that it is kept of, and
+    /// still was when all was taken.
     ///
     /// # Errors
     /// As reading fails.
-    pub fn hash_it(&mut self) -> Result<(), StageError> {
+    pub fn hash_it(&mut self, kept: Option<&Kept>) -> Result<(), StageError> {
         if self.unhashed > 0 {
-            self.hash = hash_start(&self.file, self.unhashed, self.sums.as_mut())?;
+            let after = |kept| Hashing::after(self.size, self.unhashed, kept);
+            self.hashing = kept.map_or_else(|| Hashing::of(self.size), after);
+            hash_to(&self.file, &mut self.hashing, self.unhashed)?;
             self.unhashed = 0;
         }
         Ok(())
     }
 
     /// Proves the content and then gives the permissions. With `verify_disk`, and for every file that gets an execute
-    /// bit or was resumed, what lies on the disk is hashed too. Answers what it is now, and the sums of its blocks where it is large.
+    /// bit or was resumed, what lies on the disk is hashed too. Answers what it is now, and what is kept of it where it is large.
     ///
     /// # Errors
     /// [`StageError::Mismatch`] and [`StageError::Short`]: the caller removes the staged file.
@@ -241,12 +232,13 @@ impl StagedFile {
         announced: Digest,
         wanted: &Permissions,
         verify_disk: bool,
-    ) -> Result<(Metadata, Option<Box<[u32]>>), StageError> {
+    ) -> Result<(Metadata, Option<Kept>), StageError> {
         if self.written != self.size {
             return Err(StageError::Short { written: self.written, size: self.size });
         }
         let known = self.unhashed == self.size && self.size > 0;
-        let found = if known { announced } else { Digest(self.hash.finalize().into()) };
+        let (hashed, kept) = self.hashing.finish();
+        let found = if known { announced } else { hashed };
         if found != announced {
             return Err(StageError::Mismatch { found, announced });
         }
@@ -259,7 +251,7 @@ impl StagedFile {
         let inode = self.file.into();
         apply(&inode, wanted)?;
         let found = inode.metadata().map_err(failed("look at the staged file"))?;
-        Ok((found, self.sums.filter(|_| !known).map(BlockSums::finish)))
+        Ok((found, kept.filter(|_| !known)))
     }
 }
 
@@ -281,23 +273,20 @@ pub fn clean_pages(file: &File, seen: &Metadata) {
 /// # Errors
 /// When there are fewer, or they cannot be read.
 pub fn hash_of(file: &File, length: u64) -> Result<Digest, StageError> {
-    Ok(Digest(hash_start(file, length, None)?.finalize().into()))
+    let mut hashing = Hashing::of(0);
+    hash_to(file, &mut hashing, length)?;
+    Ok(hashing.finish().0)
 }
 
-fn hash_start(file: &File, length: u64, mut sums: Option<&mut BlockSums>) -> Result<Sha256, StageError> {
-    let mut hash = Sha256::new();
+/// Hashes what lies on the disk, on to `end`.
+fn hash_to(file: &File, hashing: &mut Hashing, end: u64) -> Result<(), StageError> {
     let mut buffer = vec![0; 256 * 1024];
-    let mut at = 0;
-    while at < length {
-        let step = (length - at).min(buffer.len() as u64) as usize;
-        file.read_exact_at(&mut buffer[..step], at).map_err(failed(READ_BACK))?;
-        hash.update(&buffer[..step]);
-        if let Some(sums) = &mut sums {
-            sums.update(&buffer[..step]);
-        }
-        at += step as u64;
+    while hashing.at() < end {
+        let step = (end - hashing.at()).min(buffer.len() as u64) as usize;
+        file.read_exact_at(&mut buffer[..step], hashing.at()).map_err(failed(READ_BACK))?;
+        hashing.update(&buffer[..step]);
     }
-    Ok(hash)
+    Ok(())
 }
 
 /// Owner, ACL, mode, times, in this order: chown drops set-user-ID, and an ACL that was inherited would be woken up by
@@ -319,6 +308,7 @@ pub fn apply(inode: &Inode, wanted: &Permissions) -> Result<(), StageError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use sha2::{Digest as _, Sha256};
     use std::os::unix::fs::{MetadataExt, symlink};
 
     const WANTED: Permissions = Permissions {
@@ -398,6 +388,42 @@ mod tests {
             staged.write(200_008, b"ab").unwrap();
             let whole = [&b"12345678"[..], &vec![0; 200_000], b"ab"].concat();
             assert_eq!(staged.finish(digest(&whole), &WANTED, false).is_ok(), good);
+        }
+    }
+
+    #[test]
+    fn what_is_copied_is_hashed_at_once_or_when_something_else_follows() {
+        let (at, root, path) = area();
+        let data: Vec<u8> = (0..3_000_000_u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 7) as u8).collect();
+        std::fs::write(at.path().join("other"), &data).unwrap();
+        let other = File::open(at.path().join("other")).unwrap();
+        let whole = [&data[..], b"tail"].concat();
+        for known in [false, true] {
+            let mut staged = StagedFile::create(&root, &path, whole.len() as u64).unwrap();
+            for at in [0, 1_000_000, 2_000_000] {
+                staged.copy(at, 1_000_000, &other, at, known).unwrap();
+                assert_eq!(staged.is_unhashed(), known);
+            }
+            staged.write(data.len() as u64, b"tail").unwrap();
+            assert!(!staged.is_unhashed());
+            staged.finish(digest(&whole), &WANTED, false).unwrap();
+            assert!(std::fs::read(at.path().join("f")).unwrap() == whole);
+            std::fs::remove_file(at.path().join("f")).unwrap();
+        }
+        // What lies elsewhere in the other file is hashed, whatever is known of that.
+        let mut staged = StagedFile::create(&root, &path, 2000).unwrap();
+        staged.copy(0, 1000, &other, 500, true).unwrap();
+        staged.copy(1000, 1000, &other, 1000, true).unwrap();
+        assert!(!staged.is_unhashed());
+        let expected = [&data[500..1500], &data[1000..2000]].concat();
+        assert!(matches!(staged.finish(digest(b"another"), &WANTED, false), Err(StageError::Mismatch { .. })));
+        assert_eq!(std::fs::read(at.path().join("f")).unwrap(), expected);
+        std::fs::remove_file(at.path().join("f")).unwrap();
+        // Where it ends too early, or is beyond every place, the file is sent instead.
+        let mut staged = StagedFile::create(&root, &path, 4_000_000).unwrap();
+        for (length, from) in [(3_000_001, 0), (10, u64::MAX - 3)] {
+            let error = staged.copy(0, length, &other, from, false).unwrap_err();
+            assert!(matches!(error, StageError::Copy(_)) && error.retry(), "{error}");
         }
     }
 

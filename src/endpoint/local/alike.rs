@@ -16,7 +16,8 @@ use crate::endpoint::delta::{Alike, BLOCK_LENGTH, Cut, DELTA_BYTES_MIN, PIECES_M
 use crate::manifest::{Digest, Entry, Timestamp, Tree};
 use crate::path::RelPath;
 use crate::plan::{Need, Plan};
-use crate::root::{FileKind, Fingerprint, Follow, Metadata, Seen};
+use crate::root::{FileKind, Fingerprint, Follow, Metadata, Root, Seen};
+use crate::staging::Kept;
 
 /// A part of a list covers about so much of a file: by its content, and by length, which takes a third of the time.
 const PART_BYTES: u64 = 8 << 20;
@@ -40,11 +41,28 @@ pub(super) struct Opened {
 }
 
 impl Opened {
+    /// Whether it is what it was when it was found out what it holds, if it was.
+    fn is_unchanged(&self) -> bool {
+        let now = || Metadata::of(&self.file).ok().map(|found| Fingerprint::from(&found));
+        self.candidate.digest.is_some() && self.candidate.content.is_some() && self.candidate.content == now()
+    }
+
+    /// Whether what begins as it does need not be hashed while it is copied: something is kept of it from which that is gone on.
+    pub(super) fn is_kept(&self, root: &Root) -> bool {
+        let Candidate { digest, size, .. } = &self.candidate;
+        self.is_unchanged() && digest.is_some_and(|digest| sums::are_kept(root, digest, *size))
+    }
+
+    /// What is kept of what it holds now.
+    pub(super) fn kept(&self, root: &Root) -> Option<Kept> {
+        let Candidate { digest, size, .. } = &self.candidate;
+        digest.filter(|_| self.is_unchanged()).and_then(|digest| sums::load_all(root, digest, *size))
+    }
+
     /// Whether it is known to hold what has this digest, as a whole: it is what it was when that was found out.
     pub(super) fn holds(&self, size: u64, digest: Option<Digest>) -> bool {
-        let Candidate { digest: own, content, size: own_size, .. } = &self.candidate;
-        let now = || Metadata::of(&self.file).ok().map(|found| Fingerprint::from(&found));
-        digest.is_some() && *own == digest && *own_size == size && content.is_some() && *content == now()
+        let Candidate { digest: own, size: own_size, .. } = &self.candidate;
+        *own == digest && *own_size == size && self.is_unchanged()
     }
 }
 
@@ -123,16 +141,20 @@ pub(super) fn find(
     // What was looked at is known best.
     let large = Large::of(target.entries().iter().chain(listed.entries()));
     let pieces = |entry: &Entry, size: u64, digest: Option<Digest>| -> Vec<Candidate> {
+        let candidate = |entry: &Entry| {
+            let candidate = Candidate::of(entry)?;
+            let looked_at = target.position(&entry.path).filter(|&at| target.entries()[at].file() == entry.file());
+            let content = |at: usize| Some(seen.get(at)?.fingerprint(candidate.size, target.entries()[at].mtime));
+            Some(Candidate { content: looked_at.and_then(content), ..candidate })
+        };
         if let Some(same) = digest.and_then(|digest| large.by_digest.get(&digest)) {
-            let looked_at = target.position(&same.path).filter(|&at| target.entries()[at].file() == same.file());
-            let content = looked_at.and_then(|at| Some(seen.get(at)?.fingerprint(size, target.entries()[at].mtime)));
-            return Candidate::of(same).map(|found| Candidate { content, ..found }).into_iter().collect();
+            return candidate(same).into_iter().collect();
         }
         let mut pieces: Vec<Candidate> = Vec::new();
         let before = target.get(&entry.path);
         let called = large.by_name.get(entry.path.name()).into_iter().flat_map(|newest| &newest.0);
         let sized = large.by_size.get(&(size, extension(&entry.path))).into_iter().flat_map(|newest| &newest.0);
-        for candidate in before.into_iter().chain(called.copied()).chain(sized.copied()).filter_map(Candidate::of) {
+        for candidate in before.into_iter().chain(called.copied()).chain(sized.copied()).filter_map(candidate) {
             if !pieces.iter().any(|piece| piece.path == candidate.path) {
                 pieces.push(candidate);
             }

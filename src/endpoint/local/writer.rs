@@ -22,10 +22,18 @@ pub(super) struct LocalWriter {
     beside: Option<(RelPath, Root)>,
     open: HashMap<u32, StagedFile>,
     /// What files are made of that the target has.
-    alike: HashMap<u32, (u32, Opened)>,
+    alike: HashMap<u32, Copied>,
     /// Files that failed before their end; what else comes for them is dropped.
     broken: HashMap<u32, WriteFailure>,
     done: Vec<Staged>,
+}
+
+/// What a file is made of.
+struct Copied {
+    piece: u32,
+    from: Opened,
+    /// What is copied from its start on is hashed when something else follows.
+    later: bool,
 }
 
 fn full(error: &StageError, staging: &Root, need: Need) -> Error {
@@ -35,6 +43,11 @@ fn full(error: &StageError, staging: &Root, need: Need) -> Error {
         path: crate::error::shown(staging.shown()).to_string(),
         source: std::io::Error::new(std::io::ErrorKind::StorageFull, text),
     }
+}
+
+fn hash(file: &mut StagedFile, alike: Option<&Copied>, root: &Root) -> Result<(), StageError> {
+    let kept = alike.filter(|_| file.is_unhashed()).and_then(|alike| alike.from.kept(root));
+    file.hash_it(kept.as_ref())
 }
 
 impl LocalWriter {
@@ -121,12 +134,19 @@ impl LocalWriter {
         })
     }
 
+    /// Hashes what was copied without that, before something else follows.
+    fn hash(&mut self, index: u32) -> Result<(), Error> {
+        let Some(file) = self.open.get_mut(&index).filter(|file| file.is_unhashed()) else { return Ok(()) };
+        let hashed = hash(file, self.alike.get(&index), &self.run.root);
+        hashed.map_or_else(|error| self.break_off(index, &error), Ok)
+    }
+
     fn conclude(&mut self, index: u32, mut file: StagedFile, digest: Digest) -> Result<(), Error> {
         let alike = self.alike.remove(&index);
         let (entry, size) = self.entry(index)?;
         let wanted = self.run.permissions(entry)?;
-        let same = alike.is_some_and(|(_, opened)| opened.holds(size, Some(digest)));
-        let hashed = if same { Ok(()) } else { file.hash_it() };
+        let same = alike.as_ref().is_some_and(|alike| alike.from.holds(size, Some(digest)));
+        let hashed = if same { Ok(()) } else { hash(&mut file, alike.as_ref(), &self.run.root) };
         let result = match hashed.and_then(|()| file.finish(digest, &wanted, self.run.options.verify_disk)) {
             Ok((metadata, sums)) => {
                 // Without them the file is read when a part of it changes.
@@ -169,6 +189,7 @@ impl Writer for LocalWriter {
     }
 
     fn write(&mut self, index: u32, offset: u64, block: Block) -> Result<(), Error> {
+        self.hash(index)?;
         match self.open.get_mut(&index).map(|file| file.write(offset, block.data())) {
             Some(Err(error)) => self.break_off(index, &error),
             _ => Ok(()),
@@ -176,6 +197,7 @@ impl Writer for LocalWriter {
     }
 
     fn hole(&mut self, index: u32, offset: u64, length: u64) -> Result<(), Error> {
+        self.hash(index)?;
         match self.open.get_mut(&index).map(|file| file.hole(offset, length)) {
             Some(Err(error)) => self.break_off(index, &error),
             _ => Ok(()),
@@ -185,13 +207,19 @@ impl Writer for LocalWriter {
     fn copy(&mut self, index: u32, offset: u64, length: u64, from: Within) -> Result<(), Error> {
         let (entry, size) = self.entry(index)?;
         let wanted = entry.file().and_then(|(_, digest)| digest);
-        let Some(staged) = self.open.get_mut(&index) else { return Ok(()) };
-        if self.alike.get(&index).is_none_or(|(opened, _)| *opened != from.piece) {
+        if self.alike.get(&index).is_none_or(|alike| alike.piece != from.piece) {
+            self.hash(index)?;
             self.alike.remove(&index);
-            self.alike.extend(self.run.open_alike(index, from.piece).map(|opened| (index, (from.piece, opened))));
+            let made = |opened: Opened| {
+                let later = opened.holds(size, wanted) || opened.is_kept(&self.run.root);
+                Copied { piece: from.piece, from: opened, later }
+            };
+            let opened = self.run.open_alike(index, from.piece).map(made);
+            self.alike.extend(opened.map(|opened| (index, opened)));
         }
+        let Some(staged) = self.open.get_mut(&index) else { return Ok(()) };
         let copied = match self.alike.get(&index) {
-            Some((_, alike)) => staged.copy(offset, length, &alike.file, from.offset, alike.holds(size, wanted)),
+            Some(alike) => staged.copy(offset, length, &alike.from.file, from.offset, alike.later),
             None => Err(StageError::Copy("it is not what it was any more".into())),
         };
         copied.map_or_else(|error| self.break_off(index, &error), Ok)
