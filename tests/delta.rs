@@ -6,9 +6,9 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use lockstep::codec::chunks::{Chunk, ChunkId};
-use lockstep::endpoint::delta::{Alike, Cut, Wanted};
+use lockstep::endpoint::delta::{Alike, Cut, Wanted, Within};
 use lockstep::endpoint::local::{LocalSource, LocalTarget};
-use lockstep::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
+use lockstep::endpoint::{BeginOptions, Block, CommitOptions, Committed, Error, Source, Target, Writer};
 use lockstep::manifest::Tree;
 use lockstep::monitor::{Monitor, Silent};
 use lockstep::plan::Plan;
@@ -272,6 +272,47 @@ fn h24_a_beginning_that_changes_while_it_is_copied_is_noticed() {
     let report = go(&Odd(local(), |_: &mut _| {}));
     assert!(report.is_complete() && fs::read(target.join("log")).unwrap() == data);
     assert!(report.transferred_bytes < 3 * MIB as u64, "{}", report.transferred_bytes);
+}
+
+#[test]
+fn h24_a_beginning_that_changes_after_it_was_copied_is_not_believed_to_be_what_it_was() {
+    let at = tempfile::tempdir().unwrap();
+    let (source, target) = (at.path().join("source"), at.path().join("target"));
+    let (options, silent) = (options(), Silent::default());
+    let tail = b"what is new";
+    for changes in [false, true] {
+        let mut data = noise(1, 70 * MIB);
+        write(&source, "log", &data);
+        let _ = fs::remove_dir_all(&target);
+        let from = LocalSource::new(&source, None).unwrap();
+        let to = || LocalTarget::new(&target, PolicySpec::default());
+        run(&from, &to(), &options, &silent, &AtomicBool::new(false)).unwrap();
+        data.extend(tail);
+        write(&source, "log", &data);
+        let tree = Arc::new(from.scan(&options.scan, &silent).unwrap().tree);
+        let index = tree.entries().iter().position(|entry| entry.path.as_bytes() == b"log").unwrap() as u32;
+        let to = to();
+        to.begin(&BeginOptions { delta: true, ..options.begin.clone() }, &silent).unwrap();
+        to.diff(&tree, &silent).unwrap();
+        let mut writer = to.writer().unwrap();
+        writer.open(index, 0).unwrap();
+        let (size, mut done) = (70 * MIB as u64, 0);
+        while done < size {
+            let length = (size - done).min(8 << 20);
+            writer.copy(index, done, length, Within { piece: 0, offset: done }).unwrap();
+            done += length;
+            if changes && done == 48 << 20 {
+                let (file, before) = (target.join("log"), fs::metadata(target.join("log")).unwrap());
+                let file = fs::File::options().write(true).open(file).unwrap();
+                std::os::unix::fs::FileExt::write_all_at(&file, b"other", 60 << 20).unwrap();
+                file.set_modified(before.modified().unwrap()).unwrap();
+            }
+        }
+        writer.write(index, size, Block::copy_of(tail)).unwrap();
+        writer.finish(index, lockstep::manifest::Digest(sha2::Sha256::digest(&data).into())).unwrap();
+        let staged = writer.completions(true).unwrap();
+        assert_eq!(staged[0].result.is_err(), changes, "{:?}", staged[0].result);
+    }
 }
 
 #[test]
