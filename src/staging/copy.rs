@@ -12,6 +12,14 @@ use rustix::io::Errno;
 const STEP: u64 = 64 << 20;
 const BUFFER: usize = 256 << 10;
 
+/// Whether its file system makes a copy of a file by sharing its blocks, or by a server far away that has both: then it costs less than to
+/// write it.
+pub(super) fn shares_blocks(file: &File) -> bool {
+    // XFS, Btrfs, bcachefs, OCFS2, NFS and SMB; see statfs(2).
+    const SHARING: [u64; 6] = [0x5846_5342, 0x9123_683e, 0xca45_1a4e, 0x7461_636f, 0x6969, 0xff53_4d42];
+    rustix::fs::fstatfs(file).is_ok_and(|found| SHARING.contains(&(found.f_type as u64 & 0xffff_ffff)))
+}
+
 /// What lies at a place of a file.
 enum Found {
     Data(u64),

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use rustix::fs::OFlags;
 
-use super::copy_range;
+use super::copy::{copy_range, shares_blocks};
 use super::hashing::{Hashing, Kept};
 use crate::access::{AclLists, Inode};
 use crate::manifest::{Digest, Timestamp};
@@ -16,7 +16,8 @@ use crate::scan::cache::is_settled;
 
 const EXECUTE_BITS: u32 = 0o111;
 /// So much is copied before it is hashed.
-const COPIED_AT_ONCE: usize = 1 << 20;
+const COPIED_AT_ONCE: usize = 512 << 10;
+const SHORTER: &str = "it ends before that";
 const READ_BACK: &str = "read the file back";
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
@@ -176,30 +177,61 @@ impl StagedFile {
         if !known {
             self.hash_it(None)?;
         }
-        let (mut done, mut buffer) = (0, Vec::new());
-        while done < length {
-            let step = if known { length } else { (length - done).min(COPIED_AT_ONCE as u64) };
-            let copied =
-                copy_range((from, at.saturating_add(done)), (&self.file, offset + done, false), step, &|| false);
-            match copied {
-                Ok(copied) if copied == step => {}
-                Ok(_) => return Err(StageError::Copy("it ends before that".into())),
-                Err(error) if is_full(error.kind()) => return Err(failed("write the staged file")(error)),
-                Err(error) => return Err(StageError::Copy(crate::error::in_words(&error))),
-            }
-            if !known {
-                // What is hashed is what is there now, whatever becomes of the other file.
-                buffer.resize(step as usize, 0);
-                self.file.read_exact_at(&mut buffer, offset + done).map_err(failed(READ_BACK))?;
-                self.hashing.update(&buffer);
-            }
-            done += step;
+        match known || shares_blocks(&self.file) {
+            true => self.copy_in_kernel(offset, length, from, at, !known)?,
+            false => self.copy_by_hand(offset, length, from, at)?,
         }
         self.written = end;
         if known {
             self.unhashed = end;
         }
         Ok(())
+    }
+
+    fn copy_in_kernel(&mut self, offset: u64, length: u64, from: &File, at: u64, hash: bool) -> Result<(), StageError> {
+        let copied = copy_range((from, at), (&self.file, offset, false), length, &|| false);
+        match copied {
+            Ok(copied) if copied == length => {}
+            Ok(_) => return Err(StageError::Copy(SHORTER.into())),
+            Err(error) if is_full(error.kind()) => return Err(failed("write the staged file")(error)),
+            Err(error) => return Err(StageError::Copy(crate::error::in_words(&error))),
+        }
+        // What is hashed is what is there now, whatever becomes of the other file.
+        match hash {
+            true => hash_to(&self.file, &mut self.hashing, offset + length),
+            false => Ok(()),
+        }
+    }
+
+    /// Hashes by another thread what is written meanwhile.
+    fn copy_by_hand(&mut self, offset: u64, length: u64, from: &File, at: u64) -> Result<(), StageError> {
+        let (file, hashing) = (&self.file, &mut self.hashing);
+        let (written, to_hash) = crossbeam_channel::bounded::<Vec<u8>>(1);
+        let (used, free) = crossbeam_channel::unbounded();
+        std::thread::scope(|scope| {
+            let written = written;
+            scope.spawn(move || {
+                for buffer in to_hash {
+                    hashing.update(&buffer);
+                    let _ = used.send(buffer);
+                }
+            });
+            let mut done = 0;
+            while done < length {
+                let step = (length - done).min(COPIED_AT_ONCE as u64);
+                let mut buffer = free.try_recv().unwrap_or_default();
+                buffer.resize(step as usize, 0);
+                from.read_exact_at(&mut buffer, at.saturating_add(done)).map_err(|error| match error.kind() {
+                    io::ErrorKind::UnexpectedEof => StageError::Copy(SHORTER.into()),
+                    _ => StageError::Copy(crate::error::in_words(&error)),
+                })?;
+                file.write_all_at(&buffer, offset + done).map_err(failed("write the staged file"))?;
+                done += step;
+                // It takes all that comes, as long as this is here.
+                let _ = written.send(buffer);
+            }
+            Ok(())
+        })
     }
 
     /// Whether it is, so far, taken from another file and not hashed.
@@ -410,6 +442,14 @@ mod tests {
             assert!(std::fs::read(at.path().join("f")).unwrap() == whole);
             std::fs::remove_file(at.path().join("f")).unwrap();
         }
+        // As where the file system shares blocks.
+        let mut staged = StagedFile::create(&root, &path, 2_000_000).unwrap();
+        staged.copy_in_kernel(0, 1_500_000, &other, 1000, true).unwrap();
+        staged.copy_in_kernel(1_500_000, 500_000, &other, 7, true).unwrap();
+        staged.written = 2_000_000;
+        let expected = [&data[1000..1_501_000], &data[7..500_007]].concat();
+        staged.finish(digest(&expected), &WANTED, false).unwrap();
+        std::fs::remove_file(at.path().join("f")).unwrap();
         // What lies elsewhere in the other file is hashed, whatever is known of that.
         let mut staged = StagedFile::create(&root, &path, 2000).unwrap();
         staged.copy(0, 1000, &other, 500, true).unwrap();
