@@ -1,5 +1,5 @@
 """Who is compared by scripts/bench: the servers at the far end, and the commands that copy to them."""
-import os, shlex, shutil, signal, socket, subprocess, sys, time
+import contextlib, os, shlex, shutil, signal, socket, subprocess, sys, time
 from bench_data import CHANGES
 
 TICK = os.sysconf("SC_CLK_TCK")
@@ -12,6 +12,21 @@ def cpu_of(pid):
     with open(f"/proc/{pid}/stat") as stat:
         fields = stat.read().rpartition(")")[2].split()
     return sum(int(field) for field in fields[11:15]) / TICK
+
+
+def families(roots):
+    """Each of these processes with its descendants."""
+    families = [[pid] for pid in roots]
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) > os.getpid()):
+        try:
+            with open(f"/proc/{pid}/stat") as stat:
+                parent = int(stat.read().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        for family in families:
+            if parent in family:
+                family.append(pid)
+    return families
 
 
 def free_port():
@@ -81,8 +96,13 @@ Subsystem sftp {sftp}
         return self.started[kind if contender.startswith("lockstep") else "stock"].pid
 
     def stop(self):
+        # A session of a client that was ended may not have noticed yet, and would go on writing.
+        sessions = [pid for family in families([process.pid for process in self.started.values()]) for pid in family[1:]]
         for process in self.started.values():
             process.send_signal(signal.SIGTERM)
+        for pid in sessions:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for process in self.started.values():
             process.wait()
 
