@@ -1,5 +1,5 @@
 """What is pushed: the rows of scripts/bench. Each is made anew, of the size that --scale or ROW:SCALE says."""
-import array, os, random, shutil, time
+import array, contextlib, os, random, shutil, time
 
 ROWS = {
     "random": "1 GiB of noise in one file",
@@ -15,9 +15,13 @@ ROWS = {
     "copied": "1 GiB of noise, and the same beside it under another name",
     "renamed": "1 GiB of noise, in a directory that has another name now",
     "grown": "1 GiB of noise with 16 MiB more at its end",
+    "appended": "1 GiB of noise that 16 MiB were appended to, for lockstep with --append-only",
 }
 # Of these the target has an older version, and of those everything but one file at most.
-CHANGES = ("changed", "inserted", "copied", "renamed", "grown")
+CHANGES = ("changed", "inserted", "copied", "renamed", "grown", "appended")
+# Of these there is one version alone, which is changed where it lies.
+IN_PLACE = ("renamed", "appended")
+
 KEPT = ("nothing", "one")
 # How many files at scale 1, and of how many bytes.
 FILES = {"small": (20000, 1000, 32000), "tiny": (5000, 4 << 10, 60 << 10), "nothing": (100000, 1000, 1000), "one": (100000, 1000, 1000)}
@@ -86,13 +90,13 @@ def change_one(at):
 
 
 def make_change(row, old, new, scale):
-    """A file of noise, and what became of it. Of a directory that is renamed there is one version alone."""
-    for at in (old, new) if row != "renamed" else (new,):
+    """A file of noise, and what became of it."""
+    for at in (old, new) if row not in IN_PLACE else (new,):
         os.makedirs(f"{at}/checkpoint-1")
     size = int((1 << 30) * scale) >> 20 << 20
-    noise(f"{new if row == 'renamed' else old}/checkpoint-1/model.bin", size >> 20)
+    noise(f"{new if row in IN_PLACE else old}/checkpoint-1/model.bin", size >> 20)
     settle()
-    if row == "renamed":
+    if row in IN_PLACE:
         return
     with open(f"{new}/checkpoint-1/model.bin", "wb") as out:
         if row == "inserted":
@@ -111,3 +115,24 @@ def make_change(row, old, new, scale):
         os.makedirs(f"{new}/checkpoint-2")
         shutil.copyfile(f"{old}/checkpoint-1/model.bin", f"{new}/checkpoint-2/model.bin")
     settle()
+
+
+@contextlib.contextmanager
+def changed_in_place(row, at):
+    """Changes what lies there; afterwards it is as it was."""
+    first, second, size = f"{at}/checkpoint-1", f"{at}/checkpoint-2", 0
+    if row == "renamed":
+        os.rename(first, second)
+    else:
+        size = os.path.getsize(f"{first}/model.bin")
+        with open(f"{first}/model.bin", "ab") as out:
+            out.write(os.urandom(16 << 20))
+        settle()
+    try:
+        yield second if row == "renamed" else first
+    finally:
+        if row == "renamed":
+            os.rename(second, first)
+        else:
+            os.truncate(f"{first}/model.bin", size)
+            settle()

@@ -163,6 +163,7 @@ def contenders(servers, lockstep):
         "rsync zstd": rsync(gcm, "--compress", "--zc=zstd"),
         "rsync whole": rsync(gcm, "--whole-file"),
         "rsync inplace": rsync(gcm, "--inplace"),
+        "rsync append": rsync(gcm, "--append"),
         "tar gcm": tar("", ""),
         "tar zstd": tar("zstd -q -T0 |", "zstd -q -d |"),
         "scp gcm": scp,
@@ -177,4 +178,6 @@ def contenders(servers, lockstep):
 
 def takes_part(name, row):
     """What only differs for a file that there is an older version of is left out elsewhere."""
+    if name == "rsync append":
+        return row == "appended"
     return name not in ("rsync whole", "rsync inplace") or row in CHANGES
