@@ -164,6 +164,8 @@ pub(super) struct Files<'a> {
     table: Arc<DigestTable>,
     /// By their places in the table the files that are to be known; `None` where what is known stays.
     told: Option<Vec<bool>>,
+    /// Something that was known is known no more.
+    replaced: bool,
     /// The directory that was last looked into.
     beside: Option<(RelPath, Root)>,
 }
@@ -176,7 +178,7 @@ impl<'a> Files<'a> {
 
     /// What is known stays, and the files that are looked at are added.
     pub(super) fn amending(root: &'a Root) -> Files<'a> {
-        Files { root, table: recall::table(root), told: None, beside: None }
+        Files { root, table: recall::table(root), told: None, replaced: false, beside: None }
     }
 
     fn tell(&mut self, content: Fingerprint) {
@@ -189,6 +191,8 @@ impl<'a> Files<'a> {
     }
 
     fn insert(&mut self, content: Fingerprint, digest: Digest) {
+        // The same file with other content, or one that got the number of one that is gone.
+        self.replaced |= self.table.place(content).is_some() && self.table.get(content) != Some(digest);
         Arc::make_mut(&mut self.table).insert(content, digest);
         self.tell(content);
     }
@@ -236,6 +240,7 @@ impl<'a> Files<'a> {
         let content = entry.file().map(|(size, _)| seen.fingerprint(size, entry.mtime));
         if let Some(content) = content.filter(|content| self.table.known(*content).is_some()) {
             Arc::make_mut(&mut self.table).remove(content);
+            self.replaced = true;
         }
     }
 
@@ -254,6 +259,9 @@ impl<'a> Files<'a> {
             && (0..self.table.len()).any(|place| told.get(place) != Some(&true))
         {
             Arc::make_mut(&mut self.table).keep_only(&|place| told.get(place) == Some(&true));
+            self.replaced = true;
+        }
+        if self.replaced {
             sums::keep_only(self.root, &self.table.digests_of(LISTED_BYTES));
         }
         recall::keep_table(self.root, self.table, monitor);
