@@ -28,6 +28,7 @@ fn options() -> FeedOptions {
         unit: Some("ckpt-*/".into()),
         ready: When::Settled,
         last: vec![],
+        append_only: vec![],
         exclude: vec!["*.log".into(), "cache/".into()],
         watch: Watch::Events,
         poll: Duration::from_millis(50),

@@ -8,6 +8,7 @@ mod advisories;
 mod agent_disk;
 mod agent_wire;
 mod algorithms;
+mod append_only;
 mod architecture;
 mod audit;
 mod authority;

@@ -14,6 +14,7 @@ use super::look::{Found, look};
 use super::remote::{self, Destination};
 use super::shown;
 use super::transfer::{How, state_directory};
+use crate::endpoint::delta::Beginning;
 use crate::endpoint::local::{LocalSource, LocalTarget};
 use crate::endpoint::several::{Part, Several};
 use crate::endpoint::{Error, Reader, Scan, ScanOptions, Source, Target};
@@ -325,6 +326,10 @@ impl Source for Listed {
 
     fn remember(&self, tree: &Tree, digests: &[(u32, Digest)]) {
         self.source.remember(tree, digests);
+    }
+
+    fn begins_with(&self, tree: &Tree, index: u32, beginning: Beginning) -> bool {
+        self.source.begins_with(tree, index, beginning)
     }
 
     fn wire_bytes(&self) -> u64 {

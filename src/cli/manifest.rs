@@ -183,7 +183,7 @@ fn read(source: &LocalSource, tree: &Arc<Tree>, next: &AtomicU32, found: &Result
         if entry.file().is_none() {
             continue;
         }
-        reader.push(Fetch { index, from: 0, unless: None });
+        reader.push(Fetch::of(index));
         while let Some(produced) = reader.next()? {
             let result = match produced {
                 Produced::Data { .. } | Produced::Hole { .. } => continue,

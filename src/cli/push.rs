@@ -71,6 +71,7 @@ impl Pull {
             [sources @ .., target] if !sources.is_empty() => {
                 Place::must_be_here(target, "pull fetches to this machine (push sends)")?;
                 self.how.needs_no_config()?;
+                self.how.fetches()?;
                 transfer(sources, target, &self.how)
             }
             _ => Err(Failure::usage(

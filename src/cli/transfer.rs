@@ -81,6 +81,10 @@ pub(super) struct How {
     /// Publish directories that match whole or not at all, also where they are there already (checkpoint-*/)
     #[arg(long, value_name = "GLOB")]
     pub(super) unit: Vec<String>,
+    /// Files that match only ever grow: what was sent of them before is neither read nor sent again, and what is new is put at the end of
+    /// what the target has (*.log)
+    #[arg(long, value_name = "GLOB")]
+    pub(super) append_only: Vec<String>,
     /// Start although the target seems to lack the room (sparse files, a file system that compresses)
     #[arg(long)]
     ignore_free_space: bool,
@@ -202,6 +206,14 @@ impl How {
         Ok(())
     }
 
+    /// An option that only pushes know is a mistake.
+    pub(super) fn fetches(&self) -> Result<(), Failure> {
+        if !self.append_only.is_empty() {
+            return Err(Failure::usage("--append-only is for push: what is fetched is read by the other machine"));
+        }
+        Ok(())
+    }
+
     /// An option that was given although a job says the same thing.
     pub(super) fn decided_by_a_job(&self) -> Option<&'static str> {
         let given = [
@@ -212,6 +224,7 @@ impl How {
             (!self.include.is_empty(), "--include"),
             (self.files_from.is_some(), "--files-from"),
             (!self.unit.is_empty(), "--unit"),
+            (!self.append_only.is_empty(), "--append-only"),
             (self.chmod.is_some(), "--chmod"),
             (self.chown.is_some(), "--chown"),
             (self.policy.is_some(), "--policy"),
@@ -234,6 +247,7 @@ impl How {
                 filter: filter.clone(),
                 hash_all: self.checksum,
                 links: self.links,
+                append_only: self.append_only.clone(),
                 ..ScanOptions::default()
             },
             begin: BeginOptions {
@@ -242,6 +256,7 @@ impl How {
                 checksum: self.checksum,
                 last: Vec::new(),
                 units: self.unit.clone(),
+                append_only: self.append_only.clone(),
                 ignore_free_space: self.ignore_free_space,
                 verify_disk: self.verify_disk,
                 wait_seconds: self.wait,

@@ -9,6 +9,8 @@ use std::sync::LazyLock;
 
 use fastcdc::v2020::{self, Normalization};
 
+use crate::manifest::Digest;
+
 /// No chunk is shorter, but for the last of a file.
 pub const MIN_BYTES: usize = 64 << 10;
 /// Around this length most chunks end.
@@ -73,11 +75,22 @@ pub struct Within {
     pub offset: u64,
 }
 
+/// What a file held when it was shorter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Beginning {
+    /// Its length then, in bytes.
+    pub length: u64,
+    /// The SHA-256 of all of it.
+    pub digest: Digest,
+}
+
 /// A part of a file of the target, of which another may be made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Alike {
     /// It is, by its digest, the file as a whole. Nothing is listed then.
     pub same: bool,
+    /// What the target has under the name of a file that only grows, as a whole.
+    pub there: Option<Beginning>,
     /// So many such files there are, at most [`PIECES_MAX`]; the first is the most alike.
     pub pieces: u32,
     /// How it is cut.
@@ -91,7 +104,7 @@ pub struct Alike {
 /// Nothing.
 impl Default for Alike {
     fn default() -> Alike {
-        Alike { same: false, pieces: 0, cut: Cut::ByContent, chunks: Vec::new(), next: None }
+        Alike { same: false, there: None, pieces: 0, cut: Cut::ByContent, chunks: Vec::new(), next: None }
     }
 }
 
@@ -116,9 +129,14 @@ impl Chunk {
 impl ChunkId {
     /// Of a whole chunk.
     pub fn of(chunk: &[u8]) -> ChunkId {
+        ChunkId::Content(ChunkId::content_of(chunk))
+    }
+
+    /// The first half of the BLAKE3 of some bytes.
+    pub fn content_of(bytes: &[u8]) -> [u8; 16] {
         let mut id = [0; 16];
-        id.copy_from_slice(&blake3::hash(chunk).as_bytes()[..16]);
-        ChunkId::Content(id)
+        id.copy_from_slice(&blake3::hash(bytes).as_bytes()[..16]);
+        id
     }
 
     /// Whether a whole chunk is known by it.

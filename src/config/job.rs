@@ -33,6 +33,9 @@ pub struct Job {
     /// Globs of what is published last and removed first.
     #[serde(default)]
     pub last: Vec<String>,
+    /// Globs of files that only grow; `true` for all.
+    #[serde(default, deserialize_with = "globs", skip_serializing_if = "Vec::is_empty")]
+    pub append_only: Vec<String>,
     /// gitignore lines of what stays out; `!` in front takes it in again.
     #[serde(default)]
     pub exclude: Vec<String>,
@@ -311,6 +314,20 @@ impl FromStr for Schedule {
         }
         Ok(Schedule(parts))
     }
+}
+
+/// Globs; `true` is one that everything matches.
+fn globs<'de, D: Deserializer<'de>>(input: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "it is true, false, or a list of globs, as ['*.log']")]
+    enum Written {
+        All(bool),
+        Some(Vec<String>),
+    }
+    Ok(match Written::deserialize(input)? {
+        Written::All(all) => all.then(|| "*".to_owned()).into_iter().collect(),
+        Written::Some(globs) => globs,
+    })
 }
 
 fn from_text<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(input: D) -> Result<T, D::Error> {

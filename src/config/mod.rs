@@ -216,6 +216,11 @@ impl Config {
                 if job.retain.is_some() {
                     return Err(format!("'retain' is for a source of this machine; '{source}' is on another one"));
                 }
+                if !job.append_only.is_empty() {
+                    return Err(format!(
+                        "'append_only' is for a source of this machine; '{source}' is on another one, which reads it"
+                    ));
+                }
                 if job.watch == Watch::Events {
                     return Err(format!("'watch' cannot be 'events': the source '{source}' is on another machine"));
                 }
@@ -267,7 +272,7 @@ impl Config {
                 return Err(format!("'{field}' has to begin with the whole path of a program: no shell looks for it"));
             }
         }
-        for (field, lines) in [("exclude", &job.exclude), ("last", &job.last)] {
+        for (field, lines) in [("exclude", &job.exclude), ("last", &job.last), ("append_only", &job.append_only)] {
             globs(field, lines)?;
         }
         if let Some(unit) = &job.unit {

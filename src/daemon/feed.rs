@@ -52,6 +52,8 @@ pub struct FeedOptions {
     pub ready: WhenReady,
     /// Globs of pointers and markers.
     pub last: Vec<String>,
+    /// Globs of files that only grow: they are ready however they are written.
+    pub append_only: Vec<String>,
     /// gitignore lines of what stays out.
     pub exclude: Vec<String>,
     /// How changes are noticed.
@@ -160,7 +162,8 @@ impl Feed {
     pub fn start(source: &Path, options: FeedOptions) -> Result<Feed, FeedError> {
         let failed = |reason| FeedError { source_directory: source.to_owned(), reason };
         let wrong = |error: crate::filter::FilterError| failed(std::io::Error::other(error));
-        let rules = Rules::new(options.settle, options.ready.clone(), options.unit.as_deref(), &options.last);
+        let rules = Rules::new(options.settle, options.ready.clone(), options.unit.as_deref(), &options.last)
+            .and_then(|rules| rules.growing(&options.append_only));
         let filter = FilterSpec { rules: options.exclude.clone(), only: None };
         let filter = Filter::compile(&filter).map_err(wrong)?;
         let state = State {

@@ -96,7 +96,7 @@ fn all_fit(job: &Job, options: &ScanOptions, found: &Found, monitor: &dyn Monito
     let mut reader = found.source.reader(Arc::clone(&tree))?;
     for (position, entry) in tree.entries().iter().enumerate() {
         if rules.is_pointer(&entry.path, false) && entry.file().is_some_and(|(size, _)| size <= SMALL_BYTES) {
-            reader.push(Fetch { index: position as u32, from: 0, unless: None });
+            reader.push(Fetch::of(position as u32));
         }
     }
     let mut all = true;
@@ -407,7 +407,7 @@ mod tests {
         let latest = tree.position(&RelPath::new("latest").unwrap()).unwrap();
         let mut said = None;
         if tree.entries()[latest].file().is_some() {
-            reader.push(Fetch { index: latest as u32, from: 0, unless: None });
+            reader.push(Fetch::of(latest as u32));
             if let Some(Produced::Whole { block, .. }) = reader.next().unwrap() {
                 said = Some(String::from_utf8(block.data().to_vec()).unwrap());
             }

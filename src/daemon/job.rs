@@ -424,6 +424,7 @@ impl Shared {
             unit: job.unit.clone(),
             ready: job.ready.clone(),
             last: job.last.clone(),
+            append_only: job.append_only.clone(),
             exclude: job.exclude.clone(),
             watch: job.watch,
             poll: job.poll.0,

@@ -301,6 +301,7 @@ fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
             filter: filter.clone(),
             whole: job.remote_source().is_some(),
             threads,
+            append_only: job.append_only.clone(),
             ..ScanOptions::default()
         },
         begin: BeginOptions {
@@ -308,6 +309,7 @@ fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
             filter,
             last: job.last.clone(),
             units: job.unit.iter().cloned().collect(),
+            append_only: job.append_only.clone(),
             wait_seconds: WAIT_SECONDS,
             trash_seconds: job.trash_seconds(),
             threads,

@@ -9,8 +9,11 @@ use std::time::{Duration, Instant};
 use super::early::Early;
 use super::temporary::{is_temporary, marks_of};
 use crate::config::Ready as WhenReady;
-use crate::filter::{Filter, FilterError, FilterSpec};
 use crate::path::RelPath;
+
+mod rules;
+
+pub(super) use rules::Rules;
 
 /// Something that was written and not closed is asked about after so much silence, then half as often each time.
 const PROBE: Duration = Duration::from_secs(1);
@@ -21,41 +24,6 @@ const UNTOLD: Duration = Duration::from_secs(600);
 pub(super) const WAITING_MAX: usize = 100_000;
 /// Files that name a checkpoint, wherever they are.
 pub(super) const POINTERS: [&[u8]; 2] = [b"latest", b"latest_checkpointed_iteration.txt"];
-
-/// When things are finished.
-#[derive(Debug)]
-pub(super) struct Rules {
-    pub(super) settle: Duration,
-    pub(super) ready: WhenReady,
-    unit: Option<Filter>,
-    last: Filter,
-}
-
-impl Rules {
-    pub(super) fn new(
-        settle: Duration,
-        ready: WhenReady,
-        unit: Option<&str>,
-        last: &[String],
-    ) -> Result<Rules, FilterError> {
-        let compile = |rules: Vec<String>| Filter::compile(&FilterSpec { rules, only: None });
-        let unit = unit.map(|glob| compile(vec![glob.to_owned()])).transpose()?;
-        Ok(Rules { settle, ready, unit, last: compile(last.to_vec())? })
-    }
-
-    pub(super) fn is_unit(&self, directory: &RelPath) -> bool {
-        self.unit.as_ref().is_some_and(|unit| !unit.admits(directory, true))
-    }
-
-    pub(super) fn is_pointer(&self, path: &RelPath, directory: bool) -> bool {
-        !directory && (POINTERS.contains(&path.name()) || !self.last.admits(path, false))
-    }
-
-    fn is_marker(&self, unit: &RelPath, path: &RelPath) -> bool {
-        matches!(&self.ready, WhenReady::Marker(name)
-            if path.name() == name.as_bytes() && path.parent().as_ref() == Some(unit))
-    }
-}
 
 /// What only a look at the files can answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,6 +48,8 @@ pub(super) enum Held {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum What {
     File,
+    /// A file that only grows, and is in no unit: it is never finished, and may be sent whenever it has not been for a while.
+    Growing,
     Directory,
     Gone,
     Unit,
@@ -166,8 +136,15 @@ impl Settle {
         (unit, None)
     }
 
+    fn grows(&self, path: &RelPath) -> bool {
+        self.rules.grows(path) && self.place(path, false) == (None, None) && !self.rules.is_pointer(path, false)
+    }
+
     /// A file is being written.
     pub(super) fn written(&mut self, path: &RelPath, now: Instant) {
+        if self.grows(path) {
+            return self.touch(path, false, now);
+        }
         let probe = now + self.rules.settle.max(PROBE);
         self.open.insert(path.clone(), Open { last: now, seen: true, probe, pause: PROBE });
         self.wake(probe);
@@ -200,7 +177,7 @@ impl Settle {
     /// Something was found that may have been written without being seen: a directory was made, then filled, before it was
     /// watched.
     pub(super) fn found_new(&mut self, path: &RelPath, file: bool, directory: bool, now: Instant) {
-        if file && !self.open.contains_key(path) {
+        if file && !self.open.contains_key(path) && !self.grows(path) {
             self.open.insert(path.clone(), Open { last: now, seen: false, probe: now, pause: PROBE });
             self.wake(now);
         }
@@ -211,6 +188,7 @@ impl Settle {
     /// to be judged by more than its age.
     pub(super) fn found(&mut self, path: &RelPath, directory: bool, age: Duration, held: bool, now: Instant) {
         let changed = now.checked_sub(age.min(self.rules.settle)).unwrap_or(now);
+        let held = held && !self.grows(path);
         if held && !self.open.contains_key(path) {
             let probe = now + PROBE;
             self.open.insert(path.clone(), Open { last: changed, seen: true, probe, pause: PROBE });
@@ -301,20 +279,27 @@ impl Settle {
             self.wake(at);
             return self.enter(path.clone(), What::Pointer, at, false);
         }
-        let what = if directory { What::Directory } else { What::File };
+        let what = match directory {
+            true => What::Directory,
+            false if self.grows(path) => What::Growing,
+            false => What::File,
+        };
         self.enter(path.clone(), what, at, false);
     }
 
     fn enter(&mut self, path: RelPath, what: What, at: Instant, hurry: bool) {
         // What was ready a moment ago changes again.
-        self.ready.remove(&path);
+        if what != What::Growing {
+            self.ready.remove(&path);
+        }
         let new = Waiting { what, last: at, hurry, refused: false, names: None };
         let settle = self.rules.settle;
         let waiting = self
             .waiting
             .entry(path)
             .and_modify(|known| {
-                let last = known.last.max(at);
+                let waits = what == What::Growing && known.what == What::Growing;
+                let last = if waits { known.last } else { known.last.max(at) };
                 *known = Waiting { last, ..Waiting { what, last, hurry, refused: false, names: None } };
             })
             .or_insert(new);
@@ -386,7 +371,7 @@ impl Settle {
         }
         let has_temporary = || self.temporary.range(path.clone()..).next().is_some_and(|found| found.is_within(path));
         match (waiting.what, &self.rules.ready) {
-            (What::File | What::Gone, _) => Verdict::Ready,
+            (What::File | What::Growing | What::Gone, _) => Verdict::Ready,
             // It would take along what is not finished in it.
             (What::Directory, _) if has_temporary() || within(&self.waiting, path).nth(1).is_some() => Verdict::Blocked,
             (What::Directory, _) => Verdict::Ready,
@@ -412,7 +397,7 @@ impl Settle {
 
     /// Whether a path, something in it, or a unit around it waits.
     fn is_unfinished(&self, path: &RelPath) -> bool {
-        let counts = |waiting: &Waiting| !matches!(waiting.what, What::Directory | What::Gone | What::Pointer);
+        let counts = |waiting: &Waiting| matches!(waiting.what, What::File | What::Unit);
         within(&self.waiting, path).any(|(_, waiting)| counts(waiting))
             || path.ancestors().any(|above| self.waiting.get(&above).is_some_and(counts))
             || self.is_marked(path)
@@ -508,7 +493,8 @@ impl Settle {
 
     /// What is not to be sent now: what is temporary, and what changed and is not finished.
     pub(super) fn unfinished(&self) -> impl Iterator<Item = &RelPath> {
-        let waiting = self.waiting.iter().filter(|(_, waiting)| waiting.what != What::Directory);
+        let is_held = |waiting: &Waiting| !matches!(waiting.what, What::Directory | What::Growing);
+        let waiting = self.waiting.iter().filter(move |(_, waiting)| is_held(waiting));
         waiting.map(|(path, _)| path).chain(&self.temporary)
     }
 
@@ -517,6 +503,7 @@ impl Settle {
         match self.place(path, false) {
             (_, Some(_)) => true,
             (Some(unit), _) => self.waiting.contains_key(&unit),
+            (None, _) if self.grows(path) => false,
             (None, _) => self.waiting.contains_key(path) || self.open.contains_key(path) || self.is_marked(path),
         }
     }

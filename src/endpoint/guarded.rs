@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::endpoint::delta::Beginning;
 use crate::endpoint::{Crew, Error, Fetch, Produced, Reader, Scan, ScanOptions, Source};
 use crate::error::Exit;
 use crate::manifest::{Content, Digest, Entry, Tree};
@@ -121,6 +122,10 @@ impl<S: Source> Source for Guarded<S> {
         self.source.remember(tree, digests);
     }
 
+    fn begins_with(&self, tree: &Tree, index: u32, beginning: Beginning) -> bool {
+        self.source.begins_with(tree, index, beginning)
+    }
+
     fn wire_bytes(&self) -> u64 {
         self.source.wire_bytes()
     }
@@ -203,7 +208,7 @@ mod tests {
             let source = Guarded::new(LocalSource::new(at.path(), None).unwrap(), guard, Arc::new(BTreeSet::new));
             let tree = Arc::new(source.scan(&ScanOptions::default(), &Silent::default()).unwrap().tree);
             let mut reader = source.reader(Arc::clone(&tree)).unwrap();
-            (0..2).for_each(|index| reader.push(Fetch { index, from: 0, unless: None }));
+            (0..2).for_each(|index| reader.push(Fetch::of(index)));
             let (mut whole, mut failed) = (Vec::new(), Vec::new());
             while let Some(produced) = reader.next().unwrap() {
                 let name = |index: u32| tree.entries()[index as usize].path.to_string();
@@ -235,7 +240,7 @@ mod tests {
             let source = Guarded::new(source, Arc::new(|_| false), Arc::new(BTreeSet::new)).fitting(named);
             let tree = Arc::new(source.scan(&ScanOptions::default(), &Silent::default()).unwrap().tree);
             let mut reader = source.reader(Arc::clone(&tree)).unwrap();
-            reader.push(Fetch { index: 0, from: 0, unless: None });
+            reader.push(Fetch::of(0));
             let produced = reader.next().unwrap().unwrap();
             assert_eq!(matches!(produced, Produced::Whole { .. }), fits, "{unit}: {produced:?}");
         }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit::Login;
 use crate::codec::Once;
-use crate::endpoint::delta::{Alike, Wanted, Within};
+use crate::endpoint::delta::{Alike, Beginning, Wanted, Within};
 use crate::error::Exit;
 use crate::filter::FilterSpec;
 use crate::manifest::{Digest, Tree};
@@ -181,6 +181,9 @@ pub struct ScanOptions {
     pub hash_all: bool,
     /// What to do with symbolic links.
     pub links: Links,
+    /// Files that only grow, as globs: of one that was read before, what it held then is not read again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub append_only: Vec<String>,
     /// List nothing while a run publishes there, or after one was interrupted while it did.
     #[serde(default)]
     pub whole: bool,
@@ -250,6 +253,12 @@ pub trait Source: Sync {
     fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error>;
     /// Remembers digests that were computed while reading (pairs of index and digest), so that nothing is hashed twice.
     fn remember(&self, tree: &Tree, digests: &[(u32, Digest)]);
+    /// Whether the file at `index` is one that only grows ([`ScanOptions::append_only`]), and is known to have been this once, so
+    /// that a reader can go on after it ([`Fetch::after`]).
+    fn begins_with(&self, tree: &Tree, index: u32, beginning: Beginning) -> bool {
+        let _ = (tree, index, beginning);
+        false
+    }
     /// Bytes that went over the wire so far, both directions; 0 where there is none.
     fn wire_bytes(&self) -> u64 {
         0
@@ -280,6 +289,15 @@ pub struct Fetch {
     pub from: u64,
     /// When the content has this digest nothing of it is wanted.
     pub unless: Option<Digest>,
+    /// What it begins with, as [`Source::begins_with`] has said: nothing of that is read or hashed.
+    pub after: Option<Beginning>,
+}
+
+impl Fetch {
+    /// All of the file at `index`.
+    pub fn of(index: u32) -> Fetch {
+        Fetch { index, from: 0, unless: None, after: None }
+    }
 }
 
 /// What a [`Reader`] produces. For one file: [`Produced::Whole`]; or any number of `Data` and `Hole` in ascending order
@@ -349,6 +367,9 @@ pub struct BeginOptions {
     /// Directories that are published whole or not at all, also where they are there already, as globs.
     #[serde(default)]
     pub units: Vec<String>,
+    /// Files that only grow, as globs: what is new of one is put at the end of what is there, where nothing speaks against it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub append_only: Vec<String>,
     /// Start although there seems to be no room (sparse files, a file system that compresses).
     #[serde(default)]
     pub ignore_free_space: bool,

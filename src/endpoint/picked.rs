@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use crate::endpoint::delta::Beginning;
 use crate::endpoint::{Crew, Error, Fetch, Produced, Reader, Scan, ScanOptions, Source};
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::monitor::{Monitor, Problem};
@@ -46,7 +47,7 @@ impl Listed {
             return Ok(None);
         }
         let mut reader = self.source.reader(Arc::clone(&self.tree))?;
-        reader.push(Fetch { index: position as u32, from: 0, unless: None });
+        reader.push(Fetch::of(position as u32));
         let mut content = None;
         while let Some(produced) = reader.next()? {
             match produced {
@@ -105,6 +106,11 @@ impl Source for Picked {
         let position = |index: u32| self.positions.get(index as usize).copied();
         let digests: Vec<_> = digests.iter().filter_map(|&(at, digest)| Some((position(at)?, digest))).collect();
         self.listed.source.remember(&self.listed.tree, &digests);
+    }
+
+    fn begins_with(&self, _: &Tree, index: u32, beginning: Beginning) -> bool {
+        let Listed { source, tree, .. } = &self.listed;
+        self.positions.get(index as usize).is_some_and(|&position| source.begins_with(tree, position, beginning))
     }
 
     fn wire_bytes(&self) -> u64 {
@@ -182,7 +188,7 @@ mod tests {
         let names: Vec<String> = tree.entries().iter().map(|entry| entry.path.to_string()).collect();
         assert_eq!(names, ["b", "b/third", "c", "pointer"]);
         let mut reader = picked.reader(Arc::clone(&tree)).unwrap();
-        [1, 2].into_iter().for_each(|index| reader.push(Fetch { index, from: 0, unless: None }));
+        [1, 2].into_iter().for_each(|index| reader.push(Fetch::of(index)));
         let mut read = Vec::new();
         while let Some(Produced::Whole { index, block, .. }) = reader.next().unwrap() {
             read.push((index, block.data().to_vec()));

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::endpoint::delta::Beginning;
 use crate::endpoint::{Error, Fetch, Produced, Reader, Scan, ScanOptions, Source};
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::monitor::{Monitor, Problem, Severity};
@@ -175,6 +176,13 @@ impl Source for Several {
         }
     }
 
+    fn begins_with(&self, _: &Tree, index: u32, beginning: Beginning) -> bool {
+        let layout = self.layout();
+        let Some(&(of, index)) = layout.origin.get(index as usize) else { return false };
+        let part = self.parts.get(of).zip(layout.trees.get(of));
+        part.is_some_and(|(part, tree)| part.source.begins_with(tree, index, beginning))
+    }
+
     fn wire_bytes(&self) -> u64 {
         self.parts.iter().map(|part| part.source.wire_bytes()).sum()
     }
@@ -296,7 +304,7 @@ mod tests {
         let mut reader = source.reader(Arc::clone(&tree)).unwrap();
         assert!(reader.wants_more());
         for index in [5, 1, 0, 5] {
-            reader.push(Fetch { index, from: 0, unless: None });
+            reader.push(Fetch::of(index));
         }
         let mut content: Vec<(u32, usize)> = Vec::new();
         while let Some(produced) = reader.next().unwrap() {

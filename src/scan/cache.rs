@@ -10,7 +10,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition, WriteTransaction};
 
 pub use super::table::{DigestTable, Known};
 use super::table::{decode, encode};
@@ -72,27 +72,33 @@ impl DigestCache<'_> {
         if trusted.peek().is_none() {
             return Ok(());
         }
-        let wrong = |error: redb::Error| CacheError { file: self.0.to_owned(), reason: error.to_string() };
-        let database = open(self.0).map_err(wrong)?;
-        let mut write = || -> Result<(), redb::Error> {
-            let transaction = database.begin_write()?;
-            {
-                let mut table = transaction.open_table(TABLE)?;
-                loop {
-                    let mut batch: Vec<(Fingerprint, Digest)> = trusted.by_ref().take(BATCH).collect();
-                    if batch.is_empty() {
-                        break;
-                    }
-                    batch.sort_unstable_by_key(|(file, _)| (file.device, file.inode));
-                    for (file, digest) in &batch {
-                        table.insert((file.device, file.inode), encode(file, digest).as_slice())?;
-                    }
+        self.write(|transaction| {
+            let mut table = transaction.open_table(TABLE)?;
+            loop {
+                let mut batch: Vec<(Fingerprint, Digest)> = trusted.by_ref().take(BATCH).collect();
+                if batch.is_empty() {
+                    return Ok(());
+                }
+                batch.sort_unstable_by_key(|(file, _)| (file.device, file.inode));
+                for (file, digest) in &batch {
+                    table.insert((file.device, file.inode), encode(file, digest).as_slice())?;
                 }
             }
-            transaction.commit()?;
-            Ok(())
+        })
+    }
+
+    /// Changes the database in one transaction.
+    pub(super) fn write(
+        self,
+        change: impl FnOnce(&WriteTransaction) -> Result<(), redb::Error>,
+    ) -> Result<(), CacheError> {
+        let written = || -> Result<(), redb::Error> {
+            let database = open(self.0)?;
+            let transaction = database.begin_write()?;
+            change(&transaction)?;
+            Ok(transaction.commit()?)
         };
-        write().map_err(wrong)
+        written().map_err(|error| CacheError { file: self.0.to_owned(), reason: error.to_string() })
     }
 }
 
@@ -118,7 +124,7 @@ fn system_time(time: Timestamp) -> Option<SystemTime> {
     UNIX_EPOCH.checked_add(Duration::new(u64::try_from(time.seconds).ok()?, time.nanoseconds))
 }
 
-fn builder() -> redb::Builder {
+pub(super) fn builder() -> redb::Builder {
     let mut builder = Database::builder();
     builder.set_cache_size(DATABASE_BYTES);
     builder

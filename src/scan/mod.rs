@@ -17,6 +17,7 @@ use crate::root::{FileKind, Follow, Metadata, Root, RootError, Seen};
 pub mod blocks;
 pub mod cache;
 pub mod names;
+pub mod prefixes;
 mod table;
 
 use cache::DigestTable;

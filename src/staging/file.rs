@@ -94,6 +94,8 @@ pub struct StagedFile {
     written: u64,
     size: u64,
     resumed: bool,
+    /// What is staged begins here: what comes before lies elsewhere, and is hashed.
+    base: u64,
     /// So much from its start on was taken from a file of which it is known what it holds, and is not hashed.
     unhashed: u64,
 }
@@ -109,7 +111,24 @@ impl StagedFile {
     /// When something has the name already, or it cannot be created.
     pub fn create(staging: &Root, path: &RelPath, size: u64) -> Result<StagedFile, StageError> {
         let file = staging.create_new(path, 0o600)?;
-        Ok(StagedFile { file, hashing: Hashing::of(size), written: 0, size, resumed: false, unhashed: 0 })
+        Ok(StagedFile { file, hashing: Hashing::of(size), written: 0, size, resumed: false, base: 0, unhashed: 0 })
+    }
+
+    /// The same of what follows the first `base` bytes alone, which are those of `before`; `kept` is kept of that.
+    ///
+    /// # Errors
+    /// As [`StagedFile::create`]; also when it cannot be read.
+    pub fn create_tail(
+        staging: &Root,
+        path: &RelPath,
+        (size, base): (u64, u64),
+        before: &File,
+        kept: Option<&Kept>,
+    ) -> Result<StagedFile, StageError> {
+        let mut hashing = kept.map_or_else(|| Hashing::of(size), |kept| Hashing::after(size, base, kept));
+        hash_to(before, &mut hashing, base)?;
+        let file = staging.create_new(path, 0o600)?;
+        Ok(StagedFile { file, hashing, written: base, size, resumed: false, base, unhashed: 0 })
     }
 
     /// Goes on with what lies at `path`: its first `resume_at` bytes are hashed again, what is behind is dropped.
@@ -126,7 +145,7 @@ impl StagedFile {
         file.set_len(resume_at).map_err(failed("cut the staged file"))?;
         let mut hashing = Hashing::of(size);
         hash_to(&file, &mut hashing, resume_at)?;
-        Ok(StagedFile { file, hashing, written: resume_at, size, resumed: true, unhashed: 0 })
+        Ok(StagedFile { file, hashing, written: resume_at, size, resumed: true, base: 0, unhashed: 0 })
     }
 
     /// Checks a range before anything is done for it.
@@ -142,7 +161,7 @@ impl StagedFile {
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), StageError> {
         let end = self.advance(offset, data.len() as u64)?;
         self.hash_it(None)?;
-        self.file.write_all_at(data, offset).map_err(failed("write the staged file"))?;
+        self.file.write_all_at(data, offset - self.base).map_err(failed("write the staged file"))?;
         self.hashing.update(data);
         self.written = end;
         Ok(())
@@ -155,7 +174,7 @@ impl StagedFile {
     pub fn hole(&mut self, offset: u64, length: u64) -> Result<(), StageError> {
         let end = self.advance(offset, length)?;
         self.hash_it(None)?;
-        self.file.set_len(end).map_err(failed("make a hole"))?;
+        self.file.set_len(end - self.base).map_err(failed("make a hole"))?;
         let mut left = length;
         while left > 0 {
             let step = left.min(ZEROS.len() as u64);
@@ -173,6 +192,9 @@ impl StagedFile {
     /// As [`StagedFile::write`]; [`StageError::Copy`] where the other file is shorter, or cannot be read: what is sent needs nothing of it.
     pub fn copy(&mut self, offset: u64, length: u64, from: &File, at: u64, known: bool) -> Result<(), StageError> {
         let end = self.advance(offset, length)?;
+        if self.base > 0 {
+            return Err(StageError::Copy("what is new of a file that only grows is sent".into()));
+        }
         let known = known && at == offset && self.unhashed == self.written && !self.resumed;
         if !known {
             self.hash_it(None)?;
@@ -232,6 +254,11 @@ impl StagedFile {
             }
             Ok(())
         })
+    }
+
+    /// Whether only what follows its beginning is staged.
+    pub fn is_tail(&self) -> bool {
+        self.base > 0
     }
 
     /// Whether it is, so far, taken from another file and not hashed.

@@ -1,16 +1,15 @@
 //! The hash of a file on its way, and what is kept of it so that a file that goes on from another one is not hashed from its start.
 
-use sha2::digest::common::hazmat::{SerializableState as _, SerializedState};
+use sha2::digest::common::hazmat::SerializableState as _;
 use sha2::{Digest as _, Sha256};
 
 use crate::codec::chunks::BLOCK_LENGTH;
 use crate::manifest::Digest;
 use crate::scan::blocks::BlockSums;
+use crate::scan::prefixes::STATE_BYTES;
 
 /// After each so many bytes of a large file the state of its hash is kept: so much is hashed again at most.
 pub const STATE_EVERY: u64 = 64 << 20;
-/// The length of a state.
-pub const STATE_BYTES: usize = size_of::<SerializedState<Sha256>>();
 
 /// What is kept of a large file.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]

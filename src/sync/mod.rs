@@ -112,6 +112,8 @@ struct Shared<'a> {
     tree: &'a Tree,
     /// Files that may be made of what the target has.
     alike: &'a [u32],
+    /// Does not admit what only grows; `None` where nothing does.
+    but_growing: Option<Filter>,
     queue: Queue,
     retries: u32,
     monitor: &'a dyn Monitor,
@@ -126,6 +128,12 @@ struct Shared<'a> {
 }
 
 impl Shared<'_> {
+    /// Whether the file at `index` only grows.
+    fn grows(&self, index: u32) -> bool {
+        let Some(others) = &self.but_growing else { return false };
+        self.tree.entries().get(index as usize).is_some_and(|entry| !others.admits(&entry.path, false))
+    }
+
     fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed) || self.broken.load(Ordering::Relaxed)
     }
@@ -342,6 +350,10 @@ fn transfer(
     tree: &Arc<Tree>,
     plan: &Plan,
 ) -> Result<Outcome, Error> {
+    // Who wants all to be hashed does not want to hear that something was before.
+    let growing = Some(&options.scan.append_only).filter(|globs| !globs.is_empty() && !options.scan.hash_all);
+    let growing = growing.map(|globs| Filter::compile(&FilterSpec { rules: globs.clone(), only: None }));
+    let but_growing = growing.transpose().map_err(|error| Error::Usage(crate::error::chain(&error)))?;
     let queue = Queue::new(tree, plan);
     let counters = monitor.counters();
     Counters::add(&counters.total_files, queue.files() as u64);
@@ -357,6 +369,7 @@ fn transfer(
     let shared = Shared {
         tree,
         alike: &plan.alike,
+        but_growing,
         queue,
         retries: options.retries,
         monitor,

@@ -29,7 +29,7 @@ fn fetch(action: &Action) -> Option<Fetch> {
         Need::Content { resume_at } => (*resume_at, None),
         Need::Compare { digest } => (0, Some(**digest)),
     };
-    Some(Fetch { index: action.index, from, unless })
+    Some(Fetch { from, unless, ..Fetch::of(action.index) })
 }
 
 impl Queue {

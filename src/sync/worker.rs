@@ -8,7 +8,7 @@ use crossbeam_channel::unbounded;
 
 use super::delta::{Delta, Piece};
 use super::{REMEMBERED, Shared, lock};
-use crate::endpoint::delta::{self, Matcher, Within};
+use crate::endpoint::delta::{self, Beginning, Matcher, Within};
 use crate::endpoint::{Error, Fetch, Produced, Reader, Source, Staged, Target, Writer};
 use crate::manifest::{Digest, Entry, Tree};
 use crate::monitor::{Counters, Event, Problem, Severity};
@@ -84,7 +84,7 @@ impl Worker<'_, '_> {
                 if fetch.unless.is_some() {
                     self.compared.insert(fetch.index);
                 }
-                if self.is_there(&mut fetch)? {
+                if self.is_there(source, &mut fetch)? {
                     continue;
                 }
                 self.pushed.insert(fetch.index, fetch);
@@ -117,7 +117,7 @@ impl Worker<'_, '_> {
 
     fn next_fetch(&mut self) -> Option<Fetch> {
         match self.again.pop_front() {
-            Some(index) => Some(Fetch { index, from: 0, unless: None }),
+            Some(index) => Some(Fetch::of(index)),
             None => self.shared.queue.pop(self.shared.tree),
         }
     }
@@ -203,7 +203,7 @@ impl Worker<'_, '_> {
     }
 
     /// Whether the target copies the file of another that it has. Where it may have parts of it, they are looked for from now on.
-    fn is_there(&mut self, fetch: &mut Fetch) -> Result<bool, Error> {
+    fn is_there(&mut self, source: &dyn Source, fetch: &mut Fetch) -> Result<bool, Error> {
         let index = fetch.index;
         // What was made of something else, and was not the file, is sent whole.
         if self.attempts.contains_key(&index) || self.shared.alike.binary_search(&index).is_err() {
@@ -228,8 +228,31 @@ impl Worker<'_, '_> {
             }
             return Ok(true);
         }
+        if fetch.from == 0
+            && self.shared.grows(index)
+            && let Some(there) = matcher.there()
+        {
+            if source.begins_with(self.shared.tree, index, there) {
+                return self.go_on_after(there, fetch);
+            }
+            matcher.expect_in_place();
+        }
         // It is compared by its parts, and read once.
         self.deltas.insert(index, Delta::new(matcher, fetch.unless.take()));
+        Ok(false)
+    }
+
+    /// A file that only grows: the target has what it begins with, and the rest of it is read. Whether that is nothing.
+    fn go_on_after(&mut self, there: Beginning, fetch: &mut Fetch) -> Result<bool, Error> {
+        let index = fetch.index;
+        if fetch.unless.is_some() && there.length == self.size_of(index) {
+            self.pass_on(Produced::Same { index, digest: there.digest })?;
+            return Ok(true);
+        }
+        (fetch.after, fetch.unless) = (Some(there), None);
+        self.open_once(index)?;
+        self.writer.copy(index, 0, there.length, Within::default())?;
+        Counters::add(&self.shared.monitor.counters().done_bytes, there.length);
         Ok(false)
     }
 

@@ -1,7 +1,13 @@
 //! What the target of a push has already: `alike`, and its answer.
 
 use super::extension::{Fields, WireError};
-use crate::codec::chunks::{self, Alike, BLOCK_LENGTH, Chunk, ChunkId, Cut, PIECES_MAX, Wanted, Within};
+use crate::codec::chunks::{self, Alike, BLOCK_LENGTH, Beginning, Chunk, ChunkId, Cut, PIECES_MAX, Wanted, Within};
+
+/// What an answer begins with.
+const NOTHING: u8 = 0;
+const PART: u8 = 1;
+const SAME: u8 = 2;
+const GROWN: u8 = 3;
 
 const CUTS: [Cut; 3] = [Cut::ByContent, Cut::ByLength, Cut::BySum];
 
@@ -28,9 +34,18 @@ pub fn read_wanted(fields: &mut Fields<'_>) -> Result<Wanted, WireError> {
 
 /// Appends what a target has that a file may be made of.
 pub fn put_alike(out: &mut Vec<u8>, alike: Option<&Alike>) {
-    let Some(alike) = alike else { return out.push(0) };
-    out.extend_from_slice(&[if alike.same { 2 } else { 1 }, alike.pieces as u8, alike.cut as u8]);
+    let Some(alike) = alike else { return out.push(NOTHING) };
+    let kind = match (alike.same, alike.there) {
+        (true, _) => SAME,
+        (_, Some(_)) => GROWN,
+        (_, None) => PART,
+    };
+    out.extend_from_slice(&[kind, alike.pieces as u8, alike.cut as u8]);
     out.extend_from_slice(&alike.next.unwrap_or(0).to_be_bytes());
+    if let Some(there) = alike.there.filter(|_| kind == GROWN) {
+        out.extend_from_slice(&there.length.to_be_bytes());
+        out.extend_from_slice(&there.digest.0);
+    }
     if alike.cut == Cut::BySum {
         let length: u64 = alike.chunks.iter().map(|chunk| u64::from(chunk.length)).sum();
         out.extend_from_slice(&length.to_be_bytes());
@@ -52,22 +67,27 @@ pub fn put_alike(out: &mut Vec<u8>, alike: Option<&Alike>) {
 /// # Errors
 /// [`WireError`].
 pub fn read_alike(mut fields: Fields<'_>, from: u64) -> Result<Option<Alike>, WireError> {
-    let same = match fields.u8()? {
-        0 => return fields.end().map(|()| None),
-        kind => kind == 2,
-    };
+    let kind = fields.u8()?;
+    if kind == NOTHING {
+        return fields.end().map(|()| None);
+    }
+    let same = kind == SAME;
     let pieces = u32::from(fields.u8()?);
     if pieces > PIECES_MAX {
         return Err(WireError::Range("the number of files"));
     }
     let (cut, next) = (read_cut(&mut fields)?, fields.u64()?);
+    let there = match kind {
+        GROWN => Some(Beginning { length: fields.u64()?, digest: fields.digest()? }),
+        _ => None,
+    };
     let chunks = if cut == Cut::BySum { read_sums(&mut fields)? } else { read_chunks(&mut fields)? };
     let end = chunks.iter().fold(from, |end, chunk| end.saturating_add(u64::from(chunk.length)));
     // A list that does not go on would never end.
     if next != 0 && (next != end || chunks.is_empty()) || same && !chunks.is_empty() {
         return Err(WireError::Range("the next part of a list"));
     }
-    Ok(Some(Alike { same, pieces, cut, chunks, next: (next != 0).then_some(next) }))
+    Ok(Some(Alike { same, there, pieces, cut, chunks, next: (next != 0).then_some(next) }))
 }
 
 fn read_chunks(fields: &mut Fields<'_>) -> Result<Vec<Chunk>, WireError> {

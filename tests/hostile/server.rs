@@ -162,7 +162,7 @@ fn read(size: u64, fetch: Fetch, pieces: Vec<u8>) -> Result<Vec<Produced>, Error
 
 #[test]
 fn a_server_that_brings_nothing_on_ends_the_pull() {
-    let fetch = Fetch { index: 0, from: 0, unless: None };
+    let fetch = Fetch::of(0);
     let digest = [7; 32];
     let large = 1 << 50;
     let cases: Vec<(&str, u64, Vec<u8>)> = vec![
@@ -297,7 +297,7 @@ fn h09_whatever_a_server_says_is_shown_escaped_and_cut() {
     is_safe(&scan.problems[0].message);
 
     // As what became of a file.
-    let fetch = Fetch { index: 0, from: 0, unless: None };
+    let fetch = Fetch::of(0);
     let evil_text = [&(evil().len() as u32).to_be_bytes()[..], &evil()].concat();
     let produced = read(1, fetch, piece(5, &[&[0], &evil_text])).unwrap();
     let Produced::Failed { message, .. } = &produced[0] else { panic!("{produced:?}") };

@@ -112,6 +112,7 @@ fn options(config: &Config, job: &Job) -> BeginOptions {
         filter: FilterSpec { rules: job.exclude.clone(), only: None },
         last: job.last.clone(),
         units: job.unit.iter().cloned().collect(),
+        append_only: job.append_only.clone(),
         actor: transfer::actor(),
         source: "config check".to_owned(),
         ..BeginOptions::default()

@@ -26,6 +26,7 @@ struct Table {
 impl Table {
     fn new(settle: Duration, ready: WhenReady) -> Table {
         let rules = Rules::new(settle, ready, Some("ckpt-*/"), &["*.done".into()]).unwrap();
+        let rules = rules.growing(&["*.log".into()]).unwrap();
         let (settle, now) = (Settle::new(rules), Instant::now());
         Table { settle, now, held: Held::No, complete: true, names: None, asked: Vec::new() }
     }
@@ -82,6 +83,34 @@ impl Table {
     fn unfinished(&self) -> BTreeSet<RelPath> {
         self.settle.unfinished().cloned().collect()
     }
+}
+
+#[test]
+fn what_only_grows_is_ready_every_so_often_however_it_is_written() {
+    let mut table = Table::settled();
+    table.held = Held::Yes;
+    for round in 0..3 {
+        // Written every half second, and never closed.
+        let mut ready = Vec::new();
+        for _ in 0..5 {
+            table.written("run.log");
+            assert!(table.unfinished().is_empty() && !table.settle.is_in_hands(&rel("run.log")));
+            ready.push(table.after(500));
+        }
+        assert_eq!(ready.iter().filter(|ready| **ready == set(&["run.log"])).count(), 1, "{round}: {ready:?}");
+        assert_eq!(ready.iter().filter(|ready| ready.is_empty()).count(), 4, "{round}: {ready:?}");
+        table.after(2000);
+    }
+    assert!(table.asked.is_empty());
+    // In a unit it is a part of that, and under a temporary name it waits for its own.
+    table.written("ckpt-1/run.log");
+    table.written("x.tmp/run.log");
+    assert!(table.after(10_000).is_empty());
+    table.settle.found(&rel("other.log"), false, Duration::ZERO, true, table.now);
+    assert_eq!(table.after(2000), set(&["other.log"]));
+    table.written("gone.log");
+    table.gone("gone.log");
+    assert_eq!(table.after(2000), set(&["gone.log"]));
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 
 use super::lister::{Order, Part};
-use super::{Alike, BLOCK_LENGTH, COPY_MAX, Cut, PIECES_MAX, Step, Wanted, Within};
+use super::{Alike, BLOCK_LENGTH, Beginning, COPY_MAX, Cut, PIECES_MAX, Step, Wanted, Within};
 use crate::codec::chunks::{self, Chunk, ChunkId};
 use crate::endpoint::Block;
 
@@ -48,6 +48,9 @@ pub struct Matcher {
     order: u32,
     done: bool,
     pieces: u32,
+    there: Option<Beginning>,
+    /// The first part has come.
+    heard: bool,
     mode: Mode,
     known: HashMap<ChunkId, Known>,
     /// What was fed and is not decided, and where in the file it begins.
@@ -67,6 +70,8 @@ impl Matcher {
             order: 0,
             done: false,
             pieces: 1,
+            there: None,
+            heard: false,
             mode: Mode::Vain,
             known: HashMap::new(),
             buffer: Vec::new(),
@@ -81,9 +86,23 @@ impl Matcher {
     /// Waits for the first part, and says whether the target has the file as a whole.
     pub fn begins_with_all(&mut self) -> bool {
         let Ok(part) = self.parts.recv() else { return false };
+        self.heard = true;
         let same = part.alike.as_ref().is_some_and(|alike| alike.same);
         self.hear(part);
         same
+    }
+
+    /// Waits for the first part, and says what the target has under the name of the file, where that only grows.
+    pub fn there(&mut self) -> Option<Beginning> {
+        if !self.heard {
+            self.begins_with_all();
+        }
+        self.there
+    }
+
+    /// The file is expected to begin with what the target has under its name.
+    pub fn expect_in_place(&mut self) {
+        self.follow(Within::default());
     }
 
     /// The next bytes of the file.
@@ -280,6 +299,7 @@ impl Matcher {
             return;
         };
         let length = alike.chunks.iter().map(|chunk| u64::from(chunk.length)).sum::<u64>();
+        self.there = self.there.or(alike.there);
         match (alike.cut, &mut self.mode) {
             (Cut::ByContent, mode) => {
                 if let Mode::Seek { heard, .. } = mode {

@@ -9,7 +9,7 @@ use crate::endpoint::Block;
 mod lister;
 mod matcher;
 
-pub use crate::codec::chunks::{Alike, BLOCK_LENGTH, Cut, PIECES_MAX, Wanted, Within};
+pub use crate::codec::chunks::{Alike, BLOCK_LENGTH, Beginning, Cut, PIECES_MAX, Wanted, Within};
 pub use lister::{Part, list};
 pub use matcher::Matcher;
 

@@ -12,7 +12,7 @@ use super::sums;
 use super::target::Run;
 use crate::codec::chunks::{self, Chunk};
 use crate::endpoint::BLOCK_BYTES;
-use crate::endpoint::delta::{Alike, BLOCK_LENGTH, Cut, DELTA_BYTES_MIN, PIECES_MAX, Wanted};
+use crate::endpoint::delta::{Alike, BLOCK_LENGTH, Beginning, Cut, DELTA_BYTES_MIN, PIECES_MAX, Wanted, Within};
 use crate::manifest::{Digest, Entry, Timestamp, Tree};
 use crate::path::RelPath;
 use crate::plan::{Need, Plan};
@@ -41,10 +41,14 @@ pub(super) struct Opened {
 }
 
 impl Opened {
-    /// Whether it is what it was when it was found out what it holds, if it was.
+    /// What stat says of it, where it is what it was when it was found out what it holds.
+    pub(super) fn unchanged(&self) -> Option<Metadata> {
+        let content = self.candidate.content.filter(|_| self.candidate.digest.is_some())?;
+        Metadata::of(&self.file).ok().filter(|now| Fingerprint::from(now) == content)
+    }
+
     fn is_unchanged(&self) -> bool {
-        let now = || Metadata::of(&self.file).ok().map(|found| Fingerprint::from(&found));
-        self.candidate.digest.is_some() && self.candidate.content.is_some() && self.candidate.content == now()
+        self.unchanged().is_some()
     }
 
     /// Whether what begins as it does need not be hashed while it is copied: something is kept of it from which that is gone on.
@@ -189,14 +193,22 @@ impl Run {
             return Some(Alike { same: true, pieces, ..Alike::default() });
         }
         let from = wanted.from.offset;
+        let there = file_wanted.and_then(|(size, _)| self.grown(&candidate, size, index, wanted.from));
         if wanted.cut == Cut::BySum
             && from.is_multiple_of(BLOCK_LENGTH as u64)
             && let Some(part) = candidate.digest.and_then(|digest| sums::load(&self.root, digest, candidate.size, from))
         {
-            return Some(Alike { pieces, ..part });
+            return Some(Alike { pieces, there, ..part });
         }
         // What cannot be read is not made anything of.
-        list(&file, candidate.size, wanted).ok().map(|alike| Alike { pieces, ..alike })
+        list(&file, candidate.size, wanted).ok().map(|alike| Alike { pieces, there, ..alike })
+    }
+
+    /// What lies under the name of the file at `index`, of `size` bytes, where that only grows.
+    fn grown(&self, there: &Candidate, size: u64, index: u32, from: Within) -> Option<Beginning> {
+        let own = self.state().source.entries().get(index as usize).is_some_and(|entry| entry.path == there.path);
+        let digest = there.digest.filter(|_| own && from == Within::default() && there.size <= size)?;
+        self.grows(&there.path).then_some(Beginning { length: there.size, digest })
     }
 }
 

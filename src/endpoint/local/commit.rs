@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
+use super::append::{self, Former};
 use super::area::Area;
 use super::metadata::{Acls, apply_directory};
 use super::publish::{self, Record};
@@ -84,6 +85,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         login,
         steps,
         inodes,
+        grown: grown(run, state, &failed)?,
         withheld: withheld_rights,
         acls: acls_given,
         before,
@@ -142,6 +144,17 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         trash: moved_aside(run, &record)?,
         problems: shown(withheld.into_iter().chain(problems.iter().cloned())),
     })
+}
+
+/// The files that are appended to; there is room for what is new of them.
+fn grown(run: &Run, state: &State, failed: &HashSet<u32>) -> Result<BTreeMap<RelPath, Former>, Error> {
+    let grown = state.grown.iter().filter(|(index, _)| !failed.contains(index));
+    let reserved = grown.map(|(&index, former)| {
+        let entry = &state.source.entries()[index as usize];
+        let size = entry.file().map_or(0, |(size, _)| size);
+        Ok((entry.path.clone(), append::reserve(&run.root, &entry.path, former, size)?))
+    });
+    reserved.collect()
 }
 
 /// Where what was removed or replaced lies now, if anything does.

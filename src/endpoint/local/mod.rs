@@ -1,6 +1,7 @@
 //! A side of a run that lies on this machine.
 
 mod alike;
+mod append;
 mod area;
 mod audited;
 mod by_index;
@@ -19,6 +20,7 @@ mod place;
 mod prepare;
 mod publish;
 mod put;
+mod reader;
 mod recall;
 mod record;
 mod refusals;
@@ -35,9 +37,9 @@ mod writer;
 
 pub(in crate::endpoint) use looked::Looked;
 pub use place::{anywhere, beneath};
+pub(in crate::endpoint) use reader::{LocalReader, Opened, Piece, changed, hashed, produced_whole, unreadable};
 pub(crate) use refusals::recorded;
 pub use repair::Repair;
 pub use source::LocalSource;
-pub(in crate::endpoint) use source::{LocalReader, Opened, Piece, changed, hashed, produced_whole, unreadable};
 pub use target::LocalTarget;
 pub(crate) use target::POINTERS;

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use super::append;
 use super::target::{Run, io, rel, stage_failure};
 use crate::endpoint::Error;
 use crate::manifest::{Content, Tree};
@@ -41,6 +42,7 @@ impl Run {
             }
         }
         drop_leftovers(staging, &resumed)?;
+        staging.remove_tree(&rel(append::TAILS)?).map_err(io)?;
         drop(before);
         let files = plan.actions.iter().filter(|action| action.need != Need::Nothing).filter_map(|action| {
             let entry = &source.entries()[action.index as usize];

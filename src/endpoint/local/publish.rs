@@ -10,6 +10,7 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use rustix::fs::{Mode, RenameFlags};
 use rustix::io::Errno;
 
+use super::append::append;
 use super::area::Area;
 use super::audited;
 use super::changes::{self, Changes};
@@ -208,6 +209,10 @@ fn execute(
         }
         touched.extend(path.parent());
         let take = || match step {
+            Step::Replace(_) if record.grown.contains_key(path) => match put.get(path)? {
+                Some(entry) => append(root, staging, &entry, &record.grown[path]).and_then(|()| existing.apply(&entry)),
+                None => Ok(()),
+            },
             Step::Replace(_) if record.only_new => publish_new(root, staging, path),
             Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path, trash.as_ref()),
             Step::Exchange(_) => exchange(root, staging, path, record.inodes.get(path).copied(), trash.as_ref()),

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use super::append::Former;
 use super::put::Put;
 use crate::audit::{Before, Login};
 use crate::manifest::{Name, Tree};
@@ -28,6 +29,8 @@ pub(super) struct Record {
     pub(super) before: BTreeMap<RelPath, Arc<str>>,
     /// The inodes of directories that are exchanged whole, to know afterwards which of the two is the new one.
     pub(super) inodes: BTreeMap<RelPath, u64>,
+    /// What files were of which what is new is put at their end.
+    pub(super) grown: BTreeMap<RelPath, Former>,
     /// What is removed or replaced is moved to the directory of this name in the trash.
     pub(super) trash: Option<RelPath>,
     /// What is there is not replaced, and directories that are there stay as they are.
@@ -89,6 +92,9 @@ impl Record {
         for (path, before) in &self.before {
             text.push_str(&format!("B{} {}\n", hex(path.as_bytes()), hex(before.as_bytes())));
         }
+        for (path, former) in &self.grown {
+            text.push_str(&format!("P{} {}\n", hex(path.as_bytes()), former.encode()));
+        }
         if self.only_new {
             text.push_str("O\n");
         }
@@ -130,6 +136,10 @@ impl Record {
                 record.before.insert(path, String::from_utf8(unhex(more?)?).ok()?.into());
                 continue;
             }
+            if letter == "P" {
+                record.grown.insert(path, Former::parse(more?)?);
+                continue;
+            }
             if letter == "G" {
                 gone.insert(path);
                 continue;
@@ -159,6 +169,7 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::manifest::Timestamp;
 
     #[test]
     fn a_record_is_read_back_and_a_damaged_one_is_not() {
@@ -180,7 +191,9 @@ mod tests {
         let before = BTreeMap::from([(path(b"b"), "0640\tana\tteam".into())]);
         let (actor, source, login) = ("ana@gpu01".into(), String::new(), Some(Box::new(login)));
         let only_new = true;
-        let record = Record { actor, source, login, steps, withheld, acls, before, inodes, trash, only_new };
+        let former = Former { inode: 7, length: 1 << 40, ctime: Timestamp { seconds: -1, nanoseconds: 5 } };
+        let grown = BTreeMap::from([(path(b"b"), former)]);
+        let record = Record { actor, source, login, steps, withheld, acls, before, inodes, grown, trash, only_new };
         let gone = BTreeSet::from([path(b"h\xff"), path(b"i")]);
         assert_eq!(Record::parse(&record.encode(&gone)), Some((record, gone)));
         for damaged in [
@@ -193,6 +206,7 @@ mod tests {
             "61\n\nX61 g\n",
             "61\n\nI6161\n",
             "61\n\nB61\n",
+            "61\n\nP61 1 2\n",
             "6\n\n",
         ] {
             assert_eq!(Record::parse(damaged), None, "{damaged:?}");

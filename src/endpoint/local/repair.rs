@@ -11,7 +11,7 @@ use super::changes::Changes;
 use super::metadata::Acls;
 use super::publish::{self, Record};
 use super::put::Put;
-use super::target::{Run, State, io, needed, rel};
+use super::target::{Run, State, io, rel};
 use super::{audited, commit, known, links, recall, record, room};
 use crate::access::Inode;
 use crate::endpoint::{CommitOptions, Committed, Error};
@@ -154,7 +154,7 @@ pub(super) fn diff(run: &Run, repair: &Repair, wanted: &Arc<Tree>, monitor: &dyn
     refused.retain(|index, _| plan.actions.iter().any(|action| action.index == *index));
     let staging = run.staging.as_ref().ok_or_else(|| Error::Usage("a dry run repairs nothing".into()))?;
     run.prepare(staging, wanted, &mut plan)?;
-    let need = needed(wanted, &plan);
+    let need = room::needed(wanted, &plan, &|_| 0);
     room::check(&run.root, need)?;
     *run.state() = State {
         source: Arc::clone(wanted),

@@ -5,6 +5,8 @@ use std::io::ErrorKind;
 use super::target::io;
 use crate::endpoint::Error;
 use crate::error::bytes_shown as shown;
+use crate::manifest::{Entry, Tree};
+use crate::plan::{self, Change, Plan};
 use crate::root::Root;
 
 /// What a run is about to store.
@@ -41,6 +43,26 @@ pub(super) fn filled(root: &Root, need: Need) -> String {
         Ok(free) => format!("the run stores {} in all, and {} are free", shown(need.bytes), shown(free.bytes)),
         Err(_) => format!("the run stores {} in all", shown(need.bytes)),
     }
+}
+
+/// What is not staged yet, where `there` says how much of a file that only grows is there already.
+pub(super) fn needed(source: &Tree, plan: &Plan, there: &dyn Fn(&Entry) -> u64) -> Need {
+    let mut need = Need::default();
+    for action in plan.actions.iter().filter(|action| action.change != Change::MetadataOnly) {
+        let entry = &source.entries()[action.index as usize];
+        let size = entry.file().map_or(0, |(size, _)| size);
+        let (bytes, inodes) = match &action.need {
+            plan::Need::Content { resume_at } => {
+                (size.saturating_sub(there(entry).max(*resume_at)), u64::from(*resume_at == 0))
+            }
+            plan::Need::Nothing => (0, 1),
+            // It may turn out to be there.
+            plan::Need::Compare { .. } => (0, 0),
+        };
+        need.bytes = need.bytes.saturating_add(bytes);
+        need.inodes += inodes;
+    }
+    need
 }
 
 #[cfg(test)]

@@ -1,34 +1,28 @@
 //! A tree on this machine as a source: scanned, then read in one pass over each byte.
 
-use std::collections::VecDeque;
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::collections::HashMap;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{Advice, SeekFrom as Sparse};
-use sha2::{Digest as _, Sha256};
+use sha2::Sha256;
 
 use super::looked::Looked;
 use super::place::Place;
-use crate::endpoint::{
-    BEING_PUBLISHED, BLOCK_BYTES, Block, Error, Fetch, Links, Produced, Reader, SMALL_FILE_BYTES, Scan, ScanOptions,
-    Source,
-};
-use crate::filter::Filter;
+use super::reader::{LocalReader, Opened, changed, is_as_scanned, unreadable};
+use crate::endpoint::delta::{Beginning, DELTA_BYTES_MIN};
+use crate::endpoint::{BEING_PUBLISHED, Error, Links, Produced, Reader, Scan, ScanOptions, Source};
+use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Content, Digest, Entry, Tree};
-use crate::monitor::cpu::{Stage, spend};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::plan::trail::Stop;
-use crate::root::{FileKind, Fingerprint, Follow, Metadata, Root, Seen};
+use crate::root::{Fingerprint, Follow, Metadata, Root, Seen};
 use crate::scan::cache::DigestCache;
+use crate::scan::prefixes::Prefix;
 use crate::scan::{self, LinkRule, ScanRule};
 use crate::staging;
-
-/// How many bytes of zeros are hashed at a time for a hole.
-const ZEROS: &[u8] = &[0; 64 * 1024];
 
 /// A directory of this machine as a source. Nothing is ever written to it.
 #[derive(Debug)]
@@ -41,6 +35,14 @@ pub struct LocalSource {
     scanned: Mutex<Arc<Looked>>,
     /// Whoever stores digests: the database is opened by one alone.
     storing: Mutex<()>,
+    growing: Growing,
+}
+
+/// Of files that only grow: what is gone on after, by their index, and what they held that were read.
+#[derive(Debug, Default)]
+struct Growing {
+    after: Mutex<HashMap<u32, Prefix>>,
+    read: Mutex<Vec<((u64, u64), Prefix)>>,
 }
 
 impl LocalSource {
@@ -74,8 +76,9 @@ impl LocalSource {
                 made.then(|| directory.join(format!("digests-{:x}-{:x}.redb", at.device, at.inode)))
             }
         };
-        let scanned = Mutex::new(Arc::new(Looked { metadata: Vec::new(), at: UNIX_EPOCH }));
-        Ok(LocalSource { root, called: place.called(), cache_file, scanned, storing: Mutex::default() })
+        let looked = Looked { metadata: Vec::new(), at: UNIX_EPOCH, but_growing: None };
+        let (scanned, storing) = (Mutex::new(Arc::new(looked)), Mutex::default());
+        Ok(LocalSource { root, called: place.called(), cache_file, scanned, storing, growing: Growing::default() })
     }
 }
 
@@ -100,7 +103,11 @@ impl Source for LocalSource {
     }
 
     fn scan(&self, options: &ScanOptions, monitor: &dyn Monitor) -> Result<Scan, Error> {
-        let filter = Filter::compile(&options.filter).map_err(|error| Error::Usage(crate::error::chain(&error)))?;
+        let compile =
+            |filter: &FilterSpec| Filter::compile(filter).map_err(|error| Error::Usage(crate::error::chain(&error)));
+        let filter = compile(&options.filter)?;
+        let growing = Some(&options.append_only).filter(|globs| !globs.is_empty());
+        let growing = growing.map(|globs| compile(&FilterSpec { rules: globs.clone(), only: None })).transpose()?;
         let links = match options.links {
             Links::Safe => LinkRule::Safe,
             Links::All => LinkRule::All,
@@ -130,7 +137,7 @@ impl Source for LocalSource {
         if !options.hash_all {
             self.known_as_target(&mut scanned);
         }
-        self.believe(Arc::new(Looked { metadata: scanned.metadata, at: SystemTime::now() }));
+        self.believe(Arc::new(Looked { metadata: scanned.metadata, at: SystemTime::now(), but_growing: growing }));
         Ok(Scan { tree: scanned.tree, problems: scanned.problems })
     }
 
@@ -147,12 +154,31 @@ impl Source for LocalSource {
     fn remember(&self, tree: &Tree, digests: &[(u32, Digest)]) {
         let looked = self.looked();
         self.keep(looked.known(tree, digests), looked.at);
+        self.keep_prefixes();
     }
+
+    fn begins_with(&self, tree: &Tree, index: u32, beginning: Beginning) -> bool {
+        let known = || {
+            let opened = self.open(tree, index).ok().filter(|opened| opened.grows)?;
+            let before = &opened.before;
+            let cache = DigestCache(self.cache_file.as_deref().filter(|_| beginning.length <= before.size)?);
+            let kept = cache.prefixes((before.device, before.inode));
+            let prefix = kept.into_iter().find(|prefix| prefix.beginning == beginning)?;
+            prefix.ends_with(&opened.last_before(beginning.length).ok()?).then_some(prefix)
+        };
+        let Some(prefix) = known() else { return false };
+        lock(&self.growing.after).insert(index, prefix);
+        true
+    }
+}
+
+fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
+    what.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl LocalSource {
     pub(in crate::endpoint) fn reads(&self, tree: Arc<Tree>) -> LocalReader<'_> {
-        LocalReader { source: self, tree, waiting: VecDeque::new(), current: None }
+        LocalReader::new(self, tree)
     }
 
     /// Which directory it is: device and inode.
@@ -162,12 +188,12 @@ impl LocalSource {
 
     /// What the last scan looked at.
     pub(in crate::endpoint) fn looked(&self) -> Arc<Looked> {
-        Arc::clone(&self.scanned.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+        Arc::clone(&lock(&self.scanned))
     }
 
     /// Takes a scan for its own.
     pub(in crate::endpoint) fn believe(&self, looked: Arc<Looked>) {
-        *self.scanned.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = looked;
+        *lock(&self.scanned) = looked;
     }
 
     /// Keeps digests for later runs; true where that was done.
@@ -177,9 +203,33 @@ impl LocalSource {
         looked: SystemTime,
     ) -> bool {
         let Some(file) = &self.cache_file else { return false };
-        let _turn = self.storing.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _turn = lock(&self.storing);
         // A cache that cannot be written makes the next run slower, not wrong.
         DigestCache(file).store(known, looked).is_ok()
+    }
+
+    /// The hash of what the file at `index` begins with, where that was found out.
+    pub(super) fn hash_after(&self, index: u32, beginning: Beginning) -> Option<Sha256> {
+        lock(&self.growing.after).remove(&index).filter(|prefix| prefix.beginning == beginning)?.hash()
+    }
+
+    /// All of a file that only grows was read.
+    pub(super) fn note(&self, opened: &Opened, hash: &Sha256) -> io::Result<()> {
+        let Metadata { size, device, inode, .. } = opened.before;
+        if size >= DELTA_BYTES_MIN && self.cache_file.is_some() {
+            let prefix = Prefix::new(size, hash, &opened.last_before(size)?);
+            lock(&self.growing.read).push(((device, inode), prefix));
+        }
+        Ok(())
+    }
+
+    /// Keeps what files held that only grow and were read.
+    pub(in crate::endpoint) fn keep_prefixes(&self) {
+        let read = std::mem::take(&mut *lock(&self.growing.read));
+        if let Some(file) = self.cache_file.as_deref().filter(|_| !read.is_empty()) {
+            let _turn = lock(&self.storing);
+            let _ = DigestCache(file).store_prefixes(&read);
+        }
     }
 
     /// Opens a regular file of the tree, as long as it is what was scanned.
@@ -188,276 +238,25 @@ impl LocalSource {
         let entry = tree.entries().get(index as usize).ok_or_else(missing)?;
         let Content::File { size, .. } = entry.content else { return Err(missing()) };
         let file = self.root.open_read(&entry.path, Follow::Never).map_err(|error| unreadable(index, &error))?;
-        let before = Metadata::of(&file).map_err(|error| unreadable(index, &error))?;
+        let now = Metadata::of(&file).map_err(|error| unreadable(index, &error))?;
+        let grows = self.looked().grows(&entry.path);
         // RACE: the path may have got another file, even a FIFO, since the scan; that file is not what was planned.
-        if !is_as_scanned(entry, size, &before) {
+        if !is_as_scanned(entry, size, grows, &now) {
             return Err(changed(index));
         }
-        Ok(Opened { file, sparse: before.allocated < before.size, before })
-    }
-}
-
-/// A file of the source that is open, and what stat said of it then.
-pub(in crate::endpoint) struct Opened {
-    file: File,
-    pub(in crate::endpoint) before: Metadata,
-    sparse: bool,
-}
-
-/// A piece of a file.
-#[derive(Debug)]
-pub(in crate::endpoint) enum Piece {
-    Data(Block),
-    /// So many zeros, which are not stored.
-    Hole(u64),
-}
-
-impl Piece {
-    pub(in crate::endpoint) fn length(&self) -> u64 {
-        match self {
-            Piece::Data(block) => block.data().len() as u64,
-            Piece::Hole(length) => *length,
-        }
-    }
-
-    /// The same once more, not copied.
-    pub(in crate::endpoint) fn share(&mut self) -> Piece {
-        match self {
-            Piece::Data(block) => Piece::Data(block.share()),
-            Piece::Hole(length) => Piece::Hole(*length),
-        }
-    }
-
-    pub(in crate::endpoint) fn hash(&self, hash: &mut Sha256) {
-        spend(Stage::Hash, || match self {
-            Piece::Data(block) => hash.update(block.data()),
-            Piece::Hole(length) => {
-                let mut left = *length;
-                while left > 0 {
-                    let part = left.min(ZEROS.len() as u64);
-                    hash.update(&ZEROS[..part as usize]);
-                    left -= part;
-                }
-            }
-        });
-    }
-
-    pub(in crate::endpoint) fn at(self, index: u32, offset: u64) -> Produced {
-        match self {
-            Piece::Data(block) => Produced::Data { index, offset, block },
-            Piece::Hole(length) => Produced::Hole { index, offset, length },
-        }
-    }
-}
-
-/// Reads one file after the other.
-pub(in crate::endpoint) struct LocalReader<'a> {
-    source: &'a LocalSource,
-    tree: Arc<Tree>,
-    waiting: VecDeque<Fetch>,
-    current: Option<Open>,
-}
-
-/// A large file that is being read.
-struct Open {
-    fetch: Fetch,
-    opened: Opened,
-    hash: Sha256,
-    offset: u64,
-}
-
-impl Reader for LocalReader<'_> {
-    fn wants_more(&self) -> bool {
-        self.waiting.is_empty() && self.current.is_none()
-    }
-
-    fn push(&mut self, fetch: Fetch) {
-        self.waiting.push_back(fetch);
-    }
-
-    fn next(&mut self) -> Result<Option<Produced>, Error> {
-        if let Some(mut open) = self.current.take() {
-            return Ok(Some(match open.next() {
-                Ok(produced) => {
-                    if !matches!(produced, Produced::End { .. } | Produced::Failed { .. }) {
-                        self.current = Some(open);
-                    }
-                    produced
-                }
-                Err(error) => unreadable(open.fetch.index, &error),
-            }));
-        }
-        let Some(fetch) = self.waiting.pop_front() else { return Ok(None) };
-        Ok(Some(self.start(fetch).unwrap_or_else(|failure| failure)))
-    }
-}
-
-pub(in crate::endpoint) fn unreadable(index: u32, error: &dyn std::error::Error) -> Produced {
-    Produced::Failed { index, message: crate::error::chain(error), retry: false }
-}
-
-pub(in crate::endpoint) fn changed(index: u32) -> Produced {
-    let message = "changed while it was read; push again when its writer has finished".to_owned();
-    Produced::Failed { index, message, retry: true }
-}
-
-impl LocalReader<'_> {
-    /// Opens a file and produces its first piece.
-    fn start(&mut self, fetch: Fetch) -> Result<Produced, Produced> {
-        let index = fetch.index;
-        let mut opened = self.source.open(&self.tree, index)?;
-        if opened.before.size <= SMALL_FILE_BYTES && fetch.from == 0 {
-            return whole(fetch, &mut opened).map_err(|error| unreadable(index, &error));
-        }
-        opened.is_read_on();
-        if let Some(expected) = fetch.unless {
-            let digest = hash_to(&mut opened.file, u64::MAX).map_err(|error| unreadable(index, &error))?.finalize();
-            if digest[..] == expected.0 {
-                let same = opened.is_unchanged().map_err(|error| unreadable(index, &error))?;
-                return if same { Ok(Produced::Same { index, digest: expected }) } else { Err(changed(index)) };
-            }
-            opened.file.rewind().map_err(|error| unreadable(index, &error))?;
-        }
-        let hash = hash_to(&mut opened.file, fetch.from).map_err(|error| unreadable(index, &error))?;
-        let mut open = Open { fetch, opened, hash, offset: fetch.from };
-        let produced = open.next().map_err(|error| unreadable(index, &error))?;
-        if !matches!(produced, Produced::End { .. } | Produced::Failed { .. }) {
-            self.current = Some(open);
-        }
-        Ok(produced)
-    }
-}
-
-fn is_as_scanned(entry: &Entry, size: u64, now: &Metadata) -> bool {
-    now.kind == FileKind::Regular && now.size == size && now.mtime == entry.mtime
-}
-
-/// A small file in one read.
-fn whole(fetch: Fetch, opened: &mut Opened) -> io::Result<Produced> {
-    let index = fetch.index;
-    let Some(block) = opened.whole()? else { return Ok(changed(index)) };
-    Ok(produced_whole(fetch, hashed(&block), block))
-}
-
-/// The digest of a whole file.
-pub(in crate::endpoint) fn hashed(block: &Block) -> Digest {
-    Digest(spend(Stage::Hash, || Sha256::digest(block.data())).into())
-}
-
-/// A small file, unless the target has it.
-pub(in crate::endpoint) fn produced_whole(fetch: Fetch, digest: Digest, block: Block) -> Produced {
-    let index = fetch.index;
-    if fetch.unless == Some(digest) {
-        Produced::Same { index, digest }
-    } else {
-        Produced::Whole { index, block, digest }
-    }
-}
-
-/// Hashes from where `file` stands to `end`, or to its end where that comes first.
-fn hash_to(file: &mut File, end: u64) -> io::Result<Sha256> {
-    let mut hash = Sha256::new();
-    if end == 0 {
-        return Ok(hash);
-    }
-    let mut buffer = vec![0; BLOCK_BYTES];
-    let mut left = end;
-    while left > 0 {
-        let wanted = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        match spend(Stage::Read, || file.read(&mut buffer[..wanted])) {
-            Ok(0) => break,
-            Ok(read) => {
-                spend(Stage::Hash, || hash.update(&buffer[..read]));
-                left -= read as u64;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(hash)
-}
-
-impl Open {
-    fn next(&mut self) -> io::Result<Produced> {
-        let (index, offset) = (self.fetch.index, self.offset);
-        if offset >= self.opened.before.size {
-            return self.end();
-        }
-        let Some(piece) = self.opened.piece(offset, u64::MAX)? else { return Ok(changed(index)) };
-        piece.hash(&mut self.hash);
-        self.offset += piece.length();
-        Ok(piece.at(index, offset))
-    }
-
-    fn end(&mut self) -> io::Result<Produced> {
-        let index = self.fetch.index;
-        if !self.opened.is_unchanged()? {
-            return Ok(changed(index));
-        }
-        let digest = Digest(std::mem::take(&mut self.hash).finalize().into());
-        Ok(Produced::End { index, digest })
-    }
-}
-
-impl Opened {
-    /// It will be read from one end to the other.
-    pub(in crate::endpoint) fn is_read_on(&self) {
-        let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::Sequential);
-    }
-
-    /// Whether it is still what it was when it was opened.
-    pub(in crate::endpoint) fn is_unchanged(&self) -> io::Result<bool> {
-        Ok(Metadata::of(&self.file)?.same_content(&self.before))
-    }
-
-    /// All of a small file; `None` where it changed.
-    pub(in crate::endpoint) fn whole(&mut self) -> io::Result<Option<Block>> {
-        spend(Stage::Read, || {
-            let size = self.before.size;
-            let mut block = Block::with_capacity(size as usize + 1);
-            // One byte more than the size shows whether the file has grown.
-            let read = (&mut self.file).take(size + 1).read_to_end(block.buffer_mut())? as u64;
-            Ok((read == size && self.is_unchanged()?).then_some(block))
-        })
-    }
-
-    /// What is at `offset`, at most `most` bytes of it, which are at least one; `None` where the file is shorter than it was.
-    pub(in crate::endpoint) fn piece(&mut self, offset: u64, most: u64) -> io::Result<Option<Piece>> {
-        spend(Stage::Read, || {
-            if self.sparse
-                && let Some(length) = self.hole(offset)?
-            {
-                return Ok(Some(Piece::Hole(length.min(most))));
-            }
-            let wanted = (self.before.size - offset).min(BLOCK_BYTES as u64).min(most);
-            let mut block = Block::with_capacity(wanted as usize);
-            self.file.seek(SeekFrom::Start(offset))?;
-            let read = (&mut self.file).take(wanted).read_to_end(block.buffer_mut())? as u64;
-            // Shorter than it was: cut off while it was read.
-            Ok((read == wanted).then_some(Piece::Data(block)))
-        })
-    }
-
-    /// The length of the hole at `offset`, when there is one worth leaving.
-    fn hole(&mut self, offset: u64) -> io::Result<Option<u64>> {
-        let data = match rustix::fs::seek(&self.file, Sparse::Data(offset)) {
-            Ok(data) => data.min(self.before.size),
-            // Nothing but a hole up to the end.
-            Err(rustix::io::Errno::NXIO) => self.before.size,
-            Err(_) => {
-                self.sparse = false;
-                offset
-            }
-        };
-        // At most 1 GiB at once, so that progress and cancelling stay alive while zeros are hashed.
-        Ok((data > offset).then(|| (data - offset).min(1 << 30)))
+        // What has come since is for the next run.
+        let before = Metadata { size, mtime: entry.mtime, ..now };
+        Ok(Opened { file, sparse: now.allocated < now.size, before, grows })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::endpoint::{BLOCK_BYTES, Fetch, SMALL_FILE_BYTES};
     use crate::monitor::Silent;
+    use sha2::Digest as _;
+    use std::fs::File;
     use std::io::Write;
     use std::os::unix::fs::FileExt;
 
@@ -510,14 +309,14 @@ mod tests {
             std::fs::write(directory.path().join("f"), &data).unwrap();
             let (source, tree) = scanned(directory.path());
             for from in [0, size / 2, size] {
-                let pieces = read(&source, &tree, Fetch { index: 0, from, unless: None });
+                let pieces = read(&source, &tree, Fetch { from, ..Fetch::of(0) });
                 let (content, digest) = put_together(&pieces, from);
                 assert_eq!(digest, Some(sha256(&data)), "{size} from {from}");
                 assert!(content == data[from as usize..], "{size} from {from}");
             }
-            let pieces = read(&source, &tree, Fetch { index: 0, from: 0, unless: Some(sha256(&data)) });
+            let pieces = read(&source, &tree, Fetch { unless: Some(sha256(&data)), ..Fetch::of(0) });
             assert!(matches!(pieces[..], [Produced::Same { .. }]), "{size}");
-            let pieces = read(&source, &tree, Fetch { index: 0, from: 0, unless: Some(sha256(b"other")) });
+            let pieces = read(&source, &tree, Fetch { unless: Some(sha256(b"other")), ..Fetch::of(0) });
             assert!(put_together(&pieces, 0).0 == data, "{size}");
         }
     }
@@ -530,7 +329,7 @@ mod tests {
         file.write_all_at(b"data", 20 << 20).unwrap();
         drop(file);
         let (source, tree) = scanned(directory.path());
-        let pieces = read(&source, &tree, Fetch { index: 0, from: 0, unless: None });
+        let pieces = read(&source, &tree, Fetch::of(0));
         assert!(pieces.iter().any(|piece| matches!(piece, Produced::Hole { .. })));
         let (content, digest) = put_together(&pieces, 0);
         assert!(content == std::fs::read(directory.path().join("f")).unwrap());
@@ -546,7 +345,7 @@ mod tests {
         // Between the scan and the opening.
         let (source, tree) = scanned(directory.path());
         File::options().append(true).open(&path).unwrap().write_all(b"x").unwrap();
-        assert!(failed(read(&source, &tree, Fetch { index: 0, from: 0, unless: None }).pop()));
+        assert!(failed(read(&source, &tree, Fetch::of(0)).pop()));
         // While it is read: other bytes, fewer bytes, more bytes.
         type Edit = fn(&File);
         let edits: [Edit; 3] = [
@@ -558,7 +357,7 @@ mod tests {
             std::fs::write(&path, vec![1; 3 * BLOCK_BYTES]).unwrap();
             let (source, tree) = scanned(directory.path());
             let mut reader = source.reader(tree).unwrap();
-            reader.push(Fetch { index: 0, from: 0, unless: None });
+            reader.push(Fetch::of(0));
             assert!(matches!(reader.next().unwrap(), Some(Produced::Data { .. })));
             // The clock of file times ticks every few milliseconds.
             std::thread::sleep(std::time::Duration::from_millis(20));
@@ -566,6 +365,54 @@ mod tests {
             let last = std::iter::from_fn(|| reader.next().unwrap()).last();
             assert!(failed(last));
         }
+    }
+
+    #[test]
+    fn of_a_file_that_only_grows_what_was_read_is_gone_on_after() {
+        let (directory, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let path = directory.path().join("run.log");
+        let options = ScanOptions { append_only: vec!["*.log".into()], ..ScanOptions::default() };
+        let scanned = || {
+            let source = LocalSource::new(directory.path(), Some(state.path())).unwrap();
+            let tree = Arc::new(source.scan(&options, &Silent::default()).unwrap().tree);
+            (source, tree)
+        };
+        let (mut data, mut beginnings) = (Vec::new(), Vec::new());
+        for round in 0..3_u64 {
+            data.extend((0..2_000_000_u64 + round).map(|at| ((at * at) >> 5) as u8));
+            std::fs::write(&path, &data).unwrap();
+            let (source, tree) = scanned();
+            for &beginning in &beginnings {
+                assert!(source.begins_with(&tree, 0, beginning));
+                let pieces = read(&source, &tree, Fetch { after: Some(beginning), ..Fetch::of(0) });
+                let (rest, digest) = put_together(&pieces, beginning.length);
+                assert_eq!((&rest[..], digest), (&data[beginning.length as usize..], Some(sha256(&data))));
+            }
+            let whole = Beginning { length: data.len() as u64, digest: sha256(&data) };
+            assert!(round > 0 || !source.begins_with(&tree, 0, whole));
+            read(&source, &tree, Fetch::of(0));
+            source.remember(&tree, &[(0, whole.digest)]);
+            beginnings.push(whole);
+        }
+        // Not what has other last bytes, is shorter, or is another file; nor what nobody said anything of.
+        let (source, tree) = scanned();
+        let begins = |(source, tree): &(LocalSource, Arc<Tree>)| {
+            [0, 1, 2].map(|at| source.begins_with(tree, 0, beginnings[at])) == [true; 3]
+        };
+        assert!(begins(&(source, tree)));
+        let plain = LocalSource::new(directory.path(), Some(state.path())).unwrap();
+        let tree = Arc::new(plain.scan(&ScanOptions::default(), &Silent::default()).unwrap().tree);
+        assert!(!plain.begins_with(&tree, 0, beginnings[0]));
+        File::options().write(true).open(&path).unwrap().write_at(b"x", beginnings[1].length - 1000).unwrap();
+        let (source, tree) = scanned();
+        assert_eq!([0, 1, 2].map(|at| source.begins_with(&tree, 0, beginnings[at])), [true, false, true]);
+        File::options().write(true).open(&path).unwrap().set_len(beginnings[0].length + 1).unwrap();
+        let (source, tree) = scanned();
+        assert_eq!([0, 1, 2].map(|at| source.begins_with(&tree, 0, beginnings[at])), [true, false, false]);
+        std::fs::rename(&path, directory.path().join("old")).unwrap();
+        std::fs::copy(directory.path().join("old"), &path).unwrap();
+        let (source, tree) = scanned();
+        assert!((0..2).all(|index| !source.begins_with(&tree, index, beginnings[0])));
     }
 
     #[test]

@@ -13,7 +13,8 @@ use crate::codec::chunks::{Alike, BLOCK_LENGTH, Chunk, ChunkId, Cut};
 use crate::manifest::Digest;
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root, RootError};
-use crate::staging::{Kept, STATE_BYTES, STATE_EVERY, store_beside_manifest};
+use crate::scan::prefixes::STATE_BYTES;
+use crate::staging::{Kept, STATE_EVERY, store_beside_manifest};
 
 const DIRECTORY: &str = ".lockstep/sums";
 const MAGIC: &[u8; 16] = b"lockstep sums 1\n";

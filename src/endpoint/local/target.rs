@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::alike::{self, Candidate};
+use super::append::Former;
 use super::area::Area;
 use super::by_index::ByIndex;
 use super::links::{self, Confined};
@@ -25,7 +26,7 @@ use crate::filter::{Filter, FilterSpec, Reach};
 use crate::manifest::{Digest, Entry, Manifest, Tree};
 use crate::monitor::{Event, Monitor, Problem, Severity};
 use crate::path::RelPath;
-use crate::plan::{Change, Compare, Desired, Need, Plan, diff, require_proof};
+use crate::plan::{Compare, Desired, Plan, diff, require_proof};
 use crate::policy::acl::Principal;
 use crate::policy::{Decision, Policy, PolicySpec, Sender};
 use crate::root::{FileKind, Fingerprint, Metadata, Root, RootError, Seen};
@@ -63,6 +64,8 @@ pub(super) struct Run {
     pub(super) ids: Ids,
     pub(super) last: Filter,
     pub(super) units: Filter,
+    /// Does not admit what only grows.
+    but_growing: Filter,
     state: Mutex<State>,
     refusals: Mutex<Refusals>,
     _lock: Option<RootLock>,
@@ -82,6 +85,8 @@ pub(super) struct State {
     pub(super) old_digest: Digest,
     /// Files whose content is staged and proven, and what they are there.
     pub(super) staged: RefCell<ByIndex<Staged>>,
+    /// Files of which only what is new is staged, and what they were.
+    pub(super) grown: BTreeMap<u32, Former>,
     /// Files whose content was found at the target.
     pub(super) kept: ByIndex<Digest>,
     /// Links that are not made, and why.
@@ -172,8 +177,10 @@ impl Target for LocalTarget {
         let policy = Policy::of_both(&self.policy, &options.policy, sent_by).map_err(|error| usage(&error))?;
         let rules = POINTERS.iter().map(|&name| name.to_owned()).chain(options.last.iter().cloned()).collect();
         let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
-        let units = FilterSpec { rules: options.units.clone(), only: None };
-        let units = Filter::compile(&units).map_err(|error| usage(&error))?;
+        let compile = |globs: &Vec<String>| {
+            Filter::compile(&FilterSpec { rules: globs.clone(), only: None }).map_err(|error| usage(&error))
+        };
+        let (units, but_growing) = (compile(&options.units)?, compile(&options.append_only)?);
         let Some((root, birth, mut lock)) = self.enter(options, monitor)? else {
             // A dry run on nothing: compared with an empty directory that is never written to.
             *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
@@ -217,6 +224,7 @@ impl Target for LocalTarget {
             ids: Ids::default(),
             last,
             units,
+            but_growing,
             state: Mutex::default(),
             refusals: Mutex::default(),
             _lock: lock,
@@ -341,6 +349,11 @@ impl Run {
         }
     }
 
+    /// Whether what is staged is published by this run itself.
+    pub(super) fn publishes(&self) -> bool {
+        self.area() == Area::Run && !self.options.forbidden.change
+    }
+
     /// Where a file or link is staged. Pointers lie apart: they are published by themselves.
     pub(super) fn staged_path(&self, path: &RelPath) -> Result<RelPath, Error> {
         staged_in(if self.is_last(path) { b"last/" } else { b"tree/" }, path)
@@ -365,6 +378,11 @@ impl Run {
         // What is lockstep's own takes part in nothing, and is no unit for that.
         let own_state = |above: &RelPath| above.components().any(|name| name == STATE.as_bytes());
         path.ancestors().chain(own).find(|above| !own_state(above) && !self.units.admits(above, true))
+    }
+
+    /// Whether the sender says of the file at `path` that it only grows.
+    pub(super) fn grows(&self, path: &RelPath) -> bool {
+        !self.options.append_only.is_empty() && !self.but_growing.admits(path, false)
     }
 
     /// The permissions that an entry gets when it is new.
@@ -488,12 +506,14 @@ impl Run {
             // What has to go makes room for what comes.
             trash::collect(&self.root, keep, monitor);
         }
-        let alike = match self.options.delta {
+        let mut alike = match self.options.delta || !self.options.append_only.is_empty() {
             true => alike::find(source, (&target, &scanned.metadata), &old_manifest.tree, &plan),
             false => BTreeMap::new(),
         };
+        alike.retain(|&at, _| self.options.delta || self.grows(&source.entries()[at as usize].path));
         plan.alike = alike.keys().copied().collect();
-        let need = needed(source, &plan);
+        let there = |entry: &Entry| target.get(&entry.path).and_then(Entry::file).filter(|_| self.grows(&entry.path));
+        let need = room::needed(source, &plan, &|entry| there(entry).map_or(0, |(size, _)| size));
         if !self.options.ignore_free_space
             && let Err(error) = room::check(&self.root, need)
         {
@@ -526,26 +546,9 @@ impl Run {
     }
 }
 
-fn staged_in(tree: &[u8], path: &RelPath) -> Result<RelPath, Error> {
+pub(super) fn staged_in(tree: &[u8], path: &RelPath) -> Result<RelPath, Error> {
     let staged = RelPath::new([tree, path.as_bytes()].concat());
     staged.map_err(|error| Error::Refused { by: "the staging directory".into(), reason: error.to_string() })
-}
-
-/// What is not staged yet.
-pub(super) fn needed(source: &Tree, plan: &Plan) -> room::Need {
-    let mut need = room::Need::default();
-    for action in plan.actions.iter().filter(|action| action.change != Change::MetadataOnly) {
-        let size = source.entries()[action.index as usize].file().map_or(0, |(size, _)| size);
-        let (bytes, inodes) = match &action.need {
-            Need::Content { resume_at } => (size.saturating_sub(*resume_at), u64::from(*resume_at == 0)),
-            Need::Nothing => (0, 1),
-            // It may turn out to be there.
-            Need::Compare { .. } => (0, 0),
-        };
-        need.bytes = need.bytes.saturating_add(bytes);
-        need.inodes += inodes;
-    }
-    need
 }
 
 pub(super) fn is_full(error: &std::io::Error) -> bool {

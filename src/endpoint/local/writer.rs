@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::alike::Opened;
+use super::append::{self, Former};
 use super::room::{self, Need};
 use super::sums;
 use super::target::{self, Run};
@@ -11,7 +12,7 @@ use crate::endpoint::delta::Within;
 use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::path::RelPath;
-use crate::root::{Root, RootError};
+use crate::root::{Metadata, Root, RootError};
 use crate::staging::{StageError, StagedFile};
 
 /// Writes what it is given at once: a completion is there as soon as a call has returned.
@@ -23,6 +24,8 @@ pub(super) struct LocalWriter {
     open: HashMap<u32, StagedFile>,
     /// What files are made of that the target has.
     alike: HashMap<u32, Copied>,
+    /// Files that are appended to, if all that is there is what they begin with.
+    growing: HashMap<u32, Growing>,
     /// Files that failed before their end; what else comes for them is dropped.
     broken: HashMap<u32, WriteFailure>,
     done: Vec<Staged>,
@@ -34,6 +37,13 @@ struct Copied {
     from: Opened,
     /// What is copied from its start on is hashed when something else follows.
     later: bool,
+}
+
+/// A file that is appended to.
+struct Growing {
+    former: Former,
+    /// So much of what is there it begins with, as far as it was told.
+    taken: u64,
 }
 
 fn full(error: &StageError, staging: &Root, need: Need) -> Error {
@@ -59,6 +69,7 @@ impl LocalWriter {
             beside: None,
             open: HashMap::new(),
             alike: HashMap::new(),
+            growing: HashMap::new(),
             broken: HashMap::new(),
             done: Vec::new(),
         }
@@ -88,6 +99,7 @@ impl LocalWriter {
 
     fn break_off(&mut self, index: u32, error: &StageError) -> Result<(), Error> {
         self.open.remove(&index);
+        self.growing.remove(&index);
         let failure = self.failure(error)?;
         self.broken.insert(index, failure);
         Ok(())
@@ -134,6 +146,58 @@ impl LocalWriter {
         })
     }
 
+    /// Whether what is copied to `offset` stays where it is, in a file that what follows is put at the end of.
+    fn grows(&mut self, index: u32, offset: u64, length: u64, from: Within) -> Result<bool, Error> {
+        if offset == 0
+            && let Some(alike) = self.alike.get(&index).filter(|_| self.open.contains_key(&index))
+            && let Some(former) = self.run.appends_to(self.entry(index)?.0, &alike.from)
+        {
+            self.growing.insert(index, Growing { former, taken: 0 });
+        }
+        let Some(growing) = self.growing.get_mut(&index) else { return Ok(false) };
+        let end = offset.saturating_add(length);
+        if offset != growing.taken || from != (Within { piece: 0, offset }) || end > growing.former.length {
+            self.take_back(index)?;
+            return Ok(false);
+        }
+        growing.taken = end;
+        let former = growing.former;
+        if end == former.length {
+            self.growing.remove(&index);
+            self.stage_tail(index, former)?;
+        }
+        Ok(true)
+    }
+
+    /// Copies what was to stay where it is.
+    fn take_back(&mut self, index: u32) -> Result<(), Error> {
+        let Some(Growing { taken, .. }) = self.growing.remove(&index) else { return Ok(()) };
+        let Some((staged, alike)) = self.open.get_mut(&index).zip(self.alike.get(&index)) else { return Ok(()) };
+        let copied = staged.copy(0, taken, &alike.from.file, 0, alike.later);
+        copied.map_or_else(|error| self.break_off(index, &error), Ok)
+    }
+
+    /// From now on what follows what is there is staged alone.
+    fn stage_tail(&mut self, index: u32, former: Former) -> Result<(), Error> {
+        let (entry, size) = self.entry(index)?;
+        let Some(alike) = self.alike.get(&index) else { return Ok(()) };
+        self.remove_staged(entry)?;
+        let (path, staging) = (append::tail(&entry.path)?, self.staging()?);
+        let kept = alike.from.kept(&self.run.root);
+        let above = path.parent().map_or(Ok(()), |above| staging.mkdir_all(&above, 0o700));
+        let made = above.and_then(|()| staging.remove_tree(&path)).map_err(StageError::from).and_then(|()| {
+            StagedFile::create_tail(staging, &path, (size, former.length), &alike.from.file, kept.as_ref())
+        });
+        match made {
+            Ok(file) => {
+                self.open.insert(index, file);
+                self.run.state().grown.insert(index, former);
+                Ok(())
+            }
+            Err(error) => self.break_off(index, &error),
+        }
+    }
+
     /// Hashes what was copied without that, before something else follows.
     fn hash(&mut self, index: u32) -> Result<(), Error> {
         let Some(file) = self.open.get_mut(&index).filter(|file| file.is_unhashed()) else { return Ok(()) };
@@ -147,7 +211,15 @@ impl LocalWriter {
         let wanted = self.run.permissions(entry)?;
         let same = alike.as_ref().is_some_and(|alike| alike.from.holds(size, Some(digest)));
         let hashed = if same { Ok(()) } else { hash(&mut file, alike.as_ref(), &self.run.root) };
-        let result = match hashed.and_then(|()| file.finish(digest, &wanted, self.run.options.verify_disk)) {
+        let tail = file.is_tail();
+        // What is appended to has all that it is to have, and is looked at once more.
+        let there = |found: Metadata| match (tail, alike.as_ref().map(|alike| alike.from.unchanged())) {
+            (false, _) => Ok(found),
+            (true, Some(Some(there))) => Ok(there),
+            (true, _) => Err(StageError::Copy("it is not what it was any more".into())),
+        };
+        let finished = hashed.and_then(|()| file.finish(digest, &wanted, self.run.options.verify_disk));
+        let result = match finished.and_then(|(found, sums)| Ok((there(found)?, sums))) {
             Ok((metadata, sums)) => {
                 // Without them the file is read when a part of it changes.
                 let _ = sums.map(|sums| sums::keep(&self.run.root, digest, size, &sums));
@@ -157,6 +229,7 @@ impl LocalWriter {
             }
             Err(error) => {
                 self.remove_staged(entry)?;
+                self.run.state().grown.remove(&index);
                 if matches!(error, StageError::Mismatch { .. }) {
                     self.run.refuse(entry.path.as_bytes(), &crate::error::chain(&error));
                 }
@@ -179,6 +252,8 @@ impl Writer for LocalWriter {
 
     fn open(&mut self, index: u32, resume_at: u64) -> Result<(), Error> {
         self.broken.remove(&index);
+        self.growing.remove(&index);
+        self.run.state().grown.remove(&index);
         match self.start(index, resume_at)? {
             Ok(file) => {
                 self.open.insert(index, file);
@@ -189,6 +264,7 @@ impl Writer for LocalWriter {
     }
 
     fn write(&mut self, index: u32, offset: u64, block: Block) -> Result<(), Error> {
+        self.take_back(index)?;
         self.hash(index)?;
         match self.open.get_mut(&index).map(|file| file.write(offset, block.data())) {
             Some(Err(error)) => self.break_off(index, &error),
@@ -197,6 +273,7 @@ impl Writer for LocalWriter {
     }
 
     fn hole(&mut self, index: u32, offset: u64, length: u64) -> Result<(), Error> {
+        self.take_back(index)?;
         self.hash(index)?;
         match self.open.get_mut(&index).map(|file| file.hole(offset, length)) {
             Some(Err(error)) => self.break_off(index, &error),
@@ -205,6 +282,9 @@ impl Writer for LocalWriter {
     }
 
     fn copy(&mut self, index: u32, offset: u64, length: u64, from: Within) -> Result<(), Error> {
+        if from.piece > 0 {
+            self.take_back(index)?;
+        }
         let (entry, size) = self.entry(index)?;
         let wanted = entry.file().and_then(|(_, digest)| digest);
         if self.alike.get(&index).is_none_or(|alike| alike.piece != from.piece) {
@@ -217,6 +297,9 @@ impl Writer for LocalWriter {
             let opened = self.run.open_alike(index, from.piece).map(made);
             self.alike.extend(opened.map(|opened| (index, opened)));
         }
+        if self.grows(index, offset, length, from)? {
+            return Ok(());
+        }
         let Some(staged) = self.open.get_mut(&index) else { return Ok(()) };
         let copied = match self.alike.get(&index) {
             Some(alike) => staged.copy(offset, length, &alike.from.file, from.offset, alike.later),
@@ -226,6 +309,7 @@ impl Writer for LocalWriter {
     }
 
     fn finish(&mut self, index: u32, digest: Digest) -> Result<(), Error> {
+        self.take_back(index)?;
         if let Some(file) = self.open.remove(&index) {
             return self.conclude(index, file, digest);
         }
@@ -256,6 +340,7 @@ impl Writer for LocalWriter {
     fn discard(&mut self, index: u32) -> Result<(), Error> {
         self.alike.remove(&index);
         self.open.remove(&index);
+        self.growing.remove(&index);
         self.broken.remove(&index);
         let (entry, _) = self.entry(index)?;
         self.remove_staged(entry)

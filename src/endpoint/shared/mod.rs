@@ -9,6 +9,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use super::delta::Beginning;
 use super::local::LocalSource;
 use super::{Error, Reader, Scan, ScanOptions, Source};
 use crate::manifest::{Digest, Tree};
@@ -100,10 +101,15 @@ impl Source for View {
         }
     }
 
+    fn begins_with(&self, tree: &Tree, index: u32, beginning: Beginning) -> bool {
+        self.source.begins_with(tree, index, beginning)
+    }
+
     fn remember(&self, tree: &Tree, digests: &[(u32, Digest)]) {
         if self.common.is_alone() {
             return self.source.remember(tree, digests);
         }
+        self.source.keep_prefixes();
         let looked = self.source.looked();
         let mut known: Vec<_> = looked.known(tree, digests).filter(|(file, _)| is_settled(*file, looked.at)).collect();
         let _turn = self.common.storing.lock().unwrap_or_else(PoisonError::into_inner);

@@ -59,13 +59,15 @@ impl<'a> SharedReader<'a> {
         let failed = |error: io::Error| unreadable(index, &error);
         let again = self.asks_again(index);
         let mut opened = self.source.open(&self.tree, index)?;
-        if !is_settled(&opened.before, SystemTime::now()) && opened.before.size >= WORTH_WAITING_BYTES {
+        let settles = !opened.grows && opened.before.size >= WORTH_WAITING_BYTES;
+        if settles && !is_settled(&opened.before, SystemTime::now()) {
             std::thread::sleep(GRANULARITY + Duration::from_millis(1));
             opened = self.source.open(&self.tree, index)?;
         }
         // RACE: what is written within the tick of the clock that the file has its time of does not show. Nobody is given
         // what another read then; and who asks again found that what he got was wrong.
-        if again || !is_settled(&opened.before, SystemTime::now()) {
+        // Of what grows each target may have another beginning.
+        if again || opened.grows || !is_settled(&opened.before, SystemTime::now()) {
             drop(opened);
             self.alone.push(fetch);
             let produced = self.alone.next().map_err(|error| unreadable(index, &error))?;

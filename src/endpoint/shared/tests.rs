@@ -70,7 +70,7 @@ impl<'a> Taker<'a> {
     }
 
     fn whole(view: &'a View, tree: &Arc<Tree>) -> Taker<'a> {
-        Taker::new(view, tree, Fetch { index: 0, from: 0, unless: None })
+        Taker::new(view, tree, Fetch::of(0))
     }
 
     /// Takes a piece; false at the end.
@@ -143,21 +143,21 @@ fn small_files_are_read_once_and_a_run_that_is_over_is_not_waited_for() {
     let [first, second, third] = [(); 3].map(|()| view(&shared, at.path()));
     let tree = scanned(&first);
     for (index, content) in [(0, &b"content"[..]), (1, b"")] {
-        let fetch = Fetch { index, from: 0, unless: None };
+        let fetch = Fetch::of(index);
         let takers = [&first, &second, &third].map(|view| Taker::new(view, &tree, fetch).rest());
         takers.iter().for_each(|taker| taker.has(content));
         assert!(takers.iter().all(|taker| taker.places() == takers[0].places()));
         assert_eq!(shared.common.flows.kept_bytes(), 0);
     }
     for (index, content) in [(0, &b"content"[..]), (1, b"")] {
-        let fetch = Fetch { index, from: 0, unless: None };
+        let fetch = Fetch::of(index);
         let same = Taker::new(&first, &tree, Fetch { unless: Some(sha256(content)), ..fetch }).rest();
         assert!(same.same && same.content.is_empty());
         Taker::new(&first, &tree, Fetch { unless: Some(sha256(b"other")), ..fetch }).rest().has(content);
     }
     assert!(shared.common.flows.kept_bytes() > 0, "the others may still want it");
     drop((second, third));
-    let fetch = Fetch { index: 0, from: 0, unless: None };
+    let fetch = Fetch::of(0);
     Taker::new(&first, &tree, fetch).rest().has(b"content");
     drop(first);
     assert_eq!(shared.common.flows.kept_bytes(), 0, "nobody is there who could want anything");
@@ -181,7 +181,7 @@ fn one_that_dies_in_the_middle_harms_nobody_and_one_that_comes_late_need_not_has
     let shared = SharedSource::new(2);
     let views = [(); 2].map(|()| view(&shared, at.path()));
     shared.common.flows.learn(identity(&at.path().join("f")), Digest([7; 32]));
-    let fetch = Fetch { index: 0, from: 0, unless: None };
+    let fetch = Fetch::of(0);
     let mut late = Taker::new(&views[0], &tree, fetch);
     while late.step() {}
     assert!(late.digest == Some(Digest([7; 32])) && late.content == data);
@@ -228,10 +228,10 @@ fn no_more_is_kept_than_may_be_and_who_falls_behind_reads_from_the_disk() {
     let views = [(); 3].map(|()| view(&shared, at.path()));
     let tree = scanned(&views[0]);
     // A run that hangs at another file.
-    let mut hangs = Taker::new(&views[2], &tree, Fetch { index: 2, from: 0, unless: None });
+    let mut hangs = Taker::new(&views[2], &tree, Fetch::of(2));
     assert!(hangs.step());
     for (index, data) in [(0, &first), (1, &second)] {
-        let fetch = Fetch { index, from: 0, unless: None };
+        let fetch = Fetch::of(index);
         let mut ahead = Taker::new(&views[0], &tree, fetch);
         let mut behind = Taker::new(&views[1], &tree, fetch);
         while ahead.step() {
@@ -274,7 +274,7 @@ fn a_comparison_is_made_once_and_what_differs_is_sent_from_the_start() {
     let shared = SharedSource::new(2);
     let views = [(); 2].map(|()| view(&shared, at.path()));
     let tree = scanned(&views[0]);
-    let fetch = |from, unless| Fetch { index: 0, from, unless };
+    let fetch = |from, unless| Fetch { from, unless, ..Fetch::of(0) };
     let same = Taker::new(&views[0], &tree, fetch(0, Some(sha256(&data)))).rest();
     assert!(same.same && same.content.is_empty() && same.digest == Some(sha256(&data)));
     let other = Taker::new(&views[1], &tree, fetch(0, Some(sha256(b"other")))).rest();
@@ -403,7 +403,7 @@ proptest! {
         let tree = scanned(&views[0]);
         let mut takers: Vec<Option<Taker<'_>>> = runs.iter().zip(&views).map(|(run, view)| {
             let unless = run.unless.map(|same| sha256(if same { &data } else { b"other" }));
-            Some(Taker::new(view, &tree, Fetch { index: 0, from: run.from, unless }))
+            Some(Taker::new(view, &tree, Fetch { from: run.from, unless, ..Fetch::of(0) }))
         }).collect();
         let mut steps = vec![0; runs.len()];
         for index in order {
@@ -451,7 +451,7 @@ fn many_threads_read_at_once_and_all_get_the_same() {
                     // Not all in the same order.
                     let index = (turn + number * 7) % tree.entries().len();
                     let data = large.get(index).unwrap_or_else(|| &small[index - large.len()]);
-                    let fetch = Fetch { index: index as u32, from: 0, unless: None };
+                    let fetch = Fetch::of(index as u32);
                     Taker::new(view, tree, fetch).rest().has(data);
                 }
             });

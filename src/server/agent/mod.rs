@@ -415,10 +415,13 @@ impl Control {
             }
             "begin" => {
                 let root = fields.string()?;
-                let wish: BeginOptions = serde_json::from_slice(fields.string()?)?;
+                let mut wish: BeginOptions = serde_json::from_slice(fields.string()?)?;
                 let wait_seconds = wish.wait_seconds.min(self.limits.wait.as_secs());
                 let forbidden = Forbidden { change: !Need::Change.allowed(self.rights), remove: !self.removes() };
-                let delta = wish.delta && Need::Read.allowed(self.rights);
+                // Both say what is there.
+                let reads = Need::Read.allowed(self.rights);
+                let delta = wish.delta && reads;
+                wish.append_only.retain(|_| reads);
                 let options = BeginOptions { peer: true, forbidden, wait_seconds, delta, ..wish };
                 self.must_be_free()?;
                 let target = (self.factory.target)(root)?;
@@ -432,6 +435,8 @@ impl Control {
             "scan" => {
                 let root = fields.string()?;
                 let options: ScanOptions = serde_json::from_slice(fields.string()?)?;
+                // What is read here only grows when somebody here says so.
+                let options = ScanOptions { append_only: Vec::new(), ..options };
                 self.must_be_free()?;
                 let source = (self.factory.source)(root)?;
                 let scan = source.scan(&options, &notes)?;

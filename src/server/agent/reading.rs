@@ -84,7 +84,7 @@ fn answer<'a>(
             if size.is_none_or(|size| from > size) {
                 return Err(WireError::Range("the index of a file, or the offset").into());
             }
-            fetches.push(Fetch { index, from, unless });
+            fetches.push(Fetch { from, unless, ..Fetch::of(index) });
         }
         fields.end()?;
         stream.waiting += count;

@@ -383,7 +383,7 @@ fn a_pull_lists_and_reads_every_file_and_a_lost_link_ends_it() {
     assert_eq!((scan.tree.entries(), scan.problems.len()), (listed.entries(), 1));
     let mut reader = source.reader(Arc::clone(&listed)).unwrap();
     for index in 0..300 {
-        reader.push(crate::endpoint::Fetch { index, from: 0, unless: None });
+        reader.push(crate::endpoint::Fetch::of(index));
     }
     let mut seen = 0;
     while let Some(produced) = reader.next().unwrap() {
@@ -396,7 +396,7 @@ fn a_pull_lists_and_reads_every_file_and_a_lost_link_ends_it() {
     // The receiving thread notices on its own; from then on every read fails.
     let lost = (0..1000).find_map(|_| {
         std::thread::sleep(std::time::Duration::from_millis(2));
-        reader.push(crate::endpoint::Fetch { index: 0, from: 0, unless: None });
+        reader.push(crate::endpoint::Fetch::of(0));
         reader.next().err()
     });
     assert!(matches!(lost, Some(Error::Disconnected { .. })), "{lost:?}");
