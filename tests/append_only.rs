@@ -10,10 +10,11 @@ use std::time::Duration;
 use lockstep::policy::PolicySpec;
 use lockstep::sync::{Options, SyncReport};
 
+use crate::daemon::Running;
 use crate::kit::area::{contents, lockstep, run_traced, traced};
 use crate::kit::pair::{Pair, options, rule};
 use crate::kit::served::Served;
-use crate::kit::{ends, noise, text};
+use crate::kit::{ends, noise, text, until};
 
 const MIB: usize = 1 << 20;
 
@@ -340,4 +341,29 @@ fn a_served_log_grows_over_the_network_and_by_its_right_alone() {
     let fetched = served.path("fetched").display().to_string();
     let output = served.lockstep(&["pull", "--append-only", "*.log", "sync@127.0.0.1:/data", &fetched], "sync");
     ends(&output, 2, &["--append-only is for push"]);
+}
+
+#[test]
+fn s28_a_daemon_follows_a_log_that_is_never_closed_to_several_targets() {
+    let job = "[[job]]\nname = \"logs\"\nsource = \"AT/source\"\ntargets = [\"AT/one\", \"AT/two\", \"AT/three\"]\nsettle = \"200ms\"\n\
+               append_only = true\n";
+    let running = Running::new(job, |at| append(&at.join("source/run.log"), &noise(1, 2 * MIB)), vec![]);
+    let targets = ["one", "two", "three"].map(|name| running.path(name).join("run.log"));
+    targets.iter().for_each(|target| until("the first", || target.exists()));
+    let inodes = targets.each_ref().map(|target| inode(target));
+    let mut log = File::options().append(true).open(running.path("source/run.log")).unwrap();
+    let mut written = fs::metadata(running.path("source/run.log")).unwrap().len();
+    for round in 0..4 {
+        // It is written to all the while, and what was written a while ago arrives.
+        let reached = |least: u64| targets.iter().all(|target| fs::metadata(target).unwrap().len() >= least);
+        let least = written + 1;
+        until("more of it", || {
+            log.write_all(&noise(round, 1000)).unwrap();
+            written += 1000;
+            reached(least)
+        });
+    }
+    let all = fs::read(running.path("source/run.log")).unwrap();
+    targets.iter().for_each(|target| until("all of it", || fs::read(target).unwrap() == all));
+    assert_eq!(inodes, targets.each_ref().map(|target| inode(target)));
 }

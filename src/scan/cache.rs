@@ -119,6 +119,18 @@ pub fn is_dated(file: impl Into<Fingerprint>) -> bool {
     apart.is_ok_and(|apart| apart > GRANULARITY)
 }
 
+/// How long it takes from `now` on until a file with this time of modification is [dated](is_dated) when its inode changes.
+pub fn until_dated(mtime: Timestamp, now: SystemTime) -> Duration {
+    let (Some(modified), tick) = (system_time(mtime), GRANULARITY + Duration::from_millis(1)) else {
+        return Duration::ZERO;
+    };
+    match now.duration_since(modified) {
+        Ok(since) => tick.saturating_sub(since),
+        Err(ahead) if ahead.duration() <= tick => tick + ahead.duration(),
+        Err(_) => Duration::ZERO,
+    }
+}
+
 /// `None` for times before 1970.
 fn system_time(time: Timestamp) -> Option<SystemTime> {
     UNIX_EPOCH.checked_add(Duration::new(u64::try_from(time.seconds).ok()?, time.nanoseconds))
@@ -175,6 +187,22 @@ mod tests {
 
     fn metadata_of(file: &Path) -> Metadata {
         Metadata::of(&std::fs::File::open(file).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_time_of_just_now_is_dated_a_moment_later() {
+        let now = UNIX_EPOCH + Duration::from_secs(1_000_000);
+        for (milliseconds, expected) in
+            [(-3000, 0), (-21, 0), (-20, 1), (-1, 20), (0, 21), (5, 26), (21, 42), (22, 0), (90_000, 0)]
+        {
+            let at = 1_000_000_000_i64 + milliseconds;
+            let mtime = Timestamp { seconds: at / 1000, nanoseconds: (at % 1000) as u32 * 1_000_000 };
+            let wait = until_dated(mtime, now);
+            assert_eq!(wait, Duration::from_millis(expected), "{milliseconds}");
+            let changed = (now + wait).duration_since(UNIX_EPOCH).unwrap();
+            let ctime = Timestamp { seconds: changed.as_secs() as i64, nanoseconds: changed.subsec_nanos() };
+            assert!(is_dated(Fingerprint { device: 0, inode: 0, size: 0, mtime, ctime }), "{milliseconds}");
+        }
     }
 
     #[test]

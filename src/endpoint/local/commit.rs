@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use super::append::{self, Former};
 use super::area::Area;
@@ -20,6 +21,7 @@ use crate::path::RelPath;
 use crate::plan::publish::{Publication, Step, exchanged, steps};
 use crate::plan::{Action, Change, Need, trash};
 use crate::root::{Follow, Root};
+use crate::scan::cache::until_dated;
 use crate::staging::Permissions;
 
 /// Publishes the run.
@@ -78,6 +80,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let (created, generation) = (changes.created, changes.generation);
     let trash = run.options.trash_seconds.is_some().then(|| trash::name(created.seconds, generation));
     let trash = trash.as_deref().map(rel).transpose()?;
+    let_times_pass(run, state);
     let (before, login) = (record::before(&state.target, &changes.put, &steps), run.options.login.clone());
     let record = Record {
         actor,
@@ -144,6 +147,16 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         trash: moved_aside(run, &record)?,
         problems: shown(withheld.into_iter().chain(problems.iter().cloned())),
     })
+}
+
+/// A file that is written to all the time was changed a moment ago. Within the same tick of the clock it could not be told whether somebody
+/// changed it here; what grows is to be believed to be what it was by the next run.
+fn let_times_pass(run: &Run, state: &State) {
+    let staged = state.plan.actions.iter().filter(|action| state.staged.borrow().contains(action.index));
+    let entries = staged.map(|action| &state.source.entries()[action.index as usize]);
+    let now = SystemTime::now();
+    let longest = entries.filter(|entry| run.grows(&entry.path)).map(|entry| until_dated(entry.mtime, now)).max();
+    longest.into_iter().for_each(std::thread::sleep);
 }
 
 /// The files that are appended to; there is room for what is new of them.
