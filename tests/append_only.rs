@@ -7,6 +7,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use lockstep::filter::{Filter, FilterSpec};
+use lockstep::path::RelPath;
 use lockstep::policy::PolicySpec;
 use lockstep::sync::{Options, SyncReport};
 
@@ -93,6 +95,30 @@ fn what_is_not_said_to_grow_only_is_read_whole_and_replaced() {
 }
 
 #[test]
+fn h36_a_pointer_is_never_read_as_far_as_it_was_once_and_what_lies_in_a_unit_neither() {
+    let mut begin = growing().begin;
+    begin.append_only = vec!["*".into()];
+    (begin.last, begin.units) = (vec!["*.done".into()], vec!["ckpt-*/".into(), "/runs/x/".into()]);
+    let rules = lockstep::sync::only_growing(&begin);
+    let others = Filter::compile(&FilterSpec { rules, only: None }).unwrap();
+    for (path, grows) in [
+        ("run.log", true),
+        ("deep/run.log", true),
+        ("latest", false),
+        ("deep/latest_checkpointed_iteration.txt", false),
+        ("x.done", false),
+        ("ckpt-1/run.log", false),
+        ("deep/ckpt-1/deep/run.log", false),
+        ("runs/x/run.log", false),
+        ("runs/y/run.log", true),
+    ] {
+        assert_eq!(others.admits(&RelPath::new(path).unwrap(), false), !grows, "{path}");
+    }
+    begin.append_only.clear();
+    assert!(lockstep::sync::only_growing(&begin).is_empty());
+}
+
+#[test]
 fn h36_a_log_that_was_rotated_is_sent_whole() {
     type Rotate = fn(&Path);
     let rotations: [(&str, Rotate); 4] = [
@@ -163,6 +189,12 @@ fn where_something_speaks_against_it_the_file_is_replaced_as_a_whole() {
         let other = pair.target.with_extension("other");
         assert!(!other.exists() || fs::read(other).unwrap() == before, "{what}");
     }
+    // What is new of it has another name there too.
+    let pair = pushed();
+    fs::hard_link(pair.source.join("run.log"), pair.source.join("run.log.2")).unwrap();
+    append(&pair.source.join("run.log"), b"more");
+    let (_, same) = pair.grows(&growing());
+    assert!(!same && inode(&pair.target.join("run.log")) == inode(&pair.target.join("run.log.2")));
     // Where it is a part of something that is published whole.
     let pair = Pair::new();
     fs::create_dir(pair.source.join("run-1")).unwrap();

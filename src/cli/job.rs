@@ -189,9 +189,8 @@ fn options(config: &Config, job: &Job, how: &How) -> Result<Options, Failure> {
     let threads = Threads::at_most(job.threads);
     (options.scan.threads, options.begin.threads) = (threads, threads);
     options.begin.units = job.unit.iter().cloned().collect();
-    for globs in [&mut options.scan.append_only, &mut options.begin.append_only] {
-        globs.clone_from(&job.append_only);
-    }
+    options.begin.append_only.clone_from(&job.append_only);
+    options.scan.append_only = crate::sync::only_growing(&options.begin);
     options.delete = job.delete != Delete::Never;
     options.begin.trash_seconds = job.trash_seconds();
     options.max_delete = job.max_delete;

@@ -242,12 +242,11 @@ impl How {
     /// What a run is to do. The source is not known yet: `begin.source` is empty.
     pub(super) fn options(&self) -> Result<Options, Failure> {
         let filter = self.filter()?;
-        Ok(Options {
+        let mut options = Options {
             scan: ScanOptions {
                 filter: filter.clone(),
                 hash_all: self.checksum,
                 links: self.links,
-                append_only: self.append_only.clone(),
                 ..ScanOptions::default()
             },
             begin: BeginOptions {
@@ -276,7 +275,9 @@ impl How {
             workers: self.workers(),
             retries: self.retries,
             bandwidth: sync::Rate::new(self.bwlimit.and_then(|Rate(rate)| rate)),
-        })
+        };
+        options.scan.append_only = sync::only_growing(&options.begin);
+        Ok(options)
     }
 
     /// Whether anything is removed at the target.

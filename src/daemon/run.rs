@@ -296,12 +296,11 @@ fn is_unit(job: &Job, path: &RelPath) -> bool {
 fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
     let job = plan.job;
     let threads = Threads::at_most(job.threads);
-    Options {
+    let mut options = Options {
         scan: ScanOptions {
             filter: filter.clone(),
             whole: job.remote_source().is_some(),
             threads,
-            append_only: job.append_only.clone(),
             ..ScanOptions::default()
         },
         begin: BeginOptions {
@@ -323,7 +322,9 @@ fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
         workers: job.connections.map_or(WORKERS, usize::from),
         retries: RETRIES,
         bandwidth: plan.rate.clone(),
-    }
+    };
+    options.scan.append_only = sync::only_growing(&options.begin);
+    options
 }
 
 fn concluded(report: SyncReport) -> Result<Done, Trouble> {

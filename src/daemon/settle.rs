@@ -143,6 +143,7 @@ impl Settle {
     /// A file is being written.
     pub(super) fn written(&mut self, path: &RelPath, now: Instant) {
         if self.grows(path) {
+            self.open.remove(path);
             return self.touch(path, false, now);
         }
         let probe = now + self.rules.settle.max(PROBE);
@@ -240,7 +241,7 @@ impl Settle {
                 Some(below) => to.join(below.as_bytes()),
                 None => Ok(to.clone()),
             };
-            if let Ok(path) = path {
+            if let Ok(path) = path.map_err(drop).and_then(|path| if self.grows(&path) { Err(()) } else { Ok(path) }) {
                 self.wake(open.probe);
                 self.open.insert(path, open);
             }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::OFlags;
+use sha2::{Digest as _, Sha256};
 
 use super::copy::{copy_range, shares_blocks};
 use super::hashing::{Hashing, Kept};
@@ -337,6 +338,25 @@ pub fn hash_of(file: &File, length: u64) -> Result<Digest, StageError> {
     Ok(hashing.finish().0)
 }
 
+/// The SHA-256 of the first bytes of two files, so many of each, one after the other.
+///
+/// # Errors
+/// As [`hash_of`].
+pub fn hash_of_both(first: (&File, u64), second: (&File, u64)) -> Result<Digest, StageError> {
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 256 * 1024];
+    for (file, length) in [first, second] {
+        let mut at = 0;
+        while at < length {
+            let step = (length - at).min(buffer.len() as u64) as usize;
+            file.read_exact_at(&mut buffer[..step], at).map_err(failed(READ_BACK))?;
+            hash.update(&buffer[..step]);
+            at += step as u64;
+        }
+    }
+    Ok(Digest(hash.finalize().into()))
+}
+
 /// Hashes what lies on the disk, on to `end`.
 fn hash_to(file: &File, hashing: &mut Hashing, end: u64) -> Result<(), StageError> {
     let mut buffer = vec![0; 256 * 1024];
@@ -367,7 +387,6 @@ pub fn apply(inode: &Inode, wanted: &Permissions) -> Result<(), StageError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sha2::{Digest as _, Sha256};
     use std::os::unix::fs::{MetadataExt, symlink};
 
     const WANTED: Permissions = Permissions {

@@ -18,7 +18,7 @@ mod state;
 pub use audience::{admit, as_manifest, audience_at, audience_of, open_state};
 pub use copy::copy_range;
 pub use digests::{DIGESTS, load_digests, store_beside_manifest, store_digests};
-pub use file::{Permissions, SET_OWNER, StageError, StagedFile, apply, clean_pages, hash_of};
+pub use file::{Permissions, SET_OWNER, StageError, StagedFile, apply, clean_pages, hash_of, hash_of_both};
 pub use hashing::{Kept, STATE_EVERY};
 pub use ids::Ids;
 pub use journal::Journal;

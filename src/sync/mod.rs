@@ -9,6 +9,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::endpoint::local::POINTERS;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Crew, Error, ScanOptions, Source, Target};
 use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Digest, Tree};
@@ -185,7 +186,10 @@ pub fn run(
         return Ok(SyncReport::of_nothing(started));
     }
     monitor.event(Event::Phase(Phase::Scanning));
+    let growing = only_growing(&options.begin);
+    let scan = ScanOptions { append_only: growing.clone(), ..options.scan.clone() };
     let begin = BeginOptions {
+        append_only: growing,
         deletes: options.delete,
         retires: options.retain.is_some(),
         // To compare costs both sides more than it saves where nothing is between them.
@@ -194,7 +198,7 @@ pub fn run(
     };
     let (begun, scanned) = std::thread::scope(|scope| {
         let begun = scope.spawn(|| target.begin(&begin, monitor));
-        let scanned = source.scan(&options.scan, monitor);
+        let scanned = source.scan(&scan, monitor);
         let begun = begun.join().unwrap_or_else(|_| Err(Error::Usage("an internal error stopped the target".into())));
         (begun, scanned)
     });
@@ -341,6 +345,20 @@ fn compared(plan: &mut Plan, outcome: &Outcome) {
     });
 }
 
+/// Globs of what only grows, for the source too ([`ScanOptions::append_only`]): what is published last, or as a part of something, is nothing that may be read as far as it has come.
+pub fn only_growing(options: &BeginOptions) -> Vec<String> {
+    if options.append_only.is_empty() {
+        return Vec::new();
+    }
+    let own = POINTERS.iter().map(|&name| name.to_owned());
+    let last = own.chain(options.last.iter().filter(|glob| !glob.starts_with('!')).cloned());
+    let within = options.units.iter().map(|unit| {
+        let unit = unit.trim_end_matches('/');
+        if unit.contains('/') { format!("{unit}/**") } else { format!("**/{unit}/**") }
+    });
+    options.append_only.iter().cloned().chain(last.chain(within).map(|glob| format!("!{glob}"))).collect()
+}
+
 fn transfer(
     source: &dyn Source,
     target: &dyn Target,
@@ -351,8 +369,8 @@ fn transfer(
     plan: &Plan,
 ) -> Result<Outcome, Error> {
     // Who wants all to be hashed does not want to hear that something was before.
-    let growing = Some(&options.scan.append_only).filter(|globs| !globs.is_empty() && !options.scan.hash_all);
-    let growing = growing.map(|globs| Filter::compile(&FilterSpec { rules: globs.clone(), only: None }));
+    let growing = Some(only_growing(&options.begin)).filter(|globs| !globs.is_empty() && !options.scan.hash_all);
+    let growing = growing.map(|rules| Filter::compile(&FilterSpec { rules, only: None }));
     let but_growing = growing.transpose().map_err(|error| Error::Usage(crate::error::chain(&error)))?;
     let queue = Queue::new(tree, plan);
     let counters = monitor.counters();

@@ -14,10 +14,10 @@ use super::alike::Opened;
 use super::metadata;
 use super::target::{Run, io};
 use crate::endpoint::Error;
-use crate::manifest::{Content, Digest, Entry, Timestamp};
+use crate::manifest::{Content, Entry, Timestamp};
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
-use crate::staging::{copy_range, hash_of};
+use crate::staging::{copy_range, hash_of_both};
 
 /// Where what is new is staged.
 pub(super) const TAILS: &str = "tails";
@@ -68,21 +68,29 @@ fn failed(root: &Root, path: &RelPath, operation: &'static str, source: std::io:
 }
 
 impl Run {
-    /// What the file of `entry` is at the target, where it can be appended to: it only grows, nobody else has it under another name, it
-    /// is published by itself and has all that it is to have but its content.
+    /// Whether what is new of the file at `path` may be put at the end of what is there: it only grows, and is published by itself.
+    pub(super) fn may_append(&self, path: &RelPath) -> bool {
+        let alone = || !self.is_last(path) && self.unit_of(path, false).is_none();
+        self.grows(path) && self.publishes() && !self.options.verify_disk && alone()
+    }
+
+    /// What the file of `entry` is at the target, where it can be appended to: nobody else has it under another name, nor is to, and it
+    /// has all that it is to have but its content.
     pub(super) fn appends_to(&self, entry: &Entry, there: &Opened) -> Option<Former> {
         let path = &entry.path;
-        let alone = !self.is_last(path) && self.unit_of(path, false).is_none();
-        if !self.grows(path) || !alone || !self.publishes() || self.options.verify_disk {
+        let further = |entry: &Entry| matches!(&entry.content, Content::HardLink { first } if first == path);
+        if !self.may_append(path) || self.state().source.entries().iter().any(further) {
             return None;
         }
         let (_, found) = open(&self.root, path).ok()?;
         let known = there.unchanged()?;
         let (wanted, ruled) = self.decided(entry).ok()?;
+        let own = rustix::process::geteuid().as_raw();
         let same = |asked: Option<u32>, has: u32| asked.is_none_or(|asked| asked == has);
         let fits = found.kind == FileKind::Regular
             && found.same_content(&known)
             && found.links == 1
+            && (found.uid == own || own == 0)
             && entry.file().is_some_and(|(size, _)| found.size <= size)
             && found.mode == wanted.mode
             && found.mode & 0o111 == 0
@@ -93,53 +101,60 @@ impl Run {
     }
 }
 
-/// Takes the room that the file at `path` needs to have `size` bytes, before it is written down that it gets them. Says what the file is then.
-pub(super) fn reserve(root: &Root, path: &RelPath, former: &Former, size: u64) -> Result<Former, Error> {
-    let (file, found) = open(root, path)?;
-    if Former::of(&found) != *former || size <= former.length {
-        // What became of it is seen when it is appended to.
-        return Ok(*former);
+/// Takes the room that the file at `path` needs for what is staged of it, before it is written down that it gets that. Says what the file
+/// is then.
+///
+/// # Errors
+/// When there is no room. What else is wrong with the file is seen when it is appended to.
+pub(super) fn reserve(root: &Root, staging: &Root, path: &RelPath, former: &Former) -> Result<Former, Error> {
+    let as_it_was = Ok(*former);
+    let (Ok(new), Ok((file, found))) = (staging.stat(&tail(path)?, Follow::Never), open(root, path)) else {
+        return as_it_was;
+    };
+    // Of what has holes nobody needs room for all.
+    if Former::of(&found) != *former || new.size == 0 || new.allocated < new.size {
+        return as_it_was;
     }
-    match fallocate(&file, FallocateFlags::KEEP_SIZE, former.length, size - former.length) {
-        // The file system cannot.
-        Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {}
-        Err(errno) => return Err(failed(root, path, "make room in", errno.into())),
+    match fallocate(&file, FallocateFlags::KEEP_SIZE, former.length, new.size) {
+        Err(errno @ (Errno::NOSPC | Errno::DQUOT)) => return Err(failed(root, path, "make room in", errno.into())),
+        // Where the file system cannot, it is done without.
+        Ok(()) | Err(_) => {}
     }
-    let found = Metadata::of(&file).map_err(|source| failed(root, path, "look at", source))?;
-    Ok(Former { ctime: found.ctime, ..*former })
+    Ok(Metadata::of(&file).map_or(*former, |now| Former { ctime: now.ctime, ..*former }))
 }
 
-/// Puts what is staged of the file of `entry` at its end; again, where that was begun.
-pub(super) fn append(root: &Root, staging: &Root, entry: &Entry, former: &Former) -> Result<(), Error> {
+/// Puts what is staged of the file of `entry` at its end. Where a run was interrupted that may have begun to (`again`), it is done anew.
+pub(super) fn append(root: &Root, staging: &Root, entry: &Entry, former: &Former, again: bool) -> Result<(), Error> {
     let path = &entry.path;
     let Content::File { size, digest: Some(digest) } = entry.content else {
         return Err(Error::Usage("what is appended to has no digest".into()));
     };
-    let tail = staging.open_read(&tail(path)?, Follow::Never).map_err(io)?;
+    let new = staging.open_read(&tail(path)?, Follow::Never).map_err(io)?;
     let changed = || Error::Refused { by: "the receiver".into(), reason: CHANGED.into() };
     let (file, found) = open(root, path)?;
     let same = found.kind == FileKind::Regular && found.inode == former.inode && found.links == 1;
     if !same || found.size < former.length || found.size > size {
         return Err(changed());
     }
-    // RACE: what somebody writes between this look and the next lines is taken for what was there. Nobody is to write to what only
-    // grows at a target; who does is noticed otherwise.
-    let untouched = found.size == former.length && found.ctime == former.ctime;
     let wrong = |source| failed(root, path, "append to", source);
-    copy_range((&tail, 0), (&file, former.length, false), size - former.length, &|| false).map_err(wrong)?;
-    let now = Metadata::of(&file).map_err(wrong)?;
-    if now.size < size {
-        // It ends with a hole.
-        file.set_len(size).map_err(wrong)?;
+    // RACE: what somebody writes to it from here on is not noticed before the file is read as a whole. Nobody else is to write to what
+    // only grows at a target.
+    if found.size != former.length || found.ctime != former.ctime {
+        let proven = || hash_of_both((&file, former.length), (&new, size - former.length));
+        if !again || proven().map_err(|error| wrong(std::io::Error::other(error)))? != digest {
+            return Err(changed());
+        }
     }
-    let is_whole = || hash_of(&file, size).map(|found: Digest| found == digest);
-    let whole = now.size <= size && (untouched || is_whole().map_err(|error| wrong(std::io::Error::other(error)))?);
-    if whole { Ok(()) } else { Err(changed()) }
+    let copied =
+        copy_range((&new, 0), (&file, former.length, false), size - former.length, &|| false).map_err(wrong)?;
+    let now = Metadata::of(&file).map_err(wrong)?;
+    if copied == size - former.length && now.size == size { Ok(()) } else { Err(changed()) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::manifest::Digest;
     use sha2::{Digest as _, Sha256};
 
     const BEFORE: &[u8] = b"before ";
@@ -183,8 +198,8 @@ mod tests {
                 // As if it had broken off here.
                 std::fs::write(at.path().join("log"), [BEFORE, &NEW[..begun]].concat()).unwrap();
             }
-            for _ in 0..2 {
-                append(&root, &staging, &entry, &former).unwrap();
+            for again in [begun.is_some(), true] {
+                append(&root, &staging, &entry, &former, again).unwrap();
                 assert_eq!(std::fs::read(at.path().join("log")).unwrap(), [BEFORE, NEW].concat());
             }
             assert_eq!(super::tests::former(&root).inode, former.inode);
@@ -192,24 +207,35 @@ mod tests {
     }
 
     #[test]
-    fn h36_what_somebody_else_did_to_it_is_noticed() {
-        let written: [&[u8]; 5] = [b"BEFORE ", b"befor", b"before and NEW", b"before and new and more", b"before AND"];
-        for theirs in written {
+    fn h36_what_somebody_else_did_to_it_is_noticed_before_anything_is_written() {
+        for (theirs, again) in [
+            (&b"BEFORE "[..], false),
+            (b"BEFORE ", true),
+            (b"befor", true),
+            (b"before and NEW", false),
+            (b"before and new and more", true),
+            (b"BEFORE and new", true),
+            (b"before ", false),
+        ] {
             let (at, root, staging, entry) = area();
             let former = former(&root);
             // Times move by ticks.
             std::thread::sleep(crate::scan::cache::GRANULARITY);
             std::fs::write(at.path().join("log"), theirs).unwrap();
-            let result = append(&root, &staging, &entry, &former);
-            // What they put at its end is written over: it is not what the file holds.
-            assert_eq!(result.is_err(), !theirs.starts_with(BEFORE) || theirs.len() > 14, "{theirs:?}");
+            assert!(append(&root, &staging, &entry, &former, again).is_err(), "{theirs:?}");
+            assert_eq!(std::fs::read(at.path().join("log")).unwrap(), theirs);
         }
         let (at, root, staging, entry) = area();
         let former = former(&root);
         std::fs::write(at.path().join("new"), BEFORE).unwrap();
         std::fs::rename(at.path().join("new"), at.path().join("log")).unwrap();
-        assert!(append(&root, &staging, &entry, &former).is_err());
+        assert!(append(&root, &staging, &entry, &former, true).is_err());
         assert_eq!(std::fs::read(at.path().join("log")).unwrap(), BEFORE);
+        // What is staged is shorter than it was when it was proven.
+        let (at, root, staging, entry) = area();
+        let former = super::tests::former(&root);
+        std::fs::write(at.path().join("staging/tails/log"), &NEW[..3]).unwrap();
+        assert!(append(&root, &staging, &entry, &former, false).is_err());
     }
 
     #[test]
@@ -221,7 +247,8 @@ mod tests {
         tail.set_len(10 << 20).unwrap();
         let whole = [BEFORE, &vec![0; 10 << 20]].concat();
         let content = Content::File { size: whole.len() as u64, digest: Some(Digest(Sha256::digest(&whole).into())) };
-        append(&root, &staging, &Entry { content, ..entry }, &former).unwrap();
+        assert_eq!(reserve(&root, &staging, &entry.path, &former).unwrap(), former);
+        append(&root, &staging, &Entry { content, ..entry }, &former, false).unwrap();
         let found = root.stat(&RelPath::new("log").unwrap(), Follow::Never).unwrap();
         assert!(found.size == whole.len() as u64 && found.allocated < 1 << 20);
     }

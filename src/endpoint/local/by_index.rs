@@ -39,6 +39,13 @@ impl<T> ByIndex<T> {
         page[at] = Some(value);
     }
 
+    pub(super) fn remove(&mut self, index: u32) {
+        let (page, at) = place(index);
+        if let Some(value) = self.pages.get_mut(page).and_then(Option::as_mut).and_then(|page| page.get_mut(at)) {
+            *value = None;
+        }
+    }
+
     /// Gives up what is known of entries that lie a page before `index`, so that the memory serves others.
     pub(super) fn forget_before(&mut self, index: u32) {
         let (page, at) = place(index);

@@ -88,12 +88,13 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         login,
         steps,
         inodes,
-        grown: grown(run, state, &failed)?,
+        grown: grown(run, staging, state, &failed)?,
         withheld: withheld_rights,
         acls: acls_given,
         before,
         trash,
         only_new: run.options.forbidden.change,
+        again: false,
     };
     audited::announce(&run.root, Area::Run, &record, &changes, monitor)?;
     publish::write_down(&run.root, staging, &record, &changes, &acls)?;
@@ -160,12 +161,11 @@ fn let_times_pass(run: &Run, state: &State) {
 }
 
 /// The files that are appended to; there is room for what is new of them.
-fn grown(run: &Run, state: &State, failed: &HashSet<u32>) -> Result<BTreeMap<RelPath, Former>, Error> {
+fn grown(run: &Run, staging: &Root, state: &State, failed: &HashSet<u32>) -> Result<BTreeMap<RelPath, Former>, Error> {
     let grown = state.grown.iter().filter(|(index, _)| !failed.contains(index));
     let reserved = grown.map(|(&index, former)| {
-        let entry = &state.source.entries()[index as usize];
-        let size = entry.file().map_or(0, |(size, _)| size);
-        Ok((entry.path.clone(), append::reserve(&run.root, &entry.path, former, size)?))
+        let path = &state.source.entries()[index as usize].path;
+        Ok((path.clone(), append::reserve(&run.root, staging, path, former)?))
     });
     reserved.collect()
 }

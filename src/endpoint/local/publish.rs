@@ -210,7 +210,8 @@ fn execute(
         touched.extend(path.parent());
         let take = || match step {
             Step::Replace(_) if record.grown.contains_key(path) => match put.get(path)? {
-                Some(entry) => append(root, staging, &entry, &record.grown[path]).and_then(|()| existing.apply(&entry)),
+                Some(entry) => append(root, staging, &entry, &record.grown[path], record.again)
+                    .and_then(|()| existing.apply(&entry)),
                 None => Ok(()),
             },
             Step::Replace(_) if record.only_new => publish_new(root, staging, path),

@@ -66,6 +66,16 @@ impl Piece {
         });
     }
 
+    /// Makes `last` what everything ends with when this comes after it, at most [`LAST_BYTES`].
+    fn end(&self, last: &mut Vec<u8>) {
+        let (most, length) = (LAST_BYTES as usize, self.length().min(LAST_BYTES) as usize);
+        last.drain(..(last.len() + length).saturating_sub(most).min(last.len()));
+        match self {
+            Piece::Data(block) => last.extend_from_slice(&block.data()[block.data().len() - length..]),
+            Piece::Hole(_) => last.resize(last.len() + length, 0),
+        }
+    }
+
     pub(in crate::endpoint) fn at(self, index: u32, offset: u64) -> Produced {
         match self {
             Piece::Data(block) => Produced::Data { index, offset, block },
@@ -94,6 +104,8 @@ struct Open {
     opened: Opened,
     hash: Sha256,
     offset: u64,
+    /// Of what only grows the end of what was hashed: it has to be there still when all is read.
+    last: Vec<u8>,
 }
 
 impl Reader for LocalReader<'_> {
@@ -133,8 +145,8 @@ impl LocalReader<'_> {
         }
         opened.is_read_on();
         if let Some(after) = fetch.after {
-            let hash = self.source.hash_after(index, after).ok_or_else(|| changed(index))?;
-            return self.go_on(Open { fetch, opened, hash, offset: after.length });
+            let hash = self.source.hash_after(index, &opened, after).ok_or_else(|| changed(index))?;
+            return self.go_on(Open { fetch, opened, hash, offset: after.length, last: Vec::new() });
         }
         if let Some(expected) = fetch.unless {
             let digest =
@@ -146,7 +158,7 @@ impl LocalReader<'_> {
             opened.file.rewind().map_err(|error| unreadable(index, &error))?;
         }
         let hash = hash_to(&mut opened.file, fetch.from).map_err(|error| unreadable(index, &error))?;
-        self.go_on(Open { fetch, opened, hash, offset: fetch.from })
+        self.go_on(Open { fetch, opened, hash, offset: fetch.from, last: Vec::new() })
     }
 
     /// The next piece of a large file, which is gone on with unless that was its end.
@@ -217,6 +229,9 @@ impl Open {
         }
         let Some(piece) = self.opened.piece(offset, u64::MAX)? else { return Ok(changed(index)) };
         piece.hash(&mut self.hash);
+        if self.opened.grows {
+            piece.end(&mut self.last);
+        }
         self.offset += piece.length();
         Ok(piece.at(index, offset))
     }
@@ -227,6 +242,10 @@ impl Open {
             return Ok(changed(index));
         }
         if self.opened.grows {
+            // Cut off and written anew meanwhile, it may be as long again.
+            if !self.opened.last_before(self.opened.before.size)?.ends_with(&self.last) {
+                return Ok(changed(index));
+            }
             source.note(&self.opened, &self.hash)?;
         }
         let digest = Digest(std::mem::take(&mut self.hash).finalize().into());

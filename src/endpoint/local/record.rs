@@ -35,6 +35,8 @@ pub(super) struct Record {
     pub(super) trash: Option<RelPath>,
     /// What is there is not replaced, and directories that are there stay as they are.
     pub(super) only_new: bool,
+    /// It was read back: what it says may be done in part.
+    pub(super) again: bool,
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -113,7 +115,7 @@ impl Record {
     pub(super) fn parse(text: &str) -> Option<(Record, BTreeSet<RelPath>)> {
         let mut lines = text.strip_suffix('\n')?.split('\n');
         let mut name = || String::from_utf8(unhex(lines.next()?)?).ok();
-        let mut record = Record { actor: name()?, source: name()?, ..Record::default() };
+        let mut record = Record { actor: name()?, source: name()?, again: true, ..Record::default() };
         let mut gone = BTreeSet::new();
         for line in lines {
             let (letter, rest) = line.split_at_checked(1)?;
@@ -193,7 +195,9 @@ mod tests {
         let only_new = true;
         let former = Former { inode: 7, length: 1 << 40, ctime: Timestamp { seconds: -1, nanoseconds: 5 } };
         let grown = BTreeMap::from([(path(b"b"), former)]);
-        let record = Record { actor, source, login, steps, withheld, acls, before, inodes, grown, trash, only_new };
+        let again = true;
+        let record =
+            Record { actor, source, login, steps, withheld, acls, before, inodes, grown, trash, only_new, again };
         let gone = BTreeSet::from([path(b"h\xff"), path(b"i")]);
         assert_eq!(Record::parse(&record.encode(&gone)), Some((record, gone)));
         for damaged in [

@@ -45,15 +45,18 @@ pub(super) fn filled(root: &Root, need: Need) -> String {
     }
 }
 
-/// What is not staged yet, where `there` says how much of a file that only grows is there already.
-pub(super) fn needed(source: &Tree, plan: &Plan, there: &dyn Fn(&Entry) -> u64) -> Need {
+/// What is not staged yet, where `there` says how much is there of a file that is appended to.
+pub(super) fn needed(source: &Tree, plan: &Plan, there: &dyn Fn(&Entry) -> Option<u64>) -> Need {
     let mut need = Need::default();
     for action in plan.actions.iter().filter(|action| action.change != Change::MetadataOnly) {
         let entry = &source.entries()[action.index as usize];
         let size = entry.file().map_or(0, |(size, _)| size);
         let (bytes, inodes) = match &action.need {
             plan::Need::Content { resume_at } => {
-                (size.saturating_sub(there(entry).max(*resume_at)), u64::from(*resume_at == 0))
+                let left = size.saturating_sub(*resume_at);
+                // What is new of it lies twice there until it is published.
+                let appended = there(entry).map(|there| size.saturating_sub(there).saturating_mul(2));
+                (appended.map_or(left, |appended| appended.min(left)), u64::from(*resume_at == 0))
             }
             plan::Need::Nothing => (0, 1),
             // It may turn out to be there.

@@ -41,7 +41,7 @@ pub struct LocalSource {
 /// Of files that only grow: what is gone on after, by their index, and what they held that were read.
 #[derive(Debug, Default)]
 struct Growing {
-    after: Mutex<HashMap<u32, Prefix>>,
+    after: Mutex<HashMap<u32, ((u64, u64), Prefix)>>,
     read: Mutex<Vec<((u64, u64), Prefix)>>,
 }
 
@@ -164,10 +164,11 @@ impl Source for LocalSource {
             let cache = DigestCache(self.cache_file.as_deref().filter(|_| beginning.length <= before.size)?);
             let kept = cache.prefixes((before.device, before.inode));
             let prefix = kept.into_iter().find(|prefix| prefix.beginning == beginning)?;
-            prefix.ends_with(&opened.last_before(beginning.length).ok()?).then_some(prefix)
+            let ends = prefix.ends_with(&opened.last_before(beginning.length).ok()?);
+            ends.then_some(((before.device, before.inode), prefix))
         };
-        let Some(prefix) = known() else { return false };
-        lock(&self.growing.after).insert(index, prefix);
+        let Some(known) = known() else { return false };
+        lock(&self.growing.after).insert(index, known);
         true
     }
 }
@@ -208,9 +209,11 @@ impl LocalSource {
         DigestCache(file).store(known, looked).is_ok()
     }
 
-    /// The hash of what the file at `index` begins with, where that was found out.
-    pub(super) fn hash_after(&self, index: u32, beginning: Beginning) -> Option<Sha256> {
-        lock(&self.growing.after).remove(&index).filter(|prefix| prefix.beginning == beginning)?.hash()
+    /// The hash of what the file at `index` begins with, where that was found out and the file is still that one.
+    pub(super) fn hash_after(&self, index: u32, opened: &Opened, beginning: Beginning) -> Option<Sha256> {
+        let (file, prefix) = lock(&self.growing.after).remove(&index)?;
+        let same = file == (opened.before.device, opened.before.inode) && prefix.beginning == beginning;
+        (same && prefix.ends_with(&opened.last_before(beginning.length).ok()?)).then(|| prefix.hash())?
     }
 
     /// All of a file that only grows was read.

@@ -512,8 +512,9 @@ impl Run {
         };
         alike.retain(|&at, _| self.options.delta || self.grows(&source.entries()[at as usize].path));
         plan.alike = alike.keys().copied().collect();
-        let there = |entry: &Entry| target.get(&entry.path).and_then(Entry::file).filter(|_| self.grows(&entry.path));
-        let need = room::needed(source, &plan, &|entry| there(entry).map_or(0, |(size, _)| size));
+        let there =
+            |entry: &Entry| target.get(&entry.path).and_then(Entry::file).filter(|_| self.may_append(&entry.path));
+        let need = room::needed(source, &plan, &|entry| there(entry).map(|(size, _)| size));
         if !self.options.ignore_free_space
             && let Err(error) = room::check(&self.root, need)
         {

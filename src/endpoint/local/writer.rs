@@ -105,6 +105,14 @@ impl LocalWriter {
         Ok(())
     }
 
+    /// What was proven of a file counts no more.
+    fn forget(&mut self, index: u32) {
+        self.growing.remove(&index);
+        let mut state = self.run.state();
+        state.grown.remove(&index);
+        state.staged.get_mut().remove(index);
+    }
+
     fn remove_staged(&self, entry: &Entry) -> Result<(), Error> {
         let path = self.run.staged_path(&entry.path)?;
         self.staging()?.remove_tree(&path).map_err(super::target::io)
@@ -252,8 +260,7 @@ impl Writer for LocalWriter {
 
     fn open(&mut self, index: u32, resume_at: u64) -> Result<(), Error> {
         self.broken.remove(&index);
-        self.growing.remove(&index);
-        self.run.state().grown.remove(&index);
+        self.forget(index);
         match self.start(index, resume_at)? {
             Ok(file) => {
                 self.open.insert(index, file);
@@ -340,7 +347,7 @@ impl Writer for LocalWriter {
     fn discard(&mut self, index: u32) -> Result<(), Error> {
         self.alike.remove(&index);
         self.open.remove(&index);
-        self.growing.remove(&index);
+        self.forget(index);
         self.broken.remove(&index);
         let (entry, _) = self.entry(index)?;
         self.remove_staged(entry)
