@@ -354,3 +354,33 @@ fn h24_what_changes_while_it_is_copied_is_noticed_and_the_file_is_sent() {
     assert!(report.is_complete() && fs::read(target.join("again/b")).unwrap() == data);
     assert_eq!(report.transferred_bytes, 0);
 }
+
+#[test]
+fn h24_what_was_proven_counts_no_more_when_it_is_begun_anew() {
+    for end in ["nothing", "discard"] {
+        let at = tempfile::tempdir().unwrap();
+        let (source, there) = (at.path().join("source"), at.path().join("target"));
+        write(&source, "file", b"good");
+        write(&source, "other", b"other");
+        let source = LocalSource::new(&source, None).unwrap();
+        let tree = Arc::new(source.scan(&options().scan, &Silent::default()).unwrap().tree);
+        let target = LocalTarget::new(&there, PolicySpec::default());
+        target.begin(&options().begin, &Silent::default()).unwrap();
+        target.diff(&tree, &Silent::default()).unwrap();
+        let digest = |data: &[u8]| lockstep::manifest::Digest(sha2::Sha256::digest(data).into());
+        let mut writer = target.writer().unwrap();
+        writer.put(1, Block::copy_of(b"other"), digest(b"other")).unwrap();
+        writer.put(0, Block::copy_of(b"good"), digest(b"good")).unwrap();
+        assert!(writer.completions(true).unwrap().iter().all(|staged| staged.result.is_ok()));
+        // Whoever sends does so once more, and never says that this is all.
+        writer.open(0, 0).unwrap();
+        writer.write(0, 0, Block::copy_of(b"evil")).unwrap();
+        if end == "discard" {
+            writer.discard(0).unwrap();
+        }
+        drop(writer);
+        let committed = target.commit(&CommitOptions::default(), &Silent::default()).unwrap();
+        assert_eq!(committed.published, 1, "{end}: {committed:?}");
+        assert_eq!(contents(&there).into_keys().collect::<Vec<_>>(), ["other"], "{end}");
+    }
+}

@@ -115,10 +115,10 @@ pub(super) fn reserve(root: &Root, staging: &Root, path: &RelPath, former: &Form
     if Former::of(&found) != *former || new.size == 0 || new.allocated < new.size {
         return as_it_was;
     }
-    match fallocate(&file, FallocateFlags::KEEP_SIZE, former.length, new.size) {
-        Err(errno @ (Errno::NOSPC | Errno::DQUOT)) => return Err(failed(root, path, "make room in", errno.into())),
-        // Where the file system cannot, it is done without.
-        Ok(()) | Err(_) => {}
+    // Where the file system cannot, it is done without.
+    let reserved = fallocate(&file, FallocateFlags::KEEP_SIZE, former.length, new.size);
+    if let Err(errno @ (Errno::NOSPC | Errno::DQUOT)) = reserved {
+        return Err(failed(root, path, "make room in", errno.into()));
     }
     Ok(Metadata::of(&file).map_or(*former, |now| Former { ctime: now.ctime, ..*former }))
 }

@@ -41,9 +41,12 @@ pub struct LocalSource {
 /// Of files that only grow: what is gone on after, by their index, and what they held that were read.
 #[derive(Debug, Default)]
 struct Growing {
-    after: Mutex<HashMap<u32, ((u64, u64), Prefix)>>,
-    read: Mutex<Vec<((u64, u64), Prefix)>>,
+    after: Mutex<HashMap<u32, Read>>,
+    read: Mutex<Vec<Read>>,
 }
+
+/// What a file held, by device and inode.
+type Read = ((u64, u64), Prefix);
 
 impl LocalSource {
     /// Opens `root`. Digests are kept in a file of `state_directory`, which is created; `None` keeps none.
