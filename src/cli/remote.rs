@@ -1,6 +1,7 @@
 //! How a directory of another machine is reached.
 
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use super::Failure;
 use super::connections::Connections;
@@ -9,7 +10,7 @@ use super::patience::patiently;
 use super::transfer::USUAL_TRANSFERS;
 use crate::codec::CompressOptions;
 use crate::endpoint::agent::{self, AgentSource, AgentTarget};
-use crate::endpoint::link::{Link, Remote, Way};
+use crate::endpoint::link::{ConnectError, Link, Remote, Way};
 use crate::endpoint::stock::{self, StockSource, StockTarget, Verify};
 use crate::endpoint::{self, Source, Target};
 use crate::error::{Escaped, Exit, chain};
@@ -195,6 +196,22 @@ impl Dial<'_> {
     }
 }
 
+/// The subsystem `sftp`, opened while it is not known yet whether there is a lockstep: a command takes its time to say that it is
+/// not there.
+struct Ahead(JoinHandle<Result<Arc<dyn Link>, ConnectError>>);
+
+impl Ahead {
+    fn start(remote: &Arc<dyn Remote>) -> Option<Ahead> {
+        let remote = Arc::clone(remote);
+        let open = move || remote.open(&Way::SftpSubsystem, 0);
+        std::thread::Builder::new().name("sftp-ahead".to_owned()).spawn(open).ok().map(Ahead)
+    }
+
+    fn link(self) -> Option<Arc<dyn Link>> {
+        self.0.join().ok()?.ok()
+    }
+}
+
 /// Opens connections by the first way in that works.
 fn reach(
     destination: &Destination,
@@ -212,11 +229,24 @@ fn reach(
     let remote: Arc<dyn Remote> = Arc::clone(&host) as Arc<dyn Remote>;
     let root = destination.path.as_bytes();
     let mut reasons: Vec<(String, String)> = Vec::new();
+    let mut ahead = None;
     for way in reach.ways(ssh) {
         // What keeps a connection to come back to tries again by itself.
-        let opened = match dial.kept {
+        let open = || match dial.kept {
             None => patiently(monitor, || remote.open(&way, 0)),
             Some(_) => remote.open(&way, 0),
+        };
+        if matches!(way, Way::LockstepExec(_)) && reach.remote == Ways::Auto {
+            ahead = Ahead::start(&remote);
+        }
+        let opened = match (&way, &mut ahead) {
+            (Way::SftpSubsystem, ahead) => ahead.take().and_then(Ahead::link).map_or_else(open, Ok),
+            // A host may allow no more than one stream at a time.
+            (Way::LockstepExec(_), Some(_)) => open().or_else(|error| {
+                ahead.take().map(Ahead::link);
+                if error.not_offered { Err(error) } else { open() }
+            }),
+            _ => open(),
         };
         let link = match opened {
             Ok(link) => link,

@@ -15,13 +15,13 @@ use sha2::{Digest as _, Sha256};
 
 use super::at;
 use super::read::read_whole;
-use super::session::{self, Reply, Session, about, extended};
+use super::session::{self, Refusal, Reply, Session, about, extended};
 use crate::endpoint::Error;
 use crate::error::Escaped;
 use crate::manifest::Digest;
-use crate::wire::sftp::{open, packet};
+use crate::wire::sftp::{Attributes, open, packet};
 
-const LOCK: &str = "lock.sftp";
+pub(super) const LOCK: &str = "lock.sftp";
 const HEARTBEAT: Duration = Duration::from_secs(20);
 /// Seconds of silence after which a lock counts as left behind.
 const STALE: u32 = 300;
@@ -98,18 +98,29 @@ impl Holder {
 pub(super) struct Lock {
     session: Arc<Session>,
     path: Vec<u8>,
-    digest: Digest,
+    /// Stays with the file, whatever happens to its name.
+    handle: Bytes,
+    text: Vec<u8>,
     token: String,
     stop: Sender<()>,
 }
 
 enum Try {
-    Taken,
+    Taken(Vec<Reply>),
     Held(Box<Holder>, Option<u32>),
 }
 
+/// The lock that is about to be taken.
+struct Attempt<'a> {
+    session: &'a Session,
+    path: &'a [u8],
+    aside: Vec<u8>,
+    text: &'a [u8],
+}
+
 impl Lock {
-    /// Locks the root whose state directory is `state`, and waits up to `wait` for another run to end.
+    /// Locks the root whose state directory is `state`, and waits up to `wait` for another run to end. `then` is asked by
+    /// whoever has the lock, in the same flight: the answers come with it.
     ///
     /// # Errors
     /// [`Error::Locked`] names who has it.
@@ -119,18 +130,20 @@ impl Lock {
         root: String,
         actor: &str,
         wait: Duration,
-    ) -> Result<Lock, Error> {
+        then: &[Vec<u8>],
+    ) -> Result<(Lock, Vec<Reply>), Error> {
         let holder = Holder::new(actor);
         let path = at(state, LOCK);
         let aside = at(state, format!("{LOCK}.{}", holder.token));
         let text = serde_json::to_vec(&holder).map_err(|error| Error::Usage(error.to_string()))?;
+        let attempt = Attempt { session, path: &path, aside, text: &text };
         let start = Instant::now();
-        let handle = loop {
-            let handle = write_aside(session, &aside, &text)?;
-            match attempt(session, &path, &aside, &handle, &text)? {
-                Try::Taken => break handle,
+        let (handle, replies) = loop {
+            let handle = attempt.open()?;
+            match attempt.run(&handle, then)? {
+                Try::Taken(replies) => break (handle, replies),
                 Try::Held(other, silent) => {
-                    session.all([about(packet::CLOSE, &handle), about(packet::REMOVE, &aside)])?;
+                    session.all([about(packet::CLOSE, &handle), about(packet::REMOVE, &attempt.aside)])?;
                     if start.elapsed() >= wait {
                         return Err(Error::Locked { root, holder: other.describe(silent) });
                     }
@@ -139,9 +152,8 @@ impl Lock {
             }
         };
         HELD.lock().unwrap_or_else(PoisonError::into_inner).insert(holder.token.clone());
-        let digest = Digest(Sha256::digest(&text).into());
-        let stop = keep_alive(Arc::clone(session), handle, text);
-        Ok(Lock { session: Arc::clone(session), path, digest, token: holder.token, stop })
+        let stop = keep_alive(Arc::clone(session), handle.clone(), text.clone());
+        Ok((Lock { session: Arc::clone(session), path, handle, text, token: holder.token, stop }, replies))
     }
 
     /// Where it lies.
@@ -151,7 +163,7 @@ impl Lock {
 
     /// SHA-256 of its text, which no other file has.
     pub(super) fn digest(&self) -> Digest {
-        self.digest
+        Digest(Sha256::digest(&self.text).into())
     }
 
     /// Makes sure that nobody has taken the lock over, as could happen when this machine slept.
@@ -170,28 +182,30 @@ impl Lock {
     pub(super) fn moved(&mut self, state: &[u8]) {
         self.path = at(state, LOCK);
     }
+
+    /// Whether what has the name of the lock is the file that this holds: that is made longer by blanks, and the other has to
+    /// be as long. One that happens to be is another lock that is being given up at this moment.
+    fn is_named(&self) -> Result<bool, Error> {
+        let blanks = vec![b' '; 1 + usize::from(u16::from_be_bytes([self.digest().0[0], self.digest().0[1]]))];
+        let longer = session::write(&self.handle, self.text.len() as u64, &blanks);
+        let replies = self.session.batch([longer, about(packet::LSTAT, &self.path)])?;
+        match replies.as_slice() {
+            [Reply::Done, Reply::Attributes(Attributes { size: Some(size), .. })] => {
+                Ok(*size == (self.text.len() + blanks.len()) as u64)
+            }
+            // A disk that is full, or a server that does not say how long a file is.
+            _ => Ok(self.check(String::new()).is_ok()),
+        }
+    }
 }
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        let _ = self.stop.try_send(());
-        if self.check(String::new()).is_ok() {
+        if self.is_named().unwrap_or(false) {
             let _ = self.session.order(about(packet::REMOVE, &self.path));
         }
+        let _ = self.stop.try_send(());
         HELD.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.token);
-    }
-}
-
-fn write_aside(session: &Session, path: &[u8], text: &[u8]) -> Result<Bytes, Error> {
-    let flags = open::WRITE | open::CREATE | open::EXCLUSIVE;
-    let handle = match session.call(session::open(path, flags))? {
-        Reply::Handle(handle) => handle,
-        Reply::Refused(refusal) => return Err(session.refused("make", path, &refusal)),
-        _ => return Err(session.odd()),
-    };
-    match session.order(session::write(&handle, 0, text))? {
-        Ok(()) => Ok(handle),
-        Err(refusal) => Err(session.refused("write", path, &refusal)),
     }
 }
 
@@ -200,40 +214,76 @@ fn read_holder(session: &Session, path: &[u8]) -> Result<Option<Holder>, Error> 
     Ok(text.ok().map(|text| serde_json::from_slice(&text).unwrap_or_default()))
 }
 
-fn attempt(session: &Session, path: &[u8], aside: &[u8], handle: &[u8], text: &[u8]) -> Result<Try, Error> {
-    let rename = session::request(packet::RENAME).string(aside).string(path).finish();
-    let Err(refusal) = session.order(rename)? else { return Ok(Try::Taken) };
-    let Some(holder) = read_holder(session, path)? else {
-        return match session.stat(packet::LSTAT, path)? {
-            // Released between the two requests: the next attempt finds out.
-            Err(gone) if gone.is_missing() => Ok(Try::Held(Box::default(), None)),
-            _ => Err(session.refused("lock", path, &refusal)),
-        };
-    };
-    // Both times are of the server's clock.
-    let written = |reply| match reply {
-        Reply::Attributes(attributes) => attributes.times.map(|(_, modified)| modified),
-        _ => None,
-    };
-    let replies = session.batch([about(packet::FSTAT, handle), about(packet::LSTAT, path)])?;
-    let mut times = replies.into_iter().map(written);
-    let silent = match (times.next().flatten(), times.next().flatten()) {
-        (Some(now), Some(then)) => Some(now.saturating_sub(then)),
-        _ => None,
-    };
-    if !holder.has_ended() && silent.is_none_or(|silent| silent < STALE) {
-        return Ok(Try::Held(Box::new(holder), silent));
+/// The RENAME of SFTP, which replaces nothing.
+fn rename(from: &[u8], to: &[u8]) -> Vec<u8> {
+    session::request(packet::RENAME).string(from).string(to).finish()
+}
+
+impl Attempt<'_> {
+    /// Makes the file beside its name.
+    fn open(&self) -> Result<Bytes, Error> {
+        let flags = open::WRITE | open::CREATE | open::EXCLUSIVE;
+        let handle = self.session.handle(self.session.call(session::open(&self.aside, flags))?)?;
+        handle.map_err(|refusal| self.session.refused("make", &self.aside, &refusal))
     }
-    // RACE: two may take over a lock that was left behind. The later rename wins, and the other finds out now or, at the
-    // latest, before it publishes.
-    let replaced = if session.offers.posix_rename {
-        session.order(extended("posix-rename@openssh.com", &[aside, path]))?
-    } else {
-        session.order(about(packet::REMOVE, path))?.ok();
-        session.order(session::request(packet::RENAME).string(aside).string(path).finish())?
-    };
-    let ours = replaced.is_ok() && read_whole(session, path)?.is_ok_and(|found| found == text);
-    Ok(if ours { Try::Taken } else { Try::Held(Box::new(holder), silent) })
+
+    /// Writes it and gives it its name. What is asked for `then` counts only when it has that.
+    fn run(&self, handle: &[u8], then: &[Vec<u8>]) -> Result<Try, Error> {
+        let Attempt { session, path, aside, text } = self;
+        let both = [session::write(handle, 0, text), rename(aside, path)];
+        let mut replies = session.batch(both.into_iter().chain(then.iter().cloned()))?;
+        let answers = replies.split_off(2);
+        let mut results = replies.into_iter().map(|reply| session.status(reply));
+        let (written, named) = (results.next().transpose()?, results.next().transpose()?);
+        let (Some(written), Some(named)) = (written, named) else { return Err(session.odd()) };
+        if let Err(refusal) = written {
+            // Nobody else may find it without its text for longer than this takes.
+            let left = if named.is_ok() { path } else { &aside[..] };
+            session.all([about(packet::REMOVE, left), about(packet::CLOSE, handle)])?;
+            return Err(session.refused("write", aside, &refusal));
+        }
+        let Err(refusal) = named else { return Ok(Try::Taken(answers)) };
+        for handle in answers.iter().filter_map(|reply| if let Reply::Handle(it) = reply { Some(it) } else { None }) {
+            session.forget(about(packet::CLOSE, handle))?;
+        }
+        self.take_over(handle, then, &refusal)
+    }
+
+    /// Another lock has the name.
+    fn take_over(&self, handle: &[u8], then: &[Vec<u8>], refusal: &Refusal) -> Result<Try, Error> {
+        let Attempt { session, path, aside, text } = self;
+        let Some(holder) = read_holder(session, path)? else {
+            return match session.stat(packet::LSTAT, path)? {
+                // Released between the two requests: the next attempt finds out.
+                Err(gone) if gone.is_missing() => Ok(Try::Held(Box::default(), None)),
+                _ => Err(session.refused("lock", path, refusal)),
+            };
+        };
+        // Both times are of the server's clock.
+        let written = |reply| match reply {
+            Reply::Attributes(attributes) => attributes.times.map(|(_, modified)| modified),
+            _ => None,
+        };
+        let replies = session.batch([about(packet::FSTAT, handle), about(packet::LSTAT, path)])?;
+        let mut times = replies.into_iter().map(written);
+        let silent = match (times.next().flatten(), times.next().flatten()) {
+            (Some(now), Some(then)) => Some(now.saturating_sub(then)),
+            _ => None,
+        };
+        if !holder.has_ended() && silent.is_none_or(|silent| silent < STALE) {
+            return Ok(Try::Held(Box::new(holder), silent));
+        }
+        // RACE: two may take over a lock that was left behind. The later rename wins, and the other finds out now or, at the
+        // latest, before it publishes.
+        let replaced = if session.offers.posix_rename {
+            session.order(extended("posix-rename@openssh.com", &[aside, path]))?
+        } else {
+            session.order(about(packet::REMOVE, path))?.ok();
+            session.order(rename(aside, path))?
+        };
+        let ours = replaced.is_ok() && read_whole(session, path)?.is_ok_and(|found| found == *text);
+        Ok(if ours { Try::Taken(session.batch(then.iter().cloned())?) } else { Try::Held(Box::new(holder), silent) })
+    }
 }
 
 /// Writes the same text again and again over the handle, which stays with this file whatever happens to its name.
@@ -245,7 +295,7 @@ fn keep_alive(session: Arc<Session>, handle: Bytes, text: Vec<u8>) -> Sender<()>
                 return;
             }
         }
-        let _ = session.order(about(packet::CLOSE, &handle));
+        let _ = session.forget(about(packet::CLOSE, &handle));
     };
     // Without the thread the lock counts as left behind after a while, and is found taken over before publishing.
     let _ = std::thread::Builder::new().name("lock".to_owned()).spawn(beat);
