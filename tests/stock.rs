@@ -439,3 +439,14 @@ fn h34_a_connection_cut_at_the_greeting_is_tried_again_and_not_by_another_way() 
     assert_eq!(text(&cut).matches("the connection was lost").count(), 1, "{}", text(&cut));
     assert!(!sshd.path("target").exists());
 }
+
+#[test]
+fn a_host_that_allows_one_stream_at_a_time_is_pushed_to() {
+    let sshd = Sshd::start("Subsystem sftp internal-sftp\nMaxSessions 1");
+    for round in 0..3 {
+        sshd.write("file", format!("{round}"));
+        let said = sshd.pushed(&["--remote=auto"]);
+        assert!(said.contains("connected to the subsystem 'sftp'") && said.contains("read back"), "{said}");
+        sshd.same();
+    }
+}

@@ -1,11 +1,13 @@
-//! In which order a stock server is asked for what has to be on its disk.
+//! In which order a stock server is asked for what has to be on its disk, and what may go before an answer.
 
+use std::fs;
 use std::sync::{Arc, Mutex};
 
 use super::stock_faults::version;
 use super::stock_pipes::{Hook, Pair, nothing};
 
 const WRITE: u8 = 6;
+const READDIR: u8 = 12;
 const RENAME: u8 = 18;
 const EXTENDED: u8 = 200;
 
@@ -87,4 +89,53 @@ fn h33_each_file_is_on_the_disk_before_it_is_named_and_what_points_to_it_comes_a
         let last = before.iter().rposition(|one| matches!(one, Asked::Sync(_))).unwrap();
         assert!(written < last, "{name}: {asked:?}");
     }
+}
+
+#[test]
+fn h14_nothing_is_made_behind_a_link_that_stands_where_lockstep_keeps_its_own_things() {
+    for (name, root) in [("target/.lockstep", true), (".target.lockstep", false)] {
+        let pair = Pair::new();
+        pair.write("file", "content");
+        fs::create_dir(pair.at("elsewhere")).unwrap();
+        if root {
+            fs::create_dir(pair.at("target")).unwrap();
+        }
+        std::os::unix::fs::symlink(pair.at("elsewhere"), pair.at(name)).unwrap();
+        let touched = Arc::new(Mutex::new(false));
+        let (seen, elsewhere) = (Arc::clone(&touched), pair.at("elsewhere"));
+        // What is asked next finds what was made by the request before, however short it was there.
+        let watch: Hook = Arc::new(move |_| {
+            *seen.lock().unwrap() |= fs::read_dir(&elsewhere).unwrap().next().is_some();
+            true
+        });
+        let refused = pair.push(Arc::clone(&watch), watch, false).unwrap_err();
+        assert!(refused.to_string().contains("is not a directory"), "{refused}");
+        assert!(!*touched.lock().unwrap() && fs::read_dir(pair.at("elsewhere")).unwrap().next().is_none(), "{name}");
+    }
+}
+
+#[test]
+fn h35_a_lock_that_was_taken_over_is_left_alone_by_a_run_that_has_nothing_to_do() {
+    let pair = Pair::new();
+    pair.write("file", "content");
+    let hour_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
+    fs::File::options().write(true).open(pair.at("source/file")).unwrap().set_modified(hour_ago).unwrap();
+    pair.push(nothing(), nothing(), false).unwrap();
+    let lock = pair.at("target/.lockstep/lock.sftp");
+    let thief = r#"{"actor":"thief@there","machine":"","pid":1,"started":1,"token":"t"}"#;
+    let stolen = lock.clone();
+    let steal: Hook = Arc::new(move |packet| {
+        if packet[0] == READDIR {
+            fs::remove_file(&stolen).ok();
+            fs::write(&stolen, thief).unwrap();
+        }
+        true
+    });
+    let done = pair.push(steal, nothing(), false).unwrap().committed.unwrap();
+    assert_eq!((done.generation, done.published), (1, 0));
+    assert_eq!(fs::read_to_string(&lock).unwrap(), thief);
+    // Its own it gives up, with what it wrote to find out that it is its own.
+    fs::remove_file(&lock).unwrap();
+    pair.push(nothing(), nothing(), false).unwrap();
+    assert!(!lock.exists());
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use super::Failure;
 use super::connections::Connections;
@@ -212,6 +213,23 @@ impl Ahead {
     }
 }
 
+/// A host may allow one stream at a time, and takes a moment to end the last: this one is opened when that has ended.
+fn after_the_last(
+    refused: ConnectError,
+    open: impl Fn() -> Result<Arc<dyn Link>, ConnectError>,
+) -> Result<Arc<dyn Link>, ConnectError> {
+    let mut opened = Err(refused);
+    for _ in 0..10 {
+        match &opened {
+            Err(error) if !error.not_offered && error.exit == Exit::TryAgain => {}
+            _ => break,
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        opened = open();
+    }
+    opened
+}
+
 /// Opens connections by the first way in that works.
 fn reach(
     destination: &Destination,
@@ -239,15 +257,17 @@ fn reach(
         if matches!(way, Way::LockstepExec(_)) && reach.remote == Ways::Auto {
             ahead = Ahead::start(&remote);
         }
-        let opened = match (&way, &mut ahead) {
-            (Way::SftpSubsystem, ahead) => ahead.take().and_then(Ahead::link).map_or_else(open, Ok),
-            // A host may allow no more than one stream at a time.
-            (Way::LockstepExec(_), Some(_)) => open().or_else(|error| {
-                ahead.take().map(Ahead::link);
-                if error.not_offered { Err(error) } else { open() }
-            }),
+        let opened = match &way {
+            Way::SftpSubsystem => ahead.take().and_then(Ahead::link).map_or_else(open, Ok),
             _ => open(),
         };
+        let opened = opened.or_else(|refused| {
+            if refused.not_offered || reasons.is_empty() || host.was_lost() {
+                return Err(refused);
+            }
+            drop(ahead.take().and_then(Ahead::link));
+            after_the_last(refused, open)
+        });
         let link = match opened {
             Ok(link) => link,
             Err(error) if error.not_offered => {

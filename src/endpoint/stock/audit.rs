@@ -55,7 +55,7 @@ pub(super) fn intent(run: &Run, generation: u64, steps: usize) -> AuditRecord {
 /// When it cannot be written, or its end has been tampered with. The run is not complete then.
 pub(super) fn append(
     run: &Run,
-    log: Option<Log>,
+    log: Option<Ready>,
     state: &State,
     published: &HashSet<u32>,
     removed: &[&RelPath],
@@ -64,33 +64,26 @@ pub(super) fn append(
 ) -> Result<(), Error> {
     let mut records = records(run, state, published, removed, manifest, trash).peekable();
     if records.peek().is_none() {
-        return log.map_or(Ok(()), |log| log.close(&run.session));
+        return log.map_or(Ok(()), |ready| ready.log.close(&run.session));
     }
     or_continue(tell_last(run, log, records)).map(drop)
 }
 
-fn tell_last(run: &Run, log: Option<Log>, records: impl Iterator<Item = AuditRecord>) -> Result<(), Error> {
+fn tell_last(run: &Run, log: Option<Ready>, records: impl Iterator<Item = AuditRecord>) -> Result<(), Error> {
     let session = &run.session;
-    let own = head_file(run);
-    let mut log = log.map_or_else(|| Log::read(run), Ok)?;
-    let look = log.handle.iter().map(|handle| about(packet::FSTAT, handle));
-    let mut replies = session.batch(look.chain(log.open(run, &own)))?.into_iter();
-    let mut same = true;
-    if log.handle.is_some() {
-        let found = session.attributes(replies.next().ok_or_else(|| session.odd())?)?;
-        same = found.is_ok_and(|found| found.size == Some(log.end));
-    }
-    let head = log.opened(run, &own, &mut replies)?;
-    if !same {
-        // Somebody has written to it since the run announced itself: what is told goes behind that.
-        log.close(session)?;
-        log = Log::read(run)?;
-    }
+    let Ready { mut log, own, head } = log.map_or_else(|| Log::read(run)?.ready(run), Ok)?;
     let told = log.tell(records, true)?;
     let results = session.all(log.write(session, &own, &head, &told)?)?;
     log.written(run, &told, results)?;
     own.name(session)?;
     log.close(session)
+}
+
+/// A log that lines can be written to at once.
+pub(super) struct Ready {
+    log: Log,
+    own: OwnFile,
+    head: Bytes,
 }
 
 /// What a log that cannot be written means: a connection that is gone ends the run in any case.
@@ -170,6 +163,29 @@ impl Log {
             return Err(broken("lines were cut off at its end"));
         }
         Ok(Log { handle, head, end: start + complete as u64 })
+    }
+
+    /// Opens what is needed to write to it, and makes sure that nobody else has done so meanwhile: else it is read once more, and what is told
+    /// goes behind that.
+    ///
+    /// # Errors
+    /// As [`Log::read`], or when it cannot be opened.
+    pub(super) fn ready(mut self, run: &Run) -> Result<Ready, Error> {
+        let session = &run.session;
+        let own = head_file(run);
+        let look = self.handle.iter().map(|handle| about(packet::FSTAT, handle));
+        let mut replies = session.batch(look.chain(self.open(run, &own)))?.into_iter();
+        let mut same = true;
+        if self.handle.is_some() {
+            let found = session.attributes(replies.next().ok_or_else(|| session.odd())?)?;
+            same = found.is_ok_and(|found| found.size == Some(self.end));
+        }
+        let head = self.opened(run, &own, &mut replies)?;
+        if same {
+            return Ok(Ready { log: self, own, head });
+        }
+        self.close(session)?;
+        Ok(Ready { log: Log::read(run)?, own, head })
     }
 
     /// Lines for these; `last` signs the log where there is a key.

@@ -145,7 +145,7 @@ fn failed(path: Option<RelPath>, message: String) -> Problem {
 impl Listing<'_> {
     fn run(&mut self) -> Result<(), Error> {
         loop {
-            while self.open.len() < OPEN.min(self.session.handles() / 2)
+            while self.open.len() < OPEN.min(self.session.handles())
                 && let Some((path, filter)) = self.waiting.pop_front()
             {
                 let at = self.absolute(path.as_ref());

@@ -1,7 +1,7 @@
 //! One run at a time on a root, with nothing but files: SFTP has no locks that end with their holder.
 //!
 //! The lock is `.lockstep/lock.sftp`. It is written aside and gets its name by a RENAME that refuses an existing one,
-//! so that it is never there without its text. Its holder writes to it now and then; one that is silent for
+//! so that it is never there without its text (on a full disk it is, until the run that could not write it has taken it away). Its holder writes to it now and then; one that is silent for
 //! [`STALE`] by the server's own clock, or whose process is known to have ended, is taken over.
 
 use std::collections::BTreeSet;
@@ -19,7 +19,7 @@ use super::session::{self, Refusal, Reply, Session, about, extended};
 use crate::endpoint::Error;
 use crate::error::Escaped;
 use crate::manifest::Digest;
-use crate::wire::sftp::{Attributes, open, packet};
+use crate::wire::sftp::{open, packet};
 
 pub(super) const LOCK: &str = "lock.sftp";
 const HEARTBEAT: Duration = Duration::from_secs(20);
@@ -103,6 +103,8 @@ pub(super) struct Lock {
     text: Vec<u8>,
     token: String,
     stop: Sender<()>,
+    /// What was found when it was last looked whose the name is, for whoever gives the lock up.
+    named: Option<bool>,
 }
 
 enum Try {
@@ -153,7 +155,7 @@ impl Lock {
         };
         HELD.lock().unwrap_or_else(PoisonError::into_inner).insert(holder.token.clone());
         let stop = keep_alive(Arc::clone(session), handle.clone(), text.clone());
-        Ok((Lock { session: Arc::clone(session), path, handle, text, token: holder.token, stop }, replies))
+        Ok((Lock { session: Arc::clone(session), path, handle, text, token: holder.token, stop, named: None }, replies))
     }
 
     /// Where it lies.
@@ -183,17 +185,23 @@ impl Lock {
         self.path = at(state, LOCK);
     }
 
+    /// Finds out whose the name is, so that to give the lock up is one request more. Nothing may be written under it any more but what
+    /// belongs to giving it up.
+    pub(super) fn about_to_end(&mut self) {
+        self.named = self.is_named().ok();
+    }
+
     /// Whether what has the name of the lock is the file that this holds: that is made longer by blanks, and the other has to
     /// be as long. One that happens to be is another lock that is being given up at this moment.
     fn is_named(&self) -> Result<bool, Error> {
-        let blanks = vec![b' '; 1 + usize::from(u16::from_be_bytes([self.digest().0[0], self.digest().0[1]]))];
+        let digest = self.digest().0;
+        let blanks = vec![b' '; 1 + usize::from(u16::from_be_bytes([digest[0], digest[1]]) % 4096)];
         let longer = session::write(&self.handle, self.text.len() as u64, &blanks);
         let replies = self.session.batch([longer, about(packet::LSTAT, &self.path)])?;
+        let longer = (self.text.len() + blanks.len()) as u64;
         match replies.as_slice() {
-            [Reply::Done, Reply::Attributes(Attributes { size: Some(size), .. })] => {
-                Ok(*size == (self.text.len() + blanks.len()) as u64)
-            }
-            // A disk that is full, or a server that does not say how long a file is.
+            [Reply::Done, Reply::Attributes(found)] if found.size == Some(longer) => Ok(true),
+            // Another has it; or the disk is full, or the server does not say how long a file is: its text tells.
             _ => Ok(self.check(String::new()).is_ok()),
         }
     }
@@ -201,7 +209,8 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        if self.is_named().unwrap_or(false) {
+        let named = self.named.take().or_else(|| self.is_named().ok());
+        if named == Some(true) {
             let _ = self.session.order(about(packet::REMOVE, &self.path));
         }
         let _ = self.stop.try_send(());

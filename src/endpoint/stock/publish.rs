@@ -99,7 +99,12 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let record = Record { base: state.old_digest, steps, trash };
     let log = ready(run, &record.steps)?;
     let log = write_down(run, log, &record, &text, manifest.generation)?;
-    let done = execute(run, &record, &manifest.tree, false)?;
+    let (done, log) = std::thread::scope(|scope| {
+        let log =
+            scope.spawn(move || audit::or_continue(log.map(|log| log.ready(run)).transpose()).map(Option::flatten));
+        let done = execute(run, &record, &manifest.tree, false)?;
+        Ok::<_, Error>((done, joined(log.join())?))
+    })?;
     let (manifest, text) = mend(run, manifest, text, &state.old_manifest.tree, &done)?;
 
     let paths: Vec<(u32, &RelPath)> = published(state).filter(|(index, _)| !failed.contains(index)).collect();
@@ -111,9 +116,9 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     std::thread::scope(|scope| {
         let admitted = scope.spawn(|| admit(run, &manifest.tree));
         audit::append(run, log, state, &published, &removed, &manifest, aside.as_ref())?;
-        admitted.join().unwrap_or_else(|_| Err(Error::Usage("an internal error stopped the publishing".into())))
+        joined(admitted.join())
     })?;
-    finish(run)?;
+    finish(run, true)?;
     let trash = aside.map_or(Ok(None), |aside| aside.used())?;
     if let Some(path) = &run.rename_to {
         appear(run, path)?;
@@ -143,12 +148,15 @@ fn ready(run: &Run, steps: &[Recorded]) -> Result<Option<Log>, Error> {
             Some(lock) => lock.check(Escaped(&run.root).to_string()),
             None => Ok(()),
         };
-        let broken = || Error::Usage("an internal error stopped the publishing".into());
         lock?;
-        parents.join().unwrap_or_else(|_| Err(broken()))?;
-        durable.join().unwrap_or_else(|_| Err(broken()))?;
-        log.join().unwrap_or_else(|_| Err(broken()))
+        joined(parents.join())?;
+        joined(durable.join())?;
+        joined(log.join())
     })
+}
+
+fn joined<T>(ended: std::thread::Result<Result<T, Error>>) -> Result<T, Error> {
+    ended.unwrap_or_else(|_| Err(Error::Usage("an internal error stopped the publishing".into())))
 }
 
 /// Tells the log what is about to be done, and stores the new manifest and then the record: from here on the run can only go
@@ -193,21 +201,23 @@ fn write_down(
     manifest.written(session, results.by_ref().take(of_manifest).collect::<Vec<_>>())?;
     commit.written(session, results)?;
 
-    let files: &[&OwnFile] = if told { &[&head, &manifest, &commit] } else { &[&manifest, &commit] };
-    let mut named = name_all(session, files)?;
-    let (last, first) = named.split_last_mut().ok_or_else(|| session.odd())?;
-    std::mem::replace(last, Ok(()))?;
-    let mut wrong = first.iter_mut().filter_map(|one| std::mem::replace(one, Ok(())).err());
-    let wrong = match wrong.next() {
-        Some(error) if told => audit::or_continue(Err::<(), _>(error)).err(),
-        other => other,
-    };
-    if let Some(error) = wrong {
+    name_in_order(run, told.then_some(&head), &manifest, &commit)?;
+    Ok(log.filter(|_| told))
+}
+
+/// Names what was written down, the record last.
+fn name_in_order(run: &Run, head: Option<&OwnFile>, manifest: &OwnFile, commit: &OwnFile) -> Result<(), Error> {
+    let session = &run.session;
+    let files: Vec<&OwnFile> = head.into_iter().chain([manifest, commit]).collect();
+    let mut named = name_all(session, &files)?.into_iter();
+    let head = if head.is_some() { audit::or_continue(named.next().unwrap_or(Ok(()))).map(drop) } else { Ok(()) };
+    let manifest = named.next().unwrap_or(Ok(()));
+    named.next().unwrap_or(Ok(()))?;
+    if head.is_err() || manifest.is_err() {
         // What is not published must not be finished by the next run either.
         session.order(about(packet::REMOVE, &at(&run.staging, RECORD)))?.ok();
-        return Err(error);
     }
-    Ok(log.filter(|_| told))
+    head.and(manifest)
 }
 
 /// The paths of the plan, with their indices.
@@ -465,8 +475,9 @@ fn bring_to_disk(run: &Run) -> Result<(), Error> {
     Err(failed(reason))
 }
 
-/// Puts the new manifest in force and clears the staging area, in an order that a crash does not hurt.
-fn finish(run: &Run) -> Result<(), Error> {
+/// Puts the new manifest in force and clears the staging area, in an order that a crash does not hurt. With `ends` the run is
+/// over after that.
+fn finish(run: &Run, ends: bool) -> Result<(), Error> {
     let session = &run.session;
     bring_to_disk(run)?;
     let (from, to) = (at(&run.staging, NEW_MANIFEST), at(&run.root, MANIFEST));
@@ -474,7 +485,14 @@ fn finish(run: &Run) -> Result<(), Error> {
         Err(refusal) if !refusal.is_missing() => return Err(session.refused("put in force", &to, &refusal)),
         _ => {}
     }
-    clear(run)
+    std::thread::scope(|scope| {
+        let cleared = scope.spawn(|| clear(run));
+        // All that is left to do is done by the time that the lock is given up.
+        if ends && let Some(lock) = super::target::locked(&run.lock).as_mut() {
+            lock.about_to_end();
+        }
+        joined(cleared.join())
+    })
 }
 
 /// Lets those read the staged manifest who may read what it lists, as far as mode and group can say so: there are no ACLs
@@ -499,19 +517,21 @@ fn admit(run: &Run, tree: &Tree) -> Result<(), Error> {
     let manifest = at(&run.staging, NEW_MANIFEST);
     let set = |path: &[u8], attributes: &Attributes| with_attributes(packet::SETSTAT, path, attributes);
     let of_mode = |mode| Attributes { mode: Some(mode), ..Attributes::default() };
-    let readable = if audience.others {
-        session.order(set(&manifest, &of_mode(0o644)))?.is_ok()
+    let mut requests = if audience.others {
+        vec![set(&manifest, &of_mode(0o644))]
     } else {
         let Some(gid) = gid else { return Ok(()) };
-        // chown(2) leaves what is given as -1.
+        // chown(2) leaves what is given as -1. Where the group may not be given, the mode must not be either.
         let group = Attributes { owner: Some((u32::MAX, gid)), ..Attributes::default() };
-        session.order(set(&manifest, &group))?.is_ok() && session.order(set(&manifest, &of_mode(0o640)))?.is_ok()
+        if session.order(set(&manifest, &group))?.is_err() {
+            return Ok(());
+        }
+        vec![set(&manifest, &of_mode(0o640))]
     };
-    if readable {
-        let entered = [at(&run.root, STATE), at(&run.root, ".lockstep/staging")];
-        let _ = session.all(entered.iter().map(|path| set(path, &of_mode(0o711))))?;
-    }
-    Ok(())
+    // They can be entered by whoever knows what to look for, and everything else in them is private.
+    let entered = [at(&run.root, STATE), at(&run.root, ".lockstep/staging")];
+    requests.extend(entered.iter().map(|path| set(path, &of_mode(0o711))));
+    session.all(requests).map(drop)
 }
 
 /// Gives a root that was made under its hidden name its own.
@@ -556,7 +576,7 @@ pub(super) fn recover(run: &Run) -> Result<bool, Error> {
         let done = execute(run, &record, &manifest.tree, true)?;
         let (manifest, _) = mend(run, manifest, Vec::new(), &old.tree, &done)?;
         admit(run, &manifest.tree)?;
-        finish(run)?;
+        finish(run, false)?;
     } else {
         // Another run has published since, or it was all done: what is staged is older than what is there.
         session.order(about(packet::REMOVE, &path))?.ok();

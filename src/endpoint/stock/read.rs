@@ -14,7 +14,7 @@ use crate::wire::sftp::{Attributes, Status, packet};
 /// Bytes asked for and not here yet, of one queue.
 const IN_FLIGHT: u64 = 16 << 20;
 /// Files of one queue that are open at once.
-const OPEN_FILES: usize = 64;
+const OPEN_FILES: usize = 128;
 /// A file of our own at the other end is never larger.
 const WHOLE_MAX: usize = 1 << 30;
 

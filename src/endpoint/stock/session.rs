@@ -60,7 +60,7 @@ impl Limits {
     /// Of what it said in answer to `limits@openssh.com`; 0 is "no limit that I know of".
     fn of([_, read, write, handles]: [u64; 4]) -> Limits {
         let data = |limit: u64| if limit == 0 { USUAL_DATA } else { limit.clamp(1024, MOST_DATA) } as u32;
-        let handles = if handles == 0 { USUAL_HANDLES } else { handles.clamp(8, 512) / 2 } as usize;
+        let handles = if handles == 0 { USUAL_HANDLES } else { handles.clamp(8, 1024) / 2 } as usize;
         Limits { read: data(read), write: data(write), handles }
     }
 }

@@ -102,8 +102,7 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn M
         return Err(Error::Usage("an internal error stopped the staging".into()));
     }
     drop_leftovers(run, &left, &resumed, &wanted)?;
-    own.name(session)?;
-    make_directories(run, &wanted)?;
+    make_directories(run, &own, &wanted)?;
     locked(&run.area).directories = wanted.into_iter().collect();
     Ok(())
 }
@@ -215,10 +214,20 @@ fn drop_leftovers(run: &Run, left: &Left, keep: &HashSet<Vec<u8>>, wanted: &BTre
     }
 }
 
-fn make_directories(run: &Run, wanted: &BTreeSet<Vec<u8>>) -> Result<(), Error> {
+/// Gives the journal its name and makes the directories, in one flight where the server renames over what is there.
+fn make_directories(run: &Run, journal: &OwnFile, wanted: &BTreeSet<Vec<u8>>) -> Result<(), Error> {
+    let session = &run.session;
     // A directory sorts before what lies below it.
     let paths: Vec<Vec<u8>> = wanted.iter().map(|path| [&run.staging[..], b"/", path].concat()).collect();
-    let made = run.session.all(paths.iter().map(|path| session::mkdir(path, 0o700)))?;
+    let naming = journal.naming(session);
+    if naming.is_none() {
+        journal.name(session)?;
+    }
+    let named = usize::from(naming.is_some());
+    let mut made = session.all(naming.into_iter().chain(paths.iter().map(|path| session::mkdir(path, 0o700))))?;
+    if let Some(refusal) = made.drain(..named).find_map(Result::err) {
+        return Err(journal.unnamed(session, &refusal));
+    }
     let refused: Vec<_> = paths.iter().zip(made).filter_map(|(path, made)| Some((path, made.err()?))).collect();
     // Those that are there already are refused with nothing but "Failure".
     let found = run.session.batch(refused.iter().map(|(path, _)| about(packet::LSTAT, path)))?;
@@ -284,6 +293,11 @@ impl OwnFile {
         }
     }
 
+    /// The third flight, where it is one request.
+    fn naming(&self, session: &Session) -> Option<Vec<u8>> {
+        session.offers.posix_rename.then(|| extended("posix-rename@openssh.com", &[&self.new, &self.path]))
+    }
+
     /// The third flight: it has its name only after everything of it was written.
     pub(super) fn name(&self, session: &Session) -> Result<(), Error> {
         let named = replace(session, &self.new, &self.path)?;
@@ -298,10 +312,9 @@ impl OwnFile {
 /// Names several, in this order; says of each whether it has its name. Where that takes one request each they are one flight, and
 /// one that is refused does not keep the next from its name.
 pub(super) fn name_all(session: &Session, files: &[&OwnFile]) -> Result<Vec<Result<(), Error>>, Error> {
-    if !session.offers.posix_rename {
+    let Some(requests) = files.iter().map(|file| file.naming(session)).collect::<Option<Vec<_>>>() else {
         return Ok(files.iter().map(|file| file.name(session)).collect());
-    }
-    let requests = files.iter().map(|file| extended("posix-rename@openssh.com", &[&file.new, &file.path]));
+    };
     let results = files.iter().zip(session.all(requests)?);
     Ok(results.map(|(file, result)| result.map_err(|refusal| file.unnamed(session, &refusal))).collect())
 }

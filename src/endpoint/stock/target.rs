@@ -203,8 +203,8 @@ impl Target for StockTarget {
         };
         let (shell, looked) = std::thread::scope(|scope| {
             // What an interrupted run has still to do changes what lies there.
-            let looking =
-                (!interrupted).then(|| scope.spawn(|| look(&session, &root, options, opened.clone(), &names, monitor)));
+            let looking = (!interrupted && !options.tries)
+                .then(|| scope.spawn(|| look(&session, &root, options, opened.clone(), &names, monitor)));
             let shell = self.first_shell(lock.as_ref(), monitor);
             let broken = |_| Err(Error::Usage("an internal error stopped the listing".into()));
             (shell, looking.map(|looking| looking.join().unwrap_or_else(broken)))
@@ -244,9 +244,9 @@ impl Target for StockTarget {
         if !options.dry_run {
             self.prepare(&run, interrupted, monitor)?;
         }
-        if interrupted {
+        if locked(&run.looked).is_none() {
+            // It is listed anew when it is to be compared.
             opened.close(&run.session)?;
-            run.look(monitor)?;
         }
         *locked(&self.run) = Some(Arc::new(run));
         Ok(())

@@ -27,7 +27,7 @@ mod proof;
 use file::{File, Op, Route, Stage};
 
 /// Files of one writer that are open or waiting to be, at most.
-const OPEN_FILES: usize = 128;
+const OPEN_FILES: usize = 256;
 /// Bytes that wait for a handle, at most.
 const QUEUED: usize = 16 << 20;
 /// Digests are asked for when so many files wait for them, or so many bytes.
