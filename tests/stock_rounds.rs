@@ -4,7 +4,7 @@ use std::fs;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use super::stock_pipes::{COMMAND, Hook, Pair};
+use super::stock_pipes::{COMMAND, Hook, Pair, nothing};
 
 /// For so long nothing is sent by a client that waits. A machine that stops it for longer makes it look worse, never better.
 const QUIET: Duration = Duration::from_millis(60);
@@ -74,9 +74,20 @@ fn waits(pair: &Pair, shell: bool) -> (usize, Vec<Vec<u8>>) {
     (state.rounds, state.kinds.clone())
 }
 
-fn at_most(pair: &Pair, shell: bool, most: usize, what: &str) {
-    let (rounds, kinds) = waits(pair, shell);
-    assert!(rounds <= most, "{what}, a shell: {shell}: {rounds} waits and not {most}: {kinds:?}");
+/// Pushes what `made` makes, and sees how often the client waits. A machine that stops it for long makes that more, never less: it is
+/// tried again then.
+fn at_most(most: usize, shell: bool, what: &str, made: impl Fn() -> Pair) -> Pair {
+    let mut found = String::new();
+    for _ in 0..4 {
+        let pair = made();
+        let (rounds, kinds) = waits(&pair, shell);
+        pair.in_step();
+        if rounds <= most {
+            return pair;
+        }
+        found = format!("{rounds} waits and not {most}: {kinds:?}");
+    }
+    panic!("{what}, a shell: {shell}: {found}");
 }
 
 /// Files that are older than any manifest, so that their times prove something.
@@ -87,28 +98,42 @@ fn write_old(pair: &Pair, path: &str, data: &str) {
     file.set_modified(hour_ago).unwrap();
 }
 
+fn pushed(made: impl Fn() -> Pair) -> Pair {
+    let pair = made();
+    pair.push(nothing(), nothing(), false).unwrap();
+    pair
+}
+
 #[test]
 fn a_run_with_nothing_to_do_waits_for_its_lock_and_the_list() {
-    for shell in [false, true] {
+    let one = || {
         let pair = Pair::new();
         write_old(&pair, "file", "old");
-        at_most(&pair, shell, 30, "a first push");
-        at_most(&pair, shell, 8, "nothing to do");
-        assert!(!pair.at("target/.lockstep/staging/sftp").exists() && !pair.at("target/.lockstep/lock.sftp").exists());
+        pair
+    };
+    let changed = || {
+        let pair = pushed(one);
         write_old(&pair, "file", "new, longer");
-        at_most(&pair, shell, 27, "one file changed");
-        pair.in_step();
+        pair
+    };
+    for shell in [false, true] {
+        at_most(30, shell, "a first push", one);
+        let pair = at_most(8, shell, "nothing to do", || pushed(one));
+        assert!(!pair.at("target/.lockstep/staging/sftp").exists() && !pair.at("target/.lockstep/lock.sftp").exists());
+        at_most(27, shell, "one file changed", changed);
     }
 }
 
 #[test]
 fn waits_do_not_grow_with_the_files() {
-    let pair = Pair::new();
-    for number in 0..600 {
-        write_old(&pair, &format!("{}/{number}", number % 12), &format!("content {number}"));
-    }
-    std::os::unix::fs::symlink("0", pair.at("source/link")).unwrap();
-    at_most(&pair, false, 60, "a first push of many");
-    at_most(&pair, false, 12, "nothing to do for many");
-    pair.in_step();
+    let many = || {
+        let pair = Pair::new();
+        for number in 0..600 {
+            write_old(&pair, &format!("{}/{number}", number % 12), &format!("content {number}"));
+        }
+        std::os::unix::fs::symlink("0", pair.at("source/link")).unwrap();
+        pair
+    };
+    at_most(60, false, "a first push of many", many);
+    at_most(12, false, "nothing to do for many", || pushed(many));
 }

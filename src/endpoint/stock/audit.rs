@@ -25,11 +25,13 @@ use crate::wire::sftp::{Attributes, open, packet};
 
 /// The log as a run has found it, and goes on with it.
 pub(super) struct Log {
-    /// It is open, unless it is to be made.
+    /// It is open, unless it is to be made, or was closed to bring its lines to the disk.
     handle: Option<Bytes>,
     head: Head,
-    /// Where the next line goes.
+    /// Where the next line goes; 0 in a log that is to be made.
     end: u64,
+    /// Something that is no line lies behind `end`.
+    torn: bool,
 }
 
 /// Lines for the log, and its head after them.
@@ -55,7 +57,7 @@ pub(super) fn intent(run: &Run, generation: u64, steps: usize) -> AuditRecord {
 /// When it cannot be written, or its end has been tampered with. The run is not complete then.
 pub(super) fn append(
     run: &Run,
-    log: Option<Ready>,
+    log: Option<Log>,
     state: &State,
     published: &HashSet<u32>,
     removed: &[&RelPath],
@@ -64,26 +66,22 @@ pub(super) fn append(
 ) -> Result<(), Error> {
     let mut records = records(run, state, published, removed, manifest, trash).peekable();
     if records.peek().is_none() {
-        return log.map_or(Ok(()), |ready| ready.log.close(&run.session));
+        return log.map_or(Ok(()), |log| log.close(&run.session));
     }
     or_continue(tell_last(run, log, records)).map(drop)
 }
 
-fn tell_last(run: &Run, log: Option<Ready>, records: impl Iterator<Item = AuditRecord>) -> Result<(), Error> {
+fn tell_last(run: &Run, log: Option<Log>, records: impl Iterator<Item = AuditRecord>) -> Result<(), Error> {
     let session = &run.session;
-    let Ready { mut log, own, head } = log.map_or_else(|| Log::read(run)?.ready(run), Ok)?;
+    let mut log = log.map_or_else(|| Log::read(run), Ok)?;
+    let own = head_file(run);
+    let mut replies = session.batch(log.open(run, &own))?.into_iter();
+    let head = log.opened(run, &own, &mut replies)?;
     let told = log.tell(records, true)?;
     let results = session.all(log.write(session, &own, &head, &told)?)?;
     log.written(run, &told, results)?;
     own.name(session)?;
     log.close(session)
-}
-
-/// A log that lines can be written to at once.
-pub(super) struct Ready {
-    log: Log,
-    own: OwnFile,
-    head: Bytes,
 }
 
 /// What a log that cannot be written means: a connection that is gone ends the run in any case.
@@ -162,30 +160,7 @@ impl Log {
         if stored.is_some_and(|stored| stored.lines > head.lines) {
             return Err(broken("lines were cut off at its end"));
         }
-        Ok(Log { handle, head, end: start + complete as u64 })
-    }
-
-    /// Opens what is needed to write to it, and makes sure that nobody else has done so meanwhile: else it is read once more, and what is told
-    /// goes behind that.
-    ///
-    /// # Errors
-    /// As [`Log::read`], or when it cannot be opened.
-    pub(super) fn ready(mut self, run: &Run) -> Result<Ready, Error> {
-        let session = &run.session;
-        let own = head_file(run);
-        let look = self.handle.iter().map(|handle| about(packet::FSTAT, handle));
-        let mut replies = session.batch(look.chain(self.open(run, &own)))?.into_iter();
-        let mut same = true;
-        if self.handle.is_some() {
-            let found = session.attributes(replies.next().ok_or_else(|| session.odd())?)?;
-            same = found.is_ok_and(|found| found.size == Some(self.end));
-        }
-        let head = self.opened(run, &own, &mut replies)?;
-        if same {
-            return Ok(Ready { log: self, own, head });
-        }
-        self.close(session)?;
-        Ok(Ready { log: Log::read(run)?, own, head })
+        Ok(Log { handle, head, end: start + complete as u64, torn: complete < tail.len() })
     }
 
     /// Lines for these; `last` signs the log where there is a key.
@@ -204,17 +179,22 @@ impl Log {
         Ok(Told { text, head })
     }
 
-    /// The first flight of telling.
+    /// The first flight of telling. The lock of a run keeps those away who publish, and nobody else who writes to the log: that it
+    /// is as it was read is asked right before it is written to.
     pub(super) fn open(&self, run: &Run, own: &OwnFile) -> Vec<Vec<u8>> {
-        let new = session::open(&at(&run.root, LOG), open::READ | open::WRITE | open::CREATE);
-        let new = self.handle.is_none().then_some(new);
-        new.into_iter().chain(own.open()).collect()
+        let path = at(&run.root, LOG);
+        let looks = match &self.handle {
+            Some(handle) => vec![about(packet::FSTAT, handle), about(packet::LSTAT, &path)],
+            None if self.end == 0 => vec![made(&path)],
+            None => Vec::new(),
+        };
+        looks.into_iter().chain(own.open()).collect()
     }
 
-    /// The handle of the head's file.
+    /// The handle of the head's file. Where others have written to the log meanwhile, or it has another name, it is read once more.
     ///
     /// # Errors
-    /// When one of both cannot be opened.
+    /// As [`Log::read`], or when one of both cannot be opened.
     pub(super) fn opened(
         &mut self,
         run: &Run,
@@ -222,16 +202,38 @@ impl Log {
         replies: &mut impl Iterator<Item = Reply>,
     ) -> Result<Bytes, Error> {
         let session = &run.session;
-        let mut log = Ok(());
-        if self.handle.is_none() {
-            let reply = replies.next().ok_or_else(|| session.odd())?;
-            match session.handle(reply)? {
-                Ok(handle) => self.handle = Some(handle),
-                Err(refusal) => log = Err(session.refused("open", &at(&run.root, LOG), &refusal)),
-            }
+        let mut next = || replies.next().ok_or_else(|| session.odd());
+        let mut same = false;
+        if self.handle.is_some() {
+            let (held, named) = (session.attributes(next()?)?, session.attributes(next()?)?);
+            same = [held, named].into_iter().all(|found| found.is_ok_and(|found| found.size == Some(self.end)));
+        } else if self.end == 0 {
+            self.handle = session.handle(next()?)?.ok();
+            same = self.handle.is_some();
         }
         let own = own.opened(session, replies)?;
-        log.map(|()| own)
+        if !same {
+            self.again(run)?;
+        }
+        Ok(own)
+    }
+
+    /// Reads it once more, makes it where it is not there, and drops what a crash left of an unfinished line.
+    fn again(&mut self, run: &Run) -> Result<(), Error> {
+        let (session, path) = (&run.session, at(&run.root, LOG));
+        std::mem::replace(self, Log::read(run)?).close(session)?;
+        let Some(handle) = &self.handle else {
+            let handle = session.handle(session.call(made(&path))?)?;
+            self.handle = Some(handle.map_err(|refusal| session.refused("make", &path, &refusal))?);
+            return Ok(());
+        };
+        if self.torn {
+            let cut = Attributes { size: Some(self.end), ..Attributes::default() };
+            let cut = session.order(with_attributes(packet::FSETSTAT, handle, &cut))?;
+            cut.map_err(|refusal| session.refused("write", &path, &refusal))?;
+            self.torn = false;
+        }
+        Ok(())
     }
 
     /// The second flight.
@@ -246,15 +248,15 @@ impl Log {
         told: &Told,
     ) -> Result<Vec<Vec<u8>>, Error> {
         let Some(handle) = &self.handle else { return Err(session.odd()) };
-        // What a crash left of an unfinished line, behind `end`, is dropped; the lock keeps others away.
-        let cut = Attributes { size: Some(self.end), ..Attributes::default() };
         let chunk = session.write_max() as usize;
         let writes = told.text.chunks(chunk).enumerate();
-        let mut requests = vec![with_attributes(packet::FSETSTAT, handle, &cut)];
-        requests.extend(writes.map(|(at, bytes)| session::write(handle, self.end + (at * chunk) as u64, bytes)));
-        if session.offers.fsync {
-            requests.push(extended("fsync@openssh.com", &[handle]));
-        }
+        let mut requests: Vec<Vec<u8>> =
+            writes.map(|(at, bytes)| session::write(handle, self.end + (at * chunk) as u64, bytes)).collect();
+        // Where nothing else says that they have arrived, closing does.
+        requests.push(match session.offers.fsync {
+            true => extended("fsync@openssh.com", &[handle]),
+            false => about(packet::CLOSE, handle),
+        });
         // DURABILITY: written after the lines; after a crash between the two the head is behind, which is no fault.
         requests.extend(own.write(session, head, told.head.encode().as_bytes()));
         Ok(requests)
@@ -273,6 +275,9 @@ impl Log {
         if let Some(refusal) = results.into_iter().find_map(Result::err) {
             return Err(run.session.refused("write", &at(&run.root, LOG), &refusal));
         }
+        if !run.session.offers.fsync {
+            self.handle = None;
+        }
         self.head = told.head;
         self.end += told.text.len() as u64;
         Ok(())
@@ -281,6 +286,11 @@ impl Log {
     fn close(self, session: &Session) -> Result<(), Error> {
         self.handle.map_or(Ok(()), |handle| session.forget(about(packet::CLOSE, &handle)))
     }
+}
+
+/// Makes the log, which nobody else has done meanwhile.
+fn made(path: &[u8]) -> Vec<u8> {
+    session::open(path, open::READ | open::WRITE | open::CREATE | open::EXCLUSIVE)
 }
 
 fn records<'a>(

@@ -5,7 +5,7 @@
 //! [`STALE`] by the server's own clock, or whose process is known to have ended, is taken over.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -25,10 +25,18 @@ pub(super) const LOCK: &str = "lock.sftp";
 const HEARTBEAT: Duration = Duration::from_secs(20);
 /// Seconds of silence after which a lock counts as left behind.
 const STALE: u32 = 300;
+/// For so long counts what was found about whose the name is.
+const NAMED: Duration = Duration::from_secs(2);
+/// No lock's text is as long as this.
+const LONG: usize = 4096;
 const PAUSE: Duration = Duration::from_millis(200);
 
 /// Locks that runs of this process hold.
 static HELD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+fn held() -> MutexGuard<'static, BTreeSet<String>> {
+    HELD.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Holder {
@@ -72,7 +80,7 @@ impl Holder {
             return false;
         }
         if self.pid == std::process::id() {
-            return !HELD.lock().unwrap_or_else(PoisonError::into_inner).contains(&self.token);
+            return !held().contains(&self.token);
         }
         let pid = i32::try_from(self.pid).ok().and_then(rustix::process::Pid::from_raw);
         let absent = |pid| rustix::process::test_kill_process(pid) == Err(rustix::io::Errno::SRCH);
@@ -104,7 +112,7 @@ pub(super) struct Lock {
     token: String,
     stop: Sender<()>,
     /// What was found when it was last looked whose the name is, for whoever gives the lock up.
-    named: Option<bool>,
+    named: Option<(bool, SystemTime)>,
 }
 
 enum Try {
@@ -139,21 +147,13 @@ impl Lock {
         let aside = at(state, format!("{LOCK}.{}", holder.token));
         let text = serde_json::to_vec(&holder).map_err(|error| Error::Usage(error.to_string()))?;
         let attempt = Attempt { session, path: &path, aside, text: &text };
-        let start = Instant::now();
-        let (handle, replies) = loop {
-            let handle = attempt.open()?;
-            match attempt.run(&handle, then)? {
-                Try::Taken(replies) => break (handle, replies),
-                Try::Held(other, silent) => {
-                    session.all([about(packet::CLOSE, &handle), about(packet::REMOVE, &attempt.aside)])?;
-                    if start.elapsed() >= wait {
-                        return Err(Error::Locked { root, holder: other.describe(silent) });
-                    }
-                    std::thread::sleep(PAUSE);
-                }
-            }
-        };
-        HELD.lock().unwrap_or_else(PoisonError::into_inner).insert(holder.token.clone());
+        // Whoever reads it as soon as it has its name finds that its holder lives.
+        held().insert(holder.token.clone());
+        let taken = attempt.until(root, wait, then);
+        if taken.is_err() {
+            held().remove(&holder.token);
+        }
+        let (handle, replies) = taken?;
         let stop = keep_alive(Arc::clone(session), handle.clone(), text.clone());
         Ok((Lock { session: Arc::clone(session), path, handle, text, token: holder.token, stop, named: None }, replies))
     }
@@ -188,14 +188,16 @@ impl Lock {
     /// Finds out whose the name is, so that to give the lock up is one request more. Nothing may be written under it any more but what
     /// belongs to giving it up.
     pub(super) fn about_to_end(&mut self) {
-        self.named = self.is_named().ok();
+        // Of the clock that goes on while the machine sleeps.
+        let now = SystemTime::now();
+        self.named = self.is_named().ok().map(|named| (named, now));
     }
 
     /// Whether what has the name of the lock is the file that this holds: that is made longer by blanks, and the other has to
     /// be as long. One that happens to be is another lock that is being given up at this moment.
     fn is_named(&self) -> Result<bool, Error> {
         let digest = self.digest().0;
-        let blanks = vec![b' '; 1 + usize::from(u16::from_be_bytes([digest[0], digest[1]]) % 4096)];
+        let blanks = vec![b' '; LONG + usize::from(u16::from_be_bytes([digest[0], digest[1]]) % 4096)];
         let longer = session::write(&self.handle, self.text.len() as u64, &blanks);
         let replies = self.session.batch([longer, about(packet::LSTAT, &self.path)])?;
         let longer = (self.text.len() + blanks.len()) as u64;
@@ -209,12 +211,13 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        let named = self.named.take().or_else(|| self.is_named().ok());
+        let named = self.named.take().filter(|(_, then)| then.elapsed().is_ok_and(|age| age < NAMED));
+        let named = named.map(|(named, _)| named).or_else(|| self.is_named().ok());
         if named == Some(true) {
             let _ = self.session.order(about(packet::REMOVE, &self.path));
         }
         let _ = self.stop.try_send(());
-        HELD.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.token);
+        held().remove(&self.token);
     }
 }
 
@@ -229,6 +232,24 @@ fn rename(from: &[u8], to: &[u8]) -> Vec<u8> {
 }
 
 impl Attempt<'_> {
+    /// Tries until it has the lock, or has waited long enough.
+    fn until(&self, root: String, wait: Duration, then: &[Vec<u8>]) -> Result<(Bytes, Vec<Reply>), Error> {
+        let start = Instant::now();
+        loop {
+            let handle = self.open()?;
+            match self.run(&handle, then)? {
+                Try::Taken(replies) => return Ok((handle, replies)),
+                Try::Held(other, silent) => {
+                    self.session.all([about(packet::CLOSE, &handle), about(packet::REMOVE, &self.aside)])?;
+                    if start.elapsed() >= wait {
+                        return Err(Error::Locked { root, holder: other.describe(silent) });
+                    }
+                    std::thread::sleep(PAUSE);
+                }
+            }
+        }
+    }
+
     /// Makes the file beside its name.
     fn open(&self) -> Result<Bytes, Error> {
         let flags = open::WRITE | open::CREATE | open::EXCLUSIVE;

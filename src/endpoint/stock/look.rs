@@ -4,17 +4,17 @@ use std::sync::Mutex;
 
 use super::list::{Listed, list_from};
 use super::names::Names;
-use super::place::must_be_own;
+use super::place::{must_be_own, no_directory};
 use super::publish::{RECORD, manifest_of};
 use super::session::{self, Reply, Session, about};
-use super::target::{FOREIGN_RECORD, MANIFEST, STAGING, STATE, locked};
+use super::target::{FOREIGN_RECORD, MANIFEST, STAGING, STAGING_ABOVE, STATE, locked};
 use super::{DIRECTORY, at, kind_of, lock};
 use crate::endpoint::{BeginOptions, Error};
 use crate::filter::Filter;
 use crate::manifest::{Digest, Manifest};
 use crate::monitor::Monitor;
 use crate::scan::{LinkRule, ScanRule};
-use crate::wire::sftp::{open, packet};
+use crate::wire::sftp::{Attributes, open, packet};
 
 /// What lies there, and what its manifest says.
 pub(super) struct Looked {
@@ -67,25 +67,46 @@ pub(super) fn questions(root: &[u8]) -> Vec<Vec<u8>> {
     let record = at(&staging, RECORD);
     let state = at(root, STATE);
     let whole = if root.is_empty() { b"/" } else { root };
-    let looks = [&at(&state, lock::LOCK), &state, whole, &at(root, FOREIGN_RECORD), &staging, &record];
+    let above = at(root, STAGING_ABOVE);
+    let looks = [&at(&state, lock::LOCK), &state, whole, &at(root, FOREIGN_RECORD), &above, &staging, &record];
     looks.into_iter().map(|path| about(packet::LSTAT, path)).chain(opening(root)).collect()
 }
 
 /// The answers. Directories in which others could have written what is believed are refused: the one for lockstep's own things, and
 /// with `hidden` the root.
 pub(super) fn answers(session: &Session, root: &[u8], hidden: bool, replies: Vec<Reply>) -> Result<Found, Error> {
-    let Ok([lock, state, whole, foreign, staging, record, manifest, directory]) = <[Reply; 8]>::try_from(replies)
+    let Ok([lock, state, whole, foreign, above, staging, record, manifest, directory]) =
+        <[Reply; 9]>::try_from(replies)
     else {
         return Err(session.odd());
     };
     let path = at(root, STATE);
     let directories = [(root, &whole), (path.as_slice(), &state)];
     must_be_own(session, &lock, if hidden { &directories } else { &directories[1..] })?;
-    let there = |reply: Reply| Ok::<_, Error>(session.attributes(reply)?.is_ok());
     let own = session.attributes(lock)?.ok().and_then(|found| found.owner).unwrap_or_default();
-    let staging = session.attributes(staging)?.is_ok_and(|found| kind_of(&found) == Some(DIRECTORY));
-    let opened = Opened { manifest, root: directory };
-    Ok(Found { own, foreign: there(foreign)?, staging, record: there(record)?, opened })
+    let foreign = there(session, &at(root, FOREIGN_RECORD), foreign)?.is_some();
+    directory_there(session, &at(root, STAGING_ABOVE), above)?;
+    let staging_path = at(root, STAGING);
+    let staging = directory_there(session, &staging_path, staging)?;
+    let record = there(session, &at(&staging_path, RECORD), record)?.is_some();
+    Ok(Found { own, foreign, staging, record, opened: Opened { manifest, root: directory } })
+}
+
+/// What has this name. That nothing has it is what only one answer says.
+fn there(session: &Session, path: &[u8], reply: Reply) -> Result<Option<Attributes>, Error> {
+    match session.attributes(reply)? {
+        Ok(found) => Ok(Some(found)),
+        Err(refusal) if refusal.is_missing() => Ok(None),
+        Err(refusal) => Err(session.refused("look at", path, &refusal)),
+    }
+}
+
+/// Whether there is a directory of ours with this name. What is none, a link above all, is refused before anything goes through it.
+fn directory_there(session: &Session, path: &[u8], reply: Reply) -> Result<bool, Error> {
+    match there(session, path, reply)? {
+        Some(found) if kind_of(&found) != Some(DIRECTORY) => Err(no_directory(session, path)),
+        found => Ok(found.is_some()),
+    }
 }
 
 /// Opens both without a lock, or once more.

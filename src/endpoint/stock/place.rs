@@ -73,15 +73,20 @@ pub(super) fn must_be_private(
     match (replies.next(), replies.next()) {
         (Some(Reply::Done | Reply::Refused(_)), Some(Reply::Attributes(found))) => {
             if kind_of(&found) != Some(DIRECTORY) {
-                return Err(Error::Refused {
-                    by: session.client.host().to_owned(),
-                    reason: format!("'{}' is not a directory; look at it, then remove it", Escaped(path)),
-                });
+                return Err(no_directory(session, path));
             }
             Ok(())
         }
         (Some(Reply::Refused(refusal)), Some(_)) => Err(session.refused("make the directory", path, &refusal)),
         _ => Err(session.odd()),
+    }
+}
+
+/// What has the name of a directory of ours is none.
+pub(super) fn no_directory(session: &Session, path: &[u8]) -> Error {
+    Error::Refused {
+        by: session.client.host().to_owned(),
+        reason: format!("'{}' is not a directory; look at it, then remove it", Escaped(path)),
     }
 }
 

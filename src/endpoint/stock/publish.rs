@@ -17,7 +17,7 @@ use super::record::{Record, Recorded};
 use super::session::{self, Refusal, Reply, Session, about, extended, with_attributes};
 use super::shell::{Job, Shell, Spare};
 use super::stage::{OwnFile, clear, make_area, name_all, replace, store};
-use super::target::{MANIFEST, Run, STATE, State};
+use super::target::{MANIFEST, Run, STAGING_ABOVE, STATE, State};
 use super::trash::Trash;
 use super::writer::grant;
 use super::{DIRECTORY, at, audit, below, kind_of};
@@ -89,6 +89,10 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let manifest = new_manifest(run, state, options, &failed)?;
     let old = &state.old_manifest;
     if steps.is_empty() && run.rename_to.is_none() && old.generation > 0 && old.tree == manifest.tree {
+        // The area may be another's by now, with what it is about to publish.
+        if super::target::locked(&run.area).is_there() {
+            still_locked(run)?;
+        }
         clear(run)?;
         let manifest_digest = state.old_digest.to_string();
         let (generation, problems) = (old.generation, problems.told);
@@ -98,13 +102,8 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let trash = run.options.trash_seconds.is_some().then(|| trash::name(manifest.created.seconds, manifest.generation));
     let record = Record { base: state.old_digest, steps, trash };
     let log = ready(run, &record.steps)?;
-    let log = write_down(run, log, &record, &text, manifest.generation)?;
-    let (done, log) = std::thread::scope(|scope| {
-        let log =
-            scope.spawn(move || audit::or_continue(log.map(|log| log.ready(run)).transpose()).map(Option::flatten));
-        let done = execute(run, &record, &manifest.tree, false)?;
-        Ok::<_, Error>((done, joined(log.join())?))
-    })?;
+    let log = write_down(run, log, &record, &text, manifest.generation, monitor)?;
+    let done = execute(run, &record, &manifest.tree, false)?;
     let (manifest, text) = mend(run, manifest, text, &state.old_manifest.tree, &done)?;
 
     let paths: Vec<(u32, &RelPath)> = published(state).filter(|(index, _)| !failed.contains(index)).collect();
@@ -144,15 +143,20 @@ fn ready(run: &Run, steps: &[Recorded]) -> Result<Option<Log>, Error> {
         let parents = scope.spawn(|| check_parents(run, steps));
         let durable = scope.spawn(|| bring_to_disk(run));
         let log = scope.spawn(|| audit::or_continue(Log::read(run)));
-        let lock = match super::target::locked(&run.lock).as_ref() {
-            Some(lock) => lock.check(Escaped(&run.root).to_string()),
-            None => Ok(()),
-        };
+        let lock = still_locked(run);
         lock?;
         joined(parents.join())?;
         joined(durable.join())?;
         joined(log.join())
     })
+}
+
+/// Makes sure that the lock is the run's own still.
+pub(super) fn still_locked(run: &Run) -> Result<(), Error> {
+    match super::target::locked(&run.lock).as_ref() {
+        Some(lock) => lock.check(Escaped(&run.root).to_string()),
+        None => Ok(()),
+    }
 }
 
 fn joined<T>(ended: std::thread::Result<Result<T, Error>>) -> Result<T, Error> {
@@ -167,13 +171,16 @@ fn write_down(
     record: &Record,
     text: &[u8],
     generation: u64,
+    monitor: &dyn Monitor,
 ) -> Result<Option<Log>, Error> {
-    make_area(run)?;
+    make_area(run, monitor)?;
     let session = &run.session;
     let head = audit::head_file(run);
     let (manifest, commit) = (OwnFile::new(&run.staging, NEW_MANIFEST), OwnFile::new(&run.staging, RECORD));
     let opening = log.iter().flat_map(|log| log.open(run, &head)).chain(manifest.open()).chain(commit.open());
-    let mut replies = session.batch(opening)?.into_iter();
+    // One of an earlier run must not be put in force by the record of this one.
+    let stale = about(packet::REMOVE, &at(&run.staging, NEW_MANIFEST));
+    let mut replies = session.batch(opening.chain([stale]))?.into_iter();
     let head_handle = match &mut log {
         Some(log) => audit::or_continue(log.opened(run, &head, &mut replies))?,
         None => None,
@@ -482,7 +489,8 @@ fn finish(run: &Run, ends: bool) -> Result<(), Error> {
     bring_to_disk(run)?;
     let (from, to) = (at(&run.staging, NEW_MANIFEST), at(&run.root, MANIFEST));
     match replace(session, &from, &to)? {
-        Err(refusal) if !refusal.is_missing() => return Err(session.refused("put in force", &to, &refusal)),
+        // What an interrupted run left may be in force already.
+        Err(refusal) if ends || !refusal.is_missing() => return Err(session.refused("put in force", &to, &refusal)),
         _ => {}
     }
     std::thread::scope(|scope| {
@@ -529,7 +537,7 @@ fn admit(run: &Run, tree: &Tree) -> Result<(), Error> {
         vec![set(&manifest, &of_mode(0o640))]
     };
     // They can be entered by whoever knows what to look for, and everything else in them is private.
-    let entered = [at(&run.root, STATE), at(&run.root, ".lockstep/staging")];
+    let entered = [at(&run.root, STATE), at(&run.root, STAGING_ABOVE)];
     requests.extend(entered.iter().map(|path| set(path, &of_mode(0o711))));
     session.all(requests).map(drop)
 }

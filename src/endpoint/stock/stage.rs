@@ -10,7 +10,7 @@ use super::place::{make_private, must_be_private, private};
 use super::read::read_whole;
 use super::session::{self, Reply, Session, about, extended, with_attributes};
 use super::shell::Job;
-use super::target::{Run, locked};
+use super::target::{Run, STAGING_ABOVE, locked};
 use super::{DIRECTORY, at, below, kind_of};
 use crate::endpoint::Error;
 use crate::error::Escaped;
@@ -35,6 +35,13 @@ pub(super) struct Area {
     made: bool,
     /// Directories that this run has made in it, below it and from the top.
     directories: Vec<Vec<u8>>,
+}
+
+impl Area {
+    /// There is one, of this run or of another.
+    pub(super) fn is_there(&self) -> bool {
+        self.left || self.made
+    }
 }
 
 /// Finds what an earlier run left to go on with, drops the rest, and makes the staging directories, where anything is to be
@@ -109,17 +116,18 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn M
 
 /// The directories of the area, from the top.
 fn area(run: &Run) -> [Vec<u8>; 2] {
-    [at(&run.root, ".lockstep/staging"), run.staging.clone()]
+    [at(&run.root, STAGING_ABOVE), run.staging.clone()]
 }
 
 /// Makes the staging area, where this run has not done so.
-pub(super) fn make_area(run: &Run) -> Result<(), Error> {
+pub(super) fn make_area(run: &Run, monitor: &dyn Monitor) -> Result<(), Error> {
     if locked(&run.area).made {
         return Ok(());
     }
     let paths = area(run);
     make_private(&run.session, &[&paths[0], &paths[1]])?;
     locked(&run.area).made = true;
+    inherit_nothing(run, monitor);
     Ok(())
 }
 
@@ -138,10 +146,11 @@ fn inherit_nothing(run: &Run, monitor: &dyn Monitor) {
 
 /// Removes the staging area with everything in it. What stays is in nobody's way: the next run removes it.
 pub(super) fn clear(run: &Run) -> Result<(), Error> {
-    let Area { left, made, directories } = std::mem::take(&mut *locked(&run.area));
-    if !left && !made {
+    let area = std::mem::take(&mut *locked(&run.area));
+    if !area.is_there() {
         return Ok(());
     }
+    let directories = area.directories;
     let session = &run.session;
     let whole = |path: &[u8]| [&run.staging[..], b"/", path].concat();
     let files = [super::publish::RECORD, super::publish::NEW_MANIFEST, JOURNAL];

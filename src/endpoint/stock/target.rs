@@ -30,6 +30,8 @@ use crate::policy::Policy;
 
 pub(super) const STATE: &str = ".lockstep";
 pub(super) const MANIFEST: &str = ".lockstep/manifest";
+/// Targets of every kind stage below it.
+pub(super) const STAGING_ABOVE: &str = ".lockstep/staging";
 pub(super) const STAGING: &str = ".lockstep/staging/sftp";
 /// Where a local target stages; what an interrupted run of one had begun to publish is finished by it alone.
 pub(super) const FOREIGN_RECORD: &str = ".lockstep/staging/current/commit";
@@ -281,7 +283,7 @@ impl Target for StockTarget {
 
     fn abort(&self) {
         if let Some(run) = locked(&self.run).take() {
-            if run.state().full {
+            if run.state().full && publish::still_locked(&run).is_ok() {
                 // What is staged would only keep the disk full. It was the run's error already.
                 let _ = stage::clear(&run);
             }
@@ -351,7 +353,7 @@ impl StockTarget {
         if !interrupted {
             return Ok(());
         }
-        stage::make_area(run)?;
+        stage::make_area(run, monitor)?;
         if publish::recover(run)? {
             monitor.event(Event::Warning(&format!(
                 "{}: an earlier run was interrupted while it published; it was finished first",
