@@ -261,17 +261,25 @@ fn reach(
             Way::SftpSubsystem => ahead.take().and_then(Ahead::link).map_or_else(open, Ok),
             _ => open(),
         };
+        let mut went_ahead = false;
         let opened = opened.or_else(|refused| {
             if refused.not_offered || reasons.is_empty() || host.was_lost() {
                 return Err(refused);
             }
-            drop(ahead.take().and_then(Ahead::link));
+            let link = ahead.take().and_then(Ahead::link);
+            went_ahead = link.is_some();
+            drop(link);
             after_the_last(refused, open)
         });
         let link = match opened {
             Ok(link) => link,
             Err(error) if error.not_offered => {
                 reasons.push((named(&way), "not offered".to_owned()));
+                continue;
+            }
+            // The stream that was opened ahead may take the host longer to end.
+            Err(error) if went_ahead && host.was_crowded() && !host.was_lost() => {
+                reasons.push((named(&way), without(&host.describe(), error.message)));
                 continue;
             }
             Err(error) => return Err(failed(error)),
