@@ -284,6 +284,10 @@ fn h47_a_default_acl_of_the_target_does_not_reach_what_arrives() {
         let output = Command::new("getfacl").arg("-c").arg(sshd.path(name)).output().unwrap();
         assert!(!text(&output).contains("daemon"), "{name}: {}", text(&output));
     }
+    // Nor where nothing is staged but the manifest.
+    sshd.pushed(&["--chmod", "D750,F640"]);
+    let output = Command::new("getfacl").arg("-c").arg(sshd.path("target/.lockstep/manifest")).output().unwrap();
+    assert!(output.status.success() && !text(&output).contains("daemon"), "{}", text(&output));
 }
 
 #[test]

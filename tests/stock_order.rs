@@ -13,6 +13,7 @@ use lockstep::root::Root;
 use super::stock_faults::version;
 use super::stock_pipes::{Hook, Pair, nothing};
 
+const VERSION: u8 = 2;
 const WRITE: u8 = 6;
 const LSTAT: u8 = 7;
 const FSETSTAT: u8 = 10;
@@ -198,9 +199,17 @@ fn h32_a_run_whose_manifest_is_taken_from_it_has_not_published() {
     let pair = pushed();
     pair.write("file", "other content");
     let manifest = pair.at("target/.lockstep/staging/sftp/manifest");
+    // One that an earlier run left is gone before this one gives its own the name.
+    fs::create_dir_all(manifest.parent().unwrap()).unwrap();
+    fs::write(&manifest, "stale").unwrap();
+    let (left, stale) = (Arc::new(AtomicBool::new(true)), manifest.clone());
+    let seen = Arc::clone(&left);
+    let look = before_named("staging/sftp/manifest", move || seen.store(stale.exists(), Ordering::Relaxed));
     let gone = before_named("target/.lockstep/manifest", move || fs::remove_file(&manifest).unwrap());
-    let refused = pair.push(gone, nothing(), false).unwrap_err();
+    let both: Hook = Arc::new(move |packet| look(packet) && gone(packet));
+    let refused = pair.push(both, nothing(), false).unwrap_err();
     assert!(refused.to_string().contains("put in force"), "{refused}");
+    assert!(!left.load(Ordering::Relaxed));
     pair.push(nothing(), nothing(), false).unwrap();
     pair.in_step();
 }
@@ -231,6 +240,17 @@ fn h32_what_cannot_be_looked_at_is_not_taken_for_missing() {
     }
 }
 
+/// A server that has no fsync.
+fn no_fsync() -> Hook {
+    Arc::new(|packet| {
+        let name = packet.windows(17).position(|bytes| bytes == b"fsync@openssh.com");
+        if let Some(at) = name.filter(|_| packet[0] == VERSION) {
+            packet[at] = b'F';
+        }
+        true
+    })
+}
+
 /// Writes a line to the log of a target, as who is there may at any time.
 fn tell(target: &Path, rotated: bool) {
     let root = Root::open(target).unwrap();
@@ -246,7 +266,9 @@ fn h52_lines_that_others_write_to_the_log_meanwhile_stay_in_it() {
             let pair = pushed();
             pair.write("file", "other content");
             let target = pair.at("target");
-            pair.push(before_named(at, move || tell(&target, rotated)), nothing(), false).unwrap();
+            let told = before_named(at, move || tell(&target, rotated));
+            // The log is closed after each writing where that is all that brings it to the disk.
+            pair.push(told, if rotated { no_fsync() } else { nothing() }, false).unwrap();
             pair.in_step();
             audit::verify(&Root::open(&pair.at("target")).unwrap()).unwrap();
             let log = fs::read_to_string(pair.at("target/.lockstep/audit.jsonl")).unwrap();
