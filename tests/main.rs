@@ -74,6 +74,7 @@ mod stock;
 mod stock_faults;
 mod stock_order;
 mod stock_pipes;
+mod stock_rounds;
 mod systemd;
 mod threats;
 mod trash;

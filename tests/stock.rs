@@ -284,6 +284,10 @@ fn h47_a_default_acl_of_the_target_does_not_reach_what_arrives() {
         let output = Command::new("getfacl").arg("-c").arg(sshd.path(name)).output().unwrap();
         assert!(!text(&output).contains("daemon"), "{name}: {}", text(&output));
     }
+    // Nor where nothing is staged but the manifest.
+    sshd.pushed(&["--chmod", "D750,F640"]);
+    let output = Command::new("getfacl").arg("-c").arg(sshd.path("target/.lockstep/manifest")).output().unwrap();
+    assert!(output.status.success() && !text(&output).contains("daemon"), "{}", text(&output));
 }
 
 #[test]
@@ -438,4 +442,15 @@ fn h34_a_connection_cut_at_the_greeting_is_tried_again_and_not_by_another_way() 
     assert_eq!(cut.status.code(), Some(75), "{}", text(&cut));
     assert_eq!(text(&cut).matches("the connection was lost").count(), 1, "{}", text(&cut));
     assert!(!sshd.path("target").exists());
+}
+
+#[test]
+fn a_host_that_allows_one_stream_at_a_time_is_pushed_to() {
+    let sshd = Sshd::start("Subsystem sftp internal-sftp\nMaxSessions 1");
+    for round in 0..3 {
+        sshd.write("file", format!("{round}"));
+        let said = sshd.pushed(&["--remote=auto"]);
+        assert!(said.contains("connected to the subsystem 'sftp'") && said.contains("read back"), "{said}");
+        sshd.same();
+    }
 }

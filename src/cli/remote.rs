@@ -1,6 +1,8 @@
 //! How a directory of another machine is reached.
 
 use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use super::Failure;
 use super::connections::Connections;
@@ -9,7 +11,7 @@ use super::patience::patiently;
 use super::transfer::USUAL_TRANSFERS;
 use crate::codec::CompressOptions;
 use crate::endpoint::agent::{self, AgentSource, AgentTarget};
-use crate::endpoint::link::{Link, Remote, Way};
+use crate::endpoint::link::{ConnectError, Link, Remote, Way};
 use crate::endpoint::stock::{self, StockSource, StockTarget, Verify};
 use crate::endpoint::{self, Source, Target};
 use crate::error::{Escaped, Exit, chain};
@@ -195,6 +197,39 @@ impl Dial<'_> {
     }
 }
 
+/// The subsystem `sftp`, opened while it is not known yet whether there is a lockstep: a command takes its time to say that it is
+/// not there.
+struct Ahead(JoinHandle<Result<Arc<dyn Link>, ConnectError>>);
+
+impl Ahead {
+    fn start(remote: &Arc<dyn Remote>) -> Option<Ahead> {
+        let remote = Arc::clone(remote);
+        let open = move || remote.open(&Way::SftpSubsystem, 0);
+        std::thread::Builder::new().name("sftp-ahead".to_owned()).spawn(open).ok().map(Ahead)
+    }
+
+    fn link(self) -> Option<Arc<dyn Link>> {
+        self.0.join().ok()?.ok()
+    }
+}
+
+/// A host may allow one stream at a time, and takes a moment to end the last: this one is opened when that has ended.
+fn after_the_last(
+    refused: ConnectError,
+    open: impl Fn() -> Result<Arc<dyn Link>, ConnectError>,
+) -> Result<Arc<dyn Link>, ConnectError> {
+    let mut opened = Err(refused);
+    for _ in 0..10 {
+        match &opened {
+            Err(error) if !error.not_offered && error.exit == Exit::TryAgain => {}
+            _ => break,
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        opened = open();
+    }
+    opened
+}
+
 /// Opens connections by the first way in that works.
 fn reach(
     destination: &Destination,
@@ -212,16 +247,39 @@ fn reach(
     let remote: Arc<dyn Remote> = Arc::clone(&host) as Arc<dyn Remote>;
     let root = destination.path.as_bytes();
     let mut reasons: Vec<(String, String)> = Vec::new();
+    let mut ahead = None;
     for way in reach.ways(ssh) {
         // What keeps a connection to come back to tries again by itself.
-        let opened = match dial.kept {
+        let open = || match dial.kept {
             None => patiently(monitor, || remote.open(&way, 0)),
             Some(_) => remote.open(&way, 0),
         };
+        if matches!(way, Way::LockstepExec(_)) && reach.remote == Ways::Auto {
+            ahead = Ahead::start(&remote);
+        }
+        let opened = match &way {
+            Way::SftpSubsystem => ahead.take().and_then(Ahead::link).map_or_else(open, Ok),
+            _ => open(),
+        };
+        let mut went_ahead = false;
+        let opened = opened.or_else(|refused| {
+            if refused.not_offered || reasons.is_empty() || host.was_lost() {
+                return Err(refused);
+            }
+            let link = ahead.take().and_then(Ahead::link);
+            went_ahead = link.is_some();
+            drop(link);
+            after_the_last(refused, open)
+        });
         let link = match opened {
             Ok(link) => link,
             Err(error) if error.not_offered => {
                 reasons.push((named(&way), "not offered".to_owned()));
+                continue;
+            }
+            // The stream that was opened ahead may take the host longer to end.
+            Err(error) if went_ahead && host.was_crowded() && !host.was_lost() => {
+                reasons.push((named(&way), without(&host.describe(), error.message)));
                 continue;
             }
             Err(error) => return Err(failed(error)),

@@ -382,6 +382,9 @@ pub struct BeginOptions {
     pub wait_seconds: u64,
     /// Only look: create and change nothing.
     pub dry_run: bool,
+    /// Only try whether a run can begin: it is given up at once, and what is there need not be listed.
+    #[serde(skip)]
+    pub tries: bool,
     /// Say which files may be made of what is there already ([`Plan::alike`]).
     #[serde(default)]
     pub delta: bool,

@@ -91,6 +91,8 @@ pub struct SshRemote {
     notes: Vec<String>,
     /// The host was reached and is trusted, but let nobody in.
     refused: AtomicBool,
+    /// It did not let the last stream be opened.
+    crowded: AtomicBool,
 }
 
 pub(super) fn failed(options: &SshOptions, what: impl std::fmt::Display, exit: Exit) -> ConnectError {
@@ -118,6 +120,7 @@ impl SshRemote {
             opened: Mutex::default(),
             notes: Vec::new(),
             refused: AtomicBool::new(false),
+            crowded: AtomicBool::new(false),
         })
     }
 
@@ -143,6 +146,11 @@ impl SshRemote {
     /// Whether the host could be reached and is trusted, but let nobody in.
     pub fn was_refused(&self) -> bool {
         self.refused.load(Ordering::Relaxed)
+    }
+
+    /// Whether the host did not let the last stream be opened, whatever was to run over it: it has as many as it allows.
+    pub fn was_crowded(&self) -> bool {
+        self.crowded.load(Ordering::Relaxed)
     }
 
     /// Whether the first connection was made and has broken since, rather than a stream over it.
@@ -250,7 +258,10 @@ impl SshRemote {
         let again = |error: russh::Error| self.failed(format_args!("no channel: {error}"), Exit::TryAgain);
         self.block_on(async {
             let started = tokio::time::timeout(START_TIMEOUT, async {
-                let mut channel = connection.handle.channel_open_session().await.map_err(again)?;
+                let opened = connection.handle.channel_open_session().await;
+                let crowded = matches!(opened, Err(russh::Error::ChannelOpenFailure(_)));
+                self.crowded.store(crowded, Ordering::Relaxed);
+                let mut channel = opened.map_err(again)?;
                 let what = match way {
                     Way::LockstepSubsystem => "subsystem lockstep",
                     Way::SftpSubsystem => "subsystem sftp",

@@ -173,7 +173,7 @@ fn far(
 /// Begins a run and gives it up. Where there was none before it is only looked, so that nothing is made.
 fn begin(target: &dyn Target, options: Option<&BeginOptions>, used: bool) -> Result<(), Failure> {
     let Some(options) = options else { return Ok(()) };
-    let begun = target.begin(&BeginOptions { dry_run: !used, ..options.clone() }, &Silent::default());
+    let begun = target.begin(&BeginOptions { dry_run: !used, tries: true, ..options.clone() }, &Silent::default());
     target.abort();
     Ok(begun?)
 }

@@ -5,9 +5,11 @@
 
 use std::collections::HashSet;
 
-use super::read::{Piece, ReadQueue, Wanted, read_whole};
-use super::session::{self, Reply, about, extended, with_attributes};
-use super::stage::store;
+use bytes::Bytes;
+
+use super::read::{read_on, read_opened};
+use super::session::{self, Refusal, Reply, Session, about, extended, with_attributes};
+use super::stage::OwnFile;
 use super::target::{Run, STATE, State};
 use super::trash::Trash;
 use super::{REGULAR, at, kind_of};
@@ -21,14 +23,32 @@ use crate::path::RelPath;
 use crate::plan::Change;
 use crate::wire::sftp::{Attributes, open, packet};
 
-/// Says what is about to be done, before anything can be seen of it. Room for what will be said of it cannot be taken by SFTP.
-///
-/// # Errors
-/// When it cannot be written, or the log's end has been tampered with: nothing has changed then.
-pub(super) fn announce(run: &Run, generation: u64, steps: usize) -> Result<(), Error> {
+/// The log as a run has found it, and goes on with it.
+pub(super) struct Log {
+    /// It is open, unless it is to be made, or was closed to bring its lines to the disk.
+    handle: Option<Bytes>,
+    head: Head,
+    /// Where the next line goes; 0 in a log that is to be made.
+    end: u64,
+    /// Something that is no line lies behind `end`.
+    torn: bool,
+}
+
+/// Lines for the log, and its head after them.
+pub(super) struct Told {
+    text: Vec<u8>,
+    head: Head,
+}
+
+/// The file that says how far the log goes.
+pub(super) fn head_file(run: &Run) -> OwnFile {
+    OwnFile::new(&at(&run.root, STATE), HEAD.rsplit('/').next().unwrap_or(HEAD))
+}
+
+/// What is about to be done.
+pub(super) fn intent(run: &Run, generation: u64, steps: usize) -> AuditRecord {
     let reason = Some(format!("to publish in {}", counted(steps as u64, "step", "steps")));
-    let intent = AuditRecord { action: "intent".into(), reason, generation: Some(generation), ..base(run) };
-    or_continue(put(run, std::iter::once(intent), false))
+    AuditRecord { action: "intent".into(), reason, generation: Some(generation), ..base(run) }
 }
 
 /// Appends one line for each path that was published or removed, and signs the log where there is a key.
@@ -37,6 +57,7 @@ pub(super) fn announce(run: &Run, generation: u64, steps: usize) -> Result<(), E
 /// When it cannot be written, or its end has been tampered with. The run is not complete then.
 pub(super) fn append(
     run: &Run,
+    log: Option<Log>,
     state: &State,
     published: &HashSet<u32>,
     removed: &[&RelPath],
@@ -45,19 +66,32 @@ pub(super) fn append(
 ) -> Result<(), Error> {
     let mut records = records(run, state, published, removed, manifest, trash).peekable();
     if records.peek().is_none() {
-        return Ok(());
+        return log.map_or(Ok(()), |log| log.close(&run.session));
     }
-    or_continue(put(run, records, true))
+    or_continue(tell_last(run, log, records)).map(drop)
+}
+
+fn tell_last(run: &Run, log: Option<Log>, records: impl Iterator<Item = AuditRecord>) -> Result<(), Error> {
+    let session = &run.session;
+    let mut log = log.map_or_else(|| Log::read(run), Ok)?;
+    let own = head_file(run);
+    let mut replies = session.batch(log.open(run, &own))?.into_iter();
+    let head = log.opened(run, &own, &mut replies)?;
+    let told = log.tell(records, true)?;
+    let results = session.all(log.write(session, &own, &head, &told)?)?;
+    log.written(run, &told, results)?;
+    own.name(session)?;
+    log.close(session)
 }
 
 /// What a log that cannot be written means: a connection that is gone ends the run in any case.
-fn or_continue(result: Result<(), Error>) -> Result<(), Error> {
+pub(super) fn or_continue<T>(result: Result<T, Error>) -> Result<Option<T>, Error> {
     match result {
         Err(error @ (Error::Io { .. } | Error::Refused { .. })) if settings().on_failure == OnFailure::Continue => {
             tracing::warn!(error = chain(&error), "the audit log cannot be written, and has a gap");
-            Ok(())
+            Ok(None)
         }
-        result => result,
+        result => result.map(Some),
     }
 }
 
@@ -66,84 +100,197 @@ fn base(run: &Run) -> AuditRecord {
     AuditRecord { actor, source, ..AuditRecord::default() }
 }
 
-fn put(run: &Run, records: impl Iterator<Item = AuditRecord>, last: bool) -> Result<(), Error> {
-    let session = &run.session;
-    let path = at(&run.root, LOG);
-    let (head, end) = end_of(run)?;
-    let broken = |error: serde_json::Error| Error::Usage(error.to_string());
-    let (mut text, mut head) = lines(head, records).map_err(broken)?;
-    if let Some(signing) = settings().signing.as_ref().filter(|_| last) {
-        let signed = signed_head(&signing.key, head).map_err(|error| Error::Usage(chain(&error)))?;
-        let (line, after) = lines(head, [signed]).map_err(broken)?;
-        text.extend(line);
-        head = after;
+impl Log {
+    /// The head of the log as it is, and where its next line goes.
+    ///
+    /// # Errors
+    /// When its end has been tampered with, or it cannot be read.
+    pub(super) fn read(run: &Run) -> Result<Log, Error> {
+        let session = &run.session;
+        let (path, head_path) = (at(&run.root, LOG), at(&run.root, HEAD));
+        let broken = |what: &str| Error::Refused {
+            by: format!("the audit log of {}", session.client.host()),
+            reason: format!("{what}; keep the file as it is and find out who changed it"),
+        };
+        let looks = [
+            about(packet::LSTAT, &path),
+            session::open(&path, open::READ | open::WRITE),
+            session::open(&head_path, open::READ),
+        ];
+        let Ok([found, opened, stored]) = <[Reply; 3]>::try_from(session.batch(looks)?) else {
+            return Err(session.odd());
+        };
+        let (opened, stored) = (session.handle(opened)?, session.handle(stored)?);
+        let size = match session.attributes(found)? {
+            Ok(found) if kind_of(&found) == Some(REGULAR) => found.size.unwrap_or_default(),
+            Ok(_) => return Err(broken("it is not a regular file")),
+            Err(refusal) if refusal.is_missing() => 0,
+            Err(refusal) => return Err(session.refused("look at", &path, &refusal)),
+        };
+        let handle = match opened {
+            Ok(handle) => Some(handle),
+            Err(refusal) if refusal.is_missing() => None,
+            Err(refusal) => return Err(session.refused("open", &path, &refusal)),
+        };
+        let start = size.saturating_sub(TAIL_BYTES);
+        let (tail, stored) = std::thread::scope(|scope| {
+            let stored = scope.spawn(|| stored.map(|handle| read_opened(session, &handle, 0)));
+            let tail = handle.as_ref().map_or(Ok(Ok(Vec::new())), |handle| read_on(session, handle, start));
+            (tail, stored.join())
+        });
+        let tail = tail?.map_err(|refusal| session.refused("read", &path, &refusal))?;
+        if start + (tail.len() as u64) < size {
+            return Err(broken("it was cut while it was read"));
+        }
+        let (head, complete) = head_of(&tail, start == 0).map_err(broken)?;
+        let stored = match stored.map_err(|_| Error::Usage("an internal error stopped the audit".into()))? {
+            Ok(read) => read?,
+            Err(refusal) => Err(refusal),
+        };
+        let stored = match stored {
+            Ok(text) => Some(
+                String::from_utf8(text)
+                    .ok()
+                    .and_then(|text| Head::decode(&text))
+                    .ok_or_else(|| broken("audit.head beside it cannot be read"))?,
+            ),
+            Err(refusal) if refusal.is_missing() => None,
+            Err(refusal) => return Err(session.refused("read", &head_path, &refusal)),
+        };
+        if stored.is_some_and(|stored| stored.lines > head.lines) {
+            return Err(broken("lines were cut off at its end"));
+        }
+        Ok(Log { handle, head, end: start + complete as u64, torn: complete < tail.len() })
     }
-    let handle = match session.call(session::open(&path, open::WRITE | open::CREATE))? {
-        Reply::Handle(handle) => handle,
-        Reply::Refused(refusal) => return Err(session.refused("open", &path, &refusal)),
-        _ => return Err(session.odd()),
-    };
-    // What a crash left of an unfinished line, behind `end`, is dropped; the lock keeps others away.
-    let cut = Attributes { size: Some(end), ..Attributes::default() };
-    let chunk = session.write_max as usize;
-    let writes = text.chunks(chunk).enumerate();
-    let mut requests = vec![with_attributes(packet::FSETSTAT, &handle, &cut)];
-    requests.extend(writes.map(|(number, bytes)| session::write(&handle, end + (number * chunk) as u64, bytes)));
-    if session.offers.fsync {
-        requests.push(extended("fsync@openssh.com", &[&handle]));
+
+    /// Lines for these; `last` signs the log where there is a key.
+    ///
+    /// # Errors
+    /// When they cannot be written down.
+    pub(super) fn tell(&self, records: impl IntoIterator<Item = AuditRecord>, last: bool) -> Result<Told, Error> {
+        let broken = |error: serde_json::Error| Error::Usage(error.to_string());
+        let (mut text, mut head) = lines(self.head, records).map_err(broken)?;
+        if let Some(signing) = settings().signing.as_ref().filter(|_| last) {
+            let signed = signed_head(&signing.key, head).map_err(|error| Error::Usage(chain(&error)))?;
+            let (line, after) = lines(head, [signed]).map_err(broken)?;
+            text.extend(line);
+            head = after;
+        }
+        Ok(Told { text, head })
     }
-    requests.push(about(packet::CLOSE, &handle));
-    if let Some(refusal) = session.all(requests)?.into_iter().find_map(Result::err) {
-        return Err(session.refused("write", &path, &refusal));
+
+    /// The first flight of telling. The lock of a run keeps those away who publish, and nobody else who writes to the log: that it
+    /// is as it was read is asked right before it is written to.
+    pub(super) fn open(&self, run: &Run, own: &OwnFile) -> Vec<Vec<u8>> {
+        let path = at(&run.root, LOG);
+        let looks = match &self.handle {
+            Some(handle) => vec![about(packet::FSTAT, handle), about(packet::LSTAT, &path)],
+            None if self.end == 0 => vec![made(&path)],
+            None => Vec::new(),
+        };
+        looks.into_iter().chain(own.open()).collect()
     }
-    // DURABILITY: written after the lines; after a crash between the two the head is behind, which is no fault.
-    let name = HEAD.rsplit('/').next().unwrap_or(HEAD);
-    store(session, &at(&run.root, STATE), name, head.encode().as_bytes())
+
+    /// The handle of the head's file. Where others have written to the log meanwhile, or it has another name, it is read once more.
+    ///
+    /// # Errors
+    /// As [`Log::read`], or when one of both cannot be opened.
+    pub(super) fn opened(
+        &mut self,
+        run: &Run,
+        own: &OwnFile,
+        replies: &mut impl Iterator<Item = Reply>,
+    ) -> Result<Bytes, Error> {
+        let session = &run.session;
+        let mut next = || replies.next().ok_or_else(|| session.odd());
+        let mut same = false;
+        if self.handle.is_some() {
+            let (held, named) = (session.attributes(next()?)?, session.attributes(next()?)?);
+            same = [held, named].into_iter().all(|found| found.is_ok_and(|found| found.size == Some(self.end)));
+        } else if self.end == 0 {
+            self.handle = session.handle(next()?)?.ok();
+            same = self.handle.is_some();
+        }
+        let own = own.opened(session, replies)?;
+        if !same {
+            self.again(run)?;
+        }
+        Ok(own)
+    }
+
+    /// Reads it once more, makes it where it is not there, and drops what a crash left of an unfinished line.
+    fn again(&mut self, run: &Run) -> Result<(), Error> {
+        let (session, path) = (&run.session, at(&run.root, LOG));
+        std::mem::replace(self, Log::read(run)?).close(session)?;
+        let Some(handle) = &self.handle else {
+            let handle = session.handle(session.call(made(&path))?)?;
+            self.handle = Some(handle.map_err(|refusal| session.refused("make", &path, &refusal))?);
+            return Ok(());
+        };
+        if self.torn {
+            let cut = Attributes { size: Some(self.end), ..Attributes::default() };
+            let cut = session.order(with_attributes(packet::FSETSTAT, handle, &cut))?;
+            cut.map_err(|refusal| session.refused("write", &path, &refusal))?;
+            self.torn = false;
+        }
+        Ok(())
+    }
+
+    /// The second flight.
+    ///
+    /// # Errors
+    /// When it was not opened.
+    pub(super) fn write(
+        &self,
+        session: &Session,
+        own: &OwnFile,
+        head: &[u8],
+        told: &Told,
+    ) -> Result<Vec<Vec<u8>>, Error> {
+        let Some(handle) = &self.handle else { return Err(session.odd()) };
+        let chunk = session.write_max() as usize;
+        let writes = told.text.chunks(chunk).enumerate();
+        let mut requests: Vec<Vec<u8>> =
+            writes.map(|(at, bytes)| session::write(handle, self.end + (at * chunk) as u64, bytes)).collect();
+        // Where nothing else says that they have arrived, closing does.
+        requests.push(match session.offers.fsync {
+            true => extended("fsync@openssh.com", &[handle]),
+            false => about(packet::CLOSE, handle),
+        });
+        // DURABILITY: written after the lines; after a crash between the two the head is behind, which is no fault.
+        requests.extend(own.write(session, head, told.head.encode().as_bytes()));
+        Ok(requests)
+    }
+
+    /// What became of it.
+    ///
+    /// # Errors
+    /// When anything was refused.
+    pub(super) fn written(
+        &mut self,
+        run: &Run,
+        told: &Told,
+        results: impl IntoIterator<Item = Result<(), Refusal>>,
+    ) -> Result<(), Error> {
+        if let Some(refusal) = results.into_iter().find_map(Result::err) {
+            return Err(run.session.refused("write", &at(&run.root, LOG), &refusal));
+        }
+        if !run.session.offers.fsync {
+            self.handle = None;
+        }
+        self.head = told.head;
+        self.end += told.text.len() as u64;
+        Ok(())
+    }
+
+    fn close(self, session: &Session) -> Result<(), Error> {
+        self.handle.map_or(Ok(()), |handle| session.forget(about(packet::CLOSE, &handle)))
+    }
 }
 
-/// The head of the log as it is, and where its next line goes.
-fn end_of(run: &Run) -> Result<(Head, u64), Error> {
-    let session = &run.session;
-    let path = at(&run.root, LOG);
-    let broken = |what: &str| Error::Refused {
-        by: format!("the audit log of {}", session.client.host()),
-        reason: format!("{what}; keep the file as it is and find out who changed it"),
-    };
-    let size = match session.stat(packet::LSTAT, &path)? {
-        Ok(found) if kind_of(&found) == Some(REGULAR) => found.size.unwrap_or_default(),
-        Ok(_) => return Err(broken("it is not a regular file")),
-        Err(refusal) if refusal.is_missing() => 0,
-        Err(refusal) => return Err(session.refused("look at", &path, &refusal)),
-    };
-    let start = size.saturating_sub(TAIL_BYTES);
-    let mut tail = Vec::new();
-    if size > 0 {
-        let mut queue = ReadQueue::new(run.session.clone());
-        queue.push(Wanted { id: 0, path: path.clone(), from: start, size });
-        while let Some(piece) = queue.next()? {
-            match piece {
-                Piece::Data { data, .. } => tail.extend_from_slice(&data),
-                Piece::End { .. } => {}
-                Piece::Failed { why: Err(refusal), .. } => return Err(session.refused("read", &path, &refusal)),
-                Piece::Failed { why: Ok(()), .. } => return Err(broken("it was cut while it was read")),
-            }
-        }
-    }
-    let (head, complete) = head_of(&tail, start == 0).map_err(broken)?;
-    let stored = match read_whole(session, &at(&run.root, HEAD))? {
-        Ok(text) => Some(
-            String::from_utf8(text)
-                .ok()
-                .and_then(|text| Head::decode(&text))
-                .ok_or_else(|| broken("audit.head beside it cannot be read"))?,
-        ),
-        Err(refusal) if refusal.is_missing() => None,
-        Err(refusal) => return Err(session.refused("read", &at(&run.root, HEAD), &refusal)),
-    };
-    if stored.is_some_and(|stored| stored.lines > head.lines) {
-        return Err(broken("lines were cut off at its end"));
-    }
-    Ok((head, start + complete as u64))
+/// Makes the log, which nobody else has done meanwhile.
+fn made(path: &[u8]) -> Vec<u8> {
+    session::open(path, open::READ | open::WRITE | open::CREATE | open::EXCLUSIVE)
 }
 
 fn records<'a>(

@@ -104,10 +104,10 @@ impl Bulk {
         };
         bulk.send_name("more", b"/dev/null")?;
         bulk.send(Bytes::from_static(b"0 1\nx0 0\n"))?;
-        let written = (bulk.shell.status()?, bulk.shell.status()?);
         bulk.pack = Some(bulk.open_pack()?);
         bulk.flush()?;
         bulk.due.clear();
+        let written = (bulk.shell.status()?, bulk.shell.status()?);
         let unpacked = bulk.shell.status()?;
         match (written.0.as_str(), written.1.as_str(), unpacked.as_str()) {
             ("0", "0", "0") => Ok(bulk),

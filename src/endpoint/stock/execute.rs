@@ -52,22 +52,21 @@ pub(super) fn execute(run: &Run, record: &Record, tree: &Tree, again: bool) -> R
     let mut touched = parents(&content);
     let new = content.iter().filter(|recorded| matches!(recorded.step, Step::NewDirectory(_)));
     touched.extend(new.map(|recorded| recorded.step.path().clone()));
-    perform(run, &content, &how, &mut problems)?;
     // What happened in a directory moved its time; and new ones still have the mode they were staged with.
-    let entries = |paths: &mut dyn Iterator<Item = &RelPath>| -> Vec<Entry> {
-        paths.filter_map(|path| tree.get(path)).filter(|entry| entry.is_directory()).cloned().collect()
-    };
-    apply(run, &entries(&mut touched.difference(&later)), &mut problems)?;
+    let moved = touched.difference(&later);
+    let moved = moved.filter(|path| tree.get(path).is_some_and(Entry::is_directory)).cloned().collect();
+    perform(run, &content, moved, &how, &mut problems)?;
+    let later = later.into_iter().filter(|path| tree.get(path).is_some_and(Entry::is_directory)).collect();
     if problems.told.is_empty() {
-        perform(run, &pointers, &how, &mut problems)?;
+        perform(run, &pointers, later, &how, &mut problems)?;
     } else {
         let held = "is not published, because something that it may point to could not be; push again";
         for recorded in pointers {
             problems.tell(recorded.step.path(), held.to_owned());
             problems.unpublished.insert(recorded.step.path().clone());
         }
+        perform(run, &[], later, &how, &mut problems)?;
     }
-    apply(run, &entries(&mut later.iter()), &mut problems)?;
     Ok(problems)
 }
 
@@ -78,7 +77,15 @@ struct How<'a> {
     trash: Option<Trash<'a>>,
 }
 
-fn perform(run: &Run, steps: &[&Recorded], how: &How<'_>, problems: &mut Problems) -> Result<(), Error> {
+/// Does steps, then settles owner, mode and times of what has its name already: of what the steps say, and of directories that
+/// they `moved` the times of.
+fn perform(
+    run: &Run,
+    steps: &[&Recorded],
+    mut moved: BTreeSet<RelPath>,
+    how: &How<'_>,
+    problems: &mut Problems,
+) -> Result<(), Error> {
     let session = &run.session;
     let How { tree, again, trash } = how;
     let staged = |recorded: &Recorded| {
@@ -94,7 +101,6 @@ fn perform(run: &Run, steps: &[&Recorded], how: &How<'_>, problems: &mut Problem
     };
     let mut batch: Vec<(&Recorded, Vec<u8>)> = Vec::new();
     let mut results: Vec<Done<'_>> = Vec::new();
-    let mut metadata = Vec::new();
     for &recorded in steps {
         let path = below(&run.root, recorded.step.path());
         let request = match &recorded.step {
@@ -114,7 +120,7 @@ fn perform(run: &Run, steps: &[&Recorded], how: &How<'_>, problems: &mut Problem
                 continue;
             }
             Step::ApplyMetadata(path) => {
-                metadata.extend(tree.get(path).cloned());
+                moved.insert(path.clone());
                 continue;
             }
             Step::RemoveFile(_) => match trash {
@@ -125,7 +131,14 @@ fn perform(run: &Run, steps: &[&Recorded], how: &How<'_>, problems: &mut Problem
         };
         batch.push((recorded, request));
     }
-    results.extend(flush(session, batch)?);
+    let settled = Settled::new(run, moved.iter().filter_map(|path| tree.get(path)));
+    // They are looked at in the same flight, behind the steps.
+    let (steps, packets): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+    let mut replies = session.batch(packets.into_iter().chain(settled.looks()))?;
+    let found = replies.split_off(steps.len());
+    for (recorded, reply) in steps.into_iter().zip(replies) {
+        results.push((recorded, session.status(reply)?));
+    }
     for (recorded, result) in results {
         let Err(refusal) = result else { continue };
         let path = below(&run.root, recorded.step.path());
@@ -145,7 +158,7 @@ fn perform(run: &Run, steps: &[&Recorded], how: &How<'_>, problems: &mut Problem
     if let Some(trash) = trash {
         trash.finish(&removed)?;
     }
-    apply(run, &metadata, problems)
+    settled.apply(run, found, problems)
 }
 
 fn flush<'a>(session: &Session, batch: Vec<(&'a Recorded, Vec<u8>)>) -> Result<Vec<Done<'a>>, Error> {
@@ -153,36 +166,54 @@ fn flush<'a>(session: &Session, batch: Vec<(&'a Recorded, Vec<u8>)>) -> Result<V
     Ok(steps.into_iter().zip(session.all(packets)?).collect())
 }
 
-/// Sets owner, mode and times of what has its final name, from the leaves up, to what the manifest says. A link that
-/// took the place of one is not followed.
-fn apply(run: &Run, entries: &[Entry], problems: &mut Problems) -> Result<(), Error> {
-    let session = &run.session;
-    let entries: Vec<&Entry> =
-        entries.iter().rev().filter(|entry| !matches!(entry.content, Content::Symlink { .. })).collect();
-    let paths: Vec<Vec<u8>> = entries.iter().map(|entry| below(&run.root, &entry.path)).collect();
-    let mut there = Vec::with_capacity(entries.len());
-    for (number, found) in session.batch(paths.iter().map(|path| about(packet::LSTAT, path)))?.into_iter().enumerate() {
-        let mut problem = |what: String| problems.tell(&entries[number].path, what);
-        match found {
-            Reply::Attributes(found) if kind_of(&found) != Some(SYMLINK) => there.push((number, found)),
-            Reply::Attributes(_) => problem("has become a symbolic link".into()),
-            Reply::Refused(refusal) => problem(refusal.to_string()),
-            _ => return Err(session.odd()),
+/// What has its final name, and is to get owner, mode and times that the manifest says, from the leaves up. A link that took the
+/// place of one is not followed.
+struct Settled<'a> {
+    entries: Vec<&'a Entry>,
+    paths: Vec<Vec<u8>>,
+}
+
+impl<'a> Settled<'a> {
+    fn new(run: &Run, entries: impl DoubleEndedIterator<Item = &'a Entry>) -> Settled<'a> {
+        let is_link = |entry: &&Entry| matches!(entry.content, Content::Symlink { .. });
+        let entries: Vec<&Entry> = entries.rev().filter(|entry| !is_link(entry)).collect();
+        let paths = entries.iter().map(|entry| below(&run.root, &entry.path)).collect();
+        Settled { entries, paths }
+    }
+
+    /// What is to be asked first.
+    fn looks(&self) -> impl Iterator<Item = Vec<u8>> + '_ {
+        self.paths.iter().map(|path| about(packet::LSTAT, path))
+    }
+
+    fn apply(&self, run: &Run, found: Vec<Reply>, problems: &mut Problems) -> Result<(), Error> {
+        let Settled { entries, paths } = self;
+        let session = &run.session;
+        let mut there = Vec::with_capacity(entries.len());
+        for (number, found) in found.into_iter().enumerate() {
+            let mut problem = |what: String| problems.tell(&entries[number].path, what);
+            match found {
+                Reply::Attributes(found) if kind_of(&found) != Some(SYMLINK) => there.push((number, found)),
+                Reply::Attributes(_) => problem("has become a symbolic link".into()),
+                Reply::Refused(refusal) => problem(refusal.to_string()),
+                _ => return Err(session.odd()),
+            }
         }
+        let wanted = wanted(run, entries, &there)?;
+        let kind = if session.offers.lsetstat { packet::EXTENDED } else { packet::SETSTAT };
+        let mut left = settle_permissions(session, kind, paths, &wanted)?;
+        if kind == packet::EXTENDED && !left.is_empty() {
+            // RACE: the server cannot set a mode without following links where it has no /proc. What is there was no link
+            // when it was looked at, a moment ago.
+            let again: Vec<_> =
+                wanted.into_iter().filter(|(number, _)| left.iter().any(|(at, _)| at == number)).collect();
+            left = settle_permissions(session, packet::SETSTAT, paths, &again)?;
+        }
+        for (number, refusal) in left {
+            problems.tell(&entries[number].path, format!("cannot set its owner, mode and time: {refusal}"));
+        }
+        Ok(())
     }
-    let wanted = wanted(run, &entries, &there)?;
-    let kind = if session.offers.lsetstat { packet::EXTENDED } else { packet::SETSTAT };
-    let mut left = settle_permissions(session, kind, &paths, &wanted)?;
-    if kind == packet::EXTENDED && !left.is_empty() {
-        // RACE: the server cannot set a mode without following links where it has no /proc. What is there was no link
-        // when it was looked at, a moment ago.
-        let again: Vec<_> = wanted.into_iter().filter(|(number, _)| left.iter().any(|(at, _)| at == number)).collect();
-        left = settle_permissions(session, packet::SETSTAT, &paths, &again)?;
-    }
-    for (number, refusal) in left {
-        problems.tell(&entries[number].path, format!("cannot set its owner, mode and time: {refusal}"));
-    }
-    Ok(())
 }
 
 /// What each of `there` is to have. An owner that it has already is left out: only few may give files away.

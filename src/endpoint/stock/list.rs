@@ -24,8 +24,9 @@ use crate::scan::{LinkRule, ScanRule, stays_inside};
 use crate::wire::sftp::{Attributes, Status, packet};
 
 /// Directories that are open at once.
-const OPEN: usize = 32;
-/// READDIRs in flight for one directory.
+const OPEN: usize = 192;
+/// READDIRs in flight for one directory: at first, so that a small one is read in one flight with its end, and at most.
+const FIRST_DEPTH: usize = 3;
 const DEPTH: usize = 16;
 
 /// What was found, in no order.
@@ -57,11 +58,15 @@ struct Listing<'a> {
     next: u64,
     found: Vec<(RelPath, Attributes, Content)>,
     links: Vec<(RelPath, Attributes)>,
+    /// Answers to READLINK, by the place in `links`.
+    targets: Vec<Option<Reply>>,
+    /// Links whose answers are due.
+    reading: usize,
     problems: Vec<Problem>,
 }
 
-/// The tag of answers that nobody looks at.
-const IGNORED: u64 = u64::MAX;
+/// Tags from here on are of links, by their place; those below of directories.
+const LINKS: u64 = 1 << 63;
 
 /// Lists everything beneath `root`. Owners are named as far as the server names them.
 ///
@@ -74,6 +79,21 @@ pub(super) fn list(
     names: &mut Names,
     monitor: &dyn Monitor,
 ) -> Result<Listed, Error> {
+    list_from(session, root, None, rule, names, monitor)
+}
+
+/// The same where the root is `opened` already.
+///
+/// # Errors
+/// As [`list`].
+pub(super) fn list_from(
+    session: &Session,
+    root: &[u8],
+    opened: Option<Bytes>,
+    rule: &ScanRule,
+    names: &mut Names,
+    monitor: &dyn Monitor,
+) -> Result<Listed, Error> {
     let (sender, receiver) = unbounded();
     let mut listing = Listing {
         session,
@@ -82,13 +102,23 @@ pub(super) fn list(
         monitor,
         sender,
         receiver,
-        waiting: VecDeque::from([(None, Arc::new(rule.filter.clone()))]),
+        waiting: VecDeque::new(),
         open: BTreeMap::new(),
         next: 0,
         found: Vec::new(),
         links: Vec::new(),
+        targets: Vec::new(),
+        reading: 0,
         problems: Vec::new(),
     };
+    let filter = Arc::new(rule.filter.clone());
+    match opened {
+        Some(handle) => {
+            let number = listing.begin(None, filter);
+            listing.settle(number, Reply::Handle(handle))?;
+        }
+        None => listing.waiting.push_back((None, filter)),
+    }
     listing.run()?;
     listing.read_links()?;
     let owners = |pick: fn((u32, u32)) -> u32| -> BTreeSet<u32> {
@@ -115,26 +145,36 @@ fn failed(path: Option<RelPath>, message: String) -> Problem {
 impl Listing<'_> {
     fn run(&mut self) -> Result<(), Error> {
         loop {
-            while self.open.len() < OPEN.min(self.session.handles)
+            while self.open.len() < OPEN.min(self.session.handles())
                 && let Some((path, filter)) = self.waiting.pop_front()
             {
                 let at = self.absolute(path.as_ref());
-                let number = self.next;
-                self.next += 1;
-                let (names, handle) = (Vec::new(), None);
-                let directory = Directory { path, filter, handle, names, in_flight: 1, depth: 1, ended: false };
-                self.open.insert(number, directory);
+                let number = self.begin(path, filter);
                 self.session.client.submit(session::about(packet::OPENDIR, &at), 0, number, &self.sender)?;
             }
-            if self.open.is_empty() {
+            if self.open.is_empty() && self.reading == 0 {
                 return Ok(());
             }
             let completion = self.session.client.wait(&self.receiver, false)?;
             let (number, reply) = self.session.completed(completion)?;
-            if number != IGNORED {
-                self.settle(number, reply)?;
+            match number.checked_sub(LINKS) {
+                Some(link) => {
+                    self.reading -= 1;
+                    self.targets[link as usize] = Some(reply);
+                }
+                None => self.settle(number, reply)?,
             }
         }
+    }
+
+    /// A directory whose OPENDIR is to be answered; gives its number.
+    fn begin(&mut self, path: Option<RelPath>, filter: Arc<Filter>) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        let (names, handle) = (Vec::new(), None);
+        let directory = Directory { path, filter, handle, names, in_flight: 1, depth: FIRST_DEPTH, ended: false };
+        self.open.insert(number, directory);
+        number
     }
 
     fn absolute(&self, path: Option<&RelPath>) -> Vec<u8> {
@@ -176,8 +216,7 @@ impl Listing<'_> {
         if directory.ended && directory.in_flight == 0 {
             let Some(directory) = self.open.remove(&number) else { return Ok(()) };
             if let Some(handle) = &directory.handle {
-                let close = session::about(packet::CLOSE, handle);
-                self.session.client.submit(close, 0, IGNORED, &self.sender)?;
+                self.session.forget(session::about(packet::CLOSE, handle))?;
             }
             self.children(directory)?;
         }
@@ -230,7 +269,7 @@ impl Listing<'_> {
                     let size = name.attributes.size.unwrap_or_default();
                     self.found.push((path, name.attributes, Content::File { size, digest: None }));
                 }
-                Some(SYMLINK) => self.links.push((path, name.attributes)),
+                Some(SYMLINK) => self.read_link(path, name.attributes)?,
                 Some(_) if self.rule.report_special => self.problems.push(Problem {
                     path: Some(path),
                     message: "is a FIFO, socket or device, which cannot be sent".into(),
@@ -277,11 +316,20 @@ impl Listing<'_> {
         }))
     }
 
+    /// Asks for a link's target, while the listing goes on.
+    fn read_link(&mut self, path: RelPath, attributes: Attributes) -> Result<(), Error> {
+        let request = session::about(packet::READLINK, &below(self.root, &path));
+        self.session.client.submit(request, 0, LINKS + self.links.len() as u64, &self.sender)?;
+        self.links.push((path, attributes));
+        self.targets.push(None);
+        self.reading += 1;
+        Ok(())
+    }
+
     fn read_links(&mut self) -> Result<(), Error> {
-        let links = std::mem::take(&mut self.links);
-        let requests = links.iter().map(|(path, _)| session::about(packet::READLINK, &below(self.root, path)));
-        let replies = self.session.batch(requests)?;
+        let (links, replies) = (std::mem::take(&mut self.links), std::mem::take(&mut self.targets));
         for ((path, attributes), reply) in links.into_iter().zip(replies) {
+            let Some(reply) = reply else { continue };
             let target = match reply {
                 Reply::Names(mut names) if names.len() == 1 => names.remove(0).name,
                 Reply::Refused(refusal) if refusal.is_missing() => continue,

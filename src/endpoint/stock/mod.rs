@@ -24,6 +24,7 @@ mod execute;
 mod follow;
 mod list;
 mod lock;
+mod look;
 mod names;
 mod place;
 mod prove;
@@ -102,7 +103,7 @@ impl Lanes {
             let start = move || shell::Shell::start(&*remote, 0);
             std::thread::Builder::new().name("shell".to_owned()).spawn(start).ok()
         });
-        let first = Arc::new(open(&*remote, first)?);
+        let first = Arc::new(open(&*remote, first, None)?);
         let root = absolute(&first, root)?;
         Ok(Lanes {
             remote,
@@ -145,7 +146,7 @@ impl Lanes {
         let mut slot = target::locked(&self.further[at]);
         let session = slot.get_or_insert_with(|| {
             let link = self.remote.open(&Way::SftpSubsystem, at + 1).ok()?;
-            open(&*self.remote, link).ok().map(Arc::new)
+            open(&*self.remote, link, Some(&self.first)).ok().map(Arc::new)
         });
         Arc::clone(session.as_ref().unwrap_or(&self.first))
     }
@@ -199,10 +200,10 @@ impl Lanes {
     }
 }
 
-/// Shakes hands with a server that has not spoken yet.
-fn open(remote: &dyn Remote, link: Arc<dyn Link>) -> Result<Session, Error> {
+/// Shakes hands with a server that has not spoken yet. What is known by `other` is not asked again.
+fn open(remote: &dyn Remote, link: Arc<dyn Link>, other: Option<&Session>) -> Result<Session, Error> {
     let options = ClientOptions { timeout: TIMEOUT, ..ClientOptions::default() };
-    Session::new(Client::connect(link, &remote.describe(), options)?)
+    Session::new(Client::connect(link, &remote.describe(), options)?, other)
 }
 
 /// The root as an absolute path without a slash at its end, so that commands find it too. The path `/` is empty.

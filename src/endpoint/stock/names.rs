@@ -3,11 +3,14 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Mutex, PoisonError};
 
+use crossbeam_channel::{Receiver, unbounded};
+
 use super::prove::SharedShell;
 use super::read::read_whole;
 use super::session::{Reply, Session, extended};
 use super::shell::Job;
 use crate::endpoint::Error;
+use crate::endpoint::client::Completion;
 use crate::error::Escaped;
 use crate::manifest::Name;
 use crate::wire::buffer::Reader;
@@ -20,9 +23,44 @@ const AT_ONCE: usize = 1000;
 pub(super) struct Names {
     users: HashMap<u32, Name>,
     groups: HashMap<u32, Name>,
+    /// What was asked about numbers that are likely to come, until it is needed.
+    expected: Option<Expected>,
+}
+
+#[derive(Debug)]
+struct Expected {
+    user: u32,
+    group: u32,
+    answers: Receiver<Completion>,
 }
 
 impl Names {
+    /// Asks for the names of a user and a group, and does not wait for them.
+    ///
+    /// # Errors
+    /// When the connection has ended.
+    pub(super) fn expect(&mut self, session: &Session, (user, group): (u32, u32)) -> Result<(), Error> {
+        if session.offers.names {
+            let (sender, answers) = unbounded();
+            session.client.submit(question(&[user], true), 0, 0, &sender)?;
+            session.client.submit(question(&[group], false), 0, 1, &sender)?;
+            self.expected = Some(Expected { user, group, answers });
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self, session: &Session) -> Result<(), Error> {
+        let Some(Expected { user, group, answers }) = self.expected.take() else { return Ok(()) };
+        for _ in 0..2 {
+            let (tag, reply) = session.completed(session.client.wait(&answers, false)?)?;
+            match tag {
+                0 => self.users.extend(answer(session, &[user], true, reply)?),
+                _ => self.groups.extend(answer(session, &[group], false, reply)?),
+            }
+        }
+        Ok(())
+    }
+
     /// Asks for those that are not known yet.
     ///
     /// # Errors
@@ -36,15 +74,20 @@ impl Names {
         if !session.offers.names {
             return Ok(());
         }
+        self.settle(session)?;
         let unknown = |ids: &BTreeSet<u32>, known: &HashMap<u32, Name>| -> Vec<u32> {
             ids.iter().copied().filter(|id| !known.contains_key(id)).collect()
         };
         let (users, groups) = (unknown(users, &self.users), unknown(groups, &self.groups));
-        for ids in users.chunks(AT_ONCE) {
-            self.users.extend(ask(session, ids, true)?);
-        }
-        for ids in groups.chunks(AT_ONCE) {
-            self.groups.extend(ask(session, ids, false)?);
+        // Both kinds have one answer each, and all of them one flight.
+        let of = |ids: &[u32], user: bool| -> Vec<(bool, Vec<u32>)> {
+            ids.chunks(AT_ONCE).map(|ids| (user, ids.to_vec())).collect()
+        };
+        let asked = [of(&users, true), of(&groups, false)].concat();
+        let replies = session.batch(asked.iter().map(|(user, ids)| question(ids, *user)))?;
+        for ((user, ids), reply) in asked.iter().zip(replies) {
+            let found = answer(session, ids, *user, reply)?;
+            if *user { self.users.extend(found) } else { self.groups.extend(found) }
         }
         Ok(())
     }
@@ -58,11 +101,15 @@ impl Names {
     }
 }
 
-/// The pairs of numbers and names; those without a name are left out.
-fn ask(session: &Session, ids: &[u32], users: bool) -> Result<Vec<(u32, Name)>, Error> {
+fn question(ids: &[u32], users: bool) -> Vec<u8> {
     let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_be_bytes()).collect();
     let (first, second): (&[u8], &[u8]) = if users { (&bytes, b"") } else { (b"", &bytes) };
-    let body = match session.call(extended("users-groups-by-id@openssh.com", &[first, second]))? {
+    extended("users-groups-by-id@openssh.com", &[first, second])
+}
+
+/// The pairs of numbers and names; those without a name are left out.
+fn answer(session: &Session, ids: &[u32], users: bool, reply: Reply) -> Result<Vec<(u32, Name)>, Error> {
+    let body = match reply {
         Reply::Extended(body) => body,
         Reply::Refused(_) => return Ok(Vec::new()),
         _ => return Err(session.odd()),

@@ -1,10 +1,11 @@
 //! The directory that a run works in, and that nobody else can have a hand in what lockstep keeps there.
 
 use super::session::{self, Reply, Session, about};
-use super::{DIRECTORY, Lanes, kind_of};
+use super::target::STATE;
+use super::{DIRECTORY, Lanes, at, kind_of};
 use crate::endpoint::Error;
 use crate::error::Escaped;
-use crate::wire::sftp::packet;
+use crate::wire::sftp::{Attributes, packet};
 
 /// Where a run works.
 pub(super) struct Place {
@@ -13,11 +14,21 @@ pub(super) struct Place {
     pub(super) rename_to: Option<Vec<u8>>,
 }
 
-/// The root, or the hidden directory that will be it; `None` when it is not there and nothing may be made.
+/// The root, or the hidden directory that will be it, with the directory for lockstep's own things in it; `None` when it is not
+/// there and nothing may be made.
 pub(super) fn open_root(lanes: &Lanes, dry_run: bool) -> Result<Option<Place>, Error> {
     let (session, root) = (lanes.control(), &lanes.root);
-    match session.stat(packet::STAT, &lanes.root_path())? {
+    let state = at(root, STATE);
+    let look = about(packet::STAT, &lanes.root_path());
+    // Where there is no root there is nothing to make a directory in.
+    let own = if dry_run { Vec::new() } else { private(&state).to_vec() };
+    let mut replies = session.batch([look].into_iter().chain(own))?.into_iter();
+    let found = session.attributes(replies.next().ok_or_else(|| session.odd())?)?;
+    match found {
         Ok(found) if kind_of(&found).is_none_or(|kind| kind == DIRECTORY) => {
+            if !dry_run {
+                must_be_private(session, &state, &mut replies)?;
+            }
             return Ok(Some(Place { root: root.clone(), rename_to: None }));
         }
         Ok(_) => return Err(Error::Usage(format!("{} is not a directory", lanes.describe()))),
@@ -30,54 +41,65 @@ pub(super) fn open_root(lanes: &Lanes, dry_run: bool) -> Result<Option<Place>, E
     if name == b".." || name == b"." {
         return Err(Error::Usage(format!("'{}' cannot be a target", lanes.describe())));
     }
-    let above: Vec<&[u8]> =
-        parent.iter().enumerate().skip(1).filter(|&(_, &byte)| byte == b'/').map(|(at, _)| &parent[..at]).collect();
-    // Those that are there already are refused, and that is no fault.
-    let _ = session.all(above.into_iter().chain([parent]).map(|path| session::mkdir(path, 0o755)))?;
+    let above = parent.iter().enumerate().skip(1).filter(|&(_, &byte)| byte == b'/').map(|(at, _)| &parent[..at]);
+    let above: Vec<&[u8]> = above.chain([parent]).collect();
     let hidden = [parent, b"/.", name, b".lockstep"].concat();
-    make_private(session, &[&hidden])?;
+    let requests = above.iter().map(|path| session::mkdir(path, 0o755)).chain(private(&hidden));
+    // Those above that are there already are refused, and that is no fault.
+    let mut replies = session.batch(requests)?.into_iter().skip(above.len());
+    must_be_private(session, &hidden, &mut replies)?;
+    make_private(session, &[&at(&hidden, STATE)])?;
     Ok(Some(Place { root: hidden, rename_to: Some(root.clone()) }))
+}
+
+/// The requests for a directory of ours.
+pub(super) fn private(path: &[u8]) -> [Vec<u8>; 2] {
+    [session::mkdir(path, 0o700), about(packet::LSTAT, path)]
 }
 
 /// Directories of ours, which nobody else may enter, from the top. What has the name of one and is no directory, a
 /// link above all, is refused.
 pub(super) fn make_private(session: &Session, paths: &[&[u8]]) -> Result<(), Error> {
-    let both = |path: &&[u8]| [session::mkdir(path, 0o700), about(packet::LSTAT, path)];
-    let mut replies = session.batch(paths.iter().flat_map(both))?.into_iter();
-    for path in paths {
-        match (replies.next(), replies.next()) {
-            (Some(Reply::Done | Reply::Refused(_)), Some(Reply::Attributes(found))) => {
-                if kind_of(&found) != Some(DIRECTORY) {
-                    return Err(Error::Refused {
-                        by: session.client.host().to_owned(),
-                        reason: format!("'{}' is not a directory; look at it, then remove it", Escaped(path)),
-                    });
-                }
+    let mut replies = session.batch(paths.iter().flat_map(|path| private(path)))?.into_iter();
+    paths.iter().try_for_each(|path| must_be_private(session, path, &mut replies))
+}
+
+/// What was answered to the requests for a directory of ours.
+pub(super) fn must_be_private(
+    session: &Session,
+    path: &[u8],
+    replies: &mut impl Iterator<Item = Reply>,
+) -> Result<(), Error> {
+    match (replies.next(), replies.next()) {
+        (Some(Reply::Done | Reply::Refused(_)), Some(Reply::Attributes(found))) => {
+            if kind_of(&found) != Some(DIRECTORY) {
+                return Err(no_directory(session, path));
             }
-            (Some(Reply::Refused(refusal)), Some(_)) => {
-                return Err(session.refused("make the directory", path, &refusal));
-            }
-            _ => return Err(session.odd()),
+            Ok(())
         }
+        (Some(Reply::Refused(refusal)), Some(_)) => Err(session.refused("make the directory", path, &refusal)),
+        _ => Err(session.odd()),
     }
-    Ok(())
+}
+
+/// What has the name of a directory of ours is none.
+pub(super) fn no_directory(session: &Session, path: &[u8]) -> Error {
+    Error::Refused {
+        by: session.client.host().to_owned(),
+        reason: format!("'{}' is not a directory; look at it, then remove it", Escaped(path)),
+    }
 }
 
 /// What an interrupted run wrote down is done by the next one, with its rights: directories in which others could have
-/// written it are refused. Whose they have to be the file at `own` says, which was made a moment ago.
-pub(super) fn must_be_own(session: &Session, own: &[u8], paths: impl Iterator<Item = Vec<u8>>) -> Result<(), Error> {
-    let paths: Vec<Vec<u8>> = [own.to_vec()].into_iter().chain(paths).collect();
-    let found = session.batch(paths.iter().map(|path| about(packet::LSTAT, path)))?;
-    let found = found.iter().map(|reply| match reply {
-        Reply::Attributes(found) => Ok(found),
-        _ => Err(session.client.protocol("it does not say what it just made")),
-    });
-    let found: Vec<_> = found.collect::<Result<_, _>>()?;
+/// written it are refused. Whose they have to be says `own`, what LSTAT says of a file that was made a moment ago.
+pub(super) fn must_be_own(session: &Session, own: &Reply, directories: &[(&[u8], &Reply)]) -> Result<(), Error> {
+    let own = attributes(session, own)?;
     // A server that keeps owners to itself lets nobody tell.
-    let Some((uid, _)) = found[0].owner else { return Ok(()) };
+    let Some((uid, _)) = own.owner else { return Ok(()) };
     // Some file systems know no modes: what counts is what is made.
-    let usual = found[0].mode.unwrap_or_default();
-    for (path, found) in paths.iter().zip(&found).skip(1) {
+    let usual = own.mode.unwrap_or_default();
+    for (path, found) in directories {
+        let found = attributes(session, found)?;
         let why = match (found.owner, found.mode) {
             (Some((other, _)), _) if other != uid => format!("belongs to user {other}, not to {uid}"),
             (_, Some(mode)) if mode & !usual & 0o022 != 0 => {
@@ -93,4 +115,11 @@ pub(super) fn must_be_own(session: &Session, own: &[u8], paths: impl Iterator<It
         return Err(Error::Refused { by: session.client.host().to_owned(), reason });
     }
     Ok(())
+}
+
+fn attributes<'a>(session: &Session, reply: &'a Reply) -> Result<&'a Attributes, Error> {
+    match reply {
+        Reply::Attributes(found) => Ok(found),
+        _ => Err(session.client.protocol("it does not say what it just made")),
+    }
 }

@@ -181,18 +181,39 @@ fn grant(shell: &mut Shell, files: &[Unproven], found: &mut HashMap<u64, Found>)
             wishes.entry((wanted.mode, wanted.uid, wanted.gid)).or_default().push(file);
         }
     }
-    for ((mode, uid, gid), files) in wishes {
-        let paths: Vec<&[u8]> = files.iter().map(|file| &*file.path).collect();
-        // The owner first: to change it takes special bits away, and the right to set a mode may go with it.
-        let owned = (uid.is_none() && gid.is_none()) || shell.run(Job::Owner(uid, gid), &paths).is_ok();
-        if owned && (mode == BORN_MODE || shell.run(Job::Mode(mode), &paths).is_ok()) {
-            for file in files {
-                if let Some(found) = found.get_mut(&file.id) {
-                    found.granted = true;
-                }
+    // The owner first: to change it takes special bits away, and the right to set a mode may go with it.
+    let wishes: Vec<(Wish, Vec<&Unproven>)> = wishes.into_iter().collect();
+    let owned = wishes.iter().map(
+        |((_, uid, gid), _)| {
+            if uid.is_none() && gid.is_none() { None } else { Some(Job::Owner(*uid, *gid)) }
+        },
+    );
+    let owned = all(shell, &wishes, owned);
+    let modes = wishes.iter().zip(&owned).map(
+        |(((mode, ..), _), owned)| {
+            if *owned && *mode != BORN_MODE { Some(Job::Mode(*mode)) } else { None }
+        },
+    );
+    let given = all(shell, &wishes, modes);
+    for ((_, files), _) in wishes.iter().zip(owned.iter().zip(given)).filter(|(_, (owned, given))| **owned && *given) {
+        for file in files {
+            if let Some(found) = found.get_mut(&file.id) {
+                found.granted = true;
             }
         }
     }
+}
+
+/// Has one job done for the files of each wish, none of which waits for another; those that need none have it done.
+fn all(shell: &mut Shell, wishes: &[(Wish, Vec<&Unproven>)], jobs: impl Iterator<Item = Option<Job>>) -> Vec<bool> {
+    let jobs: Vec<Option<Job>> = jobs.collect();
+    let due = wishes.iter().zip(&jobs).filter_map(|((_, files), job)| {
+        let paths: Vec<&[u8]> = files.iter().map(|file| &*file.path).collect();
+        Some(((*job)?, paths))
+    });
+    let due: Vec<(Job, Vec<&[u8]>)> = due.collect();
+    let mut done = shell.run_all(&due).into_iter();
+    jobs.iter().map(|job| job.is_none() || done.next().unwrap_or(false)).collect()
 }
 
 /// Reads files and hashes them here.

@@ -7,34 +7,33 @@
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
+use super::audit::Log;
 use super::execute::{Problems, execute};
-use super::list::list;
-use super::names::Names;
-use super::read::read_whole;
+use super::read::{read_opened, read_whole};
 use super::record::{Record, Recorded};
-use super::session::{self, Reply, Session, about, extended, with_attributes};
+use super::session::{self, Refusal, Reply, Session, about, extended, with_attributes};
 use super::shell::{Job, Shell, Spare};
-use super::stage::{replace, store};
-use super::target::{MANIFEST, Run, STATE, State};
+use super::stage::{OwnFile, clear, make_area, name_all, replace, store};
+use super::target::{MANIFEST, Run, STAGING_ABOVE, STATE, State};
 use super::trash::Trash;
 use super::writer::grant;
 use super::{DIRECTORY, at, audit, below, kind_of};
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
-use crate::filter::{Filter, FilterSpec};
+use crate::filter::Filter;
 use crate::manifest::{Audience, Content, Digest, Entry, Manifest, Tree, format};
 use crate::monitor::{Event, Monitor, Silent};
 use crate::path::RelPath;
 use crate::plan::outcome::{Outcome, entries_after};
 use crate::plan::publish::{Publication, Step, steps};
 use crate::plan::{Action, Change, Need, trash};
-use crate::scan::ScanRule;
-use crate::wire::sftp::{Attributes, packet};
+use crate::wire::sftp::{Attributes, open, packet};
 
-const RECORD: &str = "commit";
-const NEW_MANIFEST: &str = "manifest";
+pub(super) const RECORD: &str = "commit";
+pub(super) const NEW_MANIFEST: &str = "manifest";
 
 /// The manifest of `root` and the SHA-256 of its file (zeros where there is none); one that is damaged is told, and
 /// counts as absent: nothing is believed then.
@@ -43,11 +42,25 @@ pub(super) fn read_manifest(
     root: &[u8],
     monitor: &dyn Monitor,
 ) -> Result<(Manifest, Digest), Error> {
-    let path = at(root, MANIFEST);
-    let text = match read_whole(session, &path)? {
+    let handle = session.handle(session.call(session::open(&at(root, MANIFEST), open::READ))?)?;
+    manifest_of(session, root, handle, monitor)
+}
+
+/// The same where it was opened already.
+pub(super) fn manifest_of(
+    session: &Session,
+    root: &[u8],
+    opened: Result<Bytes, Refusal>,
+    monitor: &dyn Monitor,
+) -> Result<(Manifest, Digest), Error> {
+    let text = match opened {
+        Ok(handle) => read_opened(session, &handle, 0)?,
+        Err(refusal) => Err(refusal),
+    };
+    let text = match text {
         Ok(text) => text,
         Err(refusal) if refusal.is_missing() => return Ok((Manifest::default(), Digest::default())),
-        Err(refusal) => return Err(session.refused("read", &path, &refusal)),
+        Err(refusal) => return Err(session.refused("read", &at(root, MANIFEST), &refusal)),
     };
     let manifest = format::decode(&text).unwrap_or_else(|error| {
         monitor.event(Event::Warning(&format!(
@@ -73,26 +86,23 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         hold_pointers_back(run, state, &mut failed, &mut problems);
     }
     let steps = planned(run, state, options, &failed);
-    if let Some(lock) = super::target::locked(&run.lock).as_ref() {
-        lock.check(Escaped(&run.root).to_string())?;
-    }
-    check_parents(run, &steps)?;
     let manifest = new_manifest(run, state, options, &failed)?;
     let old = &state.old_manifest;
     if steps.is_empty() && run.rename_to.is_none() && old.generation > 0 && old.tree == manifest.tree {
+        // The area may be another's by now, with what it is about to publish.
+        if super::target::locked(&run.area).is_there() {
+            still_locked(run)?;
+        }
         clear(run)?;
         let manifest_digest = state.old_digest.to_string();
         let (generation, problems) = (old.generation, problems.told);
         return Ok(Committed { generation, manifest_digest, problems, ..Committed::default() });
     }
     let text = format::encode(&manifest);
-    // DURABILITY: all content and permissions first; only then the record that makes them the truth.
-    bring_to_disk(run)?;
     let trash = run.options.trash_seconds.is_some().then(|| trash::name(manifest.created.seconds, manifest.generation));
     let record = Record { base: state.old_digest, steps, trash };
-    audit::announce(run, manifest.generation, record.steps.len())?;
-    store(&run.session, &run.staging, NEW_MANIFEST, &text)?;
-    store(&run.session, &run.staging, RECORD, record.encode().as_bytes())?;
+    let log = ready(run, &record.steps)?;
+    let log = write_down(run, log, &record, &text, manifest.generation, monitor)?;
     let done = execute(run, &record, &manifest.tree, false)?;
     let (manifest, text) = mend(run, manifest, text, &state.old_manifest.tree, &done)?;
 
@@ -102,8 +112,12 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let published: HashSet<u32> =
         paths.into_iter().filter(|(_, path)| !done.left(path)).map(|(index, _)| index).collect();
     let aside = record.trash.as_deref().map(|name| Trash::new(run, name));
-    audit::append(run, state, &published, &removed, &manifest, aside.as_ref())?;
-    finish(run, &manifest.tree)?;
+    std::thread::scope(|scope| {
+        let admitted = scope.spawn(|| admit(run, &manifest.tree));
+        audit::append(run, log, state, &published, &removed, &manifest, aside.as_ref())?;
+        joined(admitted.join())
+    })?;
+    finish(run, true)?;
     let trash = aside.map_or(Ok(None), |aside| aside.used())?;
     if let Some(path) = &run.rename_to {
         appear(run, path)?;
@@ -120,6 +134,97 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         put_off: Vec::new(),
         problems: problems.told,
     })
+}
+
+/// Everything that has to be so before the run is written down, none of which waits for another: the lock is still its own, what
+/// the steps go through are directories, all content and permissions are on the disk, and the log is as it was left.
+fn ready(run: &Run, steps: &[Recorded]) -> Result<Option<Log>, Error> {
+    std::thread::scope(|scope| {
+        let parents = scope.spawn(|| check_parents(run, steps));
+        let durable = scope.spawn(|| bring_to_disk(run));
+        let log = scope.spawn(|| audit::or_continue(Log::read(run)));
+        let lock = still_locked(run);
+        lock?;
+        joined(parents.join())?;
+        joined(durable.join())?;
+        joined(log.join())
+    })
+}
+
+/// Makes sure that the lock is the run's own still.
+pub(super) fn still_locked(run: &Run) -> Result<(), Error> {
+    match super::target::locked(&run.lock).as_ref() {
+        Some(lock) => lock.check(Escaped(&run.root).to_string()),
+        None => Ok(()),
+    }
+}
+
+fn joined<T>(ended: std::thread::Result<Result<T, Error>>) -> Result<T, Error> {
+    ended.unwrap_or_else(|_| Err(Error::Usage("an internal error stopped the publishing".into())))
+}
+
+/// Tells the log what is about to be done, and stores the new manifest and then the record: from here on the run can only go
+/// forward. Each has its name only when all of them are written.
+fn write_down(
+    run: &Run,
+    mut log: Option<Log>,
+    record: &Record,
+    text: &[u8],
+    generation: u64,
+    monitor: &dyn Monitor,
+) -> Result<Option<Log>, Error> {
+    make_area(run, monitor)?;
+    let session = &run.session;
+    let head = audit::head_file(run);
+    let (manifest, commit) = (OwnFile::new(&run.staging, NEW_MANIFEST), OwnFile::new(&run.staging, RECORD));
+    let opening = log.iter().flat_map(|log| log.open(run, &head)).chain(manifest.open()).chain(commit.open());
+    // One of an earlier run must not be put in force by the record of this one.
+    let stale = about(packet::REMOVE, &at(&run.staging, NEW_MANIFEST));
+    let mut replies = session.batch(opening.chain([stale]))?.into_iter();
+    let head_handle = match &mut log {
+        Some(log) => audit::or_continue(log.opened(run, &head, &mut replies))?,
+        None => None,
+    };
+    let manifest_handle = manifest.opened(session, &mut replies)?;
+    let commit_handle = commit.opened(session, &mut replies)?;
+
+    let intent = audit::intent(run, generation, record.steps.len());
+    let told = log.as_ref().map(|log| log.tell([intent], false)).transpose()?;
+    let telling = match (&log, &told, &head_handle) {
+        (Some(log), Some(told), Some(handle)) => log.write(session, &head, handle, told)?,
+        _ => Vec::new(),
+    };
+    let of_log = telling.len();
+    let manifest_writes = manifest.write(session, &manifest_handle, text);
+    let of_manifest = manifest_writes.len();
+    let commit_writes = commit.write(session, &commit_handle, record.encode().as_bytes());
+    let mut results = session.all(telling.into_iter().chain(manifest_writes).chain(commit_writes))?.into_iter();
+    let told = match (&mut log, told) {
+        (Some(log), Some(told)) if of_log > 0 => {
+            audit::or_continue(log.written(run, &told, results.by_ref().take(of_log).collect::<Vec<_>>()))?.is_some()
+        }
+        _ => false,
+    };
+    manifest.written(session, results.by_ref().take(of_manifest).collect::<Vec<_>>())?;
+    commit.written(session, results)?;
+
+    name_in_order(run, told.then_some(&head), &manifest, &commit)?;
+    Ok(log.filter(|_| told))
+}
+
+/// Names what was written down, the record last.
+fn name_in_order(run: &Run, head: Option<&OwnFile>, manifest: &OwnFile, commit: &OwnFile) -> Result<(), Error> {
+    let session = &run.session;
+    let files: Vec<&OwnFile> = head.into_iter().chain([manifest, commit]).collect();
+    let mut named = name_all(session, &files)?.into_iter();
+    let head = if head.is_some() { audit::or_continue(named.next().unwrap_or(Ok(()))).map(drop) } else { Ok(()) };
+    let manifest = named.next().unwrap_or(Ok(()));
+    named.next().unwrap_or(Ok(()))?;
+    if head.is_err() || manifest.is_err() {
+        // What is not published must not be finished by the next run either.
+        session.order(about(packet::REMOVE, &at(&run.staging, RECORD)))?.ok();
+    }
+    head.and(manifest)
 }
 
 /// The paths of the plan, with their indices.
@@ -323,11 +428,7 @@ fn new_manifest(run: &Run, state: &State, options: &CommitOptions, failed: &Hash
         failed: &|index| failed.contains(&index),
         admits: &|path, directory| filter.admits(path, directory),
     };
-    // What is made there belongs to whom the staging area belongs to.
-    let own = match run.session.stat(packet::LSTAT, &run.staging)? {
-        Ok(found) => found.owner.unwrap_or_default(),
-        Err(refusal) => return Err(run.session.refused("look at", &run.staging, &refusal)),
-    };
+    let own = run.own;
     let mut names = super::target::locked(&run.names);
     names.learn(&run.session, &BTreeSet::from([own.0]), &BTreeSet::from([own.1]))?;
     let mut published = |index: usize, entry: &Entry| -> Result<Entry, Error> {
@@ -381,18 +482,25 @@ fn bring_to_disk(run: &Run) -> Result<(), Error> {
     Err(failed(reason))
 }
 
-/// Puts the new manifest in force and clears the staging area, in an order that a crash does not hurt.
-fn finish(run: &Run, tree: &Tree) -> Result<(), Error> {
+/// Puts the new manifest in force and clears the staging area, in an order that a crash does not hurt. With `ends` the run is
+/// over after that.
+fn finish(run: &Run, ends: bool) -> Result<(), Error> {
     let session = &run.session;
-    admit(run, tree)?;
     bring_to_disk(run)?;
     let (from, to) = (at(&run.staging, NEW_MANIFEST), at(&run.root, MANIFEST));
     match replace(session, &from, &to)? {
-        Err(refusal) if !refusal.is_missing() => return Err(session.refused("put in force", &to, &refusal)),
+        // What an interrupted run left may be in force already.
+        Err(refusal) if ends || !refusal.is_missing() => return Err(session.refused("put in force", &to, &refusal)),
         _ => {}
     }
-    session.order(about(packet::REMOVE, &at(&run.staging, RECORD)))?.ok();
-    clear(run)
+    std::thread::scope(|scope| {
+        let cleared = scope.spawn(|| clear(run));
+        // All that is left to do is done by the time that the lock is given up.
+        if ends && let Some(lock) = super::target::locked(&run.lock).as_mut() {
+            lock.about_to_end();
+        }
+        joined(cleared.join())
+    })
 }
 
 /// Lets those read the staged manifest who may read what it lists, as far as mode and group can say so: there are no ACLs
@@ -401,9 +509,11 @@ fn admit(run: &Run, tree: &Tree) -> Result<(), Error> {
     let session = &run.session;
     // All that is listed has this group, and a file of it has the number.
     let listed = tree.entries().iter().find(|entry| entry.is_directory() || entry.file().is_some());
-    let listed = listed.map(|entry| session.stat(packet::LSTAT, &below(&run.root, &entry.path))).transpose()?;
-    let gid = listed.and_then(Result::ok).and_then(|found| found.owner).map(|(_, gid)| gid);
-    let directory = session.stat(packet::LSTAT, &run.root)?.ok();
+    let looked = [run.root.clone()].into_iter().chain(listed.map(|entry| below(&run.root, &entry.path)));
+    let mut found = session.batch(looked.map(|path| about(packet::LSTAT, &path)))?.into_iter();
+    let mut found = || found.next().and_then(|reply| session.attributes(reply).ok()?.ok());
+    let (directory, listed) = (found(), found());
+    let gid = listed.and_then(|found| found.owner).map(|(_, gid)| gid);
     // A directory that is made by this run gets this mode when it appears.
     let mode = directory.as_ref().and_then(|found| found.mode).filter(|_| run.rename_to.is_none()).unwrap_or(0o755);
     let of_group = gid.is_some() && directory.and_then(|found| found.owner).map(|(_, gid)| gid) == gid;
@@ -415,36 +525,21 @@ fn admit(run: &Run, tree: &Tree) -> Result<(), Error> {
     let manifest = at(&run.staging, NEW_MANIFEST);
     let set = |path: &[u8], attributes: &Attributes| with_attributes(packet::SETSTAT, path, attributes);
     let of_mode = |mode| Attributes { mode: Some(mode), ..Attributes::default() };
-    let readable = if audience.others {
-        session.order(set(&manifest, &of_mode(0o644)))?.is_ok()
+    let mut requests = if audience.others {
+        vec![set(&manifest, &of_mode(0o644))]
     } else {
         let Some(gid) = gid else { return Ok(()) };
-        // chown(2) leaves what is given as -1.
+        // chown(2) leaves what is given as -1. Where the group may not be given, the mode must not be either.
         let group = Attributes { owner: Some((u32::MAX, gid)), ..Attributes::default() };
-        session.order(set(&manifest, &group))?.is_ok() && session.order(set(&manifest, &of_mode(0o640)))?.is_ok()
+        if session.order(set(&manifest, &group))?.is_err() {
+            return Ok(());
+        }
+        vec![set(&manifest, &of_mode(0o640))]
     };
-    if readable {
-        let entered = [at(&run.root, STATE), at(&run.root, ".lockstep/staging")];
-        let _ = session.all(entered.iter().map(|path| set(path, &of_mode(0o711))))?;
-    }
-    Ok(())
-}
-
-/// Removes the staging area with everything in it.
-pub(super) fn clear(run: &Run) -> Result<(), Error> {
-    let session = &run.session;
-    let filter = Filter::compile(&FilterSpec::default()).map_err(|error| Error::Usage(error.to_string()))?;
-    let rule = ScanRule::everything(filter);
-    let listed = list(session, &run.staging, &rule, &mut Names::default(), &Silent::default())?;
-    let mut entries = listed.entries;
-    entries.sort_unstable_by(|a, b| b.path.cmp(&a.path));
-    let requests = entries.iter().map(|entry| {
-        let kind = if entry.is_directory() { packet::RMDIR } else { packet::REMOVE };
-        about(kind, &below(&run.staging, &entry.path))
-    });
-    // What stays is in nobody's way: the next run removes it.
-    let _ = session.all(requests.chain([about(packet::RMDIR, &run.staging)]))?;
-    Ok(())
+    // They can be entered by whoever knows what to look for, and everything else in them is private.
+    let entered = [at(&run.root, STATE), at(&run.root, STAGING_ABOVE)];
+    requests.extend(entered.iter().map(|path| set(path, &of_mode(0o711))));
+    session.all(requests).map(drop)
 }
 
 /// Gives a root that was made under its hidden name its own.
@@ -488,7 +583,8 @@ pub(super) fn recover(run: &Run) -> Result<bool, Error> {
         check_parents(run, &record.steps)?;
         let done = execute(run, &record, &manifest.tree, true)?;
         let (manifest, _) = mend(run, manifest, Vec::new(), &old.tree, &done)?;
-        finish(run, &manifest.tree)?;
+        admit(run, &manifest.tree)?;
+        finish(run, false)?;
     } else {
         // Another run has published since, or it was all done: what is staged is older than what is there.
         session.order(about(packet::REMOVE, &path))?.ok();

@@ -14,7 +14,7 @@ use crate::wire::sftp::{Attributes, Status, packet};
 /// Bytes asked for and not here yet, of one queue.
 const IN_FLIGHT: u64 = 16 << 20;
 /// Files of one queue that are open at once.
-const OPEN_FILES: usize = 64;
+const OPEN_FILES: usize = 128;
 /// A file of our own at the other end is never larger.
 const WHOLE_MAX: usize = 1 << 30;
 
@@ -141,7 +141,7 @@ impl ReadQueue {
 
     /// Opens files and sends READs as far as the limits allow.
     fn ask(&mut self) -> Result<(), Error> {
-        let most = OPEN_FILES.min(self.session.handles / 4).max(1);
+        let most = OPEN_FILES.min(self.session.handles() / 4).max(1);
         while self.files.len() < most
             && let Some(Wanted { id, path, from, size }) = self.waiting.pop_front()
         {
@@ -160,7 +160,7 @@ impl ReadQueue {
                 && let Some(handle) = reading.handle.clone()
                 && reading.asked < reading.size
             {
-                let length = (reading.size - reading.asked).min(self.session.read_max.into()) as u32;
+                let length = (reading.size - reading.asked).min(self.session.read_max().into()) as u32;
                 let offset = reading.asked;
                 reading.asked += u64::from(length);
                 self.send(file, Op::Read { offset, length }, session::read(&handle, offset, length))?;
@@ -172,7 +172,7 @@ impl ReadQueue {
 
     /// Sends the last FSTAT and the CLOSE, once every byte is asked for (of a small file) or here (of others).
     fn conclude(&mut self, file: u64) -> Result<(), Error> {
-        let small = u64::from(self.session.read_max);
+        let small = u64::from(self.session.read_max());
         let Some(reading) = self.files.get_mut(&file) else { return Ok(()) };
         let Some(handle) = reading.handle.clone() else { return Ok(()) };
         let asked = reading.asked >= reading.size && (reading.size <= small || reading.given >= reading.size);
@@ -261,25 +261,49 @@ impl ReadQueue {
     }
 }
 
+/// READs that go with the question how large a file is: most of our own are smaller.
+const FIRST_READS: u64 = 2;
+/// READs of one file of our own that are in flight at once.
+const MOST_READS: u64 = 64;
+
 /// A whole file of our own at the other end.
 ///
 /// # Errors
 /// `Err` inside when the server refuses; outside when the connection ends, or the file is larger than any of ours.
 pub(super) fn read_whole(session: &Session, path: &[u8]) -> Result<Result<Vec<u8>, Refusal>, Error> {
-    let handle = match session.call(session::open(path, crate::wire::sftp::open::READ))? {
-        Reply::Handle(handle) => handle,
-        Reply::Refused(refusal) => return Ok(Err(refusal)),
-        _ => return Err(session.odd()),
+    match session.handle(session.call(session::open(path, crate::wire::sftp::open::READ))?)? {
+        Ok(handle) => read_opened(session, &handle, 0),
+        Err(refusal) => Ok(Err(refusal)),
+    }
+}
+
+/// The same of one that is open, from an offset on. The handle is closed.
+///
+/// # Errors
+/// As [`read_whole`].
+pub(super) fn read_opened(session: &Session, handle: &[u8], from: u64) -> Result<Result<Vec<u8>, Refusal>, Error> {
+    let result = read_on(session, handle, from);
+    session.forget(session::about(packet::CLOSE, handle))?;
+    result
+}
+
+/// What `handle` holds from `from` on. How long that is says FSTAT, so that no READ waits at its end.
+pub(super) fn read_on(session: &Session, handle: &[u8], from: u64) -> Result<Result<Vec<u8>, Refusal>, Error> {
+    let length = u64::from(session.read_max());
+    let reads = |at: u64, count: u64| (0..count).map(move |n| session::read(handle, at + n * length, length as u32));
+    let first = [session::about(packet::FSTAT, handle)].into_iter().chain(reads(from, FIRST_READS));
+    let mut replies = session.batch(first)?.into_iter();
+    // Other servers may not say; then the end is where nothing more comes.
+    let size = match replies.next() {
+        Some(Reply::Attributes(found)) => found.size,
+        _ => None,
     };
     let mut text = Vec::new();
-    let mut at_once = 1;
-    let result = 'file: loop {
-        let start = text.len() as u64;
-        let length = session.read_max;
-        let asked = (0..at_once).map(|n| session::read(&handle, start + n * u64::from(length), length));
-        for reply in session.batch(asked)? {
+    let mut at_once = FIRST_READS;
+    loop {
+        for reply in replies {
             match reply {
-                Reply::Data(data) if data.len() as u64 > u64::from(length) => {
+                Reply::Data(data) if data.len() as u64 > length => {
                     return Err(session.client.protocol("more bytes than were asked for"));
                 }
                 Reply::Data(data) if !data.is_empty() => {
@@ -287,18 +311,22 @@ pub(super) fn read_whole(session: &Session, path: &[u8]) -> Result<Result<Vec<u8
                     if text.len() > WHOLE_MAX {
                         return Err(session.client.protocol("a file of lockstep's own without an end"));
                     }
-                    if (data.len() as u64) < u64::from(length) {
+                    if (data.len() as u64) < length {
                         break;
                     }
                 }
-                Reply::Data(_) => break 'file Ok(()),
-                Reply::Refused(refusal) if refusal.status == Status::EndOfFile => break 'file Ok(()),
-                Reply::Refused(refusal) => break 'file Err(refusal),
+                Reply::Data(_) => return Ok(Ok(text)),
+                Reply::Refused(refusal) if refusal.status == Status::EndOfFile => return Ok(Ok(text)),
+                Reply::Refused(refusal) => return Ok(Err(refusal)),
                 _ => return Err(session.odd()),
             }
         }
-        at_once = (at_once * 2).min(32);
-    };
-    session.order(session::about(packet::CLOSE, &handle))?.ok();
-    Ok(result.map(|()| text))
+        let at = from + text.len() as u64;
+        at_once = match size {
+            Some(size) if at >= size => return Ok(Ok(text)),
+            Some(size) => (size - at).div_ceil(length).min(MOST_READS),
+            None => (at_once * 2).min(MOST_READS),
+        };
+        replies = session.batch(reads(at, at_once))?.into_iter();
+    }
 }

@@ -4,9 +4,10 @@
 //! the run. A request that the server refuses is a [`Refusal`], which the caller weighs.
 
 use std::io;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
-use crossbeam_channel::unbounded;
+use crossbeam_channel::{Receiver, unbounded};
 
 use crate::endpoint::Error;
 use crate::endpoint::client::{Answer, Client, Completion};
@@ -42,12 +43,26 @@ pub(super) struct Offers {
 pub(super) struct Session {
     pub(super) client: Client,
     pub(super) offers: Offers,
-    /// Bytes asked for in one READ.
-    pub(super) read_max: u32,
-    /// Bytes sent in one WRITE.
-    pub(super) write_max: u32,
-    /// Handles that may be open at once.
-    pub(super) handles: usize,
+    limits: OnceLock<Limits>,
+    /// What was asked about them, until somebody needs the answer.
+    asked: Mutex<Option<Receiver<Completion>>>,
+}
+
+/// How much the server takes at once.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    read: u32,
+    write: u32,
+    handles: usize,
+}
+
+impl Limits {
+    /// Of what it said in answer to `limits@openssh.com`; 0 is "no limit that I know of".
+    fn of([_, read, write, handles]: [u64; 4]) -> Limits {
+        let data = |limit: u64| if limit == 0 { USUAL_DATA } else { limit.clamp(1024, MOST_DATA) } as u32;
+        let handles = if handles == 0 { USUAL_HANDLES } else { handles.clamp(8, 1024) / 2 } as usize;
+        Limits { read: data(read), write: data(write), handles }
+    }
 }
 
 /// Why the server did not do something.
@@ -82,7 +97,7 @@ pub(super) struct Name {
 }
 
 /// An answer that fits its type.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum Reply {
     Done,
     Refused(Refusal),
@@ -155,11 +170,12 @@ pub(super) fn symlink(target: &[u8], path: &[u8]) -> Vec<u8> {
 }
 
 impl Session {
-    /// Finds out what the server at the other end of `client` offers.
+    /// Asks the server at the other end of `client` what it takes at once, and does not wait for the answer. One that offers the
+    /// same as `other` is another connection to the same server, and is not asked.
     ///
     /// # Errors
-    /// When the connection ends.
-    pub(super) fn new(client: Client) -> Result<Session, Error> {
+    /// When the connection has ended.
+    pub(super) fn new(client: Client, other: Option<&Session>) -> Result<Session, Error> {
         let has = |name: &str| client.has(name, "1");
         let offers = Offers {
             posix_rename: has("posix-rename@openssh.com"),
@@ -169,21 +185,54 @@ impl Session {
             names: has("users-groups-by-id@openssh.com"),
             statvfs: client.has("statvfs@openssh.com", "2"),
         };
-        let limits = has("limits@openssh.com");
-        let mut session = Session { client, offers, read_max: 0, write_max: 0, handles: 0 };
-        let mut told = [0; 4];
-        if limits && let Reply::Extended(body) = session.call(extended("limits@openssh.com", &[]))? {
-            let mut reader = Reader(&body);
-            for limit in &mut told {
-                *limit = reader.u64().map_err(|_| session.client.protocol("a short answer to limits@openssh.com"))?;
-            }
+        let known = other.filter(|other| other.client.extensions() == client.extensions());
+        let known = known.and_then(|other| other.limits.get().copied());
+        let ask = known.is_none() && has("limits@openssh.com");
+        let limits = known.map(OnceLock::from).unwrap_or_default();
+        let session = Session { client, offers, limits, asked: Mutex::new(None) };
+        if ask {
+            let (sender, receiver) = unbounded();
+            session.client.submit(extended("limits@openssh.com", &[]), 0, 0, &sender)?;
+            *session.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(receiver);
         }
-        // 0 is "no limit that I know of".
-        let [_, read, write, handles] = told;
-        let data = |limit: u64| if limit == 0 { USUAL_DATA } else { limit.clamp(1024, MOST_DATA) } as u32;
-        (session.read_max, session.write_max) = (data(read), data(write));
-        session.handles = if handles == 0 { USUAL_HANDLES } else { handles.clamp(8, 512) / 2 } as usize;
         Ok(session)
+    }
+
+    fn limits(&self) -> Limits {
+        *self.limits.get_or_init(|| {
+            let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let mut told = [0; 4];
+            // A connection that is gone, or an answer that is short, is met again by whoever asks next.
+            let completed = asked.and_then(|asked| self.completed(self.client.wait(&asked, false).ok()?).ok());
+            if let Some((_, Reply::Extended(body))) = completed {
+                let mut reader = Reader(&body);
+                told = std::array::from_fn(|_| reader.u64().unwrap_or_default());
+            }
+            Limits::of(told)
+        })
+    }
+
+    /// Bytes asked for in one READ.
+    pub(super) fn read_max(&self) -> u32 {
+        self.limits().read
+    }
+
+    /// Bytes sent in one WRITE.
+    pub(super) fn write_max(&self) -> u32 {
+        self.limits().write
+    }
+
+    /// Handles that may be open at once.
+    pub(super) fn handles(&self) -> usize {
+        self.limits().handles
+    }
+
+    /// Sends a request whose answer nobody needs.
+    ///
+    /// # Errors
+    /// When the connection has ended.
+    pub(super) fn forget(&self, request: Vec<u8>) -> Result<(), Error> {
+        self.client.submit(request, 0, 0, &unbounded().0)
     }
 
     /// Sends one request and waits for its answer.
@@ -262,8 +311,29 @@ impl Session {
     /// # Errors
     /// When the connection ends.
     pub(super) fn stat(&self, kind: u8, path: &[u8]) -> Result<Result<Attributes, Refusal>, Error> {
-        match self.call(about(kind, path))? {
+        let reply = self.call(about(kind, path))?;
+        self.attributes(reply)
+    }
+
+    /// A reply to LSTAT, STAT or FSTAT.
+    ///
+    /// # Errors
+    /// When it is another.
+    pub(super) fn attributes(&self, reply: Reply) -> Result<Result<Attributes, Refusal>, Error> {
+        match reply {
             Reply::Attributes(attributes) => Ok(Ok(attributes)),
+            Reply::Refused(refusal) => Ok(Err(refusal)),
+            _ => Err(self.odd()),
+        }
+    }
+
+    /// A reply to OPEN or OPENDIR.
+    ///
+    /// # Errors
+    /// When it is another.
+    pub(super) fn handle(&self, reply: Reply) -> Result<Result<Bytes, Refusal>, Error> {
+        match reply {
+            Reply::Handle(handle) => Ok(Ok(handle)),
             Reply::Refused(refusal) => Ok(Err(refusal)),
             _ => Err(self.odd()),
         }

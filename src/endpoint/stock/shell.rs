@@ -5,6 +5,7 @@
 //! a command that did not take all of its input ends the whole, so that content is never taken for a job.
 
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -171,6 +172,18 @@ impl Shell {
     /// # Errors
     /// When the command has ended, or has not what the job takes.
     pub(super) fn run(&mut self, job: Job, input: &[&[u8]]) -> Result<Vec<u8>, String> {
+        self.give(job, input)?;
+        self.taken(job)
+    }
+
+    /// Does jobs of which none waits for the one before, and says of each whether it was done.
+    pub(super) fn run_all(&mut self, jobs: &[(Job, Vec<&[u8]>)]) -> Vec<bool> {
+        let given: Vec<bool> = jobs.iter().map(|(job, input)| self.give(*job, input).is_ok()).collect();
+        let done = jobs.iter().zip(given);
+        done.map(|((job, _), given)| given && self.taken(*job).is_ok()).collect()
+    }
+
+    fn give(&self, job: Job, input: &[&[u8]]) -> Result<(), String> {
         let (word, tool, more) = job.words();
         if !self.has(tool) {
             return Err(format!("it has no {tool}"));
@@ -181,11 +194,14 @@ impl Shell {
             bytes.extend_from_slice(argument);
             bytes.push(0);
         }
-        self.link.send(bytes.into()).map_err(|error| error.0)?;
+        self.link.send(bytes.into()).map_err(|error| error.0)
+    }
+
+    fn taken(&mut self, job: Job) -> Result<Vec<u8>, String> {
         let (output, status) = self.answer(None)?;
         match (job, status.as_str()) {
             (Job::Sync | Job::Owner(..) | Job::Mode(_), status) if status != "0" => {
-                Err(format!("{tool} ended with status {status}"))
+                Err(format!("{} ended with status {status}", job.words().1))
             }
             // One file that is gone, or one name that is unknown, makes the status of the others' job.
             _ => Ok(output),
@@ -293,16 +309,21 @@ impl Drop for Shell {
 pub(super) struct Spare {
     shell: Option<Shell>,
     start: Option<(Arc<dyn Remote>, usize)>,
+    /// One that is being started, since the one before was given up.
+    next: Option<JoinHandle<Option<Shell>>>,
 }
 
 impl Spare {
     /// One that is started over the connection with this number, unless it is running already.
     pub(super) fn new(shell: Option<Shell>, remote: Arc<dyn Remote>, connection: usize) -> Spare {
-        Spare { shell, start: Some((remote, connection)) }
+        Spare { shell, start: Some((remote, connection)), next: None }
     }
 
     /// The shell.
     pub(super) fn running(&mut self) -> Option<&mut Shell> {
+        if let Some(next) = self.next.take() {
+            self.shell = next.join().ok().flatten();
+        }
         if self.shell.is_none()
             && let Some((remote, connection)) = &self.start
         {
@@ -314,9 +335,14 @@ impl Spare {
         self.shell.as_mut()
     }
 
-    /// Gives the running shell up for another use; another is started when one is needed.
+    /// Gives the running shell up for another use, and has another started: what is sent will have to be proven.
     pub(super) fn take(&mut self) -> Option<Shell> {
-        self.shell.take()
+        let taken = self.shell.take()?;
+        if let Some((remote, connection)) = self.start.clone() {
+            let start = move || Shell::start(&*remote, connection).ok();
+            self.next = std::thread::Builder::new().name("shell".to_owned()).spawn(start).ok();
+        }
+        Some(taken)
     }
 
     /// It has ended.

@@ -2,17 +2,22 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
+use bytes::Bytes;
+
 use super::list::list;
 use super::names::Names;
+use super::place::{make_private, must_be_private, private};
 use super::read::read_whole;
 use super::session::{self, Reply, Session, about, extended, with_attributes};
-use super::target::Run;
-use super::{DIRECTORY, at, kind_of};
+use super::shell::Job;
+use super::target::{Run, STAGING_ABOVE, locked};
+use super::{DIRECTORY, at, below, kind_of};
 use crate::endpoint::Error;
+use crate::error::Escaped;
 use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Content, Tree};
-use crate::monitor::Silent;
-use crate::plan::{Change, Need, Plan};
+use crate::monitor::{Event, Monitor, Silent};
+use crate::plan::{Action, Change, Need, Plan};
 use crate::scan::ScanRule;
 use crate::staging::Journal;
 use crate::wire::sftp::{Attributes, open, packet};
@@ -21,13 +26,39 @@ const JOURNAL: &str = "plan";
 /// A partial file is gone on with from a multiple of this.
 const RESUME_UNIT: u64 = 64 << 10;
 
-/// Finds what an earlier run left to go on with, drops the rest, and makes the staging directories.
-pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan) -> Result<(), Error> {
-    let left = left_behind(run)?;
-    let journal = match read_whole(&run.session, &at(&run.staging, JOURNAL))? {
-        Ok(bytes) => Journal::decode(&bytes),
-        Err(_) => Journal::default(),
-    };
+/// What is known of the staging area.
+#[derive(Debug, Default)]
+pub(super) struct Area {
+    /// There is one of an earlier run, whose content is not known.
+    pub(super) left: bool,
+    /// This run has made it, or taken it over.
+    made: bool,
+    /// Directories that this run has made in it, below it and from the top.
+    directories: Vec<Vec<u8>>,
+}
+
+impl Area {
+    /// There is one, of this run or of another.
+    pub(super) fn is_there(&self) -> bool {
+        self.left || self.made
+    }
+}
+
+/// Finds what an earlier run left to go on with, drops the rest, and makes the staging directories, where anything is to be
+/// staged.
+pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn Monitor) -> Result<(), Error> {
+    let found = locked(&run.area).left;
+    let is_staged = |action: &Action| action.change != Change::MetadataOnly || action.need != Need::Nothing;
+    if !found && !plan.actions.iter().any(is_staged) {
+        return Ok(());
+    }
+    let (mut left, mut journal) = (Left::default(), Journal::default());
+    if found {
+        left = left_behind(run)?;
+        if let Ok(bytes) = read_whole(&run.session, &at(&run.staging, JOURNAL))? {
+            journal = Journal::decode(&bytes);
+        }
+    }
     let mut files = Vec::new();
     let mut wanted: BTreeSet<Vec<u8>> = BTreeSet::new();
     let mut resumed: HashSet<Vec<u8>> = HashSet::new();
@@ -49,7 +80,7 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan) -> Result<(), E
             }
             files.push((entry.path.clone(), size, entry.mtime));
         }
-        if action.change == Change::MetadataOnly && action.need == Need::Nothing {
+        if !is_staged(action) {
             continue;
         }
         let deepest =
@@ -62,12 +93,88 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan) -> Result<(), E
         }
     }
     wanted.insert(b"tree".to_vec());
+    let session = &run.session;
+    let journal = Journal::new(files).encode();
+    let own = OwnFile::new(&run.staging, JOURNAL);
+    let mut replies = session.batch(area(run).iter().flat_map(|path| private(path)).chain(own.open()))?.into_iter();
+    area(run).iter().try_for_each(|path| must_be_private(session, path, &mut replies))?;
+    let handle = own.opened(session, &mut replies)?;
+    locked(&run.area).made = true;
+    let inherited = std::thread::scope(|scope| {
+        let inherited = scope.spawn(|| inherit_nothing(run, monitor));
+        own.written(session, session.all(own.write(session, &handle, &journal))?)?;
+        Ok::<_, Error>(inherited.join().is_ok())
+    })?;
+    if !inherited {
+        return Err(Error::Usage("an internal error stopped the staging".into()));
+    }
     drop_leftovers(run, &left, &resumed, &wanted)?;
-    store(&run.session, &run.staging, JOURNAL, &Journal::new(files).encode())?;
-    make_directories(run, &wanted)
+    make_directories(run, &own, &wanted)?;
+    locked(&run.area).directories = wanted.into_iter().collect();
+    Ok(())
+}
+
+/// The directories of the area, from the top.
+fn area(run: &Run) -> [Vec<u8>; 2] {
+    [at(&run.root, STAGING_ABOVE), run.staging.clone()]
+}
+
+/// Makes the staging area, where this run has not done so.
+pub(super) fn make_area(run: &Run, monitor: &dyn Monitor) -> Result<(), Error> {
+    if locked(&run.area).made {
+        return Ok(());
+    }
+    let paths = area(run);
+    make_private(&run.session, &[&paths[0], &paths[1]])?;
+    locked(&run.area).made = true;
+    inherit_nothing(run, monitor);
+    Ok(())
+}
+
+/// A default ACL of the directory above would be inherited, and wake up when a file gets its mode. Without a command nobody
+/// can take it away: `docs/security.md` says so.
+fn inherit_nothing(run: &Run, monitor: &dyn Monitor) {
+    if let Some(shell) = run.shell().running() {
+        let hidden = run.rename_to.as_ref().map(|_| run.root.as_slice());
+        let paths: Vec<&[u8]> = hidden.into_iter().chain([run.staging.as_slice()]).collect();
+        if let Err(reason) = shell.run(Job::NoAcl, &paths) {
+            let host = run.session.client.host();
+            monitor.event(Event::Detail(&format!("{host}:{}: default ACLs are left: {reason}", Escaped(&run.root))));
+        }
+    }
+}
+
+/// Removes the staging area with everything in it. What stays is in nobody's way: the next run removes it.
+pub(super) fn clear(run: &Run) -> Result<(), Error> {
+    let area = std::mem::take(&mut *locked(&run.area));
+    if !area.is_there() {
+        return Ok(());
+    }
+    let directories = area.directories;
+    let session = &run.session;
+    let whole = |path: &[u8]| [&run.staging[..], b"/", path].concat();
+    let files = [super::publish::RECORD, super::publish::NEW_MANIFEST, JOURNAL];
+    let removed = files.iter().map(|name| about(packet::REMOVE, &at(&run.staging, name)));
+    let emptied = directories.iter().rev().map(|path| about(packet::RMDIR, &whole(path)));
+    let last = about(packet::RMDIR, &run.staging);
+    // What was staged has its name by now, mostly, and then there is nothing to look for.
+    if session.all(removed.chain(emptied).chain([last]))?.pop().is_some_and(|last| last.is_ok()) {
+        return Ok(());
+    }
+    let filter = Filter::compile(&FilterSpec::default()).map_err(|error| Error::Usage(error.to_string()))?;
+    let rule = ScanRule::everything(filter);
+    let mut entries = list(session, &run.staging, &rule, &mut Names::default(), &Silent::default())?.entries;
+    entries.sort_unstable_by(|a, b| b.path.cmp(&a.path));
+    let requests = entries.iter().map(|entry| {
+        let kind = if entry.is_directory() { packet::RMDIR } else { packet::REMOVE };
+        about(kind, &below(&run.staging, &entry.path))
+    });
+    let _ = session.all(requests.chain([about(packet::RMDIR, &run.staging)]))?;
+    Ok(())
 }
 
 /// What lies in the staging area: paths below it.
+#[derive(Default)]
 struct Left {
     /// Regular files with their size.
     files: HashMap<Vec<u8>, u64>,
@@ -77,7 +184,7 @@ struct Left {
 }
 
 fn left_behind(run: &Run) -> Result<Left, Error> {
-    let mut left = Left { files: HashMap::new(), others: Vec::new(), directories: BTreeSet::new() };
+    let mut left = Left::default();
     let filter = Filter::compile(&FilterSpec::default()).map_err(|error| Error::Usage(error.to_string()))?;
     let rule = ScanRule::everything(filter);
     for top in ["tree", "last"] {
@@ -116,10 +223,20 @@ fn drop_leftovers(run: &Run, left: &Left, keep: &HashSet<Vec<u8>>, wanted: &BTre
     }
 }
 
-fn make_directories(run: &Run, wanted: &BTreeSet<Vec<u8>>) -> Result<(), Error> {
+/// Gives the journal its name and makes the directories, in one flight where the server renames over what is there.
+fn make_directories(run: &Run, journal: &OwnFile, wanted: &BTreeSet<Vec<u8>>) -> Result<(), Error> {
+    let session = &run.session;
     // A directory sorts before what lies below it.
     let paths: Vec<Vec<u8>> = wanted.iter().map(|path| [&run.staging[..], b"/", path].concat()).collect();
-    let made = run.session.all(paths.iter().map(|path| session::mkdir(path, 0o700)))?;
+    let naming = journal.naming(session);
+    if naming.is_none() {
+        journal.name(session)?;
+    }
+    let named = usize::from(naming.is_some());
+    let mut made = session.all(naming.into_iter().chain(paths.iter().map(|path| session::mkdir(path, 0o700))))?;
+    if let Some(refusal) = made.drain(..named).find_map(Result::err) {
+        return Err(journal.unnamed(session, &refusal));
+    }
     let refused: Vec<_> = paths.iter().zip(made).filter_map(|(path, made)| Some((path, made.err()?))).collect();
     // Those that are there already are refused with nothing but "Failure".
     let found = run.session.batch(refused.iter().map(|(path, _)| about(packet::LSTAT, path)))?;
@@ -132,29 +249,91 @@ fn make_directories(run: &Run, wanted: &BTreeSet<Vec<u8>>) -> Result<(), Error> 
     Ok(())
 }
 
+/// A file of our own that is written beside its name, brought to stable storage and given its name, in three flights: each
+/// may have other requests with it.
+pub(super) struct OwnFile {
+    path: Vec<u8>,
+    new: Vec<u8>,
+}
+
+impl OwnFile {
+    pub(super) fn new(directory: &[u8], name: &str) -> OwnFile {
+        OwnFile { path: at(directory, name), new: at(directory, format!("{name}.new")) }
+    }
+
+    /// The first flight.
+    pub(super) fn open(&self) -> [Vec<u8>; 2] {
+        let open = session::open(&self.new, open::WRITE | open::CREATE | open::EXCLUSIVE);
+        [about(packet::REMOVE, &self.new), open]
+    }
+
+    /// The handle that it gives.
+    pub(super) fn opened(&self, session: &Session, replies: &mut impl Iterator<Item = Reply>) -> Result<Bytes, Error> {
+        match (replies.next(), replies.next()) {
+            (Some(Reply::Done | Reply::Refused(_)), Some(reply)) => {
+                session.handle(reply)?.map_err(|refusal| session.refused("make", &self.new, &refusal))
+            }
+            _ => Err(session.odd()),
+        }
+    }
+
+    /// The second flight.
+    pub(super) fn write(&self, session: &Session, handle: &[u8], bytes: &[u8]) -> Vec<Vec<u8>> {
+        let length = session.write_max() as usize;
+        let chunks = bytes.chunks(length).enumerate();
+        let mut requests: Vec<Vec<u8>> =
+            chunks.map(|(at, chunk)| session::write(handle, (at * length) as u64, chunk)).collect();
+        if session.offers.fsync {
+            requests.push(extended("fsync@openssh.com", &[handle]));
+        }
+        requests.push(about(packet::CLOSE, handle));
+        requests
+    }
+
+    /// What became of it.
+    pub(super) fn written(
+        &self,
+        session: &Session,
+        results: impl IntoIterator<Item = Result<(), session::Refusal>>,
+    ) -> Result<(), Error> {
+        match results.into_iter().find_map(Result::err) {
+            Some(refusal) => Err(session.refused("write", &self.new, &refusal)),
+            None => Ok(()),
+        }
+    }
+
+    /// The third flight, where it is one request.
+    fn naming(&self, session: &Session) -> Option<Vec<u8>> {
+        session.offers.posix_rename.then(|| extended("posix-rename@openssh.com", &[&self.new, &self.path]))
+    }
+
+    /// The third flight: it has its name only after everything of it was written.
+    pub(super) fn name(&self, session: &Session) -> Result<(), Error> {
+        let named = replace(session, &self.new, &self.path)?;
+        named.map_err(|refusal| self.unnamed(session, &refusal))
+    }
+
+    fn unnamed(&self, session: &Session, refusal: &session::Refusal) -> Error {
+        session.refused("give its name to", &self.path, refusal)
+    }
+}
+
+/// Names several, in this order; says of each whether it has its name. Where that takes one request each they are one flight, and
+/// one that is refused does not keep the next from its name.
+pub(super) fn name_all(session: &Session, files: &[&OwnFile]) -> Result<Vec<Result<(), Error>>, Error> {
+    let Some(requests) = files.iter().map(|file| file.naming(session)).collect::<Option<Vec<_>>>() else {
+        return Ok(files.iter().map(|file| file.name(session)).collect());
+    };
+    let results = files.iter().zip(session.all(requests)?);
+    Ok(results.map(|(file, result)| result.map_err(|refusal| file.unnamed(session, &refusal))).collect())
+}
+
 /// Writes a file of our own beside its name, brings it to stable storage and gives it its name.
 pub(super) fn store(session: &Session, directory: &[u8], name: &str, bytes: &[u8]) -> Result<(), Error> {
-    let (path, new) = (at(directory, name), at(directory, format!("{name}.new")));
-    let open = session::open(&new, open::WRITE | open::CREATE | open::EXCLUSIVE);
-    let handle = match session.batch([about(packet::REMOVE, &new), open])?.pop() {
-        Some(Reply::Handle(handle)) => handle,
-        Some(Reply::Refused(refusal)) => return Err(session.refused("make", &new, &refusal)),
-        _ => return Err(session.odd()),
-    };
-    let length = session.write_max as usize;
-    let mut requests: Vec<Vec<u8>> = bytes
-        .chunks(length)
-        .enumerate()
-        .map(|(at, chunk)| session::write(&handle, (at * length) as u64, chunk))
-        .collect();
-    if session.offers.fsync {
-        requests.push(extended("fsync@openssh.com", &[&handle]));
-    }
-    requests.push(about(packet::CLOSE, &handle));
-    if let Some(refusal) = session.all(requests)?.into_iter().find_map(Result::err) {
-        return Err(session.refused("write", &new, &refusal));
-    }
-    replace(session, &new, &path)?.map_err(|refusal| session.refused("give its name to", &path, &refusal))
+    let own = OwnFile::new(directory, name);
+    let handle = own.opened(session, &mut session.batch(own.open())?.into_iter())?;
+    own.written(session, session.all(own.write(session, &handle, bytes))?)?;
+    own.name(session)
 }
 
 /// Renames over whatever non-directory is there.

@@ -2,20 +2,21 @@
 //!
 //! The layout is that of a local target, in a staging area of its own: what is staged lies in
 //! `.lockstep/staging/sftp/tree` of the root, pointers in `last` beside it. A root that is not there yet is made under a
-//! hidden name beside its own and gets its name in the last step.
+//! hidden name beside its own and gets its name in the last step. A run that has nothing to do makes nothing but its lock.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::bulk::{Bulk, Starting};
-use super::list::list;
 use super::lock::Lock;
+use super::look::{Looked, answers, look, open_both, questions};
 use super::names::{Ids, Names};
-use super::place::{Place, make_private, must_be_own, open_root};
+use super::place::{Place, open_root};
 use super::prove::{Provers, SharedShell};
 use super::session::Session;
-use super::shell::{Job, Shell, Spare, is_plain};
+use super::shell::{Shell, Spare, is_plain};
+use super::stage::Area;
 use super::writer::StockWriter;
 use super::{Lanes, Verify, adopt, at, publish, stage, trail, trash, whole_seconds};
 use crate::endpoint::local::POINTERS;
@@ -26,14 +27,14 @@ use crate::monitor::{Event, Monitor, Problem, Severity};
 use crate::path::RelPath;
 use crate::plan::{Action, Change, Compare, Desired, Differences, Need, Plan, diff};
 use crate::policy::Policy;
-use crate::scan::{LinkRule, ScanRule};
-use crate::wire::sftp::packet;
 
 pub(super) const STATE: &str = ".lockstep";
 pub(super) const MANIFEST: &str = ".lockstep/manifest";
-const STAGING: &str = ".lockstep/staging/sftp";
+/// Targets of every kind stage below it.
+pub(super) const STAGING_ABOVE: &str = ".lockstep/staging";
+pub(super) const STAGING: &str = ".lockstep/staging/sftp";
 /// Where a local target stages; what an interrupted run of one had begun to publish is finished by it alone.
-const FOREIGN_RECORD: &str = ".lockstep/staging/current/commit";
+pub(super) const FOREIGN_RECORD: &str = ".lockstep/staging/current/commit";
 /// Threads that prove, at most: sshd allows ten sessions a connection.
 const PROVERS: usize = 4;
 
@@ -88,6 +89,11 @@ pub(super) struct Run {
     pub(super) much: Much,
     pub(super) provers: Provers,
     pub(super) lock: Mutex<Option<Lock>>,
+    /// Whose what is made there is.
+    pub(super) own: (u32, u32),
+    pub(super) area: Mutex<Area>,
+    /// What was found before the source was known.
+    looked: Mutex<Option<Looked>>,
     state: Mutex<State>,
 }
 
@@ -178,16 +184,34 @@ impl Target for StockTarget {
             return Ok(());
         };
         let session = Arc::clone(&self.lanes.first);
+        let names = Mutex::new(Names::default());
         let mut lock = None;
-        if !options.dry_run {
-            make_private(&session, &[&at(&root, STATE)])?;
+        let (mut own, mut area, mut interrupted) = ((0, 0), Area::default(), false);
+        let opened = if options.dry_run {
+            open_both(&session, &root)?
+        } else {
             let wait = Duration::from_secs(options.wait_seconds);
-            let taken = Lock::take(&session, &at(&root, STATE), self.describe(), &options.actor, wait)?;
-            let hidden = rename_to.as_ref().map(|_| root.clone());
-            must_be_own(&session, taken.path(), hidden.into_iter().chain([at(&root, STATE)]))?;
+            let state = at(&root, STATE);
+            let (taken, replies) =
+                Lock::take(&session, &state, self.describe(), &options.actor, wait, &questions(&root))?;
             lock = Some(taken);
-        }
-        let shell = self.first_shell(lock.as_ref(), monitor)?;
+            let found = answers(&session, &root, rename_to.is_some(), replies)?;
+            if found.foreign {
+                return Err(self.interrupted_otherwise());
+            }
+            (own, area.left, interrupted) = (found.own, found.staging, found.record);
+            locked(&names).expect(&session, own)?;
+            found.opened
+        };
+        let (shell, looked) = std::thread::scope(|scope| {
+            // What an interrupted run has still to do changes what lies there.
+            let looking = (!interrupted && !options.tries)
+                .then(|| scope.spawn(|| look(&session, &root, options, opened.clone(), &names, monitor)));
+            let shell = self.first_shell(lock.as_ref(), monitor);
+            let broken = |_| Err(Error::Usage("an internal error stopped the listing".into()));
+            (shell, looking.map(|looking| looking.join().unwrap_or_else(broken)))
+        });
+        let (shell, looked) = (shell?, looked.transpose()?);
         let (has_shell, syncs) = (shell.is_some(), shell.as_ref().is_some_and(Shell::syncs));
         let spare = |shell| Spare::new(Some(shell), Arc::clone(&self.lanes.remote), 0);
         let shell: SharedShell = Arc::new(Mutex::new(shell.map_or_else(Spare::default, spare)));
@@ -207,17 +231,24 @@ impl Target for StockTarget {
             policy,
             ids: Ids::default(),
             last,
-            names: Mutex::default(),
+            names,
             shell,
             has_shell,
             syncs,
             much: self.much,
             provers,
             lock: Mutex::new(lock),
+            own,
+            area: Mutex::new(area),
+            looked: Mutex::new(looked),
             state: Mutex::default(),
         };
         if !options.dry_run {
-            self.prepare(&run, monitor)?;
+            self.prepare(&run, interrupted, monitor)?;
+        }
+        if locked(&run.looked).is_none() {
+            // It is listed anew when it is to be compared.
+            opened.close(&run.session)?;
         }
         *locked(&self.run) = Some(Arc::new(run));
         Ok(())
@@ -252,9 +283,9 @@ impl Target for StockTarget {
 
     fn abort(&self) {
         if let Some(run) = locked(&self.run).take() {
-            if run.state().full {
+            if run.state().full && publish::still_locked(&run).is_ok() {
                 // What is staged would only keep the disk full. It was the run's error already.
-                let _ = publish::clear(&run);
+                let _ = stage::clear(&run);
             }
             *locked(&run.lock) = None;
         }
@@ -306,36 +337,28 @@ impl StockTarget {
         }
     }
 
-    /// Finishes or refuses what interrupted runs left, and makes the staging area.
-    fn prepare(&self, run: &Run, monitor: &dyn Monitor) -> Result<(), Error> {
-        let session = &run.session;
-        if session.stat(packet::LSTAT, &at(&run.root, FOREIGN_RECORD))?.is_ok() {
-            return Err(Error::Refused {
-                by: self.describe(),
-                reason:
-                    "a run of lockstep's own server was interrupted there while it published; finish it by running \
-                         lockstep there, with any source, before this way is used"
-                        .into(),
-            });
+    fn interrupted_otherwise(&self) -> Error {
+        Error::Refused {
+            by: self.describe(),
+            reason: "a run of lockstep's own server was interrupted there while it published; finish it by running \
+                     lockstep there, with any source, before this way is used"
+                .into(),
         }
-        make_private(session, &[&at(&run.root, ".lockstep/staging"), &run.staging])?;
+    }
+
+    /// Finishes what an interrupted run left.
+    fn prepare(&self, run: &Run, interrupted: bool, monitor: &dyn Monitor) -> Result<(), Error> {
         // Before anything is published: who passes it on has to know.
-        trail::remember(session, &run.root, &run.options.trail)?;
+        trail::remember(&run.session, &run.root, &run.options.trail)?;
+        if !interrupted {
+            return Ok(());
+        }
+        stage::make_area(run, monitor)?;
         if publish::recover(run)? {
             monitor.event(Event::Warning(&format!(
                 "{}: an earlier run was interrupted while it published; it was finished first",
                 self.describe()
             )));
-            make_private(session, &[&run.staging])?;
-        }
-        // A default ACL of the directory above would be inherited, and wake up when a file gets its mode. Without a
-        // command nobody can take it away: `docs/security.md` says so.
-        if let Some(shell) = run.shell().running() {
-            let hidden = run.rename_to.as_ref().map(|_| run.root.as_slice());
-            let paths: Vec<&[u8]> = hidden.into_iter().chain([run.staging.as_slice()]).collect();
-            if let Err(reason) = shell.run(Job::NoAcl, &paths) {
-                monitor.event(Event::Detail(&format!("{}: default ACLs are left: {reason}", self.describe())));
-            }
         }
         Ok(())
     }
@@ -389,6 +412,14 @@ impl Run {
         Ok(Permissions { mode: decision.mode, uid, gid, mtime: whole_seconds(entry.mtime) })
     }
 
+    /// Lists the target anew.
+    fn look(&self, monitor: &dyn Monitor) -> Result<(), Error> {
+        let opened = open_both(&self.session, &self.root)?;
+        let looked = look(&self.session, &self.root, &self.options, opened, &self.names, monitor)?;
+        *locked(&self.looked) = Some(looked);
+        Ok(())
+    }
+
     fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {
         let source = Arc::new(as_held(source)?);
         let target_problem = |reason: String| Error::Refused { by: "the receiver".into(), reason };
@@ -398,17 +429,11 @@ impl Run {
                 return Err(target_problem(reason));
             }
         }
-        let (old_manifest, old_digest) = publish::read_manifest(&self.session, &self.root, monitor)?;
-        let filter =
-            Filter::compile(&self.options.filter).map_err(|error| Error::Usage(crate::error::chain(&error)))?;
-        let rule = ScanRule {
-            filter,
-            links: LinkRule::All,
-            ignore_files: true,
-            report_special: false,
-            threads: self.options.threads,
-        };
-        let listed = list(&self.session, &self.root, &rule, &mut locked(&self.names), monitor)?;
+        if locked(&self.looked).is_none() {
+            self.look(monitor)?;
+        }
+        let looked = locked(&self.looked).take();
+        let Looked { manifest: old_manifest, digest: old_digest, listed } = looked.ok_or_else(|| self.session.odd())?;
         for problem in &listed.problems {
             // It is looked at for comparison; whether it matters is found out when it is to be changed.
             monitor.event(Event::Problem(&Problem { severity: Severity::Skipped, ..problem.clone() }));
@@ -426,7 +451,7 @@ impl Run {
             trash::collect(self, keep, monitor)?;
         }
         if !self.options.dry_run {
-            stage::prepare(self, &source, &mut plan)?;
+            stage::prepare(self, &source, &mut plan, monitor)?;
         }
         *self.state() = State { source, target, plan: plan.clone(), old_manifest, old_digest, ..State::default() };
         Ok(plan)

@@ -10,7 +10,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::bulk::{Bulk, Starting};
 use super::follow::Follower;
-use super::prove::{Answer, Proven, Unproven};
+use super::prove::{Answer, Unproven};
 use super::session::{self, Refusal, Reply, Session, about, extended, with_attributes};
 use super::target::{Permissions, Run};
 use crate::endpoint::client::Completion;
@@ -22,11 +22,12 @@ use crate::wire::sftp::{Attributes, Status, open, packet};
 
 mod by_command;
 mod file;
+mod proof;
 
 use file::{File, Op, Route, Stage};
 
 /// Files of one writer that are open or waiting to be, at most.
-const OPEN_FILES: usize = 128;
+const OPEN_FILES: usize = 256;
 /// Bytes that wait for a handle, at most.
 const QUEUED: usize = 16 << 20;
 /// Digests are asked for when so many files wait for them, or so many bytes.
@@ -284,7 +285,7 @@ impl StockWriter {
     fn send_block(&mut self, number: u64, offset: u64, block: &Block) -> Result<(), Error> {
         let Some(handle) = self.files.get(&number).and_then(|file| file.handle.clone()) else { return Ok(()) };
         let mut at = offset;
-        for chunk in block.data().chunks(self.session.write_max as usize) {
+        for chunk in block.data().chunks(self.session.write_max() as usize) {
             let tag = self.next_tag;
             if let Some(file) = self.files.get_mut(&number) {
                 file.unanswered.insert(tag, at);
@@ -309,81 +310,6 @@ impl StockWriter {
             self.send(number, Op::Write, extended("fsync@openssh.com", &[&handle]))?;
         }
         self.send(number, Op::Close, about(packet::CLOSE, &handle))
-    }
-
-    /// Asks for digests, when enough wait for them or `all` are to be asked for.
-    fn prove(&mut self, all: bool) {
-        let enough = self.unproven.len() >= PROVE_FILES || self.unproven_bytes >= PROVE_BYTES;
-        if self.unproven.is_empty() || !(all || enough) {
-            return;
-        }
-        self.unproven_bytes = 0;
-        self.proving += 1;
-        let files = std::mem::take(&mut self.unproven);
-        self.run.provers.submit(files, &self.proofs.0);
-    }
-
-    /// Compares digests, and gives owner, mode and times to what is right.
-    fn proven(&mut self, proven: Proven) -> Result<(), Error> {
-        self.proving -= 1;
-        for (number, found) in proven {
-            let Some(file) = self.files.get_mut(&number) else { continue };
-            let announced = file.digest.unwrap_or_default();
-            match found {
-                Ok(found) if found.digest == announced && found.granted => {
-                    file.stage = Stage::Granting;
-                    self.conclude(number)?;
-                }
-                Ok(found) if found.digest == announced => {
-                    file.stage = Stage::Granting;
-                    let (index, path) = (file.index, file.path.clone());
-                    let wanted = self.run.permissions(self.entry(index)?.0)?;
-                    for packet in grant(packet::SETSTAT, &path, &wanted) {
-                        self.send(number, Op::Grant, packet)?;
-                    }
-                    if wanted.mode & SPECIAL_BITS != 0 {
-                        self.send(number, Op::Check, about(packet::LSTAT, &path))?;
-                    }
-                }
-                wrong => {
-                    let message = wrong.map_or_else(
-                        |reason| reason,
-                        |found| format!("its SHA-256 is {} at the other end, and {announced} was sent", found.digest),
-                    );
-                    file.failure = Some(WriteFailure { message, retry: true });
-                    // What unpacks an archive does not say why a file came to nothing.
-                    let packed = file.route == Route::Pack;
-                    self.conclude(number)?;
-                    if packed {
-                        self.check_room()?;
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Everything is done for a file: says what became of it.
-    fn conclude(&mut self, number: u64) -> Result<(), Error> {
-        self.lose(number);
-        let Some(file) = self.files.remove(&number) else { return Ok(()) };
-        self.open_files -= usize::from(file.counted);
-        if self.current.get(&file.index) == Some(&number) {
-            self.current.remove(&file.index);
-        }
-        let result = match file.failure {
-            None => {
-                self.run.state().staged.insert(file.index, file.digest.unwrap_or_default());
-                Ok(())
-            }
-            Some(failure) => {
-                self.by_sftp.insert(file.index);
-                self.send(number, Op::Clear, about(packet::REMOVE, &file.path))?;
-                Err(failure)
-            }
-        };
-        self.done.push(Staged { index: file.index, result });
-        Ok(())
     }
 
     fn drop_file(&mut self, index: u32) -> Result<(), Error> {
@@ -429,7 +355,7 @@ impl Writer for StockWriter {
 
     fn open(&mut self, index: u32, resume_at: u64) -> Result<(), Error> {
         self.drop_file(index)?;
-        while self.open_files >= OPEN_FILES.min(self.session.handles / 2) && !self.sent.is_empty() {
+        while self.open_files >= OPEN_FILES.min(self.session.handles() / 2) && !self.sent.is_empty() {
             self.pump(true)?;
         }
         let (entry, size) = self.entry(index)?;
