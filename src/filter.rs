@@ -70,6 +70,27 @@ impl Only {
 /// So many paths are sooner compared one by one than looked up.
 const FEW: usize = 8;
 
+/// Globs that say what is meant, where a [`Filter`] says what is left out: the last one that matches decides, and `!` takes out again.
+#[derive(Debug, Clone, Default)]
+pub struct Globs(Option<Filter>);
+
+impl Globs {
+    /// Compiles them; none mean nothing.
+    ///
+    /// # Errors
+    /// As [`Filter::compile`].
+    pub fn compile(globs: &[String]) -> Result<Globs, FilterError> {
+        let rules = Some(globs).filter(|globs| !globs.is_empty());
+        let others = rules.map(|globs| Filter::compile(&FilterSpec { rules: globs.to_vec(), only: None }));
+        others.transpose().map(Globs)
+    }
+
+    /// Whether they mean a path.
+    pub fn mean(&self, path: &RelPath, directory: bool) -> bool {
+        self.0.as_ref().is_some_and(|others| !others.admits(path, directory))
+    }
+}
+
 /// What a list of paths lets take part, whatever the rules say.
 #[derive(Debug, Clone, Default)]
 pub struct Reach(Option<Only>);

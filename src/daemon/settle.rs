@@ -241,7 +241,9 @@ impl Settle {
                 Some(below) => to.join(below.as_bytes()),
                 None => Ok(to.clone()),
             };
-            if let Ok(path) = path.map_err(drop).and_then(|path| if self.grows(&path) { Err(()) } else { Ok(path) }) {
+            if let Ok(path) = path
+                && !self.grows(&path)
+            {
                 self.wake(open.probe);
                 self.open.insert(path, open);
             }

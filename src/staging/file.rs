@@ -5,7 +5,6 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::OFlags;
-use sha2::{Digest as _, Sha256};
 
 use super::copy::{copy_range, shares_blocks};
 use super::hashing::{Hashing, Kept};
@@ -127,7 +126,7 @@ impl StagedFile {
         kept: Option<&Kept>,
     ) -> Result<StagedFile, StageError> {
         let mut hashing = kept.map_or_else(|| Hashing::of(size), |kept| Hashing::after(size, base, kept));
-        hash_to(before, &mut hashing, base)?;
+        hash_to(before, 0, &mut hashing, base)?;
         let file = staging.create_new(path, 0o600)?;
         Ok(StagedFile { file, hashing, written: base, size, resumed: false, base, unhashed: 0 })
     }
@@ -145,7 +144,7 @@ impl StagedFile {
         }
         file.set_len(resume_at).map_err(failed("cut the staged file"))?;
         let mut hashing = Hashing::of(size);
-        hash_to(&file, &mut hashing, resume_at)?;
+        hash_to(&file, 0, &mut hashing, resume_at)?;
         Ok(StagedFile { file, hashing, written: resume_at, size, resumed: true, base: 0, unhashed: 0 })
     }
 
@@ -221,7 +220,7 @@ impl StagedFile {
         }
         // What is hashed is what is there now, whatever becomes of the other file.
         match hash {
-            true => hash_to(&self.file, &mut self.hashing, offset + length),
+            true => hash_to(&self.file, 0, &mut self.hashing, offset + length),
             false => Ok(()),
         }
     }
@@ -276,7 +275,7 @@ impl StagedFile {
         if self.unhashed > 0 {
             let after = |kept| Hashing::after(self.size, self.unhashed, kept);
             self.hashing = kept.map_or_else(|| Hashing::of(self.size), after);
-            hash_to(&self.file, &mut self.hashing, self.unhashed)?;
+            hash_to(&self.file, 0, &mut self.hashing, self.unhashed)?;
             self.unhashed = 0;
         }
         Ok(())
@@ -334,7 +333,7 @@ pub fn clean_pages(file: &File, seen: &Metadata) {
 /// When there are fewer, or they cannot be read.
 pub fn hash_of(file: &File, length: u64) -> Result<Digest, StageError> {
     let mut hashing = Hashing::of(0);
-    hash_to(file, &mut hashing, length)?;
+    hash_to(file, 0, &mut hashing, length)?;
     Ok(hashing.finish().0)
 }
 
@@ -343,26 +342,18 @@ pub fn hash_of(file: &File, length: u64) -> Result<Digest, StageError> {
 /// # Errors
 /// As [`hash_of`].
 pub fn hash_of_both(first: (&File, u64), second: (&File, u64)) -> Result<Digest, StageError> {
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 256 * 1024];
-    for (file, length) in [first, second] {
-        let mut at = 0;
-        while at < length {
-            let step = (length - at).min(buffer.len() as u64) as usize;
-            file.read_exact_at(&mut buffer[..step], at).map_err(failed(READ_BACK))?;
-            hash.update(&buffer[..step]);
-            at += step as u64;
-        }
-    }
-    Ok(Digest(hash.finalize().into()))
+    let mut hashing = Hashing::of(0);
+    hash_to(first.0, 0, &mut hashing, first.1)?;
+    hash_to(second.0, first.1, &mut hashing, first.1 + second.1)?;
+    Ok(hashing.finish().0)
 }
 
-/// Hashes what lies on the disk, on to `end`.
-fn hash_to(file: &File, hashing: &mut Hashing, end: u64) -> Result<(), StageError> {
+/// Hashes what lies on the disk, on to `end`; the file begins at `base` of what is hashed.
+fn hash_to(file: &File, base: u64, hashing: &mut Hashing, end: u64) -> Result<(), StageError> {
     let mut buffer = vec![0; 256 * 1024];
     while hashing.at() < end {
         let step = (end - hashing.at()).min(buffer.len() as u64) as usize;
-        file.read_exact_at(&mut buffer[..step], hashing.at()).map_err(failed(READ_BACK))?;
+        file.read_exact_at(&mut buffer[..step], hashing.at() - base).map_err(failed(READ_BACK))?;
         hashing.update(&buffer[..step]);
     }
     Ok(())
@@ -387,6 +378,7 @@ pub fn apply(inode: &Inode, wanted: &Permissions) -> Result<(), StageError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use sha2::{Digest as _, Sha256};
     use std::os::unix::fs::{MetadataExt, symlink};
 
     const WANTED: Permissions = Permissions {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::endpoint::local::POINTERS;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Crew, Error, ScanOptions, Source, Target};
-use crate::filter::{Filter, FilterSpec};
+use crate::filter::{Filter, FilterSpec, Globs};
 use crate::manifest::{Digest, Tree};
 use crate::monitor::{Counters, Event, Monitor, Phase, Problem, Severity};
 use crate::path::RelPath;
@@ -113,8 +113,8 @@ struct Shared<'a> {
     tree: &'a Tree,
     /// Files that may be made of what the target has.
     alike: &'a [u32],
-    /// Does not admit what only grows; `None` where nothing does.
-    but_growing: Option<Filter>,
+    /// What only grows.
+    growing: Globs,
     queue: Queue,
     retries: u32,
     monitor: &'a dyn Monitor,
@@ -131,8 +131,7 @@ struct Shared<'a> {
 impl Shared<'_> {
     /// Whether the file at `index` only grows.
     fn grows(&self, index: u32) -> bool {
-        let Some(others) = &self.but_growing else { return false };
-        self.tree.entries().get(index as usize).is_some_and(|entry| !others.admits(&entry.path, false))
+        self.tree.entries().get(index as usize).is_some_and(|entry| self.growing.mean(&entry.path, false))
     }
 
     fn stopped(&self) -> bool {
@@ -369,9 +368,8 @@ fn transfer(
     plan: &Plan,
 ) -> Result<Outcome, Error> {
     // Who wants all to be hashed does not want to hear that something was before.
-    let growing = Some(only_growing(&options.begin)).filter(|globs| !globs.is_empty() && !options.scan.hash_all);
-    let growing = growing.map(|rules| Filter::compile(&FilterSpec { rules, only: None }));
-    let but_growing = growing.transpose().map_err(|error| Error::Usage(crate::error::chain(&error)))?;
+    let growing = if options.scan.hash_all { Vec::new() } else { only_growing(&options.begin) };
+    let growing = Globs::compile(&growing).map_err(|error| Error::Usage(crate::error::chain(&error)))?;
     let queue = Queue::new(tree, plan);
     let counters = monitor.counters();
     Counters::add(&counters.total_files, queue.files() as u64);
@@ -387,7 +385,7 @@ fn transfer(
     let shared = Shared {
         tree,
         alike: &plan.alike,
-        but_growing,
+        growing,
         queue,
         retries: options.retries,
         monitor,

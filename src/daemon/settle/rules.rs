@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::POINTERS;
 use crate::config::Ready as WhenReady;
-use crate::filter::{Filter, FilterError, FilterSpec};
+use crate::filter::{Filter, FilterError, FilterSpec, Globs};
 use crate::path::RelPath;
 
 /// When things are finished.
@@ -12,10 +12,9 @@ use crate::path::RelPath;
 pub(in crate::daemon) struct Rules {
     pub(in crate::daemon) settle: Duration,
     pub(in crate::daemon) ready: WhenReady,
-    unit: Option<Filter>,
+    unit: Globs,
     last: Filter,
-    /// Does not admit what only grows.
-    but_growing: Option<Filter>,
+    growing: Globs,
 }
 
 impl Rules {
@@ -25,20 +24,18 @@ impl Rules {
         unit: Option<&str>,
         last: &[String],
     ) -> Result<Rules, FilterError> {
-        let compile = |rules: Vec<String>| Filter::compile(&FilterSpec { rules, only: None });
-        let unit = unit.map(|glob| compile(vec![glob.to_owned()])).transpose()?;
-        Ok(Rules { settle, ready, unit, last: compile(last.to_vec())?, but_growing: None })
+        let unit: Vec<String> = unit.into_iter().map(str::to_owned).collect();
+        let last = Filter::compile(&FilterSpec { rules: last.to_vec(), only: None })?;
+        Ok(Rules { settle, ready, unit: Globs::compile(&unit)?, last, growing: Globs::default() })
     }
 
     /// With files that only grow, as globs.
     pub(in crate::daemon) fn growing(self, globs: &[String]) -> Result<Rules, FilterError> {
-        let but_growing = Some(globs).filter(|globs| !globs.is_empty());
-        let but_growing = but_growing.map(|globs| Filter::compile(&FilterSpec { rules: globs.to_vec(), only: None }));
-        Ok(Rules { but_growing: but_growing.transpose()?, ..self })
+        Ok(Rules { growing: Globs::compile(globs)?, ..self })
     }
 
     pub(in crate::daemon) fn is_unit(&self, directory: &RelPath) -> bool {
-        self.unit.as_ref().is_some_and(|unit| !unit.admits(directory, true))
+        self.unit.mean(directory, true)
     }
 
     pub(in crate::daemon) fn is_pointer(&self, path: &RelPath, directory: bool) -> bool {
@@ -47,7 +44,7 @@ impl Rules {
 
     /// Whether it is said of the file at `path` that it only grows.
     pub(super) fn grows(&self, path: &RelPath) -> bool {
-        self.but_growing.as_ref().is_some_and(|others| !others.admits(path, false))
+        self.growing.mean(path, false)
     }
 
     pub(super) fn is_marker(&self, unit: &RelPath, path: &RelPath) -> bool {

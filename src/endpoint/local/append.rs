@@ -11,7 +11,7 @@ use rustix::fs::{FallocateFlags, OFlags, fallocate};
 use rustix::io::Errno;
 
 use super::alike::Opened;
-use super::metadata;
+use super::metadata::{self, failed};
 use super::target::{Run, io};
 use crate::endpoint::Error;
 use crate::manifest::{Content, Entry, Timestamp};
@@ -61,10 +61,6 @@ fn open(root: &Root, path: &RelPath) -> Result<(File, Metadata), Error> {
     let file = root.open_with(path, Follow::Never, OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY, 0).map_err(io)?;
     let found = Metadata::of(&file).map_err(|source| failed(root, path, "look at", source))?;
     Ok((file, found))
-}
-
-fn failed(root: &Root, path: &RelPath, operation: &'static str, source: std::io::Error) -> Error {
-    Error::Io { operation, path: crate::error::shown(&root.shown().join(path.as_path())).to_string(), source }
 }
 
 impl Run {

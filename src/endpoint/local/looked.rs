@@ -2,9 +2,8 @@
 
 use std::time::SystemTime;
 
-use crate::filter::Filter;
+use crate::filter::Globs;
 use crate::manifest::{Digest, Tree};
-use crate::path::RelPath;
 use crate::root::{Fingerprint, Seen};
 
 /// What stat said of each entry of a scan, and when that was over.
@@ -12,16 +11,11 @@ use crate::root::{Fingerprint, Seen};
 pub(in crate::endpoint) struct Looked {
     pub(in crate::endpoint) metadata: Vec<Seen>,
     pub(in crate::endpoint) at: SystemTime,
-    /// Does not admit what only grows; `None` where nothing does.
-    pub(in crate::endpoint) but_growing: Option<Filter>,
+    /// What only grows.
+    pub(in crate::endpoint) growing: Globs,
 }
 
 impl Looked {
-    /// Whether the file at `path` only grows.
-    pub(in crate::endpoint) fn grows(&self, path: &RelPath) -> bool {
-        self.but_growing.as_ref().is_some_and(|others| !others.admits(path, false))
-    }
-
     /// Digests of entries of the scan, which gave `tree`, with what stat said of each.
     pub(in crate::endpoint) fn known<'a>(
         &'a self,

@@ -71,7 +71,7 @@ pub(super) fn acl_differs(root: &Root, path: &RelPath, wanted: &AclLists) -> boo
     Inode::open(root, Some(path)).ok().and_then(|inode| inode.acls().ok()).is_none_or(|found| found != *wanted)
 }
 
-fn failed(root: &Root, path: &RelPath, operation: &'static str, source: std::io::Error) -> Error {
+pub(super) fn failed(root: &Root, path: &RelPath, operation: &'static str, source: std::io::Error) -> Error {
     Error::Io { operation, path: crate::error::shown(&root.shown().join(path.as_path())).to_string(), source }
 }
 

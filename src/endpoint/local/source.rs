@@ -13,7 +13,7 @@ use super::place::Place;
 use super::reader::{LocalReader, Opened, changed, is_as_scanned, unreadable};
 use crate::endpoint::delta::{Beginning, DELTA_BYTES_MIN};
 use crate::endpoint::{BEING_PUBLISHED, Error, Links, Produced, Reader, Scan, ScanOptions, Source};
-use crate::filter::{Filter, FilterSpec};
+use crate::filter::{Filter, FilterError, Globs};
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
@@ -79,7 +79,7 @@ impl LocalSource {
                 made.then(|| directory.join(format!("digests-{:x}-{:x}.redb", at.device, at.inode)))
             }
         };
-        let looked = Looked { metadata: Vec::new(), at: UNIX_EPOCH, but_growing: None };
+        let looked = Looked { metadata: Vec::new(), at: UNIX_EPOCH, growing: Globs::default() };
         let (scanned, storing) = (Mutex::new(Arc::new(looked)), Mutex::default());
         Ok(LocalSource { root, called: place.called(), cache_file, scanned, storing, growing: Growing::default() })
     }
@@ -106,11 +106,9 @@ impl Source for LocalSource {
     }
 
     fn scan(&self, options: &ScanOptions, monitor: &dyn Monitor) -> Result<Scan, Error> {
-        let compile =
-            |filter: &FilterSpec| Filter::compile(filter).map_err(|error| Error::Usage(crate::error::chain(&error)));
-        let filter = compile(&options.filter)?;
-        let growing = Some(&options.append_only).filter(|globs| !globs.is_empty());
-        let growing = growing.map(|globs| compile(&FilterSpec { rules: globs.clone(), only: None })).transpose()?;
+        let wrong = |error: FilterError| Error::Usage(crate::error::chain(&error));
+        let filter = Filter::compile(&options.filter).map_err(wrong)?;
+        let growing = Globs::compile(&options.append_only).map_err(wrong)?;
         let links = match options.links {
             Links::Safe => LinkRule::Safe,
             Links::All => LinkRule::All,
@@ -140,7 +138,7 @@ impl Source for LocalSource {
         if !options.hash_all {
             self.known_as_target(&mut scanned);
         }
-        self.believe(Arc::new(Looked { metadata: scanned.metadata, at: SystemTime::now(), but_growing: growing }));
+        self.believe(Arc::new(Looked { metadata: scanned.metadata, at: SystemTime::now(), growing }));
         Ok(Scan { tree: scanned.tree, problems: scanned.problems })
     }
 
@@ -245,7 +243,7 @@ impl LocalSource {
         let Content::File { size, .. } = entry.content else { return Err(missing()) };
         let file = self.root.open_read(&entry.path, Follow::Never).map_err(|error| unreadable(index, &error))?;
         let now = Metadata::of(&file).map_err(|error| unreadable(index, &error))?;
-        let grows = self.looked().grows(&entry.path);
+        let grows = self.looked().growing.mean(&entry.path, false);
         // RACE: the path may have got another file, even a FIFO, since the scan; that file is not what was planned.
         if !is_as_scanned(entry, size, grows, &now) {
             return Err(changed(index));

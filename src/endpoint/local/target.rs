@@ -22,7 +22,7 @@ use super::{commit, early, fold, forbidden, known, metadata, prepare, publish, r
 use crate::access::AclLists;
 use crate::endpoint::delta::{Alike, Wanted};
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
-use crate::filter::{Filter, FilterSpec, Reach};
+use crate::filter::{Filter, FilterSpec, Globs, Reach};
 use crate::manifest::{Digest, Entry, Manifest, Tree};
 use crate::monitor::{Event, Monitor, Problem, Severity};
 use crate::path::RelPath;
@@ -64,8 +64,7 @@ pub(super) struct Run {
     pub(super) ids: Ids,
     pub(super) last: Filter,
     pub(super) units: Filter,
-    /// Does not admit what only grows.
-    but_growing: Filter,
+    growing: Globs,
     state: Mutex<State>,
     refusals: Mutex<Refusals>,
     _lock: Option<RootLock>,
@@ -177,10 +176,9 @@ impl Target for LocalTarget {
         let policy = Policy::of_both(&self.policy, &options.policy, sent_by).map_err(|error| usage(&error))?;
         let rules = POINTERS.iter().map(|&name| name.to_owned()).chain(options.last.iter().cloned()).collect();
         let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
-        let compile = |globs: &Vec<String>| {
-            Filter::compile(&FilterSpec { rules: globs.clone(), only: None }).map_err(|error| usage(&error))
-        };
-        let (units, but_growing) = (compile(&options.units)?, compile(&options.append_only)?);
+        let units = FilterSpec { rules: options.units.clone(), only: None };
+        let units = Filter::compile(&units).map_err(|error| usage(&error))?;
+        let growing = Globs::compile(&options.append_only).map_err(|error| usage(&error))?;
         let Some((root, birth, mut lock)) = self.enter(options, monitor)? else {
             // A dry run on nothing: compared with an empty directory that is never written to.
             *self.run.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
@@ -224,7 +222,7 @@ impl Target for LocalTarget {
             ids: Ids::default(),
             last,
             units,
-            but_growing,
+            growing,
             state: Mutex::default(),
             refusals: Mutex::default(),
             _lock: lock,
@@ -382,7 +380,7 @@ impl Run {
 
     /// Whether the sender says of the file at `path` that it only grows.
     pub(super) fn grows(&self, path: &RelPath) -> bool {
-        !self.options.append_only.is_empty() && !self.but_growing.admits(path, false)
+        self.growing.mean(path, false)
     }
 
     /// The permissions that an entry gets when it is new.
