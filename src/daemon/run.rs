@@ -12,14 +12,14 @@ use super::settle::{POINTERS, Rules};
 use super::tally::Tally;
 use super::{Connect, Trouble, clock, units};
 use crate::config::{Delete, Job};
-use crate::endpoint::guarded::{BEING_WRITTEN, Guard, Guarded, HeldBack, NOT_STEADY, NOT_WHOLE, Steady};
+use crate::endpoint::guarded::{BEING_WRITTEN, CHANGED, Guard, Guarded, HeldBack, NOT_STEADY, NOT_WHOLE, Steady};
 use crate::endpoint::local::LocalSource;
 use crate::endpoint::shared::SharedSource;
 use crate::endpoint::{BeginOptions, Error, ScanOptions, Source};
 use crate::error::{Exit, chain};
 use crate::filter::{Filter, FilterSpec, line_for};
 use crate::layout::complete;
-use crate::monitor::Severity;
+use crate::monitor::{Problem, Severity};
 use crate::monitor::threads::Threads;
 use crate::path::RelPath;
 use crate::plan::trail;
@@ -75,6 +75,9 @@ pub(super) struct Done {
     pub(super) left: u64,
     /// What is left may be had in a moment.
     pub(super) soon: bool,
+    /// Files were left that changed between being listed and being read: somebody wrote to them just then. It is a failure
+    /// where it goes on.
+    pub(super) changing: Option<Trouble>,
     pub(super) generation: Option<u64>,
     pub(super) published: u64,
     pub(super) removed: u64,
@@ -330,19 +333,20 @@ fn options(plan: &Plan<'_>, filter: FilterSpec) -> Options {
 fn concluded(report: SyncReport) -> Result<Done, Trouble> {
     let mut failed: Vec<_> = report.problems.iter().filter(|problem| problem.severity == Severity::Failed).collect();
     let all = failed.len();
-    failed.retain(|problem| problem.message != BEING_WRITTEN);
+    let changed = |problem: &&Problem| problem.message.starts_with(CHANGED);
+    let changing: Vec<_> = failed.iter().copied().filter(changed).collect();
+    failed.retain(|problem| problem.message != BEING_WRITTEN && !changed(problem));
     let left = (all - failed.len()) as u64;
     // What was held back with them is no failure either: it is looked at again together with them.
     failed.retain(|problem| left == 0 || !HELD_BACK.iter().any(|held| problem.message.starts_with(held)));
-    if let Some(first) = failed.first() {
-        let path = first.path.as_ref().map_or_else(|| ".".to_owned(), ToString::to_string);
-        let more = if failed.len() > 1 { format!(" (and {} more paths)", failed.len() - 1) } else { String::new() };
-        return Err(Trouble { message: format!("'{path}': {}{more}", first.message), exit: Exit::Incomplete });
+    if let Some(trouble) = first_of(&failed) {
+        return Err(trouble);
     }
     let committed = report.committed.unwrap_or_default();
     Ok(Done {
         left,
         soon: false,
+        changing: first_of(&changing),
         units: None,
         needed: report.needed,
         generation: Some(committed.generation),
@@ -352,4 +356,39 @@ fn concluded(report: SyncReport) -> Result<Done, Trouble> {
         transferred_bytes: report.transferred_bytes,
         wire_bytes: report.wire_bytes,
     })
+}
+
+/// The first of what failed, and how much more there is.
+fn first_of(failed: &[&Problem]) -> Option<Trouble> {
+    let first = failed.first()?;
+    let path = first.path.as_ref().map_or_else(|| ".".to_owned(), ToString::to_string);
+    let more = if failed.len() > 1 { format!(" (and {} more paths)", failed.len() - 1) } else { String::new() };
+    Some(Trouble { message: format!("'{path}': {}{more}", first.message), exit: Exit::Incomplete })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_somebody_wrote_to_just_then_is_left_and_what_failed_otherwise_fails() {
+        let concluded_with = |messages: &[&str]| {
+            let mut report = SyncReport::of_nothing(Instant::now());
+            let problem = |message: &&str| Problem {
+                path: RelPath::new("a").ok(),
+                message: (*message).to_owned(),
+                severity: Severity::Failed,
+            };
+            report.problems = messages.iter().map(problem).collect();
+            concluded(report)
+        };
+        let changed = format!("{CHANGED}; push again when its writer has finished");
+        let held = format!("{} 'b' failed", HELD_BACK[0]);
+        let done = concluded_with(&[&changed, BEING_WRITTEN, &held]).unwrap();
+        assert_eq!(done.left, 2);
+        assert_eq!(done.changing.unwrap().message, format!("'a': {changed}"));
+        assert!(concluded_with(&[BEING_WRITTEN]).unwrap().changing.is_none());
+        let trouble = concluded_with(&[&changed, "cannot read it", "nor this"]).unwrap_err();
+        assert_eq!(trouble.message, "'a': cannot read it (and 1 more paths)");
+    }
 }

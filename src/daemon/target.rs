@@ -35,6 +35,9 @@ enum Task {
 /// How long nothing is staged early after that failed.
 const EARLY_PAUSE: Duration = Duration::from_secs(30);
 
+/// So many runs in a row may find files that changed under the reader, before that is told as a failure.
+const CHANGING_MAX: u32 = 5;
+
 #[derive(Default)]
 struct Inner {
     pending: Pending,
@@ -42,6 +45,8 @@ struct Inner {
     /// The run that goes on.
     tally: Option<Arc<Tally>>,
     failures_in_a_row: u64,
+    /// Runs in a row that left files which changed while they were read.
+    changed_in_a_row: u32,
     next_try: Option<Instant>,
     halted: bool,
     no_early_before: Option<Instant>,
@@ -163,7 +168,7 @@ impl Lane {
             let stopped = self.stop.load(Ordering::Relaxed);
             let mut inner = self.inner();
             inner.tally = None;
-            match result {
+            match inner.changing(result) {
                 Ok(done) => {
                     let left = done.left > 0;
                     if left {
@@ -319,6 +324,21 @@ impl Inner {
         self.next_try = Some(Instant::now() + settle.max(Duration::from_millis(250)));
     }
 
+    /// Makes a failure of files that change under the reader again and again, though nobody is seen writing to them.
+    fn changing(&mut self, result: Result<Done, Trouble>) -> Result<Done, Trouble> {
+        let mut done = result?;
+        match done.changing.take() {
+            None => self.changed_in_a_row = 0,
+            Some(trouble) => {
+                self.changed_in_a_row += 1;
+                if self.changed_in_a_row >= CHANGING_MAX {
+                    return Err(trouble);
+                }
+            }
+        }
+        Ok(done)
+    }
+
     fn succeeded(&mut self, done: &Done) {
         let now = clock();
         self.pending.done(Instant::now());
@@ -347,5 +367,27 @@ impl Inner {
             hint: remedy(trouble.exit),
             times: same.map_or(1, |last| last.times + 1),
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_changes_under_the_reader_is_a_failure_when_it_goes_on() {
+        let trouble = Trouble { message: "'a': changed while it was read".into(), exit: Exit::Incomplete };
+        let changing = || Ok(Done { left: 1, changing: Some(trouble.clone()), ..Done::default() });
+        let mut inner = Inner::default();
+        for _ in 0..2 {
+            for _ in 1..CHANGING_MAX {
+                assert!(inner.changing(changing()).is_ok());
+            }
+            assert!(inner.changing(Ok(Done::default())).is_ok(), "it was left alone in between");
+        }
+        for _ in 1..CHANGING_MAX {
+            assert!(inner.changing(changing()).is_ok());
+        }
+        assert_eq!(inner.changing(changing()).unwrap_err(), trouble);
     }
 }

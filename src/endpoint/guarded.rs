@@ -17,6 +17,9 @@ use crate::plan::trail::Stop;
 /// What is said of a file that is in somebody's hands.
 pub const BEING_WRITTEN: &str = "is being written; it is sent when its writer has finished";
 
+/// What begins the message of a file that was not the same before and after it was read.
+pub const CHANGED: &str = "changed while it was read";
+
 /// What is said where a run publishes into the source at this moment.
 pub const NOT_STEADY: &str = "a run publishes into it; it is passed on when that is done";
 

@@ -85,7 +85,7 @@ pub struct SyncReport {
 
 impl SyncReport {
     /// A run that had nothing to do.
-    fn of_nothing(started: Instant) -> SyncReport {
+    pub(crate) fn of_nothing(started: Instant) -> SyncReport {
         SyncReport {
             tree: Arc::default(),
             plan: Plan::default(),

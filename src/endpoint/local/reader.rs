@@ -10,6 +10,7 @@ use rustix::fs::{Advice, SeekFrom as Sparse};
 use sha2::{Digest as _, Sha256};
 
 use super::source::LocalSource;
+use crate::endpoint::guarded::CHANGED;
 use crate::endpoint::{BLOCK_BYTES, Block, Error, Fetch, Produced, Reader, SMALL_FILE_BYTES};
 use crate::manifest::{Digest, Entry, Tree};
 use crate::monitor::cpu::{Stage, spend};
@@ -131,7 +132,7 @@ pub(in crate::endpoint) fn unreadable(index: u32, error: &dyn std::error::Error)
 }
 
 pub(in crate::endpoint) fn changed(index: u32) -> Produced {
-    let message = "changed while it was read; push again when its writer has finished".to_owned();
+    let message = format!("{CHANGED}; push again when its writer has finished");
     Produced::Failed { index, message, retry: true }
 }
 

@@ -11,6 +11,7 @@ use sha2::{Digest as _, Sha256};
 use super::read::{Piece, ReadQueue, Wanted};
 use super::session::Session;
 use super::{REGULAR, below, kind_of};
+use crate::endpoint::guarded::CHANGED;
 use crate::endpoint::{BLOCK_BYTES, Block, Error, Fetch, Produced, Reader, SMALL_FILE_BYTES};
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::wire::sftp::Attributes;
@@ -105,7 +106,7 @@ impl StockReader {
 }
 
 fn changed(index: u32) -> Produced {
-    let message = "changed while it was read; pull again when its writer has finished".to_owned();
+    let message = format!("{CHANGED}; pull again when its writer has finished");
     Produced::Failed { index, message, retry: true }
 }
 
