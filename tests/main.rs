@@ -68,6 +68,7 @@ mod serve_wire;
 mod sftp_side_by_side;
 mod signatures;
 mod slurm;
+mod spread;
 mod ssh;
 mod sshd_faults;
 mod stock;

@@ -8,7 +8,7 @@ use super::Failure;
 use super::connections::Connections;
 use super::login::{Ssh, connect, failed};
 use super::patience::patiently;
-use super::transfer::USUAL_TRANSFERS;
+use super::transfer::{MOST_TRANSFERS, USUAL_TRANSFERS};
 use crate::codec::CompressOptions;
 use crate::endpoint::agent::{self, AgentSource, AgentTarget};
 use crate::endpoint::link::{ConnectError, Link, Remote, Way};
@@ -177,7 +177,8 @@ impl Dial<'_> {
             }
             _ => {
                 let count = self.count.map_or(USUAL_TRANSFERS, usize::from);
-                agent::Lanes::connect(remote, way, link, count, root, self.compress).map(Reached::Agent)
+                let lanes = agent::Lanes::connect(remote, way, link, count, root, self.compress)?;
+                Ok(Reached::Agent(lanes.wide(self.count.map_or(MOST_TRANSFERS, usize::from))))
             }
         }
     }

@@ -136,6 +136,8 @@ fn parse_removal(text: &str) -> Result<Removal, String> {
 
 /// Connections unless told otherwise.
 pub(super) const USUAL_TRANSFERS: usize = 2;
+/// Connections that one large file may be spread over, unless told otherwise.
+pub(super) const MOST_TRANSFERS: usize = 8;
 
 /// Bytes a second; `None` for no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

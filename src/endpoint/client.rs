@@ -73,6 +73,8 @@ struct State {
     /// Bytes of requests that were answered, and of their answers.
     delivered: u64,
     rate: Rate,
+    /// The shortest time to an answer.
+    nearest: Option<Duration>,
     last_arrival: Instant,
     dead: Option<String>,
 }
@@ -163,6 +165,7 @@ impl Client {
             in_flight: 0,
             delivered: 0,
             rate: Rate::default(),
+            nearest: None,
             last_arrival: Instant::now(),
             dead: None,
         };
@@ -210,6 +213,21 @@ impl Client {
             0 => None,
             rate => Some(rate as f64),
         }
+    }
+
+    /// The shortest time that an answer took: at least as long as the way there and back.
+    pub fn round_trip(&self) -> Option<Duration> {
+        locked(&self.shared.state).nearest
+    }
+
+    /// Bytes of requests that wait for their answers.
+    pub fn in_flight(&self) -> usize {
+        locked(&self.shared.state).in_flight
+    }
+
+    /// Bytes of requests that were answered, and of their answers.
+    pub fn delivered(&self) -> u64 {
+        locked(&self.shared.state).delivered
     }
 
     /// Bytes sent and received so far.
@@ -366,11 +384,13 @@ impl Shared {
     fn measure(&self, state: &mut State, pending: &Pending, answered: usize) {
         let bytes = pending.bytes + answered;
         state.delivered += bytes as u64;
+        let now = state.last_arrival;
+        let took = now.duration_since(pending.sent_at);
+        state.nearest = Some(state.nearest.map_or(took, |nearest| nearest.min(took)));
         if bytes < TELLING_BYTES {
             return;
         }
-        let now = state.last_arrival;
-        let seconds = now.duration_since(pending.sent_at).as_secs_f64().max(1e-6);
+        let seconds = took.as_secs_f64().max(1e-6);
         state.rate.add((state.delivered - pending.delivered) as f64 / seconds, now);
         self.rate.store(state.rate.get() as u64, Ordering::Relaxed);
     }

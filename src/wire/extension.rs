@@ -16,7 +16,7 @@ pub const VERSION: &str = "1";
 /// that take whole units away. One that did not would remove what is to be kept.
 pub const TRASH: &str = "trash@lockstep.internal";
 /// The names that are advertised.
-pub const NAMES: [&str; 23] = [
+pub const NAMES: [&str; 25] = [
     "hello@lockstep.internal",
     "begin@lockstep.internal",
     "attach@lockstep.internal",
@@ -40,11 +40,22 @@ pub const NAMES: [&str; 23] = [
     "trail@lockstep.internal",
     ALIKE,
     COPY,
+    STRIPE,
+    TURNS,
 ];
 /// Names what the target has that a file may be made of.
 pub const ALIKE: &str = "alike@lockstep.internal";
 /// Makes a part of a file of that.
 pub const COPY: &str = "copy@lockstep.internal";
+/// A `write` that may come over another connection than what stands before it, and before that.
+pub const STRIPE: &str = "stripe@lockstep.internal";
+/// No message: an agent that has this name produces what several connections ask for of one stream in the order of the numbers
+/// that their `next` have.
+pub const TURNS: &str = "turns@lockstep.internal";
+/// So much of `stripe` requests, as they were sent, may wait in a run for what stands before it.
+pub const AHEAD_BYTES_MAX: usize = 64 << 20;
+/// So many `next` requests of one stream may wait for those before them.
+pub const AHEAD_NEXT_MAX: usize = 256;
 /// Content and lists in one message come to at most this many bytes before compression.
 pub const RAW_MAX: usize = 2 << 20;
 /// At most this many files in one `put` or `fetch`.

@@ -72,3 +72,41 @@ pub(crate) fn listening(port: u16) -> (u16, Arc<Mutex<Vec<u8>>>) {
     });
     (own, heard)
 }
+
+/// What each connection has carried, both directions counted, in the order in which they came.
+pub(crate) type Carried = Arc<Mutex<Vec<u64>>>;
+
+/// Passes 16 KiB on every four milliseconds, for each connection on its own: far, and more of them carry more. `cut` says which is cut after
+/// how many bytes.
+pub(crate) fn narrow(port: u16, cut: Option<(usize, u64)>) -> (u16, Carried) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let own = listener.local_addr().unwrap().port();
+    let carried = Carried::default();
+    let counted = Arc::clone(&carried);
+    std::thread::spawn(move || {
+        for (number, client) in listener.incoming().map_while(Result::ok).enumerate() {
+            let server = TcpStream::connect(("127.0.0.1", port)).unwrap();
+            counted.lock().unwrap().push(0);
+            for (mut from, mut to) in [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)] {
+                let counted = Arc::clone(&counted);
+                std::thread::spawn(move || {
+                    let mut buffer = [0; 16384];
+                    while let Ok(count @ 1..) = from.read(&mut buffer) {
+                        std::thread::sleep(std::time::Duration::from_millis(4));
+                        let so_far = {
+                            let mut counted = counted.lock().unwrap();
+                            counted[number] += count as u64;
+                            counted[number]
+                        };
+                        let lives = cut.is_none_or(|(which, most)| which != number || so_far < most);
+                        if !lives || to.write_all(&buffer[..count]).is_err() {
+                            break;
+                        }
+                    }
+                    let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+                });
+            }
+        }
+    });
+    (own, carried)
+}

@@ -17,6 +17,7 @@ use crate::wire::notes;
 
 mod reader;
 mod source;
+mod spread;
 mod target;
 mod writer;
 
@@ -45,6 +46,10 @@ type Slot = Mutex<Option<Option<Arc<Client>>>>;
 pub struct Lanes {
     first: Arc<Client>,
     further: Vec<Slot>,
+    /// How many workers have each to themselves, the first too.
+    users: Vec<AtomicUsize>,
+    /// Workers have one of so many; the others are for large files that are spread.
+    workers: usize,
     open: Opener,
     /// What lets further connections work on the same run.
     token: OnceLock<Vec<u8>>,
@@ -97,14 +102,26 @@ impl Lanes {
         }
         // An agent that sshd started has a process of its own for each connection: they cannot share a run.
         let shared = first.has("attach@lockstep.internal", extension::VERSION);
-        let further = (1..count).filter(|_| shared).map(|_| Slot::default()).collect();
+        let workers = if shared { count.max(1) } else { 1 };
+        let further = (1..workers).map(|_| Slot::default()).collect();
+        let users = (0..workers).map(|_| AtomicUsize::new(0)).collect();
         let (token, turn) = (OnceLock::new(), AtomicUsize::new(0));
         let (sender, hello) = unbounded();
         if compress.enabled {
             first.submit(extension::request("hello"), 0, 0, &sender)?;
         }
         let (first, root, planes) = (Arc::new(first), root.to_vec(), OnceLock::new());
-        Ok(Lanes { first, further, open, token, turn, root, compress, hello, planes })
+        Ok(Lanes { first, further, users, workers, open, token, turn, root, compress, hello, planes })
+    }
+
+    /// Over up to `most` connections where one file is sent alone and more bring more.
+    #[must_use]
+    pub fn wide(mut self, most: usize) -> Lanes {
+        let shared = self.first.has("attach@lockstep.internal", extension::VERSION);
+        let more = (self.further.len() + 1..most).filter(|_| shared);
+        self.further.extend(more.map(|_| Slot::default()));
+        self.users.resize_with(self.further.len() + 1, AtomicUsize::default);
+        self
     }
 
     /// Whether the agent takes and gives byte planes, which one that does not name them must never be sent or asked for.
@@ -142,13 +159,19 @@ impl Lanes {
         self.call(packet)
     }
 
-    /// The connection for the next worker. May take as long as it takes to log in.
-    fn lane(&self) -> Arc<Client> {
-        let number = self.turn.fetch_add(1, Ordering::Relaxed) % (self.further.len() + 1);
-        let Some(slot) = number.checked_sub(1).map(|at| &self.further[at]) else { return Arc::clone(&self.first) };
+    /// The connection for the next worker, with its number. May take as long as it takes to log in.
+    fn lane(&self) -> (usize, Arc<Client>) {
+        let number = self.turn.fetch_add(1, Ordering::Relaxed) % self.workers;
+        self.get(number).map_or_else(|| (0, Arc::clone(&self.first)), |client| (number, client))
+    }
+
+    /// The connection of this number, which is made when it is asked for first; `None` where it cannot be had.
+    fn get(&self, number: usize) -> Option<Arc<Client>> {
+        let Some(slot) = number.checked_sub(1).map(|at| &self.further[at]) else {
+            return Some(Arc::clone(&self.first));
+        };
         let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
-        let client = slot.get_or_insert_with(|| self.attached(number).map(Arc::new));
-        Arc::clone(client.as_ref().unwrap_or(&self.first))
+        slot.get_or_insert_with(|| self.attached(number).map(Arc::new)).clone()
     }
 
     fn attached(&self, number: usize) -> Option<Client> {

@@ -1,6 +1,7 @@
-//! Content from an agent: one stream, with several requests for what comes next in flight.
+//! Content from an agent: one stream, with several requests for what comes next in flight, over several connections where a large
+//! file comes faster like that.
 //!
-//! What always holds: every answer brings a file on, or ends the run. Pieces of a file go on where the last one ended and
+//! What always holds: requests are produced in the order of their numbers, whatever they go over; every answer brings a file on, or ends the run. Pieces of a file go on where the last one ended and
 //! stay within the size that was listed; an answer without a piece comes only when nothing is left to be produced.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -8,12 +9,13 @@ use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use super::body;
+use super::spread::{SPREAD_AFTER, Spread};
+use super::{Lanes, body};
 use crate::codec::{self, CompressOptions, PLANES_NUMBER, PLANES_RATE, Way, ZSTD_RATE};
 use crate::endpoint::client::{Client, Completion};
 use crate::endpoint::{Block, Error, Fetch, Produced, Reader};
 use crate::manifest::Tree;
-use crate::wire::extension::{self, FETCH_MAX, Fields, HOLE_MAX, TAKES_PLANES, WireError};
+use crate::wire::extension::{self, FETCH_MAX, Fields, HOLE_MAX, TAKES_PLANES, TURNS, WireError};
 
 /// Requests in flight on one stream.
 const DEPTH: u64 = 8;
@@ -35,8 +37,17 @@ struct Wanted {
 }
 
 /// The reader of one worker.
-pub(super) struct AgentReader {
-    client: Arc<Client>,
+pub(super) struct AgentReader<'a> {
+    spread: Spread<'a>,
+    /// Whether the agent puts what several connections ask for in order.
+    turns: bool,
+    /// Which connection each request is out on, and how many are on each.
+    out: HashMap<u64, usize>,
+    loads: Vec<u64>,
+    /// Fetches that were not answered yet.
+    fetching: usize,
+    /// Of the file that is read, what has come.
+    come: u64,
     tree: Arc<Tree>,
     stream: u32,
     compress: CompressOptions,
@@ -58,17 +69,17 @@ pub(super) struct AgentReader {
     ready: VecDeque<Produced>,
 }
 
-impl AgentReader {
-    pub(super) fn new(
-        client: Arc<Client>,
-        tree: Arc<Tree>,
-        stream: u32,
-        compress: CompressOptions,
-        planes: bool,
-    ) -> Self {
+impl<'a> AgentReader<'a> {
+    pub(super) fn new(lanes: &'a Lanes, tree: Arc<Tree>, stream: u32) -> Self {
         let (sender, receiver) = unbounded();
+        let (compress, planes) = (lanes.compress, lanes.planes());
         AgentReader {
-            client,
+            spread: Spread::new(lanes),
+            turns: lanes.control().has(TURNS, extension::VERSION),
+            out: HashMap::new(),
+            loads: vec![0],
+            fetching: 0,
+            come: 0,
             tree,
             stream,
             compress,
@@ -87,9 +98,13 @@ impl AgentReader {
         }
     }
 
+    fn client(&self) -> &Client {
+        self.spread.own()
+    }
+
     /// Nobody here knows what the other side's processors do.
     fn way(&self) -> Way {
-        Way { link_rate: self.client.link_rate(), idle_processors: None }
+        Way { link_rate: self.spread.rate(), idle_processors: None }
     }
 
     /// The level to ask for the next bundle in.
@@ -117,10 +132,38 @@ impl AgentReader {
                 packet.push(u8::from(fetch.unless.is_some()));
                 packet.extend(fetch.unless.iter().flat_map(|digest| digest.0));
             }
-            self.client.submit(packet, 0, u64::MAX, &self.sender)?;
+            self.spread.own().submit(packet, 0, u64::MAX, &self.sender)?;
+            self.fetching += 1;
         }
         self.waiting.clear();
         Ok(())
+    }
+
+    /// Asks for what comes next, as far ahead as is worth it.
+    fn ask(&mut self) -> Result<(), Error> {
+        // Over another connection it might be asked for before the agent knows of which file.
+        let spreads = self.turns && self.fetching == 0;
+        if spreads && self.come > SPREAD_AFTER {
+            let _spread = self.spread.consider();
+            self.loads.resize(self.spread.width(), 0);
+        }
+        loop {
+            let over = if spreads { self.loads.len() } else { 1 };
+            let lightest = (0..over).min_by_key(|&at| self.loads[at]).unwrap_or(0);
+            if self.loads[lightest] >= DEPTH || self.asked - self.given >= DEPTH * self.loads.len() as u64 {
+                return Ok(());
+            }
+            let mut packet = extension::request("next");
+            packet.extend_from_slice(&self.stream.to_be_bytes());
+            packet.push(self.level());
+            if self.turns {
+                packet.extend_from_slice(&self.asked.to_be_bytes());
+            }
+            self.spread.get(lightest).submit(packet, 0, self.asked, &self.sender)?;
+            self.out.insert(self.asked, lightest);
+            self.loads[lightest] += 1;
+            self.asked += 1;
+        }
     }
 
     /// Waits for the next bundle in order.
@@ -129,17 +172,22 @@ impl AgentReader {
             if let Some(raw) = self.early.remove(&self.given) {
                 // Requests of a stream are handled in order: what was fetched before this one has to come.
                 if raw.is_empty() && self.wanted.values().any(|wanted| wanted.since <= self.given) {
-                    return Err(self.client.protocol("it produces nothing of what it was asked for"));
+                    return Err(self.client().protocol("it produces nothing of what it was asked for"));
                 }
                 self.given += 1;
                 return Ok(raw);
             }
-            let completion = self.client.wait(&self.receiver, true)?;
-            let answer = completion.answer.map_err(|lost| self.client.lost(lost))?;
-            let reply = body(&self.client, answer)?;
-            if completion.tag != u64::MAX {
+            let completion = self.client().wait(&self.receiver, true)?;
+            let answer = completion.answer.map_err(|lost| self.client().lost(lost))?;
+            let reply = body(self.client(), answer)?;
+            if completion.tag == u64::MAX {
+                self.fetching -= 1;
+            } else {
+                if let Some(at) = self.out.remove(&completion.tag) {
+                    self.loads[at] -= 1;
+                }
                 let mut raw = Vec::new();
-                Fields(&reply).frame(&mut raw).map_err(|error| self.client.protocol(error.to_string()))?;
+                Fields(&reply).frame(&mut raw).map_err(|error| self.client().protocol(error.to_string()))?;
                 if completion.tag.is_multiple_of(PROBE) && !raw.is_empty() {
                     self.ratio = reply.len() as f64 / raw.len() as f64;
                     self.rate = if reply.first() == Some(&PLANES_NUMBER) { PLANES_RATE } else { ZSTD_RATE };
@@ -165,6 +213,7 @@ impl AgentReader {
                 1 => {
                     let (offset, data) = (fields.u64()?, fields.string()?);
                     wanted.advance(offset, data.len() as u64)?;
+                    self.come += data.len() as u64;
                     self.ahead = self.ahead.saturating_sub(data.len() as u64);
                     Produced::Data { index, offset, block: Block::copy_of(data) }
                 }
@@ -192,6 +241,9 @@ impl AgentReader {
                 }
                 _ => return Err(WireError::Range("the kind of a piece")),
             };
+            if kind != 1 {
+                self.come = 0;
+            }
             if !matches!(kind, 1 | 2)
                 && let Some(wanted) = self.wanted.remove(&index)
             {
@@ -213,7 +265,7 @@ impl Wanted {
     }
 }
 
-impl Reader for AgentReader {
+impl Reader for AgentReader<'_> {
     fn wants_more(&self) -> bool {
         self.wanted.len() < AHEAD && self.ahead < AHEAD_BYTES
     }
@@ -236,15 +288,9 @@ impl Reader for AgentReader {
                 return Ok(None);
             }
             self.send_fetches()?;
-            while self.asked - self.given < DEPTH {
-                let mut packet = extension::request("next");
-                packet.extend_from_slice(&self.stream.to_be_bytes());
-                packet.push(self.level());
-                self.client.submit(packet, 0, self.asked, &self.sender)?;
-                self.asked += 1;
-            }
+            self.ask()?;
             let raw = self.bundle()?;
-            self.read(&raw).map_err(|error| self.client.protocol(error.to_string()))?;
+            self.read(&raw).map_err(|error| self.client().protocol(error.to_string()))?;
         }
     }
 }

@@ -103,8 +103,7 @@ impl Source for AgentSource {
 
     fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error> {
         let stream = self.streams.fetch_add(1, Ordering::Relaxed);
-        let (lane, compress, planes) = (self.lanes.lane(), self.lanes.compress, self.lanes.planes());
-        Ok(Box::new(AgentReader::new(lane, tree, stream, compress, planes)))
+        Ok(Box::new(AgentReader::new(&self.lanes, tree, stream)))
     }
 
     /// The agent remembers for itself what it hashed.

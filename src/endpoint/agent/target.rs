@@ -137,7 +137,7 @@ impl Target for AgentTarget {
     }
 
     fn writer(&self) -> Result<Box<dyn Writer + '_>, Error> {
-        Ok(Box::new(AgentWriter::new(self.lanes.lane(), self.lanes.compress, self.lanes.planes())))
+        Ok(Box::new(AgentWriter::new(&self.lanes)))
     }
 
     fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {

@@ -1,65 +1,144 @@
-//! Content to an agent: small files gathered into one message, blocks of large ones sent as they are or compressed.
+//! Content to an agent: small files gathered into one message, blocks of large ones sent as they are or compressed, over further
+//! connections too where that brings more.
+//!
+//! What always holds: what is sent of a file over another connection comes after its `open` was answered, and is answered itself
+//! before anything of the file that is no such part.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use super::body;
-use crate::codec::{Chooser, CompressOptions, Place, Way};
+use super::spread::{SPREAD_AFTER, Spread};
+use super::{Lanes, body};
+use crate::codec::{Chooser, Place, Way};
 use crate::endpoint::client::{Client, Completion};
 use crate::endpoint::delta::{COPY_MAX, Within};
 use crate::endpoint::{BLOCK_BYTES, Block, Error, Staged, WriteFailure, Writer};
 use crate::manifest::Digest;
 use crate::monitor::cpu::{Stage, idle_processors, spend};
-use crate::wire::extension::{self, FILES_MAX, Fields, HOLE_MAX, WireError};
+use crate::wire::extension::{self, AHEAD_BYTES_MAX, FILES_MAX, Fields, HOLE_MAX, STRIPE, WireError};
+
+/// What a request was for, where its answer says more than that it was taken.
+enum Asked {
+    /// These files were given whole: what became of them.
+    Files(Vec<u32>),
+    /// This file was opened.
+    Open(u32),
+    /// So many bytes of this file went over any connection.
+    Stripe(u32, usize),
+}
+
+/// A file that was opened and not finished.
+#[derive(Default)]
+struct Flow {
+    /// That it is open was answered.
+    open: bool,
+    /// So much content was sent, with nothing else in between.
+    sent: u64,
+    /// Parts on their way.
+    out: usize,
+}
 
 /// The writer of one worker.
-pub(super) struct AgentWriter {
-    client: Arc<Client>,
+pub(super) struct AgentWriter<'a> {
+    spread: Spread<'a>,
+    /// Whether the agent takes parts of a file over several connections.
+    stripes: bool,
+    /// So many bytes may be on their way like that.
+    ahead_max: usize,
+    ahead: usize,
+    flows: HashMap<u32, Flow>,
     chooser: Chooser,
     sender: Sender<Completion>,
     receiver: Receiver<Completion>,
     outstanding: usize,
     next_tag: u64,
-    /// The files of each request whose reply says what became of them.
-    files: HashMap<u64, Vec<u32>>,
+    asked: HashMap<u64, Asked>,
     batch: Vec<(u32, Digest, u32)>,
     contents: Vec<u8>,
     done: Vec<Staged>,
 }
 
-impl AgentWriter {
-    /// `planes`: the agent reads byte planes.
-    pub(super) fn new(client: Arc<Client>, compress: CompressOptions, planes: bool) -> Self {
+impl<'a> AgentWriter<'a> {
+    pub(super) fn new(lanes: &'a Lanes) -> Self {
         let (sender, receiver) = unbounded();
         AgentWriter {
-            client,
-            chooser: Chooser::new(compress, planes),
+            spread: Spread::new(lanes),
+            stripes: lanes.control().has(STRIPE, extension::VERSION),
+            ahead_max: AHEAD_BYTES_MAX / 4 * 3 / lanes.workers,
+            ahead: 0,
+            flows: HashMap::new(),
+            chooser: Chooser::new(lanes.compress, lanes.planes()),
             sender,
             receiver,
             outstanding: 0,
             next_tag: 1,
-            files: HashMap::new(),
+            asked: HashMap::new(),
             batch: Vec::new(),
             contents: Vec::new(),
             done: Vec::new(),
         }
     }
 
-    fn submit(&mut self, packet: Vec<u8>, start: usize, files: Vec<u32>) -> Result<(), Error> {
-        let tag = if files.is_empty() { 0 } else { self.next_tag };
+    fn client(&self) -> &Client {
+        self.spread.own()
+    }
+
+    fn submit(&mut self, packet: Vec<u8>, start: usize, asked: Option<Asked>) -> Result<(), Error> {
+        let lightest = matches!(asked, Some(Asked::Stripe(..)));
+        let tag = if asked.is_some() { self.next_tag } else { 0 };
         self.next_tag += 1;
-        if tag != 0 {
-            self.files.insert(tag, files);
-        }
-        self.client.submit(packet, start, tag, &self.sender)?;
+        self.asked.extend(asked.map(|asked| (tag, asked)));
+        let client = if lightest { self.spread.lightest(packet.len()).0 } else { self.spread.own() };
+        client.submit(packet, start, tag, &self.sender)?;
         self.outstanding += 1;
         Ok(())
     }
 
+    /// Whether the next `length` bytes of a file go over whichever connection has most room.
+    fn spreads(&mut self, index: u32, length: u64) -> bool {
+        let Some(flow) = self.flows.get_mut(&index) else { return false };
+        flow.sent += length;
+        if !self.stripes || !flow.open || flow.sent <= SPREAD_AFTER {
+            return false;
+        }
+        let begun = flow.out > 0;
+        self.spread.consider() || begun
+    }
+
+    /// Sends content of a file, which may be a part that comes before its turn.
+    fn send(&mut self, index: u32, packet: Vec<u8>, start: usize, spread: bool) -> Result<(), Error> {
+        if !spread {
+            return self.submit(packet, start, None);
+        }
+        let bytes = packet.len() - start;
+        let full = |own: &Self| own.ahead + bytes > own.ahead_max || !own.spread.lightest(bytes).1;
+        while self.outstanding > 0 && full(self) {
+            self.settle_next()?;
+        }
+        self.ahead += bytes;
+        self.flows.entry(index).or_default().out += 1;
+        self.submit(packet, start, Some(Asked::Stripe(index, bytes)))
+    }
+
+    /// Waits until what is on its way of a file over several connections has arrived: what follows is to come after it.
+    fn gather(&mut self, index: u32) -> Result<(), Error> {
+        while self.flows.get(&index).is_some_and(|flow| flow.out > 0) {
+            self.settle_next()?;
+        }
+        if let Some(flow) = self.flows.get_mut(&index) {
+            flow.sent = 0;
+        }
+        Ok(())
+    }
+
+    fn settle_next(&mut self) -> Result<(), Error> {
+        let completion = self.client().wait(&self.receiver, true)?;
+        self.settle(completion)
+    }
+
     fn way(&self) -> Way {
-        Way { link_rate: self.client.link_rate(), idle_processors: idle_processors() }
+        Way { link_rate: self.spread.rate(), idle_processors: idle_processors() }
     }
 
     fn flush(&mut self) -> Result<(), Error> {
@@ -78,15 +157,27 @@ impl AgentWriter {
         }
         spend(Stage::Compress, || extension::put_coded(&mut packet, &self.contents, coding));
         self.contents.clear();
-        self.submit(packet, 0, files)
+        self.submit(packet, 0, Some(Asked::Files(files)))
     }
 
     fn settle(&mut self, completion: Completion) -> Result<(), Error> {
         self.outstanding -= 1;
-        let answer = completion.answer.map_err(|lost| self.client.lost(lost))?;
-        let reply = body(&self.client, answer)?;
-        let Some(files) = self.files.remove(&completion.tag) else { return Ok(()) };
-        let failures = read_failures(&reply, files.len()).map_err(|error| self.client.protocol(error.to_string()))?;
+        let answer = completion.answer.map_err(|lost| self.client().lost(lost))?;
+        let reply = body(self.client(), answer)?;
+        let files = match self.asked.remove(&completion.tag) {
+            None => return Ok(()),
+            Some(Asked::Open(index)) => {
+                self.flows.entry(index).and_modify(|flow| flow.open = true);
+                return Ok(());
+            }
+            Some(Asked::Stripe(index, bytes)) => {
+                self.ahead = self.ahead.saturating_sub(bytes);
+                self.flows.entry(index).and_modify(|flow| flow.out = flow.out.saturating_sub(1));
+                return Ok(());
+            }
+            Some(Asked::Files(files)) => files,
+        };
+        let failures = read_failures(&reply, files.len()).map_err(|error| self.client().protocol(error.to_string()))?;
         let mut results: Vec<Result<(), WriteFailure>> = vec![Ok(()); files.len()];
         for (position, failure) in failures {
             results[position] = Err(failure);
@@ -116,7 +207,7 @@ fn read_failures(reply: &[u8], files: usize) -> Result<Vec<(usize, WriteFailure)
     Ok(failures)
 }
 
-impl Writer for AgentWriter {
+impl Writer for AgentWriter<'_> {
     fn put(&mut self, index: u32, block: Block, digest: Digest) -> Result<(), Error> {
         let data = block.data();
         if self.contents.len() + data.len() > BLOCK_BYTES || self.batch.len() >= FILES_MAX {
@@ -130,13 +221,17 @@ impl Writer for AgentWriter {
     fn open(&mut self, index: u32, resume_at: u64) -> Result<(), Error> {
         let mut packet = Self::message("open", index);
         packet.extend_from_slice(&resume_at.to_be_bytes());
-        self.submit(packet, 0, Vec::new())
+        self.gather(index)?;
+        self.flows.insert(index, Flow::default());
+        self.spread.begin();
+        self.submit(packet, 0, Some(Asked::Open(index)))
     }
 
     fn write(&mut self, index: u32, offset: u64, block: Block) -> Result<(), Error> {
-        let mut header = Self::message("write", index);
-        header.extend_from_slice(&offset.to_be_bytes());
         let length = block.data().len() as u32;
+        let spread = self.spreads(index, length.into());
+        let mut header = Self::message(if spread { "stripe" } else { "write" }, index);
+        header.extend_from_slice(&offset.to_be_bytes());
         let (way, once) = (self.way(), block.once());
         let place = Place { file: index, offset, once };
         if let Some(coding) = spend(Stage::Compress, || self.chooser.coding(place, block.data(), way)) {
@@ -148,30 +243,32 @@ impl Writer for AgentWriter {
                 None => coding.encode(block.data(), &mut packet),
             });
             if made.is_ok() && packet.len() < block.data().len() {
-                return self.submit(packet, 0, Vec::new());
+                return self.send(index, packet, 0, spread);
             }
         }
         header.push(0);
         header.extend_from_slice(&length.to_be_bytes());
         // The header goes into the room in front of the data, which is not copied.
         let (buffer, start) = block.headed(&header);
-        self.submit(buffer, start, Vec::new())
+        self.send(index, buffer, start, spread)
     }
 
     fn hole(&mut self, index: u32, offset: u64, length: u64) -> Result<(), Error> {
+        self.gather(index)?;
         let (mut at, end) = (offset, offset.saturating_add(length));
         while at < end {
             let step = (end - at).min(HOLE_MAX);
             let mut packet = Self::message("hole", index);
             packet.extend_from_slice(&at.to_be_bytes());
             packet.extend_from_slice(&step.to_be_bytes());
-            self.submit(packet, 0, Vec::new())?;
+            self.submit(packet, 0, None)?;
             at += step;
         }
         Ok(())
     }
 
     fn copy(&mut self, index: u32, offset: u64, length: u64, from: Within) -> Result<(), Error> {
+        self.gather(index)?;
         let mut done = 0;
         while done < length {
             let step = (length - done).min(COPY_MAX);
@@ -180,26 +277,30 @@ impl Writer for AgentWriter {
             packet.extend_from_slice(&step.to_be_bytes());
             packet.extend_from_slice(&from.piece.to_be_bytes());
             packet.extend_from_slice(&(from.offset + done).to_be_bytes());
-            self.submit(packet, 0, Vec::new())?;
+            self.submit(packet, 0, None)?;
             done += step;
         }
         Ok(())
     }
 
     fn finish(&mut self, index: u32, digest: Digest) -> Result<(), Error> {
+        self.gather(index)?;
+        self.flows.remove(&index);
         let mut packet = Self::message("finish", index);
         packet.extend_from_slice(&digest.0);
-        self.submit(packet, 0, vec![index])
+        self.submit(packet, 0, Some(Asked::Files(vec![index])))
     }
 
     fn keep(&mut self, index: u32, digest: Digest) -> Result<(), Error> {
         let mut packet = Self::message("keep", index);
         packet.extend_from_slice(&digest.0);
-        self.submit(packet, 0, vec![index])
+        self.submit(packet, 0, Some(Asked::Files(vec![index])))
     }
 
     fn discard(&mut self, index: u32) -> Result<(), Error> {
-        self.submit(Self::message("discard", index), 0, Vec::new())
+        self.gather(index)?;
+        self.flows.remove(&index);
+        self.submit(Self::message("discard", index), 0, None)
     }
 
     fn completions(&mut self, wait: bool) -> Result<Vec<Staged>, Error> {
@@ -210,8 +311,7 @@ impl Writer for AgentWriter {
             self.settle(completion)?;
         }
         while wait && self.outstanding > 0 {
-            let completion = self.client.wait(&self.receiver, true)?;
-            self.settle(completion)?;
+            self.settle_next()?;
         }
         Ok(std::mem::take(&mut self.done))
     }

@@ -20,6 +20,7 @@ use crate::wire::entries::EntryList;
 use crate::wire::extension::{self, DOMAIN, Fields, Message, NAMES, VERSION, WireError};
 use crate::wire::notes::Notes;
 
+mod ahead;
 mod chunks;
 mod limits;
 mod reading;
@@ -154,6 +155,8 @@ struct Run {
     tree: OnceLock<Arc<Tree>>,
     limits: Limits,
     open_files: OpenFiles,
+    /// What came before its turn, at all workers.
+    ahead: ahead::Waiting,
     /// The memory of the tree, where a client sent it.
     held: OnceLock<Held>,
     /// Why nothing of it is published.
@@ -290,7 +293,18 @@ impl Extensions for Agent {
         }
         let data = matches!(
             name,
-            "put" | "open" | "write" | "hole" | "copy" | "alike" | "finish" | "keep" | "discard" | "fetch" | "next"
+            "put"
+                | "open"
+                | "write"
+                | "stripe"
+                | "hole"
+                | "copy"
+                | "alike"
+                | "finish"
+                | "keep"
+                | "discard"
+                | "fetch"
+                | "next"
         );
         // What stood in a queue behind a request that takes hours would keep the session from reading on, and so from
         // noticing that its client has gone.
@@ -532,6 +546,7 @@ impl Control {
             tree: OnceLock::new(),
             limits: self.limits,
             open_files: OpenFiles::default(),
+            ahead: ahead::Waiting::default(),
             held: OnceLock::new(),
             rejected: OnceLock::new(),
             queues: Mutex::new(None),
@@ -572,5 +587,7 @@ impl Control {
     }
 }
 
+#[cfg(test)]
+mod ahead_tests;
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,6 @@
 //! One worker of a source: streams of a client onto readers. Each `next` is answered with what comes next, bundled.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, OnceLock};
 
 use crossbeam_channel::Receiver;
@@ -9,7 +9,7 @@ use super::{Failure, Job, Veil};
 use crate::codec::{Chooser, Coding, CompressOptions, Place};
 use crate::endpoint::{BLOCK_BYTES, Error, Fetch, Produced, Reader, Source};
 use crate::manifest::{Digest, Tree};
-use crate::wire::extension::{FETCH_MAX, Fields, TAKES_PLANES, WireError, put_coded, put_string};
+use crate::wire::extension::{AHEAD_NEXT_MAX, FETCH_MAX, Fields, TAKES_PLANES, WireError, put_coded, put_string};
 
 /// At most this many streams a worker.
 const STREAMS: usize = 32;
@@ -27,81 +27,138 @@ struct Stream<'a> {
     waiting: usize,
     /// For a client that reads byte planes.
     chooser: Chooser,
+    /// The number of the `next` whose turn it is, and those that came before theirs.
+    turn: u64,
+    early: BTreeMap<u64, Job>,
+}
+
+/// One worker with its streams.
+struct Worker<'a> {
+    source: &'a (dyn Source + Send + Sync),
+    tree: &'a Arc<Tree>,
+    streams: HashMap<u32, Stream<'a>>,
+    /// Digests that the source is yet to be told.
+    learned: HashMap<u32, Digest>,
 }
 
 pub(super) fn serve(source: &(dyn Source + Send + Sync), tree: &OnceLock<Arc<Tree>>, jobs: &Receiver<Job>) {
     let Some(tree) = tree.get() else { return };
-    let mut streams: HashMap<u32, Stream<'_>> = HashMap::new();
-    let mut learned = HashMap::new();
-    let remember = |learned: &mut HashMap<u32, Digest>| {
-        source.remember(tree, &std::mem::take(learned).into_iter().collect::<Vec<_>>());
-    };
+    let mut worker = Worker { source, tree, streams: HashMap::new(), learned: HashMap::new() };
     for job in jobs {
-        match answer(source, tree, &mut streams, &mut learned, &job) {
+        if let Some(job) = worker.in_turn(job) {
+            worker.handle(&job);
+        }
+        if worker.learned.len() >= REMEMBERED {
+            worker.remember();
+        }
+    }
+    worker.remember();
+    for job in worker.streams.into_values().flat_map(|stream| stream.early.into_values()) {
+        job.refuse(&Failure::order("what stands before it was not asked for"));
+    }
+}
+
+/// The stream that a request is about, and its number where it has one.
+fn turn_of(job: &Job) -> Option<(u32, u64)> {
+    let mut fields = Fields(job.payload.bytes());
+    let (stream, _) = (fields.u32().ok()?, fields.u8().ok()?);
+    (job.name == "next").then(|| Some((stream, fields.u64().ok()?)))?
+}
+
+impl<'a> Worker<'a> {
+    fn remember(&mut self) {
+        self.source.remember(self.tree, &std::mem::take(&mut self.learned).into_iter().collect::<Vec<_>>());
+    }
+
+    /// Keeps what came before its turn; else gives it back.
+    fn in_turn(&mut self, job: Job) -> Option<Job> {
+        let Some((stream, number)) = turn_of(&job) else { return Some(job) };
+        let Some(stream) = self.streams.get_mut(&stream).filter(|stream| number > stream.turn) else {
+            return Some(job);
+        };
+        if stream.early.len() >= AHEAD_NEXT_MAX || stream.early.contains_key(&number) {
+            job.refuse(&WireError::Range("the number of a request").into());
+        } else {
+            stream.early.insert(number, job);
+        }
+        None
+    }
+
+    /// Answers a request, and those whose turn it is then.
+    fn handle(&mut self, job: &Job) {
+        self.reply(job);
+        let Some((number, _)) = turn_of(job) else { return };
+        while let Some(stream) = self.streams.get_mut(&number)
+            && let Some(job) = stream.early.remove(&stream.turn)
+        {
+            self.reply(&job);
+        }
+    }
+
+    fn reply(&mut self, job: &Job) {
+        match self.answer(job) {
             Ok(body) => job.reply(&body),
             Err(failure) => job.refuse(&failure),
         }
-        if learned.len() >= REMEMBERED {
-            remember(&mut learned);
-        }
     }
-    remember(&mut learned);
-}
 
-fn answer<'a>(
-    source: &'a (dyn Source + Send + Sync),
-    tree: &Arc<Tree>,
-    streams: &mut HashMap<u32, Stream<'a>>,
-    learned: &mut HashMap<u32, Digest>,
-    job: &Job,
-) -> Result<Vec<u8>, Failure> {
-    if job.output.is_gone() {
-        return Err(Failure::gone());
-    }
-    let mut fields = Fields(job.payload.bytes());
-    let stream = fields.u32()?;
-    if !matches!(job.name, "fetch" | "next") {
-        return Err(Failure::order("this run is a pull"));
-    }
-    if !streams.contains_key(&stream) {
-        if streams.len() >= STREAMS {
-            return Err(WireError::Range("the number of streams").into());
+    fn answer(&mut self, job: &Job) -> Result<Vec<u8>, Failure> {
+        if job.output.is_gone() {
+            return Err(Failure::gone());
         }
-        let (reader, chooser) = (source.reader(Arc::clone(tree))?, Chooser::new(CompressOptions::default(), true));
-        streams.insert(stream, Stream { reader, waiting: 0, chooser });
-    }
-    let Some(stream) = streams.get_mut(&stream) else { return Err(Failure::order("no stream")) };
-    if job.name == "fetch" {
-        let count = fields.u32()? as usize;
-        if count > FETCH_MAX - stream.waiting {
-            return Err(WireError::Range("the number of files").into());
+        let mut fields = Fields(job.payload.bytes());
+        let number = fields.u32()?;
+        if !matches!(job.name, "fetch" | "next") {
+            return Err(Failure::order("this run is a pull"));
         }
-        let mut fetches = Vec::with_capacity(count);
-        for _ in 0..count {
-            let (index, from) = (fields.u32()?, fields.u64()?);
-            let unless = if fields.u8()? == 0 { None } else { Some(fields.digest()?) };
-            let size = tree.entries().get(index as usize).and_then(|entry| entry.file()).map(|file| file.0);
-            if size.is_none_or(|size| from > size) {
-                return Err(WireError::Range("the index of a file, or the offset").into());
+        if !self.streams.contains_key(&number) {
+            if self.streams.len() >= STREAMS {
+                return Err(WireError::Range("the number of streams").into());
             }
-            fetches.push(Fetch { from, unless, ..Fetch::of(index) });
+            let reader = self.source.reader(Arc::clone(self.tree))?;
+            let chooser = Chooser::new(CompressOptions::default(), true);
+            self.streams.insert(number, Stream { reader, waiting: 0, chooser, turn: 0, early: BTreeMap::new() });
         }
-        fields.end()?;
-        stream.waiting += count;
-        fetches.into_iter().for_each(|fetch| stream.reader.push(fetch));
-        return Ok(Vec::new());
+        let Some(stream) = self.streams.get_mut(&number) else { return Err(Failure::order("no stream")) };
+        if job.name == "fetch" {
+            let count = fields.u32()? as usize;
+            if count > FETCH_MAX - stream.waiting {
+                return Err(WireError::Range("the number of files").into());
+            }
+            let mut fetches = Vec::with_capacity(count);
+            for _ in 0..count {
+                let (index, from) = (fields.u32()?, fields.u64()?);
+                let unless = if fields.u8()? == 0 { None } else { Some(fields.digest()?) };
+                let size = self.tree.entries().get(index as usize).and_then(|entry| entry.file()).map(|file| file.0);
+                if size.is_none_or(|size| from > size) {
+                    return Err(WireError::Range("the index of a file, or the offset").into());
+                }
+                fetches.push(Fetch { from, unless, ..Fetch::of(index) });
+            }
+            fields.end()?;
+            stream.waiting += count;
+            fetches.into_iter().for_each(|fetch| stream.reader.push(fetch));
+            return Ok(Vec::new());
+        }
+        let asked = fields.u8()?;
+        if !fields.0.is_empty() {
+            if fields.u64()? != stream.turn {
+                return Err(WireError::Range("the number of a request").into());
+            }
+            fields.end()?;
+            stream.turn += 1;
+        }
+        let level = i32::from((asked & !TAKES_PLANES).min(19));
+        let raw = bundle(stream, &mut self.learned, &job.veil)?;
+        let coding = match (level, asked & TAKES_PLANES) {
+            (0, _) => None,
+            (_, 0) => Some(Coding::Zstd(level)),
+            _ => stream.chooser.smallest(place(&raw), &raw, level).map(|(coding, _)| coding),
+        };
+        let mut body = Vec::new();
+        put_coded(&mut body, &raw, coding);
+        Ok(body)
     }
-    let asked = fields.u8()?;
-    let level = i32::from((asked & !TAKES_PLANES).min(19));
-    let raw = bundle(stream, learned, &job.veil)?;
-    let coding = match (level, asked & TAKES_PLANES) {
-        (0, _) => None,
-        (_, 0) => Some(Coding::Zstd(level)),
-        _ => stream.chooser.smallest(place(&raw), &raw, level).map(|(coding, _)| coding),
-    };
-    let mut body = Vec::new();
-    put_coded(&mut body, &raw, coding);
-    Ok(body)
 }
 
 /// Where a bundle lies, as if the data that it begins with went on to the front; what begins with other pieces lies nowhere.

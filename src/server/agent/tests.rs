@@ -17,10 +17,10 @@ use crate::monitor::{Monitor, Severity, Silent};
 use crate::path::RelPath;
 
 #[derive(Default)]
-struct Memory(Mutex<BTreeMap<u32, Vec<u8>>>);
+pub(super) struct Memory(pub(super) Mutex<BTreeMap<u32, Vec<u8>>>);
 struct MemoryWriter<'a>(&'a Memory, Vec<Staged>);
 
-fn digest(data: &[u8]) -> Digest {
+pub(super) fn digest(data: &[u8]) -> Digest {
     Digest(sha2::Sha256::digest(data).into())
 }
 
@@ -127,7 +127,11 @@ impl Link for Near {
     }
 }
 
-fn client(target: &Arc<Memory>) -> Client {
+pub(super) fn client(target: &Arc<Memory>) -> Client {
+    client_with(target, ClientOptions::default())
+}
+
+pub(super) fn client_with(target: &Arc<Memory>, options: ClientOptions) -> Client {
     let shared = Arc::clone(target);
     let factory = Factory {
         target: Box::new(move |_| Ok(Arc::clone(&shared) as SharedTarget)),
@@ -136,10 +140,10 @@ fn client(target: &Arc<Memory>) -> Client {
     };
     let (end, answers) = unbounded();
     let near = Near { agent: Agent::new(Arc::new(factory)), output: Arc::new(Queue(end.clone())), answers, end };
-    Client::connect(Arc::new(near), "memory", ClientOptions::default()).unwrap()
+    Client::connect(Arc::new(near), "memory", options).unwrap()
 }
 
-fn tree(sizes: &[u64]) -> Arc<Tree> {
+pub(super) fn tree(sizes: &[u64]) -> Arc<Tree> {
     let entry = |(at, &size): (usize, &u64)| Entry {
         path: RelPath::new(format!("f{at:03}")).unwrap(),
         content: Content::File { size, digest: None },
@@ -186,7 +190,7 @@ fn files_go_through_two_lanes_and_a_wrong_digest_fails_alone() {
 }
 
 /// What asks an agent, and says how it was answered.
-fn asked(memory: &Arc<Memory>) -> impl Fn(&str, &[u8]) -> u8 + use<> {
+pub(super) fn asked(memory: &Arc<Memory>) -> impl Fn(&str, &[u8]) -> u8 + use<> {
     let client = client(memory);
     move |name: &str, body: &[u8]| {
         let mut packet = extension::request(name);
@@ -196,7 +200,7 @@ fn asked(memory: &Arc<Memory>) -> impl Fn(&str, &[u8]) -> u8 + use<> {
 }
 
 /// Begins a run with one file of ten bytes.
-fn compared(call: &impl Fn(&str, &[u8]) -> u8) {
+pub(super) fn compared(call: &impl Fn(&str, &[u8]) -> u8) {
     let mut begin = Vec::new();
     extension::put_string(&mut begin, b"/x");
     extension::put_string(&mut begin, &serde_json::to_vec(&BeginOptions::default()).unwrap());
@@ -208,7 +212,7 @@ fn compared(call: &impl Fn(&str, &[u8]) -> u8) {
     assert_eq!(call("diff", &[]), extension::EXTENDED_REPLY);
 }
 
-fn block(index: u32, offset: u64, length: u32) -> Vec<u8> {
+pub(super) fn block(index: u32, offset: u64, length: u32) -> Vec<u8> {
     let mut body = index.to_be_bytes().to_vec();
     body.extend_from_slice(&offset.to_be_bytes());
     body.push(0);

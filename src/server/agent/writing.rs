@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, TryRecvError};
 
+use super::ahead::Ahead;
 use super::{Failure, Job, Run};
 use crate::endpoint::delta::{COPY_MAX, Within};
 use crate::endpoint::{Block, Staged, Target, Writer};
@@ -34,6 +35,8 @@ struct Worker<'a> {
     /// The request that waits for a file, and the file's position in it.
     waiting: HashMap<u32, (u32, u32)>,
     groups: HashMap<u32, Group>,
+    /// What came before its turn.
+    ahead: Ahead,
     /// Requests of several connections meet here, so their numbers do not identify them.
     serial: u32,
 }
@@ -46,7 +49,7 @@ pub(super) fn serve(run: &Run, target: &(dyn Target + Send + Sync), jobs: &Recei
     match made {
         Ok((writer, tree)) => {
             let (open, waiting, groups) = (HashMap::new(), HashMap::new(), HashMap::new());
-            Worker { run, writer, tree, open, waiting, groups, serial: 0 }.serve(jobs);
+            Worker { run, writer, tree, open, waiting, groups, ahead: Ahead::default(), serial: 0 }.serve(jobs);
         }
         Err(failure) => jobs.iter().for_each(|job| job.refuse(&failure)),
     }
@@ -79,35 +82,64 @@ pub(super) fn list_alike(run: &Run, target: &(dyn Target + Send + Sync), jobs: &
 
 impl Worker<'_> {
     fn serve(mut self, jobs: &Receiver<Job>) {
-        let failure = loop {
-            let job = match jobs.try_recv() {
-                Ok(job) => job,
-                Err(TryRecvError::Empty) => {
-                    if let Err(failure) = self.settle(true) {
-                        break failure;
-                    }
-                    match jobs.recv() {
-                        Ok(job) => job,
-                        Err(_) => return,
-                    }
-                }
-                Err(TryRecvError::Disconnected) => match self.settle(true) {
-                    Ok(()) => return,
-                    Err(failure) => break failure,
-                },
-            };
-            if let Err(failure) = self.handle(job).and_then(|()| self.settle(false)) {
-                break failure;
-            }
-        };
+        let ended = self.take_all(jobs);
+        let failure = ended.err();
+        let never_came = || Failure::order("what stands before it was not sent");
+        for job in self.ahead.drain(&self.run.ahead, None) {
+            job.refuse(&failure.clone().unwrap_or_else(never_came));
+        }
+        let Some(failure) = failure else { return };
         // The writer is of no more use: whatever waits or comes is told why.
         self.groups.drain().for_each(|(_, group)| group.job.refuse(&failure));
         jobs.iter().for_each(|job| job.refuse(&failure));
     }
 
-    /// A message that breaks the rules has no effect, and no later one has; `Err` ends the worker.
+    /// Until no more come.
+    fn take_all(&mut self, jobs: &Receiver<Job>) -> Result<(), Failure> {
+        loop {
+            let job = match jobs.try_recv() {
+                Ok(job) => job,
+                Err(TryRecvError::Empty) => {
+                    self.settle(true)?;
+                    match jobs.recv() {
+                        Ok(job) => job,
+                        Err(_) => return Ok(()),
+                    }
+                }
+                Err(TryRecvError::Disconnected) => return self.settle(true),
+            };
+            self.handle(job)?;
+            self.settle(false)?;
+        }
+    }
+
+    /// Does what a message asks for when it is its turn, and then what has come before its own.
     fn handle(&mut self, mut job: Job) -> Result<(), Failure> {
         let payload = std::mem::take(&mut job.payload);
+        let mut fields = Fields(payload.bytes());
+        let place = (job.name != "put").then(|| (fields.u32(), fields.u64()));
+        if job.name == "stripe"
+            && let Some((Ok(index), Ok(offset))) = place
+            && self.open.get(&index).is_some_and(|&at| offset > at)
+            && self.run.is_good().is_ok()
+        {
+            if let Err((job, failure)) = self.ahead.keep(&self.run.ahead, (index, offset), job, payload) {
+                self.refuse(&job, Some(index), failure);
+            }
+            return Ok(());
+        }
+        self.handle_now(job, payload)?;
+        let Some((Ok(index), _)) = place else { return Ok(()) };
+        while let Some(&at) = self.open.get(&index)
+            && let Some((job, payload)) = self.ahead.next(&self.run.ahead, index, at)
+        {
+            self.handle_now(job, payload)?;
+        }
+        Ok(())
+    }
+
+    /// A message that breaks the rules has no effect, and no later one has; `Err` ends the worker.
+    fn handle_now(&mut self, job: Job, payload: Message) -> Result<(), Failure> {
         self.serial = self.serial.wrapping_add(1);
         let at = Fields(payload.bytes().get(if job.name == "put" { 4 } else { 0 }..).unwrap_or_default()).u32().ok();
         let done = self.run.is_good().map_err(Refusal::Message).and_then(|()| self.apply(&job, payload));
@@ -116,17 +148,20 @@ impl Worker<'_> {
             Ok(Done::Later(count)) => {
                 self.groups.insert(self.serial, Group { job, remaining: count, failures: 0, body: Vec::new() });
             }
-            Err(Refusal::Message(failure)) => {
-                let (path, failure) = self.named(at, failure);
-                self.run.reject(&path, &failure);
-                job.refuse(&failure);
-            }
+            Err(Refusal::Message(failure)) => self.refuse(&job, at, failure),
             Err(Refusal::Run(failure)) => {
                 job.refuse(&failure);
                 return Err(failure);
             }
         }
         Ok(())
+    }
+
+    /// Refuses a message about the file at `at`, and with it the run.
+    fn refuse(&self, job: &Job, at: Option<u32>, failure: Failure) {
+        let (path, failure) = self.named(at, failure);
+        self.run.reject(&path, &failure);
+        job.refuse(&failure);
     }
 
     fn apply(&mut self, job: &Job, payload: Message) -> Result<Done, Refusal> {
@@ -150,13 +185,17 @@ impl Worker<'_> {
                 self.open.insert(index, resume_at);
                 self.writer.open(index, resume_at).map_err(Refusal::run)?;
             }
-            "write" => {
+            "write" | "stripe" => {
                 let offset = fields.u64()?;
                 let length = u64::from(Fields(fields.0.get(1..).unwrap_or_default()).u32()?);
                 if length > RAW_MAX as u64 {
                     return Err(WireError::Range("the declared length").into());
                 }
                 let end = self.advance(index, offset, length, size)?;
+                // A part that is empty would take the turn of the one at its place.
+                if job.name == "stripe" && length == 0 {
+                    return Err(WireError::Range("the declared length").into());
+                }
                 let raw = fields.0.first() == Some(&0) && fields.0.len() as u64 == FRAME_HEAD as u64 + length;
                 let block = if raw {
                     let (packet, start) = payload.skip(INDEX_AND_OFFSET + FRAME_HEAD).into_parts();
@@ -197,7 +236,7 @@ impl Worker<'_> {
             }
             "finish" => {
                 let digest = fields.digest()?;
-                if !self.close(index) {
+                if self.ahead.holds(index) || !self.close(index) {
                     return Err(Failure::order("finish without open").into());
                 }
                 self.waiting.insert(index, (self.serial, 0));
@@ -215,6 +254,7 @@ impl Worker<'_> {
             }
             "discard" => {
                 self.close(index);
+                self.ahead.drain(&self.run.ahead, Some(index)).iter().for_each(|job| job.reply(&[]));
                 self.writer.discard(index).map_err(Refusal::run)?;
             }
             _ => return Err(Failure::order("this run is a push").into()),
