@@ -9,7 +9,7 @@ use crate::kit::proxy::narrow;
 use crate::kit::served::Served;
 use crate::kit::{done, ends, noise, text};
 
-const LENGTH: usize = 24 << 20;
+const LENGTH: usize = 32 << 20;
 /// A connection that carries less has carried no part of the file.
 const PART: u64 = 1 << 20;
 

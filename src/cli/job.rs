@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::arguments::{Place, Route};
 use super::stop::Stop;
-use super::transfer::{How, Rate, config_file, load_config, state_directory};
+use super::transfer::{How, Rate, Transfers, config_file, load_config, state_directory};
 use super::{Failure, shown, unfinished};
 use crate::config::{Config, Delete, Job, Ready, Schedule};
 use crate::daemon::units;
@@ -46,7 +46,7 @@ pub(super) fn push(name: &OsStr, how: &How) -> Result<Exit, Failure> {
     refuse(how).map_err(wrong)?;
     // What the command line says wins.
     let mut own = how.clone();
-    own.transfers = how.transfers.or(job.connections);
+    own.transfers = Transfers(how.transfers.0.or(job.connections));
     let how = &own;
     let mut options = options(&config, job, how)?;
     if let Some(error) = give_way(job.nice, job.io_class).first() {

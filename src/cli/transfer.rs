@@ -94,10 +94,10 @@ pub(super) struct How {
     /// Wait so many seconds for another run on the same target to end
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     wait: u64,
-    /// Connections, and files in work at once, 1 to 64 [default: 2; to a stock SFTP server on a machine with fewer than
-    /// four cores: 1]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
-    pub(super) transfers: Option<u8>,
+    /// Connections, and files in work at once, 1 to 64; auto: 2, up to 8 for one large file where they bring more, and to a
+    /// stock SFTP server on a machine with fewer than four cores 1
+    #[arg(long, value_name = "N", default_value = "auto", value_parser = parse_transfers)]
+    pub(super) transfers: Transfers,
     /// How often a file is sent again that changed or arrived damaged
     #[arg(long, value_name = "N", default_value_t = 2)]
     retries: u32,
@@ -131,6 +131,18 @@ fn parse_removal(text: &str) -> Result<Removal, String> {
         "mirror" => Ok(Removal::Mirror),
         "trash" => Ok(Removal::Trash),
         _ => Err("it is mirror (remove it, as --delete alone does) or trash (move it aside)".into()),
+    }
+}
+
+/// Connections at most; `None` for as many as are worth it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Transfers(pub(super) Option<u8>);
+
+fn parse_transfers(text: &str) -> Result<Transfers, String> {
+    match text.parse() {
+        _ if text == "auto" => Ok(Transfers(None)),
+        Ok(number @ 1..=64) => Ok(Transfers(Some(number))),
+        _ => Err("it is a number from 1 to 64, or auto".into()),
     }
 }
 
@@ -238,7 +250,7 @@ impl How {
     /// How another machine is spoken to.
     pub(super) fn dial(&self) -> remote::Dial<'_> {
         let compress = CompressOptions { level: self.compress_level, enabled: !self.no_compress };
-        remote::Dial { ssh: &self.ssh, reach: &self.reach, count: self.transfers, compress, kept: None }
+        remote::Dial { ssh: &self.ssh, reach: &self.reach, count: self.transfers.0, compress, kept: None }
     }
 
     /// What a run is to do. The source is not known yet: `begin.source` is empty.
@@ -299,7 +311,7 @@ impl How {
 
     /// Threads that carry content, at most; each side may have a use for fewer.
     fn workers(&self) -> usize {
-        self.transfers.map_or(USUAL_TRANSFERS, usize::from)
+        self.transfers.0.map_or(USUAL_TRANSFERS, usize::from)
     }
 
     pub(super) fn filter(&self) -> Result<FilterSpec, Failure> {

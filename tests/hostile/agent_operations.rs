@@ -121,9 +121,11 @@ impl Client<'_> {
         self.ask("put", &put);
         let big = index("big");
         self.ask("open", &numbers(&[big, 0, 0]));
-        let mut write = numbers(&[big, 0, 0]);
-        put_frame(&mut write, b"abc", None);
-        self.ask("write", &write);
+        for (name, at, content) in [("write", 0, &b"ab"[..]), ("stripe", 2, b"c")] {
+            let mut write = numbers(&[big, 0, at]);
+            put_frame(&mut write, content, None);
+            self.ask(name, &write);
+        }
         self.ask("hole", &numbers(&[big, 0, 3, 0, 3]));
         self.ask("finish", &[&numbers(&[big])[..], &sha2::Sha256::digest(b"abc\0\0\0")].concat());
         self.ask("open", &numbers(&[index("f"), 0, 0]));
@@ -197,6 +199,7 @@ fn every_request(openat2: bool, usual: u32) {
     let mut last = Client { field: &field, peer: Peer::by(&mut field.server(openat2)), tally: &mut tally };
     last.ask("attach", &[7; 16]);
     last.ask("trash", &[]);
+    last.ask("turns", &[]);
     drop(last);
     let names: BTreeSet<String> = NAMES.iter().map(|name| name.split('@').next().unwrap().to_owned()).collect();
     assert_eq!(tally.asked, names, "a request has no place here");

@@ -20,12 +20,13 @@ const IDLE_PROCESSORS: usize = 3;
 /// What is under way over one connection is what it carries in so long, or four times the way there and back, and so much at least.
 const WAITS_SECONDS: f64 = 0.05;
 const WAITS_BYTES: usize = 1 << 20;
-/// How long and by how many bytes a number of connections is judged.
-const PERIOD: Duration = Duration::from_millis(500);
+/// How long and by how many bytes a number of connections is judged, after the time that new ones need to come up to speed.
+const PERIOD: Duration = Duration::from_millis(750);
 const PERIOD_BYTES: u64 = 1 << 20;
-/// Of what one more would bring if each carried as much as those before, so much has to come.
-const WORTH: f64 = 0.4;
-/// When it did not, another is tried after so long, and after twice as long each time.
+const BEGINNING: Duration = Duration::from_millis(250);
+/// Twice as many connections have to bring so many times as much.
+const WORTH: f64 = 1.2;
+/// When they did not, more are tried after so long, and after twice as long each time.
 const REST: Duration = Duration::from_secs(10);
 
 /// The connections that one worker's file goes over.
@@ -72,7 +73,8 @@ impl<'a> Spread<'a> {
 
     /// Bytes a second that all of them were seen to carry together.
     pub(super) fn rate(&self) -> Option<f64> {
-        (0..self.width()).filter_map(|at| self.get(at).link_rate()).reduce(|sum, rate| sum + rate)
+        // The most that each has carried was not at the same time.
+        self.climb.recent.filter(|_| self.width() > 1).or_else(|| self.own.link_rate())
     }
 
     /// A file begins: what was measured before it ends there.
@@ -80,7 +82,7 @@ impl<'a> Spread<'a> {
         self.climb.since = None;
     }
 
-    /// Takes one connection more where that may be worth it, while a large file is on its way. Whether the file is one to be spread.
+    /// Takes twice as many connections where that may be worth it, while a large file is on its way. Whether the file is one to be spread.
     pub(super) fn consider(&mut self) -> bool {
         if self.lanes.further.is_empty() || !self.is_worth_trying() {
             return self.width() > 1;
@@ -89,9 +91,10 @@ impl<'a> Spread<'a> {
             return true;
         }
         let delivered = (0..self.width()).map(|at| self.get(at).delivered()).sum();
-        if self.climb.goes_on(self.width(), delivered, Instant::now()) {
-            self.more.extend(self.free());
-            self.begin();
+        let now = Instant::now();
+        if self.climb.goes_on(delivered, now) {
+            self.widen();
+            self.climb.begin(Instant::now());
         }
         true
     }
@@ -101,12 +104,18 @@ impl<'a> Spread<'a> {
         far || idle_processors().is_some_and(|idle| idle >= IDLE_PROCESSORS as f64)
     }
 
-    /// A connection that no worker has to itself.
-    fn free(&self) -> Option<(usize, Arc<Client>)> {
+    /// As many connections more as there are, of those that no worker has to itself. They log in at the same time.
+    fn widen(&mut self) {
         let taken = |number: &usize| self.more.iter().any(|(at, _)| at == number);
         let idle = |number: &usize| self.lanes.users[*number].load(Ordering::Relaxed) == 0;
         let free = (1..=self.lanes.further.len()).filter(|number| !taken(number) && idle(number));
-        free.map(|number| (number, self.lanes.get(number))).find_map(|(number, client)| Some((number, client?)))
+        let (lanes, numbers) = (self.lanes, free.take(self.width()).collect::<Vec<_>>());
+        let opened: Vec<_> = std::thread::scope(|scope| {
+            let open = |&number: &usize| scope.spawn(move || Some((number, lanes.get(number)?)));
+            let opening: Vec<_> = numbers.iter().map(open).collect();
+            opening.into_iter().filter_map(|opening| opening.join().ok().flatten()).collect()
+        });
+        self.more.extend(opened);
     }
 }
 
@@ -120,15 +129,27 @@ impl Drop for Spread<'_> {
 #[derive(Debug, Default)]
 struct Climb {
     since: Option<(Instant, u64)>,
-    /// Bytes a second over one connection less.
+    /// Nothing is measured before.
+    not_before: Option<Instant>,
+    /// Bytes a second, when that was measured last,
+    recent: Option<f64>,
+    /// and over half as many connections.
     before: f64,
     rests_until: Option<Instant>,
     rests: u32,
 }
 
 impl Climb {
-    /// Whether one more is worth trying, beside `over`, by which so much was delivered up to now.
-    fn goes_on(&mut self, over: usize, delivered: u64, now: Instant) -> bool {
+    /// There are more connections from now on.
+    fn begin(&mut self, now: Instant) {
+        (self.since, self.not_before) = (None, Some(now + BEGINNING));
+    }
+
+    /// Whether more are worth trying, where so much was delivered up to now.
+    fn goes_on(&mut self, delivered: u64, now: Instant) -> bool {
+        if self.not_before.is_some_and(|at| now < at) {
+            return false;
+        }
         let Some((since, from)) = self.since else {
             self.since = Some((now, delivered));
             return false;
@@ -139,13 +160,12 @@ impl Climb {
         }
         self.since = Some((now, delivered));
         let rate = bytes as f64 / took.as_secs_f64();
+        self.recent = Some(rate);
         let rested = match self.rests_until {
             Some(until) if now < until => return false,
             rests => rests.is_some(),
         };
-        // What one of those before carried, more or less.
-        let share = self.before / (over.max(2) - 1) as f64;
-        let gains = rested || rate >= self.before + WORTH * share;
+        let gains = rested || rate >= WORTH * self.before;
         self.before = rate;
         self.rests_until = (!gains).then(|| now + REST * 2_u32.pow(self.rests.min(10)));
         self.rests += u32::from(!gains);
@@ -157,33 +177,35 @@ impl Climb {
 mod tests {
     use super::*;
 
-    /// How many connections are in use after so many periods, where so many carry `rate(n)` bytes a second.
-    fn climbed(periods: u32, rate: impl Fn(usize) -> f64) -> usize {
+    /// How many connections are in use after so many seconds, where so many carry `rate(n)` bytes a second.
+    fn climbed(seconds: u32, rate: impl Fn(usize) -> f64) -> usize {
         let (mut climb, mut over, mut delivered, mut now) = (Climb::default(), 1, 0, Instant::now());
-        for _ in 0..periods * 2 {
-            if climb.goes_on(over, delivered, now) {
-                (over, climb.since) = (over + 1, None);
+        let step = Duration::from_millis(50);
+        for _ in 0..seconds * 20 {
+            if climb.goes_on(delivered, now) {
+                over *= 2;
+                climb.begin(now);
             }
-            now += PERIOD;
-            delivered += (rate(over) * PERIOD.as_secs_f64()) as u64;
+            now += step;
+            delivered += (rate(over) * step.as_secs_f64()) as u64;
         }
         over
     }
 
     #[test]
     fn connections_are_added_as_long_as_they_bring_more() {
-        assert_eq!(climbed(4, |over| 4e6 * over as f64), 5);
-        // Two fill it.
+        assert_eq!(climbed(3, |over| 4e6 * over as f64), 8);
+        // Two fill it, and it takes twice as many to see that.
+        assert_eq!(climbed(9, |over| (6e7 * over as f64).min(1e8)), 4);
         assert_eq!(climbed(9, |_| 1e8), 2);
-        assert!((4..=5).contains(&climbed(9, |over| (3e6 * over as f64).min(11e6))));
         // Too slow to say anything of it.
         assert_eq!(climbed(1, |_| 1e6), 1);
     }
 
     #[test]
-    fn another_is_tried_now_and_then() {
-        assert_eq!(climbed(14, |_| 1e8), 3);
-        assert_eq!(climbed(30, |_| 1e8), 3);
-        assert_eq!(climbed(40, |_| 1e8), 4);
+    fn more_are_tried_now_and_then() {
+        assert_eq!(climbed(14, |_| 1e8), 4);
+        assert_eq!(climbed(30, |_| 1e8), 4);
+        assert_eq!(climbed(40, |_| 1e8), 8);
     }
 }
