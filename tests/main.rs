@@ -44,6 +44,7 @@ mod kubernetes;
 mod layout;
 mod messages;
 mod model;
+mod moved;
 mod names;
 mod notify;
 mod oms;

@@ -105,6 +105,14 @@ pub struct Plan {
     pub alike: Vec<u32>,
 }
 
+impl Plan {
+    /// Whether a file that the target has under this name goes, where the run deletes.
+    pub fn removes(&self, path: &RelPath) -> bool {
+        let at = self.removals.binary_search_by(|removal| removal.path.cmp(path));
+        at.is_ok_and(|at| !self.removals[at].directory)
+    }
+}
+
 /// How paths are compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Compare {

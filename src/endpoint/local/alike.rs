@@ -9,7 +9,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt as _;
 
 use super::sums;
-use super::target::Run;
+use super::target::{Run, State};
 use crate::codec::chunks::{self, Chunk};
 use crate::endpoint::BLOCK_BYTES;
 use crate::endpoint::delta::{Alike, BLOCK_LENGTH, Beginning, Cut, DELTA_BYTES_MIN, PIECES_MAX, Wanted, Within};
@@ -47,6 +47,11 @@ impl Opened {
         Metadata::of(&self.file).ok().filter(|now| Fingerprint::from(now) == content)
     }
 
+    /// Where it lies.
+    pub(super) fn path(&self) -> &RelPath {
+        &self.candidate.path
+    }
+
     fn is_unchanged(&self) -> bool {
         self.unchanged().is_some()
     }
@@ -63,6 +68,14 @@ impl Opened {
         digest.filter(|_| self.is_unchanged()).and_then(|digest| sums::load_all(root, digest, *size))
     }
 
+    /// Whether it may hold as a whole what has so many bytes, and this digest where it is known.
+    pub(super) fn may_hold(&self, size: u64, digest: Option<Digest>) -> bool {
+        match digest {
+            Some(_) => self.holds(size, digest),
+            None => self.candidate.size == size && self.is_unchanged(),
+        }
+    }
+
     /// Whether it is known to hold what has this digest, as a whole: it is what it was when that was found out.
     pub(super) fn holds(&self, size: u64, digest: Option<Digest>) -> bool {
         let Candidate { digest: own, size: own_size, .. } = &self.candidate;
@@ -71,6 +84,11 @@ impl Opened {
 }
 
 impl Candidate {
+    /// Where it lies, if it holds what `entry` is to hold, by what is known of it.
+    pub(super) fn is_all_of(&self, entry: &Entry) -> Option<&RelPath> {
+        (self.digest.is_some() && entry.file() == Some((self.size, self.digest))).then_some(&self.path)
+    }
+
     fn of(entry: &Entry) -> Option<Candidate> {
         let (size, digest) = entry.file().filter(|(size, _)| *size >= DELTA_BYTES_MIN)?;
         Some(Candidate { path: entry.path.clone(), size, mtime: entry.mtime, digest, content: None })
@@ -110,12 +128,16 @@ fn extension(path: &RelPath) -> &[u8] {
 }
 
 impl<'a> Large<'a> {
-    fn of(entries: impl Iterator<Item = &'a Entry>) -> Large<'a> {
+    /// Of files with the same content one is taken that `goes`, where there is one: it need not be copied.
+    fn of(entries: impl Iterator<Item = &'a Entry>, goes: impl Fn(&RelPath) -> bool) -> Large<'a> {
         let mut large = Large::default();
         for entry in entries {
             let Some((size, digest)) = entry.file().filter(|(size, _)| *size >= DELTA_BYTES_MIN) else { continue };
             if let Some(digest) = digest {
-                large.by_digest.entry(digest).or_insert(entry);
+                let known = large.by_digest.entry(digest).or_insert(entry);
+                if goes(&entry.path) && !goes(&known.path) {
+                    *known = entry;
+                }
             }
             large.by_name.entry(entry.path.name()).or_default().add(entry);
             large.by_size.entry((size, extension(&entry.path))).or_default().add(entry);
@@ -143,7 +165,7 @@ pub(super) fn find(
         return BTreeMap::new();
     }
     // What was looked at is known best.
-    let large = Large::of(target.entries().iter().chain(listed.entries()));
+    let large = Large::of(target.entries().iter().chain(listed.entries()), |path| plan.removes(path));
     let pieces = |entry: &Entry, size: u64, digest: Option<Digest>| -> Vec<Candidate> {
         let candidate = |entry: &Entry| {
             let candidate = Candidate::of(entry)?;
@@ -174,7 +196,12 @@ pub(super) fn find(
 impl Run {
     /// A file that the one at `index` may be made of, unless it is not what it was.
     pub(super) fn open_alike(&self, index: u32, piece: u32) -> Option<Opened> {
-        let candidate = self.state().alike.get(&index)?.get(piece as usize)?.clone();
+        self.opened(&self.state(), index, piece)
+    }
+
+    /// The same, where the state is held.
+    pub(super) fn opened(&self, state: &State, index: u32, piece: u32) -> Option<Opened> {
+        let candidate = state.alike.get(&index)?.get(piece as usize)?.clone();
         let file = self.root.open_read(&candidate.path, Follow::Never).ok()?;
         let found = Metadata::of(&file).ok()?;
         let same = found.kind == FileKind::Regular && found.size == candidate.size && found.mtime == candidate.mtime;

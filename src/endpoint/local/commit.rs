@@ -12,7 +12,7 @@ use super::remember::Remembering;
 use super::retire;
 use super::target::{Run, State, io, rel};
 use super::trash::Trash;
-use super::{audited, changes, links, recall, record, unit};
+use super::{audited, changes, links, moved, recall, record, unit};
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
 use crate::manifest::{Content, Entry, Manifest, Tree};
@@ -36,10 +36,12 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         delete_later: options.delete_later || (options.delete && !state.refused.is_empty()),
         ..options.clone()
     };
+    let lost = moved::stage(run, staging, &mut state, options)?;
     let mut failed = not_staged(&mut state, options);
     run.allow_commit(&state, options)?;
     failed.extend(state.refused.keys());
     let mut withheld = withhold(run, &state, options, &mut failed);
+    withheld.extend(lost);
     let held_back = !withheld.is_empty();
     withheld.extend(state.refused.iter().map(|(&at, why)| (source.entries()[at as usize].path.clone(), why.clone())));
     let retired = retire::decide(run, &mut state, options, &failed)?;

@@ -16,6 +16,7 @@ mod known;
 mod links;
 mod looked;
 mod metadata;
+mod moved;
 mod place;
 mod prepare;
 mod publish;

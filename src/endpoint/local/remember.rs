@@ -67,10 +67,12 @@ impl<'a> Remembering<'a> {
         let first = self.firsts.contains(&entry.path);
         let index = index.or_else(|| source.position(&entry.path).map(|at| at as u32));
         let staged = index.and_then(|index| staged.borrow().get(index).copied());
+        // Its other name has gone since, which shows in its time of change.
+        let moved = index.is_some_and(|index| self.state.moved.contains_key(&index));
         let planned = || index.is_some_and(|at| plan.actions.binary_search_by_key(&at, |one| one.index).is_ok());
         match staged {
             // What was moved with the directory above it is what it was in staging.
-            Some(staged) if in_whole && !first => {
+            Some(staged) if in_whole && !first && !moved => {
                 if let Some(content) = staged.fingerprint(entry) {
                     self.files.published(entry, content);
                 }

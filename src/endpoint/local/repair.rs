@@ -154,7 +154,7 @@ pub(super) fn diff(run: &Run, repair: &Repair, wanted: &Arc<Tree>, monitor: &dyn
     refused.retain(|index, _| plan.actions.iter().any(|action| action.index == *index));
     let staging = run.staging.as_ref().ok_or_else(|| Error::Usage("a dry run repairs nothing".into()))?;
     run.prepare(staging, wanted, &mut plan)?;
-    let need = room::needed(wanted, &plan, &|_| None);
+    let need = room::needed(wanted, &plan, &|_| None, &|_, _| false);
     room::check(&run.root, need)?;
     *run.state() = State {
         source: Arc::clone(wanted),

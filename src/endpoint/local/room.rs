@@ -45,13 +45,19 @@ pub(super) fn filled(root: &Root, need: Need) -> String {
     }
 }
 
-/// What is not staged yet, where `there` says how much is there of a file that is appended to.
-pub(super) fn needed(source: &Tree, plan: &Plan, there: &dyn Fn(&Entry) -> Option<u64>) -> Need {
+/// What is not staged yet, where `there` says how much is there of a file that is appended to, and `moves` which only gets another name.
+pub(super) fn needed(
+    source: &Tree,
+    plan: &Plan,
+    there: &dyn Fn(&Entry) -> Option<u64>,
+    moves: &dyn Fn(u32, &Entry) -> bool,
+) -> Need {
     let mut need = Need::default();
     for action in plan.actions.iter().filter(|action| action.change != Change::MetadataOnly) {
         let entry = &source.entries()[action.index as usize];
         let size = entry.file().map_or(0, |(size, _)| size);
         let (bytes, inodes) = match &action.need {
+            _ if moves(action.index, entry) => (0, 0),
             plan::Need::Content { resume_at } => {
                 let left = size.saturating_sub(*resume_at);
                 // What is new of it lies twice there until it is published.

@@ -14,6 +14,7 @@ use super::append::Former;
 use super::area::Area;
 use super::by_index::ByIndex;
 use super::links::{self, Confined};
+use super::moved::Moved;
 use super::place::{Birth, Place};
 use super::refusals::Refusals;
 use super::repair::{self, Repair};
@@ -86,6 +87,8 @@ pub(super) struct State {
     pub(super) staged: RefCell<ByIndex<Staged>>,
     /// Files of which only what is new is staged, and what they were.
     pub(super) grown: BTreeMap<u32, Former>,
+    /// Files that are at the target under a name that goes.
+    pub(super) moved: BTreeMap<u32, Moved>,
     /// Files whose content was found at the target.
     pub(super) kept: ByIndex<Digest>,
     /// Links that are not made, and why.
@@ -512,7 +515,11 @@ impl Run {
         plan.alike = alike.keys().copied().collect();
         let there =
             |entry: &Entry| target.get(&entry.path).and_then(Entry::file).filter(|_| self.may_append(&entry.path));
-        let need = room::needed(source, &plan, &|entry| there(entry).map(|(size, _)| size));
+        let moves = |index: u32, entry: &Entry| {
+            let whole = alike.get(&index).and_then(|pieces| pieces.first()).and_then(|piece| piece.is_all_of(entry));
+            whole.is_some_and(|path| self.options.deletes && plan.removes(path))
+        };
+        let need = room::needed(source, &plan, &|entry| there(entry).map(|(size, _)| size), &moves);
         if !self.options.ignore_free_space
             && let Err(error) = room::check(&self.root, need)
         {

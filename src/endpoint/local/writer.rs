@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::alike::Opened;
 use super::append::{self, Former};
+use super::moved::Moved;
 use super::room::{self, Need};
 use super::sums;
 use super::target::{self, Run};
@@ -24,7 +25,7 @@ pub(super) struct LocalWriter {
     open: HashMap<u32, StagedFile>,
     /// What files are made of that the target has.
     alike: HashMap<u32, Copied>,
-    /// Files that are appended to, if all that is there is what they begin with.
+    /// Files that are appended to, if all that is there is what they begin with, or that only get another name, if they are all of it.
     growing: HashMap<u32, Growing>,
     /// Files that failed before their end; what else comes for them is dropped.
     broken: HashMap<u32, WriteFailure>,
@@ -39,11 +40,14 @@ struct Copied {
     later: bool,
 }
 
-/// A file that is appended to.
+/// A file of which what is there stays where it is.
 struct Growing {
-    former: Former,
-    /// So much of what is there it begins with, as far as it was told.
+    /// What it is appended to; `None` where it only gets another name.
+    former: Option<Former>,
+    /// So much of what is there it begins with, as far as it was told,
     taken: u64,
+    /// and so much there is.
+    length: u64,
 }
 
 fn full(error: &StageError, staging: &Root, need: Need) -> Error {
@@ -110,6 +114,7 @@ impl LocalWriter {
         self.growing.remove(&index);
         let mut state = self.run.state();
         state.grown.remove(&index);
+        state.moved.remove(&index);
         state.staged.get_mut().remove(index);
     }
 
@@ -154,26 +159,61 @@ impl LocalWriter {
         })
     }
 
-    /// Whether what is copied to `offset` stays where it is, in a file that what follows is put at the end of.
+    /// Whether what is copied to `offset` stays where it is, in a file that what follows is put at the end of, or that only gets another
+    /// name.
     fn grows(&mut self, index: u32, offset: u64, length: u64, from: Within) -> Result<bool, Error> {
         if offset == 0
             && let Some(alike) = self.alike.get(&index).filter(|_| self.open.contains_key(&index))
-            && let Some(former) = self.run.appends_to(self.entry(index)?.0, &alike.from)
         {
-            self.growing.insert(index, Growing { former, taken: 0 });
+            let (entry, size) = self.entry(index)?;
+            let wanted = entry.file().and_then(|(_, digest)| digest);
+            if let Some(former) = self.run.appends_to(entry, &alike.from) {
+                self.growing.insert(index, Growing { former: Some(former), taken: 0, length: former.length });
+            } else if alike.from.may_hold(size, wanted) && self.run.moves(entry, &alike.from) {
+                self.growing.insert(index, Growing { former: None, taken: 0, length: size });
+            }
         }
         let Some(growing) = self.growing.get_mut(&index) else { return Ok(false) };
         let end = offset.saturating_add(length);
-        if offset != growing.taken || from != (Within { piece: 0, offset }) || end > growing.former.length {
+        let piece = self.alike.get(&index).map_or(0, |alike| alike.piece);
+        if offset != growing.taken || from != (Within { piece, offset }) || end > growing.length {
             self.take_back(index)?;
             return Ok(false);
         }
         growing.taken = end;
-        let former = growing.former;
-        if end == former.length {
+        if end == growing.length
+            && let Some(former) = growing.former
+        {
             self.growing.remove(&index);
             self.stage_tail(index, former)?;
         }
+        Ok(true)
+    }
+
+    /// Whether a file that is finished is all there under another name, which goes.
+    fn is_moved(&mut self, index: u32, digest: Digest) -> Result<bool, Error> {
+        let whole = |growing: &Growing| growing.former.is_none() && growing.taken == growing.length;
+        if !self.growing.get(&index).is_some_and(whole) {
+            return Ok(false);
+        }
+        let (entry, size) = self.entry(index)?;
+        let there = self.alike.get(&index).filter(|alike| alike.from.holds(size, Some(digest)));
+        let Some((alike, found)) = there.and_then(|alike| Some((alike, alike.from.unchanged()?))) else {
+            return Ok(false);
+        };
+        let moved = Moved { from: alike.from.path().clone(), piece: alike.piece, digest };
+        let staged = target::Staged::of(entry, digest, &found);
+        let mut state = self.run.state();
+        // It has one name to give.
+        if state.moved.values().any(|other| other.from == moved.from) {
+            return Ok(false);
+        }
+        state.staged.get_mut().insert(index, staged);
+        state.moved.insert(index, moved);
+        drop(state);
+        self.growing.remove(&index);
+        self.alike.remove(&index);
+        self.open.remove(&index);
         Ok(true)
     }
 
@@ -316,6 +356,10 @@ impl Writer for LocalWriter {
     }
 
     fn finish(&mut self, index: u32, digest: Digest) -> Result<(), Error> {
+        if self.is_moved(index, digest)? {
+            self.done.push(Staged { index, result: Ok(()) });
+            return Ok(());
+        }
         self.take_back(index)?;
         if let Some(file) = self.open.remove(&index) {
             return self.conclude(index, file, digest);
