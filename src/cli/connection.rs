@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -109,8 +110,11 @@ fn session(lane: &Arc<Lane>, start: &SessionStart, output: Arc<dyn Output>) -> R
 fn serve_lane(start: &SessionStart, stream: UnixStream) {
     let (config, agent) = sides(start);
     let extensions = Arc::clone(&agent) as Arc<dyn Extensions>;
+    let kept = stream.try_clone();
     let ends = stream.try_clone().map(|other| (File::from(OwnedFd::from(stream)), File::from(OwnedFd::from(other))));
     let ended = ends.and_then(|(input, out)| stdio::over(input, out, config, Some(extensions)));
+    // Whoever passes it on reads until it ends, and others here have it still.
+    kept.into_iter().for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
     if let Err(error) = ended {
         tracing::debug!("a further connection of a run ended: {}", crate::error::in_words(&error));
     }

@@ -35,7 +35,7 @@ enum Task {
 /// How long nothing is staged early after that failed.
 const EARLY_PAUSE: Duration = Duration::from_secs(30);
 
-/// So many runs in a row may find files that changed under the reader, before that is told as a failure.
+/// So many runs in a row may find that the same file changed under the reader, before that is told as a failure.
 const CHANGING_MAX: u32 = 5;
 
 #[derive(Default)]
@@ -45,8 +45,8 @@ struct Inner {
     /// The run that goes on.
     tally: Option<Arc<Tally>>,
     failures_in_a_row: u64,
-    /// Runs in a row that left files which changed while they were read.
-    changed_in_a_row: u32,
+    /// What was said of a file that changed while it was read, and how many runs in a row said the same.
+    changing: Option<(String, u32)>,
     next_try: Option<Instant>,
     halted: bool,
     no_early_before: Option<Instant>,
@@ -327,14 +327,17 @@ impl Inner {
     /// Makes a failure of files that change under the reader again and again, though nobody is seen writing to them.
     fn changing(&mut self, result: Result<Done, Trouble>) -> Result<Done, Trouble> {
         let mut done = result?;
-        match done.changing.take() {
-            None => self.changed_in_a_row = 0,
-            Some(trouble) => {
-                self.changed_in_a_row += 1;
-                if self.changed_in_a_row >= CHANGING_MAX {
-                    return Err(trouble);
-                }
-            }
+        let Some(trouble) = done.changing.take() else {
+            self.changing = None;
+            return Ok(done);
+        };
+        let before = self.changing.take().filter(|(message, _)| *message == trouble.message);
+        let times = before.map_or(1, |(_, times)| times + 1);
+        self.changing = Some((trouble.message.clone(), times));
+        if times >= CHANGING_MAX {
+            // What it has brought nevertheless counts.
+            self.succeeded(&done);
+            return Err(trouble);
         }
         Ok(done)
     }

@@ -220,6 +220,11 @@ impl Client {
         locked(&self.shared.state).nearest
     }
 
+    /// Whether the link has ended.
+    pub fn is_dead(&self) -> bool {
+        locked(&self.shared.state).dead.is_some()
+    }
+
     /// Bytes of requests that wait for their answers.
     pub fn in_flight(&self) -> usize {
         locked(&self.shared.state).in_flight

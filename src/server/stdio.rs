@@ -34,6 +34,8 @@ struct Waiting {
     complete: bool,
     /// The client has gone: packets are dropped. The session ends with its input.
     gone: bool,
+    /// All that is to be written was.
+    over: bool,
 }
 
 impl Replies {
@@ -76,10 +78,10 @@ impl Replies {
 impl Output for Replies {
     fn send(&self, packet: Vec<u8>) {
         let mut waiting = self.lock();
-        while waiting.bytes > OUT_LIMIT && !waiting.gone {
+        while waiting.bytes > OUT_LIMIT && !waiting.gone && !waiting.over {
             waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
-        if !waiting.gone {
+        if !waiting.gone && !waiting.over {
             waiting.bytes += packet.len();
             waiting.packets.push_back(packet);
             drop(waiting);
@@ -146,6 +148,8 @@ pub fn over(
     session.finish();
     replies.change(|waiting| waiting.complete = true);
     let _ = writer.join();
+    // Nobody takes what is still to come of what goes on, which may not wait for that.
+    replies.change(|waiting| waiting.over = true);
     result
 }
 

@@ -1,6 +1,6 @@
 //! A target or a source that a lockstep at the other end serves (`docs/protocol.md`), over one or more connections.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
@@ -46,7 +46,7 @@ type Slot = Mutex<Option<Option<Arc<Client>>>>;
 pub struct Lanes {
     first: Arc<Client>,
     further: Vec<Slot>,
-    /// How many workers have each to themselves, the first too.
+    /// How many workers use each, the first too.
     users: Vec<AtomicUsize>,
     /// Workers have one of so many; the others are for large files that are spread.
     workers: usize,
@@ -54,6 +54,8 @@ pub struct Lanes {
     /// What lets further connections work on the same run.
     token: OnceLock<Vec<u8>>,
     turn: AtomicUsize,
+    /// Bytes sent and received over connections that have ended.
+    past: (AtomicU64, AtomicU64),
     root: Vec<u8>,
     compress: CompressOptions,
     /// The answer to `hello`, which is asked for when there is something to compress, and waited for when it is needed.
@@ -105,13 +107,13 @@ impl Lanes {
         let workers = if shared { count.max(1) } else { 1 };
         let further = (1..workers).map(|_| Slot::default()).collect();
         let users = (0..workers).map(|_| AtomicUsize::new(0)).collect();
-        let (token, turn) = (OnceLock::new(), AtomicUsize::new(0));
+        let (token, turn, past) = (OnceLock::new(), AtomicUsize::new(0), Default::default());
         let (sender, hello) = unbounded();
         if compress.enabled {
             first.submit(extension::request("hello"), 0, 0, &sender)?;
         }
         let (first, root, planes) = (Arc::new(first), root.to_vec(), OnceLock::new());
-        Ok(Lanes { first, further, users, workers, open, token, turn, root, compress, hello, planes })
+        Ok(Lanes { first, further, users, workers, open, token, turn, past, root, compress, hello, planes })
     }
 
     /// Over up to `most` connections where one file is sent alone and more bring more.
@@ -174,6 +176,26 @@ impl Lanes {
         slot.get_or_insert_with(|| self.attached(number).map(Arc::new)).clone()
     }
 
+    /// Whether the connection of this number was asked for in vain.
+    fn is_lost(&self, number: usize) -> bool {
+        let slot = number.checked_sub(1).and_then(|at| self.further.get(at));
+        slot.is_some_and(|slot| slot.try_lock().is_ok_and(|slot| matches!(*slot, Some(None))))
+    }
+
+    /// A worker does not use the connection of this number any more; it ends when nobody does.
+    fn leave(&self, number: usize, client: Option<Arc<Client>>) {
+        self.users[number].fetch_sub(1, Ordering::Relaxed);
+        drop(client);
+        let Some(slot) = number.checked_sub(1).and_then(|at| self.further.get(at)) else { return };
+        if let Ok(mut slot) = slot.try_lock()
+            && slot.as_ref().is_some_and(|had| had.as_ref().is_some_and(|client| Arc::strong_count(client) == 1))
+        {
+            let (sent, received) = slot.take().flatten().map_or((0, 0), |client| client.wire_bytes());
+            self.past.0.fetch_add(sent, Ordering::Relaxed);
+            self.past.1.fetch_add(received, Ordering::Relaxed);
+        }
+    }
+
     fn attached(&self, number: usize) -> Option<Client> {
         let token = self.token.get().filter(|token| token.len() == 16)?;
         let client = (self.open)(number)?;
@@ -190,7 +212,8 @@ impl Lanes {
             let slot = slot.try_lock().ok()?;
             slot.as_ref()?.as_ref().map(|client| client.wire_bytes())
         });
-        further.fold(self.first.wire_bytes(), |sum, one| (sum.0 + one.0, sum.1 + one.1))
+        let past = (self.past.0.load(Ordering::Relaxed), self.past.1.load(Ordering::Relaxed));
+        further.chain([past]).fold(self.first.wire_bytes(), |sum, one| (sum.0 + one.0, sum.1 + one.1))
     }
 
     /// Tells what a reply ends with.

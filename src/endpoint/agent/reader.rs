@@ -15,7 +15,7 @@ use crate::codec::{self, CompressOptions, PLANES_NUMBER, PLANES_RATE, Way, ZSTD_
 use crate::endpoint::client::{Client, Completion};
 use crate::endpoint::{Block, Error, Fetch, Produced, Reader};
 use crate::manifest::Tree;
-use crate::wire::extension::{self, FETCH_MAX, Fields, HOLE_MAX, TAKES_PLANES, TURNS, WireError};
+use crate::wire::extension::{self, AHEAD_NEXT_MAX, FETCH_MAX, Fields, HOLE_MAX, TAKES_PLANES, TURNS, WireError};
 
 /// Requests in flight on one stream.
 const DEPTH: u64 = 8;
@@ -37,13 +37,13 @@ struct Wanted {
 }
 
 /// The reader of one worker.
-pub(super) struct AgentReader<'a> {
-    spread: Spread<'a>,
+pub(super) struct AgentReader {
+    spread: Spread,
     /// Whether the agent puts what several connections ask for in order.
     turns: bool,
-    /// Which connection each request is out on, and how many are on each.
+    /// Which connection each request is out on, by its number among those of the run, and how many are on each.
     out: HashMap<u64, usize>,
-    loads: Vec<u64>,
+    loads: HashMap<usize, u64>,
     /// Fetches that were not answered yet.
     fetching: usize,
     /// Of the file that is read, what has come.
@@ -69,15 +69,15 @@ pub(super) struct AgentReader<'a> {
     ready: VecDeque<Produced>,
 }
 
-impl<'a> AgentReader<'a> {
-    pub(super) fn new(lanes: &'a Lanes, tree: Arc<Tree>, stream: u32) -> Self {
+impl AgentReader {
+    pub(super) fn new(lanes: &Arc<Lanes>, tree: Arc<Tree>, stream: u32) -> Self {
         let (sender, receiver) = unbounded();
         let (compress, planes) = (lanes.compress, lanes.planes());
         AgentReader {
             spread: Spread::new(lanes),
             turns: lanes.control().has(TURNS, extension::VERSION),
             out: HashMap::new(),
-            loads: vec![0],
+            loads: HashMap::new(),
             fetching: 0,
             come: 0,
             tree,
@@ -144,13 +144,15 @@ impl<'a> AgentReader<'a> {
         // Over another connection it might be asked for before the agent knows of which file.
         let spreads = self.turns && self.fetching == 0;
         if spreads && self.come > SPREAD_AFTER {
-            let _spread = self.spread.consider();
-            self.loads.resize(self.spread.width(), 0);
+            self.spread.consider();
         }
         loop {
-            let over = if spreads { self.loads.len() } else { 1 };
-            let lightest = (0..over).min_by_key(|&at| self.loads[at]).unwrap_or(0);
-            if self.loads[lightest] >= DEPTH || self.asked - self.given >= DEPTH * self.loads.len() as u64 {
+            let over = if spreads { self.spread.width() } else { 1 };
+            let most = (DEPTH * over as u64).min(AHEAD_NEXT_MAX as u64);
+            let load = |at: &usize| self.loads.get(&self.spread.number(*at)).copied().unwrap_or(0);
+            let lives = |at: &usize| *at == 0 || !self.spread.get(*at).is_dead();
+            let lightest = (0..over).filter(lives).min_by_key(load).unwrap_or(0);
+            if load(&lightest) >= DEPTH || self.asked - self.given >= most {
                 return Ok(());
             }
             let mut packet = extension::request("next");
@@ -160,8 +162,9 @@ impl<'a> AgentReader<'a> {
                 packet.extend_from_slice(&self.asked.to_be_bytes());
             }
             self.spread.get(lightest).submit(packet, 0, self.asked, &self.sender)?;
-            self.out.insert(self.asked, lightest);
-            self.loads[lightest] += 1;
+            let number = self.spread.number(lightest);
+            self.out.insert(self.asked, number);
+            *self.loads.entry(number).or_default() += 1;
             self.asked += 1;
         }
     }
@@ -183,9 +186,8 @@ impl<'a> AgentReader<'a> {
             if completion.tag == u64::MAX {
                 self.fetching -= 1;
             } else {
-                if let Some(at) = self.out.remove(&completion.tag) {
-                    self.loads[at] -= 1;
-                }
+                let load = self.out.remove(&completion.tag).and_then(|number| self.loads.get_mut(&number));
+                load.into_iter().for_each(|load| *load -= 1);
                 let mut raw = Vec::new();
                 Fields(&reply).frame(&mut raw).map_err(|error| self.client().protocol(error.to_string()))?;
                 if completion.tag.is_multiple_of(PROBE) && !raw.is_empty() {
@@ -243,6 +245,7 @@ impl<'a> AgentReader<'a> {
             };
             if kind != 1 {
                 self.come = 0;
+                self.spread.begin();
             }
             if !matches!(kind, 1 | 2)
                 && let Some(wanted) = self.wanted.remove(&index)
@@ -265,7 +268,7 @@ impl Wanted {
     }
 }
 
-impl Reader for AgentReader<'_> {
+impl Reader for AgentReader {
     fn wants_more(&self) -> bool {
         self.wanted.len() < AHEAD && self.ahead < AHEAD_BYTES
     }

@@ -16,14 +16,14 @@ use crate::wire::extension::{self, Fields, WireError};
 
 /// A source served by an agent.
 pub struct AgentSource {
-    lanes: Lanes,
+    lanes: Arc<Lanes>,
     streams: AtomicU32,
 }
 
 impl AgentSource {
     /// A source over connections.
     pub fn new(lanes: Lanes) -> AgentSource {
-        AgentSource { lanes, streams: AtomicU32::new(0) }
+        AgentSource { lanes: Arc::new(lanes), streams: AtomicU32::new(0) }
     }
 
     /// The next chunk of the listing, from entry `from` on; after the entries come the problems.

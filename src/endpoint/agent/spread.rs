@@ -1,13 +1,15 @@
 //! One file over several connections: how many are worth it is measured while it goes on.
 //!
 //! One connection carries as much as its window and the losses of its way allow, and its cipher; several carry more of a large file
-//! where the network or the processors have more to give. Where they do not, a second one shows it, and that is all.
+//! where the network or the processors have more to give. Where they do not, a second one shows it, and is given up.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::Lanes;
+use crate::endpoint::BLOCK_BYTES;
 use crate::endpoint::client::Client;
 use crate::monitor::cpu::idle_processors;
 
@@ -19,31 +21,43 @@ const FAR: Duration = Duration::from_millis(2);
 const IDLE_PROCESSORS: usize = 3;
 /// What is under way over one connection is what it carries in so long, or four times the way there and back, and so much at least.
 const WAITS_SECONDS: f64 = 0.05;
-const WAITS_BYTES: usize = 1 << 20;
-/// How long and by how many bytes a number of connections is judged, after the time that new ones need to come up to speed.
+const WAITS_BYTES: usize = 4 * BLOCK_BYTES + 4096;
+/// How long and by how many bytes a number of connections is judged, after the time that new ones need to come up to speed: this, or
+/// so many times the way there and back.
 const PERIOD: Duration = Duration::from_millis(750);
 const PERIOD_BYTES: u64 = 1 << 20;
 const BEGINNING: Duration = Duration::from_millis(250);
+const BEGINNING_WAYS: u32 = 10;
 /// Twice as many connections have to bring so many times as much.
 const WORTH: f64 = 1.2;
 /// When they did not, more are tried after so long, and after twice as long each time.
 const REST: Duration = Duration::from_secs(10);
 
+/// A connection beside the worker's own, with its number.
+type Further = (usize, Arc<Client>);
+
 /// The connections that one worker's file goes over.
-pub(super) struct Spread<'a> {
-    lanes: &'a Lanes,
+pub(super) struct Spread {
+    lanes: Arc<Lanes>,
     number: usize,
     own: Arc<Client>,
-    more: Vec<(usize, Arc<Client>)>,
+    more: Vec<Further>,
+    /// How many of those came last.
+    newest: usize,
+    /// Those that are logging in.
+    opening: Vec<(usize, JoinHandle<Option<Arc<Client>>>)>,
+    /// Those that brought nothing, until what went over them is answered.
+    leaving: Vec<Further>,
     climb: Climb,
 }
 
-impl<'a> Spread<'a> {
+impl Spread {
     /// The connection for the next worker. May take as long as it takes to log in.
-    pub(super) fn new(lanes: &'a Lanes) -> Spread<'a> {
+    pub(super) fn new(lanes: &Arc<Lanes>) -> Spread {
         let (number, own) = lanes.lane();
         lanes.users[number].fetch_add(1, Ordering::Relaxed);
-        Spread { lanes, number, own, more: Vec::new(), climb: Climb::default() }
+        let (more, opening, leaving) = (Vec::new(), Vec::new(), Vec::new());
+        Spread { lanes: Arc::clone(lanes), number, own, more, newest: 0, opening, leaving, climb: Climb::default() }
     }
 
     /// The worker's own connection.
@@ -61,14 +75,36 @@ impl<'a> Spread<'a> {
         at.checked_sub(1).and_then(|at| self.more.get(at)).map_or(&self.own, |(_, client)| client)
     }
 
-    /// The one on which the least waits for an answer, and whether it has room for so much more: what waits for long holds up what comes
+    /// The number of one of them among those of the run.
+    pub(super) fn number(&self, at: usize) -> usize {
+        at.checked_sub(1).and_then(|at| self.more.get(at)).map_or(self.number, |(number, _)| *number)
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Arc<Client>> {
+        [&self.own].into_iter().chain(self.more.iter().map(|(_, client)| client))
+    }
+
+    /// How many workers there are.
+    pub(super) fn workers(&self) -> usize {
+        let counts = self.lanes.users[..self.lanes.workers].iter();
+        counts.map(|count| count.load(Ordering::Relaxed)).sum::<usize>().max(1)
+    }
+
+    /// The one over which so many bytes are there soonest, of those that have room for them: what waits for long holds up what comes
     /// after it over another.
-    pub(super) fn lightest(&self, bytes: usize) -> (&Arc<Client>, bool) {
-        let all = (0..self.width()).map(|at| self.get(at)).map(|client| (client, client.in_flight()));
-        let (client, waits) = all.min_by_key(|&(_, waits)| waits).unwrap_or((&self.own, 0));
-        let seconds = client.round_trip().map_or(0.0, |nearest| 4.0 * nearest.as_secs_f64()).max(WAITS_SECONDS);
-        let room = client.link_rate().map_or(0.0, |rate| rate * seconds);
-        (client, waits == 0 || waits + bytes <= (room as usize).max(WAITS_BYTES))
+    pub(super) fn soonest(&self, bytes: usize) -> Option<&Arc<Client>> {
+        let usual = self.own.link_rate().unwrap_or(1e6);
+        let room = |client: &&Arc<Client>| {
+            let seconds = client.round_trip().map_or(0.0, |nearest| 4.0 * nearest.as_secs_f64()).max(WAITS_SECONDS);
+            let most = client.link_rate().map_or(0.0, |rate| rate * seconds) as usize;
+            let waits = client.in_flight();
+            waits == 0 || waits + bytes <= most.max(WAITS_BYTES)
+        };
+        let takes =
+            |client: &&Arc<Client>| (client.in_flight() + bytes) as f64 / client.link_rate().unwrap_or(usual).max(1.0);
+        // One that was lost while nothing went over it is missed by nobody.
+        let lives = |client: &&Arc<Client>| !client.is_dead() || Arc::ptr_eq(client, &self.own);
+        self.all().filter(lives).filter(room).min_by(|a, b| takes(a).total_cmp(&takes(b)))
     }
 
     /// Bytes a second that all of them were seen to carry together.
@@ -82,21 +118,32 @@ impl<'a> Spread<'a> {
         self.climb.since = None;
     }
 
-    /// Takes twice as many connections where that may be worth it, while a large file is on its way. Whether the file is one to be spread.
-    pub(super) fn consider(&mut self) -> bool {
-        if self.lanes.further.is_empty() || !self.is_worth_trying() {
-            return self.width() > 1;
+    /// Takes twice as many connections where that may be worth it, while a large file is on its way, and gives up what was not.
+    pub(super) fn consider(&mut self) {
+        if self.lanes.further.is_empty() {
+            return;
         }
-        if self.width() > self.lanes.further.len() {
-            return true;
+        self.let_go(|client| client.in_flight() == 0);
+        if !self.opening.is_empty() {
+            self.take_in();
+            return;
         }
-        let delivered = (0..self.width()).map(|at| self.get(at).delivered()).sum();
-        let now = Instant::now();
-        if self.climb.goes_on(delivered, now) {
-            self.widen();
-            self.climb.begin(Instant::now());
+        let delivered =
+            self.all().chain(self.leaving.iter().map(|(_, client)| client)).map(|client| client.delivered()).sum();
+        match self.climb.judge(delivered, Instant::now()) {
+            None => {}
+            Some(true) => {
+                self.newest = 0;
+                if self.is_worth_trying() {
+                    self.widen();
+                }
+            }
+            Some(false) => {
+                self.leaving.extend(self.more.drain(self.more.len() - self.newest..));
+                self.newest = 0;
+                self.climb.since = None;
+            }
         }
-        true
     }
 
     fn is_worth_trying(&self) -> bool {
@@ -104,23 +151,60 @@ impl<'a> Spread<'a> {
         far || idle_processors().is_some_and(|idle| idle >= IDLE_PROCESSORS as f64)
     }
 
-    /// As many connections more as there are, of those that no worker has to itself. They log in at the same time.
+    /// Begins to log in over as many connections as there are, of those that nobody else uses.
     fn widen(&mut self) {
-        let taken = |number: &usize| self.more.iter().any(|(at, _)| at == number);
+        let leaves = |number: &usize| self.leaving.iter().any(|(at, _)| at == number);
         let idle = |number: &usize| self.lanes.users[*number].load(Ordering::Relaxed) == 0;
-        let free = (1..=self.lanes.further.len()).filter(|number| !taken(number) && idle(number));
-        let (lanes, numbers) = (self.lanes, free.take(self.width()).collect::<Vec<_>>());
-        let opened: Vec<_> = std::thread::scope(|scope| {
-            let open = |&number: &usize| scope.spawn(move || Some((number, lanes.get(number)?)));
-            let opening: Vec<_> = numbers.iter().map(open).collect();
-            opening.into_iter().filter_map(|opening| opening.join().ok().flatten()).collect()
-        });
-        self.more.extend(opened);
+        let free = (1..=self.lanes.further.len())
+            .filter(|number| idle(number) && !leaves(number) && !self.lanes.is_lost(*number));
+        let numbers: Vec<usize> = free.take(self.width()).collect();
+        for number in numbers {
+            let lanes = Arc::clone(&self.lanes);
+            let open = move || lanes.get(number);
+            if let Ok(thread) = std::thread::Builder::new().name("lane".to_owned()).spawn(open) {
+                self.lanes.users[number].fetch_add(1, Ordering::Relaxed);
+                self.opening.push((number, thread));
+            }
+        }
+    }
+
+    /// Takes those that have logged in, when all have, or have failed.
+    fn take_in(&mut self) {
+        if !self.opening.iter().all(|(_, thread)| thread.is_finished()) {
+            return;
+        }
+        let opened: Vec<_> =
+            self.opening.drain(..).map(|(number, thread)| (number, thread.join().ok().flatten())).collect();
+        self.newest = 0;
+        for (number, client) in opened {
+            match client {
+                Some(client) => {
+                    self.more.push((number, client));
+                    self.newest += 1;
+                }
+                None => self.lanes.leave(number, None),
+            }
+        }
+        let ways = self.own.round_trip().unwrap_or_default() * BEGINNING_WAYS;
+        self.climb.begin(Instant::now() + BEGINNING.max(ways));
+    }
+
+    /// Gives back those of the leaving that are done.
+    fn let_go(&mut self, done: impl Fn(&Client) -> bool) {
+        for (number, client) in self.leaving.extract_if(.., |(_, client)| done(client)) {
+            self.lanes.leave(number, Some(client));
+        }
     }
 }
 
-impl Drop for Spread<'_> {
+impl Drop for Spread {
     fn drop(&mut self) {
+        self.leaving.append(&mut self.more);
+        self.let_go(|_| true);
+        // Those that are logging in are not waited for; they end with the run.
+        for (number, _) in self.opening.drain(..) {
+            self.lanes.leave(number, None);
+        }
         self.lanes.users[self.number].fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -140,36 +224,37 @@ struct Climb {
 }
 
 impl Climb {
-    /// There are more connections from now on.
-    fn begin(&mut self, now: Instant) {
-        (self.since, self.not_before) = (None, Some(now + BEGINNING));
+    /// There are more connections, and what they carry is measured from then on.
+    fn begin(&mut self, at: Instant) {
+        (self.since, self.not_before) = (None, Some(at));
     }
 
-    /// Whether more are worth trying, where so much was delivered up to now.
-    fn goes_on(&mut self, delivered: u64, now: Instant) -> bool {
+    /// Whether more are worth trying, where so much was delivered up to now: true where those that came last brought more, or it is
+    /// time to try again, false where they did not. `None` while nothing can be said.
+    fn judge(&mut self, delivered: u64, now: Instant) -> Option<bool> {
         if self.not_before.is_some_and(|at| now < at) {
-            return false;
+            return None;
         }
         let Some((since, from)) = self.since else {
             self.since = Some((now, delivered));
-            return false;
+            return None;
         };
         let (took, bytes) = (now.duration_since(since), delivered.saturating_sub(from));
         if took < PERIOD || bytes < PERIOD_BYTES {
-            return false;
+            return None;
         }
         self.since = Some((now, delivered));
         let rate = bytes as f64 / took.as_secs_f64();
         self.recent = Some(rate);
         let rested = match self.rests_until {
-            Some(until) if now < until => return false,
+            Some(until) if now < until => return None,
             rests => rests.is_some(),
         };
         let gains = rested || rate >= WORTH * self.before;
         self.before = rate;
         self.rests_until = (!gains).then(|| now + REST * 2_u32.pow(self.rests.min(10)));
         self.rests += u32::from(!gains);
-        gains
+        Some(gains)
     }
 }
 
@@ -182,9 +267,16 @@ mod tests {
         let (mut climb, mut over, mut delivered, mut now) = (Climb::default(), 1, 0, Instant::now());
         let step = Duration::from_millis(50);
         for _ in 0..seconds * 20 {
-            if climb.goes_on(delivered, now) {
-                over *= 2;
-                climb.begin(now);
+            match climb.judge(delivered, now) {
+                Some(true) => {
+                    over *= 2;
+                    climb.begin(now + BEGINNING);
+                }
+                Some(false) => {
+                    over = (over / 2).max(1);
+                    climb.since = None;
+                }
+                None => {}
             }
             now += step;
             delivered += (rate(over) * step.as_secs_f64()) as u64;
@@ -195,17 +287,16 @@ mod tests {
     #[test]
     fn connections_are_added_as_long_as_they_bring_more() {
         assert_eq!(climbed(3, |over| 4e6 * over as f64), 8);
-        // Two fill it, and it takes twice as many to see that.
-        assert_eq!(climbed(9, |over| (6e7 * over as f64).min(1e8)), 4);
-        assert_eq!(climbed(9, |_| 1e8), 2);
         // Too slow to say anything of it.
         assert_eq!(climbed(1, |_| 1e6), 1);
     }
 
     #[test]
-    fn more_are_tried_now_and_then() {
-        assert_eq!(climbed(14, |_| 1e8), 4);
-        assert_eq!(climbed(30, |_| 1e8), 4);
-        assert_eq!(climbed(40, |_| 1e8), 8);
+    fn those_that_bring_nothing_are_given_up_and_tried_again_now_and_then() {
+        assert_eq!(climbed(1, |_| 1e8), 2);
+        assert_eq!(climbed(9, |_| 1e8), 1);
+        assert_eq!(climbed(9, |over| (6e7 * over as f64).min(1e8)), 2);
+        let tried = (10..80).filter(|&seconds| climbed(seconds, |_| 1e8) == 2).count();
+        assert!((1..8).contains(&tried), "{tried}");
     }
 }

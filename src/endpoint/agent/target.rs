@@ -15,13 +15,13 @@ use crate::wire::extension::{self, CHUNK_BYTES, Fields, WireError};
 
 /// A target served by an agent.
 pub struct AgentTarget {
-    lanes: Lanes,
+    lanes: Arc<Lanes>,
 }
 
 impl AgentTarget {
     /// A target over connections.
     pub fn new(lanes: Lanes) -> AgentTarget {
-        AgentTarget { lanes }
+        AgentTarget { lanes: Arc::new(lanes) }
     }
 
     fn send_entries(&self, source: &Tree) -> Result<(), Error> {

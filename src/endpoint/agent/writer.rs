@@ -2,9 +2,11 @@
 //! connections too where that brings more.
 //!
 //! What always holds: what is sent of a file over another connection comes after its `open` was answered, and is answered itself
-//! before anything of the file that is no such part.
+//! before anything of the file that is no such part. What was sent and not answered is a bounded stretch of the file: no more than that
+//! can wait at the other end.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
@@ -24,29 +26,29 @@ enum Asked {
     Files(Vec<u32>),
     /// This file was opened.
     Open(u32),
-    /// So many bytes of this file went over any connection.
-    Stripe(u32, usize),
+    /// What this file has here was sent, by whichever connection where `anyhow`.
+    Part { index: u32, offset: u64, anyhow: bool },
 }
 
 /// A file that was opened and not finished.
 #[derive(Default)]
 struct Flow {
-    /// That it is open was answered.
+    /// Which request opens it, and whether that was answered.
+    opening: u64,
     open: bool,
     /// So much content was sent, with nothing else in between.
     sent: u64,
-    /// Parts on their way.
-    out: usize,
+    /// Where the parts begin that are on their way.
+    out: BTreeSet<u64>,
+    /// How many of them go over whichever connection.
+    anyhow: usize,
 }
 
 /// The writer of one worker.
-pub(super) struct AgentWriter<'a> {
-    spread: Spread<'a>,
+pub(super) struct AgentWriter {
+    spread: Spread,
     /// Whether the agent takes parts of a file over several connections.
     stripes: bool,
-    /// So many bytes may be on their way like that.
-    ahead_max: usize,
-    ahead: usize,
     flows: HashMap<u32, Flow>,
     chooser: Chooser,
     sender: Sender<Completion>,
@@ -59,14 +61,12 @@ pub(super) struct AgentWriter<'a> {
     done: Vec<Staged>,
 }
 
-impl<'a> AgentWriter<'a> {
-    pub(super) fn new(lanes: &'a Lanes) -> Self {
+impl AgentWriter {
+    pub(super) fn new(lanes: &Arc<Lanes>) -> Self {
         let (sender, receiver) = unbounded();
         AgentWriter {
             spread: Spread::new(lanes),
             stripes: lanes.control().has(STRIPE, extension::VERSION),
-            ahead_max: AHEAD_BYTES_MAX / 4 * 3 / lanes.workers,
-            ahead: 0,
             flows: HashMap::new(),
             chooser: Chooser::new(lanes.compress, lanes.planes()),
             sender,
@@ -85,45 +85,58 @@ impl<'a> AgentWriter<'a> {
     }
 
     fn submit(&mut self, packet: Vec<u8>, start: usize, asked: Option<Asked>) -> Result<(), Error> {
-        let lightest = matches!(asked, Some(Asked::Stripe(..)));
+        let anyhow = matches!(asked, Some(Asked::Part { anyhow: true, .. }));
         let tag = if asked.is_some() { self.next_tag } else { 0 };
         self.next_tag += 1;
         self.asked.extend(asked.map(|asked| (tag, asked)));
-        let client = if lightest { self.spread.lightest(packet.len()).0 } else { self.spread.own() };
+        let soonest = if anyhow { self.spread.soonest(packet.len()) } else { None };
+        let client = soonest.unwrap_or(self.spread.own());
         client.submit(packet, start, tag, &self.sender)?;
         self.outstanding += 1;
         Ok(())
     }
 
-    /// Whether the next `length` bytes of a file go over whichever connection has most room.
+    /// Whether the next `length` bytes of a file go over whichever connection has room first.
     fn spreads(&mut self, index: u32, length: u64) -> bool {
         let Some(flow) = self.flows.get_mut(&index) else { return false };
         flow.sent += length;
         if !self.stripes || !flow.open || flow.sent <= SPREAD_AFTER {
             return false;
         }
-        let begun = flow.out > 0;
-        self.spread.consider() || begun
+        let begun = flow.anyhow > 0;
+        self.spread.consider();
+        begun || self.spread.width() > 1
     }
 
-    /// Sends content of a file, which may be a part that comes before its turn.
-    fn send(&mut self, index: u32, packet: Vec<u8>, start: usize, spread: bool) -> Result<(), Error> {
-        if !spread {
-            return self.submit(packet, start, None);
+    /// Sends `length` bytes of a file at `offset`, which may come before its turn where `anyhow`.
+    fn send(
+        &mut self,
+        (index, offset, length): (u32, u64, u64),
+        packet: Vec<u8>,
+        start: usize,
+        anyhow: bool,
+    ) -> Result<(), Error> {
+        if anyhow {
+            let most = (AHEAD_BYTES_MAX / 4 * 3 / self.spread.workers()) as u64;
+            let bytes = packet.len() - start;
+            let waits = |own: &Self| {
+                let oldest = own.flows.get(&index).and_then(|flow| flow.out.first()).copied();
+                oldest.is_some_and(|oldest| offset + length - oldest > most || own.spread.soonest(bytes).is_none())
+            };
+            while waits(self) {
+                self.settle_next()?;
+            }
         }
-        let bytes = packet.len() - start;
-        let full = |own: &Self| own.ahead + bytes > own.ahead_max || !own.spread.lightest(bytes).1;
-        while self.outstanding > 0 && full(self) {
-            self.settle_next()?;
+        if let Some(flow) = self.flows.get_mut(&index) {
+            flow.out.insert(offset);
+            flow.anyhow += usize::from(anyhow);
         }
-        self.ahead += bytes;
-        self.flows.entry(index).or_default().out += 1;
-        self.submit(packet, start, Some(Asked::Stripe(index, bytes)))
+        self.submit(packet, start, Some(Asked::Part { index, offset, anyhow }))
     }
 
     /// Waits until what is on its way of a file over several connections has arrived: what follows is to come after it.
     fn gather(&mut self, index: u32) -> Result<(), Error> {
-        while self.flows.get(&index).is_some_and(|flow| flow.out > 0) {
+        while self.flows.get(&index).is_some_and(|flow| flow.anyhow > 0) {
             self.settle_next()?;
         }
         if let Some(flow) = self.flows.get_mut(&index) {
@@ -167,12 +180,17 @@ impl<'a> AgentWriter<'a> {
         let files = match self.asked.remove(&completion.tag) {
             None => return Ok(()),
             Some(Asked::Open(index)) => {
-                self.flows.entry(index).and_modify(|flow| flow.open = true);
+                // Of an earlier try it says nothing.
+                let flow = self.flows.get_mut(&index).filter(|flow| flow.opening == completion.tag);
+                flow.into_iter().for_each(|flow| flow.open = true);
                 return Ok(());
             }
-            Some(Asked::Stripe(index, bytes)) => {
-                self.ahead = self.ahead.saturating_sub(bytes);
-                self.flows.entry(index).and_modify(|flow| flow.out = flow.out.saturating_sub(1));
+            Some(Asked::Part { index, offset, anyhow }) => {
+                if let Some(flow) = self.flows.get_mut(&index)
+                    && flow.out.remove(&offset)
+                {
+                    flow.anyhow -= usize::from(anyhow);
+                }
                 return Ok(());
             }
             Some(Asked::Files(files)) => files,
@@ -207,7 +225,7 @@ fn read_failures(reply: &[u8], files: usize) -> Result<Vec<(usize, WriteFailure)
     Ok(failures)
 }
 
-impl Writer for AgentWriter<'_> {
+impl Writer for AgentWriter {
     fn put(&mut self, index: u32, block: Block, digest: Digest) -> Result<(), Error> {
         let data = block.data();
         if self.contents.len() + data.len() > BLOCK_BYTES || self.batch.len() >= FILES_MAX {
@@ -222,7 +240,7 @@ impl Writer for AgentWriter<'_> {
         let mut packet = Self::message("open", index);
         packet.extend_from_slice(&resume_at.to_be_bytes());
         self.gather(index)?;
-        self.flows.insert(index, Flow::default());
+        self.flows.insert(index, Flow { opening: self.next_tag, ..Flow::default() });
         self.spread.begin();
         self.submit(packet, 0, Some(Asked::Open(index)))
     }
@@ -243,14 +261,14 @@ impl Writer for AgentWriter<'_> {
                 None => coding.encode(block.data(), &mut packet),
             });
             if made.is_ok() && packet.len() < block.data().len() {
-                return self.send(index, packet, 0, spread);
+                return self.send((index, offset, length.into()), packet, 0, spread);
             }
         }
         header.push(0);
         header.extend_from_slice(&length.to_be_bytes());
         // The header goes into the room in front of the data, which is not copied.
         let (buffer, start) = block.headed(&header);
-        self.send(index, buffer, start, spread)
+        self.send((index, offset, length.into()), buffer, start, spread)
     }
 
     fn hole(&mut self, index: u32, offset: u64, length: u64) -> Result<(), Error> {

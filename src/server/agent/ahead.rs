@@ -1,12 +1,13 @@
 //! Content of a file that came over another connection before what stands in front of it.
 //!
 //! What always holds: it is given back in the order of its place in the file, each part once, and there is never more of it than
-//! [`AHEAD_BYTES_MAX`] in a run.
+//! [`AHEAD_BYTES_MAX`] in a run. It is answered when it is taken: what is wrong with it is said to whatever comes for the file later.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::{Failure, Job};
+use super::{Failure, Job, Output};
 use crate::wire::extension::{AHEAD_BYTES_MAX, Message, WireError};
 
 /// What waits at one worker.
@@ -15,12 +16,26 @@ pub(super) struct Ahead {
     files: HashMap<u32, BTreeMap<u64, (Job, Message)>>,
 }
 
+/// What a part takes beside its bytes.
+const PART_BYTES: usize = 512;
+
+/// Who was answered already, and hears no more.
+struct Answered;
+
+impl Output for Answered {
+    fn send(&self, _: Vec<u8>) {}
+
+    fn is_gone(&self) -> bool {
+        false
+    }
+}
+
 /// What waits at all workers of a run, in bytes.
 #[derive(Debug, Default)]
 pub(super) struct Waiting(AtomicUsize);
 
 impl Ahead {
-    /// Keeps what belongs at `offset`.
+    /// Keeps what belongs at `offset`, and answers it.
     ///
     /// # Errors
     /// With the job, where there is too much, or something for that place already.
@@ -35,14 +50,15 @@ impl Ahead {
         if parts.contains_key(&offset) {
             return Err((job, WireError::Range("the offset").into()));
         }
-        let bytes = content.bytes().len();
+        let bytes = content.bytes().len() + PART_BYTES;
         let taken = waiting.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |held| {
             held.checked_add(bytes).filter(|&held| held <= AHEAD_BYTES_MAX)
         });
         if taken.is_err() {
             return Err((job, WireError::Range("what is sent ahead").into()));
         }
-        parts.insert(offset, (job, content));
+        job.reply(&[]);
+        parts.insert(offset, (Job { output: Arc::new(Answered), ..job }, content));
         Ok(())
     }
 
@@ -53,7 +69,7 @@ impl Ahead {
         if parts.is_empty() {
             self.files.remove(&index);
         }
-        waiting.0.fetch_sub(found.1.bytes().len(), Ordering::Relaxed);
+        waiting.0.fetch_sub(found.1.bytes().len() + PART_BYTES, Ordering::Relaxed);
         Some(found)
     }
 
@@ -62,17 +78,10 @@ impl Ahead {
         self.files.contains_key(&index)
     }
 
-    /// Everything that waits, of one file or of all.
-    pub(super) fn drain(&mut self, waiting: &Waiting, index: Option<u32>) -> Vec<Job> {
-        let files: Vec<u32> = match index {
-            Some(index) => vec![index],
-            None => self.files.keys().copied().collect(),
-        };
-        let parts = files.iter().filter_map(|index| self.files.remove(index)).flatten();
-        let taken = parts.map(|(_, (job, content))| {
-            waiting.0.fetch_sub(content.bytes().len(), Ordering::Relaxed);
-            job
-        });
-        taken.collect()
+    /// Drops what waits of a file.
+    pub(super) fn drop_all(&mut self, waiting: &Waiting, index: u32) {
+        let parts = self.files.remove(&index).into_iter().flatten();
+        let bytes: usize = parts.map(|(_, (_, content))| content.bytes().len() + PART_BYTES).sum();
+        waiting.0.fetch_sub(bytes, Ordering::Relaxed);
     }
 }

@@ -61,8 +61,9 @@ pub(super) fn serve(source: &(dyn Source + Send + Sync), tree: &OnceLock<Arc<Tre
 /// The stream that a request is about, and its number where it has one.
 fn turn_of(job: &Job) -> Option<(u32, u64)> {
     let mut fields = Fields(job.payload.bytes());
-    let (stream, _) = (fields.u32().ok()?, fields.u8().ok()?);
-    (job.name == "next").then(|| Some((stream, fields.u64().ok()?)))?
+    let (stream, _, number) = (fields.u32().ok()?, fields.u8().ok()?, fields.u64().ok()?);
+    // What has more is refused at once, and takes no room until its turn.
+    fields.end().ok().filter(|()| job.name == "next").map(|()| (stream, number))
 }
 
 impl<'a> Worker<'a> {

@@ -367,18 +367,27 @@ impl crate::endpoint::Reader for FilesReader {
     }
 }
 
-#[test]
-fn a_pull_lists_and_reads_every_file_and_a_lost_link_ends_it() {
-    let listed = tree(&[5; 300]);
-    let served = Arc::clone(&listed);
+/// A link to an agent that has these files, and what ends it.
+fn near_files(listed: &Arc<Tree>) -> (Near, crossbeam_channel::Sender<Bytes>) {
+    let served = Arc::clone(listed);
     let factory = Factory {
         target: Box::new(|_| Err(Error::Usage("no target".into()))),
         source: Box::new(move |_| Ok(Arc::new(Files(Arc::clone(&served))) as SharedSource)),
         veil: Veil::default(),
     };
     let (end, answers) = unbounded();
-    let cut = end.clone();
-    let near = Near { agent: Agent::new(Arc::new(factory)), output: Arc::new(Queue(end.clone())), answers, end };
+    let (agent, output) = (Agent::new(Arc::new(factory)), Arc::new(Queue(end.clone())));
+    (Near { agent, output, answers, end: end.clone() }, end)
+}
+
+pub(super) fn files_client(listed: &Arc<Tree>) -> Client {
+    Client::connect(Arc::new(near_files(listed).0), "files", ClientOptions::default()).unwrap()
+}
+
+#[test]
+fn a_pull_lists_and_reads_every_file_and_a_lost_link_ends_it() {
+    let listed = tree(&[5; 300]);
+    let (near, cut) = near_files(&listed);
     let client = Client::connect(Arc::new(near), "files", ClientOptions::default()).unwrap();
     let lanes =
         Lanes::over(client, 1, Box::new(|_| None), b"/x", CompressOptions { level: Some(1), enabled: true }).unwrap();

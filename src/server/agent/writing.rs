@@ -82,13 +82,7 @@ pub(super) fn list_alike(run: &Run, target: &(dyn Target + Send + Sync), jobs: &
 
 impl Worker<'_> {
     fn serve(mut self, jobs: &Receiver<Job>) {
-        let ended = self.take_all(jobs);
-        let failure = ended.err();
-        let never_came = || Failure::order("what stands before it was not sent");
-        for job in self.ahead.drain(&self.run.ahead, None) {
-            job.refuse(&failure.clone().unwrap_or_else(never_came));
-        }
-        let Some(failure) = failure else { return };
+        let Err(failure) = self.take_all(jobs) else { return };
         // The writer is of no more use: whatever waits or comes is told why.
         self.groups.drain().for_each(|(_, group)| group.job.refuse(&failure));
         jobs.iter().for_each(|job| job.refuse(&failure));
@@ -254,7 +248,7 @@ impl Worker<'_> {
             }
             "discard" => {
                 self.close(index);
-                self.ahead.drain(&self.run.ahead, Some(index)).iter().for_each(|job| job.reply(&[]));
+                self.ahead.drop_all(&self.run.ahead, index);
                 self.writer.discard(index).map_err(Refusal::run)?;
             }
             _ => return Err(Failure::order("this run is a push").into()),
