@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::kit::area::lockstep;
 use crate::kit::proxy::narrow;
 use crate::kit::served::Served;
-use crate::kit::{done, ends, noise, text};
+use crate::kit::{done, ends, noise, text, until};
 
 const LENGTH: usize = 32 << 20;
 /// A connection that carries less has carried no part of the file.
@@ -56,6 +56,8 @@ fn a_large_file_goes_over_as_many_connections_as_bring_more_and_comes_back_over_
     done(&push);
     assert!(fs::read(far.served.path("sync/data/large")).unwrap() == content);
     assert!(parts(&carried) >= 3, "{:?} {}", carried.lock().unwrap(), text(&push));
+    assert!(carried.lock().unwrap().len() <= 8);
+    until("the server to be left alone", || far.served.connections().is_empty());
 
     let (port, carried) = narrow(far.served.port, None);
     let target = far.local("target");
@@ -69,11 +71,27 @@ fn as_many_connections_are_used_as_were_asked_for_and_no_more() {
     let far = Far::new();
     fs::create_dir(far.local("source")).unwrap();
     fs::write(far.local("source/large"), noise(8, LENGTH / 2)).unwrap();
+    for (most, to) in [("1", "sync@127.0.0.1:/one"), ("2", "sync@127.0.0.1:/two")] {
+        let (port, carried) = narrow(far.served.port, None);
+        let source = far.local("source");
+        let arguments = ["push", "--transfers", most, source.to_str().unwrap(), to];
+        done(&far.command(port, &arguments).output().unwrap());
+        assert_eq!(carried.lock().unwrap().len().to_string(), most);
+    }
+}
+
+#[test]
+fn where_no_further_connection_is_to_be_had_the_one_carries_all() {
+    let mut far = Far::new();
+    far.served = Served::start("", "per_address = 1");
+    let content = noise(6, LENGTH / 2);
+    fs::create_dir(far.local("source")).unwrap();
+    fs::write(far.local("source/large"), &content).unwrap();
     let (port, carried) = narrow(far.served.port, None);
     let source = far.local("source");
-    let arguments = ["push", "--transfers", "1", source.to_str().unwrap(), "sync@127.0.0.1:/data"];
-    done(&far.command(port, &arguments).output().unwrap());
-    assert_eq!(carried.lock().unwrap().len(), 1);
+    done(&far.command(port, &["push", source.to_str().unwrap(), "sync@127.0.0.1:/data"]).output().unwrap());
+    assert!(fs::read(far.served.path("sync/data/large")).unwrap() == content);
+    assert!(parts(&carried) == 1 && carried.lock().unwrap().len() > 1, "{:?}", carried.lock().unwrap());
 }
 
 #[test]

@@ -146,6 +146,11 @@ impl Spread {
         }
     }
 
+    /// Whether there may be more soon.
+    pub(super) fn may_widen(&self) -> bool {
+        self.width() <= self.lanes.further.len() && self.is_worth_trying()
+    }
+
     fn is_worth_trying(&self) -> bool {
         let far = self.own.round_trip().is_some_and(|nearest| nearest >= FAR);
         far || idle_processors().is_some_and(|idle| idle >= IDLE_PROCESSORS as f64)

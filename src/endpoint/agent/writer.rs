@@ -116,7 +116,9 @@ impl AgentWriter {
         start: usize,
         anyhow: bool,
     ) -> Result<(), Error> {
-        if anyhow {
+        // What would wait here may soon go over another.
+        let large = self.stripes && self.flows.get(&index).is_some_and(|flow| flow.sent > SPREAD_AFTER);
+        if anyhow || large && self.spread.may_widen() {
             let most = (AHEAD_BYTES_MAX / 4 * 3 / self.spread.workers()) as u64;
             let bytes = packet.len() - start;
             let waits = |own: &Self| {
