@@ -3,7 +3,7 @@
 //! What always holds: every request that was sent is completed exactly once, by its answer or by the end of the link;
 //! an answer to a request that was not made ends the connection.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -73,6 +73,8 @@ struct State {
     /// Bytes of requests that were answered, and of their answers.
     delivered: u64,
     rate: Rate,
+    /// What had been delivered at which time, of late.
+    course: VecDeque<(Instant, u64)>,
     /// The shortest time to an answer.
     nearest: Option<Duration>,
     last_arrival: Instant,
@@ -90,6 +92,8 @@ struct Rate {
 
 /// Requests that move less say little about the link.
 const TELLING_BYTES: usize = 32 << 10;
+/// A rate is measured over so many times the way there and back, at the least.
+const COURSE_WAYS: u32 = 5;
 /// How long a measurement counts, at the least.
 const RATE_PERIOD: Duration = Duration::from_secs(3);
 
@@ -105,6 +109,23 @@ impl Rate {
 
     fn get(&self) -> f64 {
         self.highest.max(self.before)
+    }
+}
+
+impl State {
+    /// From when on a rate is measured at `now`, and what had been delivered then: since a request was sent, and for several times the way
+    /// there and back. What was lost on the way and sent again lets much arrive at once.
+    fn course(&mut self, pending: &Pending, now: Instant) -> (Instant, u64) {
+        let least = self.nearest.unwrap_or_default() * COURSE_WAYS;
+        while self.course.len() >= 2 && now.duration_since(self.course[1].0) >= least {
+            self.course.pop_front();
+        }
+        self.course.push_back((now, self.delivered));
+        let earlier = self.course[0];
+        match earlier.0 < pending.sent_at && now.duration_since(pending.sent_at) < least {
+            true => earlier,
+            false => (pending.sent_at, pending.delivered),
+        }
     }
 }
 
@@ -165,6 +186,7 @@ impl Client {
             in_flight: 0,
             delivered: 0,
             rate: Rate::default(),
+            course: VecDeque::new(),
             nearest: None,
             last_arrival: Instant::now(),
             dead: None,
@@ -395,8 +417,9 @@ impl Shared {
         if bytes < TELLING_BYTES {
             return;
         }
-        let seconds = took.as_secs_f64().max(1e-6);
-        state.rate.add((state.delivered - pending.delivered) as f64 / seconds, now);
+        let (since, before) = state.course(pending, now);
+        let seconds = now.duration_since(since).as_secs_f64().max(1e-6);
+        state.rate.add((state.delivered - before) as f64 / seconds, now);
         self.rate.store(state.rate.get() as u64, Ordering::Relaxed);
     }
 
