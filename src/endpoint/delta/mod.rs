@@ -18,6 +18,15 @@ pub const DELTA_BYTES_MIN: u64 = 1 << 20;
 /// So much is copied by one step.
 pub const COPY_MAX: u64 = 8 << 20;
 
+/// What a target that cannot look into its files knows of those that a file may be made of.
+#[derive(Debug, Default)]
+pub struct Former {
+    /// The first is, by its digest, the file as a whole.
+    pub same: bool,
+    /// The first is what lies under the name of a file that only grows.
+    pub there: Option<Beginning>,
+}
+
 /// How a part of a file comes to the target.
 #[derive(Debug)]
 pub enum Step {

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::alike::{self, Alike};
 use super::bulk::{Bulk, Starting};
 use super::lock::Lock;
 use super::look::{Looked, answers, look, open_both, questions};
@@ -17,11 +18,12 @@ use super::prove::{Provers, SharedShell};
 use super::session::Session;
 use super::shell::{Shell, Spare, is_plain};
 use super::stage::Area;
-use super::writer::StockWriter;
+use super::writer::{COPIED_BYTES, StockWriter};
 use super::{Lanes, Verify, adopt, at, publish, stage, trail, trash, whole_seconds};
+use crate::endpoint::delta::Former;
 use crate::endpoint::local::POINTERS;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Crew, Error, Target, Writer};
-use crate::filter::{Filter, FilterSpec};
+use crate::filter::{Filter, FilterSpec, Globs};
 use crate::manifest::{Content, Digest, Entry, InvalidTree, Manifest, Timestamp, Tree};
 use crate::monitor::{Event, Monitor, Problem, Severity};
 use crate::path::RelPath;
@@ -80,6 +82,8 @@ pub(super) struct Run {
     policy: Policy,
     pub(super) ids: Ids,
     pub(super) last: Filter,
+    /// What only grows.
+    pub(super) growing: Globs,
     pub(super) names: Mutex<Names>,
     pub(super) shell: SharedShell,
     /// The account runs commands for us.
@@ -108,6 +112,8 @@ pub(super) struct State {
     pub(super) old_digest: Digest,
     /// Files whose content is staged and proven.
     pub(super) staged: HashMap<u32, Digest>,
+    /// What files may be made of.
+    pub(super) alike: Arc<Alike>,
     /// Files whose content was found at the target.
     pub(super) kept: HashMap<u32, Digest>,
     /// The disk is full: staging is given up.
@@ -177,6 +183,7 @@ impl Target for StockTarget {
         }
         let rules = POINTERS.iter().map(|&name| name.to_owned()).chain(options.last.iter().cloned()).collect();
         let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
+        let growing = Globs::compile(&options.append_only).map_err(|error| usage(&error))?;
         monitor.event(Event::Detail(&format!("{}: {}", self.describe(), self.lanes.limits())));
         let Some(Place { root, rename_to }) = open_root(&self.lanes, options.dry_run)? else {
             // A dry run on nothing: compared with an empty directory that is never written to.
@@ -231,6 +238,7 @@ impl Target for StockTarget {
             policy,
             ids: Ids::default(),
             last,
+            growing,
             names,
             shell,
             has_shell,
@@ -302,6 +310,18 @@ impl Target for StockTarget {
     fn crew(&self) -> Crew {
         self.lanes.crew()
     }
+
+    fn is_far(&self) -> bool {
+        true
+    }
+
+    fn former(&self, index: u32) -> Option<Former> {
+        Some(self.run().map(|run| run.former(index)).unwrap_or_default())
+    }
+
+    fn copies_at_once(&self) -> u64 {
+        COPIED_BYTES
+    }
 }
 
 impl StockTarget {
@@ -371,6 +391,11 @@ impl Run {
 
     pub(super) fn shell(&self) -> MutexGuard<'_, Spare> {
         locked(&self.shell)
+    }
+
+    /// The root, as a path that can be looked at.
+    pub(super) fn root_path(&self) -> Vec<u8> {
+        if self.root.is_empty() { b"/".to_vec() } else { self.root.clone() }
     }
 
     pub(super) fn is_last(&self, path: &RelPath) -> bool {
@@ -453,7 +478,9 @@ impl Run {
         if !self.options.dry_run {
             stage::prepare(self, &source, &mut plan, monitor)?;
         }
-        *self.state() = State { source, target, plan: plan.clone(), old_manifest, old_digest, ..State::default() };
+        let alike = Arc::new(alike::find(self, &source, &target, &old_manifest, &mut plan)?);
+        let (planned, state) = (plan.clone(), State::default());
+        *self.state() = State { source, target, plan: planned, old_manifest, old_digest, alike, ..state };
         Ok(plan)
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::super::bulk::{Bulk, Done, Starting};
 use super::super::follow::{FOLLOW_BYTES, FOLLOW_STEP_BYTES, Follower};
 use super::super::prove::Unproven;
-use super::super::session::{about, with_attributes};
+use super::super::session::with_attributes;
 use super::super::shell::is_plain;
 use super::StockWriter;
 use super::file::{Op, Route};
@@ -15,6 +15,8 @@ use crate::wire::sftp::{Attributes, packet};
 
 /// Files up to this size are kept until they are complete, and sent in an archive.
 const PACKED_BYTES: u64 = 4 << 20;
+/// Of a file that is made of what is there, what is new goes by the command in such pieces: each costs a process there.
+const LENT_BYTES_MIN: u64 = 256 << 10;
 
 impl StockWriter {
     /// How a file goes. One that has failed once goes by SFTP, which says of each file what is wrong with it.
@@ -44,6 +46,44 @@ impl StockWriter {
         Ok(Route::Stream)
     }
 
+    /// Whether `length` bytes of a file go by the command. Of one that is made of what is there too, it has what is large, once there is
+    /// something to write to.
+    pub(super) fn goes_by_command(&mut self, number: u64, length: u64) -> Result<bool, Error> {
+        let Some(file) = self.files.get(&number) else { return Ok(false) };
+        match (file.route, &file.handle) {
+            (Route::Stream, None) => return Ok(true),
+            (Route::Stream, Some(_)) => return Ok(file.is_with_command && length >= LENT_BYTES_MIN),
+            (Route::Sftp, Some(_)) if file.origin.is_some() || self.alike.piece(file.index, 0).is_some() => {}
+            _ => return Ok(false),
+        }
+        let large = length >= LENT_BYTES_MIN && file.size > PACKED_BYTES && file.queued.is_empty();
+        if !large || self.by_sftp.contains(&file.index) || !is_plain(&file.path) {
+            return Ok(false);
+        }
+        let (path, at) = (file.path.clone(), file.sent);
+        if let Some(starting) = self.starting.take_if(|starting| starting.is_finished()) {
+            self.bulk = starting.join().ok().and_then(Result::ok);
+        }
+        if self.bulk.as_ref().is_none_or(Bulk::is_writing) {
+            return Ok(false);
+        }
+        if let Some(file) = self.files.get_mut(&number) {
+            (file.route, file.is_with_command) = (Route::Stream, true);
+        }
+        self.with_bulk(|bulk| bulk.join(number, &path, at))?;
+        Ok(self.bulk.is_some())
+    }
+
+    /// Gives the command bytes of a file.
+    pub(super) fn lend(&mut self, number: u64, offset: u64, block: Block) -> Result<(), Error> {
+        if let Some(file) = self.files.get_mut(&number) {
+            file.sent = offset + block.data().len() as u64;
+            file.lent.push_back((offset, file.sent));
+        }
+        self.with_bulk(|bulk| bulk.write(offset, block))?;
+        self.pump_bulk(false)
+    }
+
     /// Does something with the command; when that has ended, what it had is to be sent again, by SFTP.
     pub(super) fn with_bulk<T>(
         &mut self,
@@ -61,13 +101,14 @@ impl StockWriter {
         // It ends when it cannot write.
         self.check_room()?;
         let numbers: Vec<u64> =
-            self.files.iter().filter(|(_, file)| file.is_with_command()).map(|(&number, _)| number).collect();
+            self.files.iter().filter(|(_, file)| file.is_with_command).map(|(&number, _)| number).collect();
         for number in numbers {
             if let Some(file) = self.files.get_mut(&number) {
                 let message = format!("the command that takes content there has ended: {reason}");
                 file.failure.get_or_insert(WriteFailure { message, retry: true });
-                file.queued.clear();
-                file.in_flight = 0;
+                file.in_flight -= usize::from(std::mem::take(&mut file.ending));
+                file.is_with_command = false;
+                file.lent.clear();
             }
             self.step(number)?;
         }
@@ -82,14 +123,15 @@ impl StockWriter {
             match done {
                 Done::Reached(number, offset) => {
                     if let Some(file) = self.files.get_mut(&number) {
-                        file.sent = offset;
+                        file.written_to(offset);
                         self.follow_on(number);
                     }
                 }
                 Done::Written(number) => {
                     let Some(file) = self.files.get_mut(&number) else { continue };
-                    file.in_flight -= 1;
-                    if file.hole_at_end {
+                    file.done_by_command();
+                    // What has a handle is made as long by that.
+                    if file.hole_at_end && file.handle.is_none() {
                         let size = Attributes { size: Some(file.size), ..Attributes::default() };
                         let path = file.path.clone();
                         self.send(number, Op::Write, with_attributes(packet::SETSTAT, &path, &size))?;
@@ -99,7 +141,7 @@ impl StockWriter {
                 Done::Unpacked(numbers) => {
                     for number in numbers {
                         if let Some(file) = self.files.get_mut(&number) {
-                            file.in_flight -= 1;
+                            file.done_by_command();
                             self.step(number)?;
                         }
                     }
@@ -112,44 +154,55 @@ impl StockWriter {
     /// All of a file that goes by the command is here.
     pub(super) fn finish_by_command(&mut self, number: u64) -> Result<(), Error> {
         let Some(file) = self.files.get_mut(&number) else { return Ok(()) };
+        if file.route == Route::Stream {
+            file.closing |= file.handle.is_none();
+            self.end_of_stream(number)?;
+            self.close(number)?;
+            return self.step(number);
+        }
         if file.failure.is_some() {
             file.closing = true;
             file.queued.clear();
             return self.step(number);
         }
         // An archive would fill holes up; and the command may have ended meanwhile.
-        if file.route == Route::Pack && (file.has_hole || self.bulk.is_none()) {
+        if file.has_hole || self.bulk.is_none() {
             file.route = Route::Sftp;
-            self.queued += file.queued.iter().map(|(_, block)| block.data().len()).sum::<usize>();
+            self.queued += file.queued_bytes();
             return self.open_new(number);
         }
         file.closing = true;
         file.in_flight += 1;
-        let (route, index) = (file.route, file.index);
-        if route == Route::Stream {
-            return self.with_bulk(Bulk::end).map(drop);
-        }
+        (file.is_with_command, file.ending) = (true, true);
+        let index = file.index;
         let blocks: Vec<Block> = std::mem::take(&mut file.queued).into_iter().map(|(_, block)| block).collect();
         let entry = self.entry(index)?.0;
         let (name, modified) = (self.run.staged_name(&entry.path, false), entry.mtime.seconds);
         self.with_bulk(|bulk| bulk.pack(number, &name, modified, &blocks)).map(drop)
     }
 
-    /// Has the command give a file up that will not be finished, and removes what there is of it.
-    pub(super) fn give_up(&mut self, number: u64) -> Result<(), Error> {
+    /// Tells the command the end of what it writes piece by piece.
+    fn end_of_stream(&mut self, number: u64) -> Result<(), Error> {
+        let file = self.files.get_mut(&number).filter(|file| file.is_with_command && !file.ending);
+        if let Some(file) = file {
+            file.ending = true;
+            file.in_flight += 1;
+            self.with_bulk(Bulk::end)?;
+        }
+        Ok(())
+    }
+
+    /// Has the command end with a file that will not be finished: what is written after the removal would be there again.
+    pub(super) fn end_by_command(&mut self, number: u64) -> Result<(), Error> {
         let Some(file) = self.files.get(&number) else { return Ok(()) };
         self.by_sftp.insert(file.index);
-        if file.route == Route::Stream && !file.closing {
-            self.with_bulk(Bulk::end)?;
+        if file.route == Route::Stream {
+            self.end_of_stream(number)?;
         } else if file.in_flight > 0 {
             self.with_bulk(Bulk::flush)?;
         }
-        // What is written after the removal would be there again.
         while self.bulk.as_ref().is_some_and(Bulk::is_busy) {
             self.pump_bulk(true)?;
-        }
-        if let Some(file) = self.files.remove(&number) {
-            self.send(number, Op::Clear, about(packet::REMOVE, &file.path))?;
         }
         Ok(())
     }
@@ -179,7 +232,7 @@ impl StockWriter {
     pub(super) fn follow_on(&mut self, number: u64) {
         let (Some((followed, told)), Some(follower)) = (&mut self.following, &self.follower) else { return };
         let Some(file) = self.files.get(&number).filter(|_| *followed == number) else { return };
-        let reached = file.unanswered.values().next().copied().unwrap_or(file.sent);
+        let reached = file.reached();
         if reached >= *told + FOLLOW_STEP_BYTES {
             *told = reached;
             follower.reached(reached);

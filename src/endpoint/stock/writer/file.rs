@@ -1,17 +1,28 @@
 //! What a writer knows of a file on its way.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::super::alike::Lying;
 use crate::endpoint::{Block, WriteFailure};
 use crate::manifest::Digest;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Op {
     Open,
+    /// The OPEN of what is copied from.
+    OpenOrigin,
+    /// The FSTAT of it.
+    LookAtOrigin,
     /// The REMOVE before a second OPEN, and of what failed.
     Clear,
+    /// A WRITE of what begins at this offset.
+    Data(u64),
+    /// The copy of what begins at this offset, and has this length.
+    Copy(u64, u64),
+    /// Whatever else is done to content.
     Write,
     Close,
     Grant,
@@ -36,8 +47,34 @@ pub(super) enum Route {
     Sftp,
     /// Small: its blocks are kept until all are here, and go into an archive.
     Pack,
-    /// Large: piece by piece, by the command that writes.
+    /// Large: piece by piece, by the command that writes. Where there is a handle too, what is small or copied goes by that.
     Stream,
+}
+
+/// A part of a file that is to be copied.
+pub(super) struct Copying {
+    pub(super) to: u64,
+    pub(super) length: u64,
+    pub(super) from: u64,
+}
+
+/// What parts of a file are copied from.
+pub(super) struct Origin {
+    pub(super) lying: Arc<Lying>,
+    pub(super) handle: Option<Bytes>,
+    /// What waits for the handles.
+    pub(super) waiting: VecDeque<Copying>,
+}
+
+impl Origin {
+    pub(super) fn of(lying: Arc<Lying>) -> Origin {
+        Origin { lying, handle: None, waiting: VecDeque::new() }
+    }
+
+    /// Forgets what waits, and says how much that is.
+    pub(super) fn give_up(&mut self) -> u64 {
+        self.waiting.drain(..).map(|copy| copy.length).sum()
+    }
 }
 
 /// One file that is being staged.
@@ -51,12 +88,16 @@ pub(super) struct File {
     /// Blocks that came before the handle.
     pub(super) queued: VecDeque<(u64, Block)>,
     pub(super) in_flight: usize,
-    /// Where the next request begins.
+    /// Where what was given up to now ends.
     pub(super) sent: u64,
-    /// The WRITEs that are not answered: where each begins, by its tag.
-    pub(super) unanswered: BTreeMap<u64, u64>,
+    /// Where the WRITEs and copies begin that are not answered.
+    pub(super) unanswered: BTreeSet<u64>,
+    /// Where what the command was given begins and ends, and is not said to be written.
+    pub(super) lent: VecDeque<(u64, u64)>,
     pub(super) stage: Stage,
     pub(super) route: Route,
+    /// What parts of it are copied from.
+    pub(super) origin: Option<Origin>,
     /// Some of it is a hole.
     pub(super) has_hole: bool,
     /// It counts as one of the files that are open at the server.
@@ -66,19 +107,91 @@ pub(super) struct File {
     /// It goes on with what an earlier run staged.
     pub(super) resumed: bool,
     pub(super) opened_again: bool,
+    /// There will be no handle.
+    pub(super) never_opens: bool,
     /// Said by `finish`.
     pub(super) digest: Option<Digest>,
     pub(super) closing: bool,
+    /// The command has it.
+    pub(super) is_with_command: bool,
+    /// The command was told its end, and has not answered: one of those in flight.
+    pub(super) ending: bool,
     pub(super) failure: Option<WriteFailure>,
 }
 
 impl File {
-    /// Whether all or a part of it was given to the command that takes content.
-    pub(super) fn is_with_command(&self) -> bool {
-        match self.route {
-            Route::Sftp => false,
-            Route::Pack => self.stage == Stage::Writing && self.closing,
-            Route::Stream => self.stage == Stage::Writing,
+    /// A file of `size` bytes that is gone on with at `resume_at`.
+    pub(super) fn new(index: u32, path: Vec<u8>, size: u64, resume_at: u64, route: Route) -> File {
+        File {
+            index,
+            path,
+            size,
+            at: resume_at,
+            handle: None,
+            queued: VecDeque::new(),
+            in_flight: 0,
+            sent: resume_at,
+            unanswered: BTreeSet::new(),
+            lent: VecDeque::new(),
+            stage: Stage::Writing,
+            route,
+            origin: None,
+            has_hole: false,
+            counted: false,
+            hole_at_end: false,
+            resumed: resume_at > 0,
+            opened_again: false,
+            never_opens: false,
+            digest: None,
+            closing: false,
+            is_with_command: false,
+            ending: false,
+            failure: None,
         }
+    }
+
+    /// Whether so many bytes go on from where it has come to, which is moved; what does not makes it fail.
+    pub(super) fn goes_on(&mut self, offset: u64, length: u64) -> bool {
+        match offset.checked_add(length) {
+            Some(end) if offset == self.at && end <= self.size => self.at = end,
+            _ => {
+                let message = format!("{length} bytes at {offset} do not go on from {} of {}", self.at, self.size);
+                self.failure.get_or_insert(WriteFailure { message, retry: false });
+                return false;
+            }
+        }
+        true
+    }
+
+    pub(super) fn queued_bytes(&self) -> usize {
+        self.queued.iter().map(|(_, block)| block.data().len()).sum()
+    }
+
+    /// Everything before this offset is there.
+    pub(super) fn reached(&self) -> u64 {
+        let waiting = self.origin.as_ref().and_then(|origin| origin.waiting.front()).map(|copy| copy.to);
+        let queued = self.queued.front().map(|(at, _)| *at);
+        let lent = self.lent.front().map(|(at, _)| *at);
+        let first = [self.unanswered.first().copied(), lent, queued, waiting];
+        first.into_iter().flatten().min().unwrap_or(self.sent)
+    }
+
+    /// The command says that it has written what it was given up to this offset.
+    pub(super) fn written_to(&mut self, offset: u64) {
+        while self.lent.front().is_some_and(|(_, end)| *end <= offset) {
+            self.lent.pop_front();
+        }
+    }
+
+    /// The command has done what it was given of it.
+    pub(super) fn done_by_command(&mut self) {
+        self.in_flight -= usize::from(std::mem::take(&mut self.ending));
+        self.is_with_command = false;
+        self.lent.clear();
+    }
+
+    /// Whether nothing of it waits to be sent.
+    pub(super) fn is_sent(&self) -> bool {
+        self.queued.is_empty() && self.origin.as_ref().is_none_or(|origin| origin.waiting.is_empty())
     }
 }

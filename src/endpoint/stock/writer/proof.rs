@@ -64,23 +64,28 @@ impl StockWriter {
     /// Everything is done for a file: says what became of it.
     pub(super) fn conclude(&mut self, number: u64) -> Result<(), Error> {
         self.lose(number);
-        let Some(file) = self.files.remove(&number) else { return Ok(()) };
-        self.open_files -= usize::from(file.counted);
+        let Some(mut file) = self.files.remove(&number) else { return Ok(()) };
         if self.current.get(&file.index) == Some(&number) {
             self.current.remove(&file.index);
         }
-        let result = match file.failure {
+        let index = file.index;
+        let result = match file.failure.take() {
             None => {
-                self.run.state().staged.insert(file.index, file.digest.unwrap_or_default());
+                self.run.state().staged.insert(index, file.digest.unwrap_or_default());
                 Ok(())
             }
             Some(failure) => {
-                self.by_sftp.insert(file.index);
+                // What was made of something else is tried once more as if that were not there.
+                if file.origin.is_some() {
+                    self.whole.insert(index)
+                } else {
+                    self.by_sftp.insert(index)
+                };
                 self.send(number, Op::Clear, about(packet::REMOVE, &file.path))?;
                 Err(failure)
             }
         };
-        self.done.push(Staged { index: file.index, result });
-        Ok(())
+        self.done.push(Staged { index, result });
+        self.let_go(number, file)
     }
 }

@@ -1,0 +1,149 @@
+//! What lies at the target that a file which is to be sent may be made of: the server copies it from there (`copy-data`), and it does not
+//! go over the network again.
+//!
+//! What always holds: nothing is decided by it but what is copied from where. What was made of it is proven by its SHA-256 like all that
+//! is sent, and sent whole where that is another.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use super::below;
+use super::target::Run;
+use crate::endpoint::Error;
+use crate::endpoint::delta::{Beginning, Former};
+use crate::manifest::{Digest, Entry, Manifest, Tree};
+use crate::path::RelPath;
+use crate::plan::{Need, Plan};
+
+/// A smaller file is sent sooner than the server is asked to copy it, which takes seven requests.
+const COPIED_BYTES_MIN: u64 = 16 << 10;
+
+/// A file that lies at the target and has the size and the time with which its digest is listed.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Lying {
+    pub(super) path: RelPath,
+    pub(super) size: u64,
+    /// Its time of modification.
+    pub(super) seconds: i64,
+    pub(super) digest: Digest,
+}
+
+impl Lying {
+    fn of(entry: &Entry) -> Option<Arc<Lying>> {
+        let (size, digest) = entry.file()?;
+        Some(Arc::new(Lying { path: entry.path.clone(), size, seconds: entry.mtime.seconds, digest: digest? }))
+    }
+}
+
+/// What there is for the files of a run.
+#[derive(Debug, Default)]
+pub(super) struct Alike {
+    /// Of the sizes that are wanted.
+    by_digest: HashMap<Digest, Arc<Lying>>,
+    /// What a file, by its index, is made of, the most alike first.
+    made_of: BTreeMap<u32, Vec<Arc<Lying>>>,
+}
+
+impl Alike {
+    /// One of what the file at `index` is made of.
+    pub(super) fn piece(&self, index: u32, piece: u32) -> Option<Arc<Lying>> {
+        self.made_of.get(&index)?.get(piece as usize).cloned()
+    }
+
+    /// What has this content.
+    pub(super) fn holding(&self, size: u64, digest: Digest) -> Option<Arc<Lying>> {
+        self.by_digest.get(&digest).filter(|lying| lying.size == size).cloned()
+    }
+}
+
+/// A file whose content is needed.
+struct Wanted<'a> {
+    index: u32,
+    entry: &'a Entry,
+    size: u64,
+    digest: Option<Digest>,
+}
+
+/// Finds it, and tells the plan for which files there is something.
+///
+/// # Errors
+/// When the connection ends.
+pub(super) fn find(
+    run: &Run,
+    source: &Tree,
+    target: &Tree,
+    manifest: &Manifest,
+    plan: &mut Plan,
+) -> Result<Alike, Error> {
+    if !run.options.delta || run.options.dry_run || !run.session.offers.copy_data {
+        return Ok(Alike::default());
+    }
+    let needed = plan.actions.iter().filter(|action| action.need != Need::Nothing);
+    let needed = needed.filter_map(|action| {
+        let (index, entry) = (action.index, &source.entries()[action.index as usize]);
+        let (size, digest) = entry.file().filter(|(size, _)| *size >= COPIED_BYTES_MIN)?;
+        Some(Wanted { index, entry, size, digest })
+    });
+    let needed: Vec<Wanted<'_>> = needed.collect();
+    if needed.is_empty() {
+        return Ok(Alike::default());
+    }
+    let sizes: HashSet<u64> = needed.iter().map(|wanted| wanted.size).collect();
+    // What a run on a part of the tree does not look at is looked at when it is opened.
+    let beyond = manifest.tree.entries().iter().filter(|_| run.options.filter.only.is_some());
+    let mut alike = Alike::default();
+    for entry in target.entries().iter().chain(beyond) {
+        if let Some((size, Some(digest))) = entry.file()
+            && sizes.contains(&size)
+            && let Some(lying) = Lying::of(entry)
+        {
+            alike.by_digest.entry(digest).or_insert(lying);
+        }
+    }
+    let there: HashSet<u64> = alike.by_digest.values().map(|lying| lying.size).collect();
+    let mut whole_bytes = 0_u64;
+    for wanted in &needed {
+        if let Some(same) = wanted.digest.and_then(|digest| alike.holding(wanted.size, digest)) {
+            whole_bytes = whole_bytes.saturating_add(wanted.size);
+            alike.made_of.insert(wanted.index, vec![same]);
+        } else if let Some(shorter) = grown(run, target, wanted) {
+            alike.made_of.insert(wanted.index, vec![shorter]);
+        }
+    }
+    // Copied by the server, a hole becomes zeros that take room.
+    if whole_bytes > 0 && run.session.room(&run.root_path())?.is_some_and(|room| room < whole_bytes) {
+        return Ok(Alike::default());
+    }
+    let may_be = |wanted: &&Wanted<'_>| {
+        alike.made_of.contains_key(&wanted.index) || wanted.digest.is_none() && there.contains(&wanted.size)
+    };
+    plan.alike = needed.iter().filter(may_be).map(|wanted| wanted.index).collect();
+    Ok(alike)
+}
+
+/// What lies under the name of a file that only grows.
+fn grown(run: &Run, target: &Tree, wanted: &Wanted<'_>) -> Option<Arc<Lying>> {
+    if !run.growing.mean(&wanted.entry.path, false) {
+        return None;
+    }
+    target.get(&wanted.entry.path).and_then(Lying::of).filter(|lying| lying.size <= wanted.size)
+}
+
+impl Run {
+    /// What is known of what the file at `index` may be made of.
+    pub(super) fn former(&self, index: u32) -> Former {
+        let state = self.state();
+        let Some(first) = state.alike.piece(index, 0) else { return Former::default() };
+        let Some(entry) = state.source.entries().get(index as usize) else { return Former::default() };
+        let Some((size, digest)) = entry.file() else { return Former::default() };
+        let Lying { digest: own, size: length, .. } = *first;
+        let grows = entry.path == first.path && length <= size && self.growing.mean(&entry.path, false);
+        let there = grows.then_some(Beginning { length, digest: own });
+        Former { same: digest == Some(own) && length == size, there }
+    }
+
+    /// Where something lies, as the server knows it.
+    pub(super) fn path_of(&self, lying: &Lying) -> Vec<u8> {
+        below(&self.root, &lying.path)
+    }
+}
