@@ -71,6 +71,7 @@ mod slurm;
 mod ssh;
 mod sshd_faults;
 mod stock;
+mod stock_changes;
 mod stock_copies;
 mod stock_faults;
 mod stock_order;

@@ -19,7 +19,7 @@ const EXTENDED: u8 = 200;
 const VERSION: u8 = 2;
 const COPY_DATA: &[u8] = b"\0\0\0\x09copy-data";
 
-fn is_copy(packet: &[u8]) -> bool {
+pub(super) fn is_copy(packet: &[u8]) -> bool {
     packet.first() == Some(&EXTENDED) && packet.get(5..).is_some_and(|body| body.starts_with(COPY_DATA))
 }
 
@@ -29,7 +29,7 @@ fn position(packet: &[u8], what: &[u8]) -> Option<usize> {
 
 /// What went to the server.
 #[derive(Default)]
-struct Sent {
+pub(super) struct Sent {
     /// Requests to copy.
     copies: AtomicUsize,
     /// Bytes of what carries content.
@@ -37,16 +37,16 @@ struct Sent {
 }
 
 impl Sent {
-    fn copies(&self) -> usize {
+    pub(super) fn copies(&self) -> usize {
         self.copies.load(Ordering::Relaxed)
     }
 
-    fn content(&self) -> usize {
+    pub(super) fn content(&self) -> usize {
         self.content.load(Ordering::Relaxed)
     }
 
     /// Counts what passes, after `first` has seen it.
-    fn counting(self: &Arc<Sent>, first: Hook) -> Hook {
+    pub(super) fn counting(self: &Arc<Sent>, first: Hook) -> Hook {
         let sent = Arc::clone(self);
         Arc::new(move |packet| {
             let goes_on = first(packet);
@@ -62,36 +62,37 @@ impl Sent {
 }
 
 /// Pushes, `out` and `back` seeing what goes, and says what went.
-fn push_with(pair: &Pair, out: Hook, back: Hook, shell: bool) -> (SyncReport, Arc<Sent>) {
+pub(super) fn push_with(pair: &Pair, out: Hook, back: Hook, shell: bool) -> (SyncReport, Arc<Sent>) {
     let sent = Arc::<Sent>::default();
     let report = pair.push(sent.counting(out), back, shell).unwrap();
     (report, sent)
 }
 
-fn pushed(pair: &Pair, shell: bool) -> Arc<Sent> {
+pub(super) fn pushed(pair: &Pair, shell: bool) -> Arc<Sent> {
     let (report, sent) = push_with(pair, nothing(), nothing(), shell);
     assert!(report.is_complete(), "{:?}", report.problems);
     pair.in_step();
     sent
 }
 
-fn noise(seed: u64, length: usize) -> Vec<u8> {
+pub(super) fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
     blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
     bytes
 }
 
-/// Sets a time that proves something, and waits until what is known of the file is believed.
-fn age(path: &Path, hours: u64) {
-    let then = SystemTime::now() - Duration::from_secs(3600 * hours);
+/// Sets a time that proves something, each time another, and waits until what is known of the file is believed.
+fn age(path: &Path) {
+    static AGED: AtomicUsize = AtomicUsize::new(3600);
+    let then = SystemTime::now() - Duration::from_secs(2 * AGED.fetch_add(1, Ordering::Relaxed) as u64);
     fs::File::options().write(true).open(path).unwrap().set_modified(then).unwrap();
     std::thread::sleep(Duration::from_millis(30));
 }
 
-fn write_old(pair: &Pair, path: &str, data: &[u8]) -> PathBuf {
+pub(super) fn write_old(pair: &Pair, path: &str, data: &[u8]) -> PathBuf {
     pair.write(path, data);
     let path = pair.at("source").join(path);
-    age(&path, 2);
+    age(&path);
     path
 }
 
@@ -177,7 +178,7 @@ fn what_has_another_time_when_it_is_opened_is_not_believed() {
             let number = number.then(|| position(packet, b"target/a/")).flatten().map(|at| packet[at + 9]);
             if let Some(number) = number {
                 // The same content all the same: only the time says that it may be another.
-                age(&target.join(char::from(number).to_string()), 1);
+                age(&target.join(char::from(number).to_string()));
             }
             true
         });

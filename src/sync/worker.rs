@@ -8,7 +8,7 @@ use crossbeam_channel::unbounded;
 
 use super::delta::{Delta, Piece};
 use super::{REMEMBERED, Shared, lock};
-use crate::endpoint::delta::{self, Beginning, Former, Matcher, Within};
+use crate::endpoint::delta::{self, Beginning, Former, InPlace, Matcher, Within};
 use crate::endpoint::{Error, Fetch, Produced, Reader, Source, Staged, Target, Writer};
 use crate::manifest::{Digest, Entry, Tree};
 use crate::monitor::{Counters, Event, Problem, Severity};
@@ -214,7 +214,7 @@ impl Worker<'_, '_> {
         let digest =
             self.shared.tree.entries().get(index as usize).and_then(Entry::file).and_then(|(_, digest)| digest);
         if let Some(former) = self.target.former(index) {
-            return self.is_made_of(source, fetch, &former, digest);
+            return self.is_made_of(source, fetch, former, digest);
         }
         let mut matcher = (self.list)(index, fetch.from);
         if let Some(digest) = digest
@@ -249,7 +249,7 @@ impl Worker<'_, '_> {
         &mut self,
         source: &dyn Source,
         fetch: &mut Fetch,
-        former: &Former,
+        former: Former,
         digest: Option<Digest>,
     ) -> Result<bool, Error> {
         if let Some(digest) = digest.filter(|_| former.same) {
@@ -261,6 +261,10 @@ impl Worker<'_, '_> {
             && source.begins_with(self.shared.tree, fetch.index, there)
         {
             return self.go_on_after(there, fetch);
+        }
+        if !former.pieces.is_empty() {
+            let in_place = InPlace::new(fetch.from, former.pieces);
+            self.deltas.insert(fetch.index, Delta::in_place(in_place, fetch.unless.take()));
         }
         Ok(false)
     }

@@ -8,15 +8,19 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use super::below;
-use super::target::Run;
-use crate::endpoint::Error;
-use crate::endpoint::delta::{Beginning, Former};
+use super::target::{Run, State};
+use crate::endpoint::delta::{Beginning, Former, Sums, candidates};
+use crate::endpoint::{Error, SMALL_FILE_BYTES};
 use crate::manifest::{Digest, Entry, Manifest, Tree};
+use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::plan::{Need, Plan};
+use crate::scan::sums::SumsStore;
 
 /// A smaller file is sent sooner than the server is asked to copy it, which takes seven requests.
 const COPIED_BYTES_MIN: u64 = 16 << 10;
+/// Of a file from this size on the sums of its blocks are kept: a smaller one is read as a whole before anything is decided.
+const SUMMED_BYTES_MIN: u64 = SMALL_FILE_BYTES + 1;
 
 /// A file that lies at the target and has the size and the time with which its digest is listed.
 #[derive(Debug, PartialEq, Eq)]
@@ -42,12 +46,19 @@ pub(super) struct Alike {
     by_digest: HashMap<Digest, Arc<Lying>>,
     /// What a file, by its index, is made of, the most alike first.
     made_of: BTreeMap<u32, Vec<Arc<Lying>>>,
+    /// What is known of these.
+    sums: HashMap<Digest, Arc<Sums>>,
 }
 
 impl Alike {
     /// One of what the file at `index` is made of.
     pub(super) fn piece(&self, index: u32, piece: u32) -> Option<Arc<Lying>> {
         self.made_of.get(&index)?.get(piece as usize).cloned()
+    }
+
+    /// What is known of a file with this digest.
+    pub(super) fn sums(&self, digest: Digest) -> Option<&Arc<Sums>> {
+        self.sums.get(&digest)
     }
 
     /// What has this content.
@@ -101,13 +112,30 @@ pub(super) fn find(
         }
     }
     let there: HashSet<u64> = alike.by_digest.values().map(|lying| lying.size).collect();
+    let nothing = Tree::default();
+    let listed = if run.options.filter.only.is_some() { &manifest.tree } else { &nothing };
+    let former = candidates(source, target, listed, plan, SUMMED_BYTES_MIN).into_iter();
+    let former = former.map(|(index, entries)| (index, entries.into_iter().filter_map(Lying::of).collect()));
+    let mut former: BTreeMap<u32, Vec<Arc<Lying>>> = former.collect();
+    if let Some(file) = &run.sums {
+        let digests = former.values().flatten().map(|lying| lying.digest).collect();
+        alike.sums =
+            SumsStore(file).load(&digests).into_iter().map(|(digest, sums)| (digest, Arc::new(sums))).collect();
+    }
     let mut whole_bytes = 0_u64;
     for wanted in &needed {
         if let Some(same) = wanted.digest.and_then(|digest| alike.holding(wanted.size, digest)) {
             whole_bytes = whole_bytes.saturating_add(wanted.size);
             alike.made_of.insert(wanted.index, vec![same]);
-        } else if let Some(shorter) = grown(run, target, wanted) {
-            alike.made_of.insert(wanted.index, vec![shorter]);
+            continue;
+        }
+        let mut pieces = former.remove(&wanted.index).unwrap_or_default();
+        pieces.retain(|lying| alike.sums.contains_key(&lying.digest));
+        if let Some(shorter) = grown(run, target, wanted).filter(|shorter| pieces.first() != Some(shorter)) {
+            pieces = vec![shorter];
+        }
+        if !pieces.is_empty() {
+            alike.made_of.insert(wanted.index, pieces);
         }
     }
     // Copied by the server, a hole becomes zeros that take room.
@@ -129,7 +157,25 @@ fn grown(run: &Run, target: &Tree, wanted: &Wanted<'_>) -> Option<Arc<Lying>> {
     target.get(&wanted.entry.path).and_then(Lying::of).filter(|lying| lying.size <= wanted.size)
 }
 
+/// Keeps the sums of what was staged, for the next run: of what `manifest` lists now. That they could not be kept makes that send more.
+pub(super) fn keep_sums(run: &Run, state: &State, manifest: &Manifest, monitor: &dyn Monitor) {
+    let Some(file) = run.sums.as_ref().filter(|_| !state.sums.is_empty()) else { return };
+    let files = manifest.tree.entries().iter().filter_map(Entry::file);
+    let listed = files.filter(|(size, _)| *size >= SUMMED_BYTES_MIN).filter_map(|(_, digest)| digest).collect();
+    // Where it cannot be made, that shows in what is stored there.
+    let _ = file.parent().map(std::fs::create_dir_all);
+    if let Err(error) = SumsStore(file).store(&state.sums, &listed) {
+        let reason = crate::error::chain(&error);
+        monitor.event(Event::Detail(&format!("what changes in the files that were sent will not be known: {reason}")));
+    }
+}
+
 impl Run {
+    /// Whether sums of a file of this size are kept.
+    pub(super) fn sums_up(&self, size: u64) -> bool {
+        self.sums.is_some() && size >= SUMMED_BYTES_MIN
+    }
+
     /// What is known of what the file at `index` may be made of.
     pub(super) fn former(&self, index: u32) -> Former {
         let state = self.state();
@@ -139,7 +185,9 @@ impl Run {
         let Lying { digest: own, size: length, .. } = *first;
         let grows = entry.path == first.path && length <= size && self.growing.mean(&entry.path, false);
         let there = grows.then_some(Beginning { length, digest: own });
-        Former { same: digest == Some(own) && length == size, there }
+        let pieces = state.alike.made_of.get(&index).into_iter().flatten();
+        let pieces = pieces.filter_map(|lying| state.alike.sums(lying.digest).cloned()).collect();
+        Former { same: digest == Some(own) && length == size, there, pieces }
     }
 
     /// Where something lies, as the server knows it.

@@ -5,6 +5,7 @@
 //! hidden name beside its own and gets its name in the last step. A run that has nothing to do makes nothing but its lock.
 
 use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -20,7 +21,8 @@ use super::shell::{Shell, Spare, is_plain};
 use super::stage::Area;
 use super::writer::{COPIED_BYTES, StockWriter};
 use super::{Lanes, Verify, adopt, at, publish, stage, trail, trash, whole_seconds};
-use crate::endpoint::delta::Former;
+use crate::codec::chunks::ChunkId;
+use crate::endpoint::delta::{Former, Sums};
 use crate::endpoint::local::POINTERS;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Crew, Error, Target, Writer};
 use crate::filter::{Filter, FilterSpec, Globs};
@@ -47,6 +49,8 @@ pub struct StockTarget {
     /// How what arrives is proven in the run, or was in the last.
     proof: Mutex<&'static str>,
     much: Much,
+    /// Where what is known of the blocks of its files is kept.
+    sums: Option<PathBuf>,
 }
 
 /// What is sent faster by a command that takes content, its start included: so many files, or so many bytes.
@@ -91,6 +95,7 @@ pub(super) struct Run {
     /// A command brings everything to stable storage at once.
     pub(super) syncs: bool,
     pub(super) much: Much,
+    pub(super) sums: Option<PathBuf>,
     pub(super) provers: Provers,
     pub(super) lock: Mutex<Option<Lock>>,
     /// Whose what is made there is.
@@ -112,6 +117,8 @@ pub(super) struct State {
     pub(super) old_digest: Digest,
     /// Files whose content is staged and proven.
     pub(super) staged: HashMap<u32, Digest>,
+    /// The sums of what of it is large.
+    pub(super) sums: HashMap<Digest, Sums>,
     /// What files may be made of.
     pub(super) alike: Arc<Alike>,
     /// Files whose content was found at the target.
@@ -147,7 +154,17 @@ impl StockTarget {
     /// The directory that `lanes` lead to, which need not be there yet.
     pub fn new(lanes: Lanes) -> StockTarget {
         let lanes = Arc::new(lanes);
-        StockTarget { lanes, run: Mutex::new(None), proof: Mutex::new(BY_READING), much: Much::default() }
+        let (run, proof, much) = (Mutex::new(None), Mutex::new(BY_READING), Much::default());
+        StockTarget { lanes, run, proof, much, sums: None }
+    }
+
+    /// Has what is known of the blocks of its files kept in `directory`, which is made where something is to be kept: of a file that
+    /// changes the next run sends what has changed. `None` keeps nothing.
+    #[must_use]
+    pub fn keeping_sums_in(self, directory: Option<&Path>) -> StockTarget {
+        let id = ChunkId::content_of(self.describe().as_bytes());
+        let name = format!("sums-{:x}.redb", u128::from_be_bytes(id));
+        StockTarget { sums: directory.map(|directory| directory.join(name)), ..self }
     }
 
     /// Has content go by a command, where there is one, from another amount on.
@@ -244,6 +261,7 @@ impl Target for StockTarget {
             has_shell,
             syncs,
             much: self.much,
+            sums: self.sums.clone(),
             provers,
             lock: Mutex::new(lock),
             own,

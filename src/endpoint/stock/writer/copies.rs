@@ -45,6 +45,12 @@ impl StockWriter {
             return Ok(());
         }
         (file.sent, file.hole_at_end) = (file.at, false);
+        if let Some(summing) = &mut file.summing {
+            let known = self.alike.sums(lying.digest).filter(|_| from == offset);
+            if !known.is_some_and(|sums| summing.same(sums, length)) {
+                file.summing = None;
+            }
+        }
         if file.route == Route::Pack {
             file.route = Route::Sftp;
             self.queued += file.queued_bytes();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::super::alike::Lying;
+use crate::endpoint::delta::Summing;
 use crate::endpoint::{Block, WriteFailure};
 use crate::manifest::Digest;
 
@@ -98,6 +99,8 @@ pub(super) struct File {
     pub(super) route: Route,
     /// What parts of it are copied from.
     pub(super) origin: Option<Origin>,
+    /// The sums of its blocks as far as it has come, where they are kept.
+    pub(super) summing: Option<Summing>,
     /// Some of it is a hole.
     pub(super) has_hole: bool,
     /// It counts as one of the files that are open at the server.
@@ -136,6 +139,7 @@ impl File {
             stage: Stage::Writing,
             route,
             origin: None,
+            summing: None,
             has_hole: false,
             counted: false,
             hole_at_end: false,

@@ -15,7 +15,7 @@ use super::prove::{Answer, Unproven};
 use super::session::{self, Refusal, Reply, Session, about, extended, with_attributes};
 use super::target::{Permissions, Run};
 use crate::endpoint::client::Completion;
-use crate::endpoint::delta::Within;
+use crate::endpoint::delta::{Summing, Within};
 use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
 use crate::error::Escaped;
 use crate::manifest::{Content, Digest, Entry, Tree};
@@ -412,6 +412,8 @@ impl Writer for StockWriter {
         self.next_file += 1;
         let mut file = File::new(index, path.clone(), size, resume_at, route);
         file.is_with_command = route == Route::Stream;
+        // Of what an earlier run has sent nothing is known.
+        file.summing = (resume_at == 0 && self.run.sums_up(size)).then(Summing::default);
         self.files.insert(number, file);
         self.current.insert(index, number);
         match (route, resume_at) {
@@ -442,6 +444,9 @@ impl Writer for StockWriter {
             return Ok(());
         }
         file.hole_at_end = false;
+        if let Some(summing) = &mut file.summing {
+            summing.update(block.data());
+        }
         if file.route == Route::Pack {
             file.queued.push_back((offset, block));
             return Ok(());
@@ -468,6 +473,9 @@ impl Writer for StockWriter {
                 file.at = end;
                 file.hole_at_end = true;
                 file.has_hole = true;
+                if let Some(summing) = &mut file.summing {
+                    summing.zeros(length);
+                }
             }
             _ => {
                 let message = format!("a hole of {length} bytes at {offset} does not go on from {}", file.at);

@@ -4,6 +4,7 @@ use super::super::prove::Proven;
 use super::super::session::about;
 use super::file::{Op, Route, Stage};
 use super::{PROVE_BYTES, PROVE_FILES, StockWriter, grant};
+use crate::endpoint::delta::Summing;
 use crate::endpoint::{Error, Staged, WriteFailure};
 use crate::policy::mode::SPECIAL_BITS;
 use crate::wire::sftp::packet;
@@ -71,7 +72,11 @@ impl StockWriter {
         let index = file.index;
         let result = match file.failure.take() {
             None => {
-                self.run.state().staged.insert(index, file.digest.unwrap_or_default());
+                let digest = file.digest.unwrap_or_default();
+                let sums = file.summing.take().map(Summing::finish);
+                let mut state = self.run.state();
+                state.staged.insert(index, digest);
+                state.sums.extend(sums.map(|sums| (digest, sums)));
                 Ok(())
             }
             Some(failure) => {
