@@ -3,8 +3,8 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
 
 use lockstep::endpoint::local::LocalSource;
@@ -34,6 +34,8 @@ pub(super) struct Sent {
     copies: AtomicUsize,
     /// Bytes of what carries content.
     content: AtomicUsize,
+    /// Those of them that a command was given.
+    given: AtomicUsize,
 }
 
 impl Sent {
@@ -43,6 +45,10 @@ impl Sent {
 
     pub(super) fn content(&self) -> usize {
         self.content.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn given(&self) -> usize {
+        self.given.load(Ordering::Relaxed)
     }
 
     /// Counts what passes, after `first` has seen it.
@@ -55,6 +61,9 @@ impl Sent {
             }
             if matches!(packet.first(), Some(&(WRITE | COMMAND))) {
                 sent.content.fetch_add(packet.len(), Ordering::Relaxed);
+            }
+            if packet.first() == Some(&COMMAND) {
+                sent.given.fetch_add(packet.len(), Ordering::Relaxed);
             }
             goes_on
         })
@@ -84,7 +93,8 @@ pub(super) fn noise(seed: u64, length: usize) -> Vec<u8> {
 /// Sets a time that proves something, each time another, and waits until what is known of the file is believed.
 fn age(path: &Path) {
     static AGED: AtomicUsize = AtomicUsize::new(3600);
-    let then = SystemTime::now() - Duration::from_secs(2 * AGED.fetch_add(1, Ordering::Relaxed) as u64);
+    static NOW: LazyLock<SystemTime> = LazyLock::new(SystemTime::now);
+    let then = *NOW - Duration::from_secs(2 * AGED.fetch_add(1, Ordering::Relaxed) as u64);
     fs::File::options().write(true).open(path).unwrap().set_modified(then).unwrap();
     std::thread::sleep(Duration::from_millis(30));
 }

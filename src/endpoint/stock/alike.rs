@@ -56,6 +56,11 @@ impl Alike {
         self.made_of.get(&index)?.get(piece as usize).cloned()
     }
 
+    /// Whether the file at `index`, which has this size and digest, is made of one as a whole.
+    pub(super) fn is_whole(&self, index: u32, size: u64, digest: Option<Digest>) -> bool {
+        self.piece(index, 0).is_some_and(|lying| lying.size == size && digest == Some(lying.digest))
+    }
+
     /// What is known of a file with this digest.
     pub(super) fn sums(&self, digest: Digest) -> Option<&Arc<Sums>> {
         self.sums.get(&digest)
@@ -187,7 +192,7 @@ impl Run {
         let there = grows.then_some(Beginning { length, digest: own });
         let pieces = state.alike.made_of.get(&index).into_iter().flatten();
         let pieces = pieces.filter_map(|lying| state.alike.sums(lying.digest).cloned()).collect();
-        Former { same: digest == Some(own) && length == size, there, pieces }
+        Former { same: state.alike.is_whole(index, size, digest), there, pieces }
     }
 
     /// Where something lies, as the server knows it.

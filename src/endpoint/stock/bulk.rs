@@ -232,7 +232,11 @@ impl Bulk {
         self.send([format!("{job} {}\n", path.len()).as_bytes(), path].concat().into())
     }
 
-    fn send_held(&mut self) -> Result<(), String> {
+    /// Sends what it holds of the file that is being written.
+    ///
+    /// # Errors
+    /// As [`Bulk::begin`].
+    pub(super) fn send_held(&mut self) -> Result<(), String> {
         let Some(writing) = self.writing.as_mut().filter(|writing| writing.held_bytes > 0) else { return Ok(()) };
         let (at, length) = (writing.at, writing.held_bytes);
         writing.at += length as u64;

@@ -40,6 +40,7 @@ mod stage;
 mod target;
 mod trail;
 mod trash;
+mod vouch;
 mod writer;
 
 pub use source::StockSource;

@@ -9,7 +9,7 @@ use super::super::prove::Unproven;
 use super::super::session::with_attributes;
 use super::super::shell::is_plain;
 use super::StockWriter;
-use super::file::{Op, Route};
+use super::file::{File, Op, Part, Route};
 use crate::endpoint::{Block, Error, WriteFailure};
 use crate::wire::sftp::{Attributes, packet};
 
@@ -17,6 +17,8 @@ use crate::wire::sftp::{Attributes, packet};
 const PACKED_BYTES: u64 = 4 << 20;
 /// Of a file that is made of what is there, what is new goes by the command in such pieces: each costs a process there.
 const LENT_BYTES_MIN: u64 = 256 << 10;
+/// For so many it is waited until what comes before them is there.
+const LENT_RUN_BYTES: u64 = 8 << 20;
 
 impl StockWriter {
     /// How a file goes. One that has failed once goes by SFTP, which says of each file what is wrong with it.
@@ -46,32 +48,49 @@ impl StockWriter {
         Ok(Route::Stream)
     }
 
-    /// Whether `length` bytes of a file go by the command. Of one that is made of what is there too, it has what is large, once there is
-    /// something to write to.
+    /// Whether `length` bytes of a file go by the command. Of one that is made of what is there too, it has what is large: at once where
+    /// nothing that comes before is on its way by the handle, else when that is worth waiting for.
     pub(super) fn goes_by_command(&mut self, number: u64, length: u64) -> Result<bool, Error> {
-        let Some(file) = self.files.get(&number) else { return Ok(false) };
-        match (file.route, &file.handle) {
-            (Route::Stream, None) => return Ok(true),
-            (Route::Stream, Some(_)) => return Ok(file.is_with_command && length >= LENT_BYTES_MIN),
-            (Route::Sftp, Some(_)) if file.origin.is_some() || self.alike.piece(file.index, 0).is_some() => {}
-            _ => return Ok(false),
+        let Some(file) = self.files.get_mut(&number) else { return Ok(false) };
+        if file.route == Route::Stream && file.handle.is_none() {
+            return Ok(true);
         }
-        let large = length >= LENT_BYTES_MIN && file.size > PACKED_BYTES && file.queued.is_empty();
+        file.fresh = if length >= LENT_BYTES_MIN { file.fresh + length } else { 0 };
+        let waits = !file.queued.is_empty() || !file.unanswered.is_empty();
+        let least = if waits { LENT_RUN_BYTES } else { LENT_BYTES_MIN };
+        let patient = file.fresh >= LENT_RUN_BYTES;
+        let may_be_made = file.origin.is_some() || self.alike.piece(file.index, 0).is_some();
+        let large = may_be_made && file.size > PACKED_BYTES && file.fresh >= least;
         if !large || self.by_sftp.contains(&file.index) || !is_plain(&file.path) {
             return Ok(false);
         }
+        if file.route != Route::Stream {
+            if let Some(starting) = self.starting.take_if(|starting| patient || starting.is_finished()) {
+                self.bulk = starting.join().ok().and_then(Result::ok);
+            }
+            if self.bulk.as_ref().is_none_or(Bulk::is_writing) {
+                return Ok(false);
+            }
+        }
+        let is_in_way = |file: &File| !file.queued.is_empty() || !file.unanswered.is_empty();
+        while self.files.get(&number).is_some_and(is_in_way) && self.wait()? {}
+        let Some(file) = self.files.get_mut(&number) else { return Ok(false) };
+        if file.handle.is_none() || file.failure.is_some() || file.route == Route::Stream {
+            return Ok(file.is_with_command);
+        }
+        (file.route, file.is_with_command) = (Route::Stream, true);
         let (path, at) = (file.path.clone(), file.sent);
-        if let Some(starting) = self.starting.take_if(|starting| starting.is_finished()) {
-            self.bulk = starting.join().ok().and_then(Result::ok);
-        }
-        if self.bulk.as_ref().is_none_or(Bulk::is_writing) {
-            return Ok(false);
-        }
-        if let Some(file) = self.files.get_mut(&number) {
-            (file.route, file.is_with_command) = (Route::Stream, true);
-        }
         self.with_bulk(|bulk| bulk.join(number, &path, at))?;
         Ok(self.bulk.is_some())
+    }
+
+    /// Sends what waits of a file. What the command holds comes before it, and is written first.
+    pub(super) fn send_on(&mut self, number: u64) -> Result<(), Error> {
+        let waits = |file: &File| !file.lent.is_empty() && file.is_with_command && !file.ending;
+        if self.files.get(&number).is_some_and(waits) {
+            self.with_bulk(Bulk::send_held)?;
+        }
+        self.flush(number)
     }
 
     /// Gives the command bytes of a file.
@@ -110,6 +129,8 @@ impl StockWriter {
                 file.is_with_command = false;
                 file.lent.clear();
             }
+            self.forget_queued(number);
+            self.close(number)?;
             self.step(number)?;
         }
         Ok(())
@@ -125,6 +146,7 @@ impl StockWriter {
                     if let Some(file) = self.files.get_mut(&number) {
                         file.written_to(offset);
                         self.follow_on(number);
+                        self.flush(number)?;
                     }
                 }
                 Done::Written(number) => {
@@ -136,6 +158,7 @@ impl StockWriter {
                         let path = file.path.clone();
                         self.send(number, Op::Write, with_attributes(packet::SETSTAT, &path, &size))?;
                     }
+                    self.flush(number)?;
                     self.step(number)?;
                 }
                 Done::Unpacked(numbers) => {
@@ -175,7 +198,9 @@ impl StockWriter {
         file.in_flight += 1;
         (file.is_with_command, file.ending) = (true, true);
         let index = file.index;
-        let blocks: Vec<Block> = std::mem::take(&mut file.queued).into_iter().map(|(_, block)| block).collect();
+        let parts = std::mem::take(&mut file.queued).into_iter();
+        let blocks = parts.filter_map(|part| if let Part::Data { block, .. } = part { Some(block) } else { None });
+        let blocks: Vec<Block> = blocks.collect();
         let entry = self.entry(index)?.0;
         let (name, modified) = (self.run.staged_name(&entry.path, false), entry.mtime.seconds);
         self.with_bulk(|bulk| bulk.pack(number, &name, modified, &blocks)).map(drop)

@@ -13,7 +13,7 @@ use super::super::alike::Lying;
 use super::super::kind_of;
 use super::super::session::{self, Refusal, about};
 use super::StockWriter;
-use super::file::{Copying, Op, Origin, Route};
+use super::file::{Op, Origin, Part, Route};
 use crate::endpoint::{Error, WriteFailure};
 use crate::wire::sftp::{Attributes, Status, open, packet};
 
@@ -44,7 +44,7 @@ impl StockWriter {
         if !file.goes_on(offset, length) {
             return Ok(());
         }
-        (file.sent, file.hole_at_end) = (file.at, false);
+        (file.sent, file.hole_at_end, file.fresh) = (file.at, false, 0);
         if let Some(summing) = &mut file.summing {
             let known = self.alike.sums(lying.digest).filter(|_| from == offset);
             if !known.is_some_and(|sums| summing.same(sums, length)) {
@@ -59,37 +59,36 @@ impl StockWriter {
         let path = self.run.path_of(&lying);
         let Some(file) = self.files.get_mut(&number) else { return Ok(()) };
         let is_first = file.origin.is_none();
-        let origin = file.origin.get_or_insert_with(|| Origin::of(lying));
+        // It is made of one file: whoever asks for parts of several is mistaken, and the digest of the whole says so.
+        file.origin.get_or_insert(Origin { lying, handle: None });
         let mut done = 0;
         while done < length {
             let step = (length - done).min(REQUEST_BYTES);
-            origin.waiting.push_back(Copying { to: offset + done, length: step, from: from + done });
+            file.queued.push_back(Part::Copy { to: offset + done, length: step, from: from + done });
             done += step;
         }
         self.copying += length;
         if is_first {
             self.send(number, Op::OpenOrigin, session::open(&path, open::READ))?;
         }
-        self.copy_on(number)?;
-        while self.copying > COPYING_BYTES && !self.sent.is_empty() {
-            self.pump(true)?;
-        }
+        self.send_on(number)?;
+        while self.copying > COPYING_BYTES && self.wait()? {}
         Ok(())
     }
 
-    /// Asks for the copies that waited for their handles, which are here now.
-    pub(super) fn copy_on(&mut self, number: u64) -> Result<(), Error> {
-        while let Some(file) = self.files.get_mut(&number)
-            && let Some(handle) = file.handle.clone()
-            && let Some(origin) = &mut file.origin
-            && let Some(from) = origin.handle.clone()
-            && let Some(copy) = origin.waiting.pop_front()
-        {
-            file.unanswered.insert(copy.to);
-            let packet = session::copy_data((&from, copy.from), copy.length, (&handle, copy.to));
-            self.send(number, Op::Copy(copy.to, copy.length), packet)?;
+    /// Asks for a copy.
+    pub(super) fn send_copy(
+        &mut self,
+        number: u64,
+        (from, from_offset): (&[u8], u64),
+        length: u64,
+        (to, to_offset): (&[u8], u64),
+    ) -> Result<(), Error> {
+        if let Some(file) = self.files.get_mut(&number) {
+            file.unanswered.insert(to_offset);
         }
-        self.close(number)
+        let packet = session::copy_data((from, from_offset), length, (to, to_offset));
+        self.send(number, Op::Copy(to_offset, length), packet)
     }
 
     /// What is copied from is open.
@@ -100,7 +99,7 @@ impl StockWriter {
             _ => return self.send(number, Op::Clear, about(packet::CLOSE, &handle)),
         }
         self.send(number, Op::LookAtOrigin, about(packet::FSTAT, &handle))?;
-        self.copy_on(number)
+        self.flush(number)
     }
 
     /// What is copied from has to be what was listed.
@@ -124,9 +123,9 @@ impl StockWriter {
     /// A file cannot be made of what was there: it is sent whole.
     pub(super) fn no_copy(&mut self, number: u64, why: &str) {
         let Some(file) = self.files.get_mut(&number) else { return };
-        let Some(origin) = &mut file.origin else { return };
+        let Some(origin) = &file.origin else { return };
         let message = format!("'{}', which it was to be made of, {why}", origin.lying.path);
-        self.copying -= origin.give_up();
         file.failure.get_or_insert(WriteFailure { message, retry: true });
+        self.forget_queued(number);
     }
 }

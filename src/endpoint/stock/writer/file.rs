@@ -52,30 +52,25 @@ pub(super) enum Route {
     Stream,
 }
 
-/// A part of a file that is to be copied.
-pub(super) struct Copying {
-    pub(super) to: u64,
-    pub(super) length: u64,
-    pub(super) from: u64,
+/// A part of a file that waits: for a handle, or for what comes before it.
+pub(super) enum Part {
+    /// Bytes, and where they go.
+    Data { to: u64, block: Block },
+    /// What is to be copied.
+    Copy { to: u64, length: u64, from: u64 },
+}
+
+impl Part {
+    fn to(&self) -> u64 {
+        let (Part::Data { to, .. } | Part::Copy { to, .. }) = self;
+        *to
+    }
 }
 
 /// What parts of a file are copied from.
 pub(super) struct Origin {
     pub(super) lying: Arc<Lying>,
     pub(super) handle: Option<Bytes>,
-    /// What waits for the handles.
-    pub(super) waiting: VecDeque<Copying>,
-}
-
-impl Origin {
-    pub(super) fn of(lying: Arc<Lying>) -> Origin {
-        Origin { lying, handle: None, waiting: VecDeque::new() }
-    }
-
-    /// Forgets what waits, and says how much that is.
-    pub(super) fn give_up(&mut self) -> u64 {
-        self.waiting.drain(..).map(|copy| copy.length).sum()
-    }
 }
 
 /// One file that is being staged.
@@ -86,13 +81,15 @@ pub(super) struct File {
     /// Where the next bytes go.
     pub(super) at: u64,
     pub(super) handle: Option<Bytes>,
-    /// Blocks that came before the handle.
-    pub(super) queued: VecDeque<(u64, Block)>,
+    /// What waits, in the order of the file.
+    pub(super) queued: VecDeque<Part>,
     pub(super) in_flight: usize,
     /// Where what was given up to now ends.
     pub(super) sent: u64,
     /// Where the WRITEs and copies begin that are not answered.
     pub(super) unanswered: BTreeSet<u64>,
+    /// Bytes in large blocks since the last that was copied or small.
+    pub(super) fresh: u64,
     /// Where what the command was given begins and ends, and is not said to be written.
     pub(super) lent: VecDeque<(u64, u64)>,
     pub(super) stage: Stage,
@@ -135,6 +132,7 @@ impl File {
             in_flight: 0,
             sent: resume_at,
             unanswered: BTreeSet::new(),
+            fresh: 0,
             lent: VecDeque::new(),
             stage: Stage::Writing,
             route,
@@ -167,16 +165,34 @@ impl File {
         true
     }
 
+    /// How much waits to be written.
     pub(super) fn queued_bytes(&self) -> usize {
-        self.queued.iter().map(|(_, block)| block.data().len()).sum()
+        let data = |part: &Part| if let Part::Data { block, .. } = part { block.data().len() } else { 0 };
+        self.queued.iter().map(data).sum()
+    }
+
+    /// How much waits to be copied.
+    pub(super) fn queued_copies(&self) -> u64 {
+        let copied = |part: &Part| if let Part::Copy { length, .. } = part { *length } else { 0 };
+        self.queued.iter().map(copied).sum()
+    }
+
+    /// The next part that waited and need not any more, with the handles that it takes. Nothing goes before what comes before it: what is
+    /// there of a file that is cut off ends where the next run goes on.
+    pub(super) fn next_part(&mut self) -> Option<(Part, Bytes, Option<Bytes>)> {
+        let handle = self.handle.clone().filter(|_| self.lent.is_empty())?;
+        let origin = self.origin.as_ref().and_then(|origin| origin.handle.clone());
+        if origin.is_none() && matches!(self.queued.front(), Some(Part::Copy { .. })) {
+            return None;
+        }
+        Some((self.queued.pop_front()?, handle, origin))
     }
 
     /// Everything before this offset is there.
     pub(super) fn reached(&self) -> u64 {
-        let waiting = self.origin.as_ref().and_then(|origin| origin.waiting.front()).map(|copy| copy.to);
-        let queued = self.queued.front().map(|(at, _)| *at);
+        let queued = self.queued.front().map(Part::to);
         let lent = self.lent.front().map(|(at, _)| *at);
-        let first = [self.unanswered.first().copied(), lent, queued, waiting];
+        let first = [self.unanswered.first().copied(), lent, queued];
         first.into_iter().flatten().min().unwrap_or(self.sent)
     }
 
@@ -192,10 +208,5 @@ impl File {
         self.in_flight -= usize::from(std::mem::take(&mut self.ending));
         self.is_with_command = false;
         self.lent.clear();
-    }
-
-    /// Whether nothing of it waits to be sent.
-    pub(super) fn is_sent(&self) -> bool {
-        self.queued.is_empty() && self.origin.as_ref().is_none_or(|origin| origin.waiting.is_empty())
     }
 }

@@ -28,7 +28,7 @@ mod file;
 mod proof;
 
 pub(super) use copies::COPIED_BYTES;
-use file::{File, Op, Origin, Route, Stage};
+use file::{File, Op, Part, Route, Stage};
 
 /// Files of one writer that are open or waiting to be, at most.
 const OPEN_FILES: usize = 256;
@@ -290,34 +290,60 @@ impl StockWriter {
         }
         let resumed = file.resumed;
         file.failure = Some(WriteFailure { retry: resumed, ..refused("make the staged file", refusal) });
-        self.queued -= file.queued_bytes();
-        file.queued.clear();
-        self.copying -= file.origin.as_mut().map_or(0, Origin::give_up);
         file.never_opens = true;
         file.closing |= file.digest.is_some();
+        self.forget_queued(number);
         if resumed { Ok(()) } else { self.check_room() }
     }
 
-    /// Sends what waited for the handle.
+    /// Sends what waited and need not any more.
     fn flush(&mut self, number: u64) -> Result<(), Error> {
-        while let Some(file) = self.files.get_mut(&number)
-            && let Some((offset, block)) = file.queued.pop_front()
-        {
-            self.queued -= block.data().len();
-            self.send_block(number, offset, &block)?;
+        while let Some((part, handle, origin)) = self.files.get_mut(&number).and_then(File::next_part) {
+            match part {
+                Part::Data { to, block } => {
+                    self.queued -= block.data().len();
+                    self.send_block(number, &handle, to, &block)?;
+                }
+                Part::Copy { to, length, from } => {
+                    let origin = origin.unwrap_or_default();
+                    self.send_copy(number, (&origin, from), length, (&handle, to))?;
+                }
+            }
         }
-        self.copy_on(number)
+        self.close(number)
     }
 
-    fn send_block(&mut self, number: u64, offset: u64, block: &Block) -> Result<(), Error> {
-        let Some(handle) = self.files.get(&number).and_then(|file| file.handle.clone()) else { return Ok(()) };
+    /// Forgets what waits of a file.
+    fn forget_queued(&mut self, number: u64) {
+        let Some(file) = self.files.get_mut(&number) else { return };
+        self.copying -= file.queued_copies();
+        // What waits to be packed is not counted.
+        if file.route != Route::Pack {
+            self.queued -= file.queued_bytes();
+        }
+        file.queued.clear();
+    }
+
+    /// Waits until anything that was asked for is done; false where nothing is.
+    fn wait(&mut self) -> Result<bool, Error> {
+        if !self.sent.is_empty() {
+            self.pump(true)?;
+        } else if self.bulk.as_ref().is_some_and(Bulk::is_busy) {
+            self.pump_bulk(true)?;
+        } else {
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    fn send_block(&mut self, number: u64, handle: &[u8], offset: u64, block: &Block) -> Result<(), Error> {
         let mut at = offset;
         for chunk in block.data().chunks(self.session.write_max() as usize) {
             if let Some(file) = self.files.get_mut(&number) {
                 file.unanswered.insert(at);
                 file.sent = file.sent.max(at + chunk.len() as u64);
             }
-            self.send(number, Op::Data(at), session::write(&handle, at, chunk))?;
+            self.send(number, Op::Data(at), session::write(handle, at, chunk))?;
             at += chunk.len() as u64;
         }
         Ok(())
@@ -325,7 +351,7 @@ impl StockWriter {
 
     /// Ends a file whose end was said, whose handle is there, and of which all is sent.
     fn close(&mut self, number: u64) -> Result<(), Error> {
-        let Some(file) = self.files.get_mut(&number).filter(|file| file.is_sent()) else { return Ok(()) };
+        let Some(file) = self.files.get_mut(&number).filter(|file| file.queued.is_empty()) else { return Ok(()) };
         let (Some(handle), Some(_), false) = (file.handle.clone(), file.digest, file.closing) else { return Ok(()) };
         file.closing = true;
         let origin = file.origin.as_mut().and_then(|origin| origin.handle.take());
@@ -348,20 +374,16 @@ impl StockWriter {
         if self.files.get(&number).is_some_and(|file| file.route != Route::Sftp) {
             self.end_by_command(number)?;
         }
+        self.forget_queued(number);
         let Some(file) = self.files.remove(&number) else { return Ok(()) };
         let path = file.path.clone();
         self.let_go(number, file)?;
         self.send(number, Op::Clear, about(packet::REMOVE, &path))
     }
 
-    /// Gives back what a file holds that is no more of this writer's.
-    fn let_go(&mut self, number: u64, mut file: File) -> Result<(), Error> {
+    /// Gives back what a file holds at the server that is no more of this writer's.
+    fn let_go(&mut self, number: u64, file: File) -> Result<(), Error> {
         self.open_files -= usize::from(file.counted);
-        // What waits to be packed is not counted.
-        if file.route != Route::Pack {
-            self.queued -= file.queued_bytes();
-        }
-        self.copying -= file.origin.as_mut().map_or(0, Origin::give_up);
         let origin = file.origin.and_then(|origin| origin.handle);
         for handle in file.handle.filter(|_| !file.closing).into_iter().chain(origin) {
             self.send(number, Op::Clear, about(packet::CLOSE, &handle))?;
@@ -448,21 +470,17 @@ impl Writer for StockWriter {
             summing.update(block.data());
         }
         if file.route == Route::Pack {
-            file.queued.push_back((offset, block));
+            file.queued.push_back(Part::Data { to: offset, block });
             return Ok(());
         }
         if self.goes_by_command(number, length)? {
             return self.lend(number, offset, block);
         }
         let Some(file) = self.files.get_mut(&number) else { return Ok(()) };
-        if file.handle.is_some() && file.queued.is_empty() {
-            return self.send_block(number, offset, &block);
-        }
-        file.queued.push_back((offset, block));
+        file.queued.push_back(Part::Data { to: offset, block });
         self.queued += length as usize;
-        while self.queued > QUEUED && !self.sent.is_empty() {
-            self.pump(true)?;
-        }
+        self.send_on(number)?;
+        while self.queued > QUEUED && self.wait()? {}
         Ok(())
     }
 

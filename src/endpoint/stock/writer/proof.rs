@@ -65,6 +65,7 @@ impl StockWriter {
     /// Everything is done for a file: says what became of it.
     pub(super) fn conclude(&mut self, number: u64) -> Result<(), Error> {
         self.lose(number);
+        self.forget_queued(number);
         let Some(mut file) = self.files.remove(&number) else { return Ok(()) };
         if self.current.get(&file.index) == Some(&number) {
             self.current.remove(&file.index);
