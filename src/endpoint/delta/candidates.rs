@@ -1,7 +1,7 @@
 //! Which files of a target another may be made of: the one that it is to replace, one with the same content, one that was written at the
 //! same time, or one that is called alike (the same shard of the checkpoint before).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::PIECES_MAX;
 use crate::manifest::{Digest, Entry, Tree};
@@ -77,8 +77,14 @@ pub fn candidates<'a>(
     if needed.is_empty() {
         return BTreeMap::new();
     }
+    // Of millions of files few are like one that is wanted, mostly.
+    let names: HashSet<&[u8]> = needed.iter().map(|(_, (entry, ..))| entry.path.name()).collect();
+    let sizes: HashSet<u64> = needed.iter().map(|(_, (_, size, _))| *size).collect();
+    let is_like_one = |entry: &&Entry| {
+        entry.file().is_some_and(|(size, _)| sizes.contains(&size)) || names.contains(entry.path.name())
+    };
     // What was looked at is known best.
-    let large = Large::of(target.entries().iter().chain(listed.entries()), least);
+    let large = Large::of(target.entries().iter().chain(listed.entries()).filter(is_like_one), least);
     let pieces = |entry: &Entry, size: u64, digest: Option<Digest>| -> Vec<&'a Entry> {
         if let Some(same) = digest.and_then(|digest| large.by_digest.get(&digest)) {
             return vec![same];
