@@ -247,6 +247,31 @@ fn a_server_that_copies_other_bytes_is_found_out() {
 }
 
 #[test]
+fn a_run_that_is_to_stop_does_not_have_the_rest_copied() {
+    let pair = Pair::new();
+    for number in 0..40 {
+        pair.write(&format!("a/{number}"), noise(number, 20_000));
+    }
+    std::thread::sleep(Duration::from_millis(30));
+    pushed(&pair, false);
+    fs::rename(pair.at("source/a"), pair.at("source/b")).unwrap();
+    let (stop, sent) = (Arc::<AtomicBool>::default(), Arc::<Sent>::default());
+    let stops = Arc::clone(&stop);
+    let out: Hook = Arc::new(move |packet| {
+        if packet.first() == Some(&OPEN) && position(packet, b"target/a/").is_some() {
+            stops.store(true, Ordering::Relaxed);
+        }
+        true
+    });
+    let source = LocalSource::new(&pair.at("source"), Some(&pair.at("state"))).unwrap();
+    let target = by_command(pair.lanes(sent.counting(out), nothing(), false, 1).unwrap());
+    let stopped = run(&source, &target, &options(), &Silent::default(), &stop).unwrap_err();
+    assert!(stopped.to_string().contains("stopped") && sent.copies() < 3, "{stopped}: {}", sent.copies());
+    assert!(pair.at("target/a").exists() && !pair.at("target/b").exists());
+    assert!(pushed(&pair, false).content() < 200_000);
+}
+
+#[test]
 fn a_copy_that_was_cut_off_is_gone_on_with() {
     let whole: usize = SIZES.iter().sum();
     for shell in [true, false] {

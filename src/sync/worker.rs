@@ -87,6 +87,10 @@ impl Worker<'_, '_> {
                     self.compared.insert(fetch.index);
                 }
                 if self.is_there(source, &mut fetch)? {
+                    // Nothing is read meanwhile that would ask for it.
+                    if self.shared.stopped() {
+                        return Ok(());
+                    }
                     continue;
                 }
                 self.pushed.insert(fetch.index, fetch);
