@@ -73,6 +73,8 @@ mod spread;
 mod ssh;
 mod sshd_faults;
 mod stock;
+mod stock_changes;
+mod stock_copies;
 mod stock_faults;
 mod stock_order;
 mod stock_pipes;

@@ -69,6 +69,50 @@ impl Sshd {
     }
 }
 
+/// What a push says of itself in the end.
+fn summary(output: &Output) -> serde_json::Value {
+    let text = text(output);
+    assert!(output.status.success(), "{text}");
+    let summary = text.lines().find(|line| line.contains("\"summary\"")).expect("there is a summary");
+    serde_json::from_str(summary).unwrap()
+}
+
+#[test]
+fn s25_what_the_server_has_is_copied_there_and_only_what_changed_goes_over() {
+    for configuration in [SHELL, NO_SHELL] {
+        let sshd = Sshd::start(configuration);
+        let mut data = kit::noise(1, 24 << 20);
+        let path = sshd.path("source/step-1/model.bin");
+        sshd.write("step-1/model.bin", &data);
+        fs::File::options().write(true).open(&path).unwrap().set_modified(old()).unwrap();
+        // A file that was written this moment is not believed to be what was read.
+        std::thread::sleep(Duration::from_millis(50));
+        sshd.pushed(&[]);
+        sshd.same();
+        for change in ["renamed", "changed", "grown"] {
+            match change {
+                "renamed" => fs::rename(sshd.path("source/step-1"), sshd.path("source/step-2")).unwrap(),
+                "changed" => data[9_000_000..9_100_000].fill(7),
+                _ => data.extend(kit::noise(2, 1 << 20)),
+            }
+            if change != "renamed" {
+                fs::write(sshd.path("source/step-2/model.bin"), &data).unwrap();
+            }
+            let summary = summary(&sshd.push(&["--json", "--delete"]));
+            sshd.same();
+            // Without a shell it is read back, which is its proof.
+            let most = if configuration == SHELL { 2_u64 } else { 29 } << 20;
+            let wire = summary["wire_bytes"].as_u64().unwrap();
+            assert!(wire < most, "{configuration}, {change}: {wire} bytes went over the wire");
+        }
+    }
+}
+
+/// A time that is older than any manifest.
+fn old() -> std::time::SystemTime {
+    std::time::SystemTime::now() - Duration::from_secs(3600)
+}
+
 /// A tree with something of everything.
 fn sample(at: &Path) {
     fs::create_dir_all(at.join("checkpoint-1/shards")).unwrap();

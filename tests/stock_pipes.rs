@@ -179,7 +179,8 @@ impl Pair {
 
     pub(super) fn push_over(&self, lanes: Lanes) -> Result<SyncReport, Error> {
         let source = LocalSource::new(&self.at("source"), Some(&self.at("state"))).unwrap();
-        run(&source, &by_command(lanes), &options(), &Silent::default(), &AtomicBool::new(false))
+        let target = by_command(lanes).keeping_sums_in(Some(&self.at("state")));
+        run(&source, &target, &options(), &Silent::default(), &AtomicBool::new(false))
     }
 
     pub(super) fn push(&self, out: Hook, back: Hook, shell: bool) -> Result<SyncReport, Error> {

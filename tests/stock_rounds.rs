@@ -134,6 +134,22 @@ fn waits_do_not_grow_with_the_files() {
         std::os::unix::fs::symlink("0", pair.at("source/link")).unwrap();
         pair
     };
+    // What has another name now is copied by the server, many files at once.
+    let renamed = || {
+        let pair = Pair::new();
+        for number in 0..300 {
+            write_old(&pair, &format!("{}/{number}", number % 12), &format!("content {number:4} ").repeat(2000));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        pair.push(nothing(), nothing(), false).unwrap();
+        for number in 0..12 {
+            fs::rename(pair.at("source").join(number.to_string()), pair.at("source").join(format!("new-{number}")))
+                .unwrap();
+        }
+        pair
+    };
+    let pair = at_most(70, false, "many renamed", renamed);
+    assert!(!pair.at("target/0").exists());
     at_most(60, false, "a first push of many", many);
     at_most(12, false, "nothing to do for many", || pushed(many));
 }

@@ -47,6 +47,7 @@ struct Dialler {
     reach: remote::Reach,
     ssh: login::Ssh,
     kept: Connections,
+    state: PathBuf,
 }
 
 impl Connect for Dialler {
@@ -77,7 +78,8 @@ impl Connect for Dialler {
 impl Dialler {
     fn dial(&self, count: Option<u8>) -> remote::Dial<'_> {
         let compress = CompressOptions::default();
-        remote::Dial { ssh: &self.ssh, reach: &self.reach, count, compress, kept: Some(&self.kept) }
+        let state = Some(self.state.clone());
+        remote::Dial { ssh: &self.ssh, reach: &self.reach, count, compress, kept: Some(&self.kept), state }
     }
 
     fn failed(failure: Failure) -> Trouble {
@@ -98,7 +100,8 @@ impl Daemon {
         place::configure(&config.audit)?;
         let state = places.state.clone();
         let asked = signals()?;
-        let dialler = Arc::new(Dialler { reach: self.reach, ssh: self.ssh, kept: Connections::default() });
+        let (reach, ssh, kept) = (self.reach, self.ssh, Connections::default());
+        let dialler = Arc::new(Dialler { reach, ssh, kept, state: state.clone() });
         let connect: Arc<dyn Connect> = Arc::clone(&dialler) as Arc<dyn Connect>;
         let running = Running::start(config, places, connect).map_err(|error| failure(&error))?;
         if let Err(error) = tell(&state, &file, Ok("started"))

@@ -1,5 +1,6 @@
 //! How a directory of another machine is reached.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -156,6 +157,8 @@ pub(super) struct Dial<'a> {
     pub(super) compress: CompressOptions,
     /// Where connections stay between runs.
     pub(super) kept: Option<&'a Connections>,
+    /// Where is kept what is known of a target that cannot tell it.
+    pub(super) state: Option<PathBuf>,
 }
 
 impl Dial<'_> {
@@ -341,7 +344,7 @@ pub(super) fn target(
 ) -> Result<Box<dyn Target>, Failure> {
     Ok(match reach(destination, dial, dial.reach.verify(), monitor)? {
         Reached::Agent(lanes) => Box::new(AgentTarget::new(lanes)),
-        Reached::Stock(lanes) => Box::new(StockTarget::new(lanes)),
+        Reached::Stock(lanes) => Box::new(StockTarget::new(lanes).keeping_sums_in(dial.state.as_deref())),
     })
 }
 

@@ -250,7 +250,8 @@ impl How {
     /// How another machine is spoken to.
     pub(super) fn dial(&self) -> remote::Dial<'_> {
         let compress = CompressOptions { level: self.compress_level, enabled: !self.no_compress };
-        remote::Dial { ssh: &self.ssh, reach: &self.reach, count: self.transfers.0, compress, kept: None }
+        let state = state_directory();
+        remote::Dial { ssh: &self.ssh, reach: &self.reach, count: self.transfers.0, compress, kept: None, state }
     }
 
     /// What a run is to do. The source is not known yet: `begin.source` is empty.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 pub mod choose;
 pub mod chunks;
 pub mod planes;
+pub mod sums;
 #[cfg(test)]
 #[path = "../../tests/kit/weights.rs"]
 mod weights;

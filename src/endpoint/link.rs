@@ -65,6 +65,10 @@ pub trait Remote: Send + Sync {
     /// # Errors
     /// [`ConnectError`].
     fn exec(&self, command: &str, connection: usize) -> Result<Arc<dyn Link>, ConnectError>;
+    /// The connection with this number is of no more use: it ends when its streams have.
+    fn leave(&self, connection: usize) {
+        let _ = connection;
+    }
     /// `user@host:port`, for messages.
     fn describe(&self) -> String;
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::audit::Login;
-use crate::endpoint::delta::{Alike, Beginning, Wanted, Within};
+use crate::endpoint::delta::{Alike, Beginning, Former, Wanted, Within};
 use crate::error::Exit;
 use crate::filter::FilterSpec;
 use crate::manifest::{Digest, Tree};
@@ -420,6 +420,16 @@ pub trait Target: Sync {
     /// Whether it is reached over a network.
     fn is_far(&self) -> bool {
         false
+    }
+    /// What is known of what the file at `index` may be made of, where that is nothing that can be listed ([`Target::alike`]); `None` of a
+    /// target that lists.
+    fn former(&self, index: u32) -> Option<Former> {
+        let _ = index;
+        None
+    }
+    /// The most that it copies at once ([`Writer::copy`]), in bytes.
+    fn copies_at_once(&self) -> u64 {
+        u64::MAX
     }
     /// What it has that the file at `index` may be made of ([`Writer::copy`]), from a place on; `None` where there is nothing.
     ///

@@ -18,6 +18,7 @@ pub mod blocks;
 pub mod cache;
 pub mod names;
 pub mod prefixes;
+pub mod sums;
 mod table;
 
 use cache::DigestTable;

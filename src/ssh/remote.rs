@@ -314,6 +314,10 @@ impl Remote for SshRemote {
         self.start(&Way::LockstepExec(command.to_owned()), connection)
     }
 
+    fn leave(&self, connection: usize) {
+        lock(&self.connections).remove(&connection);
+    }
+
     fn describe(&self) -> String {
         self.options.describe()
     }

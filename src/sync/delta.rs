@@ -1,7 +1,7 @@
 //! What becomes of a file of which the target has parts, or perhaps all.
 
 use crate::endpoint::Block;
-use crate::endpoint::delta::{Matcher, Step, Within};
+use crate::endpoint::delta::{InPlace, Matcher, Step, Within};
 use crate::manifest::Digest;
 
 /// What the writer is given.
@@ -12,9 +12,40 @@ pub(super) enum Piece {
     Data { offset: u64, block: Block },
 }
 
+/// How what the target has is looked for.
+enum Search {
+    /// In what the target lists.
+    Listed(Box<Matcher>),
+    /// In its place, by what is known of what the target has.
+    InPlace(InPlace),
+}
+
+impl Search {
+    fn feed(&mut self, block: Block, steps: &mut Vec<Step>) {
+        match self {
+            Search::Listed(matcher) => matcher.feed(block, steps),
+            Search::InPlace(in_place) => in_place.feed(block, steps),
+        }
+    }
+
+    fn skip(&mut self, length: u64, steps: &mut Vec<Step>) {
+        match self {
+            Search::Listed(matcher) => matcher.skip(length, steps),
+            Search::InPlace(in_place) => in_place.skip(length, steps),
+        }
+    }
+
+    fn flush(&mut self, steps: &mut Vec<Step>) {
+        match self {
+            Search::Listed(matcher) => matcher.flush(steps),
+            Search::InPlace(in_place) => in_place.flush(steps),
+        }
+    }
+}
+
 /// One file.
 pub(super) struct Delta {
-    matcher: Matcher,
+    search: Search,
     /// What the target has under the file's name has this digest; nothing is given to the writer as long as the two may be the same.
     unless: Option<Digest>,
     /// What the writer gets if they are not.
@@ -23,20 +54,25 @@ pub(super) struct Delta {
 
 impl Delta {
     pub(super) fn new(matcher: Matcher, unless: Option<Digest>) -> Delta {
-        Delta { matcher, unless, held: Vec::new() }
+        Delta { search: Search::Listed(Box::new(matcher)), unless, held: Vec::new() }
+    }
+
+    /// Of a file of which the target can list nothing.
+    pub(super) fn in_place(in_place: InPlace, unless: Option<Digest>) -> Delta {
+        Delta { search: Search::InPlace(in_place), unless, held: Vec::new() }
     }
 
     /// The next bytes.
     pub(super) fn feed(&mut self, block: Block) -> Vec<Piece> {
         let mut steps = Vec::new();
-        self.matcher.feed(block, &mut steps);
+        self.search.feed(block, &mut steps);
         self.give(steps)
     }
 
     /// The next zeros.
     pub(super) fn skip(&mut self, offset: u64, length: u64) -> Vec<Piece> {
         let mut steps = Vec::new();
-        self.matcher.skip(length, &mut steps);
+        self.search.skip(length, &mut steps);
         let mut pieces = self.give(steps);
         let hole = Piece::Hole { offset, length };
         if self.unless.is_some() {
@@ -50,7 +86,7 @@ impl Delta {
     /// The rest, when the whole file has this digest. `None` where the target has the file already.
     pub(super) fn end(mut self, digest: Digest) -> Option<Vec<Piece>> {
         let mut steps = Vec::new();
-        self.matcher.flush(&mut steps);
+        self.search.flush(&mut steps);
         let mut pieces = self.give(steps);
         if self.unless == Some(digest) {
             return None;

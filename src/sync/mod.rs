@@ -134,6 +134,11 @@ impl Shared<'_> {
         self.tree.entries().get(index as usize).is_some_and(|entry| self.growing.mean(&entry.path, false))
     }
 
+    /// Whether the file at `index` may be made of what the target has.
+    fn is_alike(&self, index: u32) -> bool {
+        self.alike.binary_search(&index).is_ok()
+    }
+
     fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed) || self.broken.load(Ordering::Relaxed)
     }

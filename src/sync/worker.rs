@@ -8,7 +8,7 @@ use crossbeam_channel::unbounded;
 
 use super::delta::{Delta, Piece};
 use super::{REMEMBERED, Shared, lock};
-use crate::endpoint::delta::{self, Beginning, Matcher, Within};
+use crate::endpoint::delta::{self, Beginning, Former, InPlace, Matcher, Within};
 use crate::endpoint::{Error, Fetch, Produced, Reader, Source, Staged, Target, Writer};
 use crate::manifest::{Digest, Entry, Tree};
 use crate::monitor::{Counters, Event, Problem, Severity};
@@ -19,6 +19,7 @@ const COPYING_MAX: u64 = 64 << 20;
 /// Files that are read or written by this worker, and what is to become of them.
 struct Worker<'a, 'b> {
     shared: &'a Shared<'b>,
+    target: &'a dyn Target,
     reader: Box<dyn Reader + 'a>,
     writer: Box<dyn Writer + 'a>,
     /// Pushed to the reader and not done yet.
@@ -56,6 +57,7 @@ pub(super) fn work(
         };
         let worker = Worker {
             shared,
+            target,
             reader: source.reader(Arc::clone(tree))?,
             writer: target.writer()?,
             pushed: HashMap::new(),
@@ -85,6 +87,10 @@ impl Worker<'_, '_> {
                     self.compared.insert(fetch.index);
                 }
                 if self.is_there(source, &mut fetch)? {
+                    // Nothing is read meanwhile that would ask for it.
+                    if self.shared.stopped() {
+                        return Ok(());
+                    }
                     continue;
                 }
                 self.pushed.insert(fetch.index, fetch);
@@ -206,27 +212,27 @@ impl Worker<'_, '_> {
     fn is_there(&mut self, source: &dyn Source, fetch: &mut Fetch) -> Result<bool, Error> {
         let index = fetch.index;
         // What was made of something else, and was not the file, is sent whole.
-        if self.attempts.contains_key(&index) || self.shared.alike.binary_search(&index).is_err() {
+        if self.attempts.contains_key(&index) || !self.shared.is_alike(index) {
             return Ok(false);
         }
+        let digest =
+            self.shared.tree.entries().get(index as usize).and_then(Entry::file).and_then(|(_, digest)| digest);
+        if let Some(former) = self.target.former(index) {
+            return self.is_made_of(source, fetch, former, digest);
+        }
         let mut matcher = (self.list)(index, fetch.from);
-        let file = self.shared.tree.entries().get(index as usize).and_then(Entry::file);
-        if let Some((size, Some(digest))) = file
+        if let Some(digest) = digest
             && matcher.begins_with_all()
         {
-            Counters::add(&self.shared.monitor.counters().done_bytes, size);
-            self.writer.open(index, 0)?;
-            self.writer.copy(index, 0, size, Within::default())?;
-            self.finished.insert(index, digest);
-            self.writer.finish(index, digest)?;
+            let copied = self.copy_whole(index, 0, digest)?;
             // Other workers, over connections of their own, are to have some of them too.
-            self.copying += size;
+            self.copying += self.size_of(index);
             if self.copying >= COPYING_MAX {
                 self.copying = 0;
                 let staged = self.writer.completions(true)?;
                 self.complete(staged);
             }
-            return Ok(true);
+            return Ok(copied);
         }
         if fetch.from == 0
             && self.shared.grows(index)
@@ -242,6 +248,56 @@ impl Worker<'_, '_> {
         Ok(false)
     }
 
+    /// The same, where the target cannot look into what it has.
+    fn is_made_of(
+        &mut self,
+        source: &dyn Source,
+        fetch: &mut Fetch,
+        former: Former,
+        digest: Option<Digest>,
+    ) -> Result<bool, Error> {
+        if let Some(digest) = digest.filter(|_| former.same) {
+            return self.copy_whole(fetch.index, fetch.from, digest);
+        }
+        if fetch.from == 0
+            && self.shared.grows(fetch.index)
+            && let Some(there) = former.there
+            && source.begins_with(self.shared.tree, fetch.index, there)
+        {
+            return self.go_on_after(there, fetch);
+        }
+        if !former.pieces.is_empty() {
+            let in_place = InPlace::new(fetch.from, former.pieces);
+            self.deltas.insert(fetch.index, Delta::in_place(in_place, fetch.unless.take()));
+        }
+        Ok(false)
+    }
+
+    /// Has the target copy a file from `from` on, of which it has all.
+    fn copy_whole(&mut self, index: u32, from: u64, digest: Digest) -> Result<bool, Error> {
+        let size = self.size_of(index);
+        Counters::add(&self.shared.monitor.counters().done_bytes, size - from);
+        self.writer.open(index, from)?;
+        if self.copy(index, from, size)? {
+            self.finished.insert(index, digest);
+            self.writer.finish(index, digest)?;
+        }
+        Ok(true)
+    }
+
+    /// Has it copy what it has in its place; false where the run is to stop, which leaves the rest.
+    fn copy(&mut self, index: u32, mut from: u64, to: u64) -> Result<bool, Error> {
+        while from < to {
+            if self.shared.stopped() {
+                return Ok(false);
+            }
+            let length = (to - from).min(self.target.copies_at_once());
+            self.writer.copy(index, from, length, Within { piece: 0, offset: from })?;
+            from += length;
+        }
+        Ok(true)
+    }
+
     /// A file that only grows: the target has what it begins with, and the rest of it is read. Whether that is nothing.
     fn go_on_after(&mut self, there: Beginning, fetch: &mut Fetch) -> Result<bool, Error> {
         let index = fetch.index;
@@ -251,7 +307,9 @@ impl Worker<'_, '_> {
         }
         (fetch.after, fetch.unless) = (Some(there), None);
         self.open_once(index)?;
-        self.writer.copy(index, 0, there.length, Within::default())?;
+        if !self.copy(index, 0, there.length)? {
+            return Ok(true);
+        }
         Counters::add(&self.shared.monitor.counters().done_bytes, there.length);
         Ok(false)
     }
@@ -305,8 +363,10 @@ impl Worker<'_, '_> {
     }
 
     fn fail(&mut self, index: u32, message: String, retry: bool) {
+        // One that was made of what the target had is sent at least once.
+        let most = self.shared.retries.max(self.shared.is_alike(index).into());
         let attempts = self.attempts.entry(index).or_default();
-        if retry && *attempts < self.shared.retries {
+        if retry && *attempts < most {
             *attempts += 1;
             self.again.push_back(index);
             return;

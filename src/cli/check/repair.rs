@@ -192,7 +192,7 @@ fn fetch(
         Place::Here(copy) => Box::new(LocalSource::new(copy, state_directory().as_deref())?),
         Place::There(there) => {
             let compress = CompressOptions { level: None, enabled: true };
-            let dial = Dial { ssh: &access.ssh, reach: &access.reach, count: None, compress, kept: None };
+            let dial = Dial { ssh: &access.ssh, reach: &access.reach, count: None, compress, kept: None, state: None };
             remote::source(there, &dial, display)?
         }
     };

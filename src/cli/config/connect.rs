@@ -159,7 +159,8 @@ fn far(
 ) -> Result<(), Failure> {
     let used = ask(there, ssh, reach, probe)?;
     if options.is_some() {
-        let dial = Dial { ssh, reach, count: Some(1), compress: CompressOptions::default(), kept: None };
+        let compress = CompressOptions::default();
+        let dial = Dial { ssh, reach, count: Some(1), compress, kept: None, state: None };
         let target = remote::target(there, &dial, &Silent::default())?;
         return begin(&*target, options, used);
     }

@@ -51,6 +51,8 @@ pub struct Lanes {
     /// Workers have one of so many; the others are for large files that are spread.
     workers: usize,
     open: Opener,
+    /// Who is told of connections that are of no more use.
+    left: Option<Arc<dyn Remote>>,
     /// What lets further connections work on the same run.
     token: OnceLock<Vec<u8>>,
     turn: AtomicUsize,
@@ -80,12 +82,13 @@ impl Lanes {
     ) -> Result<Lanes, Error> {
         let host = remote.describe();
         let first = Client::connect(first, &host, ClientOptions::default())?;
-        let way = way.clone();
+        let (way, left) = (way.clone(), Arc::clone(&remote));
         let open = move |number| {
             let link = remote.open(&way, number).ok()?;
             Client::connect(link, &remote.describe(), ClientOptions::default()).ok()
         };
-        Lanes::over(first, count, Box::new(open), root, compress)
+        let lanes = Lanes::over(first, count, Box::new(open), root, compress)?;
+        Ok(Lanes { left: Some(left), ..lanes })
     }
 
     /// Over a connection that is there already, and `open` for up to `count` in all.
@@ -113,7 +116,7 @@ impl Lanes {
             first.submit(extension::request("hello"), 0, 0, &sender)?;
         }
         let (first, root, planes) = (Arc::new(first), root.to_vec(), OnceLock::new());
-        Ok(Lanes { first, further, users, workers, open, token, turn, past, root, compress, hello, planes })
+        Ok(Lanes { first, further, users, workers, open, left: None, token, turn, past, root, compress, hello, planes })
     }
 
     /// Over up to `most` connections where one file is sent alone and more bring more.
@@ -186,13 +189,16 @@ impl Lanes {
     fn leave(&self, number: usize, client: Option<Arc<Client>>) {
         self.users[number].fetch_sub(1, Ordering::Relaxed);
         drop(client);
-        let Some(slot) = number.checked_sub(1).and_then(|at| self.further.get(at)) else { return };
+        // Those that workers have stay for the next.
+        let slot = number.checked_sub(1).and_then(|at| self.further.get(at));
+        let Some(slot) = slot.filter(|_| number >= self.workers) else { return };
         if let Ok(mut slot) = slot.try_lock()
             && slot.as_ref().is_some_and(|had| had.as_ref().is_some_and(|client| Arc::strong_count(client) == 1))
         {
             let (sent, received) = slot.take().flatten().map_or((0, 0), |client| client.wire_bytes());
             self.past.0.fetch_add(sent, Ordering::Relaxed);
             self.past.1.fetch_add(received, Ordering::Relaxed);
+            self.left.iter().for_each(|remote| remote.leave(number));
         }
     }
 

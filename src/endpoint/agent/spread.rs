@@ -22,9 +22,11 @@ const IDLE_PROCESSORS: usize = 3;
 /// What is under way over one connection is what it carries in so long, or four times the way there and back, and so much at least.
 const WAITS_SECONDS: f64 = 0.05;
 const WAITS_BYTES: usize = 4 * BLOCK_BYTES + 4096;
+/// So many are taken at once where the network is far.
+const FAR_WIDTH: usize = 4;
 /// How long and by how many bytes a number of connections is judged, after the time that new ones need to come up to speed: this, or
-/// so many times the way there and back.
-const PERIOD: Duration = Duration::from_millis(750);
+/// so many times the way there and back. A connection that loses packets is faster for some seconds than it can go on.
+const PERIOD: Duration = Duration::from_secs(3);
 const PERIOD_BYTES: u64 = 1 << 20;
 const BEGINNING: Duration = Duration::from_millis(250);
 const BEGINNING_WAYS: u32 = 10;
@@ -152,17 +154,21 @@ impl Spread {
     }
 
     fn is_worth_trying(&self) -> bool {
-        let far = self.own.round_trip().is_some_and(|nearest| nearest >= FAR);
-        far || idle_processors().is_some_and(|idle| idle >= IDLE_PROCESSORS as f64)
+        self.is_far() || idle_processors().is_some_and(|idle| idle >= IDLE_PROCESSORS as f64)
     }
 
-    /// Begins to log in over as many connections as there are, of those that nobody else uses.
+    fn is_far(&self) -> bool {
+        self.own.round_trip().is_some_and(|nearest| nearest >= FAR)
+    }
+
+    /// Begins to log in over as many connections as there are, or a few more at first, of those that nobody else uses.
     fn widen(&mut self) {
+        let more = if self.width() == 1 && self.is_far() { FAR_WIDTH - 1 } else { self.width() };
         let leaves = |number: &usize| self.leaving.iter().any(|(at, _)| at == number);
         let idle = |number: &usize| self.lanes.users[*number].load(Ordering::Relaxed) == 0;
         let free = (1..=self.lanes.further.len())
             .filter(|number| idle(number) && !leaves(number) && !self.lanes.is_lost(*number));
-        let numbers: Vec<usize> = free.take(self.width()).collect();
+        let numbers: Vec<usize> = free.take(more).collect();
         for number in numbers {
             let lanes = Arc::clone(&self.lanes);
             let open = move || lanes.get(number);
@@ -242,7 +248,8 @@ impl Climb {
         }
         let Some((since, from)) = self.since else {
             self.since = Some((now, delivered));
-            return None;
+            // There is nothing yet to compare with, nor to lose.
+            return (self.before == 0.0 && self.rests_until.is_none() && self.not_before.is_none()).then_some(true);
         };
         let (took, bytes) = (now.duration_since(since), delivered.saturating_sub(from));
         if took < PERIOD || bytes < PERIOD_BYTES {
@@ -269,39 +276,41 @@ mod tests {
 
     /// How many connections are in use after so many seconds, where so many carry `rate(n)` bytes a second.
     fn climbed(seconds: u32, rate: impl Fn(usize) -> f64) -> usize {
-        let (mut climb, mut over, mut delivered, mut now) = (Climb::default(), 1, 0, Instant::now());
+        let (mut climb, mut over, mut delivered, mut now) = (Climb::default(), vec![1], 0, Instant::now());
         let step = Duration::from_millis(50);
         for _ in 0..seconds * 20 {
             match climb.judge(delivered, now) {
                 Some(true) => {
-                    over *= 2;
+                    over.push(if over.len() == 1 { FAR_WIDTH } else { 2 * over[over.len() - 1] });
                     climb.begin(now + BEGINNING);
                 }
                 Some(false) => {
-                    over = (over / 2).max(1);
+                    over.pop();
                     climb.since = None;
                 }
                 None => {}
             }
             now += step;
-            delivered += (rate(over) * step.as_secs_f64()) as u64;
+            delivered += (rate(over[over.len() - 1]) * step.as_secs_f64()) as u64;
         }
-        over
+        over[over.len() - 1]
     }
 
     #[test]
     fn connections_are_added_as_long_as_they_bring_more() {
-        assert_eq!(climbed(3, |over| 4e6 * over as f64), 8);
+        assert_eq!(climbed(1, |over| 4e6 * over as f64), 4);
+        assert_eq!(climbed(4, |over| 4e6 * over as f64), 8);
+        assert_eq!(climbed(8, |over| 4e6 * over as f64), 16);
         // Too slow to say anything of it.
-        assert_eq!(climbed(1, |_| 1e6), 1);
+        assert_eq!(climbed(4, |_| 1e5), 4);
     }
 
     #[test]
     fn those_that_bring_nothing_are_given_up_and_tried_again_now_and_then() {
-        assert_eq!(climbed(1, |_| 1e8), 2);
-        assert_eq!(climbed(9, |_| 1e8), 1);
-        assert_eq!(climbed(9, |over| (6e7 * over as f64).min(1e8)), 2);
-        let tried = (10..80).filter(|&seconds| climbed(seconds, |_| 1e8) == 2).count();
-        assert!((1..8).contains(&tried), "{tried}");
+        assert_eq!(climbed(5, |_| 1e8), 8);
+        assert_eq!(climbed(9, |_| 1e8), 4);
+        assert_eq!(climbed(12, |over| (2e7 * over as f64).min(1e8)), 8);
+        let tried = (12..80).filter(|&seconds| climbed(seconds, |_| 1e8) == 8).count();
+        assert!((4..16).contains(&tried), "{tried}");
     }
 }

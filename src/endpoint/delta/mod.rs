@@ -4,12 +4,19 @@
 //! What always holds: the steps cover what was fed, in its order and without a gap. Nothing is believed of the list but where to
 //! look: the target hashes the whole file when all of it is there.
 
+use std::sync::Arc;
+
 use crate::endpoint::Block;
 
+mod candidates;
+mod in_place;
 mod lister;
 mod matcher;
 
 pub use crate::codec::chunks::{Alike, BLOCK_LENGTH, Beginning, Cut, PIECES_MAX, Wanted, Within};
+pub use crate::codec::sums::{Summing, Sums};
+pub use candidates::candidates;
+pub use in_place::InPlace;
 pub use lister::{Part, list};
 pub use matcher::Matcher;
 
@@ -17,6 +24,17 @@ pub use matcher::Matcher;
 pub const DELTA_BYTES_MIN: u64 = 1 << 20;
 /// So much is copied by one step.
 pub const COPY_MAX: u64 = 8 << 20;
+
+/// What a target that cannot look into its files knows of those that a file may be made of.
+#[derive(Debug, Default)]
+pub struct Former {
+    /// The first is, by its digest, the file as a whole.
+    pub same: bool,
+    /// The first is what lies under the name of a file that only grows.
+    pub there: Option<Beginning>,
+    /// The sums of each.
+    pub pieces: Vec<Arc<Sums>>,
+}
 
 /// How a part of a file comes to the target.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 //!
 //! What always holds: nothing is decided by it but where content is looked for. What is made of it is hashed as a whole.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt as _;
@@ -12,10 +12,10 @@ use super::sums;
 use super::target::{Run, State};
 use crate::codec::chunks::{self, Chunk};
 use crate::endpoint::BLOCK_BYTES;
-use crate::endpoint::delta::{Alike, BLOCK_LENGTH, Beginning, Cut, DELTA_BYTES_MIN, PIECES_MAX, Wanted, Within};
+use crate::endpoint::delta::{Alike, BLOCK_LENGTH, Beginning, Cut, DELTA_BYTES_MIN, Wanted, Within, candidates};
 use crate::manifest::{Digest, Entry, Timestamp, Tree};
 use crate::path::RelPath;
-use crate::plan::{Need, Plan};
+use crate::plan::Plan;
 use crate::root::{FileKind, Fingerprint, Follow, Metadata, Root, Seen};
 use crate::staging::Kept;
 
@@ -95,57 +95,6 @@ impl Candidate {
     }
 }
 
-/// The large files of a target, by what they can be found by; of several that are called alike the newest ones.
-#[derive(Default)]
-struct Large<'a> {
-    by_digest: HashMap<Digest, &'a Entry>,
-    by_name: HashMap<&'a [u8], Newest<'a>>,
-    by_size: HashMap<(u64, &'a [u8]), Newest<'a>>,
-}
-
-/// The newest files of some, the newest first.
-#[derive(Default, Clone)]
-struct Newest<'a>(Vec<&'a Entry>);
-
-/// So many of them are kept.
-const NEWEST: usize = 3;
-
-impl<'a> Newest<'a> {
-    fn add(&mut self, entry: &'a Entry) {
-        if self.0.iter().any(|known| known.path == entry.path) {
-            return;
-        }
-        let age = |entry: &Entry| (entry.mtime.seconds, entry.mtime.nanoseconds);
-        let place = self.0.partition_point(|known| age(known) > age(entry));
-        self.0.insert(place, entry);
-        self.0.truncate(NEWEST);
-    }
-}
-
-fn extension(path: &RelPath) -> &[u8] {
-    let name = path.name();
-    name.iter().rposition(|&byte| byte == b'.').map_or(b"", |dot| &name[dot..])
-}
-
-impl<'a> Large<'a> {
-    /// Of files with the same content one is taken that `goes`, where there is one: it need not be copied.
-    fn of(entries: impl Iterator<Item = &'a Entry>, goes: impl Fn(&RelPath) -> bool) -> Large<'a> {
-        let mut large = Large::default();
-        for entry in entries {
-            let Some((size, digest)) = entry.file().filter(|(size, _)| *size >= DELTA_BYTES_MIN) else { continue };
-            if let Some(digest) = digest {
-                let known = large.by_digest.entry(digest).or_insert(entry);
-                if goes(&entry.path) && !goes(&known.path) {
-                    *known = entry;
-                }
-            }
-            large.by_name.entry(entry.path.name()).or_default().add(entry);
-            large.by_size.entry((size, extension(&entry.path))).or_default().add(entry);
-        }
-        large
-    }
-}
-
 /// For the files whose content is needed what each may be made of. `target` is what was looked at, with what stat said of it, `listed` all
 /// that there was.
 pub(super) fn find(
@@ -154,43 +103,21 @@ pub(super) fn find(
     listed: &Tree,
     plan: &Plan,
 ) -> BTreeMap<u32, Vec<Candidate>> {
-    let wanted = |index: u32| {
-        let entry = &source.entries()[index as usize];
-        let (size, digest) = entry.file().filter(|(size, _)| *size >= DELTA_BYTES_MIN)?;
-        Some((entry, size, digest))
+    let candidate = |entry: &Entry| {
+        let candidate = Candidate::of(entry)?;
+        let looked_at = target.position(&entry.path).filter(|&at| target.entries()[at].file() == entry.file());
+        let content = |at: usize| Some(seen.get(at)?.fingerprint(candidate.size, target.entries()[at].mtime));
+        Some(Candidate { content: looked_at.and_then(content), ..candidate })
     };
-    let needed = plan.actions.iter().filter(|action| action.need != Need::Nothing);
-    let needed: Vec<_> = needed.filter_map(|action| Some((action.index, wanted(action.index)?))).collect();
-    if needed.is_empty() {
-        return BTreeMap::new();
-    }
-    // What was looked at is known best.
-    let large = Large::of(target.entries().iter().chain(listed.entries()), |path| plan.removes(path));
-    let pieces = |entry: &Entry, size: u64, digest: Option<Digest>| -> Vec<Candidate> {
-        let candidate = |entry: &Entry| {
-            let candidate = Candidate::of(entry)?;
-            let looked_at = target.position(&entry.path).filter(|&at| target.entries()[at].file() == entry.file());
-            let content = |at: usize| Some(seen.get(at)?.fingerprint(candidate.size, target.entries()[at].mtime));
-            Some(Candidate { content: looked_at.and_then(content), ..candidate })
-        };
-        if let Some(same) = digest.and_then(|digest| large.by_digest.get(&digest)) {
-            return candidate(same).into_iter().collect();
-        }
-        let mut pieces: Vec<Candidate> = Vec::new();
-        let before = target.get(&entry.path);
-        let called = large.by_name.get(entry.path.name()).into_iter().flat_map(|newest| &newest.0);
-        let sized = large.by_size.get(&(size, extension(&entry.path))).into_iter().flat_map(|newest| &newest.0);
-        for candidate in before.into_iter().chain(called.copied()).chain(sized.copied()).filter_map(candidate) {
-            if !pieces.iter().any(|piece| piece.path == candidate.path) {
-                pieces.push(candidate);
-            }
-        }
+    let found = candidates(source, target, listed, plan, DELTA_BYTES_MIN).into_iter().map(|(index, mut entries)| {
         // What it replaces is most often all that is needed.
-        pieces.truncate(if before.and_then(Candidate::of).is_some() { 1 } else { PIECES_MAX as usize });
-        pieces
-    };
-    let found = needed.into_iter().map(|(index, (entry, size, digest))| (index, pieces(entry, size, digest)));
-    found.filter(|(_, pieces)| !pieces.is_empty()).collect()
+        let replaced = source.entries().get(index as usize).map(|entry| &entry.path);
+        if entries.first().map(|entry| &entry.path) == replaced {
+            entries.truncate(1);
+        }
+        (index, entries.into_iter().filter_map(candidate).collect())
+    });
+    found.collect()
 }
 
 impl Run {

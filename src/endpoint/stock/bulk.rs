@@ -130,8 +130,20 @@ impl Bulk {
     /// # Errors
     /// When the command has ended, here and below.
     pub(super) fn begin(&mut self, number: u64, path: &[u8], from: u64) -> Result<(), String> {
+        self.write_to(number, path, from, if from == 0 { "new" } else { "more" })
+    }
+
+    /// Begins parts of a file that is there and that others write to as well.
+    ///
+    /// # Errors
+    /// As [`Bulk::begin`].
+    pub(super) fn join(&mut self, number: u64, path: &[u8], from: u64) -> Result<(), String> {
+        self.write_to(number, path, from, "more")
+    }
+
+    fn write_to(&mut self, number: u64, path: &[u8], from: u64, job: &str) -> Result<(), String> {
         self.flush()?;
-        self.send_name(if from == 0 { "new" } else { "more" }, path)?;
+        self.send_name(job, path)?;
         self.writing = Some(Writing { number, at: from, held: Vec::new(), held_bytes: 0 });
         Ok(())
     }
@@ -220,7 +232,11 @@ impl Bulk {
         self.send([format!("{job} {}\n", path.len()).as_bytes(), path].concat().into())
     }
 
-    fn send_held(&mut self) -> Result<(), String> {
+    /// Sends what it holds of the file that is being written.
+    ///
+    /// # Errors
+    /// As [`Bulk::begin`].
+    pub(super) fn send_held(&mut self) -> Result<(), String> {
         let Some(writing) = self.writing.as_mut().filter(|writing| writing.held_bytes > 0) else { return Ok(()) };
         let (at, length) = (writing.at, writing.held_bytes);
         writing.at += length as u64;

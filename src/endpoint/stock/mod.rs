@@ -18,6 +18,7 @@ use crate::path::RelPath;
 use crate::wire::sftp::{Attributes, packet};
 
 mod adopt;
+mod alike;
 mod audit;
 mod bulk;
 mod execute;
@@ -39,6 +40,7 @@ mod stage;
 mod target;
 mod trail;
 mod trash;
+mod vouch;
 mod writer;
 
 pub use source::StockSource;
@@ -191,6 +193,7 @@ impl Lanes {
             (offers.hard_link, "no hard links (no hardlink@openssh.com)"),
             (offers.names, "owners by number (no users-groups-by-id@openssh.com)"),
             (offers.lsetstat, "owners of symbolic links are left (no lsetstat@openssh.com)"),
+            (offers.copy_data, "what lies there already is sent again (no copy-data)"),
         ];
         for (_, without) in missing.iter().filter(|(offered, _)| !offered) {
             text.push_str(", ");

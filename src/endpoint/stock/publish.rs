@@ -10,6 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
+use super::alike;
 use super::audit::Log;
 use super::execute::{Problems, execute};
 use super::read::{read_opened, read_whole};
@@ -114,6 +115,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let aside = record.trash.as_deref().map(|name| Trash::new(run, name));
     std::thread::scope(|scope| {
         let admitted = scope.spawn(|| admit(run, &manifest.tree));
+        scope.spawn(|| alike::keep_sums(run, state, &manifest, monitor));
         audit::append(run, log, state, &published, &removed, &manifest, aside.as_ref())?;
         joined(admitted.join())
     })?;

@@ -35,6 +35,8 @@ pub(super) struct Offers {
     pub(super) lsetstat: bool,
     /// Names of users and groups by number.
     pub(super) names: bool,
+    /// What lies in one open file written into another, by the server itself.
+    pub(super) copy_data: bool,
     /// How much room a file system has.
     statvfs: bool,
 }
@@ -154,6 +156,14 @@ pub(super) fn write(handle: &[u8], offset: u64, data: &[u8]) -> Vec<u8> {
     request(packet::WRITE).string(handle).u64(offset).string(data).finish()
 }
 
+/// Bytes of one open file, copied into another at the server (draft-ietf-secsh-filexfer-extensions-00, 7): `from` and `to` are a
+/// handle and an offset in it.
+pub(super) fn copy_data(from: (&[u8], u64), length: u64, to: (&[u8], u64)) -> Vec<u8> {
+    let mut writer = request(packet::EXTENDED);
+    writer.string(b"copy-data").string(from.0).u64(from.1).u64(length).string(to.0).u64(to.1);
+    writer.finish()
+}
+
 /// A READ.
 pub(super) fn read(handle: &[u8], offset: u64, length: u32) -> Vec<u8> {
     request(packet::READ).string(handle).u64(offset).u32(length).finish()
@@ -183,6 +193,7 @@ impl Session {
             fsync: has("fsync@openssh.com"),
             lsetstat: has("lsetstat@openssh.com"),
             names: has("users-groups-by-id@openssh.com"),
+            copy_data: has("copy-data"),
             statvfs: client.has("statvfs@openssh.com", "2"),
         };
         let known = other.filter(|other| other.client.extensions() == client.extensions());

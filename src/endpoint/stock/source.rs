@@ -6,7 +6,7 @@ use super::list::list;
 use super::names::Names;
 use super::publish::read_manifest;
 use super::reader::StockReader;
-use super::target::vouched;
+use super::vouch::vouched;
 use super::{DIRECTORY, Lanes, kind_of, trail};
 use crate::endpoint::{BEING_PUBLISHED, Crew, Error, Links, Reader, Scan, ScanOptions, Source};
 use crate::filter::Filter;

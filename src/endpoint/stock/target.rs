@@ -5,9 +5,11 @@
 //! hidden name beside its own and gets its name in the last step. A run that has nothing to do makes nothing but its lock.
 
 use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::alike::{self, Alike};
 use super::bulk::{Bulk, Starting};
 use super::lock::Lock;
 use super::look::{Looked, answers, look, open_both, questions};
@@ -17,15 +19,18 @@ use super::prove::{Provers, SharedShell};
 use super::session::Session;
 use super::shell::{Shell, Spare, is_plain};
 use super::stage::Area;
-use super::writer::StockWriter;
+use super::vouch::{as_held, ask_for_recent, vouched};
+use super::writer::{COPIED_BYTES, StockWriter};
 use super::{Lanes, Verify, adopt, at, publish, stage, trail, trash, whole_seconds};
+use crate::codec::chunks::ChunkId;
+use crate::endpoint::delta::{Former, Sums};
 use crate::endpoint::local::POINTERS;
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Crew, Error, Target, Writer};
-use crate::filter::{Filter, FilterSpec};
-use crate::manifest::{Content, Digest, Entry, InvalidTree, Manifest, Timestamp, Tree};
+use crate::filter::{Filter, FilterSpec, Globs};
+use crate::manifest::{Digest, Entry, Manifest, Timestamp, Tree};
 use crate::monitor::{Event, Monitor, Problem, Severity};
 use crate::path::RelPath;
-use crate::plan::{Action, Change, Compare, Desired, Differences, Need, Plan, diff};
+use crate::plan::{Compare, Desired, Need, Plan, diff};
 use crate::policy::Policy;
 
 pub(super) const STATE: &str = ".lockstep";
@@ -45,6 +50,8 @@ pub struct StockTarget {
     /// How what arrives is proven in the run, or was in the last.
     proof: Mutex<&'static str>,
     much: Much,
+    /// Where what is known of the blocks of its files is kept.
+    sums: Option<PathBuf>,
 }
 
 /// What is sent faster by a command that takes content, its start included: so many files, or so many bytes.
@@ -80,6 +87,8 @@ pub(super) struct Run {
     policy: Policy,
     pub(super) ids: Ids,
     pub(super) last: Filter,
+    /// What only grows.
+    pub(super) growing: Globs,
     pub(super) names: Mutex<Names>,
     pub(super) shell: SharedShell,
     /// The account runs commands for us.
@@ -87,6 +96,7 @@ pub(super) struct Run {
     /// A command brings everything to stable storage at once.
     pub(super) syncs: bool,
     pub(super) much: Much,
+    pub(super) sums: Option<PathBuf>,
     pub(super) provers: Provers,
     pub(super) lock: Mutex<Option<Lock>>,
     /// Whose what is made there is.
@@ -108,6 +118,10 @@ pub(super) struct State {
     pub(super) old_digest: Digest,
     /// Files whose content is staged and proven.
     pub(super) staged: HashMap<u32, Digest>,
+    /// The sums of what of it is large.
+    pub(super) sums: HashMap<Digest, Sums>,
+    /// What files may be made of.
+    pub(super) alike: Arc<Alike>,
     /// Files whose content was found at the target.
     pub(super) kept: HashMap<u32, Digest>,
     /// The disk is full: staging is given up.
@@ -117,8 +131,12 @@ pub(super) struct State {
 impl State {
     /// Whether so much is to be sent that a command more pays.
     fn is_much(&self, much: Much) -> bool {
-        let sizes = self.plan.actions.iter().filter(|action| action.need != Need::Nothing);
-        let sizes = sizes.filter_map(|action| Some(self.source.entries().get(action.index as usize)?.file()?.0));
+        let needed = self.plan.actions.iter().filter(|action| action.need != Need::Nothing);
+        let sizes = needed.filter_map(|action| {
+            let (size, digest) = self.source.entries().get(action.index as usize)?.file()?;
+            // What the server copies as a whole is not sent.
+            (!self.alike.is_whole(action.index, size, digest)).then_some(size)
+        });
         let (files, bytes) = sizes.fold((0_u64, 0_u64), |(files, bytes), size| (files + 1, bytes.saturating_add(size)));
         files >= much.files || bytes >= much.bytes
     }
@@ -141,7 +159,17 @@ impl StockTarget {
     /// The directory that `lanes` lead to, which need not be there yet.
     pub fn new(lanes: Lanes) -> StockTarget {
         let lanes = Arc::new(lanes);
-        StockTarget { lanes, run: Mutex::new(None), proof: Mutex::new(BY_READING), much: Much::default() }
+        let (run, proof, much) = (Mutex::new(None), Mutex::new(BY_READING), Much::default());
+        StockTarget { lanes, run, proof, much, sums: None }
+    }
+
+    /// Has what is known of the blocks of its files kept in `directory`, which is made where something is to be kept: of a file that
+    /// changes the next run sends what has changed. `None` keeps nothing.
+    #[must_use]
+    pub fn keeping_sums_in(self, directory: Option<&Path>) -> StockTarget {
+        let id = ChunkId::content_of(self.describe().as_bytes());
+        let name = format!("sums-{:x}.redb", u128::from_be_bytes(id));
+        StockTarget { sums: directory.map(|directory| directory.join(name)), ..self }
     }
 
     /// Has content go by a command, where there is one, from another amount on.
@@ -177,6 +205,7 @@ impl Target for StockTarget {
         }
         let rules = POINTERS.iter().map(|&name| name.to_owned()).chain(options.last.iter().cloned()).collect();
         let last = Filter::compile(&FilterSpec { rules, only: None }).map_err(|error| usage(&error))?;
+        let growing = Globs::compile(&options.append_only).map_err(|error| usage(&error))?;
         monitor.event(Event::Detail(&format!("{}: {}", self.describe(), self.lanes.limits())));
         let Some(Place { root, rename_to }) = open_root(&self.lanes, options.dry_run)? else {
             // A dry run on nothing: compared with an empty directory that is never written to.
@@ -231,11 +260,13 @@ impl Target for StockTarget {
             policy,
             ids: Ids::default(),
             last,
+            growing,
             names,
             shell,
             has_shell,
             syncs,
             much: self.much,
+            sums: self.sums.clone(),
             provers,
             lock: Mutex::new(lock),
             own,
@@ -301,6 +332,18 @@ impl Target for StockTarget {
 
     fn crew(&self) -> Crew {
         self.lanes.crew()
+    }
+
+    fn is_far(&self) -> bool {
+        true
+    }
+
+    fn former(&self, index: u32) -> Option<Former> {
+        Some(self.run().map(|run| run.former(index)).unwrap_or_default())
+    }
+
+    fn copies_at_once(&self) -> u64 {
+        COPIED_BYTES
     }
 }
 
@@ -371,6 +414,11 @@ impl Run {
 
     pub(super) fn shell(&self) -> MutexGuard<'_, Spare> {
         locked(&self.shell)
+    }
+
+    /// The root, as a path that can be looked at.
+    pub(super) fn root_path(&self) -> Vec<u8> {
+        if self.root.is_empty() { b"/".to_vec() } else { self.root.clone() }
     }
 
     pub(super) fn is_last(&self, path: &RelPath) -> bool {
@@ -453,7 +501,9 @@ impl Run {
         if !self.options.dry_run {
             stage::prepare(self, &source, &mut plan, monitor)?;
         }
-        *self.state() = State { source, target, plan: plan.clone(), old_manifest, old_digest, ..State::default() };
+        let alike = Arc::new(alike::find(self, &source, &target, &old_manifest, &mut plan)?);
+        let (planned, state) = (plan.clone(), State::default());
+        *self.state() = State { source, target, plan: planned, old_manifest, old_digest, alike, ..state };
         Ok(plan)
     }
 
@@ -490,75 +540,4 @@ impl Run {
         });
         Ok(desired.collect())
     }
-}
-
-/// The same tree with times that the server can hold.
-fn as_held(source: &Tree) -> Result<Tree, Error> {
-    let mut entries = source.entries().to_vec();
-    for entry in &mut entries {
-        entry.mtime = whole_seconds(entry.mtime);
-    }
-    Tree::new(entries).map_err(|error| Error::Usage(error.to_string()))
-}
-
-/// Whether a file may have changed without its time showing it: it is as young as the manifest, and the time is known
-/// to the second. (What git calls racily clean.)
-fn is_recent(entry: &Entry, manifest: &Manifest) -> bool {
-    entry.mtime.seconds >= manifest.created.seconds
-}
-
-/// Has the source hash files whose time proves nothing yet.
-fn ask_for_recent(source: &Tree, target: &Tree, manifest: &Manifest, plan: &mut Plan) {
-    for (index, entry) in source.entries().iter().enumerate().filter(|(_, entry)| is_recent(entry, manifest)) {
-        let Some((size, None)) = entry.file() else { continue };
-        let Some((old_size, Some(digest))) = target.get(&entry.path).and_then(Entry::file) else { continue };
-        if size != old_size {
-            continue;
-        }
-        let need = Need::Compare { digest: Box::new(digest) };
-        let index = index as u32;
-        match plan.actions.binary_search_by_key(&index, |action| action.index) {
-            Ok(at) if plan.actions[at].need == Need::Nothing => plan.actions[at].need = need,
-            Ok(_) => {}
-            Err(at) => {
-                let differences = Differences::default();
-                plan.actions.insert(at, Action { index, change: Change::MetadataOnly, differences, need });
-            }
-        }
-    }
-}
-
-/// What was listed, with what the manifest knows of it: digests of files that still have their size and time, and
-/// which names are of one file, which SFTP does not say. `recent` says whether that holds for files of which time
-/// proves nothing yet.
-pub(super) fn vouched(listed: Tree, manifest: &Manifest, recent: bool) -> Result<Tree, InvalidTree> {
-    let same = |now: &Entry, then: &Entry| match (&now.content, &then.content) {
-        (Content::File { size, .. }, Content::File { size: listed, .. }) => {
-            size == listed && now.mtime.seconds == then.mtime.seconds && (recent || !is_recent(now, manifest))
-        }
-        _ => false,
-    };
-    let manifest = &manifest.tree;
-    let mut entries = listed.entries().to_vec();
-    for entry in &mut entries {
-        let Some(then) = manifest.get(&entry.path) else { continue };
-        match &then.content {
-            Content::File { digest, .. } if same(entry, then) => {
-                if let Content::File { digest: known, .. } = &mut entry.content {
-                    *known = *digest;
-                }
-            }
-            Content::HardLink { first } => {
-                let first_then = manifest.get(first);
-                let first_now = listed.get(first);
-                let unchanged =
-                    first_now.zip(first_then).is_some_and(|(now, then)| same(now, then) && same(entry, then));
-                if unchanged {
-                    entry.content = Content::HardLink { first: first.clone() };
-                }
-            }
-            _ => {}
-        }
-    }
-    Tree::new(entries)
 }

@@ -3,17 +3,19 @@
 //! A file goes through: OPEN, WRITEs, CLOSE; its digest is asked for (with those of many others); owner, then mode and
 //! times. No step waits for another file. Execute bits and every other permission come after the digest was right.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
+use super::alike::Alike;
 use super::bulk::{Bulk, Starting};
 use super::follow::Follower;
 use super::prove::{Answer, Unproven};
 use super::session::{self, Refusal, Reply, Session, about, extended, with_attributes};
 use super::target::{Permissions, Run};
 use crate::endpoint::client::Completion;
+use crate::endpoint::delta::{Summing, Within};
 use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
 use crate::error::Escaped;
 use crate::manifest::{Content, Digest, Entry, Tree};
@@ -21,10 +23,12 @@ use crate::policy::mode::SPECIAL_BITS;
 use crate::wire::sftp::{Attributes, Status, open, packet};
 
 mod by_command;
+mod copies;
 mod file;
 mod proof;
 
-use file::{File, Op, Route, Stage};
+pub(super) use copies::COPIED_BYTES;
+use file::{File, Op, Part, Route, Stage};
 
 /// Files of one writer that are open or waiting to be, at most.
 const OPEN_FILES: usize = 256;
@@ -40,6 +44,7 @@ const LITTLE_ROOM: u64 = 1 << 20;
 pub(super) struct StockWriter {
     run: Arc<Run>,
     source: Arc<Tree>,
+    alike: Arc<Alike>,
     session: Arc<Session>,
     sender: Sender<Completion>,
     receiver: Receiver<Completion>,
@@ -52,6 +57,8 @@ pub(super) struct StockWriter {
     next_file: u64,
     open_files: usize,
     queued: usize,
+    /// Bytes that are to be copied and are not yet.
+    copying: u64,
     unproven: Vec<Unproven>,
     unproven_bytes: u64,
     proofs: (Sender<Answer>, Receiver<Answer>),
@@ -61,6 +68,8 @@ pub(super) struct StockWriter {
     starting: Option<Starting>,
     /// What failed once.
     by_sftp: HashSet<u32>,
+    /// What could not be made of what is there.
+    whole: HashSet<u32>,
     follower: Option<Follower>,
     /// The file that is hashed at the other end while it is sent, and how far that was told.
     following: Option<(u64, u64)>,
@@ -80,10 +89,12 @@ impl StockWriter {
         let session = run.lanes.session(connection);
         let starting = run.bulk(connection);
         let source = Arc::clone(&run.state().source);
+        let alike = Arc::clone(&run.state().alike);
         let sync_each = session.offers.fsync && !run.syncs;
         StockWriter {
             run,
             source,
+            alike,
             session,
             sender,
             receiver,
@@ -94,6 +105,7 @@ impl StockWriter {
             next_file: 0,
             open_files: 0,
             queued: 0,
+            copying: 0,
             unproven: Vec::new(),
             unproven_bytes: 0,
             proofs: unbounded(),
@@ -101,6 +113,7 @@ impl StockWriter {
             bulk: None,
             starting,
             by_sftp: HashSet::new(),
+            whole: HashSet::new(),
             follower: None,
             following: None,
             sync_each,
@@ -141,15 +154,20 @@ impl StockWriter {
 
     fn settle(&mut self, tag: u64, reply: Reply) -> Result<(), Error> {
         let Some((number, op)) = self.sent.remove(&tag) else { return Ok(()) };
+        if let Op::Copy(_, length) = op {
+            self.copying -= length;
+        }
         let Some(file) = self.files.get_mut(&number) else {
             // Discarded meanwhile; a handle that comes now is not left open.
-            if let (Op::Open, Reply::Handle(handle)) = (op, reply) {
+            if let (Op::Open | Op::OpenOrigin, Reply::Handle(handle)) = (op, reply) {
                 self.send(number, Op::Clear, about(packet::CLOSE, &handle))?;
             }
             return Ok(());
         };
         file.in_flight -= 1;
-        file.unanswered.remove(&tag);
+        if let Op::Data(at) | Op::Copy(at, _) = op {
+            file.unanswered.remove(&at);
+        }
         let index = file.index;
         match (op, reply) {
             (Op::Open, Reply::Handle(handle)) => {
@@ -157,8 +175,16 @@ impl StockWriter {
                 self.flush(number)?;
             }
             (Op::Open, Reply::Refused(refusal)) => self.not_opened(number, &refusal)?,
-            (Op::Clear, Reply::Done | Reply::Refused(_)) | (_, Reply::Done) => {}
-            (Op::Write | Op::Close, Reply::Refused(refusal)) => {
+            (Op::OpenOrigin, Reply::Handle(handle)) => self.origin_opened(number, handle)?,
+            (Op::LookAtOrigin, Reply::Attributes(found)) => self.origin_seen(number, &found),
+            (Op::OpenOrigin | Op::LookAtOrigin, Reply::Refused(refusal)) => {
+                self.no_copy(number, &format!("cannot be opened there: {refusal}"));
+                self.close(number)?;
+            }
+            (Op::Copy(..), Reply::Refused(refusal)) => self.not_copied(number, &refusal)?,
+            (Op::Clear, Reply::Done | Reply::Refused(_)) => {}
+            (Op::Data(_) | Op::Copy(..) | Op::Write | Op::Close | Op::Grant, Reply::Done) => {}
+            (Op::Data(_) | Op::Write | Op::Close, Reply::Refused(refusal)) => {
                 let first = file.failure.is_none();
                 file.failure.get_or_insert(refused("write", &refusal));
                 if first && refusal.status == Status::Failure {
@@ -264,50 +290,80 @@ impl StockWriter {
         }
         let resumed = file.resumed;
         file.failure = Some(WriteFailure { retry: resumed, ..refused("make the staged file", refusal) });
-        self.queued -= file.queued.drain(..).map(|(_, block)| block.data().len()).sum::<usize>();
-        if file.digest.is_some() {
-            file.closing = true;
-        }
+        file.never_opens = true;
+        file.closing |= file.digest.is_some();
+        self.forget_queued(number);
         if resumed { Ok(()) } else { self.check_room() }
     }
 
-    /// Sends what waited for the handle.
+    /// Sends what waited and need not any more.
     fn flush(&mut self, number: u64) -> Result<(), Error> {
-        while let Some(file) = self.files.get_mut(&number)
-            && let Some((offset, block)) = file.queued.pop_front()
-        {
-            self.queued -= block.data().len();
-            self.send_block(number, offset, &block)?;
+        while let Some((part, handle, origin)) = self.files.get_mut(&number).and_then(File::next_part) {
+            match part {
+                Part::Data { to, block } => {
+                    self.queued -= block.data().len();
+                    self.send_block(number, &handle, to, &block)?;
+                }
+                Part::Copy { to, length, from } => {
+                    let origin = origin.unwrap_or_default();
+                    self.send_copy(number, (&origin, from), length, (&handle, to))?;
+                }
+            }
         }
         self.close(number)
     }
 
-    fn send_block(&mut self, number: u64, offset: u64, block: &Block) -> Result<(), Error> {
-        let Some(handle) = self.files.get(&number).and_then(|file| file.handle.clone()) else { return Ok(()) };
+    /// Forgets what waits of a file.
+    fn forget_queued(&mut self, number: u64) {
+        let Some(file) = self.files.get_mut(&number) else { return };
+        self.copying -= file.queued_copies();
+        // What waits to be packed is not counted.
+        if file.route != Route::Pack {
+            self.queued -= file.queued_bytes();
+        }
+        file.queued.clear();
+    }
+
+    /// Waits until anything that was asked for is done; false where nothing is.
+    fn wait(&mut self) -> Result<bool, Error> {
+        if !self.sent.is_empty() {
+            self.pump(true)?;
+        } else if self.bulk.as_ref().is_some_and(Bulk::is_busy) {
+            self.pump_bulk(true)?;
+        } else {
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    fn send_block(&mut self, number: u64, handle: &[u8], offset: u64, block: &Block) -> Result<(), Error> {
         let mut at = offset;
         for chunk in block.data().chunks(self.session.write_max() as usize) {
-            let tag = self.next_tag;
             if let Some(file) = self.files.get_mut(&number) {
-                file.unanswered.insert(tag, at);
-                file.sent = at + chunk.len() as u64;
+                file.unanswered.insert(at);
+                file.sent = file.sent.max(at + chunk.len() as u64);
             }
-            self.send(number, Op::Write, session::write(&handle, at, chunk))?;
+            self.send(number, Op::Data(at), session::write(handle, at, chunk))?;
             at += chunk.len() as u64;
         }
         Ok(())
     }
 
-    /// Ends a file whose end was said and whose handle is there.
+    /// Ends a file whose end was said, whose handle is there, and of which all is sent.
     fn close(&mut self, number: u64) -> Result<(), Error> {
-        let Some(file) = self.files.get_mut(&number) else { return Ok(()) };
+        let Some(file) = self.files.get_mut(&number).filter(|file| file.queued.is_empty()) else { return Ok(()) };
         let (Some(handle), Some(_), false) = (file.handle.clone(), file.digest, file.closing) else { return Ok(()) };
         file.closing = true;
+        let origin = file.origin.as_mut().and_then(|origin| origin.handle.take());
         let size = Attributes { size: Some(file.size), ..Attributes::default() };
         if file.hole_at_end {
             self.send(number, Op::Write, with_attributes(packet::FSETSTAT, &handle, &size))?;
         }
         if self.sync_each {
             self.send(number, Op::Write, extended("fsync@openssh.com", &[&handle]))?;
+        }
+        if let Some(origin) = origin {
+            self.send(number, Op::Clear, about(packet::CLOSE, &origin))?;
         }
         self.send(number, Op::Close, about(packet::CLOSE, &handle))
     }
@@ -316,15 +372,23 @@ impl StockWriter {
         let Some(number) = self.current.remove(&index) else { return Ok(()) };
         self.lose(number);
         if self.files.get(&number).is_some_and(|file| file.route != Route::Sftp) {
-            return self.give_up(number);
+            self.end_by_command(number)?;
         }
+        self.forget_queued(number);
         let Some(file) = self.files.remove(&number) else { return Ok(()) };
+        let path = file.path.clone();
+        self.let_go(number, file)?;
+        self.send(number, Op::Clear, about(packet::REMOVE, &path))
+    }
+
+    /// Gives back what a file holds at the server that is no more of this writer's.
+    fn let_go(&mut self, number: u64, file: File) -> Result<(), Error> {
         self.open_files -= usize::from(file.counted);
-        self.queued -= file.queued.iter().map(|(_, block)| block.data().len()).sum::<usize>();
-        if let Some(handle) = file.handle.filter(|_| !file.closing) {
+        let origin = file.origin.and_then(|origin| origin.handle);
+        for handle in file.handle.filter(|_| !file.closing).into_iter().chain(origin) {
             self.send(number, Op::Clear, about(packet::CLOSE, &handle))?;
         }
-        self.send(number, Op::Clear, about(packet::REMOVE, &file.path))
+        Ok(())
     }
 }
 
@@ -347,7 +411,10 @@ pub(super) fn grant(kind: u8, path: &[u8], wanted: &Permissions) -> Vec<Vec<u8>>
 impl Writer for StockWriter {
     fn put(&mut self, index: u32, block: Block, digest: Digest) -> Result<(), Error> {
         self.open(index, 0)?;
-        if !block.data().is_empty() {
+        let length = block.data().len() as u64;
+        if let Some(lying) = self.holding(index, length, digest) {
+            self.copy_from(index, 0, length, (lying, 0))?;
+        } else if length > 0 {
             self.write(index, 0, block)?;
         }
         self.finish(index, digest)
@@ -360,30 +427,15 @@ impl Writer for StockWriter {
         }
         let (entry, size) = self.entry(index)?;
         let path = self.run.staged_path(&entry.path);
-        let route = self.route(index, &path, size, resume_at)?;
+        // What may be copied takes a handle.
+        let is_made = self.alike.piece(index, 0).is_some() && !self.whole.contains(&index);
+        let route = if is_made { Route::Sftp } else { self.route(index, &path, size, resume_at)? };
         let number = self.next_file;
         self.next_file += 1;
-        let file = File {
-            index,
-            path: path.clone(),
-            size,
-            at: resume_at,
-            handle: None,
-            queued: VecDeque::new(),
-            in_flight: 0,
-            sent: resume_at,
-            unanswered: BTreeMap::new(),
-            stage: Stage::Writing,
-            route,
-            has_hole: false,
-            counted: false,
-            hole_at_end: false,
-            resumed: resume_at > 0,
-            opened_again: false,
-            digest: None,
-            closing: false,
-            failure: None,
-        };
+        let mut file = File::new(index, path.clone(), size, resume_at, route);
+        file.is_with_command = route == Route::Stream;
+        // Of what an earlier run has sent nothing is known.
+        file.summing = (resume_at == 0 && self.run.sums_up(size)).then(Summing::default);
         self.files.insert(number, file);
         self.current.insert(index, number);
         match (route, resume_at) {
@@ -410,34 +462,25 @@ impl Writer for StockWriter {
         let Some(&number) = self.current.get(&index) else { return Ok(()) };
         let Some(file) = self.files.get_mut(&number).filter(|file| file.failure.is_none()) else { return Ok(()) };
         let length = block.data().len() as u64;
-        match offset.checked_add(length) {
-            Some(end) if offset == file.at && end <= file.size => file.at = end,
-            _ => {
-                let message = format!("{length} bytes at {offset} do not go on from {} of {}", file.at, file.size);
-                file.failure = Some(WriteFailure { message, retry: false });
-                return Ok(());
-            }
+        if !file.goes_on(offset, length) {
+            return Ok(());
         }
         file.hole_at_end = false;
-        match file.route {
-            Route::Pack => {
-                file.queued.push_back((offset, block));
-                return Ok(());
-            }
-            Route::Stream => {
-                self.with_bulk(|bulk| bulk.write(offset, block))?;
-                return self.pump_bulk(false);
-            }
-            Route::Sftp => {}
+        if let Some(summing) = &mut file.summing {
+            summing.update(block.data());
         }
-        if file.handle.is_some() && file.queued.is_empty() {
-            return self.send_block(number, offset, &block);
+        if file.route == Route::Pack {
+            file.queued.push_back(Part::Data { to: offset, block });
+            return Ok(());
         }
-        file.queued.push_back((offset, block));
+        if self.goes_by_command(number, length)? {
+            return self.lend(number, offset, block);
+        }
+        let Some(file) = self.files.get_mut(&number) else { return Ok(()) };
+        file.queued.push_back(Part::Data { to: offset, block });
         self.queued += length as usize;
-        while self.queued > QUEUED && !self.sent.is_empty() {
-            self.pump(true)?;
-        }
+        self.send_on(number)?;
+        while self.queued > QUEUED && self.wait()? {}
         Ok(())
     }
 
@@ -448,6 +491,9 @@ impl Writer for StockWriter {
                 file.at = end;
                 file.hole_at_end = true;
                 file.has_hole = true;
+                if let Some(summing) = &mut file.summing {
+                    summing.zeros(length);
+                }
             }
             _ => {
                 let message = format!("a hole of {length} bytes at {offset} does not go on from {}", file.at);
@@ -455,6 +501,13 @@ impl Writer for StockWriter {
             }
         }
         Ok(())
+    }
+
+    fn copy(&mut self, index: u32, offset: u64, length: u64, from: Within) -> Result<(), Error> {
+        match self.alike.piece(index, from.piece) {
+            Some(lying) => self.copy_from(index, offset, length, (lying, from.offset)),
+            None => Err(Error::Usage("this target has nothing of which that file could be made".into())),
+        }
     }
 
     fn finish(&mut self, index: u32, digest: Digest) -> Result<(), Error> {
@@ -474,7 +527,7 @@ impl Writer for StockWriter {
             return self.pump_bulk(false);
         }
         let nothing_open = file.handle.is_none() && file.in_flight == 0;
-        file.closing |= nothing_open;
+        file.closing |= nothing_open || file.never_opens;
         self.close(number)?;
         self.step(number)?;
         self.pump(false)

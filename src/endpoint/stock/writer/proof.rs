@@ -4,6 +4,7 @@ use super::super::prove::Proven;
 use super::super::session::about;
 use super::file::{Op, Route, Stage};
 use super::{PROVE_BYTES, PROVE_FILES, StockWriter, grant};
+use crate::endpoint::delta::Summing;
 use crate::endpoint::{Error, Staged, WriteFailure};
 use crate::policy::mode::SPECIAL_BITS;
 use crate::wire::sftp::packet;
@@ -64,23 +65,33 @@ impl StockWriter {
     /// Everything is done for a file: says what became of it.
     pub(super) fn conclude(&mut self, number: u64) -> Result<(), Error> {
         self.lose(number);
-        let Some(file) = self.files.remove(&number) else { return Ok(()) };
-        self.open_files -= usize::from(file.counted);
+        self.forget_queued(number);
+        let Some(mut file) = self.files.remove(&number) else { return Ok(()) };
         if self.current.get(&file.index) == Some(&number) {
             self.current.remove(&file.index);
         }
-        let result = match file.failure {
+        let index = file.index;
+        let result = match file.failure.take() {
             None => {
-                self.run.state().staged.insert(file.index, file.digest.unwrap_or_default());
+                let digest = file.digest.unwrap_or_default();
+                let sums = file.summing.take().map(Summing::finish);
+                let mut state = self.run.state();
+                state.staged.insert(index, digest);
+                state.sums.extend(sums.map(|sums| (digest, sums)));
                 Ok(())
             }
             Some(failure) => {
-                self.by_sftp.insert(file.index);
+                // What was made of something else is tried once more as if that were not there.
+                if file.origin.is_some() {
+                    self.whole.insert(index)
+                } else {
+                    self.by_sftp.insert(index)
+                };
                 self.send(number, Op::Clear, about(packet::REMOVE, &file.path))?;
                 Err(failure)
             }
         };
-        self.done.push(Staged { index: file.index, result });
-        Ok(())
+        self.done.push(Staged { index, result });
+        self.let_go(number, file)
     }
 }
