@@ -184,15 +184,15 @@ fn main() {
     let mebibyte = parts[0].1.as_secs_f64() / parts[0].2;
     let kept = kept();
     let mut text = String::new();
-    println!("{:36} {:>14} {:>26} {:>8}", "part", "time", "of SHA-256 of 1 MiB", "kept");
+    println!("{:36} {:>14} {:>26} {:>10}", "part", "time", "of SHA-256 of 1 MiB", "kept");
     for Part(name, taken, count, unit) in parts {
         let one = taken.as_secs_f64() / count;
         let ratio = one / mebibyte;
         let before = kept.get(name);
         let mark = if before.is_some_and(|before| ratio > SLOWER * before) { "  slower" } else { "" };
-        let before = before.map_or_else(String::new, |before| format!("{before:.5}"));
-        println!("{name:36} {:>9.3} us/{unit:5} {ratio:20.5} {before:>8}{mark}", one * 1e6);
-        let _ = writeln!(text, "{name}\t{ratio:.5}");
+        let before = before.map_or_else(String::new, |before| format!("{before:.7}"));
+        println!("{name:36} {:>9.3} us/{unit:5} {ratio:20.7} {before:>10}{mark}", one * 1e6);
+        let _ = writeln!(text, "{name}\t{ratio:.8}");
     }
     if std::env::args().any(|argument| argument == "--keep") {
         fs::write(KEPT, text).unwrap();
