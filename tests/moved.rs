@@ -182,3 +182,49 @@ fn h32_killed_at_any_step_a_renamed_file_is_whole_under_one_name_or_both() {
     assert!(killed > 10 && linked > killed / 2, "{killed} {linked}");
     assert_same(&source, &target);
 }
+
+#[test]
+fn h36_what_is_written_to_until_it_is_published_keeps_its_old_name() {
+    let area = Area::new();
+    let (source, target) = (area.path("new"), area.path("target"));
+    let old = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
+    for name in ["model/big-1", "model/other"] {
+        write(&source, name, &noise(4, 2 * MIB));
+        fs::File::options().write(true).open(source.join(name)).unwrap().set_modified(old).unwrap();
+    }
+    write(&source, "model/other", b"small");
+    area.push_over(&mut area.agent(), u64::MAX).0.unwrap();
+    // Alone, and with the directory that it lies in.
+    for (from, to, call) in [
+        ("model/big-1", "model/big-2", "syncfs"),
+        ("model", "moved", "syncfs"),
+        ("moved/big-2", "moved/big-3", "linkat"),
+    ] {
+        let at = if from == "model" { "big-2" } else { "" };
+        fs::rename(source.join(from), source.join(to)).unwrap();
+        let there = target.join(from).join(at);
+        let there = if at.is_empty() { target.join(from) } else { there };
+        let command = [lockstep(), "sftp-server"];
+        let mut agent = traced(call, Some("delay_enter=1500000:when=1"), &area.path("trace"), &command);
+        let (report, wrote) = std::thread::scope(|scope| {
+            let run = scope.spawn(|| area.push_over(&mut agent, u64::MAX).0);
+            // Until what is to be published is staged, or written down.
+            std::thread::sleep(std::time::Duration::from_millis(900));
+            let mut file = fs::File::options().append(true).open(&there).unwrap();
+            let wrote = std::io::Write::write_all(&mut file, b"more").is_ok();
+            (run.join().unwrap(), wrote)
+        });
+        assert!(wrote);
+        let report = report.unwrap();
+        let published = target.join(to).join(at);
+        let published = if at.is_empty() { target.join(to) } else { published };
+        // Whenever it was: what is seen under the new name is what was proven, or nothing is.
+        if let Ok(found) = fs::read(&published) {
+            assert!(found == noise(4, 2 * MIB), "{to} is what somebody else wrote");
+        }
+        let said = format!("{:?}", report.problems);
+        assert!(published.exists() || said.contains("changed by somebody else"), "{to}: {said}");
+        area.push_over(&mut area.agent(), u64::MAX).0.unwrap();
+        assert_same(&source, &target);
+    }
+}

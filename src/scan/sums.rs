@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
+use std::time::Duration;
 
 use redb::{ReadableDatabase, ReadableTable, TableDefinition};
 
@@ -16,6 +17,9 @@ use crate::manifest::Digest;
 const TABLE: TableDefinition<'_, &[u8; 32], &[u8]> = TableDefinition::new("sums-1");
 /// What is kept of one target, at most: that of 4 TiB.
 pub const KEPT_BYTES_MAX: u64 = 256 << 20;
+
+/// A database that nothing was stored in for so long is of a target that is pushed to no more.
+const UNUSED: Duration = Duration::from_secs(90 * 24 * 60 * 60);
 
 /// The database of one target.
 #[derive(Debug, Clone, Copy)]
@@ -57,7 +61,23 @@ impl SumsStore<'_> {
                 table.insert(&digest.0, bytes.as_slice())?;
             }
             Ok(())
-        })
+        })?;
+        self.drop_unused();
+        Ok(())
+    }
+
+    /// Removes the databases beside it of targets that are pushed to no more.
+    fn drop_unused(self) {
+        let beside = self.0.parent().and_then(|directory| std::fs::read_dir(directory).ok());
+        for entry in beside.into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let ours = name.as_encoded_bytes().starts_with(b"sums-") && name.as_encoded_bytes().ends_with(b".redb");
+            let age = entry.metadata().and_then(|found| found.modified()).ok().and_then(|time| time.elapsed().ok());
+            if ours && entry.path() != *self.0 && age.is_some_and(|age| age > UNUSED) {
+                // What cannot be removed costs room and nothing else.
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
     }
 }
 
@@ -70,6 +90,24 @@ mod tests {
         let mut summing = Summing::default();
         summing.update(&vec![byte; 70_000]);
         (Digest([byte; 32]), summing.finish())
+    }
+
+    #[test]
+    fn what_is_kept_of_a_target_that_is_pushed_to_no_more_goes() {
+        let at = tempfile::tempdir().unwrap();
+        let path = |name: &str| at.path().join(name);
+        for name in ["sums-1.redb", "sums-2.redb", "digests.redb"] {
+            std::fs::write(path(name), "").unwrap();
+        }
+        for name in ["sums-1.redb", "digests.redb"] {
+            let file = std::fs::File::options().write(true).open(path(name)).unwrap();
+            file.set_modified(std::time::SystemTime::now() - 2 * UNUSED).unwrap();
+        }
+        let (digest, sums) = sums(7);
+        let own = path("sums-3.redb");
+        SumsStore(&own).store(&HashMap::from([(digest, sums)]), &HashSet::from([digest])).unwrap();
+        let there = |name: &str| path(name).exists();
+        assert!(!there("sums-1.redb") && there("sums-2.redb") && there("digests.redb") && own.exists());
     }
 
     #[test]

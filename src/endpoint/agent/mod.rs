@@ -176,7 +176,15 @@ impl Lanes {
             return Some(Arc::clone(&self.first));
         };
         let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
-        slot.get_or_insert_with(|| self.attached(number).map(Arc::new)).clone()
+        let open = || {
+            let client = self.attached(number).map(Arc::new);
+            if client.is_none() {
+                // It may have logged in all the same.
+                self.left.iter().for_each(|remote| remote.leave(number));
+            }
+            client
+        };
+        slot.get_or_insert_with(open).clone()
     }
 
     /// Whether the connection of this number was asked for in vain.
@@ -189,6 +197,14 @@ impl Lanes {
     fn leave(&self, number: usize, client: Option<Arc<Client>>) {
         self.users[number].fetch_sub(1, Ordering::Relaxed);
         drop(client);
+        self.close_unused(number);
+    }
+
+    /// Ends the connection of this number, if nobody uses it.
+    fn close_unused(&self, number: usize) {
+        if self.users[number].load(Ordering::Relaxed) > 0 {
+            return;
+        }
         // Those that workers have stay for the next.
         let slot = number.checked_sub(1).and_then(|at| self.further.get(at));
         let Some(slot) = slot.filter(|_| number >= self.workers) else { return };

@@ -171,10 +171,20 @@ impl Spread {
         let numbers: Vec<usize> = free.take(more).collect();
         for number in numbers {
             let lanes = Arc::clone(&self.lanes);
-            let open = move || lanes.get(number);
-            if let Ok(thread) = std::thread::Builder::new().name("lane".to_owned()).spawn(open) {
-                self.lanes.users[number].fetch_add(1, Ordering::Relaxed);
-                self.opening.push((number, thread));
+            let open = move || {
+                let client = lanes.get(number);
+                if lanes.users[number].load(Ordering::Relaxed) == 0 {
+                    // Who asked for it has ended.
+                    drop(client);
+                    lanes.close_unused(number);
+                    return None;
+                }
+                client
+            };
+            self.lanes.users[number].fetch_add(1, Ordering::Relaxed);
+            match std::thread::Builder::new().name("lane".to_owned()).spawn(open) {
+                Ok(thread) => self.opening.push((number, thread)),
+                Err(_) => self.lanes.leave(number, None),
             }
         }
     }

@@ -31,12 +31,13 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let source = Arc::clone(&state.source);
     links::record(run, &state.refused, &source, monitor)?;
     // After any problem nothing is deleted.
-    let options = &CommitOptions {
+    let mut options = CommitOptions {
         delete: options.delete && state.refused.is_empty(),
         delete_later: options.delete_later || (options.delete && !state.refused.is_empty()),
         ..options.clone()
     };
-    let lost = moved::stage(run, staging, &mut state, options)?;
+    let lost = moved::settle(run, staging, &mut state, &mut options)?;
+    let options = &options;
     let mut failed = not_staged(&mut state, options);
     run.allow_commit(&state, options)?;
     failed.extend(state.refused.keys());
@@ -45,7 +46,6 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let held_back = !withheld.is_empty();
     withheld.extend(state.refused.iter().map(|(&at, why)| (source.entries()[at as usize].path.clone(), why.clone())));
     let retired = retire::decide(run, &mut state, options, &failed)?;
-    let state = &*state;
     let put_off = shown(retired.put_off.iter().cloned());
     let publication = Publication {
         source: &source,
@@ -58,6 +58,9 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     };
     let (mut steps, exchanged) = (steps(&publication), exchanged(&publication));
     steps.extend(retired.steps());
+    state.moved.retain(|index, _| !failed.contains(index));
+    let renamed = moved::decide(run, staging, &mut state, &steps)?;
+    let state = &*state;
     let nothing = steps.is_empty() && !state.adopts && run.birth.is_none();
     if nothing && state.old_manifest.generation > 0 {
         // What is staged of a unit that is held back saves the next run from sending it again.
@@ -91,6 +94,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         steps,
         inodes,
         grown: grown(run, staging, state, &failed)?,
+        renamed: renamed.into_iter().collect(),
         withheld: withheld_rights,
         acls: acls_given,
         before,

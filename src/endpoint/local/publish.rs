@@ -15,6 +15,7 @@ use super::area::Area;
 use super::audited;
 use super::changes::{self, Changes};
 use super::metadata::{Acls, Existing};
+use super::moved::{self, Renamed};
 use super::put::Put;
 use super::recall;
 pub(super) use super::record::Record;
@@ -200,15 +201,34 @@ fn execute(
         Ok(()) => Ok(true),
     };
     let mut failed = false;
+    // Old names of what has no new one.
+    let mut stays: BTreeSet<&RelPath> = BTreeSet::new();
     for step in &record.steps {
         let path = step.path();
+        if matches!(step, Step::RemoveFile(_)) && stays.contains(path) {
+            note(path, Err(Error::Usage("stays, since what it was to be called was not published".into())))?;
+            continue;
+        }
+        let moved: Vec<(&RelPath, &Renamed)> = match step {
+            Step::Replace(_) => record.renamed.get_key_value(path).into_iter().collect(),
+            Step::NewDirectory(_) => record.renamed.range(path..).take_while(|(new, _)| new.is_within(path)).collect(),
+            _ => Vec::new(),
+        };
         if matches!(step, Step::TakeAway(_)) && failed {
             // A pointer that did not come may be one of them.
             note(path, Err(Error::Usage("stays, since other paths failed".into())))?;
             continue;
         }
         touched.extend(path.parent());
+        let give = || {
+            for (new, renamed) in &moved {
+                let entry = put.get(new)?;
+                moved::link(root, staging, new, renamed, (entry.as_deref(), record.again))?;
+            }
+            Ok(())
+        };
         let take = || match step {
+            Step::Replace(_) | Step::NewDirectory(_) if let Err(error) = give() => Err(error),
             Step::Replace(_) if record.grown.contains_key(path) => match put.get(path)? {
                 Some(entry) => append(root, staging, &entry, &record.grown[path], record.again)
                     .and_then(|()| existing.apply(&entry)),
@@ -246,6 +266,10 @@ fn execute(
         };
         let done = note(path, result)?;
         failed |= !done;
+        match done {
+            true => touched.extend(moved.iter().filter_map(|(new, _)| new.parent())),
+            false => stays.extend(moved.iter().map(|(_, renamed)| &renamed.from)),
+        }
         if done && matches!(step, Step::NewDirectory(_) | Step::Exchange(_)) {
             touched.insert(path.clone());
         }
@@ -256,8 +280,8 @@ fn execute(
     // What happened in a directory moved its time; and new ones still have the mode they were staged with.
     let made: Vec<&RelPath> =
         record.steps.iter().filter(|step| matches!(step, Step::NewDirectory(_))).map(Step::path).collect();
-    let stays = |path: &RelPath| record.only_new && !made.iter().any(|above| path.is_within(above));
-    for path in touched.iter().rev().filter(|path| !stays(path)) {
+    let as_it_is = |path: &RelPath| record.only_new && !made.iter().any(|above| path.is_within(above));
+    for path in touched.iter().rev().filter(|path| !as_it_is(path)) {
         if let Some(entry) = put.get(path)?.filter(|entry| entry.is_directory()) {
             note(path, existing.apply(&entry))?;
         }

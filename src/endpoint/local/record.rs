@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::append::Former;
+use super::moved::Renamed;
 use super::put::Put;
 use crate::audit::{Before, Login};
 use crate::manifest::{Name, Tree};
@@ -31,6 +32,8 @@ pub(super) struct Record {
     pub(super) inodes: BTreeMap<RelPath, u64>,
     /// What files were of which what is new is put at their end.
     pub(super) grown: BTreeMap<RelPath, Former>,
+    /// Files that get another name, by their new one.
+    pub(super) renamed: BTreeMap<RelPath, Renamed>,
     /// What is removed or replaced is moved to the directory of this name in the trash.
     pub(super) trash: Option<RelPath>,
     /// What is there is not replaced, and directories that are there stay as they are.
@@ -97,6 +100,9 @@ impl Record {
         for (path, former) in &self.grown {
             text.push_str(&format!("P{} {}\n", hex(path.as_bytes()), former.encode()));
         }
+        for (path, Renamed { from, former }) in &self.renamed {
+            text.push_str(&format!("M{} {} {}\n", hex(path.as_bytes()), hex(from.as_bytes()), former.encode()));
+        }
         if self.only_new {
             text.push_str("O\n");
         }
@@ -140,6 +146,12 @@ impl Record {
             }
             if letter == "P" {
                 record.grown.insert(path, Former::parse(more?)?);
+                continue;
+            }
+            if letter == "M" {
+                let (from, former) = more?.split_once(' ')?;
+                let (from, former) = (RelPath::new(unhex(from)?).ok()?, Former::parse(former)?);
+                record.renamed.insert(path, Renamed { from, former });
                 continue;
             }
             if letter == "G" {
@@ -195,9 +207,23 @@ mod tests {
         let only_new = true;
         let former = Former { inode: 7, length: 1 << 40, ctime: Timestamp { seconds: -1, nanoseconds: 5 } };
         let grown = BTreeMap::from([(path(b"b"), former)]);
+        let renamed = BTreeMap::from([(path(b"c/d/e"), Renamed { from: path(b"a\n \xff"), former })]);
         let again = true;
-        let record =
-            Record { actor, source, login, steps, withheld, acls, before, inodes, grown, trash, only_new, again };
+        let record = Record {
+            actor,
+            source,
+            login,
+            steps,
+            withheld,
+            acls,
+            before,
+            inodes,
+            grown,
+            renamed,
+            trash,
+            only_new,
+            again,
+        };
         let gone = BTreeSet::from([path(b"h\xff"), path(b"i")]);
         assert_eq!(Record::parse(&record.encode(&gone)), Some((record, gone)));
         for damaged in [
@@ -211,6 +237,8 @@ mod tests {
             "61\n\nI6161\n",
             "61\n\nB61\n",
             "61\n\nP61 1 2\n",
+            "61\n\nM61 62\n",
+            "61\n\nM61 2e2e 1 2 3 4\n",
             "6\n\n",
         ] {
             assert_eq!(Record::parse(damaged), None, "{damaged:?}");

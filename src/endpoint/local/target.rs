@@ -517,7 +517,7 @@ impl Run {
             |entry: &Entry| target.get(&entry.path).and_then(Entry::file).filter(|_| self.may_append(&entry.path));
         let moves = |index: u32, entry: &Entry| {
             let whole = alike.get(&index).and_then(|pieces| pieces.first()).and_then(|piece| piece.is_all_of(entry));
-            whole.is_some_and(|path| self.options.deletes && plan.removes(path))
+            whole.is_some_and(|path| self.may_move() && plan.removes(path))
         };
         let need = room::needed(source, &plan, &|entry| there(entry).map(|(size, _)| size), &moves);
         if !self.options.ignore_free_space

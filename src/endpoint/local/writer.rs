@@ -201,6 +201,9 @@ impl LocalWriter {
         let Some((alike, found)) = there.and_then(|alike| Some((alike, alike.from.unchanged()?))) else {
             return Ok(false);
         };
+        if !self.run.state().plan.removes(alike.from.path()) {
+            return Ok(false);
+        }
         let moved = Moved { from: alike.from.path().clone(), piece: alike.piece, digest };
         let staged = target::Staged::of(entry, digest, &found);
         let mut state = self.run.state();
@@ -214,6 +217,7 @@ impl LocalWriter {
         self.growing.remove(&index);
         self.alike.remove(&index);
         self.open.remove(&index);
+        self.remove_staged(self.entry(index)?.0)?;
         Ok(true)
     }
 
@@ -335,6 +339,7 @@ impl Writer for LocalWriter {
         let (entry, size) = self.entry(index)?;
         let wanted = entry.file().and_then(|(_, digest)| digest);
         if self.alike.get(&index).is_none_or(|alike| alike.piece != from.piece) {
+            self.take_back(index)?;
             self.hash(index)?;
             self.alike.remove(&index);
             let made = |opened: Opened| {

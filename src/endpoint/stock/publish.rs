@@ -115,8 +115,11 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let aside = record.trash.as_deref().map(|name| Trash::new(run, name));
     std::thread::scope(|scope| {
         let admitted = scope.spawn(|| admit(run, &manifest.tree));
-        scope.spawn(|| alike::keep_sums(run, state, &manifest, monitor));
-        audit::append(run, log, state, &published, &removed, &manifest, aside.as_ref())?;
+        let kept = scope.spawn(|| alike::keep_sums(run, state, &manifest, monitor));
+        let appended = audit::append(run, log, state, &published, &removed, &manifest, aside.as_ref());
+        // A hint for later runs: whatever becomes of it, this one goes on.
+        let _ = kept.join();
+        appended?;
         joined(admitted.join())
     })?;
     finish(run, true)?;
