@@ -225,7 +225,8 @@ pub(super) fn link(
     }
     let found = root.stat(from, Follow::Never).map_err(io)?;
     let same = is_it(&found) && found.links == 1 && Former::of(&found) == *former;
-    if !same && !(again && is_it(&found) && holds(root, from).is_some()) {
+    let is_still_it = same || (again && is_it(&found) && holds(root, from).is_some());
+    if !is_still_it {
         return Err(changed());
     }
     staging.remove_tree(&staged).map_err(io)?;
