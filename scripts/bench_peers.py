@@ -92,7 +92,7 @@ Subsystem sftp {sftp}
 
     def pid(self, contender):
         """Of the server that a contender talks to."""
-        kind = contender.partition(" ")[2]
+        kind = contender.partition(" ")[2].replace("mirror", "serve")
         return self.started[kind if contender.startswith("lockstep") else "stock"].pid
 
     def stop(self):
@@ -156,6 +156,7 @@ def contenders(servers, lockstep):
 
     found = {
         "lockstep serve": push("serve"),
+        "lockstep mirror": push("serve", "--delete"),
         "lockstep sshd": push("sshd"),
         "lockstep stock": push("stock", "--remote", "sftp"),
         "rsync": rsync([]),
@@ -164,6 +165,7 @@ def contenders(servers, lockstep):
         "rsync whole": rsync(gcm, "--whole-file"),
         "rsync inplace": rsync(gcm, "--inplace"),
         "rsync append": rsync(gcm, "--append"),
+        "rsync mirror": rsync(gcm, "--delete"),
         "tar gcm": tar("", ""),
         "tar zstd": tar("zstd -q -T0 |", "zstd -q -d |"),
         "scp gcm": scp,
@@ -180,4 +182,6 @@ def takes_part(name, row):
     """What only differs for a file that there is an older version of is left out elsewhere."""
     if name == "rsync append":
         return row == "appended"
+    if name.endswith(" mirror"):
+        return row == "renamed"
     return name not in ("rsync whole", "rsync inplace") or row in CHANGES
