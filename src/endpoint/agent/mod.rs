@@ -48,6 +48,8 @@ pub struct Lanes {
     further: Vec<Slot>,
     /// How many workers use each, the first too.
     users: Vec<AtomicUsize>,
+    /// How many workers there are.
+    alive: AtomicUsize,
     /// Workers have one of so many; the others are for large files that are spread.
     workers: usize,
     open: Opener,
@@ -116,7 +118,22 @@ impl Lanes {
             first.submit(extension::request("hello"), 0, 0, &sender)?;
         }
         let (first, root, planes) = (Arc::new(first), root.to_vec(), OnceLock::new());
-        Ok(Lanes { first, further, users, workers, open, left: None, token, turn, past, root, compress, hello, planes })
+        Ok(Lanes {
+            first,
+            further,
+            users,
+            alive: AtomicUsize::new(0),
+            workers,
+            open,
+            left: None,
+            token,
+            turn,
+            past,
+            root,
+            compress,
+            hello,
+            planes,
+        })
     }
 
     /// Over up to `most` connections where one file is sent alone and more bring more.

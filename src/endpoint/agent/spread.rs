@@ -56,6 +56,8 @@ pub(super) struct Spread {
 impl Spread {
     /// The connection for the next worker. May take as long as it takes to log in.
     pub(super) fn new(lanes: &Arc<Lanes>) -> Spread {
+        // Counted before it has logged in: what may wait at the other end is shared among all.
+        lanes.alive.fetch_add(1, Ordering::Relaxed);
         let (number, own) = lanes.lane();
         lanes.users[number].fetch_add(1, Ordering::Relaxed);
         let (more, opening, leaving) = (Vec::new(), Vec::new(), Vec::new());
@@ -88,8 +90,7 @@ impl Spread {
 
     /// How many workers there are.
     pub(super) fn workers(&self) -> usize {
-        let counts = self.lanes.users[..self.lanes.workers].iter();
-        counts.map(|count| count.load(Ordering::Relaxed)).sum::<usize>().max(1)
+        self.lanes.alive.load(Ordering::Relaxed).max(1)
     }
 
     /// The one over which so many bytes are there soonest, of those that have room for them: what waits for long holds up what comes
@@ -227,6 +228,7 @@ impl Drop for Spread {
             self.lanes.leave(number, None);
         }
         self.lanes.users[self.number].fetch_sub(1, Ordering::Relaxed);
+        self.lanes.alive.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
