@@ -100,6 +100,18 @@ fn what_stays_under_its_old_name_is_copied() {
 }
 
 #[test]
+fn what_is_to_have_a_further_name_is_copied() {
+    let pair = Pair::new();
+    let before = pair.inode("checkpoint-1/a.bin");
+    pair.rename("checkpoint-1/a.bin", "checkpoint-1/model.bin");
+    fs::hard_link(pair.source().join("checkpoint-1/model.bin"), pair.source().join("further.bin")).unwrap();
+    done(&pair.push(&["--delete"]));
+    let there = ["checkpoint-1/model.bin", "further.bin"].map(|path| fs::metadata(pair.there(path)).unwrap());
+    assert!(there[0].ino() == there[1].ino() && there[0].nlink() == 2 && there[0].ino() != before);
+    pair.is_in_step();
+}
+
+#[test]
 fn what_goes_to_the_trash_or_gets_other_permissions_is_copied() {
     let pair = Pair::new();
     let before = pair.inode("checkpoint-1/a.bin");

@@ -10,7 +10,7 @@ use super::append::Former;
 use super::metadata;
 use super::target::{self, Run, State, io, staged_in};
 use crate::endpoint::{CommitOptions, Error};
-use crate::manifest::{Digest, Entry};
+use crate::manifest::{Content, Digest, Entry};
 use crate::path::RelPath;
 use crate::plan::publish::Step;
 use crate::root::{FileKind, Follow, Metadata, Root};
@@ -53,17 +53,14 @@ impl Run {
         options.deletes && self.publishes() && undisturbed
     }
 
-    /// Whether it can get its name in staging at the moment of publishing: by itself or in a new directory that we may write to, and
-    /// with no further names.
+    /// Whether it can get its name in staging at the moment of publishing: by itself or in a new directory that we may write to.
     fn can_be_linked(&self, entry: &Entry) -> bool {
         let path = &entry.path;
         let state = self.state();
-        let further =
-            |other: &Entry| matches!(&other.content, crate::manifest::Content::HardLink { first } if first == path);
         let closed = |above: RelPath| state.source.get(&above).is_none_or(|above| above.mode & 0o300 != 0o300);
         let ours = rustix::process::geteuid().is_root() || !path.ancestors().any(closed);
         let exchanged = self.unit_of(path, false).is_some_and(|unit| state.target.get(&unit).is_some());
-        ours && !exchanged && !self.is_last(path) && !state.source.entries().iter().any(further)
+        ours && !exchanged && !self.is_last(path)
     }
 
     /// Whether the file at `path` has the permissions and the time that `entry` is to have, and no other name.
@@ -118,7 +115,8 @@ pub(super) fn settle(
     Ok(lost)
 }
 
-/// Of what is to be published what gets another name: that of which the old one goes by one of `steps`. The others are copied.
+/// Of what is to be published what gets another name: that of which the old one goes by one of `steps`, and is given once. The others
+/// are copied, and so is what has further names, which are made before it is published.
 ///
 /// # Errors
 /// What ends the run: they are not what they were.
@@ -128,10 +126,22 @@ pub(super) fn decide(
     state: &mut State,
     steps: &[Step],
 ) -> Result<Vec<(RelPath, Renamed)>, Error> {
-    let gone = steps.iter().filter(|step| matches!(step, Step::RemoveFile(_))).map(Step::path);
-    let gone: HashSet<&RelPath> = gone.filter(|_| !state.moved.is_empty()).collect();
-    let stays: Vec<u32> =
-        state.moved.iter().filter(|(_, moved)| !gone.contains(&moved.from)).map(|(&index, _)| index).collect();
+    if state.moved.is_empty() {
+        return Ok(Vec::new());
+    }
+    let gone: HashSet<&RelPath> =
+        steps.iter().filter(|step| matches!(step, Step::RemoveFile(_))).map(Step::path).collect();
+    let named_again = state.source.entries().iter().filter_map(|entry| match &entry.content {
+        Content::HardLink { first } => Some(first),
+        _ => None,
+    });
+    let named_again: HashSet<&RelPath> = named_again.collect();
+    let mut given: HashSet<&RelPath> = HashSet::new();
+    let stays = state.moved.iter().filter(|&(&index, moved)| {
+        let further = named_again.contains(&state.source.entries()[index as usize].path);
+        further || !gone.contains(&moved.from) || !given.insert(&moved.from)
+    });
+    let stays: Vec<u32> = stays.map(|(&index, _)| index).collect();
     for index in stays {
         if let Some((path, why)) = copy_instead(run, staging, state, index)? {
             return Err(Error::Refused { by: "the target".into(), reason: format!("'{path}': {why}") });

@@ -207,10 +207,6 @@ impl LocalWriter {
         let moved = Moved { from: alike.from.path().clone(), piece: alike.piece, digest };
         let staged = target::Staged::of(entry, digest, &found);
         let mut state = self.run.state();
-        // It has one name to give.
-        if state.moved.values().any(|other| other.from == moved.from) {
-            return Ok(false);
-        }
         state.staged.get_mut().insert(index, staged);
         state.moved.insert(index, moved);
         drop(state);

@@ -106,9 +106,10 @@ pub(super) fn find(
     }
     let sizes: HashSet<u64> = needed.iter().map(|wanted| wanted.size).collect();
     // What a run on a part of the tree does not look at is looked at when it is opened.
-    let beyond = manifest.tree.entries().iter().filter(|_| run.options.filter.only.is_some());
+    let nothing = Tree::default();
+    let listed = if run.options.filter.only.is_some() { &manifest.tree } else { &nothing };
     let mut alike = Alike::default();
-    for entry in target.entries().iter().chain(beyond) {
+    for entry in target.entries().iter().chain(listed.entries()) {
         if let Some((size, Some(digest))) = entry.file()
             && sizes.contains(&size)
             && let Some(lying) = Lying::of(entry)
@@ -117,8 +118,6 @@ pub(super) fn find(
         }
     }
     let there: HashSet<u64> = alike.by_digest.values().map(|lying| lying.size).collect();
-    let nothing = Tree::default();
-    let listed = if run.options.filter.only.is_some() { &manifest.tree } else { &nothing };
     let former = candidates(source, target, listed, plan, SUMMED_BYTES_MIN).into_iter();
     let former = former.map(|(index, entries)| (index, entries.into_iter().filter_map(Lying::of).collect()));
     let mut former: BTreeMap<u32, Vec<Arc<Lying>>> = former.collect();
