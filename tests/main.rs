@@ -79,6 +79,7 @@ mod stock_faults;
 mod stock_order;
 mod stock_pipes;
 mod stock_rounds;
+mod stock_spread;
 mod systemd;
 mod threats;
 mod trash;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use crate::kit::area::lockstep;
-use crate::kit::proxy::narrow;
+use crate::kit::proxy::{Cut, narrow};
 use crate::kit::served::Served;
 use crate::kit::{done, ends, noise, text, until};
 
@@ -102,7 +102,7 @@ fn h34_one_of_several_connections_is_cut_and_the_next_run_goes_on_with_what_arri
     fs::write(far.local("source/large"), &content).unwrap();
     let source = far.local("source");
     let arguments = ["push", source.to_str().unwrap(), "sync@127.0.0.1:/data"];
-    let (port, _) = narrow(far.served.port, Some((1, 2 << 20)));
+    let (port, _) = narrow(far.served.port, Some((Cut::Only(1), 2 << 20)));
     ends(&far.command(port, &arguments).output().unwrap(), 75, &["the connection was lost"]);
     assert!(!far.served.path("sync/data/large").exists());
     let (port, carried) = narrow(far.served.port, None);

@@ -14,7 +14,7 @@ use crate::codec::CompressOptions;
 use crate::endpoint::agent::{self, AgentSource, AgentTarget};
 use crate::endpoint::link::{ConnectError, Link, Remote, Way};
 use crate::endpoint::stock::{self, StockSource, StockTarget, Verify};
-use crate::endpoint::{self, Source, Target};
+use crate::endpoint::{self, Source, Target, Width};
 use crate::error::{Escaped, Exit, chain};
 use crate::monitor::{Event, Monitor};
 
@@ -176,14 +176,19 @@ impl Dial<'_> {
                 // A connection takes about a core at each end.
                 let few = std::thread::available_parallelism().is_ok_and(|cores| cores.get() < 4);
                 let count = self.count.map_or(if few { 1 } else { USUAL_TRANSFERS }, usize::from);
-                stock::Lanes::connect(remote, link, count, root, verify).map(Reached::Stock)
+                stock::Lanes::connect(remote, link, self.width(count), root, verify).map(Reached::Stock)
             }
             _ => {
                 let count = self.count.map_or(USUAL_TRANSFERS, usize::from);
-                let lanes = agent::Lanes::connect(remote, way, link, count, root, self.compress)?;
-                Ok(Reached::Agent(lanes.wide(self.count.map_or(MOST_TRANSFERS, usize::from))))
+                let width = self.width(count);
+                agent::Lanes::connect(remote, way, link, width, root, self.compress).map(Reached::Agent)
             }
         }
+    }
+
+    /// Where workers have one of `workers` connections.
+    fn width(&self, workers: usize) -> Width {
+        Width { workers, most: self.count.map_or(MOST_TRANSFERS, usize::from) }
     }
 
     /// Over a connection that is there from before. One that does not serve any more is forgotten.

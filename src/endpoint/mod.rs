@@ -29,13 +29,16 @@ pub mod link;
 pub mod local;
 pub mod memory;
 pub mod picked;
+mod pool;
 pub mod several;
 pub mod shared;
+mod spread;
 pub mod stock;
 pub mod stream;
 pub mod surplus;
 
 pub use block::Block;
+pub use pool::Width;
 
 /// Content travels in blocks of at most this many bytes.
 pub const BLOCK_BYTES: usize = 512 * 1024;

@@ -20,9 +20,13 @@ const TREE: &str = "tree";
 /// Path length, size, seconds, nanoseconds.
 const FIXED_BYTES: usize = 2 + 8 + 8 + 4;
 
-/// The files of a run, by path: size and time at the source.
+/// The files of a run.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Journal(HashMap<RelPath, (u64, Timestamp)>);
+pub struct Journal {
+    /// By path: size and time at the source.
+    files: HashMap<RelPath, (u64, Timestamp)>,
+    loose: u64,
+}
 
 /// Path, size and time of a file.
 pub type Listed<'a> = (&'a RelPath, u64, Timestamp);
@@ -30,19 +34,31 @@ pub type Listed<'a> = (&'a RelPath, u64, Timestamp);
 impl Journal {
     /// Of the files that are to be staged.
     pub fn new(files: impl IntoIterator<Item = (RelPath, u64, Timestamp)>) -> Journal {
-        Journal(files.into_iter().map(|(path, size, mtime)| (path, (size, mtime))).collect())
+        let files = files.into_iter().map(|(path, size, mtime)| (path, (size, mtime))).collect();
+        Journal { files, loose: 0 }
     }
 
     /// With these as well.
     #[must_use]
     pub fn with(mut self, files: impl IntoIterator<Item = (RelPath, u64, Timestamp)>) -> Journal {
-        self.0.extend(Journal::new(files).0);
+        self.files.extend(Journal::new(files).files);
         self
+    }
+
+    /// Of a run in which what lies before the end of a large file, by no more than so many bytes, may not be written yet.
+    #[must_use]
+    pub fn loosely(self, bytes: u64) -> Journal {
+        Journal { loose: bytes, ..self }
+    }
+
+    /// How many bytes before the end of a large file may not be written.
+    pub fn loose(&self) -> u64 {
+        self.loose
     }
 
     /// Whether a file with this size and time was being staged.
     pub fn lists(&self, path: &RelPath, size: u64, mtime: Timestamp) -> bool {
-        self.0.get(path) == Some(&(size, mtime))
+        self.files.get(path) == Some(&(size, mtime))
     }
 
     /// How many bytes of a file with this size and time lie in `staging` already; 0 when it must start anew.
@@ -59,13 +75,13 @@ impl Journal {
 
     /// The bytes that are stored.
     pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::new();
+        let mut bytes = if self.loose > 0 { loosely(self.loose) } else { Vec::new() };
         self.files().for_each(|file| bytes.extend_from_slice(&record(file)));
         bytes
     }
 
     fn files(&self) -> impl Iterator<Item = Listed<'_>> {
-        self.0.iter().map(|(path, (size, mtime))| (path, *size, *mtime))
+        self.files.iter().map(|(path, (size, mtime))| (path, *size, *mtime))
     }
 
     /// Reads what [`Journal::encode`] wrote. One that is damaged is empty: then everything starts anew.
@@ -125,8 +141,21 @@ fn record((path, size, mtime): Listed<'_>) -> Vec<u8> {
     bytes
 }
 
+/// A record without a path, which those who do not know it take for damage.
+fn loosely(bytes: u64) -> Vec<u8> {
+    let mut record = vec![0; FIXED_BYTES];
+    record[2..10].copy_from_slice(&bytes.to_be_bytes());
+    record
+}
+
 fn parse(mut bytes: &[u8]) -> Option<Journal> {
-    let mut files = HashMap::new();
+    let mut journal = Journal::default();
+    if let Some((first, rest)) = bytes.split_at_checked(FIXED_BYTES)
+        && first[..2] == [0, 0]
+    {
+        journal.loose = u64::from_be_bytes(first[2..10].try_into().ok()?);
+        bytes = rest;
+    }
     while !bytes.is_empty() {
         let (fixed, rest) = bytes.split_at_checked(FIXED_BYTES)?;
         let length = u16::from_be_bytes(fixed[..2].try_into().ok()?);
@@ -134,10 +163,10 @@ fn parse(mut bytes: &[u8]) -> Option<Journal> {
         let seconds = i64::from_be_bytes(fixed[10..18].try_into().ok()?);
         let nanoseconds = u32::from_be_bytes(fixed[18..22].try_into().ok()?);
         let (path, rest) = rest.split_at_checked(length.into())?;
-        files.insert(RelPath::new(path).ok()?, (size, Timestamp { seconds, nanoseconds }));
+        journal.files.insert(RelPath::new(path).ok()?, (size, Timestamp { seconds, nanoseconds }));
         bytes = rest;
     }
-    Some(Journal(files))
+    Some(journal)
 }
 
 #[cfg(test)]
@@ -162,6 +191,10 @@ mod tests {
         assert_eq!(loaded.resume_at(&root, &path, 100, time), 40);
         assert_eq!(loaded.resume_at(&root, &path, 101, time), 0);
         assert_eq!(loaded.resume_at(&root, &path, 100, Timestamp::default()), 0);
+        assert_eq!(Journal::decode(&journal.encode()).loose(), 0);
+        let loose = journal.clone().loosely(1 << 40);
+        assert_eq!(Journal::decode(&loose.encode()), loose);
+        assert_eq!(Journal::decode(&[loosely(5), loosely(5)].concat()), Journal::default());
         let bytes = std::fs::read(at.path().join(JOURNAL)).unwrap();
         std::fs::write(at.path().join(JOURNAL), &bytes[..bytes.len() - 1]).unwrap();
         assert_eq!(Journal::load(&root).unwrap(), Journal::default());

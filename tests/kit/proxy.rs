@@ -76,9 +76,25 @@ pub(crate) fn listening(port: u16) -> (u16, Arc<Mutex<Vec<u8>>>) {
 /// What each connection has carried, both directions counted, in the order in which they came.
 pub(crate) type Carried = Arc<Mutex<Vec<u64>>>;
 
-/// Passes 16 KiB on every four milliseconds, for each connection on its own: far, and more of them carry more. `cut` says which is cut after
-/// how many bytes.
-pub(crate) fn narrow(port: u16, cut: Option<(usize, u64)>) -> (u16, Carried) {
+/// Connections by their numbers.
+#[derive(Clone, Copy)]
+pub(crate) enum Cut {
+    Only(usize),
+    From(usize),
+}
+
+impl Cut {
+    fn contains(self, number: usize) -> bool {
+        match self {
+            Cut::Only(one) => number == one,
+            Cut::From(first) => number >= first,
+        }
+    }
+}
+
+/// Passes 16 KiB on every four milliseconds, for each connection on its own: far, and more of them carry more. `cut` says which are cut
+/// after how many bytes.
+pub(crate) fn narrow(port: u16, cut: Option<(Cut, u64)>) -> (u16, Carried) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let own = listener.local_addr().unwrap().port();
     let carried = Carried::default();
@@ -98,7 +114,7 @@ pub(crate) fn narrow(port: u16, cut: Option<(usize, u64)>) -> (u16, Carried) {
                             counted[number] += count as u64;
                             counted[number]
                         };
-                        let lives = cut.is_none_or(|(which, most)| which != number || so_far < most);
+                        let lives = cut.is_none_or(|(which, most)| !which.contains(number) || so_far < most);
                         if !lives || to.write_all(&buffer[..count]).is_err() {
                             break;
                         }

@@ -1,7 +1,6 @@
 //! A target or a source that a lockstep at the other end serves (`docs/protocol.md`), over one or more connections.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use crossbeam_channel::{Receiver, unbounded};
@@ -9,6 +8,7 @@ use crossbeam_channel::{Receiver, unbounded};
 use crate::codec::{self, CompressOptions};
 use crate::endpoint::client::{Answer, Client, ClientOptions, Completion};
 use crate::endpoint::link::{Link, Remote, Way};
+use crate::endpoint::pool::{Opener, Pool, Width};
 use crate::endpoint::{BLOCK_BYTES, Error};
 use crate::error::Exit;
 use crate::monitor::Monitor;
@@ -17,7 +17,6 @@ use crate::wire::notes;
 
 mod reader;
 mod source;
-mod spread;
 mod target;
 mod writer;
 
@@ -36,30 +35,11 @@ pub fn memory_bytes() -> u64 {
     u64::from(found.mem_unit).saturating_mul(found.totalram as u64)
 }
 
-/// Opens the connection with this number, or says that there is none.
-type Opener = Box<dyn Fn(usize) -> Option<Client> + Send + Sync>;
-/// A connection that was asked for; `None` inside when it could not be had.
-type Slot = Mutex<Option<Option<Arc<Client>>>>;
-
-/// The connections to one agent: the first carries what is done once, all of them carry content. Further ones are made
-/// when a worker first needs them: a run with nothing to send makes none.
+/// The connections to one agent.
 pub struct Lanes {
-    first: Arc<Client>,
-    further: Vec<Slot>,
-    /// How many workers use each, the first too.
-    users: Vec<AtomicUsize>,
-    /// How many workers there are.
-    alive: AtomicUsize,
-    /// Workers have one of so many; the others are for large files that are spread.
-    workers: usize,
-    open: Opener,
-    /// Who is told of connections that are of no more use.
-    left: Option<Arc<dyn Remote>>,
+    pool: Arc<Pool<Client>>,
     /// What lets further connections work on the same run.
-    token: OnceLock<Vec<u8>>,
-    turn: AtomicUsize,
-    /// Bytes sent and received over connections that have ended.
-    past: (AtomicU64, AtomicU64),
+    token: Arc<OnceLock<Vec<u8>>>,
     root: Vec<u8>,
     compress: CompressOptions,
     /// The answer to `hello`, which is asked for when there is something to compress, and waited for when it is needed.
@@ -69,8 +49,7 @@ pub struct Lanes {
 }
 
 impl Lanes {
-    /// Over `first`, which was opened by `way`, and further connections up to `count`. Those may fail; the run goes on
-    /// over the others.
+    /// Over `first`, which was opened by `way`, and as many further connections as `width` has.
     ///
     /// # Errors
     /// When no agent of this version answers the first.
@@ -78,7 +57,7 @@ impl Lanes {
         remote: Arc<dyn Remote>,
         way: &Way,
         first: Arc<dyn Link>,
-        count: usize,
+        width: impl Into<Width>,
         root: &[u8],
         compress: CompressOptions,
     ) -> Result<Lanes, Error> {
@@ -89,70 +68,58 @@ impl Lanes {
             let link = remote.open(&way, number).ok()?;
             Client::connect(link, &remote.describe(), ClientOptions::default()).ok()
         };
-        let lanes = Lanes::over(first, count, Box::new(open), root, compress)?;
-        Ok(Lanes { left: Some(left), ..lanes })
+        Lanes::of((first, Some(left)), width.into(), Box::new(open), root, compress)
     }
 
-    /// Over a connection that is there already, and `open` for up to `count` in all.
+    /// Over a connection that is there already, and those that `open` gives.
     ///
     /// # Errors
     /// When no agent of this version answers.
     pub fn over(
         first: Client,
-        count: usize,
-        open: Opener,
+        width: impl Into<Width>,
+        open: Box<dyn Fn(usize) -> Option<Client> + Send + Sync>,
+        root: &[u8],
+        compress: CompressOptions,
+    ) -> Result<Lanes, Error> {
+        Lanes::of((first, None), width.into(), open, root, compress)
+    }
+
+    fn of(
+        (first, left): (Client, Option<Arc<dyn Remote>>),
+        width: Width,
+        open: Opener<Client>,
         root: &[u8],
         compress: CompressOptions,
     ) -> Result<Lanes, Error> {
         if !first.has("hello@lockstep.internal", extension::VERSION) {
             return Err(first.protocol("it is no lockstep agent of protocol version 1"));
         }
-        // An agent that sshd started has a process of its own for each connection: they cannot share a run.
-        let shared = first.has("attach@lockstep.internal", extension::VERSION);
-        let workers = if shared { count.max(1) } else { 1 };
-        let further = (1..workers).map(|_| Slot::default()).collect();
-        let users = (0..workers).map(|_| AtomicUsize::new(0)).collect();
-        let (token, turn, past) = (OnceLock::new(), AtomicUsize::new(0), Default::default());
         let (sender, hello) = unbounded();
         if compress.enabled {
             first.submit(extension::request("hello"), 0, 0, &sender)?;
         }
-        let (first, root, planes) = (Arc::new(first), root.to_vec(), OnceLock::new());
-        Ok(Lanes {
-            first,
-            further,
-            users,
-            alive: AtomicUsize::new(0),
-            workers,
-            open,
-            left: None,
-            token,
-            turn,
-            past,
-            root,
-            compress,
-            hello,
-            planes,
-        })
-    }
-
-    /// Over up to `most` connections where one file is sent alone and more bring more.
-    #[must_use]
-    pub fn wide(mut self, most: usize) -> Lanes {
-        let shared = self.first.has("attach@lockstep.internal", extension::VERSION);
-        let more = (self.further.len() + 1..most).filter(|_| shared);
-        self.further.extend(more.map(|_| Slot::default()));
-        self.users.resize_with(self.further.len() + 1, AtomicUsize::default);
-        self
+        // An agent that sshd started has a process of its own for each connection: they cannot share a run.
+        let shared = first.has("attach@lockstep.internal", extension::VERSION);
+        let width = if shared { width } else { Width::from(1) };
+        let token = Arc::new(OnceLock::<Vec<u8>>::new());
+        let known = Arc::clone(&token);
+        let attach = move |number| {
+            let token = known.get().filter(|token| token.len() == 16)?;
+            attached(open(number)?, token)
+        };
+        let pool = Arc::new(Pool::new(first, width, Box::new(attach), left));
+        let (root, planes) = (root.to_vec(), OnceLock::new());
+        Ok(Lanes { pool, token, root, compress, hello, planes })
     }
 
     /// Whether the agent takes and gives byte planes, which one that does not name them must never be sent or asked for.
     fn planes(&self) -> bool {
         *self.planes.get_or_init(|| {
             let names = || {
-                let answer = self.first.wait(&self.hello, false).ok()?.answer.ok()?;
+                let answer = self.control().wait(&self.hello, false).ok()?.answer.ok()?;
                 let hello: serde_json::Value =
-                    serde_json::from_slice(Fields(&body(&self.first, answer).ok()?).string().ok()?).ok()?;
+                    serde_json::from_slice(Fields(&body(self.control(), answer).ok()?).string().ok()?).ok()?;
                 Some(hello["codecs"].as_array()?.iter().any(|name| name == codec::PLANES))
             };
             self.compress.enabled && names().unwrap_or(false)
@@ -160,7 +127,7 @@ impl Lanes {
     }
 
     fn control(&self) -> &Client {
-        &self.first
+        self.pool.first()
     }
 
     fn describe(&self) -> String {
@@ -181,78 +148,9 @@ impl Lanes {
         self.call(packet)
     }
 
-    /// The connection for the next worker, with its number. May take as long as it takes to log in.
-    fn lane(&self) -> (usize, Arc<Client>) {
-        let number = self.turn.fetch_add(1, Ordering::Relaxed) % self.workers;
-        self.get(number).map_or_else(|| (0, Arc::clone(&self.first)), |client| (number, client))
-    }
-
-    /// The connection of this number, which is made when it is asked for first; `None` where it cannot be had.
-    fn get(&self, number: usize) -> Option<Arc<Client>> {
-        let Some(slot) = number.checked_sub(1).map(|at| &self.further[at]) else {
-            return Some(Arc::clone(&self.first));
-        };
-        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
-        let open = || {
-            let client = self.attached(number).map(Arc::new);
-            if client.is_none() {
-                // It may have logged in all the same.
-                self.left.iter().for_each(|remote| remote.leave(number));
-            }
-            client
-        };
-        slot.get_or_insert_with(open).clone()
-    }
-
-    /// Whether the connection of this number was asked for in vain.
-    fn is_lost(&self, number: usize) -> bool {
-        let slot = number.checked_sub(1).and_then(|at| self.further.get(at));
-        slot.is_some_and(|slot| slot.try_lock().is_ok_and(|slot| matches!(*slot, Some(None))))
-    }
-
-    /// A worker does not use the connection of this number any more; it ends when nobody does.
-    fn leave(&self, number: usize, client: Option<Arc<Client>>) {
-        self.users[number].fetch_sub(1, Ordering::Relaxed);
-        drop(client);
-        self.close_unused(number);
-    }
-
-    /// Ends the connection of this number, if nobody uses it.
-    fn close_unused(&self, number: usize) {
-        if self.users[number].load(Ordering::Relaxed) > 0 {
-            return;
-        }
-        // Those that workers have stay for the next.
-        let slot = number.checked_sub(1).and_then(|at| self.further.get(at));
-        let Some(slot) = slot.filter(|_| number >= self.workers) else { return };
-        if let Ok(mut slot) = slot.try_lock()
-            && slot.as_ref().is_some_and(|had| had.as_ref().is_some_and(|client| Arc::strong_count(client) == 1))
-        {
-            let (sent, received) = slot.take().flatten().map_or((0, 0), |client| client.wire_bytes());
-            self.past.0.fetch_add(sent, Ordering::Relaxed);
-            self.past.1.fetch_add(received, Ordering::Relaxed);
-            self.left.iter().for_each(|remote| remote.leave(number));
-        }
-    }
-
-    fn attached(&self, number: usize) -> Option<Client> {
-        let token = self.token.get().filter(|token| token.len() == 16)?;
-        let client = (self.open)(number)?;
-        let mut packet = extension::request("attach");
-        packet.extend_from_slice(token);
-        client.call(packet, false).and_then(|answer| body(&client, answer)).ok()?;
-        Some(client)
-    }
-
     /// Bytes sent and received over all connections.
     fn wire_bytes(&self) -> (u64, u64) {
-        let further = self.further.iter().filter_map(|slot| {
-            // One that is logging in is not waited for.
-            let slot = slot.try_lock().ok()?;
-            slot.as_ref()?.as_ref().map(|client| client.wire_bytes())
-        });
-        let past = (self.past.0.load(Ordering::Relaxed), self.past.1.load(Ordering::Relaxed));
-        further.chain([past]).fold(self.first.wire_bytes(), |sum, one| (sum.0 + one.0, sum.1 + one.1))
+        self.pool.wire_bytes()
     }
 
     /// Tells what a reply ends with.
@@ -263,6 +161,14 @@ impl Lanes {
     fn malformed(&self, error: WireError) -> Error {
         self.control().protocol(error.to_string())
     }
+}
+
+/// A connection, once it works on the run that has this token.
+fn attached(client: Client, token: &[u8]) -> Option<Client> {
+    let mut packet = extension::request("attach");
+    packet.extend_from_slice(token);
+    client.call(packet, false).and_then(|answer| body(&client, answer)).ok()?;
+    Some(client)
 }
 
 fn json(options: &impl serde::Serialize) -> Result<Vec<u8>, Error> {

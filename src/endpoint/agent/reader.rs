@@ -9,10 +9,10 @@ use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use super::spread::{SPREAD_AFTER, Spread};
 use super::{Lanes, body};
 use crate::codec::{self, CompressOptions, PLANES_NUMBER, PLANES_RATE, Way, ZSTD_RATE};
 use crate::endpoint::client::{Client, Completion};
+use crate::endpoint::spread::{SPREAD_AFTER, Spread};
 use crate::endpoint::{Block, Error, Fetch, Produced, Reader};
 use crate::manifest::Tree;
 use crate::wire::extension::{self, AHEAD_NEXT_MAX, FETCH_MAX, Fields, HOLE_MAX, TAKES_PLANES, TURNS, WireError};
@@ -38,7 +38,7 @@ struct Wanted {
 
 /// The reader of one worker.
 pub(super) struct AgentReader {
-    spread: Spread,
+    spread: Spread<Client>,
     /// Whether the agent puts what several connections ask for in order.
     turns: bool,
     /// Which connection each request is out on, by its number among those of the run, and how many are on each.
@@ -74,7 +74,7 @@ impl AgentReader {
         let (sender, receiver) = unbounded();
         let (compress, planes) = (lanes.compress, lanes.planes());
         AgentReader {
-            spread: Spread::new(lanes),
+            spread: Spread::new(&lanes.pool),
             turns: lanes.control().has(TURNS, extension::VERSION),
             out: HashMap::new(),
             loads: HashMap::new(),

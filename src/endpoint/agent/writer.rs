@@ -10,11 +10,11 @@ use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use super::spread::{SPREAD_AFTER, Spread};
 use super::{Lanes, body};
 use crate::codec::{Chooser, Place, Way};
 use crate::endpoint::client::{Client, Completion};
 use crate::endpoint::delta::{COPY_MAX, Within};
+use crate::endpoint::spread::{SPREAD_AFTER, Spread};
 use crate::endpoint::{BLOCK_BYTES, Block, Error, Staged, WriteFailure, Writer};
 use crate::manifest::Digest;
 use crate::monitor::cpu::{Stage, idle_processors, spend};
@@ -46,7 +46,7 @@ struct Flow {
 
 /// The writer of one worker.
 pub(super) struct AgentWriter {
-    spread: Spread,
+    spread: Spread<Client>,
     /// Whether the agent takes parts of a file over several connections.
     stripes: bool,
     flows: HashMap<u32, Flow>,
@@ -65,7 +65,7 @@ impl AgentWriter {
     pub(super) fn new(lanes: &Arc<Lanes>) -> Self {
         let (sender, receiver) = unbounded();
         AgentWriter {
-            spread: Spread::new(lanes),
+            spread: Spread::new(&lanes.pool),
             stripes: lanes.control().has(STRIPE, extension::VERSION),
             flows: HashMap::new(),
             chooser: Chooser::new(lanes.compress, lanes.planes()),
@@ -84,12 +84,17 @@ impl AgentWriter {
         self.spread.own()
     }
 
+    /// The connection over which so many bytes are there soonest, if one has room.
+    fn soonest(&self, bytes: usize) -> Option<&Arc<Client>> {
+        self.spread.soonest(bytes, |_, client| Some(client.in_flight())).map(|(_, client)| client)
+    }
+
     fn submit(&mut self, packet: Vec<u8>, start: usize, asked: Option<Asked>) -> Result<(), Error> {
         let anyhow = matches!(asked, Some(Asked::Part { anyhow: true, .. }));
         let tag = if asked.is_some() { self.next_tag } else { 0 };
         self.next_tag += 1;
         self.asked.extend(asked.map(|asked| (tag, asked)));
-        let soonest = if anyhow { self.spread.soonest(packet.len()) } else { None };
+        let soonest = if anyhow { self.soonest(packet.len()) } else { None };
         let client = soonest.unwrap_or(self.spread.own());
         client.submit(packet, start, tag, &self.sender)?;
         self.outstanding += 1;
@@ -123,7 +128,7 @@ impl AgentWriter {
             let bytes = packet.len() - start;
             let waits = |own: &Self| {
                 let oldest = own.flows.get(&index).and_then(|flow| flow.out.first()).copied();
-                oldest.is_some_and(|oldest| offset + length - oldest > most || own.spread.soonest(bytes).is_none())
+                oldest.is_some_and(|oldest| offset + length - oldest > most || own.soonest(bytes).is_none())
             };
             while waits(self) {
                 self.settle_next()?;

@@ -7,7 +7,6 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::Lanes;
 use super::prove::{Answer, Found, SharedShell, Unproven, prove};
-use super::session::Session;
 use super::shell::Spare;
 use crate::endpoint::Error;
 use crate::manifest::Digest;
@@ -36,16 +35,17 @@ pub(super) struct Follower {
 }
 
 impl Follower {
-    /// Starts it. It uses the run's own command while nobody else does, else one that is started with the first file.
+    /// Starts it. It uses the run's own command while nobody else does, else one that is started with the first file; what that cannot
+    /// hash it reads back over the connection with this number.
     ///
     /// # Errors
     /// When there is no thread.
-    pub(super) fn start(lanes: Arc<Lanes>, session: Arc<Session>, shared: SharedShell) -> Result<Follower, Error> {
+    pub(super) fn start(lanes: Arc<Lanes>, connection: usize, shared: SharedShell) -> Result<Follower, Error> {
         let (steps, waiting) = unbounded();
-        let host = session.client.host().to_owned();
+        let host = lanes.control().client.host().to_owned();
         std::thread::Builder::new()
             .name("follow".to_owned())
-            .spawn(move || follow(&lanes, &session, &shared, &waiting))
+            .spawn(move || follow(&lanes, connection, &shared, &waiting))
             .map_err(|source| Error::Io { operation: "start a thread for", path: host, source })?;
         Ok(Follower { steps })
     }
@@ -70,7 +70,7 @@ impl Follower {
     }
 }
 
-fn follow(lanes: &Lanes, session: &Arc<Session>, shared: &SharedShell, steps: &Receiver<Step>) {
+fn follow(lanes: &Lanes, connection: usize, shared: &SharedShell, steps: &Receiver<Step>) {
     let mut own = Spare::new(None, Arc::clone(&lanes.remote), 0);
     // Held from the beginning of a file to its end: its job is one of the command's.
     let mut held: Option<MutexGuard<'_, Spare>> = None;
@@ -107,7 +107,7 @@ fn follow(lanes: &Lanes, session: &Arc<Session>, shared: &SharedShell, steps: &R
                 };
                 let proven = match found.filter(|found| *found == announced) {
                     Some(digest) => Ok(vec![(file.id, Ok(Found { digest, granted: false }))]),
-                    None => prove(command, &|| Arc::clone(session), vec![file]),
+                    None => prove(command, &|| lanes.spread(connection), vec![file]),
                 };
                 held = None;
                 // Whoever asked may have gone.

@@ -4,13 +4,15 @@
 //! server knows times to the second, no ACLs and no holes; what it holds is proven by a command where the account has
 //! a shell, else by reading it back (`prove`).
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::endpoint::client::{Client, ClientOptions};
 use crate::endpoint::link::{Link, Remote, Way};
+use crate::endpoint::pool::{Lane, Pool, Width};
+use crate::endpoint::spread::{Spread, is_worth_trying};
 use crate::endpoint::{Crew, Error};
 use crate::error::Escaped;
 use crate::manifest::Timestamp;
@@ -46,11 +48,14 @@ mod writer;
 pub use source::StockSource;
 pub use target::{Much, StockTarget};
 
-use session::{Reply, Session};
+use session::{Known, Reply, Session};
 
 /// A stock server may take its time to bring a large file to the disk. That the host is there at all is found out by the
 /// keepalive of the connection.
 const TIMEOUT: Duration = Duration::from_secs(600);
+
+/// A file of which there is less to send or to read goes over one connection.
+const SPREAD_FROM: u64 = 24 << 20;
 
 /// What is staged is born with this mode.
 const BORN_MODE: u32 = 0o600;
@@ -67,13 +72,10 @@ pub enum Verify {
     ReadBack,
 }
 
-/// The sessions with one server: the first carries what is done once, all of them carry content. Further ones are made
-/// when a worker first needs them: a run with nothing to send makes none.
+/// The sessions with one server.
 pub struct Lanes {
     remote: Arc<dyn Remote>,
-    first: Arc<Session>,
-    further: Vec<Slot>,
-    turn: AtomicUsize,
+    pool: Arc<Pool<Session>>,
     root: Vec<u8>,
     verify: Verify,
     /// The first command, which logs in at the same time as the first session.
@@ -82,21 +84,24 @@ pub struct Lanes {
     given: AtomicU64,
 }
 
-/// A session that was asked for; `None` inside when it could not be had.
-type Slot = Mutex<Option<Option<Arc<Session>>>>;
+impl Lane for Session {
+    fn client(&self) -> &Client {
+        &self.client
+    }
+}
+
 /// A command that is being started.
 type Starting = JoinHandle<Result<shell::Shell, String>>;
 
 impl Lanes {
-    /// Over `first`, where the server has not spoken yet, and further connections up to `count`. Those may fail; the run goes on
-    /// over the others.
+    /// Over `first`, where the server has not spoken yet, and as many further connections as `width` has.
     ///
     /// # Errors
     /// When no SFTP server of version 3 answers.
     pub fn connect(
         remote: Arc<dyn Remote>,
         first: Arc<dyn Link>,
-        count: usize,
+        width: impl Into<Width>,
         root: &[u8],
         verify: Verify,
     ) -> Result<Lanes, Error> {
@@ -105,18 +110,15 @@ impl Lanes {
             let start = move || shell::Shell::start(&*remote, 0);
             std::thread::Builder::new().name("shell".to_owned()).spawn(start).ok()
         });
-        let first = Arc::new(open(&*remote, first, None)?);
+        let first = open(&*remote, first, None)?;
         let root = absolute(&first, root)?;
-        Ok(Lanes {
-            remote,
-            first,
-            further: (1..count).map(|_| Slot::default()).collect(),
-            turn: AtomicUsize::new(0),
-            root,
-            verify,
-            shell: Mutex::new(shell.flatten()),
-            given: AtomicU64::new(0),
-        })
+        let (there, known) = (Arc::clone(&remote), first.known());
+        let further = move |number| {
+            let link = there.open(&Way::SftpSubsystem, number).ok()?;
+            open(&*there, link, Some(&known)).ok()
+        };
+        let pool = Arc::new(Pool::new(first, width.into(), Box::new(further), Some(Arc::clone(&remote))));
+        Ok(Lanes { remote, pool, root, verify, shell: Mutex::new(shell.flatten()), given: AtomicU64::new(0) })
     }
 
     /// The command that was started with the first session.
@@ -127,8 +129,9 @@ impl Lanes {
         }
     }
 
+    /// How many connections workers have.
     fn count(&self) -> usize {
-        self.further.len() + 1
+        self.pool.workers()
     }
 
     /// A connection more takes a login and two commands there, about what half a second of sending takes.
@@ -141,20 +144,14 @@ impl Lanes {
         number % self.count()
     }
 
-    /// The session over the connection with this number, or the first when that could not be made. May take as long as
-    /// it takes to log in.
-    fn session(&self, number: usize) -> Arc<Session> {
-        let Some(at) = self.nearest(number).checked_sub(1) else { return Arc::clone(&self.first) };
-        let mut slot = target::locked(&self.further[at]);
-        let session = slot.get_or_insert_with(|| {
-            let link = self.remote.open(&Way::SftpSubsystem, at + 1).ok()?;
-            open(&*self.remote, link, Some(&self.first)).ok().map(Arc::new)
-        });
-        Arc::clone(session.as_ref().unwrap_or(&self.first))
+    /// The connection with this number, or the first when that could not be made, and what large files may go over beside it. May take
+    /// as long as it takes to log in.
+    fn spread(&self, number: usize) -> Spread<Session> {
+        Spread::at(&self.pool, self.nearest(number))
     }
 
-    fn control(&self) -> &Session {
-        &self.first
+    fn control(&self) -> &Arc<Session> {
+        self.pool.first()
     }
 
     /// The root, as a path that can be looked at.
@@ -168,18 +165,17 @@ impl Lanes {
 
     /// The number of the connection for the next worker.
     fn next(&self) -> usize {
-        self.nearest(self.turn.fetch_add(1, Ordering::Relaxed))
+        self.pool.next()
+    }
+
+    /// Whether large files may go over more connections than one.
+    fn may_spread(&self) -> bool {
+        self.pool.further() > 0 && is_worth_trying(&self.control().client)
     }
 
     fn wire_bytes(&self) -> u64 {
-        let of = |session: &Session| {
-            let (sent, received) = session.client.wire_bytes();
-            sent + received
-        };
-        // One that is logging in is not waited for.
-        let further: u64 =
-            self.further.iter().filter_map(|slot| Some(of(slot.try_lock().ok()?.as_ref()?.as_ref()?))).sum();
-        of(&self.first) + further + self.given.load(Ordering::Relaxed)
+        let (sent, received) = self.pool.wire_bytes();
+        sent + received + self.given.load(Ordering::Relaxed)
     }
 
     /// What this way of reaching the host cannot do, for `-v`.
@@ -203,10 +199,10 @@ impl Lanes {
     }
 }
 
-/// Shakes hands with a server that has not spoken yet. What is known by `other` is not asked again.
-fn open(remote: &dyn Remote, link: Arc<dyn Link>, other: Option<&Session>) -> Result<Session, Error> {
+/// Shakes hands with a server that has not spoken yet. What is known of it is not asked again.
+fn open(remote: &dyn Remote, link: Arc<dyn Link>, known: Option<&Known>) -> Result<Session, Error> {
     let options = ClientOptions { timeout: TIMEOUT, ..ClientOptions::default() };
-    Session::new(Client::connect(link, &remote.describe(), options)?, other)
+    Session::new(Client::connect(link, &remote.describe(), options)?, known)
 }
 
 /// The root as an absolute path without a slash at its end, so that commands find it too. The path `/` is empty.

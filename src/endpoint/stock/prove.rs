@@ -13,6 +13,7 @@ use super::shell::{Job, Shell, Spare};
 use super::target::{Permissions, locked};
 use super::{BORN_MODE, Lanes, Verify};
 use crate::endpoint::Error;
+use crate::endpoint::spread::Spread;
 use crate::manifest::Digest;
 
 /// A file at the other end.
@@ -110,11 +111,11 @@ impl Prover {
                     _ => Spare::new(None, Arc::clone(&lanes.remote), lanes.nearest(number)),
                 };
                 for Batch { files, answer } in received {
-                    let session = || lanes.session(number);
+                    let spread = || lanes.spread(number);
                     let proven = if number == 0 {
-                        prove(&mut locked(&shared), &session, files)
+                        prove(&mut locked(&shared), &spread, files)
                     } else {
-                        prove(&mut own, &session, files)
+                        prove(&mut own, &spread, files)
                     };
                     done.fetch_sub(1, Ordering::Relaxed);
                     // Whoever asked may have gone.
@@ -126,13 +127,13 @@ impl Prover {
     }
 }
 
-/// Hashes by the command first, and reads back over `session` what it could not hash.
+/// Hashes by the command first, and reads back over `spread` what it could not hash.
 ///
 /// # Errors
 /// When the connection ends.
 pub(super) fn prove(
     shell: &mut Spare,
-    session: &dyn Fn() -> Arc<Session>,
+    spread: &dyn Fn() -> Spread<Session>,
     files: Vec<Unproven>,
 ) -> Result<Proven, Error> {
     let paths: Vec<&[u8]> = files.iter().map(|file| &*file.path).collect();
@@ -162,7 +163,7 @@ pub(super) fn prove(
         }
     }
     if !left.is_empty() {
-        proven.extend(read_back(&session(), left)?);
+        proven.extend(read_back(spread(), left)?);
     }
     Ok(proven)
 }
@@ -220,12 +221,13 @@ fn all(shell: &mut Shell, wishes: &[(Wish, Vec<&Unproven>)], jobs: impl Iterator
 ///
 /// # Errors
 /// When the connection ends.
-fn read_back(session: &Arc<Session>, files: Vec<Unproven>) -> Result<Proven, Error> {
-    let mut queue = ReadQueue::new(Arc::clone(session));
+fn read_back(spread: Spread<Session>, files: Vec<Unproven>) -> Result<Proven, Error> {
+    let mut queue = ReadQueue::new(spread);
     let mut hashes: HashMap<u64, (Sha256, u64)> = HashMap::new();
     for Unproven { id, path, size, .. } in files {
         hashes.insert(id, (Sha256::new(), size));
-        queue.push(Wanted { id, path, from: 0, size });
+        // What is found is compared with what was sent: of two files mixed it would not be that.
+        queue.push(Wanted { id, path, from: 0, size, alone: true });
     }
     let mut proven = Proven::new();
     while let Some(piece) = queue.next()? {

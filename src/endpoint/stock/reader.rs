@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use sha2::{Digest as _, Sha256};
 
@@ -12,13 +13,16 @@ use super::read::{Piece, ReadQueue, Wanted};
 use super::session::Session;
 use super::{REGULAR, below, kind_of};
 use crate::endpoint::guarded::CHANGED;
+use crate::endpoint::spread::Spread;
 use crate::endpoint::{BLOCK_BYTES, Block, Error, Fetch, Produced, Reader, SMALL_FILE_BYTES};
-use crate::manifest::{Content, Digest, Entry, Tree};
+use crate::manifest::{Content, Digest, Entry, Timestamp, Tree};
 use crate::wire::sftp::Attributes;
 
 /// Files asked for ahead, and their bytes: what one worker has asked for no other can take.
 const AHEAD: usize = 256;
 const AHEAD_BYTES: u64 = 64 << 20;
+/// What was changed so long ago, by the clock here, is read over several connections: the clock there may be another.
+const SETTLED_SECONDS: i64 = 60;
 
 struct File {
     fetch: Fetch,
@@ -44,8 +48,8 @@ pub(super) struct StockReader {
 }
 
 impl StockReader {
-    pub(super) fn new(session: Arc<Session>, root: &[u8], tree: Arc<Tree>) -> StockReader {
-        let queue = ReadQueue::new(session);
+    pub(super) fn new(spread: Spread<Session>, root: &[u8], tree: Arc<Tree>) -> StockReader {
+        let queue = ReadQueue::new(spread);
         StockReader {
             root: root.to_vec(),
             tree,
@@ -71,7 +75,8 @@ impl StockReader {
         let only_hashed = only_hashed && size > SMALL_FILE_BYTES;
         self.ahead += size;
         self.files.insert(id, File { fetch, size, hash: Sha256::new(), held, held_at: 0, only_hashed });
-        self.queue.push(Wanted { id, path: below(&self.root, &entry.path), from: 0, size });
+        let alone = settled(entry.mtime);
+        self.queue.push(Wanted { id, path: below(&self.root, &entry.path), from: 0, size, alone });
     }
 
     fn take(&mut self, piece: Piece) {
@@ -103,6 +108,12 @@ impl StockReader {
             }
         }
     }
+}
+
+/// A file that another takes the place of has another time, to the second that SFTP tells, or is as new as this.
+fn settled(modified: Timestamp) -> bool {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() as i64;
+    modified.seconds < now.saturating_sub(SETTLED_SECONDS)
 }
 
 fn changed(index: u32) -> Produced {

@@ -4,7 +4,7 @@
 //! the run. A request that the server refuses is a [`Refusal`], which the caller weighs.
 
 use std::io;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use crossbeam_channel::{Receiver, unbounded};
@@ -45,9 +45,15 @@ pub(super) struct Offers {
 pub(super) struct Session {
     pub(super) client: Client,
     pub(super) offers: Offers,
-    limits: OnceLock<Limits>,
+    limits: Arc<OnceLock<Limits>>,
     /// What was asked about them, until somebody needs the answer.
     asked: Mutex<Option<Receiver<Completion>>>,
+}
+
+/// What one session with a server knows of it, for another.
+pub(super) struct Known {
+    extensions: Vec<(Vec<u8>, Vec<u8>)>,
+    limits: Arc<OnceLock<Limits>>,
 }
 
 /// How much the server takes at once.
@@ -181,11 +187,11 @@ pub(super) fn symlink(target: &[u8], path: &[u8]) -> Vec<u8> {
 
 impl Session {
     /// Asks the server at the other end of `client` what it takes at once, and does not wait for the answer. One that offers the
-    /// same as `other` is another connection to the same server, and is not asked.
+    /// same as one that is known is the same server, and is not asked.
     ///
     /// # Errors
     /// When the connection has ended.
-    pub(super) fn new(client: Client, other: Option<&Session>) -> Result<Session, Error> {
+    pub(super) fn new(client: Client, known: Option<&Known>) -> Result<Session, Error> {
         let has = |name: &str| client.has(name, "1");
         let offers = Offers {
             posix_rename: has("posix-rename@openssh.com"),
@@ -196,10 +202,10 @@ impl Session {
             copy_data: has("copy-data"),
             statvfs: client.has("statvfs@openssh.com", "2"),
         };
-        let known = other.filter(|other| other.client.extensions() == client.extensions());
-        let known = known.and_then(|other| other.limits.get().copied());
+        let known = known.filter(|known| known.extensions == client.extensions());
+        let known = known.and_then(|known| known.limits.get().copied());
         let ask = known.is_none() && has("limits@openssh.com");
-        let limits = known.map(OnceLock::from).unwrap_or_default();
+        let limits = Arc::new(known.map(OnceLock::from).unwrap_or_default());
         let session = Session { client, offers, limits, asked: Mutex::new(None) };
         if ask {
             let (sender, receiver) = unbounded();
@@ -207,6 +213,11 @@ impl Session {
             *session.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(receiver);
         }
         Ok(session)
+    }
+
+    /// What it knows of the server, once it does.
+    pub(super) fn known(&self) -> Known {
+        Known { extensions: self.client.extensions().to_vec(), limits: Arc::clone(&self.limits) }
     }
 
     fn limits(&self) -> Limits {

@@ -70,7 +70,7 @@ impl Source for StockSource {
     }
 
     fn reader(&self, tree: Arc<Tree>) -> Result<Box<dyn Reader + '_>, Error> {
-        Ok(Box::new(StockReader::new(self.lanes.session(self.lanes.next()), &self.lanes.root, tree)))
+        Ok(Box::new(StockReader::new(self.lanes.spread(self.lanes.next()), &self.lanes.root, tree)))
     }
 
     /// The manifest at the source, where there is one, is the memory.

@@ -11,7 +11,7 @@ use super::read::read_whole;
 use super::session::{self, Reply, Session, about, extended, with_attributes};
 use super::shell::Job;
 use super::target::{Run, STAGING_ABOVE, locked};
-use super::{DIRECTORY, at, below, kind_of};
+use super::{DIRECTORY, SPREAD_FROM, at, below, kind_of};
 use crate::endpoint::Error;
 use crate::error::Escaped;
 use crate::filter::{Filter, FilterSpec};
@@ -25,6 +25,8 @@ use crate::wire::sftp::{Attributes, open, packet};
 const JOURNAL: &str = "plan";
 /// A partial file is gone on with from a multiple of this.
 const RESUME_UNIT: u64 = 64 << 10;
+/// What is written of a file over several connections lies no farther than so many bytes behind what is not written.
+pub(super) const LOOSE_BYTES: u64 = 32 << 20;
 
 /// What is known of the staging area.
 #[derive(Debug, Default)]
@@ -45,12 +47,12 @@ impl Area {
 }
 
 /// Finds what an earlier run left to go on with, drops the rest, and makes the staging directories, where anything is to be
-/// staged.
-pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn Monitor) -> Result<(), Error> {
+/// staged. Gives whether large files may be written out of their order, within [`LOOSE_BYTES`].
+pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn Monitor) -> Result<bool, Error> {
     let found = locked(&run.area).left;
     let is_staged = |action: &Action| action.change != Change::MetadataOnly || action.need != Need::Nothing;
     if !found && !plan.actions.iter().any(is_staged) {
-        return Ok(());
+        return Ok(false);
     }
     let (mut left, mut journal) = (Left::default(), Journal::default());
     if found {
@@ -70,8 +72,12 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn M
         {
             let found = left.files.get(&staged).copied().unwrap_or(0);
             if journal.lists(&entry.path, size, entry.mtime) && found <= size {
-                // The end of what was cut off need not have arrived in order; the digest of the whole tells.
-                let resume_at = if found == size { size } else { found / RESUME_UNIT * RESUME_UNIT };
+                let resume_at = match found {
+                    // The end of a file is written when the rest of it is.
+                    found if found == size => size,
+                    found if size >= SPREAD_FROM => found.saturating_sub(journal.loose()) / RESUME_UNIT * RESUME_UNIT,
+                    found => found / RESUME_UNIT * RESUME_UNIT,
+                };
                 // That something is staged of a file that was to be compared says that it was found to differ.
                 if resume_at > 0 {
                     action.need = Need::Content { resume_at };
@@ -94,7 +100,11 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn M
     }
     wanted.insert(b"tree".to_vec());
     let session = &run.session;
-    let journal = Journal::new(files).encode();
+    let loosely = run.lanes.may_spread();
+    // What is gone on with may be cut off again before it is written to.
+    let before = if resumed.is_empty() { 0 } else { journal.loose() };
+    let loose = if loosely { LOOSE_BYTES } else { 0 };
+    let journal = Journal::new(files).loosely(loose.max(before)).encode();
     let own = OwnFile::new(&run.staging, JOURNAL);
     let mut replies = session.batch(area(run).iter().flat_map(|path| private(path)).chain(own.open()))?.into_iter();
     area(run).iter().try_for_each(|path| must_be_private(session, path, &mut replies))?;
@@ -111,7 +121,7 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn M
     drop_leftovers(run, &left, &resumed, &wanted)?;
     make_directories(run, &own, &wanted)?;
     locked(&run.area).directories = wanted.into_iter().collect();
-    Ok(())
+    Ok(loosely)
 }
 
 /// The directories of the area, from the top.

@@ -116,6 +116,8 @@ pub(super) struct State {
     pub(super) old_manifest: Manifest,
     /// SHA-256 of the old manifest's file.
     pub(super) old_digest: Digest,
+    /// Large files may be written out of their order.
+    pub(super) loosely: bool,
     /// Files whose content is staged and proven.
     pub(super) staged: HashMap<u32, Digest>,
     /// The sums of what of it is large.
@@ -212,7 +214,7 @@ impl Target for StockTarget {
             *locked(&self.run) = None;
             return Ok(());
         };
-        let session = Arc::clone(&self.lanes.first);
+        let session = Arc::clone(self.lanes.control());
         let names = Mutex::new(Names::default());
         let mut lock = None;
         let (mut own, mut area, mut interrupted) = ((0, 0), Area::default(), false);
@@ -301,7 +303,7 @@ impl Target for StockTarget {
     }
 
     fn writer(&self) -> Result<Box<dyn Writer + '_>, Error> {
-        Ok(Box::new(StockWriter::new(self.run()?, self.lanes.next())))
+        Ok(Box::new(StockWriter::new(self.run()?)))
     }
 
     fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
@@ -498,12 +500,10 @@ impl Run {
         if let Some(keep) = self.options.trash_seconds.filter(|_| !self.options.dry_run) {
             trash::collect(self, keep, monitor)?;
         }
-        if !self.options.dry_run {
-            stage::prepare(self, &source, &mut plan, monitor)?;
-        }
+        let loosely = !self.options.dry_run && stage::prepare(self, &source, &mut plan, monitor)?;
         let alike = Arc::new(alike::find(self, &source, &target, &old_manifest, &mut plan)?);
         let (planned, state) = (plan.clone(), State::default());
-        *self.state() = State { source, target, plan: planned, old_manifest, old_digest, alike, ..state };
+        *self.state() = State { source, target, plan: planned, old_manifest, old_digest, loosely, alike, ..state };
         Ok(plan)
     }
 

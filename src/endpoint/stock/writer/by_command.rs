@@ -240,11 +240,8 @@ impl StockWriter {
         }
         let unproven = Unproven { id: number, path: file.path.clone(), size: file.size, grant: None };
         if self.follower.is_none() {
-            self.follower = Some(Follower::start(
-                Arc::clone(&self.run.lanes),
-                Arc::clone(&self.session),
-                Arc::clone(&self.run.shell),
-            )?);
+            self.follower =
+                Some(Follower::start(Arc::clone(&self.run.lanes), self.spread.number(0), Arc::clone(&self.run.shell))?);
         }
         if let Some(follower) = &self.follower {
             follower.begin(unproven);

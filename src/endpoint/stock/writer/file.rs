@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::super::alike::Lying;
+use super::beside::Beside;
 use crate::endpoint::delta::Summing;
 use crate::endpoint::{Block, WriteFailure};
 use crate::manifest::Digest;
@@ -19,6 +20,8 @@ pub(super) enum Op {
     LookAtOrigin,
     /// The REMOVE before a second OPEN, and of what failed.
     Clear,
+    /// The OPEN over the further connection with this number.
+    OpenBeside(usize),
     /// A WRITE of what begins at this offset.
     Data(u64),
     /// The copy of what begins at this offset, and has this length.
@@ -81,6 +84,8 @@ pub(super) struct File {
     /// Where the next bytes go.
     pub(super) at: u64,
     pub(super) handle: Option<Bytes>,
+    /// It goes over further connections too, and their handles of it.
+    pub(super) beside: Option<Beside>,
     /// What waits, in the order of the file.
     pub(super) queued: VecDeque<Part>,
     pub(super) in_flight: usize,
@@ -128,6 +133,7 @@ impl File {
             size,
             at: resume_at,
             handle: None,
+            beside: None,
             queued: VecDeque::new(),
             in_flight: 0,
             sent: resume_at,

@@ -16,12 +16,14 @@ use super::session::{self, Refusal, Reply, Session, about, extended, with_attrib
 use super::target::{Permissions, Run};
 use crate::endpoint::client::Completion;
 use crate::endpoint::delta::{Summing, Within};
+use crate::endpoint::spread::Spread;
 use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
 use crate::error::Escaped;
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::policy::mode::SPECIAL_BITS;
 use crate::wire::sftp::{Attributes, Status, open, packet};
 
+mod beside;
 mod by_command;
 mod copies;
 mod file;
@@ -45,7 +47,12 @@ pub(super) struct StockWriter {
     run: Arc<Run>,
     source: Arc<Tree>,
     alike: Arc<Alike>,
+    /// Its own connection, and further ones for what is large.
+    spread: Spread<Session>,
+    /// The session over its own.
     session: Arc<Session>,
+    /// Large files may be written out of their order.
+    loosely: bool,
     sender: Sender<Completion>,
     receiver: Receiver<Completion>,
     sent: HashMap<u64, (u64, Op)>,
@@ -83,11 +90,13 @@ fn refused(what: &str, refusal: &Refusal) -> WriteFailure {
 }
 
 impl StockWriter {
-    /// Over the connection with this number.
-    pub(super) fn new(run: Arc<Run>, connection: usize) -> StockWriter {
+    /// Over the next connection. May take as long as it takes to log in.
+    pub(super) fn new(run: Arc<Run>) -> StockWriter {
         let (sender, receiver) = unbounded();
-        let session = run.lanes.session(connection);
-        let starting = run.bulk(connection);
+        let spread = Spread::new(&run.lanes.pool);
+        let session = Arc::clone(spread.own());
+        let starting = run.bulk(spread.number(0));
+        let loosely = run.state().loosely;
         let source = Arc::clone(&run.state().source);
         let alike = Arc::clone(&run.state().alike);
         let sync_each = session.offers.fsync && !run.syncs;
@@ -95,7 +104,9 @@ impl StockWriter {
             run,
             source,
             alike,
+            spread,
             session,
+            loosely,
             sender,
             receiver,
             sent: HashMap::new(),
@@ -129,13 +140,17 @@ impl StockWriter {
     }
 
     fn send(&mut self, number: u64, op: Op, packet: Vec<u8>) -> Result<(), Error> {
+        self.send_over(Arc::clone(&self.session), number, op, packet)
+    }
+
+    fn send_over(&mut self, session: Arc<Session>, number: u64, op: Op, packet: Vec<u8>) -> Result<(), Error> {
         let tag = self.next_tag;
         self.next_tag += 1;
         self.sent.insert(tag, (number, op));
         if let Some(file) = self.files.get_mut(&number) {
             file.in_flight += 1;
         }
-        self.session.client.submit(packet, 0, tag, &self.sender)
+        session.client.submit(packet, 0, tag, &self.sender)
     }
 
     /// Takes what answers there are; with `wait` at least one.
@@ -159,8 +174,12 @@ impl StockWriter {
         }
         let Some(file) = self.files.get_mut(&number) else {
             // Discarded meanwhile; a handle that comes now is not left open.
-            if let (Op::Open | Op::OpenOrigin, Reply::Handle(handle)) = (op, reply) {
-                self.send(number, Op::Clear, about(packet::CLOSE, &handle))?;
+            match (op, reply) {
+                (Op::Open | Op::OpenOrigin, Reply::Handle(handle)) => {
+                    self.send(number, Op::Clear, about(packet::CLOSE, &handle))?;
+                }
+                (Op::OpenBeside(over), Reply::Handle(handle)) => self.close_beside(number, over, &handle)?,
+                _ => {}
             }
             return Ok(());
         };
@@ -175,6 +194,9 @@ impl StockWriter {
                 self.flush(number)?;
             }
             (Op::Open, Reply::Refused(refusal)) => self.not_opened(number, &refusal)?,
+            (Op::OpenBeside(over), Reply::Handle(handle)) => self.opened_beside(number, over, handle)?,
+            // It goes over the others.
+            (Op::OpenBeside(_), Reply::Refused(_)) => {}
             (Op::OpenOrigin, Reply::Handle(handle)) => self.origin_opened(number, handle)?,
             (Op::LookAtOrigin, Reply::Attributes(found)) => self.origin_seen(number, &found),
             (Op::OpenOrigin | Op::LookAtOrigin, Reply::Refused(refusal)) => {
@@ -183,10 +205,15 @@ impl StockWriter {
             }
             (Op::Copy(..), Reply::Refused(refusal)) => self.not_copied(number, &refusal)?,
             (Op::Clear, Reply::Done | Reply::Refused(_)) => {}
+            (Op::Data(_), Reply::Done) if file.beside.is_some() => self.flush(number)?,
             (Op::Data(_) | Op::Copy(..) | Op::Write | Op::Close | Op::Grant, Reply::Done) => {}
             (Op::Data(_) | Op::Write | Op::Close, Reply::Refused(refusal)) => {
                 let first = file.failure.is_none();
                 file.failure.get_or_insert(refused("write", &refusal));
+                if file.beside.is_some() {
+                    self.forget_queued(number);
+                    self.close(number)?;
+                }
                 if first && refusal.status == Status::Failure {
                     self.check_room()?;
                 }
@@ -298,6 +325,10 @@ impl StockWriter {
 
     /// Sends what waited and need not any more.
     fn flush(&mut self, number: u64) -> Result<(), Error> {
+        if self.files.get(&number).is_some_and(|file| file.beside.is_some()) {
+            self.flush_beside(number)?;
+            return self.close(number);
+        }
         while let Some((part, handle, origin)) = self.files.get_mut(&number).and_then(File::next_part) {
             match part {
                 Part::Data { to, block } => {
@@ -337,13 +368,23 @@ impl StockWriter {
     }
 
     fn send_block(&mut self, number: u64, handle: &[u8], offset: u64, block: &Block) -> Result<(), Error> {
+        self.send_block_over(&Arc::clone(&self.session), number, handle, (offset, block))
+    }
+
+    fn send_block_over(
+        &mut self,
+        session: &Arc<Session>,
+        number: u64,
+        handle: &[u8],
+        (offset, block): (u64, &Block),
+    ) -> Result<(), Error> {
         let mut at = offset;
-        for chunk in block.data().chunks(self.session.write_max() as usize) {
+        for chunk in block.data().chunks(session.write_max() as usize) {
             if let Some(file) = self.files.get_mut(&number) {
                 file.unanswered.insert(at);
                 file.sent = file.sent.max(at + chunk.len() as u64);
             }
-            self.send(number, Op::Data(at), session::write(handle, at, chunk))?;
+            self.send_over(Arc::clone(session), number, Op::Data(at), session::write(handle, at, chunk))?;
             at += chunk.len() as u64;
         }
         Ok(())
@@ -353,6 +394,10 @@ impl StockWriter {
     fn close(&mut self, number: u64) -> Result<(), Error> {
         let Some(file) = self.files.get_mut(&number).filter(|file| file.queued.is_empty()) else { return Ok(()) };
         let (Some(handle), Some(_), false) = (file.handle.clone(), file.digest, file.closing) else { return Ok(()) };
+        // What follows is for all of it.
+        if file.beside.is_some() && !file.unanswered.is_empty() {
+            return Ok(());
+        }
         file.closing = true;
         let origin = file.origin.as_mut().and_then(|origin| origin.handle.take());
         let size = Attributes { size: Some(file.size), ..Attributes::default() };
@@ -365,6 +410,7 @@ impl StockWriter {
         if let Some(origin) = origin {
             self.send(number, Op::Clear, about(packet::CLOSE, &origin))?;
         }
+        self.end_beside(number)?;
         self.send(number, Op::Close, about(packet::CLOSE, &handle))
     }
 
@@ -375,6 +421,7 @@ impl StockWriter {
             self.end_by_command(number)?;
         }
         self.forget_queued(number);
+        self.end_beside(number)?;
         let Some(file) = self.files.remove(&number) else { return Ok(()) };
         let path = file.path.clone();
         self.let_go(number, file)?;
@@ -429,15 +476,20 @@ impl Writer for StockWriter {
         let path = self.run.staged_path(&entry.path);
         // What may be copied takes a handle.
         let is_made = self.alike.piece(index, 0).is_some() && !self.whole.contains(&index);
-        let route = if is_made { Route::Sftp } else { self.route(index, &path, size, resume_at)? };
+        let beside = !is_made && self.goes_beside(size - resume_at.min(size));
+        let route = if is_made || beside { Route::Sftp } else { self.route(index, &path, size, resume_at)? };
         let number = self.next_file;
         self.next_file += 1;
         let mut file = File::new(index, path.clone(), size, resume_at, route);
         file.is_with_command = route == Route::Stream;
+        file.beside = beside.then(Default::default);
         // Of what an earlier run has sent nothing is known.
         file.summing = (resume_at == 0 && self.run.sums_up(size)).then(Summing::default);
         self.files.insert(number, file);
         self.current.insert(index, number);
+        if beside {
+            self.spread.begin();
+        }
         match (route, resume_at) {
             (Route::Pack, _) => return Ok(()),
             (Route::Stream, _) => {
@@ -479,6 +531,7 @@ impl Writer for StockWriter {
         let Some(file) = self.files.get_mut(&number) else { return Ok(()) };
         file.queued.push_back(Part::Data { to: offset, block });
         self.queued += length as usize;
+        self.consider(number)?;
         self.send_on(number)?;
         while self.queued > QUEUED && self.wait()? {}
         Ok(())

@@ -4,13 +4,12 @@
 //! where the network or the processors have more to give. Where they do not, a second one shows it, and is given up.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::Lanes;
-use crate::endpoint::BLOCK_BYTES;
-use crate::endpoint::client::Client;
+use super::BLOCK_BYTES;
+use super::client::Client;
+use super::pool::{Lane, Pool};
 use crate::monitor::cpu::idle_processors;
 
 /// A file of which less than this was sent is not spread.
@@ -36,36 +35,41 @@ const WORTH: f64 = 1.2;
 const REST: Duration = Duration::from_secs(10);
 
 /// A connection beside the worker's own, with its number.
-type Further = (usize, Arc<Client>);
+type Further<L> = (usize, Arc<L>);
 
 /// The connections that one worker's file goes over.
-pub(super) struct Spread {
-    lanes: Arc<Lanes>,
+pub(super) struct Spread<L: Lane> {
+    pool: Arc<Pool<L>>,
     number: usize,
-    own: Arc<Client>,
-    more: Vec<Further>,
+    own: Arc<L>,
+    more: Vec<Further<L>>,
     /// How many of those came last.
     newest: usize,
     /// Those that are logging in.
-    opening: Vec<(usize, JoinHandle<Option<Arc<Client>>>)>,
+    opening: Vec<(usize, JoinHandle<Option<Arc<L>>>)>,
     /// Those that brought nothing, until what went over them is answered.
-    leaving: Vec<Further>,
+    leaving: Vec<Further<L>>,
     climb: Climb,
 }
 
-impl Spread {
+impl<L: Lane> Spread<L> {
     /// The connection for the next worker. May take as long as it takes to log in.
-    pub(super) fn new(lanes: &Arc<Lanes>) -> Spread {
+    pub(super) fn new(pool: &Arc<Pool<L>>) -> Spread<L> {
+        Spread::at(pool, pool.next())
+    }
+
+    /// The connection with this number, or the first where that cannot be had.
+    pub(super) fn at(pool: &Arc<Pool<L>>, number: usize) -> Spread<L> {
         // Counted before it has logged in: what may wait at the other end is shared among all.
-        lanes.alive.fetch_add(1, Ordering::Relaxed);
-        let (number, own) = lanes.lane();
-        lanes.users[number].fetch_add(1, Ordering::Relaxed);
+        pool.begin_worker();
+        let (number, own) = pool.get_or_first(number);
+        pool.enter(number);
         let (more, opening, leaving) = (Vec::new(), Vec::new(), Vec::new());
-        Spread { lanes: Arc::clone(lanes), number, own, more, newest: 0, opening, leaving, climb: Climb::default() }
+        Spread { pool: Arc::clone(pool), number, own, more, newest: 0, opening, leaving, climb: Climb::default() }
     }
 
     /// The worker's own connection.
-    pub(super) fn own(&self) -> &Arc<Client> {
+    pub(super) fn own(&self) -> &Arc<L> {
         &self.own
     }
 
@@ -75,8 +79,8 @@ impl Spread {
     }
 
     /// One of them, by a number below [`Spread::width`]; its own is the first.
-    pub(super) fn get(&self, at: usize) -> &Arc<Client> {
-        at.checked_sub(1).and_then(|at| self.more.get(at)).map_or(&self.own, |(_, client)| client)
+    pub(super) fn get(&self, at: usize) -> &Arc<L> {
+        at.checked_sub(1).and_then(|at| self.more.get(at)).map_or(&self.own, |(_, lane)| lane)
     }
 
     /// The number of one of them among those of the run.
@@ -84,36 +88,56 @@ impl Spread {
         at.checked_sub(1).and_then(|at| self.more.get(at)).map_or(self.number, |(number, _)| *number)
     }
 
-    fn all(&self) -> impl Iterator<Item = &Arc<Client>> {
-        [&self.own].into_iter().chain(self.more.iter().map(|(_, client)| client))
+    /// All of them, with their numbers.
+    pub(super) fn all(&self) -> impl Iterator<Item = (usize, &Arc<L>)> {
+        [(self.number, &self.own)].into_iter().chain(self.more.iter().map(|(number, lane)| (*number, lane)))
+    }
+
+    /// Whether the connection with this number is one of them.
+    pub(super) fn has(&self, number: usize) -> bool {
+        self.all().any(|(one, _)| one == number)
+    }
+
+    /// The connection with this number, if it is one of them or was until what goes over it is answered.
+    pub(super) fn find(&self, number: usize) -> Option<&Arc<L>> {
+        let leaving = self.leaving.iter().map(|(number, lane)| (*number, lane));
+        self.all().chain(leaving).find_map(|(one, lane)| (one == number).then_some(lane))
     }
 
     /// How many workers there are.
     pub(super) fn workers(&self) -> usize {
-        self.lanes.alive.load(Ordering::Relaxed).max(1)
+        self.pool.alive().max(1)
     }
 
-    /// The one over which so many bytes are there soonest, of those that have room for them: what waits for long holds up what comes
-    /// after it over another.
-    pub(super) fn soonest(&self, bytes: usize) -> Option<&Arc<Client>> {
-        let usual = self.own.link_rate().unwrap_or(1e6);
-        let room = |client: &&Arc<Client>| {
+    /// The one over which so many bytes are there soonest, of those that have room for them, with its number: what waits for long holds
+    /// up what comes after it over another. `waiting` says how many bytes are on their way over one, of those that can be used.
+    pub(super) fn soonest(
+        &self,
+        bytes: usize,
+        waiting: impl Fn(usize, &Client) -> Option<usize>,
+    ) -> Option<(usize, &Arc<L>)> {
+        let usual = self.own.client().link_rate().unwrap_or(1e6);
+        let room = |client: &Client, waits: usize| {
             let seconds = client.round_trip().map_or(0.0, |nearest| 4.0 * nearest.as_secs_f64()).max(WAITS_SECONDS);
             let most = client.link_rate().map_or(0.0, |rate| rate * seconds) as usize;
-            let waits = client.in_flight();
             waits == 0 || waits + bytes <= most.max(WAITS_BYTES)
         };
         let takes =
-            |client: &&Arc<Client>| (client.in_flight() + bytes) as f64 / client.link_rate().unwrap_or(usual).max(1.0);
+            |client: &Client, waits: usize| (waits + bytes) as f64 / client.link_rate().unwrap_or(usual).max(1.0);
         // One that was lost while nothing went over it is missed by nobody.
-        let lives = |client: &&Arc<Client>| !client.is_dead() || Arc::ptr_eq(client, &self.own);
-        self.all().filter(lives).filter(room).min_by(|a, b| takes(a).total_cmp(&takes(b)))
+        let lives = |number: usize, client: &Client| !client.is_dead() || number == self.number;
+        let all = self.all().filter_map(|(number, lane)| {
+            let client = lane.client();
+            let waits = waiting(number, client)?;
+            (lives(number, client) && room(client, waits)).then(|| (takes(client, waits), number, lane))
+        });
+        all.min_by(|(a, ..), (b, ..)| a.total_cmp(b)).map(|(_, number, lane)| (number, lane))
     }
 
     /// Bytes a second that all of them were seen to carry together.
     pub(super) fn rate(&self) -> Option<f64> {
         // The most that each has carried was not at the same time.
-        self.climb.recent.filter(|_| self.width() > 1).or_else(|| self.own.link_rate())
+        self.climb.recent.filter(|_| self.width() > 1).or_else(|| self.own.client().link_rate())
     }
 
     /// A file begins: what was measured before it ends there.
@@ -123,7 +147,7 @@ impl Spread {
 
     /// Takes twice as many connections where that may be worth it, while a large file is on its way, and gives up what was not.
     pub(super) fn consider(&mut self) {
-        if self.lanes.further.is_empty() {
+        if self.pool.further() == 0 {
             return;
         }
         self.let_go(|client| client.in_flight() == 0);
@@ -131,8 +155,8 @@ impl Spread {
             self.take_in();
             return;
         }
-        let delivered =
-            self.all().chain(self.leaving.iter().map(|(_, client)| client)).map(|client| client.delivered()).sum();
+        let leaving = self.leaving.iter().map(|(_, lane)| lane);
+        let delivered = self.all().map(|(_, lane)| lane).chain(leaving).map(|lane| lane.client().delivered()).sum();
         match self.climb.judge(delivered, Instant::now()) {
             None => {}
             Some(true) => {
@@ -151,41 +175,37 @@ impl Spread {
 
     /// Whether there may be more soon.
     pub(super) fn may_widen(&self) -> bool {
-        self.width() <= self.lanes.further.len() && self.is_worth_trying()
+        self.width() <= self.pool.further() && self.is_worth_trying()
     }
 
     fn is_worth_trying(&self) -> bool {
-        self.is_far() || idle_processors().is_some_and(|idle| idle >= IDLE_PROCESSORS as f64)
-    }
-
-    fn is_far(&self) -> bool {
-        self.own.round_trip().is_some_and(|nearest| nearest >= FAR)
+        is_worth_trying(self.own.client())
     }
 
     /// Begins to log in over as many connections as there are, or a few more at first, of those that nobody else uses.
     fn widen(&mut self) {
-        let more = if self.width() == 1 && self.is_far() { FAR_WIDTH - 1 } else { self.width() };
+        let more = if self.width() == 1 && is_far(self.own.client()) { FAR_WIDTH - 1 } else { self.width() };
         let leaves = |number: &usize| self.leaving.iter().any(|(at, _)| at == number);
-        let idle = |number: &usize| self.lanes.users[*number].load(Ordering::Relaxed) == 0;
-        let free = (1..=self.lanes.further.len())
-            .filter(|number| idle(number) && !leaves(number) && !self.lanes.is_lost(*number));
+        let idle = |number: &usize| !self.pool.is_used(*number);
+        let free =
+            (1..=self.pool.further()).filter(|number| idle(number) && !leaves(number) && !self.pool.is_lost(*number));
         let numbers: Vec<usize> = free.take(more).collect();
         for number in numbers {
-            let lanes = Arc::clone(&self.lanes);
+            let pool = Arc::clone(&self.pool);
             let open = move || {
-                let client = lanes.get(number);
-                if lanes.users[number].load(Ordering::Relaxed) == 0 {
+                let lane = pool.get(number);
+                if !pool.is_used(number) {
                     // Who asked for it has ended.
-                    drop(client);
-                    lanes.close_unused(number);
+                    drop(lane);
+                    pool.close_unused(number);
                     return None;
                 }
-                client
+                lane
             };
-            self.lanes.users[number].fetch_add(1, Ordering::Relaxed);
+            self.pool.enter(number);
             match std::thread::Builder::new().name("lane".to_owned()).spawn(open) {
                 Ok(thread) => self.opening.push((number, thread)),
-                Err(_) => self.lanes.leave(number, None),
+                Err(_) => self.pool.leave(number, None),
             }
         }
     }
@@ -198,38 +218,47 @@ impl Spread {
         let opened: Vec<_> =
             self.opening.drain(..).map(|(number, thread)| (number, thread.join().ok().flatten())).collect();
         self.newest = 0;
-        for (number, client) in opened {
-            match client {
-                Some(client) => {
-                    self.more.push((number, client));
+        for (number, lane) in opened {
+            match lane {
+                Some(lane) => {
+                    self.more.push((number, lane));
                     self.newest += 1;
                 }
-                None => self.lanes.leave(number, None),
+                None => self.pool.leave(number, None),
             }
         }
-        let ways = self.own.round_trip().unwrap_or_default() * BEGINNING_WAYS;
+        let ways = self.own.client().round_trip().unwrap_or_default() * BEGINNING_WAYS;
         self.climb.begin(Instant::now() + BEGINNING.max(ways));
     }
 
     /// Gives back those of the leaving that are done.
     fn let_go(&mut self, done: impl Fn(&Client) -> bool) {
-        for (number, client) in self.leaving.extract_if(.., |(_, client)| done(client)) {
-            self.lanes.leave(number, Some(client));
+        for (number, lane) in self.leaving.extract_if(.., |(_, lane)| done(lane.client())) {
+            self.pool.leave(number, Some(lane));
         }
     }
 }
 
-impl Drop for Spread {
+impl<L: Lane> Drop for Spread<L> {
     fn drop(&mut self) {
         self.leaving.append(&mut self.more);
         self.let_go(|_| true);
         // Those that are logging in are not waited for; they end with the run.
         for (number, _) in self.opening.drain(..) {
-            self.lanes.leave(number, None);
+            self.pool.leave(number, None);
         }
-        self.lanes.users[self.number].fetch_sub(1, Ordering::Relaxed);
-        self.lanes.alive.fetch_sub(1, Ordering::Relaxed);
+        self.pool.leave(self.number, None);
+        self.pool.end_worker();
     }
+}
+
+/// Whether further connections beside this one may bring more.
+pub(super) fn is_worth_trying(client: &Client) -> bool {
+    is_far(client) || idle_processors().is_some_and(|idle| idle >= IDLE_PROCESSORS as f64)
+}
+
+fn is_far(client: &Client) -> bool {
+    client.round_trip().is_some_and(|nearest| nearest >= FAR)
 }
 
 /// Whether more connections have brought more so far.

@@ -6,10 +6,16 @@ use std::sync::Arc;
 use bytes::Bytes;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
+use super::SPREAD_FROM;
 use super::session::{self, Refusal, Reply, Session};
 use crate::endpoint::Error;
 use crate::endpoint::client::Completion;
+use crate::endpoint::spread::Spread;
 use crate::wire::sftp::{Attributes, Status, packet};
+
+mod beside;
+
+use beside::Beside;
 
 /// Bytes asked for and not here yet, of one queue.
 const IN_FLIGHT: u64 = 16 << 20;
@@ -26,6 +32,8 @@ pub(super) struct Wanted {
     pub(super) path: Vec<u8>,
     pub(super) from: u64,
     pub(super) size: u64,
+    /// Nobody puts another file in its place meanwhile that looks the same: it may be read over several connections.
+    pub(super) alone: bool,
 }
 
 /// What reading gives. For one file: `Data` in order, then `End`; or `Failed` at any time.
@@ -51,8 +59,14 @@ pub(super) enum Piece {
 
 enum Op {
     Open,
+    /// The OPEN over a further connection, and the FSTAT of it.
+    OpenBeside,
+    LookBeside,
     Before,
-    Read { offset: u64, length: u32 },
+    Read {
+        offset: u64,
+        length: u32,
+    },
     After,
     Close,
 }
@@ -61,6 +75,8 @@ struct Reading {
     id: u64,
     size: u64,
     handle: Option<Bytes>,
+    /// It is read over further connections too.
+    beside: Option<Beside>,
     asked: u64,
     given: u64,
     early: BTreeMap<u64, Bytes>,
@@ -69,26 +85,33 @@ struct Reading {
     closing: bool,
 }
 
-/// Files that are being read over one session.
+/// Files that are being read over one session, and what is large over further ones.
 pub(super) struct ReadQueue {
+    spread: Spread<Session>,
     session: Arc<Session>,
+    /// Bytes asked for over each connection and not here yet.
+    loads: HashMap<usize, u64>,
     sender: Sender<Completion>,
     receiver: Receiver<Completion>,
     waiting: VecDeque<Wanted>,
     /// By a number of their own, since one `id` may be read again while answers to its first attempt are due.
     files: BTreeMap<u64, Reading>,
     next_file: u64,
-    sent: HashMap<u64, (u64, Op)>,
+    /// With the file, and the connection.
+    sent: HashMap<u64, (u64, Op, usize)>,
     next_tag: u64,
     in_flight: u64,
     ready: VecDeque<Piece>,
 }
 
 impl ReadQueue {
-    pub(super) fn new(session: Arc<Session>) -> ReadQueue {
+    pub(super) fn new(spread: Spread<Session>) -> ReadQueue {
         let (sender, receiver) = unbounded();
+        let session = Arc::clone(spread.own());
         ReadQueue {
+            spread,
             session,
+            loads: HashMap::new(),
             sender,
             receiver,
             waiting: VecDeque::new(),
@@ -130,33 +153,58 @@ impl ReadQueue {
     }
 
     fn send(&mut self, file: u64, op: Op, packet: Vec<u8>) -> Result<(), Error> {
+        self.send_over((self.spread.number(0), Arc::clone(&self.session)), file, op, packet)
+    }
+
+    fn send_over(
+        &mut self,
+        (over, session): (usize, Arc<Session>),
+        file: u64,
+        op: Op,
+        packet: Vec<u8>,
+    ) -> Result<(), Error> {
         if let Op::Read { length, .. } = op {
             self.in_flight += u64::from(length);
+            *self.loads.entry(over).or_default() += u64::from(length);
         }
         let tag = self.next_tag;
         self.next_tag += 1;
-        self.sent.insert(tag, (file, op));
-        self.session.client.submit(packet, 0, tag, &self.sender)
+        self.sent.insert(tag, (file, op, over));
+        session.client.submit(packet, 0, tag, &self.sender)
     }
 
     /// Opens files and sends READs as far as the limits allow.
     fn ask(&mut self) -> Result<(), Error> {
         let most = OPEN_FILES.min(self.session.handles() / 4).max(1);
         while self.files.len() < most
-            && let Some(Wanted { id, path, from, size }) = self.waiting.pop_front()
+            && let Some(Wanted { id, path, from, size, alone }) = self.waiting.pop_front()
         {
             let file = self.next_file;
             self.next_file += 1;
-            let early = BTreeMap::new();
-            let reading =
-                Reading { id, size, handle: None, asked: from, given: from, early, before: None, closing: false };
+            let beside = (alone && size - from >= SPREAD_FROM).then(|| Beside::of(&path));
+            let reading = Reading {
+                id,
+                size,
+                handle: None,
+                beside,
+                asked: from,
+                given: from,
+                early: BTreeMap::new(),
+                before: None,
+                closing: false,
+            };
+            if reading.beside.is_some() {
+                self.spread.begin();
+            }
             self.files.insert(file, reading);
             self.send(file, Op::Open, session::open(&path, crate::wire::sftp::open::READ))?;
         }
         let due: Vec<u64> = self.files.keys().copied().collect();
         for file in due {
+            self.ask_beside(file)?;
             while self.in_flight < IN_FLIGHT
                 && let Some(reading) = self.files.get_mut(&file)
+                && reading.beside.is_none()
                 && let Some(handle) = reading.handle.clone()
                 && reading.asked < reading.size
             {
@@ -180,19 +228,25 @@ impl ReadQueue {
             return Ok(());
         }
         reading.closing = true;
+        self.end_beside(file)?;
         self.send(file, Op::After, session::about(packet::FSTAT, &handle))?;
         self.send(file, Op::Close, session::about(packet::CLOSE, &handle))
     }
 
     fn settle(&mut self, tag: u64, reply: Reply) -> Result<(), Error> {
-        let Some((file, op)) = self.sent.remove(&tag) else { return Ok(()) };
+        let Some((file, op, over)) = self.sent.remove(&tag) else { return Ok(()) };
         if let Op::Read { length, .. } = op {
             self.in_flight -= u64::from(length);
+            self.loads.entry(over).and_modify(|load| *load -= u64::from(length));
         }
         let Some(reading) = self.files.get_mut(&file) else {
             // Given up before; a handle that comes now is not left open.
-            if let (Op::Open, Reply::Handle(handle)) = (op, reply) {
-                self.send(file, Op::Close, session::about(packet::CLOSE, &handle))?;
+            match (op, reply) {
+                (Op::Open, Reply::Handle(handle)) => {
+                    self.send(file, Op::Close, session::about(packet::CLOSE, &handle))?;
+                }
+                (Op::OpenBeside, Reply::Handle(handle)) => self.close_beside(file, over, &handle)?,
+                _ => {}
             }
             return Ok(());
         };
@@ -201,6 +255,10 @@ impl ReadQueue {
                 reading.handle = Some(handle.clone());
                 self.send(file, Op::Before, session::about(packet::FSTAT, &handle))
             }
+            (Op::OpenBeside, Reply::Handle(handle)) => self.opened_beside(file, over, handle),
+            (Op::LookBeside, Reply::Attributes(found)) => self.seen_beside(file, over, &found),
+            // It is read over the others.
+            (Op::OpenBeside | Op::LookBeside, Reply::Refused(_)) => Ok(()),
             (Op::Before, Reply::Attributes(attributes)) => {
                 reading.before = Some(attributes);
                 Ok(())
@@ -252,6 +310,7 @@ impl ReadQueue {
     }
 
     fn fail(&mut self, file: u64, why: Result<(), Refusal>) -> Result<(), Error> {
+        self.end_beside(file)?;
         let Some(reading) = self.files.remove(&file) else { return Ok(()) };
         self.ready.push_back(Piece::Failed { id: reading.id, why });
         match reading.handle {
