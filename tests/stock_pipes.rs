@@ -11,7 +11,7 @@ use bytes::Bytes;
 use lockstep::endpoint::link::{ConnectError, Link, LinkError, Remote, Way};
 use lockstep::endpoint::local::{LocalSource, LocalTarget};
 use lockstep::endpoint::stock::{Lanes, Much, StockSource, StockTarget, Verify};
-use lockstep::endpoint::{BeginOptions, Error, ScanOptions};
+use lockstep::endpoint::{BeginOptions, Error, ScanOptions, Width};
 use lockstep::error::Exit;
 use lockstep::manifest::format;
 use lockstep::monitor::Silent;
@@ -171,7 +171,7 @@ impl Pair {
         fs::write(path, data).unwrap();
     }
 
-    pub(super) fn lanes(&self, out: Hook, back: Hook, shell: bool, lanes: usize) -> Result<Lanes, Error> {
+    pub(super) fn lanes(&self, out: Hook, back: Hook, shell: bool, lanes: impl Into<Width>) -> Result<Lanes, Error> {
         let remote: Arc<dyn Remote> = Arc::new(Host { out, back, shell });
         let first = remote.open(&Way::SftpSubsystem, 0).unwrap();
         Lanes::connect(remote, first, lanes, self.at("target").as_os_str().as_encoded_bytes(), Verify::Auto)
@@ -188,7 +188,11 @@ impl Pair {
     }
 
     pub(super) fn pull(&self, out: Hook, back: Hook) -> Result<SyncReport, Error> {
-        let source = StockSource::new(self.lanes(out, back, false, 1)?);
+        self.pull_over(self.lanes(out, back, false, 1)?)
+    }
+
+    pub(super) fn pull_over(&self, lanes: Lanes) -> Result<SyncReport, Error> {
+        let source = StockSource::new(lanes);
         let target = LocalTarget::new(&self.at("copy"), PolicySpec::default());
         run(&source, &target, &options(), &Silent::default(), &AtomicBool::new(false))
     }

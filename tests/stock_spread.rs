@@ -4,8 +4,13 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Output;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
+use lockstep::endpoint::Width;
+
+use super::stock_pipes::{Hook, Pair};
 use crate::kit::proxy::{Carried, Cut, narrow};
 use crate::kit::sshd::Sshd;
 use crate::kit::{done, ends, noise, text};
@@ -15,6 +20,7 @@ const MIB: usize = 1 << 20;
 const PART: u64 = 1 << 20;
 /// What a run that was cut may have to send again although it was there.
 const LOOSE: usize = 32 * MIB;
+const UNIT: usize = 64 << 10;
 
 /// An sshd with no lockstep behind it, and a tree to be sent there.
 fn far(length: usize) -> (Sshd, Vec<u8>) {
@@ -117,18 +123,59 @@ fn holes_of_a_file_that_goes_over_several_connections_are_nothing_but_zeros() {
 }
 
 #[test]
-fn h34_one_of_several_connections_is_cut_and_the_next_run_goes_on_with_what_is_sure() {
+fn a_file_that_another_takes_the_place_of_is_not_mixed_with_it() {
+    const OPEN: u8 = 3;
+    let (pair, old) = (Pair::new(), noise(21, 40 * MIB));
+    let day = SystemTime::now() - Duration::from_secs(86400);
+    let place = |name: &str, content: &[u8]| {
+        fs::create_dir_all(pair.at("target")).unwrap();
+        fs::write(pair.at(name), content).unwrap();
+        fs::File::options().write(true).open(pair.at(name)).unwrap().set_modified(day).unwrap();
+    };
+    place("target/large", &old);
+    place("other", &noise(22, 40 * MIB));
+    let (other, large, opened) = (pair.at("other"), pair.at("target/large"), Arc::new(AtomicUsize::new(0)));
+    let opens = Arc::clone(&opened);
+    let far = || std::thread::sleep(Duration::from_micros(1200));
+    let out: Hook = Arc::new(move |packet| {
+        far();
+        if packet[0] == OPEN && packet.windows(6).any(|part| part == b"/large") {
+            // The first OPEN is of what was listed, the next ones of what has taken its place.
+            if opens.fetch_add(1, Ordering::Relaxed) == 1 {
+                fs::rename(&other, &large).unwrap();
+            }
+        }
+        true
+    });
+    let back: Hook = Arc::new(move |_| {
+        far();
+        true
+    });
+    let lanes = pair.lanes(out, back, false, Width { workers: 1, most: 4 }).unwrap();
+    let report = pair.pull_over(lanes).unwrap();
+    assert!(report.is_complete(), "{:?}", report.problems);
+    assert!(opened.load(Ordering::Relaxed) > 1, "{opened:?}");
+    assert!(fs::read(pair.at("copy/large")).unwrap() == old);
+}
+
+#[test]
+fn h34_one_of_several_connections_is_cut_and_each_run_goes_on_with_what_is_sure() {
     let (sshd, content) = far(96 * MIB);
     let arrived = sshd.remote("arrived");
-    let (port, carried) = narrow(sshd.port, Some((Cut::Only(2), 16 << 20)));
-    ends(&over(&sshd, port, &["push", "source", &arrived]), 75, &["the connection was lost"]);
-    assert!(parts(&carried) >= 3, "{:?}", carried.lock().unwrap());
-    assert!(!sshd.path("arrived").exists());
-    let there = staged(&sshd);
-    assert!(there.len() < content.len());
-    let sure = there.len().saturating_sub(LOOSE);
-    assert!(sure > 4 * MIB, "{}", there.len());
-    assert!(there[..sure] == content[..sure]);
+    let mut sure = 0;
+    for _ in 0..2 {
+        let (port, carried) = narrow(sshd.port, Some((Cut::Only(2), 8 << 20)));
+        ends(&over(&sshd, port, &["push", "source", &arrived]), 75, &["the connection was lost"]);
+        assert!(parts(&carried) >= 3, "{:?}", carried.lock().unwrap());
+        assert!(!sshd.path("arrived").exists());
+        let there = staged(&sshd);
+        assert!(there.len() < content.len());
+        // Two thirds of what this run has sent, at least.
+        let before = sure;
+        sure += (there.len() - sure).saturating_sub((there.len() - sure).div_ceil(3).min(LOOSE)) / UNIT * UNIT;
+        assert!(sure > before + 4 * MIB, "{before} {sure} of {}", there.len());
+        assert!(there[..sure] == content[..sure]);
+    }
     let (port, carried) = narrow(sshd.port, None);
     let output = over(&sshd, port, &["push", "source", &arrived]);
     done(&output);

@@ -47,8 +47,10 @@ pub(super) struct Spread<L: Lane> {
     newest: usize,
     /// Those that are logging in.
     opening: Vec<(usize, JoinHandle<Option<Arc<L>>>)>,
-    /// Those that brought nothing, until what went over them is answered.
+    /// Those that are of no more use, until what went over them is answered.
     leaving: Vec<Further<L>>,
+    /// How often they have changed.
+    changes: u64,
     climb: Climb,
 }
 
@@ -65,7 +67,8 @@ impl<L: Lane> Spread<L> {
         let (number, own) = pool.get_or_first(number);
         pool.enter(number);
         let (more, opening, leaving) = (Vec::new(), Vec::new(), Vec::new());
-        Spread { pool: Arc::clone(pool), number, own, more, newest: 0, opening, leaving, climb: Climb::default() }
+        let climb = Climb::default();
+        Spread { pool: Arc::clone(pool), number, own, more, newest: 0, opening, leaving, changes: 1, climb }
     }
 
     /// The worker's own connection.
@@ -93,9 +96,9 @@ impl<L: Lane> Spread<L> {
         [(self.number, &self.own)].into_iter().chain(self.more.iter().map(|(number, lane)| (*number, lane)))
     }
 
-    /// Whether the connection with this number is one of them.
-    pub(super) fn has(&self, number: usize) -> bool {
-        self.all().any(|(one, _)| one == number)
+    /// How often they have changed.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes
     }
 
     /// The connection with this number, if it is one of them or was until what goes over it is answered.
@@ -150,6 +153,7 @@ impl<L: Lane> Spread<L> {
         if self.pool.further() == 0 {
             return;
         }
+        self.lose_dead();
         self.let_go(|client| client.in_flight() == 0);
         if !self.opening.is_empty() {
             self.take_in();
@@ -166,10 +170,32 @@ impl<L: Lane> Spread<L> {
                 }
             }
             Some(false) => {
-                self.leaving.extend(self.more.drain(self.more.len() - self.newest..));
+                self.leaving.extend(self.more.drain(self.more.len().saturating_sub(self.newest)..));
+                self.changes += 1;
                 self.newest = 0;
                 self.climb.since = None;
             }
+        }
+    }
+
+    /// Gives back all but its own, until they are considered again.
+    pub(super) fn give_back(&mut self) {
+        if self.more.is_empty() {
+            return;
+        }
+        self.leaving.append(&mut self.more);
+        self.changes += 1;
+        (self.newest, self.climb) = (0, Climb::default());
+        self.let_go(|client| client.in_flight() == 0);
+    }
+
+    /// Gives up those that have ended: others may take their place.
+    fn lose_dead(&mut self) {
+        let dead: Vec<Further<L>> = self.more.extract_if(.., |(_, lane)| lane.client().is_dead()).collect();
+        if !dead.is_empty() {
+            self.newest = 0;
+            self.changes += 1;
+            self.leaving.extend(dead);
         }
     }
 
@@ -227,6 +253,7 @@ impl<L: Lane> Spread<L> {
                 None => self.pool.leave(number, None),
             }
         }
+        self.changes += 1;
         let ways = self.own.client().round_trip().unwrap_or_default() * BEGINNING_WAYS;
         self.climb.begin(Instant::now() + BEGINNING.max(ways));
     }
@@ -252,12 +279,12 @@ impl<L: Lane> Drop for Spread<L> {
     }
 }
 
-/// Whether further connections beside this one may bring more.
-pub(super) fn is_worth_trying(client: &Client) -> bool {
+fn is_worth_trying(client: &Client) -> bool {
     is_far(client) || idle_processors().is_some_and(|idle| idle >= IDLE_PROCESSORS as f64)
 }
 
-fn is_far(client: &Client) -> bool {
+/// Whether it answers so late that further connections beside it may bring more.
+pub(super) fn is_far(client: &Client) -> bool {
     client.round_trip().is_some_and(|nearest| nearest >= FAR)
 }
 

@@ -3,6 +3,9 @@
 //! The journal is `staging/current/plan` below the state directory: for each file its path, size and time, written
 //! once before anything is staged. How much of a file is there is what lies in `staging/current/tree`; it is hashed
 //! again before it is believed ([`super::StagedFile::resume`]).
+//!
+//! Where files are written at a stock server over several connections, how long one is does not say how much of it is there. Then a
+//! record without a path stands first, and each other one says besides where the run began with its file.
 
 use std::collections::HashMap;
 use std::io::{self, BufWriter, Read, Write};
@@ -25,7 +28,8 @@ const FIXED_BYTES: usize = 2 + 8 + 8 + 4;
 pub struct Journal {
     /// By path: size and time at the source.
     files: HashMap<RelPath, (u64, Timestamp)>,
-    loose: u64,
+    /// Where the run began with each, where they are written out of their order.
+    begun: Option<HashMap<RelPath, u64>>,
 }
 
 /// Path, size and time of a file.
@@ -35,7 +39,7 @@ impl Journal {
     /// Of the files that are to be staged.
     pub fn new(files: impl IntoIterator<Item = (RelPath, u64, Timestamp)>) -> Journal {
         let files = files.into_iter().map(|(path, size, mtime)| (path, (size, mtime))).collect();
-        Journal { files, loose: 0 }
+        Journal { files, begun: None }
     }
 
     /// With these as well.
@@ -45,15 +49,15 @@ impl Journal {
         self
     }
 
-    /// Of a run in which what lies before the end of a large file, by no more than so many bytes, may not be written yet.
-    #[must_use]
-    pub fn loosely(self, bytes: u64) -> Journal {
-        Journal { loose: bytes, ..self }
+    /// Of files that may be written out of their order, with where the run begins with each.
+    pub fn spread(files: Vec<((RelPath, u64, Timestamp), u64)>) -> Journal {
+        let begun = files.iter().map(|((path, ..), begun)| (path.clone(), *begun)).collect();
+        Journal { begun: Some(begun), ..Journal::new(files.into_iter().map(|(file, _)| file)) }
     }
 
-    /// How many bytes before the end of a large file may not be written.
-    pub fn loose(&self) -> u64 {
-        self.loose
+    /// Where the run began with a file that it may have written out of its order.
+    pub fn begun(&self, path: &RelPath) -> Option<u64> {
+        self.begun.as_ref()?.get(path).copied()
     }
 
     /// Whether a file with this size and time was being staged.
@@ -75,8 +79,13 @@ impl Journal {
 
     /// The bytes that are stored.
     pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = if self.loose > 0 { loosely(self.loose) } else { Vec::new() };
-        self.files().for_each(|file| bytes.extend_from_slice(&record(file)));
+        let Some(begun) = &self.begun else { return self.files().flat_map(record).collect() };
+        let mut bytes = vec![0; FIXED_BYTES];
+        for file in self.files() {
+            let begun = begun.get(file.0).copied().unwrap_or(0);
+            bytes.extend_from_slice(&record(file));
+            bytes.extend_from_slice(&begun.to_be_bytes());
+        }
         bytes
     }
 
@@ -141,20 +150,11 @@ fn record((path, size, mtime): Listed<'_>) -> Vec<u8> {
     bytes
 }
 
-/// A record without a path, which those who do not know it take for damage.
-fn loosely(bytes: u64) -> Vec<u8> {
-    let mut record = vec![0; FIXED_BYTES];
-    record[2..10].copy_from_slice(&bytes.to_be_bytes());
-    record
-}
-
 fn parse(mut bytes: &[u8]) -> Option<Journal> {
     let mut journal = Journal::default();
-    if let Some((first, rest)) = bytes.split_at_checked(FIXED_BYTES)
-        && first[..2] == [0, 0]
-    {
-        journal.loose = u64::from_be_bytes(first[2..10].try_into().ok()?);
-        bytes = rest;
+    // Who does not know what that says takes it for damage, and starts anew.
+    if let Some(rest) = bytes.strip_prefix(&[0; FIXED_BYTES]) {
+        (journal.begun, bytes) = (Some(HashMap::new()), rest);
     }
     while !bytes.is_empty() {
         let (fixed, rest) = bytes.split_at_checked(FIXED_BYTES)?;
@@ -162,8 +162,14 @@ fn parse(mut bytes: &[u8]) -> Option<Journal> {
         let size = u64::from_be_bytes(fixed[2..10].try_into().ok()?);
         let seconds = i64::from_be_bytes(fixed[10..18].try_into().ok()?);
         let nanoseconds = u32::from_be_bytes(fixed[18..22].try_into().ok()?);
-        let (path, rest) = rest.split_at_checked(length.into())?;
-        journal.files.insert(RelPath::new(path).ok()?, (size, Timestamp { seconds, nanoseconds }));
+        let (path, mut rest) = rest.split_at_checked(length.into())?;
+        let path = RelPath::new(path).ok()?;
+        if let Some(begun) = &mut journal.begun {
+            let (at, after) = rest.split_at_checked(8)?;
+            begun.insert(path.clone(), u64::from_be_bytes(at.try_into().ok()?));
+            rest = after;
+        }
+        journal.files.insert(path, (size, Timestamp { seconds, nanoseconds }));
         bytes = rest;
     }
     Some(journal)
@@ -191,10 +197,14 @@ mod tests {
         assert_eq!(loaded.resume_at(&root, &path, 100, time), 40);
         assert_eq!(loaded.resume_at(&root, &path, 101, time), 0);
         assert_eq!(loaded.resume_at(&root, &path, 100, Timestamp::default()), 0);
-        assert_eq!(Journal::decode(&journal.encode()).loose(), 0);
-        let loose = journal.clone().loosely(1 << 40);
-        assert_eq!(Journal::decode(&loose.encode()), loose);
-        assert_eq!(Journal::decode(&[loosely(5), loosely(5)].concat()), Journal::default());
+        assert_eq!(Journal::decode(&journal.encode()).begun(&path), None);
+        let spread = Journal::spread(vec![((path.clone(), 100, time), 1 << 40)]);
+        let (bytes, other) = (spread.encode(), RelPath::new("other").unwrap());
+        assert_eq!(Journal::decode(&bytes), spread);
+        assert!(
+            spread.lists(&path, 100, time) && spread.begun(&path) == Some(1 << 40) && spread.begun(&other).is_none()
+        );
+        assert_eq!(Journal::decode(&bytes[..bytes.len() - 1]), Journal::default());
         let bytes = std::fs::read(at.path().join(JOURNAL)).unwrap();
         std::fs::write(at.path().join(JOURNAL), &bytes[..bytes.len() - 1]).unwrap();
         assert_eq!(Journal::load(&root).unwrap(), Journal::default());

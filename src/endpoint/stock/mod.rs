@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::endpoint::client::{Client, ClientOptions};
 use crate::endpoint::link::{Link, Remote, Way};
 use crate::endpoint::pool::{Lane, Pool, Width};
-use crate::endpoint::spread::{Spread, is_worth_trying};
+use crate::endpoint::spread::{Spread, is_far};
 use crate::endpoint::{Crew, Error};
 use crate::error::Escaped;
 use crate::manifest::Timestamp;
@@ -25,6 +25,8 @@ mod audit;
 mod bulk;
 mod execute;
 mod follow;
+mod handles;
+mod lag;
 mod list;
 mod lock;
 mod look;
@@ -168,9 +170,9 @@ impl Lanes {
         self.pool.next()
     }
 
-    /// Whether large files may go over more connections than one.
+    /// Whether large files may go over more connections than one: where the server is near, a command takes more.
     fn may_spread(&self) -> bool {
-        self.pool.further() > 0 && is_worth_trying(&self.control().client)
+        self.pool.further() > 0 && is_far(&self.control().client)
     }
 
     fn wire_bytes(&self) -> u64 {

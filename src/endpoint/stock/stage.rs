@@ -11,7 +11,7 @@ use super::read::read_whole;
 use super::session::{self, Reply, Session, about, extended, with_attributes};
 use super::shell::Job;
 use super::target::{Run, STAGING_ABOVE, locked};
-use super::{DIRECTORY, SPREAD_FROM, at, below, kind_of};
+use super::{DIRECTORY, SPREAD_FROM, at, below, kind_of, lag};
 use crate::endpoint::Error;
 use crate::error::Escaped;
 use crate::filter::{Filter, FilterSpec};
@@ -25,8 +25,6 @@ use crate::wire::sftp::{Attributes, open, packet};
 const JOURNAL: &str = "plan";
 /// A partial file is gone on with from a multiple of this.
 const RESUME_UNIT: u64 = 64 << 10;
-/// What is written of a file over several connections lies no farther than so many bytes behind what is not written.
-pub(super) const LOOSE_BYTES: u64 = 32 << 20;
 
 /// What is known of the staging area.
 #[derive(Debug, Default)]
@@ -47,7 +45,7 @@ impl Area {
 }
 
 /// Finds what an earlier run left to go on with, drops the rest, and makes the staging directories, where anything is to be
-/// staged. Gives whether large files may be written out of their order, within [`LOOSE_BYTES`].
+/// staged. Gives whether large files may be written out of their order, as far as [`lag`] allows.
 pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn Monitor) -> Result<bool, Error> {
     let found = locked(&run.area).left;
     let is_staged = |action: &Action| action.change != Change::MetadataOnly || action.need != Need::Nothing;
@@ -75,8 +73,10 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn M
                 let resume_at = match found {
                     // The end of a file is written when the rest of it is.
                     found if found == size => size,
-                    found if size >= SPREAD_FROM => found.saturating_sub(journal.loose()) / RESUME_UNIT * RESUME_UNIT,
-                    found => found / RESUME_UNIT * RESUME_UNIT,
+                    found => match journal.begun(&entry.path).filter(|_| size >= SPREAD_FROM) {
+                        Some(begun) if begun <= found => (begun + lag::sure(found - begun)) / RESUME_UNIT * RESUME_UNIT,
+                        _ => found / RESUME_UNIT * RESUME_UNIT,
+                    },
                 };
                 // That something is staged of a file that was to be compared says that it was found to differ.
                 if resume_at > 0 {
@@ -84,7 +84,8 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn M
                     resumed.insert(staged.clone());
                 }
             }
-            files.push((entry.path.clone(), size, entry.mtime));
+            let begun = if let Need::Content { resume_at } = action.need { resume_at } else { 0 };
+            files.push(((entry.path.clone(), size, entry.mtime), begun));
         }
         if !is_staged(action) {
             continue;
@@ -100,11 +101,12 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn M
     }
     wanted.insert(b"tree".to_vec());
     let session = &run.session;
-    let loosely = run.lanes.may_spread();
-    // What is gone on with may be cut off again before it is written to.
-    let before = if resumed.is_empty() { 0 } else { journal.loose() };
-    let loose = if loosely { LOOSE_BYTES } else { 0 };
-    let journal = Journal::new(files).loosely(loose.max(before)).encode();
+    let spreads = run.lanes.may_spread();
+    let journal = match spreads {
+        true => Journal::spread(files),
+        false => Journal::new(files.into_iter().map(|(file, _)| file)),
+    };
+    let journal = journal.encode();
     let own = OwnFile::new(&run.staging, JOURNAL);
     let mut replies = session.batch(area(run).iter().flat_map(|path| private(path)).chain(own.open()))?.into_iter();
     area(run).iter().try_for_each(|path| must_be_private(session, path, &mut replies))?;
@@ -121,7 +123,7 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn M
     drop_leftovers(run, &left, &resumed, &wanted)?;
     make_directories(run, &own, &wanted)?;
     locked(&run.area).directories = wanted.into_iter().collect();
-    Ok(loosely)
+    Ok(spreads)
 }
 
 /// The directories of the area, from the top.

@@ -117,7 +117,7 @@ pub(super) struct State {
     /// SHA-256 of the old manifest's file.
     pub(super) old_digest: Digest,
     /// Large files may be written out of their order.
-    pub(super) loosely: bool,
+    pub(super) spreads: bool,
     /// Files whose content is staged and proven.
     pub(super) staged: HashMap<u32, Digest>,
     /// The sums of what of it is large.
@@ -500,10 +500,10 @@ impl Run {
         if let Some(keep) = self.options.trash_seconds.filter(|_| !self.options.dry_run) {
             trash::collect(self, keep, monitor)?;
         }
-        let loosely = !self.options.dry_run && stage::prepare(self, &source, &mut plan, monitor)?;
+        let spreads = !self.options.dry_run && stage::prepare(self, &source, &mut plan, monitor)?;
         let alike = Arc::new(alike::find(self, &source, &target, &old_manifest, &mut plan)?);
         let (planned, state) = (plan.clone(), State::default());
-        *self.state() = State { source, target, plan: planned, old_manifest, old_digest, loosely, alike, ..state };
+        *self.state() = State { source, target, plan: planned, old_manifest, old_digest, spreads, alike, ..state };
         Ok(plan)
     }
 

@@ -62,6 +62,12 @@ enum Op {
     /// The OPEN over a further connection, and the FSTAT of it.
     OpenBeside,
     LookBeside,
+    /// A READ over the connection `of`, or over the first, of what lies at a place.
+    Sample {
+        offset: u64,
+        of: usize,
+    },
+    CloseBeside,
     Before,
     Read {
         offset: u64,
@@ -147,8 +153,24 @@ impl ReadQueue {
                 return Ok(None);
             }
             let completion = self.session.client.wait(&self.receiver, false)?;
-            let (tag, reply) = self.session.completed(completion)?;
-            self.settle(tag, reply)?;
+            let tag = completion.tag;
+            match self.session.completed(completion) {
+                Ok((tag, reply)) => self.settle(tag, reply)?,
+                // What a further connection was not needed for.
+                Err(_) if self.sent.get(&tag).is_some_and(|(_, op, over)| self.is_spare(op, *over)) => {
+                    self.sent.remove(&tag);
+                }
+                Err(lost) => return Err(lost),
+            }
+        }
+    }
+
+    /// Whether nothing is lost where such a request is not answered over this connection.
+    fn is_spare(&self, op: &Op, over: usize) -> bool {
+        match op {
+            Op::OpenBeside | Op::LookBeside | Op::CloseBeside => true,
+            Op::Sample { .. } => over != self.spread.number(0),
+            _ => false,
         }
     }
 
@@ -255,10 +277,12 @@ impl ReadQueue {
                 reading.handle = Some(handle.clone());
                 self.send(file, Op::Before, session::about(packet::FSTAT, &handle))
             }
-            (Op::OpenBeside, Reply::Handle(handle)) => self.opened_beside(file, over, handle),
+            (Op::OpenBeside, Reply::Handle(handle)) => self.opened_beside(file, over, &handle),
             (Op::LookBeside, Reply::Attributes(found)) => self.seen_beside(file, over, &found),
-            // It is read over the others.
-            (Op::OpenBeside | Op::LookBeside, Reply::Refused(_)) => Ok(()),
+            (Op::Sample { offset, of }, Reply::Data(data)) => self.sampled(file, offset, of, data),
+            (Op::OpenBeside | Op::LookBeside, Reply::Refused(_)) => self.leave_beside(file, over),
+            (Op::Sample { of, .. }, Reply::Refused(_)) => self.leave_beside(file, of),
+            (Op::CloseBeside, _) => Ok(()),
             (Op::Before, Reply::Attributes(attributes)) => {
                 reading.before = Some(attributes);
                 Ok(())

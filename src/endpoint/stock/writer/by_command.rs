@@ -51,7 +51,7 @@ impl StockWriter {
     /// Whether `length` bytes of a file go by the command. Of one that is made of what is there too, it has what is large: at once where
     /// nothing that comes before is on its way by the handle, else when that is worth waiting for.
     pub(super) fn goes_by_command(&mut self, number: u64, length: u64) -> Result<bool, Error> {
-        let Some(file) = self.files.get_mut(&number) else { return Ok(false) };
+        let Some(file) = self.files.get_mut(&number).filter(|file| file.beside.is_none()) else { return Ok(false) };
         if file.route == Route::Stream && file.handle.is_none() {
             return Ok(true);
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::super::alike::Lying;
-use super::beside::Beside;
+use super::super::handles::Handles;
 use crate::endpoint::delta::Summing;
 use crate::endpoint::{Block, WriteFailure};
 use crate::manifest::Digest;
@@ -22,6 +22,8 @@ pub(super) enum Op {
     Clear,
     /// The OPEN over the further connection with this number.
     OpenBeside(usize),
+    /// The CLOSE over a further connection.
+    CloseBeside,
     /// A WRITE of what begins at this offset.
     Data(u64),
     /// The copy of what begins at this offset, and has this length.
@@ -81,11 +83,13 @@ pub(super) struct File {
     pub(super) index: u32,
     pub(super) path: Vec<u8>,
     pub(super) size: u64,
+    /// Where this run began.
+    pub(super) begun: u64,
     /// Where the next bytes go.
     pub(super) at: u64,
     pub(super) handle: Option<Bytes>,
     /// It goes over further connections too, and their handles of it.
-    pub(super) beside: Option<Beside>,
+    pub(super) beside: Option<Handles>,
     /// What waits, in the order of the file.
     pub(super) queued: VecDeque<Part>,
     pub(super) in_flight: usize,
@@ -131,6 +135,7 @@ impl File {
             index,
             path,
             size,
+            begun: resume_at,
             at: resume_at,
             handle: None,
             beside: None,

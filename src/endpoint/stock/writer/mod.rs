@@ -52,7 +52,7 @@ pub(super) struct StockWriter {
     /// The session over its own.
     session: Arc<Session>,
     /// Large files may be written out of their order.
-    loosely: bool,
+    spreads: bool,
     sender: Sender<Completion>,
     receiver: Receiver<Completion>,
     sent: HashMap<u64, (u64, Op)>,
@@ -96,7 +96,7 @@ impl StockWriter {
         let spread = Spread::new(&run.lanes.pool);
         let session = Arc::clone(spread.own());
         let starting = run.bulk(spread.number(0));
-        let loosely = run.state().loosely;
+        let spreads = run.state().spreads;
         let source = Arc::clone(&run.state().source);
         let alike = Arc::clone(&run.state().alike);
         let sync_each = session.offers.fsync && !run.syncs;
@@ -106,7 +106,7 @@ impl StockWriter {
             alike,
             spread,
             session,
-            loosely,
+            spreads,
             sender,
             receiver,
             sent: HashMap::new(),
@@ -153,6 +153,15 @@ impl StockWriter {
         session.client.submit(packet, 0, tag, &self.sender)
     }
 
+    /// What was sent with this tag is not waited for; of which file it was.
+    fn unsend(&mut self, tag: u64) -> Option<u64> {
+        let (number, _) = self.sent.remove(&tag)?;
+        if let Some(file) = self.files.get_mut(&number) {
+            file.in_flight -= 1;
+        }
+        Some(number)
+    }
+
     /// Takes what answers there are; with `wait` at least one.
     fn pump(&mut self, mut wait: bool) -> Result<(), Error> {
         loop {
@@ -162,8 +171,17 @@ impl StockWriter {
                 Err(_) => return Ok(()),
             };
             wait = false;
-            let (tag, reply) = self.session.completed(completion)?;
-            self.settle(tag, reply)?;
+            let tag = completion.tag;
+            match self.session.completed(completion) {
+                Ok((tag, reply)) => self.settle(tag, reply)?,
+                // What a further connection was not needed for.
+                Err(_) if matches!(self.sent.get(&tag), Some((_, Op::OpenBeside(_) | Op::CloseBeside))) => {
+                    if let Some(number) = self.unsend(tag) {
+                        self.step(number)?;
+                    }
+                }
+                Err(lost) => return Err(lost),
+            }
         }
     }
 
@@ -194,9 +212,9 @@ impl StockWriter {
                 self.flush(number)?;
             }
             (Op::Open, Reply::Refused(refusal)) => self.not_opened(number, &refusal)?,
-            (Op::OpenBeside(over), Reply::Handle(handle)) => self.opened_beside(number, over, handle)?,
+            (Op::OpenBeside(over), Reply::Handle(handle)) => self.opened_beside(number, over, &handle)?,
             // It goes over the others.
-            (Op::OpenBeside(_), Reply::Refused(_)) => {}
+            (Op::OpenBeside(_) | Op::CloseBeside, Reply::Refused(_)) | (Op::CloseBeside, Reply::Done) => {}
             (Op::OpenOrigin, Reply::Handle(handle)) => self.origin_opened(number, handle)?,
             (Op::LookAtOrigin, Reply::Attributes(found)) => self.origin_seen(number, &found),
             (Op::OpenOrigin | Op::LookAtOrigin, Reply::Refused(refusal)) => {
@@ -476,7 +494,7 @@ impl Writer for StockWriter {
         let path = self.run.staged_path(&entry.path);
         // What may be copied takes a handle.
         let is_made = self.alike.piece(index, 0).is_some() && !self.whole.contains(&index);
-        let beside = !is_made && self.goes_beside(size - resume_at.min(size));
+        let beside = !is_made && self.goes_beside(index, size - resume_at.min(size));
         let route = if is_made || beside { Route::Sftp } else { self.route(index, &path, size, resume_at)? };
         let number = self.next_file;
         self.next_file += 1;
