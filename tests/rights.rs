@@ -48,7 +48,7 @@ fn state(path: &Path) -> (u64, u32, i64, i64, String) {
 }
 
 /// The rights of which each alone is enough for a request of the agent: l(ist), r(ead), w(rite), (write-)o(nce), d(elete).
-const REQUESTS: [(&str, &str); 25] = [
+const REQUESTS: [(&str, &str); 27] = [
     ("hello", "lrwod"),
     ("begin", "wo"),
     ("attach", "lrwod"),
@@ -74,6 +74,8 @@ const REQUESTS: [(&str, &str); 25] = [
     ("copy", "r"),
     ("stripe", "wo"),
     ("turns", "lrwod"),
+    ("wants", "r"),
+    ("parts", "r"),
 ];
 
 #[test]

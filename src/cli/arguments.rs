@@ -7,6 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::Metadata;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Failure;
@@ -14,10 +15,10 @@ use super::look::{Found, look};
 use super::remote::{self, Destination};
 use super::shown;
 use super::transfer::{How, state_directory};
-use crate::endpoint::delta::Beginning;
+use crate::endpoint::delta::{Alike, Beginning, Wanted};
 use crate::endpoint::local::{LocalSource, LocalTarget};
 use crate::endpoint::several::{Part, Several};
-use crate::endpoint::{Error, Reader, Scan, ScanOptions, Source, Target};
+use crate::endpoint::{Crew, Error, Reader, Scan, ScanOptions, Source, Target};
 use crate::error::{Escaped, Exit, chain};
 use crate::filter::Filter;
 use crate::manifest::{Digest, Tree};
@@ -334,6 +335,22 @@ impl Source for Listed {
 
     fn wire_bytes(&self) -> u64 {
         self.source.wire_bytes()
+    }
+
+    fn crew(&self) -> Crew {
+        self.source.crew()
+    }
+
+    fn is_far(&self) -> bool {
+        self.source.is_far()
+    }
+
+    fn compares(&self) -> bool {
+        self.source.compares()
+    }
+
+    fn compare(&self, index: u32, over: &AtomicBool, ask: &mut dyn FnMut(Wanted) -> Option<Alike>) {
+        self.source.compare(index, over, ask);
     }
 }
 

@@ -186,7 +186,7 @@ fn read(source: &LocalSource, tree: &Arc<Tree>, next: &AtomicU32, found: &Result
         reader.push(Fetch::of(index));
         while let Some(produced) = reader.next()? {
             let result = match produced {
-                Produced::Data { .. } | Produced::Hole { .. } => continue,
+                Produced::Data { .. } | Produced::Hole { .. } | Produced::Copy { .. } => continue,
                 Produced::Whole { index, digest, .. }
                 | Produced::End { index, digest }
                 | Produced::Same { index, digest } => (index, Ok(digest)),

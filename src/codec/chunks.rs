@@ -40,6 +40,8 @@ pub struct Chunk {
 
 /// So many files of a target are looked through for one.
 pub const PIECES_MAX: u32 = 4;
+/// An order has at most so many ranges: the beginning of each file, the rest of each, and what lies before.
+pub const RANGES_MAX: usize = 2 * PIECES_MAX as usize + 2;
 /// The length of a block of [`Cut::ByLength`]; the last of a file may be shorter.
 pub const BLOCK_LENGTH: usize = 64 << 10;
 
@@ -64,6 +66,26 @@ pub struct Wanted {
     pub to: u64,
     /// How.
     pub cut: Cut,
+}
+
+/// What is to be listed; it takes the place of what was wanted before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Order {
+    /// Each has a higher one than the last.
+    pub number: u32,
+    /// What, in this order; at most [`RANGES_MAX`].
+    pub wanted: Vec<Wanted>,
+}
+
+/// What a target has listed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// Of this order.
+    pub order: u32,
+    /// From where on.
+    pub from: Within,
+    /// `None`: the order is done.
+    pub alike: Option<Alike>,
 }
 
 /// Where a target has something that it listed.

@@ -4,9 +4,10 @@
 //! Who watches the tree may know.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::endpoint::delta::Beginning;
+use crate::endpoint::delta::{Alike, Beginning, Wanted};
 use crate::endpoint::{Crew, Error, Fetch, Produced, Reader, Scan, ScanOptions, Source};
 use crate::error::Exit;
 use crate::manifest::{Content, Digest, Entry, Tree};
@@ -135,6 +136,18 @@ impl<S: Source> Source for Guarded<S> {
 
     fn crew(&self) -> Crew {
         self.source.crew()
+    }
+
+    fn is_far(&self) -> bool {
+        self.source.is_far()
+    }
+
+    fn compares(&self) -> bool {
+        self.source.compares()
+    }
+
+    fn compare(&self, index: u32, over: &AtomicBool, ask: &mut dyn FnMut(Wanted) -> Option<Alike>) {
+        self.source.compare(index, over, ask);
     }
 
     fn trail(&self) -> Result<Vec<Stop>, Error> {

@@ -5,6 +5,7 @@
 //! [`Block`]s of plain bytes: what is compressed on a wire is the business of the endpoint that has the wire.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 
@@ -193,6 +194,15 @@ pub trait Source: Sync {
     fn is_far(&self) -> bool {
         false
     }
+    /// Whether it can be told what the target has of a file, so that it sends the rest alone ([`Source::compare`]).
+    fn compares(&self) -> bool {
+        false
+    }
+    /// Tells it what the target has of the file at `index` as it wants to know that, by `ask`, until all of the file is read, or `over`
+    /// says that nobody reads it any more. A reader is given the file with [`Fetch::compare`].
+    fn compare(&self, index: u32, over: &AtomicBool, ask: &mut dyn FnMut(Wanted) -> Option<Alike>) {
+        let _ = (index, over, ask);
+    }
     /// The directories that what it has came through, and itself; nothing where it cannot tell.
     ///
     /// # Errors
@@ -213,17 +223,19 @@ pub struct Fetch {
     pub unless: Option<Digest>,
     /// What it begins with, as [`Source::begins_with`] has said: nothing of that is read or hashed.
     pub after: Option<Beginning>,
+    /// What the target has of it already is not to come: the source finds it out by [`Source::compare`].
+    pub compare: bool,
 }
 
 impl Fetch {
     /// All of the file at `index`.
     pub fn of(index: u32) -> Fetch {
-        Fetch { index, from: 0, unless: None, after: None }
+        Fetch { index, from: 0, unless: None, after: None, compare: false }
     }
 }
 
-/// What a [`Reader`] produces. For one file: [`Produced::Whole`]; or any number of `Data` and `Hole` in ascending order
-/// that cover it from `from` on, then `End`; or `Same`; or `Failed`, which may also come after some `Data`.
+/// What a [`Reader`] produces. For one file: [`Produced::Whole`]; or any number of `Data`, `Hole` and (where it is compared) `Copy` in
+/// ascending order that cover it from `from` on, then `End`; or `Same`; or `Failed`, which may also come after some `Data`.
 #[derive(Debug)]
 #[allow(missing_docs)]
 pub enum Produced {
@@ -233,6 +245,8 @@ pub enum Produced {
     Data { index: u32, offset: u64, block: Block },
     /// `length` zero bytes at `offset`, which need not be stored.
     Hole { index: u32, offset: u64, length: u64 },
+    /// `length` bytes at `offset` that the target has.
+    Copy { index: u32, offset: u64, length: u64, from: Within },
     /// All is read; the digest is that of the whole file, from its first byte.
     End { index: u32, digest: Digest },
     /// The content is what `unless` said.

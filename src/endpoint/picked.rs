@@ -4,8 +4,9 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
-use crate::endpoint::delta::Beginning;
+use crate::endpoint::delta::{Alike, Beginning, Wanted};
 use crate::endpoint::{Crew, Error, Fetch, Produced, Reader, Scan, ScanOptions, Source};
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::monitor::{Monitor, Problem};
@@ -121,6 +122,20 @@ impl Source for Picked {
         self.listed.source.crew()
     }
 
+    fn is_far(&self) -> bool {
+        self.listed.source.is_far()
+    }
+
+    fn compares(&self) -> bool {
+        self.listed.source.compares()
+    }
+
+    fn compare(&self, index: u32, over: &AtomicBool, ask: &mut dyn FnMut(Wanted) -> Option<Alike>) {
+        if let Some(&position) = self.positions.get(index as usize) {
+            self.listed.source.compare(position, over, ask);
+        }
+    }
+
     fn trail(&self) -> Result<Vec<Stop>, Error> {
         self.listed.source.trail()
     }
@@ -155,6 +170,7 @@ impl Reader for PickedReader<'_> {
             Produced::Whole { index, .. }
             | Produced::Data { index, .. }
             | Produced::Hole { index, .. }
+            | Produced::Copy { index, .. }
             | Produced::End { index, .. }
             | Produced::Same { index, .. }
             | Produced::Failed { index, .. } => *index = self.index(*index),

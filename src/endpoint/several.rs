@@ -247,6 +247,7 @@ impl SeveralReader<'_> {
             Produced::Whole { index, .. }
             | Produced::Data { index, .. }
             | Produced::Hole { index, .. }
+            | Produced::Copy { index, .. }
             | Produced::End { index, .. }
             | Produced::Same { index, .. }
             | Produced::Failed { index, .. } => index,

@@ -6,7 +6,7 @@ use crate::manifest::Digest;
 
 /// What the writer is given.
 #[derive(Debug)]
-pub(super) enum Piece {
+pub(crate) enum Piece {
     Copy { offset: u64, length: u64, from: Within },
     Hole { offset: u64, length: u64 },
     Data { offset: u64, block: Block },
@@ -44,7 +44,7 @@ impl Search {
 }
 
 /// One file.
-pub(super) struct Delta {
+pub(crate) struct Delta {
     search: Search,
     /// What the target has under the file's name has this digest; nothing is given to the writer as long as the two may be the same.
     unless: Option<Digest>,
@@ -53,7 +53,7 @@ pub(super) struct Delta {
 }
 
 impl Delta {
-    pub(super) fn new(matcher: Matcher, unless: Option<Digest>) -> Delta {
+    pub(crate) fn new(matcher: Matcher, unless: Option<Digest>) -> Delta {
         Delta { search: Search::Listed(Box::new(matcher)), unless, held: Vec::new() }
     }
 
@@ -63,14 +63,14 @@ impl Delta {
     }
 
     /// The next bytes.
-    pub(super) fn feed(&mut self, block: Block) -> Vec<Piece> {
+    pub(crate) fn feed(&mut self, block: Block) -> Vec<Piece> {
         let mut steps = Vec::new();
         self.search.feed(block, &mut steps);
         self.give(steps)
     }
 
     /// The next zeros.
-    pub(super) fn skip(&mut self, offset: u64, length: u64) -> Vec<Piece> {
+    pub(crate) fn skip(&mut self, offset: u64, length: u64) -> Vec<Piece> {
         let mut steps = Vec::new();
         self.search.skip(length, &mut steps);
         let mut pieces = self.give(steps);
@@ -84,7 +84,7 @@ impl Delta {
     }
 
     /// The rest, when the whole file has this digest. `None` where the target has the file already.
-    pub(super) fn end(mut self, digest: Digest) -> Option<Vec<Piece>> {
+    pub(crate) fn end(mut self, digest: Digest) -> Option<Vec<Piece>> {
         let mut steps = Vec::new();
         self.search.flush(&mut steps);
         let mut pieces = self.give(steps);
@@ -130,7 +130,7 @@ mod tests {
     /// Of a target that lists all that it has at once.
     fn delta(old: &[u8], unless: Option<Digest>) -> Delta {
         let ((orders, ordered), (sender, parts)) = (unbounded(), unbounded());
-        let matcher = Matcher::new(0, orders, parts);
+        let matcher = Matcher::new(0, Box::new((orders, parts)));
         let old = old.to_vec();
         std::thread::spawn(move || {
             let ask = |Wanted { from, to, cut }: Wanted| -> Result<_, ()> {
@@ -145,7 +145,7 @@ mod tests {
                 let cut = if cut == Cut::BySum { Cut::ByLength } else { cut };
                 Ok(Some(Alike { pieces: 1, cut, chunks, ..Alike::default() }))
             };
-            list(&ordered, &sender, ask)
+            list(&mut (ordered, sender), ask)
         });
         Delta::new(matcher, unless)
     }

@@ -19,7 +19,7 @@ use crate::plan::retain::{Retention, Retired};
 use crate::plan::safety::{self, DeleteLimit};
 use crate::plan::{Change, Need, Plan};
 
-mod delta;
+pub(crate) mod delta;
 mod listed;
 mod pace;
 mod queue;
@@ -197,7 +197,7 @@ pub fn run(
         deletes: options.delete,
         retires: options.retain.is_some(),
         // To compare costs both sides more than it saves where nothing is between them.
-        delta: target.is_far() && !source.is_far(),
+        delta: if source.is_far() { !target.is_far() && source.compares() } else { target.is_far() },
         ..options.begin.clone()
     };
     let (begun, scanned) = std::thread::scope(|scope| {

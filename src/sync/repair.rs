@@ -335,6 +335,9 @@ impl Reader for GoodReader<'_> {
             Produced::Hole { index, offset, length } => {
                 Produced::Hole { index: self.wanted(index, false)?, offset, length }
             }
+            Produced::Copy { index, offset, length, from } => {
+                Produced::Copy { index: self.wanted(index, false)?, offset, length, from }
+            }
             Produced::End { index, digest } => {
                 let index = self.wanted(index, true)?;
                 self.proven(index, digest, Produced::End { index, digest })

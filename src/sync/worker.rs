@@ -2,13 +2,13 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam_channel::unbounded;
 
 use super::delta::{Delta, Piece};
 use super::{REMEMBERED, Shared, lock};
-use crate::endpoint::delta::{self, Beginning, Former, InPlace, Matcher, Within};
+use crate::endpoint::delta::{self, Beginning, Cut, Former, InPlace, Matcher, Wanted, Within};
 use crate::endpoint::{Error, Fetch, Produced, Reader, Source, Staged, Target, Writer};
 use crate::manifest::{Digest, Entry, Tree};
 use crate::monitor::{Counters, Event, Problem, Severity};
@@ -38,6 +38,16 @@ struct Worker<'a, 'b> {
     /// Bytes that the target was asked to copy, and has not answered.
     copying: u64,
     list: &'a dyn Fn(u32, u64) -> Matcher,
+    compare: &'a dyn Fn(u32),
+}
+
+/// Says, when it goes, that a worker reads no more.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 pub(super) fn work(
@@ -46,14 +56,19 @@ pub(super) fn work(
     tree: &Arc<Tree>,
     shared: &Shared<'_>,
 ) -> Result<(), Error> {
+    let over = &AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _over = Over(over);
         let list = |index, from| {
             let ((orders, ordered), (sender, parts)) = (unbounded(), unbounded());
             scope.spawn(move || {
                 // Where it cannot be told, all is sent; a connection that is lost shows there too.
-                let _ = delta::list(&ordered, &sender, |wanted| target.alike(index, wanted));
+                let _ = delta::list(&mut (ordered, sender), |wanted| target.alike(index, wanted));
             });
-            Matcher::new(from, orders, parts)
+            Matcher::new(from, Box::new((orders, parts)))
+        };
+        let compare = |index| {
+            scope.spawn(move || source.compare(index, over, &mut |wanted| target.alike(index, wanted).ok().flatten()));
         };
         let worker = Worker {
             shared,
@@ -69,6 +84,7 @@ pub(super) fn work(
             deltas: HashMap::new(),
             copying: 0,
             list: &list,
+            compare: &compare,
         };
         // What lists for it ends with it.
         { worker }.run(source)
@@ -159,6 +175,11 @@ impl Worker<'_, '_> {
                 self.open_once(index)?;
                 self.writer.hole(index, offset, length)
             }
+            Produced::Copy { index, offset, length, from } => {
+                Counters::add(&counters.done_bytes, length);
+                self.open_once(index)?;
+                self.writer.copy(index, offset, length, from)
+            }
             Produced::End { index, digest } => {
                 if let Some(delta) = self.deltas.remove(&index) {
                     let Some(pieces) = delta.end(digest) else {
@@ -215,8 +236,10 @@ impl Worker<'_, '_> {
         if self.attempts.contains_key(&index) || !self.shared.is_alike(index) {
             return Ok(false);
         }
-        let digest =
-            self.shared.tree.entries().get(index as usize).and_then(Entry::file).and_then(|(_, digest)| digest);
+        if source.compares() {
+            return self.is_compared(fetch);
+        }
+        let digest = self.digest_of(index);
         if let Some(former) = self.target.former(index) {
             return self.is_made_of(source, fetch, former, digest);
         }
@@ -224,15 +247,7 @@ impl Worker<'_, '_> {
         if let Some(digest) = digest
             && matcher.begins_with_all()
         {
-            let copied = self.copy_whole(index, 0, digest)?;
-            // Other workers, over connections of their own, are to have some of them too.
-            self.copying += self.size_of(index);
-            if self.copying >= COPYING_MAX {
-                self.copying = 0;
-                let staged = self.writer.completions(true)?;
-                self.complete(staged);
-            }
-            return Ok(copied);
+            return self.copy_whole_of_several(index, digest);
         }
         if fetch.from == 0
             && self.shared.grows(index)
@@ -246,6 +261,34 @@ impl Worker<'_, '_> {
         // It is compared by its parts, and read once.
         self.deltas.insert(index, Delta::new(matcher, fetch.unless.take()));
         Ok(false)
+    }
+
+    /// The same, where it is the source that finds out what the target has.
+    fn is_compared(&mut self, fetch: &mut Fetch) -> Result<bool, Error> {
+        let index = fetch.index;
+        // Whether there is anything, and what it is as a whole; nothing is listed.
+        let first = Wanted { from: Within::default(), to: 0, cut: Cut::ByContent };
+        let Some(there) = self.target.alike(index, first)? else { return Ok(false) };
+        if let Some(digest) = self.digest_of(index)
+            && there.same
+        {
+            return self.copy_whole_of_several(index, digest);
+        }
+        (self.compare)(index);
+        fetch.compare = true;
+        Ok(false)
+    }
+
+    fn copy_whole_of_several(&mut self, index: u32, digest: Digest) -> Result<bool, Error> {
+        let copied = self.copy_whole(index, 0, digest)?;
+        // Other workers, over connections of their own, are to have some of them too.
+        self.copying += self.size_of(index);
+        if self.copying >= COPYING_MAX {
+            self.copying = 0;
+            let staged = self.writer.completions(true)?;
+            self.complete(staged);
+        }
+        Ok(copied)
     }
 
     /// The same, where the target cannot look into what it has.
@@ -375,6 +418,10 @@ impl Worker<'_, '_> {
         let problem = Problem { path, message: message.clone(), severity: Severity::Failed };
         self.shared.monitor.event(Event::Problem(&problem));
         lock(&self.shared.outcome).failed.insert(index, message);
+    }
+
+    fn digest_of(&self, index: u32) -> Option<Digest> {
+        self.shared.tree.entries().get(index as usize).and_then(Entry::file).and_then(|(_, digest)| digest)
     }
 
     fn size_of(&self, index: u32) -> u64 {

@@ -1,7 +1,9 @@
-//! What the target of a push has already: `alike`, and its answer.
+//! What a target has already: `alike` of a push and its answer; `wants` and `parts` of a pull, where it is the source that asks.
 
 use super::extension::{Fields, WireError};
-use crate::codec::chunks::{self, Alike, BLOCK_LENGTH, Beginning, Chunk, ChunkId, Cut, PIECES_MAX, Wanted, Within};
+use crate::codec::chunks::{
+    self, Alike, BLOCK_LENGTH, Beginning, Chunk, ChunkId, Cut, Order, PIECES_MAX, Part, RANGES_MAX, Wanted, Within,
+};
 
 /// What an answer begins with.
 const NOTHING: u8 = 0;
@@ -90,6 +92,52 @@ pub fn read_alike(mut fields: Fields<'_>, from: u64) -> Result<Option<Alike>, Wi
     Ok(Some(Alike { same, there, pieces, cut, chunks, next: (next != 0).then_some(next) }))
 }
 
+/// Appends what the source of a pull wants to know; `None` where that is nothing more.
+pub fn put_order(out: &mut Vec<u8>, order: Option<&Order>) {
+    let Some(order) = order else { return out.push(NOTHING) };
+    out.push(PART);
+    out.extend_from_slice(&order.number.to_be_bytes());
+    out.push(order.wanted.len() as u8);
+    order.wanted.iter().for_each(|wanted| put_wanted(out, wanted));
+}
+
+/// Reads it.
+///
+/// # Errors
+/// [`WireError`].
+pub fn read_order(mut fields: Fields<'_>) -> Result<Option<Order>, WireError> {
+    let order = match fields.u8()? {
+        NOTHING => None,
+        PART => {
+            let (number, count) = (fields.u32()?, usize::from(fields.u8()?));
+            if count > RANGES_MAX {
+                return Err(WireError::Range("the number of ranges"));
+            }
+            let wanted = (0..count).map(|_| read_wanted(&mut fields)).collect::<Result<_, _>>()?;
+            Some(Order { number, wanted })
+        }
+        _ => return Err(WireError::Range("what is wanted")),
+    };
+    fields.end().map(|()| order)
+}
+
+/// Appends what the target has of what was wanted.
+pub fn put_part(out: &mut Vec<u8>, part: &Part) {
+    out.extend_from_slice(&part.order.to_be_bytes());
+    out.extend_from_slice(&part.from.piece.to_be_bytes());
+    out.extend_from_slice(&part.from.offset.to_be_bytes());
+    put_alike(out, part.alike.as_ref());
+}
+
+/// Reads it.
+///
+/// # Errors
+/// [`WireError`].
+pub fn read_part(mut fields: Fields<'_>) -> Result<Part, WireError> {
+    let (order, from) = (fields.u32()?, Within { piece: fields.u32()?, offset: fields.u64()? });
+    Ok(Part { order, from, alike: read_alike(fields, from.offset)? })
+}
+
 fn read_chunks(fields: &mut Fields<'_>) -> Result<Vec<Chunk>, WireError> {
     let mut chunks = Vec::new();
     while !fields.0.is_empty() {
@@ -129,6 +177,29 @@ mod tests {
             assert_eq!(read_wanted(&mut Fields(&raw)).unwrap(), wanted);
             *raw.last_mut().unwrap() = 3;
             assert!(read_wanted(&mut Fields(&raw)).is_err());
+        }
+    }
+
+    #[test]
+    fn what_the_source_wants_and_what_it_is_told_round_trip() {
+        let wanted = |offset| Wanted { from: Within { piece: 1, offset }, to: u64::MAX, cut: Cut::BySum };
+        let order = |count| Order { number: 7, wanted: (0..count as u64).map(wanted).collect() };
+        for order in [None, Some(order(0)), Some(order(RANGES_MAX))] {
+            let mut raw = Vec::new();
+            put_order(&mut raw, order.as_ref());
+            assert_eq!(read_order(Fields(&raw)).unwrap(), order);
+            assert!((0..raw.len()).all(|length| read_order(Fields(&raw[..length])).is_err()));
+        }
+        let mut raw = Vec::new();
+        put_order(&mut raw, Some(&order(RANGES_MAX + 1)));
+        assert!(read_order(Fields(&raw)).is_err() && read_order(Fields(&[2])).is_err());
+        let alike =
+            Alike { pieces: 1, chunks: vec![Chunk { id: ChunkId::Content([3; 16]), length: 9 }], ..Alike::default() };
+        for alike in [None, Some(alike)] {
+            let part = Part { order: 3, from: Within { piece: 2, offset: 5 }, alike };
+            let mut raw = Vec::new();
+            put_part(&mut raw, &part);
+            assert_eq!(read_part(Fields(&raw)).unwrap(), part);
         }
     }
 

@@ -16,7 +16,7 @@ pub const VERSION: &str = "1";
 /// that take whole units away. One that did not would remove what is to be kept.
 pub const TRASH: &str = "trash@lockstep.internal";
 /// The names that are advertised.
-pub const NAMES: [&str; 25] = [
+pub const NAMES: [&str; 27] = [
     "hello@lockstep.internal",
     "begin@lockstep.internal",
     "attach@lockstep.internal",
@@ -42,6 +42,8 @@ pub const NAMES: [&str; 25] = [
     COPY,
     STRIPE,
     TURNS,
+    WANTS,
+    PARTS,
 ];
 /// Names what the target has that a file may be made of.
 pub const ALIKE: &str = "alike@lockstep.internal";
@@ -52,6 +54,14 @@ pub const STRIPE: &str = "stripe@lockstep.internal";
 /// No message: an agent that has this name produces what several connections ask for of one stream in the order of the numbers
 /// that their `next` have.
 pub const TURNS: &str = "turns@lockstep.internal";
+/// Waits for what the source of a pull wants to know of what the target has already.
+pub const WANTS: &str = "wants@lockstep.internal";
+/// Tells it.
+pub const PARTS: &str = "parts@lockstep.internal";
+/// What a `fetch` says of a file that is to be compared with what the client has.
+pub const COMPARES: u8 = 2;
+/// So many `parts` of one file may wait to be looked at.
+pub const PARTS_MAX: usize = 4;
 /// So much of `stripe` requests, as they were sent, may wait in a run for what stands before it.
 pub const AHEAD_BYTES_MAX: usize = 64 << 20;
 /// So many `next` requests of one stream may wait for those before them.

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use lockstep::endpoint::{BeginOptions, CommitOptions, ScanOptions};
 use lockstep::manifest::{Content, Entry, Timestamp};
-use lockstep::wire::extension::{Fields, NAMES, put_frame, put_string};
+use lockstep::wire::extension::{COMPARES, Fields, NAMES, put_frame, put_string};
 use sha2::Digest as _;
 
 use super::agent::{Peer, begin, entry, file, frame, link};
@@ -154,6 +154,12 @@ impl Client<'_> {
             self.ask("fetch", &[&numbers(&[index, 1, index, 0, 0])[..], &[0]].concat());
             for _ in 0..2 {
                 self.tally.fetched += u32::from(self.ask("next", &[&numbers(&[index])[..], &[0]].concat()).is_some());
+            }
+            // Compared as a small file is, of which nothing is asked.
+            let compared = self.ask("fetch", &[&numbers(&[index, 1, index, 0, 0])[..], &[COMPARES]].concat());
+            if compared.is_some() && self.ask("next", &[&numbers(&[index])[..], &[0]].concat()).is_some() {
+                self.ask("wants", &numbers(&[index]));
+                self.ask("parts", &[&numbers(&[index, 1, 0, 0, 0])[..], &[0]].concat());
             }
         }
         self.ask("abort", &[]);

@@ -15,6 +15,7 @@ use crate::monitor::Monitor;
 use crate::wire::extension::{self, Fields, WireError};
 use crate::wire::notes;
 
+mod compare;
 mod reader;
 mod source;
 mod target;

@@ -12,10 +12,13 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use super::{Lanes, body};
 use crate::codec::{self, CompressOptions, PLANES_NUMBER, PLANES_RATE, Way, ZSTD_RATE};
 use crate::endpoint::client::{Client, Completion};
+use crate::endpoint::delta::{COPY_MAX, Within};
 use crate::endpoint::spread::{SPREAD_AFTER, Spread};
 use crate::endpoint::{Block, Error, Fetch, Produced, Reader};
 use crate::manifest::Tree;
-use crate::wire::extension::{self, AHEAD_NEXT_MAX, FETCH_MAX, Fields, HOLE_MAX, TAKES_PLANES, TURNS, WireError};
+use crate::wire::extension::{
+    self, AHEAD_NEXT_MAX, COMPARES, FETCH_MAX, Fields, HOLE_MAX, TAKES_PLANES, TURNS, WireError,
+};
 
 /// Requests in flight on one stream.
 const DEPTH: u64 = 8;
@@ -129,7 +132,8 @@ impl AgentReader {
                 }
                 packet.extend_from_slice(&fetch.index.to_be_bytes());
                 packet.extend_from_slice(&fetch.from.to_be_bytes());
-                packet.push(u8::from(fetch.unless.is_some()));
+                let compares = if fetch.compare { COMPARES } else { 0 };
+                packet.push(u8::from(fetch.unless.is_some()) | compares);
                 packet.extend(fetch.unless.iter().flat_map(|digest| digest.0));
             }
             self.spread.own().submit(packet, 0, u64::MAX, &self.sender)?;
@@ -237,17 +241,27 @@ impl AgentReader {
                     }
                     Produced::Same { index, digest }
                 }
+                6 if wanted.fetch.compare => {
+                    let (offset, length) = (fields.u64()?, fields.u64()?);
+                    let from = Within { piece: fields.u32()?, offset: fields.u64()? };
+                    if length > COPY_MAX {
+                        return Err(WireError::Range("the length of a copy"));
+                    }
+                    wanted.advance(offset, length)?;
+                    self.ahead = self.ahead.saturating_sub(length);
+                    Produced::Copy { index, offset, length, from }
+                }
                 5 => {
                     let retry = fields.u8()? != 0;
                     Produced::Failed { index, message: fields.said()?, retry }
                 }
                 _ => return Err(WireError::Range("the kind of a piece")),
             };
-            if kind != 1 {
+            if !matches!(kind, 1 | 6) {
                 self.come = 0;
                 self.spread.begin();
             }
-            if !matches!(kind, 1 | 2)
+            if !matches!(kind, 1 | 2 | 6)
                 && let Some(wanted) = self.wanted.remove(&index)
             {
                 self.ahead = self.ahead.saturating_sub(wanted.size.saturating_sub(wanted.at));

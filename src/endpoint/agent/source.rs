@@ -1,10 +1,12 @@
 //! The source of a pull from an agent.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use super::compare::compare;
 use super::reader::AgentReader;
 use super::{Lanes, list_bytes_max};
+use crate::endpoint::delta::{Alike, Wanted};
 use crate::endpoint::{Error, Links, Reader, Scan, ScanOptions, Source};
 use crate::error::Escaped;
 use crate::manifest::{Content, Digest, Entry, Tree};
@@ -12,7 +14,7 @@ use crate::monitor::{Monitor, Problem, Severity};
 use crate::path::RelPath;
 use crate::plan::trail::{self, Stop};
 use crate::wire::entries::EntryList;
-use crate::wire::extension::{self, Fields, WireError};
+use crate::wire::extension::{self, Fields, WANTS, WireError};
 
 /// A source served by an agent.
 pub struct AgentSource {
@@ -111,6 +113,14 @@ impl Source for AgentSource {
 
     fn is_far(&self) -> bool {
         true
+    }
+
+    fn compares(&self) -> bool {
+        self.lanes.control().has(WANTS, extension::VERSION)
+    }
+
+    fn compare(&self, index: u32, over: &AtomicBool, ask: &mut dyn FnMut(Wanted) -> Option<Alike>) {
+        compare(&self.lanes, index, over, ask);
     }
 
     fn trail(&self) -> Result<Vec<Stop>, Error> {

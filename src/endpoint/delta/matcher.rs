@@ -6,10 +6,10 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use crossbeam_channel::{Receiver, Sender, TryRecvError};
+use crossbeam_channel::TryRecvError;
 
-use super::lister::{Order, Part};
-use super::{Alike, BLOCK_LENGTH, Beginning, COPY_MAX, Cut, PIECES_MAX, Step, Wanted, Within};
+use super::lister::Looks;
+use super::{Alike, BLOCK_LENGTH, Beginning, COPY_MAX, Cut, Order, PIECES_MAX, Part, Step, Wanted, Within};
 use crate::codec::chunks::{self, Chunk, ChunkId};
 use crate::endpoint::Block;
 
@@ -42,8 +42,7 @@ struct Known {
 
 /// One file on its way.
 pub struct Matcher {
-    orders: Sender<Order>,
-    parts: Receiver<Part>,
+    target: Box<dyn Looks>,
     /// The number of the last order, and whether it is done.
     order: u32,
     done: bool,
@@ -62,11 +61,10 @@ pub struct Matcher {
 }
 
 impl Matcher {
-    /// Of a file that is read from `from` on. What it wants to know goes to `orders` ([`list`](super::list)), and comes by `parts`.
-    pub fn new(from: u64, orders: Sender<Order>, parts: Receiver<Part>) -> Matcher {
+    /// Of a file that is read from `from` on. What it wants to know `target` is asked for ([`list`](super::list)).
+    pub fn new(from: u64, target: Box<dyn Looks>) -> Matcher {
         let mut matcher = Matcher {
-            orders,
-            parts,
+            target,
             order: 0,
             done: false,
             pieces: 1,
@@ -85,7 +83,7 @@ impl Matcher {
 
     /// Waits for the first part, and says whether the target has the file as a whole.
     pub fn begins_with_all(&mut self) -> bool {
-        let Ok(part) = self.parts.recv() else { return false };
+        let Some(part) = self.target.part() else { return false };
         self.heard = true;
         let same = part.alike.as_ref().is_some_and(|alike| alike.same);
         self.hear(part);
@@ -230,10 +228,10 @@ impl Matcher {
                 self.seek(Within { piece, offset: 0 });
                 return None;
             }
-            match self.parts.recv() {
-                Ok(part) => self.hear(part),
+            match self.target.part() {
+                Some(part) => self.hear(part),
                 // The list broke off.
-                Err(_) => {
+                None => {
                     self.mode = Mode::Vain;
                     return None;
                 }
@@ -244,7 +242,7 @@ impl Matcher {
     fn order(&mut self, wanted: Vec<Wanted>) {
         self.order += 1;
         // Where nobody takes orders nothing more is listed.
-        self.done = self.orders.send(Order { number: self.order, wanted }).is_err();
+        self.done = !self.target.order(Order { number: self.order, wanted });
     }
 
     /// Looks for chunks: of what lies from there on, then before, then in other files.
@@ -281,8 +279,8 @@ impl Matcher {
         while !self.done {
             let Mode::Seek { since, heard } = self.mode else { return };
             let part = match heard >= (self.at - since).saturating_add(AHEAD_BYTES) {
-                true => self.parts.try_recv(),
-                false => self.parts.recv().map_err(|_| TryRecvError::Disconnected),
+                true => self.target.part_now(),
+                false => self.target.part().ok_or(TryRecvError::Disconnected),
             };
             match part {
                 Ok(part) => self.hear(part),
@@ -407,10 +405,10 @@ mod tests {
                     looked[part.cut as usize] += part.chunks.iter().map(|chunk| u64::from(chunk.length)).sum::<u64>();
                     Ok(Some(part))
                 };
-                list(&ordered, &sender, ask).unwrap();
+                list(&mut (ordered, sender), ask).unwrap();
                 looked
             });
-            let mut matcher = Matcher::new(0, orders, parts);
+            let mut matcher = Matcher::new(0, Box::new((orders, parts)));
             let mut steps = Vec::new();
             for bytes in new.chunks(block) {
                 matcher.feed(Block::copy_of(bytes), &mut steps);
@@ -497,7 +495,7 @@ mod tests {
         let old = noise(1, 20 << 20);
         for cut in [Cut::ByContent, Cut::ByLength] {
             let ((orders, ordered), (sender, parts)) = (unbounded(), unbounded());
-            let mut matcher = Matcher::new(0, orders, parts);
+            let mut matcher = Matcher::new(0, Box::new((orders, parts)));
             let listed = |cut| {
                 let wanted = Wanted { from: Within::default(), to: u64::MAX, cut };
                 Some(part(&old, wanted, 20, 1, true))
@@ -533,7 +531,7 @@ mod tests {
         let part = |alike| Part { order: 1, from: Within::default(), alike };
         sender.send(part(Some(Alike { pieces: 1, chunks, ..Alike::default() }))).unwrap();
         sender.send(part(None)).unwrap();
-        let mut matcher = Matcher::new(0, orders, parts);
+        let mut matcher = Matcher::new(0, Box::new((orders, parts)));
         let (mut steps, block) = (Vec::new(), vec![7; 1 << 20]);
         for _ in 0..FRUITLESS_BYTES / (1 << 20) + 8 {
             matcher.feed(Block::copy_of(&block), &mut steps);

@@ -13,11 +13,11 @@ mod in_place;
 mod lister;
 mod matcher;
 
-pub use crate::codec::chunks::{Alike, BLOCK_LENGTH, Beginning, Cut, PIECES_MAX, Wanted, Within};
+pub use crate::codec::chunks::{Alike, BLOCK_LENGTH, Beginning, Cut, Order, PIECES_MAX, Part, Wanted, Within};
 pub use crate::codec::sums::{Summing, Sums};
 pub use candidates::candidates;
 pub use in_place::InPlace;
-pub use lister::{Part, list};
+pub use lister::{Lists, Looks, list};
 pub use matcher::Matcher;
 
 /// A smaller file is sent sooner than it is compared.

@@ -94,6 +94,7 @@ impl<'a> Taker<'a> {
             Some(Produced::End { digest, .. }) => self.digest = Some(digest),
             Some(Produced::Same { digest, .. }) => (self.digest, self.same) = (Some(digest), true),
             Some(Produced::Failed { message, retry, .. }) => self.failed = Some((message, retry)),
+            Some(Produced::Copy { .. }) => panic!("nobody compares"),
         }
         true
     }

@@ -22,6 +22,7 @@ use crate::wire::notes::Notes;
 
 mod ahead;
 mod chunks;
+mod comparing;
 mod limits;
 mod reading;
 mod runs;
@@ -157,6 +158,8 @@ struct Run {
     open_files: OpenFiles,
     /// What came before its turn, at all workers.
     ahead: ahead::Waiting,
+    /// What a client that pulls is asked.
+    comparing: Arc<comparing::Comparing>,
     /// The memory of the tree, where a client sent it.
     held: OnceLock<Held>,
     /// Why nothing of it is published.
@@ -181,7 +184,7 @@ impl Run {
                 .spawn(move || match &run.side {
                     Side::Target(target) if number == WORKERS => writing::list_alike(&run, &**target, &receiver),
                     Side::Target(target) => writing::serve(&run, &**target, &receiver),
-                    Side::Source(source) => reading::serve(&**source, &run.tree, &receiver),
+                    Side::Source(source) => reading::serve(&**source, &run.tree, &run.comparing, &receiver),
                 })
                 .map_err(|error| Failure::new(4, format!("start a thread: {error}"), 75))?;
             queues.push(sender);
@@ -208,6 +211,7 @@ impl Run {
 
     /// Lets the workers finish what they have; no message is taken afterwards.
     fn stop(&self) {
+        self.comparing.close();
         drop(locked(&self.queues).take());
         for thread in std::mem::take(&mut *locked(&self.threads)) {
             let _ = thread.join();
@@ -305,6 +309,8 @@ impl Extensions for Agent {
                 | "discard"
                 | "fetch"
                 | "next"
+                | "wants"
+                | "parts"
         );
         // What stood in a queue behind a request that takes hours would keep the session from reading on, and so from
         // noticing that its client has gone.
@@ -329,6 +335,15 @@ impl Agent {
         let at = if job.name == "put" { 4 } else { 0 };
         let index = job.payload.bytes().get(at..).and_then(|rest| Fields(rest).u32().ok()).unwrap_or(0);
         let run = locked(&self.run).clone();
+        if matches!(job.name, "wants" | "parts") {
+            let Some(run) = run.filter(|run| matches!(run.side, Side::Source(_))) else { return Err(job) };
+            let entry = run.tree.get().and_then(|tree| tree.entries().get(index as usize));
+            match entry.is_some_and(|entry| entry.file().is_some()) {
+                true => run.comparing.take(job),
+                false => job.refuse(&WireError::Range("the index of a file").into()),
+            }
+            return Ok(());
+        }
         // What lists for long has a worker of its own: content does not wait for it.
         let number = if job.name == "alike" { WORKERS } else { index as usize % WORKERS };
         let queue = run.and_then(|run| locked(&run.queues).as_ref()?.get(number).cloned());
@@ -547,6 +562,7 @@ impl Control {
             limits: self.limits,
             open_files: OpenFiles::default(),
             ahead: ahead::Waiting::default(),
+            comparing: Arc::default(),
             held: OnceLock::new(),
             rejected: OnceLock::new(),
             queues: Mutex::new(None),
@@ -589,5 +605,7 @@ impl Control {
 
 #[cfg(test)]
 mod ahead_tests;
+#[cfg(test)]
+mod comparing_tests;
 #[cfg(test)]
 mod tests;

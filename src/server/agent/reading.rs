@@ -1,15 +1,19 @@
 //! One worker of a source: streams of a client onto readers. Each `next` is answered with what comes next, bundled.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, OnceLock};
 
 use crossbeam_channel::Receiver;
 
+use super::comparing::Comparing;
 use super::{Failure, Job, Veil};
 use crate::codec::{Chooser, Coding, CompressOptions, Place};
 use crate::endpoint::{BLOCK_BYTES, Error, Fetch, Produced, Reader, Source};
 use crate::manifest::{Digest, Tree};
-use crate::wire::extension::{AHEAD_NEXT_MAX, FETCH_MAX, Fields, TAKES_PLANES, WireError, put_coded, put_string};
+use crate::sync::delta::{Delta, Piece};
+use crate::wire::extension::{
+    AHEAD_NEXT_MAX, COMPARES, FETCH_MAX, Fields, TAKES_PLANES, WireError, put_coded, put_string,
+};
 
 /// At most this many streams a worker.
 const STREAMS: usize = 32;
@@ -27,6 +31,12 @@ struct Stream<'a> {
     waiting: usize,
     /// For a client that reads byte planes.
     chooser: Chooser,
+    /// Of what is read what the client has already is found out, by the index of the file.
+    deltas: HashMap<u32, Delta>,
+    /// What was made of that, and is not sent yet.
+    pieces: VecDeque<(u32, Piece)>,
+    /// The end of the file that they are of.
+    ended: Option<Produced>,
     /// The number of the `next` whose turn it is, and those that came before theirs.
     turn: u64,
     early: BTreeMap<u64, Job>,
@@ -36,14 +46,20 @@ struct Stream<'a> {
 struct Worker<'a> {
     source: &'a (dyn Source + Send + Sync),
     tree: &'a Arc<Tree>,
+    comparing: &'a Arc<Comparing>,
     streams: HashMap<u32, Stream<'a>>,
     /// Digests that the source is yet to be told.
     learned: HashMap<u32, Digest>,
 }
 
-pub(super) fn serve(source: &(dyn Source + Send + Sync), tree: &OnceLock<Arc<Tree>>, jobs: &Receiver<Job>) {
+pub(super) fn serve(
+    source: &(dyn Source + Send + Sync),
+    tree: &OnceLock<Arc<Tree>>,
+    comparing: &Arc<Comparing>,
+    jobs: &Receiver<Job>,
+) {
     let Some(tree) = tree.get() else { return };
-    let mut worker = Worker { source, tree, streams: HashMap::new(), learned: HashMap::new() };
+    let mut worker = Worker { source, tree, comparing, streams: HashMap::new(), learned: HashMap::new() };
     for job in jobs {
         if let Some(job) = worker.in_turn(job) {
             worker.handle(&job);
@@ -118,7 +134,9 @@ impl<'a> Worker<'a> {
             }
             let reader = self.source.reader(Arc::clone(self.tree))?;
             let chooser = Chooser::new(CompressOptions::default(), true);
-            self.streams.insert(number, Stream { reader, waiting: 0, chooser, turn: 0, early: BTreeMap::new() });
+            let (deltas, pieces, early) = (HashMap::new(), VecDeque::new(), BTreeMap::new());
+            self.streams
+                .insert(number, Stream { reader, waiting: 0, chooser, deltas, pieces, ended: None, turn: 0, early });
         }
         let Some(stream) = self.streams.get_mut(&number) else { return Err(Failure::order("no stream")) };
         if job.name == "fetch" {
@@ -129,16 +147,25 @@ impl<'a> Worker<'a> {
             let mut fetches = Vec::with_capacity(count);
             for _ in 0..count {
                 let (index, from) = (fields.u32()?, fields.u64()?);
-                let unless = if fields.u8()? == 0 { None } else { Some(fields.digest()?) };
+                let flags = fields.u8()?;
+                let unless = if flags & !COMPARES == 0 { None } else { Some(fields.digest()?) };
                 let size = self.tree.entries().get(index as usize).and_then(|entry| entry.file()).map(|file| file.0);
                 if size.is_none_or(|size| from > size) {
                     return Err(WireError::Range("the index of a file, or the offset").into());
                 }
-                fetches.push(Fetch { from, unless, ..Fetch::of(index) });
+                fetches.push(Fetch { from, unless, compare: flags & COMPARES != 0, ..Fetch::of(index) });
             }
             fields.end()?;
             stream.waiting += count;
-            fetches.into_iter().for_each(|fetch| stream.reader.push(fetch));
+            for mut fetch in fetches {
+                if fetch.compare
+                    && let Some(matcher) = self.comparing.matcher(fetch.index, fetch.from)
+                {
+                    // It is read once, and compared by its parts.
+                    stream.deltas.insert(fetch.index, Delta::new(matcher, fetch.unless.take()));
+                }
+                stream.reader.push(Fetch { compare: false, ..fetch });
+            }
             return Ok(Vec::new());
         }
         let asked = fields.u8()?;
@@ -174,50 +201,111 @@ fn place(raw: &[u8]) -> Place<'static> {
     }
 }
 
+/// What comes next of a stream, as far as it goes into one answer.
 fn bundle(stream: &mut Stream<'_>, learned: &mut HashMap<u32, Digest>, veil: &Veil) -> Result<Vec<u8>, Error> {
     let mut raw = Vec::with_capacity(BLOCK_BYTES + 4096);
     while raw.len() < BLOCK_BYTES / 2 {
-        let Some(produced) = stream.reader.next()? else { break };
-        if !matches!(produced, Produced::Data { .. } | Produced::Hole { .. }) {
+        if let Some((index, piece)) = stream.pieces.pop_front() {
+            put_piece(&mut raw, index, &piece);
+            continue;
+        }
+        let produced = match stream.ended.take() {
+            Some(ended) => ended,
+            None => match stream.reader.next()? {
+                Some(produced) => match stream.compared(produced) {
+                    Some(produced) => produced,
+                    None => continue,
+                },
+                None => break,
+            },
+        };
+        if !matches!(produced, Produced::Data { .. } | Produced::Hole { .. } | Produced::Copy { .. }) {
             stream.waiting = stream.waiting.saturating_sub(1);
         }
-        let mut head = |kind: u8, index: u32| {
-            raw.push(kind);
-            raw.extend_from_slice(&index.to_be_bytes());
-        };
         match produced {
             Produced::Whole { index, block, digest } => {
-                head(0, index);
+                head(&mut raw, 0, index);
                 raw.extend_from_slice(&digest.0);
                 put_string(&mut raw, block.data());
                 learned.insert(index, digest);
             }
-            Produced::Data { index, offset, block } => {
-                head(1, index);
-                raw.extend_from_slice(&offset.to_be_bytes());
-                put_string(&mut raw, block.data());
-            }
-            Produced::Hole { index, offset, length } => {
-                head(2, index);
-                raw.extend_from_slice(&offset.to_be_bytes());
-                raw.extend_from_slice(&length.to_be_bytes());
+            Produced::Data { index, offset, block } => put_piece(&mut raw, index, &Piece::Data { offset, block }),
+            Produced::Hole { index, offset, length } => put_piece(&mut raw, index, &Piece::Hole { offset, length }),
+            Produced::Copy { index, offset, length, from } => {
+                put_piece(&mut raw, index, &Piece::Copy { offset, length, from });
             }
             Produced::End { index, digest } => {
-                head(3, index);
+                head(&mut raw, 3, index);
                 raw.extend_from_slice(&digest.0);
                 learned.insert(index, digest);
             }
             Produced::Same { index, digest } => {
-                head(4, index);
+                head(&mut raw, 4, index);
                 raw.extend_from_slice(&digest.0);
                 learned.insert(index, digest);
             }
             Produced::Failed { index, message, retry } => {
-                head(5, index);
+                head(&mut raw, 5, index);
                 raw.push(u8::from(retry));
                 put_string(&mut raw, veil.cover(&message).as_bytes());
             }
         }
     }
     Ok(raw)
+}
+
+fn head(raw: &mut Vec<u8>, kind: u8, index: u32) {
+    raw.push(kind);
+    raw.extend_from_slice(&index.to_be_bytes());
+}
+
+fn put_piece(raw: &mut Vec<u8>, index: u32, piece: &Piece) {
+    let kind = match piece {
+        Piece::Data { .. } => 1,
+        Piece::Hole { .. } => 2,
+        Piece::Copy { .. } => 6,
+    };
+    head(raw, kind, index);
+    let (Piece::Data { offset, .. } | Piece::Hole { offset, .. } | Piece::Copy { offset, .. }) = piece;
+    raw.extend_from_slice(&offset.to_be_bytes());
+    match piece {
+        Piece::Data { block, .. } => put_string(raw, block.data()),
+        Piece::Hole { length, .. } => raw.extend_from_slice(&length.to_be_bytes()),
+        Piece::Copy { length, from, .. } => {
+            raw.extend_from_slice(&length.to_be_bytes());
+            raw.extend_from_slice(&from.piece.to_be_bytes());
+            raw.extend_from_slice(&from.offset.to_be_bytes());
+        }
+    }
+}
+
+impl Stream<'_> {
+    /// Holds what was read of a file against what the client has of it. What is made of that waits in `pieces`; `None` where that is all.
+    fn compared(&mut self, produced: Produced) -> Option<Produced> {
+        let (index, pieces) = match produced {
+            Produced::Data { index, offset, block } => match self.deltas.get_mut(&index) {
+                Some(delta) => (index, delta.feed(block)),
+                None => return Some(Produced::Data { index, offset, block }),
+            },
+            Produced::Hole { index, offset, length } => match self.deltas.get_mut(&index) {
+                Some(delta) => (index, delta.skip(offset, length)),
+                None => return Some(Produced::Hole { index, offset, length }),
+            },
+            Produced::End { index, digest } => {
+                let Some(delta) = self.deltas.remove(&index) else { return Some(Produced::End { index, digest }) };
+                let Some(pieces) = delta.end(digest) else { return Some(Produced::Same { index, digest }) };
+                self.pieces.extend(pieces.into_iter().map(|piece| (index, piece)));
+                // Once those are sent.
+                self.ended = Some(Produced::End { index, digest });
+                return None;
+            }
+            Produced::Whole { index, .. } | Produced::Failed { index, .. } | Produced::Same { index, .. } => {
+                self.deltas.remove(&index);
+                return Some(produced);
+            }
+            Produced::Copy { .. } => return Some(produced),
+        };
+        self.pieces.extend(pieces.into_iter().map(|piece| (index, piece)));
+        None
+    }
 }
