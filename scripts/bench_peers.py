@@ -92,7 +92,7 @@ Subsystem sftp {sftp}
 
     def pid(self, contender):
         """Of the server that a contender talks to."""
-        kind = contender.partition(" ")[2].replace("mirror", "serve")
+        kind = contender.partition(" ")[2].replace("mirror", "serve").replace("pull", "serve")
         return self.started[kind if contender.startswith("lockstep") else "stock"].pid
 
     def stop(self):
@@ -125,6 +125,13 @@ def contenders(servers, lockstep):
         def command(source, target):
             return ["rsync", "-a", *more, "-e", shlex.join(["ssh", "-p", port, *options, *cipher]), source + "/", f"{host}:{target}/"]
         return command
+
+    def pull(source, target):
+        return [lockstep, "pull", "-q", "-P", str(servers.ports["serve"]), "--identity", servers.key,
+                "--known-hosts", servers.known_hosts, f"{host}:{source}", target]
+
+    def rsync_pull(source, target):
+        return ["rsync", "-a", "-e", shlex.join(["ssh", "-p", port, *options, *gcm]), f"{host}:{source}/", target + "/"]
 
     def tar(pack, unpack):
         def command(source, target):
@@ -159,6 +166,7 @@ def contenders(servers, lockstep):
         "lockstep mirror": push("serve", "--delete"),
         "lockstep sshd": push("sshd"),
         "lockstep stock": push("stock", "--remote", "sftp"),
+        "lockstep pull": pull,
         "rsync": rsync([]),
         "rsync gcm": rsync(gcm),
         "rsync zstd": rsync(gcm, "--compress", "--zc=zstd"),
@@ -166,6 +174,7 @@ def contenders(servers, lockstep):
         "rsync inplace": rsync(gcm, "--inplace"),
         "rsync append": rsync(gcm, "--append"),
         "rsync mirror": rsync(gcm, "--delete"),
+        "rsync pull": rsync_pull,
         "tar gcm": tar("", ""),
         "tar zstd": tar("zstd -q -T0 |", "zstd -q -d |"),
         "scp gcm": scp,
@@ -184,4 +193,6 @@ def takes_part(name, row):
         return row == "appended"
     if name.endswith(" mirror"):
         return row == "renamed"
+    if name.endswith(" pull"):
+        return row in CHANGES and row != "appended"
     return name not in ("rsync whole", "rsync inplace") or row in CHANGES

@@ -2,12 +2,14 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 
 use sha2::Digest as _;
 
 use crate::kit::area::{contents, write};
 use crate::kit::served::Served;
-use crate::kit::{noise, text};
+use crate::kit::sshd::Sshd;
+use crate::kit::{done, noise, text};
 
 const MIB: usize = 1 << 20;
 
@@ -84,6 +86,49 @@ fn many_files_are_compared_at_once_over_several_connections() {
     (0..40).for_each(|number| write(&data, &format!("{number}.bin"), &file(number, MIB)));
     let wire = pull(&served, &["--transfers", "4"]);
     assert!(wire < all / 2, "{wire} of {all}");
+}
+
+#[test]
+fn what_is_told_gets_through_however_many_requests_wait() {
+    let sshd = Sshd::start();
+    let served = Served::start("", "");
+    let (there, data) = (sshd.path("there"), served.path("sync/data"));
+    let lay_out = |at: &Path, changed: usize| {
+        let large = |seed: u64, length: usize| {
+            let mut bytes = noise(seed, length);
+            (0..length / MIB).for_each(|mib| bytes[mib * MIB + changed] ^= changed as u8);
+            bytes
+        };
+        (0..40).for_each(|number| write(at, &format!("{number}.bin"), &large(number, 5 * MIB / 4)));
+        write(at, "large.bin", &large(99, 30 * MIB));
+    };
+    for changed in [0, 77] {
+        lay_out(&data, changed);
+        lay_out(&there, changed);
+        for transfers in ["16", "3"] {
+            pull(&served, &["--transfers", transfers]);
+        }
+        // An agent behind sshd has one connection for everything.
+        done(&sshd.lockstep(&["pull", &sshd.remote("there"), "here", "--transfers", "12"]));
+        assert!(fs::read(sshd.path("here/large.bin")).unwrap() == fs::read(there.join("large.bin")).unwrap());
+    }
+}
+
+#[test]
+fn one_file_that_is_named_is_compared_too() {
+    let served = Served::start("", "");
+    let mut bytes = noise(3, 6 * MIB);
+    let (from, to) = ("sync@127.0.0.1:/data/model.bin", served.path("one").display().to_string());
+    for most in [7 * MIB as u64, MIB as u64] {
+        write(&served.path("sync/data"), "model.bin", &bytes);
+        let output = served.lockstep(&["pull", "--json", from, &format!("{to}/")], "sync");
+        let summary = text(&output);
+        let summary = summary.lines().find(|line| line.contains("\"summary\"")).unwrap_or_else(|| panic!("{summary}"));
+        let summary: serde_json::Value = serde_json::from_str(summary).unwrap();
+        assert!(fs::read(served.path("one/model.bin")).unwrap() == bytes);
+        assert!(summary["wire_bytes"].as_u64().unwrap() < most, "{summary}");
+        bytes[3 * MIB] ^= 1;
+    }
 }
 
 #[test]

@@ -2,9 +2,10 @@
 //! the name that it is to have at the target.
 
 use std::collections::VecDeque;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::endpoint::delta::Beginning;
+use crate::endpoint::delta::{Alike, Beginning, Wanted};
 use crate::endpoint::{Error, Fetch, Produced, Reader, Scan, ScanOptions, Source};
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::monitor::{Monitor, Problem, Severity};
@@ -185,6 +186,22 @@ impl Source for Several {
 
     fn wire_bytes(&self) -> u64 {
         self.parts.iter().map(|part| part.source.wire_bytes()).sum()
+    }
+
+    fn is_far(&self) -> bool {
+        self.parts.iter().all(|part| part.source.is_far())
+    }
+
+    fn compares(&self) -> bool {
+        self.parts.iter().all(|part| part.source.compares())
+    }
+
+    fn compare(&self, index: u32, over: &AtomicBool, ask: &mut dyn FnMut(Wanted) -> Option<Alike>) {
+        if let Some(&(of, index)) = self.layout().origin.get(index as usize)
+            && let Some(part) = self.parts.get(of)
+        {
+            part.source.compare(index, over, ask);
+        }
     }
 }
 

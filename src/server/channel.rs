@@ -45,6 +45,8 @@ struct State {
     closed: bool,
     requests: Packets,
     unanswered: i64,
+    /// Those of them that wait for the client to say something.
+    resting: i64,
     last: Instant,
     received: u64,
     sent: u64,
@@ -171,7 +173,7 @@ impl Shared {
     /// How long nothing has happened. Work on a request counts as something, a client that takes no replies does not.
     pub(super) fn quiet(&self, now: Instant) -> Duration {
         let state = self.lock();
-        if state.unanswered > 0 && state.out_bytes == 0 && !state.ended {
+        if state.unanswered > state.resting && state.out_bytes == 0 && !state.ended {
             return Duration::ZERO;
         }
         now.saturating_duration_since(state.last)
@@ -196,6 +198,11 @@ impl Output for Shared {
 
     fn is_gone(&self) -> bool {
         self.lock().closed
+    }
+
+    fn rests(&self, rests: bool) {
+        let mut state = self.lock();
+        state.resting += if rests { 1 } else { -1 };
     }
 }
 
@@ -244,6 +251,7 @@ pub(super) fn queue() -> (Arc<Shared>, mpsc::UnboundedReceiver<Vec<u8>>) {
         closed: false,
         requests: Packets::default(),
         unanswered: 0,
+        resting: 0,
         last: Instant::now(),
         received: 0,
         sent: 0,

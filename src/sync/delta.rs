@@ -12,6 +12,16 @@ pub(crate) enum Piece {
     Data { offset: u64, block: Block },
 }
 
+impl Piece {
+    /// How much of the file it is.
+    pub(crate) fn length(&self) -> u64 {
+        match self {
+            Piece::Copy { length, .. } | Piece::Hole { length, .. } => *length,
+            Piece::Data { block, .. } => block.data().len() as u64,
+        }
+    }
+}
+
 /// How what the target has is looked for.
 enum Search {
     /// In what the target lists.

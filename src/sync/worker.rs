@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crossbeam_channel::unbounded;
 
@@ -15,6 +15,8 @@ use crate::monitor::{Counters, Event, Problem, Severity};
 
 /// So much a target copies before it is waited for.
 const COPYING_MAX: u64 = 64 << 20;
+/// Files of which the source is told at once what the target has.
+const TELLING_MAX: usize = 16;
 
 /// Files that are read or written by this worker, and what is to become of them.
 struct Worker<'a, 'b> {
@@ -38,7 +40,9 @@ struct Worker<'a, 'b> {
     /// Bytes that the target was asked to copy, and has not answered.
     copying: u64,
     list: &'a dyn Fn(u32, u64) -> Matcher,
-    compare: &'a dyn Fn(u32),
+    /// Tells the source what the target has of a file, on a thread of its own; false where there is none. And how many do so.
+    compare: &'a dyn Fn(u32) -> bool,
+    telling: &'a AtomicUsize,
 }
 
 /// Says, when it goes, that a worker reads no more.
@@ -56,7 +60,7 @@ pub(super) fn work(
     tree: &Arc<Tree>,
     shared: &Shared<'_>,
 ) -> Result<(), Error> {
-    let over = &AtomicBool::new(false);
+    let (over, telling) = (&AtomicBool::new(false), &AtomicUsize::new(0));
     std::thread::scope(|scope| {
         let _over = Over(over);
         let list = |index, from| {
@@ -68,7 +72,14 @@ pub(super) fn work(
             Matcher::new(from, Box::new((orders, parts)))
         };
         let compare = |index| {
-            scope.spawn(move || source.compare(index, over, &mut |wanted| target.alike(index, wanted).ok().flatten()));
+            let tell = move || {
+                source.compare(index, over, &mut |wanted| target.alike(index, wanted).ok().flatten());
+                telling.fetch_sub(1, Ordering::Relaxed);
+            };
+            telling.fetch_add(1, Ordering::Relaxed);
+            let started = std::thread::Builder::new().name("tell".to_owned()).spawn_scoped(scope, tell).is_ok();
+            telling.fetch_sub(usize::from(!started), Ordering::Relaxed);
+            started
         };
         let worker = Worker {
             shared,
@@ -85,6 +96,7 @@ pub(super) fn work(
             copying: 0,
             list: &list,
             compare: &compare,
+            telling,
         };
         // What lists for it ends with it.
         { worker }.run(source)
@@ -97,7 +109,7 @@ impl Worker<'_, '_> {
             if self.shared.stopped() {
                 return Ok(());
             }
-            while self.reader.wants_more() {
+            while self.reader.wants_more() && self.telling.load(Ordering::Relaxed) < TELLING_MAX {
                 let Some(mut fetch) = self.next_fetch() else { break };
                 if fetch.unless.is_some() {
                     self.compared.insert(fetch.index);
@@ -274,8 +286,7 @@ impl Worker<'_, '_> {
         {
             return self.copy_whole_of_several(index, digest);
         }
-        (self.compare)(index);
-        fetch.compare = true;
+        fetch.compare = (self.compare)(index);
         Ok(false)
     }
 

@@ -1,6 +1,6 @@
 //! What a target has already: `alike` of a push and its answer; `wants` and `parts` of a pull, where it is the source that asks.
 
-use super::extension::{Fields, WireError};
+use super::extension::{Fields, PART_CHUNKS_MAX, WireError};
 use crate::codec::chunks::{
     self, Alike, BLOCK_LENGTH, Beginning, Chunk, ChunkId, Cut, Order, PIECES_MAX, Part, RANGES_MAX, Wanted, Within,
 };
@@ -135,7 +135,23 @@ pub fn put_part(out: &mut Vec<u8>, part: &Part) {
 /// [`WireError`].
 pub fn read_part(mut fields: Fields<'_>) -> Result<Part, WireError> {
     let (order, from) = (fields.u32()?, Within { piece: fields.u32()?, offset: fields.u64()? });
-    Ok(Part { order, from, alike: read_alike(fields, from.offset)? })
+    let alike = read_alike(fields, from.offset)?;
+    if let Some(Alike { chunks, next, .. }) = &alike {
+        let short = |chunk: &Chunk| (chunk.length as usize) < BLOCK_LENGTH;
+        // The last of a file alone is shorter.
+        let before = chunks.split_last().map_or(&[][..], |(_, before)| before);
+        if before.iter().any(short)
+            || chunks.len() > PART_CHUNKS_MAX
+            || next.is_some() && chunks.last().is_some_and(short)
+        {
+            return Err(WireError::Range("the chunks of a part"));
+        }
+        let length: u64 = chunks.iter().map(|chunk| u64::from(chunk.length)).sum();
+        if from.offset.checked_add(length).is_none_or(|end| end > i64::MAX as u64) {
+            return Err(WireError::Range("the place of a part"));
+        }
+    }
+    Ok(Part { order, from, alike })
 }
 
 fn read_chunks(fields: &mut Fields<'_>) -> Result<Vec<Chunk>, WireError> {

@@ -58,8 +58,16 @@ pub const TURNS: &str = "turns@lockstep.internal";
 pub const WANTS: &str = "wants@lockstep.internal";
 /// Tells it.
 pub const PARTS: &str = "parts@lockstep.internal";
-/// What a `fetch` says of a file that is to be compared with what the client has.
+/// What a `fetch` says of a file: that its digest follows, and that it is to be compared with what the client has.
+pub const HAS_DIGEST: u8 = 1;
+/// See [`HAS_DIGEST`].
 pub const COMPARES: u8 = 2;
+/// So many files of a pull are compared at once, at most.
+pub const COMPARED_MAX: usize = 1024;
+/// Chunks or blocks in one `parts`, at most.
+pub const PART_CHUNKS_MAX: usize = 8192;
+/// The order of a `parts` that says that nothing more will be told of a file.
+pub const NO_ORDER: u32 = u32::MAX;
 /// So many `parts` of one file may wait to be looked at.
 pub const PARTS_MAX: usize = 4;
 /// So much of `stripe` requests, as they were sent, may wait in a run for what stands before it.

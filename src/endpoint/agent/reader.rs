@@ -17,7 +17,7 @@ use crate::endpoint::spread::{SPREAD_AFTER, Spread};
 use crate::endpoint::{Block, Error, Fetch, Produced, Reader};
 use crate::manifest::Tree;
 use crate::wire::extension::{
-    self, AHEAD_NEXT_MAX, COMPARES, FETCH_MAX, Fields, HOLE_MAX, TAKES_PLANES, TURNS, WireError,
+    self, AHEAD_NEXT_MAX, COMPARES, FETCH_MAX, Fields, HAS_DIGEST, HOLE_MAX, TAKES_PLANES, TURNS, WireError,
 };
 
 /// Requests in flight on one stream.
@@ -132,8 +132,8 @@ impl AgentReader {
                 }
                 packet.extend_from_slice(&fetch.index.to_be_bytes());
                 packet.extend_from_slice(&fetch.from.to_be_bytes());
-                let compares = if fetch.compare { COMPARES } else { 0 };
-                packet.push(u8::from(fetch.unless.is_some()) | compares);
+                let has_digest = if fetch.unless.is_some() { HAS_DIGEST } else { 0 };
+                packet.push(has_digest | if fetch.compare { COMPARES } else { 0 });
                 packet.extend(fetch.unless.iter().flat_map(|digest| digest.0));
             }
             self.spread.own().submit(packet, 0, u64::MAX, &self.sender)?;

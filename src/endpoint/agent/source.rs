@@ -14,7 +14,7 @@ use crate::monitor::{Monitor, Problem, Severity};
 use crate::path::RelPath;
 use crate::plan::trail::{self, Stop};
 use crate::wire::entries::EntryList;
-use crate::wire::extension::{self, Fields, WANTS, WireError};
+use crate::wire::extension::{self, Fields, PARTS, WANTS, WireError};
 
 /// A source served by an agent.
 pub struct AgentSource {
@@ -116,7 +116,7 @@ impl Source for AgentSource {
     }
 
     fn compares(&self) -> bool {
-        self.lanes.control().has(WANTS, extension::VERSION)
+        [WANTS, PARTS].iter().all(|name| self.lanes.control().has(name, extension::VERSION))
     }
 
     fn compare(&self, index: u32, over: &AtomicBool, ask: &mut dyn FnMut(Wanted) -> Option<Alike>) {

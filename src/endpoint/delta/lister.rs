@@ -15,6 +15,10 @@ pub trait Looks: Send {
     /// # Errors
     /// Whether none has come yet, or none will.
     fn part_now(&mut self) -> Result<Part, TryRecvError>;
+    /// Whether it tells nothing of what is shorter than a block: that might say what is in it.
+    fn is_wary(&self) -> bool {
+        false
+    }
 }
 
 impl Looks for (Sender<Order>, Receiver<Part>) {

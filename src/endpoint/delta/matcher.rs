@@ -266,10 +266,15 @@ impl Matcher {
     }
 
     fn follow(&mut self, next: Within) {
-        self.mode = Mode::Follow { next, blocks: VecDeque::new(), missed: 0 };
         // Sums are of blocks from the start of the file on.
         let start = next.offset.next_multiple_of(BLOCK_LENGTH as u64);
-        let before = (start > next.offset).then_some(Wanted { from: next, to: start, cut: Cut::ByLength });
+        let short = (start - next.offset) as u32;
+        // What is not told is what is not there.
+        let untold =
+            (short > 0 && self.target.is_wary()).then_some(Chunk { id: ChunkId::Content([0; 16]), length: short });
+        let before = Wanted { from: next, to: start, cut: Cut::ByLength };
+        let before = (short > 0 && untold.is_none()).then_some(before);
+        self.mode = Mode::Follow { next, blocks: untold.into_iter().collect(), missed: 0 };
         let rest = Wanted { from: Within { offset: start, ..next }, to: u64::MAX, cut: Cut::BySum };
         self.order(before.into_iter().chain([rest]).collect());
     }

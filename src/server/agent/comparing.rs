@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, unbounded};
 
@@ -14,12 +15,14 @@ use super::{Failure, Job, locked};
 use crate::codec::chunks::{Cut, Order, Part};
 use crate::endpoint::delta::{Looks, Matcher};
 use crate::wire::alike::{put_order, read_part};
-use crate::wire::extension::{FETCH_MAX, Fields, PARTS_MAX, WireError};
+use crate::wire::extension::{COMPARED_MAX, Fields, NO_ORDER, PARTS_MAX, WireError};
 
 /// Chunks that are looked for by their content, of all files of a run; each takes about 50 bytes. At 256 KiB each these are 256 GiB.
 const LISTED_MAX: usize = 1 << 20;
 /// Chunks and blocks in parts that wait, likewise.
 const WAITING_MAX: usize = 1 << 20;
+/// A client that says nothing for so long is not asked about the file any more, and all of it is sent.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The files of one run that are compared.
 #[derive(Default)]
@@ -60,6 +63,12 @@ fn chunks(part: &Part) -> usize {
     part.alike.as_ref().map_or(0, |alike| alike.chunks.len())
 }
 
+/// Answers a `wants` that waited.
+fn answer(job: &Job, order: Option<&Order>) {
+    job.output.rests(false);
+    tell(job, order);
+}
+
 fn tell(job: &Job, order: Option<&Order>) {
     let mut body = Vec::new();
     put_order(&mut body, order);
@@ -74,7 +83,7 @@ impl Files {
         }
         let open = &mut self.open;
         let file = self.by_index.entry(index).or_insert_with(|| {
-            let room = *open < FETCH_MAX;
+            let room = *open < COMPARED_MAX;
             *open += usize::from(room);
             if room { File::Open(Open::default()) } else { File::Ended }
         });
@@ -116,14 +125,24 @@ impl Comparing {
             Err(error) => return Err((job, error.into())),
         };
         let mut files = locked(&self.files);
-        match files.open(index) {
-            None => tell(&job, None),
-            Some(Open { asking: Some(_), .. }) => return Err((job, Failure::order("it was asked already"))),
+        // Answers may have to wait for room: nobody else is to wait for that.
+        let order = match files.open(index) {
+            None => None,
+            Some(Open { asking: Some(_), .. }) => {
+                drop(files);
+                return Err((job, Failure::order("it was asked already")));
+            }
             Some(open) => match open.order.take() {
-                Some(order) => tell(&job, Some(&order)),
-                None => open.asking = Some(job),
+                None => {
+                    job.output.rests(true);
+                    open.asking = Some(job);
+                    return Ok(());
+                }
+                order => order,
             },
-        }
+        };
+        drop(files);
+        tell(&job, order.as_ref());
         Ok(())
     }
 
@@ -134,24 +153,38 @@ impl Comparing {
             Ok(read) => read,
             Err(error) => return Err((job, error.into())),
         };
-        let mut files = locked(&self.files);
-        let files = &mut *files;
+        let mut guard = locked(&self.files);
+        let files = &mut *guard;
         match files.by_index.get_mut(&index) {
-            Some(File::Open(Open { parts: Some(parts), .. })) => {
-                let waiting = files.waiting + chunks(&part);
-                if parts.len() >= PARTS_MAX || waiting > WAITING_MAX {
-                    return Err((job, WireError::Range("the number of parts that wait").into()));
-                }
-                files.waiting = waiting;
-                let _ = parts.send((part, job));
-                Ok(())
-            }
             // It came too late to be of use.
             Some(File::Ended) => {
+                drop(guard);
                 job.reply(&[]);
                 Ok(())
             }
-            _ => Err((job, Failure::order("nothing was asked for"))),
+            Some(File::Open(Open { parts: Some(parts), .. })) if part.order != NO_ORDER => {
+                let waiting = files.waiting + chunks(&part);
+                if parts.len() < PARTS_MAX && waiting <= WAITING_MAX {
+                    files.waiting = waiting;
+                    job.output.rests(true);
+                    let _ = parts.send((part, job));
+                    return Ok(());
+                }
+                drop(guard);
+                // Whoever waits for more of it would wait in vain.
+                self.end(index);
+                Err((job, WireError::Range("the number of parts that wait").into()))
+            }
+            Some(File::Open(Open { parts: Some(_), .. })) => {
+                drop(guard);
+                self.end(index);
+                job.reply(&[]);
+                Ok(())
+            }
+            _ => {
+                drop(guard);
+                Err((job, Failure::order("nothing was asked for")))
+            }
         }
     }
 
@@ -160,7 +193,10 @@ impl Comparing {
         let mut files = locked(&self.files);
         let Some(File::Open(open)) = files.by_index.get_mut(&index) else { return false };
         match open.asking.take() {
-            Some(job) => tell(&job, Some(&order)),
+            Some(job) => {
+                drop(files);
+                answer(&job, Some(&order));
+            }
             None => open.order = Some(order),
         }
         true
@@ -174,7 +210,7 @@ impl Comparing {
         {
             files.open -= 1;
             drop(files);
-            open.asking.iter().for_each(|job| tell(job, None));
+            open.asking.iter().for_each(|job| answer(job, None));
         }
     }
 
@@ -186,7 +222,7 @@ impl Comparing {
         drop(files);
         for file in all.into_values() {
             if let File::Open(Open { asking: Some(job), .. }) = file {
-                tell(&job, None);
+                answer(&job, None);
             }
         }
     }
@@ -205,6 +241,7 @@ impl Asking {
     /// Lets the client tell more.
     fn accept(&mut self, (part, job): (Part, Job)) -> Part {
         locked(&self.comparing.files).waiting -= chunks(&part);
+        job.output.rests(false);
         job.reply(&[]);
         if part.alike.as_ref().is_some_and(|alike| alike.cut == Cut::ByContent) {
             let listed = self.comparing.listed.fetch_add(chunks(&part), Ordering::Relaxed) + chunks(&part);
@@ -224,8 +261,15 @@ impl Looks for Asking {
     }
 
     fn part(&mut self) -> Option<Part> {
-        let told = self.parts.recv().ok()?;
-        Some(self.accept(told))
+        let told = self.parts.recv_timeout(PATIENCE).ok();
+        if told.is_none() {
+            self.comparing.end(self.index);
+        }
+        told.map(|told| self.accept(told))
+    }
+
+    fn is_wary(&self) -> bool {
+        true
     }
 
     fn part_now(&mut self) -> Result<Part, TryRecvError> {
@@ -240,6 +284,7 @@ impl Drop for Asking {
         self.comparing.listed.fetch_sub(self.listed, Ordering::Relaxed);
         for (part, job) in self.parts.try_iter() {
             locked(&self.comparing.files).waiting -= chunks(&part);
+            job.output.rests(false);
             job.reply(&[]);
         }
     }

@@ -7,7 +7,7 @@ use crate::codec::chunks::{Alike, BLOCK_LENGTH, Chunk, ChunkId, Cut, Part, Withi
 use crate::endpoint::ScanOptions;
 use crate::endpoint::client::{Answer, Client};
 use crate::wire::alike::{put_part, read_order};
-use crate::wire::extension::{self, COMPARES, Fields, PARTS_MAX};
+use crate::wire::extension::{self, COMPARES, Fields, NO_ORDER, PART_CHUNKS_MAX, PARTS_MAX};
 
 fn packet(name: &str, index: u32, more: &[u8]) -> Vec<u8> {
     let mut packet = extension::request(name);
@@ -47,6 +47,7 @@ fn taken(client: &Client, packet: Vec<u8>) -> Answer {
 fn what_is_told_waits_until_it_is_looked_at_and_more_than_may_wait_is_refused() {
     let client = client();
     assert_eq!(taken(&client, parts(3, 1)).kind, extension::STATUS, "nothing was asked for");
+    assert_eq!(taken(&client, parts(3, PART_CHUNKS_MAX + 1)).kind, extension::STATUS, "too long");
     assert_eq!(taken(&client, fetch(3)).kind, extension::EXTENDED_REPLY);
     let order = read_order(Fields(&taken(&client, packet("wants", 3, &[])).body)).unwrap().unwrap();
     assert_eq!((order.number, order.wanted[0].cut), (1, Cut::ByContent));
@@ -56,14 +57,14 @@ fn what_is_told_waits_until_it_is_looked_at_and_more_than_may_wait_is_refused() 
     (0..PARTS_MAX as u64).for_each(|tag| client.submit(parts(3, 1), 0, tag, &sender).unwrap());
     let refused = taken(&client, parts(3, 1));
     assert!(refused.kind == extension::STATUS && String::from_utf8_lossy(&refused.body).contains("parts that wait"));
+    // Nobody waits for more of it.
+    let told = client.wait(&receiver, false).unwrap();
+    assert!(told.tag == 9 && read_order(Fields(&told.answer.unwrap().body)).unwrap().is_none());
     assert!(receiver.is_empty());
     // The file is a small one: it comes whole, and what waits is of no more use.
     assert_eq!(taken(&client, packet("next", 0, &[0])).kind, extension::EXTENDED_REPLY);
-    for _ in 0..=PARTS_MAX {
-        let completion = client.wait(&receiver, false).unwrap();
-        let answer = completion.answer.unwrap();
-        assert_eq!(answer.kind, extension::EXTENDED_REPLY);
-        assert!(completion.tag != 9 || read_order(Fields(&answer.body)).unwrap().is_none());
+    for _ in 0..PARTS_MAX {
+        assert_eq!(client.wait(&receiver, false).unwrap().answer.unwrap().kind, extension::EXTENDED_REPLY);
     }
     assert_eq!(taken(&client, parts(3, 1)).kind, extension::EXTENDED_REPLY, "too late");
     assert!(read_order(Fields(&taken(&client, packet("wants", 3, &[])).body)).unwrap().is_none());
@@ -74,16 +75,27 @@ fn h23_no_more_chunks_wait_than_one_run_may_have() {
     let client = client();
     let (sender, receiver) = unbounded();
     let mut refused = 0;
-    for index in 0..8 {
+    for index in 0..40 {
         assert_eq!(taken(&client, fetch(index)).kind, extension::EXTENDED_REPLY);
         for _ in 0..PARTS_MAX {
-            client.submit(parts(index, 60_000), 0, 0, &sender).unwrap();
+            client.submit(parts(index, PART_CHUNKS_MAX), 0, 0, &sender).unwrap();
         }
     }
     while let Ok(completion) = receiver.recv_timeout(std::time::Duration::from_millis(300)) {
         refused += usize::from(completion.answer.unwrap().kind == extension::STATUS);
     }
-    assert_eq!(refused, 32 - (1 << 20) / 60_000);
+    // Of a file of which one was refused nothing waits any more.
+    assert_eq!(refused, 8);
+}
+
+#[test]
+fn who_says_that_nothing_more_is_told_is_asked_no_more() {
+    let client = client();
+    assert_eq!(taken(&client, fetch(2)).kind, extension::EXTENDED_REPLY);
+    let mut raw = Vec::new();
+    put_part(&mut raw, &Part { order: NO_ORDER, from: Within::default(), alike: None });
+    assert_eq!(taken(&client, packet("parts", 2, &raw)).kind, extension::EXTENDED_REPLY);
+    assert!(read_order(Fields(&taken(&client, packet("wants", 2, &[])).body)).unwrap().is_none());
 }
 
 #[test]

@@ -4,11 +4,11 @@
 //! handled in order, by one worker; a message that breaks the rules has no effect, and nothing of its run is published:
 //! every later message is answered like it, what was staged is removed, and the audit log says why.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use super::gate::{self, Need};
 use crate::config::{Right, Rights};
@@ -41,6 +41,10 @@ pub trait Output: Send + Sync {
     fn send(&self, packet: Vec<u8>);
     /// Whether nobody is there any more to be answered.
     fn is_gone(&self) -> bool;
+    /// A request waits for its client to say something, or with `false` does so no longer: meanwhile nothing is done for it.
+    fn rests(&self, rests: bool) {
+        let _ = rests;
+    }
 }
 
 /// Extension requests that a session hands on.
@@ -74,6 +78,8 @@ pub struct Factory {
 const LONG: [&str; 4] = ["begin", "scan", "diff", "commit"];
 const WORKERS: usize = 8;
 const QUEUE: usize = 8;
+/// Requests to read take no more than so many bytes while they wait, all of a run.
+const QUEUED_MAX: usize = 64 << 20;
 
 struct Job {
     name: &'static str,
@@ -84,6 +90,11 @@ struct Job {
 }
 
 impl Job {
+    /// What it takes while it waits.
+    fn queued_bytes(&self) -> usize {
+        self.payload.bytes().len() + 512
+    }
+
     fn reply(&self, body: &[u8]) {
         self.output.send(extension::reply(self.id, body));
     }
@@ -165,6 +176,8 @@ struct Run {
     /// Why nothing of it is published.
     rejected: OnceLock<Failure>,
     queues: Mutex<Option<Vec<Sender<Job>>>>,
+    /// Bytes of requests in the queues of a source, which nobody waits for to have room.
+    queued: Arc<AtomicUsize>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -177,14 +190,15 @@ impl Run {
         let mut queues = Vec::new();
         let more = usize::from(matches!(self.side, Side::Target(_)));
         for number in 0..WORKERS + more {
-            let (sender, receiver) = bounded(QUEUE);
+            // What a source waits for comes over the connection that its requests come over.
+            let (sender, receiver) = if more == 0 { unbounded() } else { bounded(QUEUE) };
             let run = Arc::clone(self);
             let thread = std::thread::Builder::new()
                 .name(format!("agent-{number}"))
                 .spawn(move || match &run.side {
                     Side::Target(target) if number == WORKERS => writing::list_alike(&run, &**target, &receiver),
                     Side::Target(target) => writing::serve(&run, &**target, &receiver),
-                    Side::Source(source) => reading::serve(&**source, &run.tree, &run.comparing, &receiver),
+                    Side::Source(source) => reading::serve(&run, &**source, &receiver),
                 })
                 .map_err(|error| Failure::new(4, format!("start a thread: {error}"), 75))?;
             queues.push(sender);
@@ -346,11 +360,18 @@ impl Agent {
         }
         // What lists for long has a worker of its own: content does not wait for it.
         let number = if job.name == "alike" { WORKERS } else { index as usize % WORKERS };
-        let queue = run.and_then(|run| locked(&run.queues).as_ref()?.get(number).cloned());
-        match queue {
-            Some(queue) => queue.send(job).map_err(|error| error.0),
-            None => Err(job),
+        let Some(run) = run else { return Err(job) };
+        let queue = locked(&run.queues).as_ref().and_then(|queues| queues.get(number).cloned());
+        let Some(queue) = queue else { return Err(job) };
+        if matches!(run.side, Side::Source(_)) {
+            let bytes = job.queued_bytes();
+            if run.queued.fetch_add(bytes, Ordering::Relaxed) + bytes > QUEUED_MAX {
+                run.queued.fetch_sub(bytes, Ordering::Relaxed);
+                job.refuse(&WireError::Range("the number of requests that wait").into());
+                return Ok(());
+            }
         }
+        queue.send(job).map_err(|error| error.0)
     }
 }
 
@@ -566,6 +587,7 @@ impl Control {
             held: OnceLock::new(),
             rejected: OnceLock::new(),
             queues: Mutex::new(None),
+            queued: Arc::default(),
             threads: Mutex::new(Vec::new()),
         });
         self.own = true;

@@ -1,18 +1,19 @@
 //! One worker of a source: streams of a client onto readers. Each `next` is answered with what comes next, bundled.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use crossbeam_channel::Receiver;
 
 use super::comparing::Comparing;
-use super::{Failure, Job, Veil};
+use super::{Failure, Job, Run};
 use crate::codec::{Chooser, Coding, CompressOptions, Place};
-use crate::endpoint::{BLOCK_BYTES, Error, Fetch, Produced, Reader, Source};
+use crate::endpoint::{BLOCK_BYTES, Fetch, Produced, Reader, Source};
 use crate::manifest::{Digest, Tree};
 use crate::sync::delta::{Delta, Piece};
 use crate::wire::extension::{
-    AHEAD_NEXT_MAX, COMPARES, FETCH_MAX, Fields, TAKES_PLANES, WireError, put_coded, put_string,
+    AHEAD_NEXT_MAX, COMPARES, FETCH_MAX, Fields, HAS_DIGEST, TAKES_PLANES, WireError, put_coded, put_string,
 };
 
 /// At most this many streams a worker.
@@ -20,6 +21,9 @@ const STREAMS: usize = 32;
 
 /// So many digests are remembered at once.
 const REMEMBERED: usize = 16_384;
+
+/// So much of a file is said in one answer, at most, once that says anything.
+const COVERED_MAX: u64 = 64 << 20;
 
 /// What stands in front of the data of a piece: kind, index, offset and length.
 const DATA_HEAD: u64 = 1 + 4 + 8 + 4;
@@ -52,15 +56,12 @@ struct Worker<'a> {
     learned: HashMap<u32, Digest>,
 }
 
-pub(super) fn serve(
-    source: &(dyn Source + Send + Sync),
-    tree: &OnceLock<Arc<Tree>>,
-    comparing: &Arc<Comparing>,
-    jobs: &Receiver<Job>,
-) {
-    let Some(tree) = tree.get() else { return };
+pub(super) fn serve(run: &Run, source: &(dyn Source + Send + Sync), jobs: &Receiver<Job>) {
+    let Some(tree) = run.tree.get() else { return };
+    let comparing = &run.comparing;
     let mut worker = Worker { source, tree, comparing, streams: HashMap::new(), learned: HashMap::new() };
     for job in jobs {
+        run.queued.fetch_sub(job.queued_bytes(), Ordering::Relaxed);
         if let Some(job) = worker.in_turn(job) {
             worker.handle(&job);
         }
@@ -148,7 +149,10 @@ impl<'a> Worker<'a> {
             for _ in 0..count {
                 let (index, from) = (fields.u32()?, fields.u64()?);
                 let flags = fields.u8()?;
-                let unless = if flags & !COMPARES == 0 { None } else { Some(fields.digest()?) };
+                if flags & !(HAS_DIGEST | COMPARES) != 0 {
+                    return Err(WireError::Range("what is said of a file").into());
+                }
+                let unless = if flags & HAS_DIGEST == 0 { None } else { Some(fields.digest()?) };
                 let size = self.tree.entries().get(index as usize).and_then(|entry| entry.file()).map(|file| file.0);
                 if size.is_none_or(|size| from > size) {
                     return Err(WireError::Range("the index of a file, or the offset").into());
@@ -177,7 +181,7 @@ impl<'a> Worker<'a> {
             stream.turn += 1;
         }
         let level = i32::from((asked & !TAKES_PLANES).min(19));
-        let raw = bundle(stream, &mut self.learned, &job.veil)?;
+        let raw = bundle(stream, &mut self.learned, job)?;
         let coding = match (level, asked & TAKES_PLANES) {
             (0, _) => None,
             (_, 0) => Some(Coding::Zstd(level)),
@@ -202,15 +206,19 @@ fn place(raw: &[u8]) -> Place<'static> {
 }
 
 /// What comes next of a stream, as far as it goes into one answer.
-fn bundle(stream: &mut Stream<'_>, learned: &mut HashMap<u32, Digest>, veil: &Veil) -> Result<Vec<u8>, Error> {
+fn bundle(stream: &mut Stream<'_>, learned: &mut HashMap<u32, Digest>, job: &Job) -> Result<Vec<u8>, Failure> {
     let mut raw = Vec::with_capacity(BLOCK_BYTES + 4096);
-    while raw.len() < BLOCK_BYTES / 2 {
+    // What is copied takes little room, and time all the same.
+    let mut covered = 0;
+    while raw.len() < BLOCK_BYTES / 2 && (raw.is_empty() || covered < COVERED_MAX) {
         if let Some((index, piece)) = stream.pieces.pop_front() {
+            covered += piece.length();
             put_piece(&mut raw, index, &piece);
             continue;
         }
         let produced = match stream.ended.take() {
             Some(ended) => ended,
+            None if job.output.is_gone() => return Err(Failure::gone()),
             None => match stream.reader.next()? {
                 Some(produced) => match stream.compared(produced) {
                     Some(produced) => produced,
@@ -247,7 +255,7 @@ fn bundle(stream: &mut Stream<'_>, learned: &mut HashMap<u32, Digest>, veil: &Ve
             Produced::Failed { index, message, retry } => {
                 head(&mut raw, 5, index);
                 raw.push(u8::from(retry));
-                put_string(&mut raw, veil.cover(&message).as_bytes());
+                put_string(&mut raw, job.veil.cover(&message).as_bytes());
             }
         }
     }
