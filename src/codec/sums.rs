@@ -52,33 +52,85 @@ impl Sums {
     }
 }
 
-/// Adds up a file from its start.
-#[derive(Debug, Default)]
-pub struct Summing {
-    blocks: Vec<u32>,
+/// Adds up the blocks of one length of what is read from its start.
+#[derive(Debug)]
+pub struct Blocks {
+    length: usize,
+    sums: Vec<u32>,
     current: Hasher,
     /// Bytes of the current block.
     filled: usize,
 }
 
-impl Summing {
+impl Blocks {
+    /// Blocks of so many bytes, with room for so many of them.
+    pub fn of(length: usize, room: usize) -> Blocks {
+        Blocks { length, sums: Vec::with_capacity(room), current: Hasher::new(), filled: 0 }
+    }
+
+    /// With these before what is read.
+    #[must_use]
+    pub fn after(mut self, known: &[u32]) -> Blocks {
+        self.sums.extend_from_slice(known);
+        self
+    }
+
     /// The next bytes.
     pub fn update(&mut self, mut data: &[u8]) {
         while !data.is_empty() {
-            let (now, later) = data.split_at(data.len().min(BLOCK_LENGTH - self.filled));
+            let (now, later) = data.split_at(data.len().min(self.length - self.filled));
             self.current.update(now);
             self.filled += now.len();
-            if self.filled == BLOCK_LENGTH {
+            if self.filled == self.length {
                 self.close();
             }
             data = later;
         }
     }
 
+    /// A block that has this sum and length, where one begins.
+    fn add(&mut self, sum: u32, length: usize) {
+        self.current = Hasher::new_with_initial_len(sum, length as u64);
+        self.filled = length;
+        if self.filled == self.length {
+            self.close();
+        }
+    }
+
+    fn close(&mut self) {
+        self.sums.push(std::mem::take(&mut self.current).finalize());
+        self.filled = 0;
+    }
+
+    /// The sum of each block; the last may be shorter.
+    pub fn finish(mut self) -> Vec<u32> {
+        if self.filled > 0 {
+            self.close();
+        }
+        self.sums
+    }
+}
+
+/// Adds up a file from its start.
+#[derive(Debug)]
+pub struct Summing(Blocks);
+
+impl Default for Summing {
+    fn default() -> Self {
+        Summing(Blocks::of(BLOCK_LENGTH, 0))
+    }
+}
+
+impl Summing {
+    /// The next bytes.
+    pub fn update(&mut self, data: &[u8]) {
+        self.0.update(data);
+    }
+
     /// So many zeros.
     pub fn zeros(&mut self, mut length: u64) {
         while length > 0 {
-            let now = length.min((BLOCK_LENGTH - self.filled) as u64);
+            let now = length.min((BLOCK_LENGTH - self.0.filled) as u64);
             self.update(&ZEROS[..now as usize]);
             length -= now;
         }
@@ -89,33 +141,21 @@ impl Summing {
     #[must_use]
     pub fn same(&mut self, sums: &Sums, mut length: u64) -> bool {
         while length > 0 {
-            let number = self.blocks.len();
+            let number = self.0.sums.len();
             let (Some(&sum), there) = (sums.blocks.get(number), sums.length_of(number as u64)) else { return false };
-            if self.filled > 0 || there > length {
+            if self.0.filled > 0 || there > length {
                 return false;
             }
-            self.current = Hasher::new_with_initial_len(sum, there);
-            self.filled = there as usize;
+            self.0.add(sum, there as usize);
             length -= there;
-            if self.filled == BLOCK_LENGTH {
-                self.close();
-            }
         }
         true
     }
 
-    fn close(&mut self) {
-        self.blocks.push(std::mem::take(&mut self.current).finalize());
-        self.filled = 0;
-    }
-
     /// What it comes to.
-    pub fn finish(mut self) -> Sums {
-        let size = self.blocks.len() as u64 * BLOCK + self.filled as u64;
-        if self.filled > 0 {
-            self.close();
-        }
-        Sums { size, blocks: self.blocks }
+    pub fn finish(self) -> Sums {
+        let size = self.0.sums.len() as u64 * BLOCK + self.0.filled as u64;
+        Sums { size, blocks: self.0.finish() }
     }
 }
 

@@ -5,6 +5,8 @@
 
 use crc32fast::Hasher;
 
+use crate::codec::sums::Blocks;
+
 /// The bytes of a block; the last of a file may have fewer.
 pub const BLOCK_BYTES: u64 = 4 << 20;
 /// A smaller file has no list of blocks: it is read as a whole.
@@ -14,12 +16,7 @@ const BLOCKS_AT_ONCE: usize = 1 << 16;
 
 /// Adds up the blocks of a file that is read from its start.
 #[derive(Debug)]
-pub struct BlockSums {
-    length: u64,
-    sums: Vec<u32>,
-    current: Hasher,
-    left: u64,
-}
+pub struct BlockSums(Blocks);
 
 impl BlockSums {
     /// For a file of so many bytes; `None` where it is too small to have a list.
@@ -30,43 +27,23 @@ impl BlockSums {
     /// The same with blocks of another length.
     pub fn by(length: u64, size: u64) -> Option<BlockSums> {
         let blocks = usize::try_from(size.div_ceil(length)).ok()?;
-        let sums = || Vec::with_capacity(blocks.min(BLOCKS_AT_ONCE));
-        (size >= LISTED_BYTES).then(|| BlockSums { length, sums: sums(), current: Hasher::new(), left: length })
+        let length = usize::try_from(length).ok()?;
+        (size >= LISTED_BYTES).then(|| BlockSums(Blocks::of(length, blocks.min(BLOCKS_AT_ONCE))))
     }
 
     /// The same where the sums of the first blocks are known: what is read comes after those.
     pub fn after(length: u64, size: u64, known: &[u32]) -> Option<BlockSums> {
-        let mut sums = BlockSums::by(length, size)?;
-        sums.sums.extend_from_slice(known);
-        Some(sums)
+        BlockSums::by(length, size).map(|BlockSums(blocks)| BlockSums(blocks.after(known)))
     }
 
     /// The next bytes.
-    pub fn update(&mut self, mut data: &[u8]) {
-        while !data.is_empty() {
-            let step = data.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
-            let (now, later) = data.split_at(step);
-            self.current.update(now);
-            self.left -= step as u64;
-            if self.left == 0 {
-                self.close();
-            }
-            data = later;
-        }
-    }
-
-    fn close(&mut self) {
-        let full = std::mem::take(&mut self.current);
-        self.sums.push(full.finalize());
-        self.left = self.length;
+    pub fn update(&mut self, data: &[u8]) {
+        self.0.update(data);
     }
 
     /// One checksum for each block.
-    pub fn finish(mut self) -> Box<[u32]> {
-        if self.left < self.length {
-            self.close();
-        }
-        self.sums.into_boxed_slice()
+    pub fn finish(self) -> Box<[u32]> {
+        self.0.finish().into_boxed_slice()
     }
 }
 
