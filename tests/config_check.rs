@@ -61,7 +61,8 @@ fn what_cannot_work_is_named_with_the_way_out() {
     fs::write(area.path("file"), "").unwrap();
     let job = |name: &str, rest: &str| format!("[[job]]\nname = \"{name}\"\n{rest}\n");
     let here = "source = \"AT/source\"\n";
-    let cases: [(String, i32, &str); 14] = [
+    let ports = |ports: &str| format!("[sftp_server]\ndata_ports = \"{ports}\"");
+    let cases: [(String, i32, &str); 20] = [
         (job("x", &format!("{here}targets = [\"AT/t\"]\nsetle = \"2s\"")), 2, "did you mean 'settle'?"),
         (job("x", "source = \"AT/none\"\ntargets = [\"AT/t\"]"), 0, "is not there: nothing is sent"),
         (job("x", "source = \"AT/file\"\ntargets = [\"AT/t\"]"), 2, "is not a directory"),
@@ -76,6 +77,12 @@ fn what_cannot_work_is_named_with_the_way_out() {
         (job("x", &format!("{here}targets = [\"AT/t\"]\nmax_delete = \"5\"")), 0, "'max_delete' says nothing"),
         (job("x", &format!("{here}targets = [\"host:~root/t\"]")), 2, "names a home directory by its user"),
         (String::new(), 0, "neither [[job]] nor [serve]"),
+        (ports("40000-40100"), 0, "nothing is wrong"),
+        (ports("22-40000"), 0, "on those below 1024 root alone can listen"),
+        (ports("0"), 2, "config.toml:2:14: 'data_ports': '0' has port 0"),
+        (ports("40100-40000"), 2, "'40100-40000' ends before it begins"),
+        (ports("40000-70000"), 2, "'40000-70000' has a port that there is not"),
+        ("[sftp_server]\ndata_port = \"40000\"".into(), 2, "did you mean 'data_ports'?"),
     ];
     for (config, code, words) in cases {
         ends(&area.check(&config, &["-F", "none"]), code, &[words]);
@@ -250,4 +257,20 @@ fn the_doctor_knows_file_systems_that_end_with_the_machine() {
     let named = file.to_str().unwrap();
     ends(&area.run(&["doctor", "--config", named]), 0, &["warning", "on tmpfs: what was brought there is gone"]);
     ends(&area.run(&["doctor", "--config", named, "--strict"]), 4, &["on tmpfs"]);
+}
+
+#[test]
+fn ports_for_data_are_shown_as_they_are_named() {
+    let area = Area::new();
+    let file = area.config("[sftp_server]\ndata_ports = \"40000\"");
+    let shown = |more: &[&str]| area.run(&[&["config", "show", file.to_str().unwrap()], more].concat());
+    ends(&shown(&[]), 0, &["[sftp_server]\ndata_ports = \"40000\"\n"]);
+    ends(&shown(&["--json"]), 0, &["\"data_ports\": \"40000\""]);
+    ends(&area.check("[sftp_server]\ndata_ports = \"40000\"", &["-v"]), 0, &["may listen on one of the ports 40000"]);
+    // An option that is none is refused before anything is served.
+    let wrong = area.run(&["sftp-server", "--data-ports", "9-7"]);
+    ends(&wrong, 2, &["--data-ports", "'9-7' ends before it begins: the lower port comes first"]);
+    // Where nothing is said nothing is shown.
+    let file = area.config(HERE);
+    assert!(!text(&area.run(&["config", "show", file.to_str().unwrap()])).contains("sftp_server"));
 }

@@ -54,6 +54,8 @@ mod pipeline;
 mod pipes;
 mod planes;
 mod policy;
+mod ports;
+mod ports_wire;
 mod push;
 mod quarantine;
 mod quickstart;

@@ -48,7 +48,7 @@ fn state(path: &Path) -> (u64, u32, i64, i64, String) {
 }
 
 /// The rights of which each alone is enough for a request of the agent: l(ist), r(ead), w(rite), (write-)o(nce), d(elete).
-const REQUESTS: [(&str, &str); 27] = [
+const REQUESTS: [(&str, &str); 28] = [
     ("hello", "lrwod"),
     ("begin", "wo"),
     ("attach", "lrwod"),
@@ -76,6 +76,7 @@ const REQUESTS: [(&str, &str); 27] = [
     ("turns", "lrwod"),
     ("wants", "r"),
     ("parts", "r"),
+    ("listen", "lrwod"),
 ];
 
 #[test]
@@ -90,9 +91,10 @@ fn each_request_of_the_agent_is_allowed_and_advertised_by_its_rights_alone() {
         for (name, allowed) in REQUESTS {
             let name = format!("{name}@lockstep.internal");
             let advertised = version.windows(name.len()).any(|window| window == name.as_bytes());
-            // There is one connection to a process, so that no other can work on its run.
+            // There is one connection to a process, so that no other can work on its run; and it may not listen for others.
             let expected = allowed.contains(letter);
-            assert_eq!(advertised, expected && !name.starts_with("attach"), "{name} with {right}");
+            let alone = name.starts_with("attach") || name.starts_with("listen");
+            assert_eq!(advertised, expected && !alone, "{name} with {right}");
             // What is allowed fails for another reason: nothing was begun, and nothing is well-formed.
             let (kind, body) = server.ask(EXTENDED, |w| w.string(name.as_bytes()));
             let mut fields = Reader(&body);

@@ -352,6 +352,14 @@ impl Source for Listed {
     fn compare(&self, index: u32, over: &AtomicBool, ask: &mut dyn FnMut(Wanted) -> Option<Alike>) {
         self.source.compare(index, over, ask);
     }
+
+    fn expect(&self, bytes: u64, files: usize) {
+        self.source.expect(bytes, files);
+    }
+
+    fn remark(&self, monitor: &dyn Monitor) {
+        self.source.remark(monitor);
+    }
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
+use std::net::IpAddr;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -16,6 +17,7 @@ use tracing_subscriber::prelude::*;
 use super::memory::Memory;
 use super::sftp_server::By;
 use super::{Failure, journal, output};
+use crate::config::DataPorts;
 use crate::endpoint::Error;
 use crate::error::{Exit, chain};
 use crate::server::agent::{self, Agent, Extensions, Factory, Limits, Output, SharedTarget};
@@ -24,6 +26,7 @@ use crate::server::confine::{Identity, Wanted, names, trial};
 use crate::server::hearsay;
 use crate::server::listener::{SessionFactory, SessionStart};
 use crate::server::metered::Metered;
+use crate::server::ports;
 use crate::server::process::{self, Lane, Level, Relay, Started, Upstream};
 use crate::server::quota::Allowance;
 use crate::server::session::{Session, SessionConfig};
@@ -266,6 +269,26 @@ impl LookUpNames {
     pub(super) fn run(self) -> Result<Exit, Failure> {
         let failed = |error| Failure::usage(format!("look-up-names: {}", crate::error::in_words(&error)));
         names::serve().map_err(failed)?;
+        Ok(Exit::Done)
+    }
+}
+
+/// Listen for further connections of a run, and hand them over; 'lockstep sftp-server' starts it
+#[derive(Debug, clap::Args)]
+pub(super) struct HandOverConnections {
+    /// The address to listen at
+    address: IpAddr,
+    /// The only address to take connections from
+    client: IpAddr,
+    /// On one of these ports
+    ports: DataPorts,
+}
+
+impl HandOverConnections {
+    pub(super) fn run(self) -> Result<Exit, Failure> {
+        let failed = |error| Failure::usage(format!("{}: {}", ports::COMMAND, crate::error::in_words(&error)));
+        let HandOverConnections { address, client, ports } = self;
+        ports::hand_over(&ports::Place { address, client, ports }).map_err(failed)?;
         Ok(Exit::Done)
     }
 }

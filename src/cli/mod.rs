@@ -97,6 +97,8 @@ enum Command {
     #[command(hide = true)]
     LookUpNames(connection::LookUpNames),
     #[command(hide = true)]
+    HandOverConnections(connection::HandOverConnections),
+    #[command(hide = true)]
     TryConfinement(connection::TryConfinement),
     /// List what a directory holds with its SHA-256, and check a directory against such a list
     #[command(subcommand)]
@@ -137,6 +139,7 @@ impl Command {
             Command::SftpServer(command) => command.run(),
             Command::ServeConnection(command) => command.run(),
             Command::LookUpNames(command) => command.run(),
+            Command::HandOverConnections(command) => command.run(),
             Command::TryConfinement(command) => command.run(),
             Command::Manifest(command) => command.run(),
             Command::Policy(command) => command.run(),

@@ -8,7 +8,7 @@ use russh::keys::{Certificate, HashAlg, PublicKey};
 
 use super::Failure;
 use crate::audit::{AuditLog, AuditRecord, Login, Outcome};
-use crate::config::Rights;
+use crate::config::{DataPorts, Rights};
 use crate::endpoint::Error;
 use crate::endpoint::local::{LocalSource, LocalTarget, anywhere, beneath, recorded};
 use crate::error::{Escaped, Exit, chain};
@@ -16,10 +16,12 @@ use crate::filter::STATE_DIRECTORY;
 use crate::path::{PATH_MAX, RelPath};
 use crate::policy::PolicySpec;
 use crate::root::Root;
-use crate::server::agent::{Agent, Extensions, Factory, Limits, SharedTarget, Veil};
+use crate::server::agent::{Agent, Extensions, Factory, Limits, Output, SharedTarget, Veil};
 use crate::server::attributed::Attributed;
+use crate::server::channel::FedSession;
 use crate::server::confine::{self, Wanted};
-use crate::server::session::SessionConfig;
+use crate::server::ports::{Place, Ports, Sessions};
+use crate::server::session::{Session, SessionConfig};
 use crate::server::stdio;
 
 /// Serve SFTP, and lockstep's own protocol, on standard input and output
@@ -43,44 +45,118 @@ pub(super) struct SftpServer {
     /// Serve nobody where the kernel has no Landlock or no seccomp, which keep the process in --root
     #[arg(long, requires = "root")]
     require_confinement: bool,
+    /// Let a lockstep client have further connections of a run, beside sshd, on one of these TCP ports: 40000-40100, or
+    /// one [default: data_ports in [sftp_server] of the configuration, else none]
+    #[arg(long, value_name = "PORTS")]
+    data_ports: Option<DataPorts>,
 }
 
 impl SftpServer {
     pub(super) fn run(self) -> Result<Exit, Failure> {
-        super::audit::place::configure_as_usual()?;
+        let usual = super::audit::place::configure_as_usual()?;
         let policy = super::transfer::receivers_policy(self.policy_file.as_deref())?;
         let home = std::env::home_dir().unwrap_or_else(|| PathBuf::from("/"));
         let confined = self.root.is_some();
         let root = self.root.unwrap_or(home);
         let rights = if self.read_only { Rights::READ_ONLY } else { self.rights.unwrap_or_default() };
-        let by = logged_in();
-        let config = SessionConfig {
-            root: root.clone(),
-            confine: confined,
-            rights,
-            quota: None,
-            policy: policy.clone(),
-            actor: super::transfer::actor(),
-            login: by.login.clone(),
-        };
-        if confined && root.is_dir() {
+        let receiver = Arc::new(Receiver { root, confined, rights, policy, by: logged_in() });
+        let place = self.data_ports.or(usual.sftp_server.data_ports).and_then(|ports| {
+            let connection = std::env::var("SSH_CONNECTION").ok()?;
+            Place::of(&connection, ports)
+        });
+        let ports = place.map(|place| Arc::new(Ports::new(place, receiver.further())));
+        if confined && receiver.root.is_dir() {
             let read_only = !rights.writes();
-            let wanted = Wanted { root: &root, read_only, identity: None, require: self.require_confinement };
+            let wanted = Wanted { root: &receiver.root, read_only, identity: None, require: self.require_confinement };
             let failed = |message: String| Failure::Plain { exit: Exit::Io, message: format!("no session: {message}") };
             stdio::allow_open_files();
-            confine::names::start().map_err(|error| failed(crate::error::in_words(&error)))?;
+            let started = confine::names::start().and_then(|()| ports.as_ref().map_or(Ok(()), |ports| ports.prepare()));
+            started.map_err(|error| failed(crate::error::in_words(&error)))?;
             confine::enter(&wanted).map_err(|error| failed(chain(&error)))?;
         }
-        let Factory { target, source, veil } = factory(root, confined, policy, &by);
-        let target = Box::new(move |path: &[u8]| Ok(by.attributed(target(path)?)));
-        let factory = Arc::new(Factory { target, source, veil });
-        let agent = Arc::new(Agent::limited(factory, Limits::default(), rights).alone());
-        let ended = stdio::run(config, Some(Arc::clone(&agent) as Arc<dyn Extensions>));
+        let agent = receiver.agent().alone();
+        let agent = Arc::new(match &ports {
+            Some(ports) => agent.with_ports(Arc::clone(ports)),
+            None => agent,
+        });
+        let ended = stdio::run(receiver.config(), Some(Arc::clone(&agent) as Arc<dyn Extensions>));
+        // Further connections of a run end before it is given up.
+        if let Some(ports) = ports {
+            ports.close();
+        }
         if let Some(agent) = Arc::into_inner(agent) {
             agent.finish();
         }
         ended.map_err(|error| Failure::Plain { exit: Exit::Io, message: format!("the session ended: {error}") })?;
         Ok(Exit::Done)
+    }
+}
+
+/// What each session of this process has, the first and those of further connections.
+struct Receiver {
+    root: PathBuf,
+    confined: bool,
+    rights: Rights,
+    policy: PolicySpec,
+    by: By,
+}
+
+impl Receiver {
+    fn config(&self) -> SessionConfig {
+        SessionConfig {
+            root: self.root.clone(),
+            confine: self.confined,
+            rights: self.rights,
+            quota: None,
+            policy: self.policy.clone(),
+            actor: super::transfer::actor(),
+            login: self.by.login.clone(),
+        }
+    }
+
+    fn agent(&self) -> Agent {
+        let by = self.by.clone();
+        let Factory { target, source, veil } = factory(self.root.clone(), self.confined, self.policy.clone(), &by);
+        let target = Box::new(move |path: &[u8]| Ok(by.attributed(target(path)?)));
+        Agent::limited(Arc::new(Factory { target, source, veil }), Limits::default(), self.rights)
+    }
+
+    /// The sessions of further connections.
+    fn further(self: &Arc<Self>) -> Sessions {
+        let receiver = Arc::clone(self);
+        Arc::new(move |output: Arc<dyn Output>| {
+            let agent = Arc::new(receiver.agent());
+            let extensions = Arc::clone(&agent) as Arc<dyn Extensions>;
+            let session = Session::new(receiver.config(), output, Some(extensions)).map_err(|error| chain(&error))?;
+            Ok(Box::new(Further { session: Some(session), agent: Some(agent) }) as Box<dyn FedSession>)
+        })
+    }
+}
+
+/// The session of a further connection, which has ended when its agent has.
+struct Further {
+    session: Option<Session>,
+    agent: Option<Arc<Agent>>,
+}
+
+impl FedSession for Further {
+    fn feed(&mut self, bytes: &[u8]) -> Result<(), String> {
+        self.session.as_mut().map_or(Ok(()), |session| FedSession::feed(session, bytes))
+    }
+
+    fn finish(&mut self) {
+        if let Some(session) = &mut self.session {
+            session.finish();
+        }
+    }
+}
+
+impl Drop for Further {
+    fn drop(&mut self) {
+        drop(self.session.take());
+        if let Some(agent) = self.agent.take().and_then(Arc::into_inner) {
+            agent.finish();
+        }
     }
 }
 

@@ -13,6 +13,7 @@ mod origins;
 mod quota;
 mod rights;
 mod serve;
+mod sftp_server;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -36,6 +37,7 @@ pub use origins::{Origin, Origins};
 pub use quota::Quota;
 pub use rights::{Right, Rights};
 pub use serve::{Confine, Serve, ServeKey, ServeLimits, ServeUser, fixed_part, is_called};
+pub use sftp_server::{DataPorts, SftpServer};
 
 use crate::filter::{Filter, FilterSpec};
 use crate::policy::{Policy, PolicySpec};
@@ -60,12 +62,19 @@ pub struct Config {
     /// The listener, if this machine runs one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serve: Option<Serve>,
+    /// What sshd starts.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub sftp_server: SftpServer,
     /// What runs the jobs by itself.
     #[serde(default)]
     pub daemon: Daemon,
     /// The audit logs.
     #[serde(default)]
     pub audit: Audit,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// Only where things stand in the text.

@@ -50,7 +50,7 @@ fn h49_an_unknown_key_is_named_with_its_place_and_the_nearest_known() {
         ("[[policy.a.rules]]\nmatch = 'x'\n", ":1:12: unknown key 'rules'; did you mean 'rule'?"),
         ("\n[[jobs]]\n", ":2:3: unknown key 'jobs'; did you mean 'job'?"),
         ("[serve]\nlisten = '[::]:22'\nhostkey = '/k'\n", ":3:1: unknown key 'hostkey'; did you mean 'host_key'?"),
-        ("zzzzzzzz = 1\n", ":1:1: unknown key 'zzzzzzzz'; there are: policy, job, serve, daemon, audit"),
+        ("zzzzzzzz = 1\n", ":1:1: unknown key 'zzzzzzzz'; there are: policy, job, serve, sftp_server, daemon, audit"),
         (&format!("{JOB}  deleet = 'mirror'\n"), ":5:3: unknown key 'deleet'; did you mean 'delete'?"),
     ] {
         let error = parse(text).unwrap_err().to_string();

@@ -150,6 +150,14 @@ impl<S: Source> Source for Guarded<S> {
         self.source.compare(index, over, ask);
     }
 
+    fn expect(&self, bytes: u64, files: usize) {
+        self.source.expect(bytes, files);
+    }
+
+    fn remark(&self, monitor: &dyn Monitor) {
+        self.source.remark(monitor);
+    }
+
     fn trail(&self) -> Result<Vec<Stop>, Error> {
         self.source.trail()
     }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::beside::Beside;
 use crate::error::Exit;
 
 /// A stream has ended otherwise than by its end.
@@ -68,6 +69,10 @@ pub trait Remote: Send + Sync {
     /// The connection with this number is of no more use: it ends when its streams have.
     fn leave(&self, connection: usize) {
         let _ = connection;
+    }
+    /// What makes connections to another port of the host, once one was made; nothing where others stand in between.
+    fn beside(&self) -> Option<Arc<dyn Beside>> {
+        None
     }
     /// `user@host:port`, for messages.
     fn describe(&self) -> String;

@@ -22,6 +22,7 @@ use crate::policy::PolicySpec;
 
 pub mod agent;
 pub mod algorithms;
+pub mod beside;
 mod block;
 pub mod client;
 pub mod delta;
@@ -202,6 +203,14 @@ pub trait Source: Sync {
     /// says that nobody reads it any more. A reader is given the file with [`Fetch::compare`].
     fn compare(&self, index: u32, over: &AtomicBool, ask: &mut dyn FnMut(Wanted) -> Option<Alike>) {
         let _ = (index, over, ask);
+    }
+    /// Says how much content is to come, before the first reader or writer is asked for.
+    fn expect(&self, bytes: u64, files: usize) {
+        let _ = (bytes, files);
+    }
+    /// Tells what came up of the connections while content went over them.
+    fn remark(&self, monitor: &dyn Monitor) {
+        let _ = monitor;
     }
     /// The directories that what it has came through, and itself; nothing where it cannot tell.
     ///
@@ -437,6 +446,14 @@ pub trait Target: Sync {
     /// Whether it is reached over a network.
     fn is_far(&self) -> bool {
         false
+    }
+    /// Says how much content is to come, before the first reader or writer is asked for.
+    fn expect(&self, bytes: u64, files: usize) {
+        let _ = (bytes, files);
+    }
+    /// Tells what came up of the connections while content went over them.
+    fn remark(&self, monitor: &dyn Monitor) {
+        let _ = monitor;
     }
     /// What is known of what the file at `index` may be made of, where that is nothing that can be listed ([`Target::alike`]); `None` of a
     /// target that lists.

@@ -136,6 +136,14 @@ impl Source for Picked {
         }
     }
 
+    fn expect(&self, bytes: u64, files: usize) {
+        self.listed.source.expect(bytes, files);
+    }
+
+    fn remark(&self, monitor: &dyn Monitor) {
+        self.listed.source.remark(monitor);
+    }
+
     fn trail(&self) -> Result<Vec<Stop>, Error> {
         self.listed.source.trail()
     }

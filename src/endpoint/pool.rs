@@ -1,7 +1,7 @@
 //! The connections to one host that workers share: the first carries what is done once, all of them carry content. Further ones are
 //! made when a worker first needs them: a run with nothing to send makes none.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::client::Client;
@@ -53,17 +53,24 @@ pub(super) struct Pool<L> {
     /// Who is told of connections that are of no more use.
     left: Option<Arc<dyn Remote>>,
     turn: AtomicUsize,
+    /// Workers have the others before the first.
+    spares_first: AtomicBool,
     /// Bytes sent and received over connections that have ended.
     past: (AtomicU64, AtomicU64),
 }
 
 impl<L: Lane> Pool<L> {
     /// `first`, and further ones that `open` gives. Those may fail; the run goes on over the others.
-    pub(super) fn new(first: L, width: Width, open: Opener<L>, left: Option<Arc<dyn Remote>>) -> Pool<L> {
+    pub(super) fn new(
+        first: impl Into<Arc<L>>,
+        width: Width,
+        open: Opener<L>,
+        left: Option<Arc<dyn Remote>>,
+    ) -> Pool<L> {
         let workers = width.workers.max(1);
         let count = width.most.max(workers);
         Pool {
-            first: Arc::new(first),
+            first: first.into(),
             further: (1..count).map(|_| Slot::default()).collect(),
             users: (0..count).map(|_| AtomicUsize::new(0)).collect(),
             alive: AtomicUsize::new(0),
@@ -71,6 +78,7 @@ impl<L: Lane> Pool<L> {
             open,
             left,
             turn: AtomicUsize::new(0),
+            spares_first: AtomicBool::new(false),
             past: Default::default(),
         }
     }
@@ -91,7 +99,16 @@ impl<L: Lane> Pool<L> {
 
     /// The number of the connection for the next worker.
     pub(super) fn next(&self) -> usize {
-        self.turn.fetch_add(1, Ordering::Relaxed) % self.workers
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        match self.spares_first.load(Ordering::Relaxed) {
+            true => (1 + turn) % (1 + self.further.len()),
+            false => turn % self.workers,
+        }
+    }
+
+    /// Leaves the first for what is done once, as long as there are others.
+    pub(super) fn spare_first(&self) {
+        self.spares_first.store(true, Ordering::Relaxed);
     }
 
     /// The connection of this number, or the first where that cannot be had, with the number. May take as long as it takes to log in.

@@ -203,6 +203,14 @@ impl Source for Several {
             part.source.compare(index, over, ask);
         }
     }
+
+    fn expect(&self, bytes: u64, files: usize) {
+        self.parts.iter().for_each(|part| part.source.expect(bytes, files));
+    }
+
+    fn remark(&self, monitor: &dyn Monitor) {
+        self.parts.iter().for_each(|part| part.source.remark(monitor));
+    }
 }
 
 /// Reads from one part at a time; what is pushed for another waits until that one is done.

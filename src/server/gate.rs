@@ -58,7 +58,7 @@ impl Need {
 
 /// The agent's requests. What a run does with what is there already is decided when it is compared, and again before it is
 /// published: see [`Forbidden`](crate::endpoint::Forbidden).
-pub const AGENT: [(&str, Need); 27] = [
+pub const AGENT: [(&str, Need); 28] = [
     ("hello", Need::Nothing),
     ("begin", Need::Create),
     ("attach", Need::Nothing), // Of a run that was begun, by its token.
@@ -86,6 +86,7 @@ pub const AGENT: [(&str, Need); 27] = [
     ("turns", Need::Nothing), // No request: that `next` may have a number.
     ("wants", Need::Read),
     ("parts", Need::Read),
+    ("listen", Need::Nothing), // Whether there is a port to be had is not for rights to say.
 ];
 
 /// What a request of the agent needs; nothing is known of others, and they are refused.

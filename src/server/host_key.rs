@@ -11,6 +11,7 @@ use russh::keys::ssh_key::private::{Ed25519Keypair, KeypairData};
 use russh::keys::{Certificate, PrivateKey};
 
 use super::trusted_file;
+use crate::error::in_words;
 
 /// Why there is no host key.
 #[derive(Debug, thiserror::Error)]
@@ -128,13 +129,21 @@ fn load(path: &Path, mut file: File) -> Result<PrivateKey, HostKeyError> {
     Ok(key)
 }
 
+/// A new key of Ed25519.
+///
+/// # Errors
+/// When there is no randomness.
+pub(super) fn made() -> Result<PrivateKey, String> {
+    let mut seed = [0; 32];
+    File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut seed)).map_err(|error| in_words(&error))?;
+    let pair = KeypairData::Ed25519(Ed25519Keypair::from_seed(&seed));
+    PrivateKey::new(pair, "lockstep").map_err(|error| error.to_string())
+}
+
 fn create(path: &Path) -> Result<PrivateKey, HostKeyError> {
     let io = |source| HostKeyError::Io { path: path.into(), source };
     let invalid = |reason: String| HostKeyError::Invalid { path: path.into(), reason };
-    let mut seed = [0; 32];
-    File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut seed)).map_err(io)?;
-    let pair = KeypairData::Ed25519(Ed25519Keypair::from_seed(&seed));
-    let key = PrivateKey::new(pair, "lockstep").map_err(|e| invalid(e.to_string()))?;
+    let key = made().map_err(invalid)?;
     let text = key.to_openssh(LineEnding::LF).map_err(|e| invalid(e.to_string()))?;
     // DURABILITY: the name appears with the whole key behind it, or not at all: half a key would end every later start.
     let mut new = path.as_os_str().to_owned();

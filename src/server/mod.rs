@@ -21,6 +21,7 @@ mod login;
 pub mod metered;
 mod pace;
 pub mod penalties;
+pub mod ports;
 pub mod process;
 mod protocol;
 pub mod quota;

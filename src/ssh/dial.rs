@@ -1,6 +1,7 @@
 //! The bytes below SSH: a socket, or a channel of the host that is jumped through.
 
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::process::Stdio;
 use std::task::{Context, Poll};
@@ -30,8 +31,17 @@ pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Duplex for S {}
 
-/// A socket to the host itself, and how long it took to get there and back.
-pub(super) async fn direct(options: &SshOptions) -> Result<(Stream, Duration), ConnectError> {
+/// A socket to this address, and how long it took to get there and back.
+pub(super) async fn to(address: SocketAddr) -> io::Result<(Prompt, Duration)> {
+    let asked = Instant::now();
+    let socket = TcpStream::connect(address).await?;
+    let round_trip = asked.elapsed();
+    socket.set_nodelay(true)?;
+    Ok((Prompt { socket, left: PROMPT_READS }, round_trip))
+}
+
+/// A socket to the host itself, how long it took to get there and back, and which of its addresses it was.
+pub(super) async fn direct(options: &SshOptions) -> Result<(Stream, Duration, SocketAddr), ConnectError> {
     let SshOptions { host, port, connect_timeout, .. } = options;
     let again = |what: String| failed(options, what, Exit::TryAgain);
     let found = tokio::time::timeout(*connect_timeout, tokio::net::lookup_host((host.as_str(), *port)))
@@ -43,19 +53,14 @@ pub(super) async fn direct(options: &SshOptions) -> Result<(Stream, Duration), C
             again(format!("its name cannot be resolved: {why}; check the name, and HostName in ~/.ssh/config"))
         })?;
     let mut last = "it has no address; check the name".to_owned();
-    let wanted = |address: &std::net::SocketAddr| match options.address_family {
+    let wanted = |address: &SocketAddr| match options.address_family {
         AddressFamily::Any => true,
         AddressFamily::V4 => address.is_ipv4(),
         AddressFamily::V6 => address.is_ipv6(),
     };
     for address in found.filter(wanted) {
-        let asked = Instant::now();
-        match tokio::time::timeout(*connect_timeout, TcpStream::connect(address)).await {
-            Ok(Ok(stream)) => {
-                let round_trip = asked.elapsed();
-                stream.set_nodelay(true).map_err(|error| again(error.to_string()))?;
-                return Ok((Box::new(Prompt { socket: stream, left: PROMPT_READS }), round_trip));
-            }
+        match tokio::time::timeout(*connect_timeout, to(address)).await {
+            Ok(Ok((stream, round_trip))) => return Ok((Box::new(stream), round_trip, address)),
             Ok(Err(error)) => {
                 let why = crate::error::in_words(&error);
                 last = format!("cannot connect to {address}: {why}; is its SSH server running, on this port (-P)?");
@@ -74,7 +79,7 @@ const PROMPT_READS: u32 = 128;
 
 /// A socket that acknowledges at once while a connection is set up. sshd waits for acknowledgements before it sends more
 /// (it sets TCP_NODELAY late), and the kernel would wait 40 ms for something to send them with.
-struct Prompt {
+pub(super) struct Prompt {
     socket: TcpStream,
     left: u32,
 }

@@ -70,6 +70,8 @@ pub(super) struct KnownHost {
     portless: Vec<Known>,
     revoked: Vec<Known>,
     authorities: Vec<Known>,
+    /// The one key that it may have, whatever files say.
+    told: Option<PublicKey>,
 }
 
 /// The host's name as the files write it.
@@ -90,7 +92,13 @@ impl KnownHost {
             portless: Vec::new(),
             revoked: Vec::new(),
             authorities: Vec::new(),
+            told: None,
         }
+    }
+
+    /// A host whose key somebody has told who is trusted already.
+    pub(super) fn told(options: &SshOptions, key: PublicKey) -> KnownHost {
+        KnownHost { told: Some(key), ..KnownHost::new(options) }
     }
 
     /// Reads the files; one that does not exist is empty.
@@ -202,6 +210,18 @@ impl KnownHost {
     pub(super) fn check(&self, offered: &PublicKey) -> Verdict {
         let kind = plain_type(offered);
         let fingerprint = offered.fingerprint(HashAlg::Sha256);
+        if let Some(told) = &self.told {
+            if told.key_data() == offered.key_data() {
+                return Verdict::Trusted;
+            }
+            return Verdict::Refused(format!(
+                "{}: ANOTHER HOST KEY: its agent has the {} key {} there, but the {kind} key {fingerprint} is offered; \
+                 somebody may be in between: ask the host's owner who listens there",
+                self.name,
+                plain_type(told),
+                told.fingerprint(HashAlg::Sha256),
+            ));
+        }
         if let Some(reason) = self.revocation(offered.key_data(), "that the host offers") {
             return Verdict::Refused(reason);
         }

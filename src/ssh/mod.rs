@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 mod agent;
 mod auth;
+mod beside;
 pub mod certify;
 pub mod config;
 mod credit;

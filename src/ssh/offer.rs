@@ -32,7 +32,8 @@ impl SshRemote {
         self.block_on(async {
             let options = self.options();
             let wrong = |what: String| failed(options, what, Exit::TryAgain);
-            let (mut stream, _way, _) = self.stream(options).await?;
+            let mut below = self.stream(options).await?;
+            let stream = &mut below.stream;
             let asking = async {
                 stream.write_all(b"SSH-2.0-lockstep\r\n").await?;
                 let mut seen = Vec::new();

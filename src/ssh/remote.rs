@@ -1,6 +1,7 @@
 //! A host, its connections, and the streams over them.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -11,6 +12,7 @@ use russh::{Channel, ChannelMsg};
 use tokio::runtime::Runtime;
 
 use super::auth::{Login, Opened};
+use super::beside::Side;
 use super::credit::NEAR;
 use super::dial;
 use super::foreword::Foreword;
@@ -20,6 +22,7 @@ use super::link::ChannelLink;
 use super::lock;
 use super::options::SshOptions;
 use super::trust::{Heard, Trust};
+use crate::endpoint::beside::Beside;
 use crate::endpoint::link::{ConnectError, Link, Remote, Way};
 use crate::endpoint::stream::OverflowStream;
 use crate::error::Exit;
@@ -35,6 +38,8 @@ pub(super) struct Connection {
     heard: Arc<Heard>,
     /// The host answers at once.
     near: bool,
+    /// The address that answered, where nothing stands in between.
+    host: Option<SocketAddr>,
     /// What it runs through.
     _jump: Option<Box<Connection>>,
     // Tasks of the connection run on it; the last user ends it.
@@ -42,6 +47,16 @@ pub(super) struct Connection {
 }
 
 impl Connection {
+    /// Through nothing.
+    pub(super) fn direct(
+        handle: Handle<Trust>,
+        heard: Arc<Heard>,
+        host: Option<SocketAddr>,
+        runtime: Arc<OwnRuntime>,
+    ) -> Connection {
+        Connection { handle, heard, near: false, host, _jump: None, _runtime: runtime }
+    }
+
     /// Will hold why it ended.
     pub(super) fn last_words(&self) -> Arc<Heard> {
         Arc::clone(&self.heard)
@@ -51,6 +66,17 @@ impl Connection {
     pub(super) fn is_near(&self) -> bool {
         self.near
     }
+}
+
+/// The bytes below SSH.
+pub(super) struct Below {
+    pub(super) stream: dial::Stream,
+    /// The connection that they run through.
+    jump: Option<Box<Connection>>,
+    /// Whether the host is known to be near.
+    near: bool,
+    /// The address that answered, where nothing stands in between.
+    host: Option<SocketAddr>,
 }
 
 pub(super) struct OwnRuntime(Option<Runtime>);
@@ -200,27 +226,8 @@ impl SshRemote {
             let trust = |reason| failed(options, reason, Exit::Trust);
             let identities = Identities::read(&options.identity_files, &options.certificate_files).map_err(trust)?;
             let known = KnownHost::read(options).map_err(trust)?;
-            let mut config = dial::config(options, &known.algorithms());
-            if known.has_authority() {
-                config.preferred.host_key_certificates = config.preferred.key.clone();
-            }
-            let heard = Arc::new(Heard::default());
-            let trust = Trust::new(known, options.unknown_host, Arc::clone(&heard));
-            let (stream, jump, near) = self.stream(options).await?;
-            let (stream, foreword) = Foreword::of(stream);
-            // Its writes never block, so that bulk in both directions cannot stop both ends.
-            let (stream, _kill) = OverflowStream::new(stream);
-            let shaken = russh::client::connect_stream(Arc::new(config), stream, trust);
-            let mut handle = match tokio::time::timeout(options.connect_timeout, shaken).await {
-                Ok(Ok(handle)) => handle,
-                Ok(Err(stop)) => {
-                    let words = foreword.words().map(|words| format!("the host says '{words}'"));
-                    let (message, exit) = stop.explain(&options.describe(), words.or_else(|| heard.said()));
-                    let patience = if exit == Exit::TryAgain { foreword.patience() } else { Duration::ZERO };
-                    return Err(ConnectError { message, exit, not_offered: false, patience });
-                }
-                Err(_) => return Err(failed(options, "the handshake took too long", Exit::TryAgain)),
-            };
+            let Below { stream, jump, near, host } = self.stream(options).await?;
+            let (mut handle, heard) = shake(options, known, stream).await?;
             let login = Login::new(&mut handle, options, &identities, &self.opened, &heard).run();
             let late = ("the login took too long".to_owned(), Exit::TryAgain);
             let logged_in = tokio::time::timeout(LOGIN_TIMEOUT, login).await.unwrap_or(Err(late));
@@ -230,25 +237,24 @@ impl SshRemote {
                 self.refused.store(refused, Ordering::Relaxed);
                 failed(options, reason, exit)
             })?;
-            Ok(Connection { handle, heard, near, _jump: jump, _runtime: Arc::clone(&self.runtime) })
+            Ok(Connection { handle, heard, near, host, _jump: jump, _runtime: Arc::clone(&self.runtime) })
         })
     }
 
-    /// The bytes below SSH, the connection that they run through, and whether the host is known to be near.
-    pub(super) async fn stream(
-        &self,
-        options: &SshOptions,
-    ) -> Result<(dial::Stream, Option<Box<Connection>>, bool), ConnectError> {
+    /// The bytes below SSH.
+    pub(super) async fn stream(&self, options: &SshOptions) -> Result<Below, ConnectError> {
         match (&options.jump, &options.proxy_command) {
             (None, None) => {
-                let (stream, round_trip) = dial::direct(options).await?;
-                Ok((stream, None, round_trip < NEAR))
+                let (stream, round_trip, host) = dial::direct(options).await?;
+                Ok(Below { stream, jump: None, near: round_trip < NEAR, host: Some(host) })
             }
-            (None, Some(command)) => Ok((dial::by_command(command, options)?, None, false)),
+            (None, Some(command)) => {
+                Ok(Below { stream: dial::by_command(command, options)?, jump: None, near: false, host: None })
+            }
             (Some(jump), _) => {
                 let connection = self.connect(jump).await?;
                 let stream = dial::through(&connection.handle, jump, options).await?;
-                Ok((stream, Some(Box::new(connection)), false))
+                Ok(Below { stream, jump: Some(Box::new(connection)), near: false, host: None })
             }
         }
     }
@@ -273,7 +279,7 @@ impl SshRemote {
                     Way::LockstepExec(command) => channel.exec(true, command.as_bytes()).await,
                 }
                 .map_err(again)?;
-                let early = self.started(&mut channel, what).await?;
+                let early = started(&self.options, &mut channel, what).await?;
                 Ok((channel, early))
             });
             let (channel, early) = started
@@ -283,25 +289,58 @@ impl SshRemote {
             Ok(Arc::new(link) as Arc<dyn Link>)
         })
     }
+}
 
-    /// Waits for the answer to the request; gives what data came before it.
-    async fn started(&self, channel: &mut Channel<Msg>, what: &str) -> Result<Vec<bytes::Bytes>, ConnectError> {
-        let mut early = Vec::new();
-        loop {
-            match channel.wait().await {
-                Some(ChannelMsg::Success) => return Ok(early),
-                Some(ChannelMsg::Failure) => {
-                    let _ = channel.close().await;
-                    let reason = format!("{what} is not offered there");
-                    return Err(ConnectError { not_offered: true, ..self.failed(reason, Exit::Usage) });
-                }
-                Some(ChannelMsg::Data { data }) => early.push(data),
-                Some(ChannelMsg::Close) | None => {
-                    return Err(self.failed(format_args!("the host closed the channel for its {what}"), Exit::TryAgain));
-                }
-                Some(_) => {}
+/// Waits for the answer to the request; gives what data came before it.
+pub(super) async fn started(
+    options: &SshOptions,
+    channel: &mut Channel<Msg>,
+    what: &str,
+) -> Result<Vec<bytes::Bytes>, ConnectError> {
+    let mut early = Vec::new();
+    loop {
+        match channel.wait().await {
+            Some(ChannelMsg::Success) => return Ok(early),
+            Some(ChannelMsg::Failure) => {
+                let _ = channel.close().await;
+                let reason = format!("{what} is not offered there");
+                return Err(ConnectError { not_offered: true, ..failed(options, reason, Exit::Usage) });
             }
+            Some(ChannelMsg::Data { data }) => early.push(data),
+            Some(ChannelMsg::Close) | None => {
+                let reason = format_args!("the host closed the channel for its {what}");
+                return Err(failed(options, reason, Exit::TryAgain));
+            }
+            Some(_) => {}
         }
+    }
+}
+
+/// Agrees on keys with a host that has one of those that are known.
+pub(super) async fn shake(
+    options: &SshOptions,
+    known: KnownHost,
+    stream: dial::Stream,
+) -> Result<(Handle<Trust>, Arc<Heard>), ConnectError> {
+    let mut config = dial::config(options, &known.algorithms());
+    if known.has_authority() {
+        config.preferred.host_key_certificates = config.preferred.key.clone();
+    }
+    let heard = Arc::new(Heard::default());
+    let trust = Trust::new(known, options.unknown_host, Arc::clone(&heard));
+    let (stream, foreword) = Foreword::of(stream);
+    // Its writes never block, so that bulk in both directions cannot stop both ends.
+    let (stream, _kill) = OverflowStream::new(stream);
+    let shaken = russh::client::connect_stream(Arc::new(config), stream, trust);
+    match tokio::time::timeout(options.connect_timeout, shaken).await {
+        Ok(Ok(handle)) => Ok((handle, heard)),
+        Ok(Err(stop)) => {
+            let words = foreword.words().map(|words| format!("the host says '{words}'"));
+            let (message, exit) = stop.explain(&options.describe(), words.or_else(|| heard.said()));
+            let patience = if exit == Exit::TryAgain { foreword.patience() } else { Duration::ZERO };
+            Err(ConnectError { message, exit, not_offered: false, patience })
+        }
+        Err(_) => Err(failed(options, "the handshake took too long", Exit::TryAgain)),
     }
 }
 
@@ -316,6 +355,13 @@ impl Remote for SshRemote {
 
     fn leave(&self, connection: usize) {
         lock(&self.connections).remove(&connection);
+    }
+
+    fn beside(&self) -> Option<Arc<dyn Beside>> {
+        let slot = lock(&self.connections).get(&0).cloned()?;
+        let connection = lock(&slot).clone()?;
+        let side = Side::new(connection.host?, connection.near, &self.options, Arc::clone(&self.runtime))?;
+        Some(Arc::new(side))
     }
 
     fn describe(&self) -> String {

@@ -85,8 +85,8 @@ impl SshRemote {
         let seen = Arc::new(Mutex::new(None));
         let mut config = dial::config(options, &[]);
         config.preferred.key = types.to_vec().into();
-        let (stream, _way, _) = self.stream(options).await?;
-        let (stream, _kill) = OverflowStream::new(stream);
+        let below = self.stream(options).await?;
+        let (stream, _kill) = OverflowStream::new(below.stream);
         let shaking = russh::client::connect_stream(Arc::new(config), stream, Look(Arc::clone(&seen)));
         let shaken = tokio::time::timeout(options.connect_timeout, shaking).await;
         let key = lock(&seen).take();

@@ -401,6 +401,8 @@ fn transfer(
         outcome: Mutex::new(Outcome::default()),
     };
     if shared.queue.files() > 0 {
+        source.expect(shared.queue.bytes(), shared.queue.files());
+        target.expect(shared.queue.bytes(), shared.queue.files());
         std::thread::scope(|scope| {
             for _ in 0..workers {
                 scope.spawn(|| {
@@ -413,6 +415,8 @@ fn transfer(
                 });
             }
         });
+        source.remark(monitor);
+        target.remark(monitor);
     }
     let mut outcome = shared.outcome.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     match outcome.error.take() {

@@ -253,6 +253,14 @@ impl Source for GoodCopy<'_> {
         self.source.wire_bytes()
     }
 
+    fn expect(&self, bytes: u64, files: usize) {
+        self.source.expect(bytes, files);
+    }
+
+    fn remark(&self, monitor: &dyn Monitor) {
+        self.source.remark(monitor);
+    }
+
     fn crew(&self) -> Crew {
         self.source.crew()
     }

@@ -16,7 +16,7 @@ pub const VERSION: &str = "1";
 /// that take whole units away. One that did not would remove what is to be kept.
 pub const TRASH: &str = "trash@lockstep.internal";
 /// The names that are advertised.
-pub const NAMES: [&str; 27] = [
+pub const NAMES: [&str; 28] = [
     "hello@lockstep.internal",
     "begin@lockstep.internal",
     "attach@lockstep.internal",
@@ -44,6 +44,7 @@ pub const NAMES: [&str; 27] = [
     TURNS,
     WANTS,
     PARTS,
+    LISTEN,
 ];
 /// Names what the target has that a file may be made of.
 pub const ALIKE: &str = "alike@lockstep.internal";
@@ -70,6 +71,8 @@ pub const PART_CHUNKS_MAX: usize = 8192;
 pub const NO_ORDER: u32 = u32::MAX;
 /// So many `parts` of one file may wait to be looked at.
 pub const PARTS_MAX: usize = 4;
+/// Opens a port beside the way in, for further connections of the run. Advertised only where that may be.
+pub const LISTEN: &str = "listen@lockstep.internal";
 /// So much of `stripe` requests, as they were sent, may wait in a run for what stands before it.
 pub const AHEAD_BYTES_MAX: usize = 64 << 20;
 /// So many `next` requests of one stream may wait for those before them.

@@ -206,12 +206,13 @@ fn every_request(openat2: bool, usual: u32) {
     last.ask("attach", &[7; 16]);
     last.ask("trash", &[]);
     last.ask("turns", &[]);
+    last.ask("listen", &text("ssh-ed25519 AAAA"));
     drop(last);
     let names: BTreeSet<String> = NAMES.iter().map(|name| name.split('@').next().unwrap().to_owned()).collect();
     assert_eq!(tally.asked, names, "a request has no place here");
     let undone: Vec<_> = names.difference(&tally.done).collect();
-    // Nobody's run is there to be attached to.
-    assert_eq!(undone, ["attach"], "never done");
+    // Nobody's run is there to be attached to, and no port is allowed.
+    assert_eq!(undone, ["attach", "listen"], "never done");
     assert!(tally.committed > 5 && tally.fetched > 5, "{} and {} got far enough", tally.committed, tally.fetched);
     assert!(tally.refused > 5, "the swaps were in nobody's way");
 }

@@ -9,6 +9,7 @@ pub(crate) mod agent;
 pub(crate) mod area;
 pub(crate) mod own;
 pub(crate) mod pair;
+pub(crate) mod ports;
 pub(crate) mod proxy;
 pub(crate) mod python;
 pub(crate) mod raw;

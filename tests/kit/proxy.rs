@@ -8,7 +8,12 @@ use std::sync::{Arc, Mutex};
 /// Connects whoever comes with `port`. `pass` sees what comes, of either side, and says how much of it is passed on and
 /// whether the connection lives on.
 fn between(port: u16, pass: impl Fn(&mut [u8]) -> (usize, bool) + Send + Sync + 'static) -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    at("127.0.0.1:0", port, pass)
+}
+
+/// The same for who comes to this address.
+fn at(address: &str, port: u16, pass: impl Fn(&mut [u8]) -> (usize, bool) + Send + Sync + 'static) -> u16 {
+    let listener = TcpListener::bind(address).unwrap();
     let own = listener.local_addr().unwrap().port();
     let pass = Arc::new(pass);
     std::thread::spawn(move || {
@@ -30,6 +35,17 @@ fn between(port: u16, pass: impl Fn(&mut [u8]) -> (usize, bool) + Send + Sync + 
         }
     });
     own
+}
+
+/// Passes everything on from this address, and counts it.
+pub(crate) fn counting(address: &str, port: u16) -> (u16, Arc<AtomicUsize>) {
+    let carried = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&carried);
+    let own = at(address, port, move |data| {
+        counted.fetch_add(data.len(), SeqCst);
+        (data.len(), true)
+    });
+    (own, carried)
 }
 
 /// Takes so many bytes off `left`: how many there were.

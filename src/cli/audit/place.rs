@@ -28,24 +28,26 @@ pub(in crate::cli) fn configure(config: &Audit) -> Result<(), Failure> {
 }
 
 /// Goes by `[audit]` of this machine's configuration, where there is one and this user may read it. A key that is kept from him
-/// signs nothing of his.
-pub(in crate::cli) fn configure_as_usual() -> Result<(), Failure> {
-    let config = match Config::load(&config_file(None)) {
-        Ok(config) => config.audit,
+/// signs nothing of his. What else the configuration says is given back.
+pub(in crate::cli) fn configure_as_usual() -> Result<Config, Failure> {
+    let found = match Config::load(&config_file(None)) {
+        Ok(found) => found,
         Err(ConfigError::Read { reason, .. })
             if matches!(reason.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::PermissionDenied) =>
         {
-            return Ok(());
+            return Ok(Config::default());
         }
         // That of another user's service.
-        Err(ConfigError::Untrusted { problem: Untrusted::Owner(_), .. }) => return Ok(()),
+        Err(ConfigError::Untrusted { problem: Untrusted::Owner(_), .. }) => return Ok(Config::default()),
         Err(error) => return Err(Failure::usage(chain(&error))),
     };
+    let config = found.audit.clone();
     let kept = |path: &PathBuf| {
         std::fs::File::open(path).is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied)
     };
     let signing_key = config.signing_key.clone().filter(|path| !kept(path));
-    configure(&Audit { signing_key, ..config })
+    configure(&Audit { signing_key, ..config })?;
+    Ok(found)
 }
 
 /// That a service goes by a configuration, or not: `why` says which, and what is wrong with it.

@@ -137,7 +137,7 @@ fn who() -> String {
 /// All that can be known without connecting.
 fn look(config: &Config, ssh: &login::Ssh) -> Vec<Finding> {
     let mut findings = Vec::new();
-    if config.jobs.is_empty() && config.serve.is_none() {
+    if config.jobs.is_empty() && config.serve.is_none() && config.sftp_server.data_ports.is_none() {
         let says = "it has neither [[job]] nor [serve], so that no service has anything to do";
         findings.push(Finding::warning("configuration", says, "docs/operations.md has examples"));
     }

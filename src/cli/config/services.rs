@@ -1,4 +1,4 @@
-//! What of `[daemon]`, `[serve]` and `[audit]` can be known without starting them.
+//! What of `[daemon]`, `[serve]`, `[sftp_server]` and `[audit]` can be known without starting them.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use crate::audit;
 use crate::cli::finding::{Finding, Level};
 use crate::cli::places::{real, unwritable};
 use crate::cli::{control, daemon, serve};
-use crate::config::{Config, Serve, fixed_part};
+use crate::config::{Config, DataPorts, Serve, fixed_part};
 use crate::error::{Escaped, chain, shown};
 use crate::server::listener;
 
@@ -25,8 +25,18 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
     if let Some(serve) = &config.serve {
         of_server(config, serve, &mut findings);
     }
+    findings.extend(config.sftp_server.data_ports.map(of_ports));
     findings.extend(config.audit.signing_key.as_deref().map(signs));
     findings
+}
+
+/// Whoever logs in to sshd listens there as himself.
+fn of_ports(ports: DataPorts) -> Finding {
+    if *ports.all().start() < LOW_PORTS {
+        let says = format!("'data_ports' are {ports}: on those below {LOW_PORTS} root alone can listen");
+        return Finding::warning("sftp-server", says, "name ports from 1024 on, below those of ip_local_port_range");
+    }
+    Finding::ok("sftp-server", format!("a session that sshd starts may listen on one of the ports {ports}"))
 }
 
 fn signs(key: &Path) -> Finding {

@@ -9,13 +9,14 @@ use crate::codec::{self, CompressOptions};
 use crate::endpoint::client::{Answer, Client, ClientOptions, Completion};
 use crate::endpoint::link::{Link, Remote, Way};
 use crate::endpoint::pool::{Opener, Pool, Width};
-use crate::endpoint::{BLOCK_BYTES, Error};
+use crate::endpoint::{BLOCK_BYTES, Error, spread};
 use crate::error::Exit;
 use crate::monitor::Monitor;
 use crate::wire::extension::{self, Fields, WireError};
 use crate::wire::notes;
 
 mod compare;
+mod ports;
 mod reader;
 mod source;
 mod target;
@@ -23,6 +24,8 @@ mod writer;
 
 pub use source::AgentSource;
 pub use target::AgentTarget;
+
+use ports::Ports;
 
 /// What the lists of one run may take in memory, where a peer sends them: an eighth of what the machine has, and no more
 /// than 1 GiB, which holds the entries of some five million files.
@@ -36,9 +39,18 @@ pub fn memory_bytes() -> u64 {
     u64::from(found.mem_unit).saturating_mul(found.totalram as u64)
 }
 
+/// What an agent offers whose connections share a process.
+const ATTACH: &str = "attach@lockstep.internal";
+
+/// From so much on, or so many files, a run waits for a connection beside sshd, which is a few hundredths of a second.
+const BULK_BYTES: u64 = 64 << 20;
+const BULK_FILES: usize = 2000;
+
 /// The connections to one agent.
 pub struct Lanes {
     pool: Arc<Pool<Client>>,
+    /// Where further ones come from, if the agent has a process of its own for each connection by the way in.
+    ports: Option<Arc<Ports>>,
     /// What lets further connections work on the same run.
     token: Arc<OnceLock<Vec<u8>>>,
     root: Vec<u8>,
@@ -64,12 +76,16 @@ impl Lanes {
     ) -> Result<Lanes, Error> {
         let host = remote.describe();
         let first = Client::connect(first, &host, ClientOptions::default())?;
+        let width = width.into();
         let (way, left) = (way.clone(), Arc::clone(&remote));
+        let listens = !first.has(ATTACH, extension::VERSION) && first.has(extension::LISTEN, extension::VERSION);
+        let beside = if listens && width.most > 1 { remote.beside() } else { None };
+        let ports = beside.map(|beside| Arc::new(Ports::new(beside)));
         let open = move |number| {
             let link = remote.open(&way, number).ok()?;
             Client::connect(link, &remote.describe(), ClientOptions::default()).ok()
         };
-        Lanes::of((first, Some(left)), width.into(), Box::new(open), root, compress)
+        Lanes::of((first, Some(left)), (width, ports), Box::new(open), root, compress)
     }
 
     /// Over a connection that is there already, and those that `open` gives.
@@ -83,12 +99,12 @@ impl Lanes {
         root: &[u8],
         compress: CompressOptions,
     ) -> Result<Lanes, Error> {
-        Lanes::of((first, None), width.into(), open, root, compress)
+        Lanes::of((first, None), (width.into(), None), open, root, compress)
     }
 
     fn of(
         (first, left): (Client, Option<Arc<dyn Remote>>),
-        width: Width,
+        (width, ports): (Width, Option<Arc<Ports>>),
         open: Opener<Client>,
         root: &[u8],
         compress: CompressOptions,
@@ -100,18 +116,22 @@ impl Lanes {
         if compress.enabled {
             first.submit(extension::request("hello"), 0, 0, &sender)?;
         }
-        // An agent that sshd started has a process of its own for each connection: they cannot share a run.
-        let shared = first.has("attach@lockstep.internal", extension::VERSION);
+        // An agent that sshd started has a process of its own for each connection: they cannot share a run, unless it listens.
+        let shared = first.has(ATTACH, extension::VERSION) || ports.is_some();
         let width = if shared { width } else { Width::from(1) };
         let token = Arc::new(OnceLock::<Vec<u8>>::new());
-        let known = Arc::clone(&token);
+        let first = Arc::new(first);
+        let (known, beside, agent) = (Arc::clone(&token), ports.clone(), Arc::clone(&first));
         let attach = move |number| {
             let token = known.get().filter(|token| token.len() == 16)?;
-            attached(open(number)?, token)
+            let Some(ports) = &beside else { return attached(open(number)?, token) };
+            let client = attached(ports.open(&agent)?, token)?;
+            ports.taken(agent.host());
+            Some(client)
         };
         let pool = Arc::new(Pool::new(first, width, Box::new(attach), left));
         let (root, planes) = (root.to_vec(), OnceLock::new());
-        Ok(Lanes { pool, token, root, compress, hello, planes })
+        Ok(Lanes { pool, ports, token, root, compress, hello, planes })
     }
 
     /// Whether the agent takes and gives byte planes, which one that does not name them must never be sent or asked for.
@@ -147,6 +167,20 @@ impl Lanes {
         extension::put_string(&mut packet, &self.root);
         extension::put_string(&mut packet, &json(options)?);
         self.call(packet)
+    }
+
+    /// Hears how much is to come. The first connection, which costs more where somebody else's server is in between, is left for what is
+    /// done once, if there is much. A far host takes long to log in to, and what is spread goes over others soon.
+    fn expect(&self, bytes: u64, files: usize) {
+        let near = |ports: &Arc<Ports>| ports.is_near() || !spread::is_far(self.control());
+        if (bytes >= BULK_BYTES || files >= BULK_FILES) && self.ports.as_ref().is_some_and(near) {
+            self.pool.spare_first();
+        }
+    }
+
+    /// Tells what came up of further connections.
+    fn remark(&self, monitor: &dyn Monitor) {
+        self.ports.iter().for_each(|ports| ports.tell(monitor));
     }
 
     /// Bytes sent and received over all connections.

@@ -123,6 +123,14 @@ impl Source for AgentSource {
         compare(&self.lanes, index, over, ask);
     }
 
+    fn expect(&self, bytes: u64, files: usize) {
+        self.lanes.expect(bytes, files);
+    }
+
+    fn remark(&self, monitor: &dyn Monitor) {
+        self.lanes.remark(monitor);
+    }
+
     fn trail(&self) -> Result<Vec<Stop>, Error> {
         if !self.lanes.control().has("trail@lockstep.internal", extension::VERSION) {
             return Ok(Vec::new());

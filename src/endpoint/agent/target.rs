@@ -183,6 +183,14 @@ impl Target for AgentTarget {
         true
     }
 
+    fn expect(&self, bytes: u64, files: usize) {
+        self.lanes.expect(bytes, files);
+    }
+
+    fn remark(&self, monitor: &dyn Monitor) {
+        self.lanes.remark(monitor);
+    }
+
     fn alike(&self, index: u32, wanted: Wanted) -> Result<Option<Alike>, Error> {
         let mut packet = extension::request("alike");
         packet.extend_from_slice(&index.to_be_bytes());

@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use super::gate::{self, Need};
+use super::ports::{self, Ports};
 use crate::config::{Right, Rights};
 use crate::endpoint::{BeginOptions, CommitOptions, Error, Forbidden, ScanOptions, Source, Target};
 use crate::manifest::Tree;
@@ -240,6 +241,8 @@ pub struct Agent {
     busy: Arc<AtomicBool>,
     /// Whether further connections may work on its run.
     shared: bool,
+    /// What it may listen on for those.
+    ports: Option<Arc<Ports>>,
     rights: Rights,
     veil: Veil,
     run: Arc<Mutex<Option<Arc<Run>>>>,
@@ -264,7 +267,7 @@ impl Agent {
         let thread = std::thread::Builder::new()
             .name("agent-control".to_owned())
             .spawn(move || Control::new(factory, shared, limits, rights).serve(&jobs, &done));
-        Agent { control, busy, run, shared: true, rights, veil, thread: thread.ok() }
+        Agent { control, busy, run, shared: true, ports: None, rights, veil, thread: thread.ok() }
     }
 
     /// Waits until what has arrived is stored and the run is given up. A process that ended before would lose what the
@@ -281,6 +284,12 @@ impl Agent {
     pub fn alone(self) -> Agent {
         Agent { shared: false, ..self }
     }
+
+    /// With a port for connections that can, if its client asks for one.
+    #[must_use]
+    pub fn with_ports(self, ports: Arc<Ports>) -> Agent {
+        Agent { ports: Some(ports), ..self }
+    }
 }
 
 fn need(name: &str) -> Option<Need> {
@@ -289,13 +298,13 @@ fn need(name: &str) -> Option<Need> {
 
 impl Extensions for Agent {
     fn names(&self) -> Vec<(&'static str, &'static str)> {
-        let attach = |name: &&str| name.starts_with("attach@");
+        let offered = |name: &&str| match name.split('@').next() {
+            Some("attach") => self.shared,
+            Some("listen") => self.ports.is_some(),
+            _ => true,
+        };
         let allowed = |name: &&str| need(name).is_some_and(|need| need.allowed(self.rights));
-        NAMES
-            .iter()
-            .filter(|name| (self.shared || !attach(name)) && allowed(name))
-            .map(|name| (*name, VERSION))
-            .collect()
+        NAMES.iter().filter(|name| offered(name) && allowed(name)).map(|name| (*name, VERSION)).collect()
     }
 
     fn handle(&self, id: u32, message: Message, output: &Arc<dyn Output>) -> bool {
@@ -307,6 +316,10 @@ impl Extensions for Agent {
         let job = Job { name, id, payload, output: Arc::clone(output), veil: self.veil.clone() };
         if let Some(need) = need.filter(|need| !need.allowed(self.rights)) {
             job.refuse(&Failure::forbidden(need.refusal(self.rights)));
+            return true;
+        }
+        if name == "listen" {
+            self.listen(&job);
             return true;
         }
         let data = matches!(
@@ -344,6 +357,31 @@ impl Extensions for Agent {
 }
 
 impl Agent {
+    /// Opens a port for further connections of the run.
+    fn listen(&self, job: &Job) {
+        let listen = || {
+            let ports = self.ports.as_ref().ok_or_else(|| Failure::order("it was not offered"))?;
+            let mut fields = Fields(job.payload.bytes());
+            let key =
+                ports::key(fields.string()?).ok_or_else(|| Failure::breach("the key is none of Ed25519".into()))?;
+            fields.end()?;
+            let (port, host) = ports.listen(&key).map_err(|reason| Failure::new(4, reason, 75))?;
+            let host = host.to_openssh().map_err(|error| Failure::new(4, error.to_string(), 75))?;
+            let mut body = u32::from(port).to_be_bytes().to_vec();
+            extension::put_string(&mut body, host.as_bytes());
+            Ok(body)
+        };
+        match listen() {
+            Ok(body) => job.reply(&body),
+            Err(failure) => {
+                if let Some(run) = locked(&self.run).as_ref() {
+                    run.reject(b"", &failure);
+                }
+                job.refuse(&failure);
+            }
+        }
+    }
+
     /// The index (of a file, or of a stream) decides the worker; in a `put` it is that of the first file.
     fn route(&self, job: Job) -> Result<(), Job> {
         let at = if job.name == "put" { 4 } else { 0 };

@@ -51,13 +51,13 @@ pub fn serve() -> std::io::Result<()> {
     }
 }
 
-fn write(stream: &mut UnixStream, message: &impl Serialize) -> std::io::Result<()> {
+pub(in crate::server) fn write(stream: &mut UnixStream, message: &impl Serialize) -> std::io::Result<()> {
     let body = serde_json::to_vec(message)?;
     let length = u32::try_from(body.len()).map_err(std::io::Error::other)?;
     stream.write_all(&[&length.to_be_bytes()[..], &body].concat())
 }
 
-fn read<T: DeserializeOwned>(stream: &mut UnixStream) -> std::io::Result<T> {
+pub(in crate::server) fn read<T: DeserializeOwned>(stream: &mut UnixStream) -> std::io::Result<T> {
     let mut length = [0; 4];
     stream.read_exact(&mut length)?;
     let length = u32::from_be_bytes(length) as usize;

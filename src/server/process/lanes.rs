@@ -121,7 +121,7 @@ pub(in crate::server) fn pass(to: impl AsFd, socket: &OwnedFd) -> rustix::io::Re
 }
 
 /// The next socket; nothing when there will be none. Blocks.
-fn receive(from: impl AsFd) -> rustix::io::Result<Option<OwnedFd>> {
+pub(in crate::server) fn receive(from: impl AsFd) -> rustix::io::Result<Option<OwnedFd>> {
     loop {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);

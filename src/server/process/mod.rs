@@ -24,7 +24,7 @@ use crate::server::listener::SessionFactory;
 mod client;
 pub(in crate::server) mod lanes;
 pub(in crate::server) mod message;
-mod own;
+pub(in crate::server) mod own;
 mod upstream;
 
 pub use lanes::{Lane, Relay};

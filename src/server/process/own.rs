@@ -13,7 +13,7 @@ use crate::server::channel::Shared;
 use crate::server::ending::Ending;
 
 /// See the module.
-pub(super) struct Own {
+pub(in crate::server) struct Own {
     /// Channels that are open and have no session yet.
     waiting: Mutex<HashMap<ChannelId, Channel<Msg>>>,
     sessions: Mutex<Vec<Weak<Shared>>>,
@@ -31,7 +31,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Own {
-    pub(super) fn new(channels: usize) -> Own {
+    pub(in crate::server) fn new(channels: usize) -> Own {
         Own {
             waiting: Mutex::default(),
             sessions: Mutex::default(),
@@ -43,48 +43,48 @@ impl Own {
     }
 
     /// Ends it; the first reason stays.
-    pub(super) fn end(&self, reason: &str) {
+    pub(in crate::server) fn end(&self, reason: &str) {
         self.end.end(reason);
     }
 
     /// Why it is to end.
-    pub(super) async fn ended(&self) -> String {
+    pub(in crate::server) async fn ended(&self) -> String {
         self.end.ended().await
     }
 
     /// So many sessions may be open from now on.
-    pub(super) fn allow(&self, channels: usize) {
+    pub(in crate::server) fn allow(&self, channels: usize) {
         self.channels.store(channels, Ordering::Relaxed);
     }
 
     /// Whether another channel may be opened.
-    pub(super) fn has_room(&self) -> bool {
+    pub(in crate::server) fn has_room(&self) -> bool {
         locked(&self.waiting).len() + *self.running.borrow() < self.channels.load(Ordering::Relaxed)
     }
 
     /// A channel was opened.
-    pub(super) fn opened(&self, channel: Channel<Msg>) {
+    pub(in crate::server) fn opened(&self, channel: Channel<Msg>) {
         locked(&self.waiting).insert(channel.id(), channel);
     }
 
     /// Takes a channel that waits for its session.
-    pub(super) fn take(&self, id: ChannelId) -> Option<Channel<Msg>> {
+    pub(in crate::server) fn take(&self, id: ChannelId) -> Option<Channel<Msg>> {
         locked(&self.waiting).remove(&id)
     }
 
     /// Stops the work of its sessions. The library waits for whoever should read a channel: nobody is left to.
-    pub(super) fn abandon(&self) {
+    pub(in crate::server) fn abandon(&self) {
         locked(&self.waiting).clear();
         locked(&self.sessions).iter().filter_map(Weak::upgrade).for_each(|session| session.abandon());
     }
 
     /// Something happened that is not a session's doing.
-    pub(super) fn touch(&self) {
+    pub(in crate::server) fn touch(&self) {
         *locked(&self.last) = Instant::now();
     }
 
     /// A session begins.
-    pub(super) fn session(&self, session: &Arc<Shared>) {
+    pub(in crate::server) fn session(&self, session: &Arc<Shared>) {
         let mut sessions = locked(&self.sessions);
         sessions.retain(|session| session.strong_count() > 0);
         sessions.push(Arc::downgrade(session));
@@ -94,18 +94,18 @@ impl Own {
     }
 
     /// A session has ended, with its thread.
-    pub(super) fn session_ended(&self) {
+    pub(in crate::server) fn session_ended(&self) {
         self.running.send_modify(|running| *running -= 1);
         self.touch();
     }
 
     /// Waits until no session is left.
-    pub(super) async fn rests(&self) {
+    pub(in crate::server) async fn rests(&self) {
         let _ = self.running.subscribe().wait_for(|running| *running == 0).await;
     }
 
     /// How long nothing was done.
-    pub(super) fn quiet(&self) -> Duration {
+    pub(in crate::server) fn quiet(&self) -> Duration {
         let now = Instant::now();
         let own = now.saturating_duration_since(*locked(&self.last));
         let sessions = locked(&self.sessions);
