@@ -4,6 +4,7 @@ from bench_data import CHANGES
 
 TICK = os.sysconf("SC_CLK_TCK")
 GCM = "aes128-gcm@openssh.com"
+DATA_PORTS = "22100-22199"
 SFTP_SERVERS = ("/usr/lib/openssh/sftp-server", "/usr/libexec/sftp-server")
 
 
@@ -36,7 +37,7 @@ def free_port():
 
 
 class Servers:
-    """An sshd that knows lockstep as a subsystem, one that does not, and lockstep's own server. What a user's shell does when it starts
+    """An sshd that knows lockstep as a subsystem, one whose lockstep may listen beside it, one that has none, and lockstep's own server. What a user's shell does when it starts
     is no part of what is measured: their home is an empty directory."""
 
     def __init__(self, at, lockstep, network):
@@ -61,12 +62,13 @@ LogLevel ERROR
 MaxStartups 100
 Subsystem sftp {sftp}
 """
-        self.ports = {"sshd": free_port(), "stock": free_port(), "serve": free_port()}
+        self.ports = {name: free_port() for name in ("sshd", "ports", "stock", "serve")}
         with open(f"{at}/host_key.pub") as public, open(self.known_hosts, "w") as out:
             key = " ".join(public.read().split()[:2])
             for port in self.ports.values():
                 out.write(f"[{network.address}]:{port} {key}\n")
-        for name, more in (("sshd", f"Subsystem lockstep {lockstep} sftp-server\n"), ("stock", "")):
+        agent = f"Subsystem lockstep {lockstep} sftp-server"
+        for name, more in (("sshd", f"{agent}\n"), ("ports", f"{agent} --data-ports {DATA_PORTS}\n"), ("stock", "")):
             with open(f"{at}/{name}.conf", "w") as out:
                 out.write(f"Port {self.ports[name]}\n{common}{more}")
             self.start(name, [shutil.which("sshd") or "/usr/sbin/sshd", "-D", "-f", f"{at}/{name}.conf"])
@@ -165,6 +167,7 @@ def contenders(servers, lockstep):
         "lockstep serve": push("serve"),
         "lockstep mirror": push("serve", "--delete"),
         "lockstep sshd": push("sshd"),
+        "lockstep ports": push("ports"),
         "lockstep stock": push("stock", "--remote", "sftp"),
         "lockstep pull": pull,
         "rsync": rsync([]),
