@@ -217,6 +217,11 @@ fn the_configuration_of_the_receiver_allows_it_for_the_subsystem_and_the_command
     let command = format!("{} sftp-server", env!("CARGO_BIN_EXE_lockstep"));
     says(&area.push(&["--remote", "exec", "--remote-command", &command]), OVER_A_PORT);
     area.assert_arrived();
+    // One account may be kept from it.
+    fs::remove_dir_all(area.sshd.path("arrived")).unwrap();
+    let none = format!("{command} --data-ports none");
+    says_not(&area.push(&["--remote", "exec", "--remote-command", &none]), OVER_A_PORT);
+    area.assert_arrived();
     // A range that is none ends the session with its place.
     fs::write(area.sshd.path("config.toml"), "[sftp_server]\ndata_ports = \"9-7\"\n").unwrap();
     let wrong = area.push(&["--remote", "exec", "--remote-command", &command]);
@@ -240,7 +245,10 @@ fn ports_that_are_all_taken_leave_the_run_its_first_connection() {
         fs::remove_dir_all(area.sshd.path("arrived")).unwrap();
         says(&area.push(&[]), &format!("{OVER_A_PORT} {port}"));
         area.assert_arrived();
-        taken.push(TcpListener::bind(("127.0.0.1", port)).unwrap());
+        until("the port to be closed", || {
+            taken.extend(TcpListener::bind(("127.0.0.1", port)));
+            taken.len() == 8
+        });
     }
 }
 

@@ -135,7 +135,7 @@ fn nobody_listens_before_it_is_asked_for_and_nobody_does_afterwards() {
     let port = area.listens();
     assert_eq!(listening(&area.ports), 1);
     let (_, said) = listen(area.agent.as_mut().unwrap(), &key).unwrap_err();
-    assert!(said.contains("listens already"), "{said}");
+    assert!(said.contains("was asked to listen already"), "{said}");
     assert_eq!(listening(&area.ports), 1);
     // Nowhere but at the address that the client came to.
     assert!(TcpStream::connect(("127.0.0.2", port)).is_err());

@@ -45,10 +45,18 @@ pub(super) struct SftpServer {
     /// Serve nobody where the kernel has no Landlock or no seccomp, which keep the process in --root
     #[arg(long, requires = "root")]
     require_confinement: bool,
-    /// Let a lockstep client have further connections of a run, beside sshd, on one of these TCP ports: 40000-40100, or
-    /// one [default: data_ports in [sftp_server] of the configuration, else none]
-    #[arg(long, value_name = "PORTS")]
-    data_ports: Option<DataPorts>,
+    /// Let a lockstep client have further connections of a run, beside sshd, on one of these TCP ports: 22100-22199, or
+    /// one, or none [default: data_ports in [sftp_server] of the configuration, else none]
+    #[arg(long, value_name = "PORTS", value_parser = some_ports)]
+    data_ports: Option<SomePorts>,
+}
+
+/// Ports, or none whatever the configuration says.
+#[derive(Debug, Clone, Copy)]
+struct SomePorts(Option<DataPorts>);
+
+fn some_ports(text: &str) -> Result<SomePorts, String> {
+    if text == "none" { Ok(SomePorts(None)) } else { text.parse().map(|ports| SomePorts(Some(ports))) }
 }
 
 impl SftpServer {
@@ -60,18 +68,19 @@ impl SftpServer {
         let root = self.root.unwrap_or(home);
         let rights = if self.read_only { Rights::READ_ONLY } else { self.rights.unwrap_or_default() };
         let receiver = Arc::new(Receiver { root, confined, rights, policy, by: logged_in() });
-        let place = self.data_ports.or(usual.sftp_server.data_ports).and_then(|ports| {
+        let place = self.data_ports.map_or(usual.sftp_server.data_ports, |SomePorts(ports)| ports).and_then(|ports| {
             let connection = std::env::var("SSH_CONNECTION").ok()?;
             Place::of(&connection, ports)
         });
-        let ports = place.map(|place| Arc::new(Ports::new(place, receiver.further())));
+        let mut ports = place.map(|place| Arc::new(Ports::new(place, receiver.further())));
         if confined && receiver.root.is_dir() {
             let read_only = !rights.writes();
             let wanted = Wanted { root: &receiver.root, read_only, identity: None, require: self.require_confinement };
             let failed = |message: String| Failure::Plain { exit: Exit::Io, message: format!("no session: {message}") };
             stdio::allow_open_files();
-            let started = confine::names::start().and_then(|()| ports.as_ref().map_or(Ok(()), |ports| ports.prepare()));
-            started.map_err(|error| failed(crate::error::in_words(&error)))?;
+            confine::names::start().map_err(|error| failed(crate::error::in_words(&error)))?;
+            // What cannot be had is not offered; the run goes over its one connection.
+            ports = ports.filter(|ports| ports.prepare().is_ok());
             confine::enter(&wanted).map_err(|error| failed(chain(&error)))?;
         }
         let agent = receiver.agent().alone();

@@ -17,7 +17,7 @@ pub struct SftpServer {
     pub data_ports: Option<DataPorts>,
 }
 
-/// TCP ports: `40000-40100`, or one.
+/// TCP ports: `22100-22199`, or one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DataPorts {
     first: u16,
@@ -42,7 +42,7 @@ impl FromStr for DataPorts {
             let text = text.trim();
             let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
             let number = digits.then(|| text.parse::<u64>().unwrap_or(u64::MAX));
-            let number = number.ok_or_else(|| wrong("names no TCP ports: write them as 40000-40100, or one"))?;
+            let number = number.ok_or_else(|| wrong("names no TCP ports: write them as 22100-22199, or one"))?;
             match u16::try_from(number) {
                 Ok(0) => Err(wrong("has port 0, which is none: ports are from 1 to 65535")),
                 Ok(port) => Ok(port),

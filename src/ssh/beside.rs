@@ -42,8 +42,9 @@ impl Side {
         SysRng.try_fill_bytes(&mut seed).ok()?;
         let key = PrivateKey::new(KeypairData::Ed25519(Ed25519Keypair::from_seed(&seed)), "").ok()?;
         let public = key.public_key().to_openssh().ok()?;
-        let keepalive = options.keepalive;
-        let options = SshOptions { keepalive, ..SshOptions::new(USER, &host.ip().to_string(), host.port()) };
+        let own = SshOptions::new(USER, &host.ip().to_string(), host.port());
+        // Without it, what stands in between and says nothing would be waited for.
+        let options = SshOptions { keepalive: options.keepalive.or(own.keepalive), ..own };
         Some(Side { host, near, options, key: Arc::new(key), public, runtime })
     }
 

@@ -125,7 +125,8 @@ impl Lanes {
         let attach = move |number| {
             let token = known.get().filter(|token| token.len() == 16)?;
             let Some(ports) = &beside else { return attached(open(number)?, token) };
-            let client = attached(ports.open(&agent)?, token)?;
+            let (opens, first, token) = (Arc::clone(ports), Arc::clone(&agent), token.clone());
+            let client = ports.in_time(agent.host(), move || attached(opens.open(&first)?, &token))?;
             ports.taken(agent.host());
             Some(client)
         };

@@ -3,6 +3,9 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use crossbeam_channel::bounded;
 
 use super::body;
 use crate::endpoint::Error;
@@ -11,6 +14,9 @@ use crate::endpoint::client::{Client, ClientOptions};
 use crate::error::{Exit, chain};
 use crate::monitor::{Event, Monitor};
 use crate::wire::extension::{self, Fields, LISTEN, WireError};
+
+/// How long a connection may take until it is of use.
+const PATIENCE: Duration = Duration::from_secs(8);
 
 /// What there is to say of it.
 enum Remark {
@@ -79,6 +85,18 @@ impl Ports {
         }
     }
 
+    /// What `open` gives, if it does so soon; nobody tries again otherwise. What comes later is dropped.
+    pub(super) fn in_time(&self, host: &str, open: impl FnOnce() -> Option<Client> + Send + 'static) -> Option<Client> {
+        let (sender, receiver) = bounded(1);
+        let opens = move || drop(sender.send(open()));
+        let started = std::thread::Builder::new().name("port".to_owned()).spawn(opens);
+        let opened = started.ok().and_then(|_| receiver.recv_timeout(PATIENCE).ok()).flatten();
+        if opened.is_none() {
+            self.give_up(Remark::Detail(format!("{host}: what listens for data there does not go on")));
+        }
+        opened
+    }
+
     /// A connection was taken into the run.
     pub(super) fn taken(&self, host: &str) {
         let Some(Some((port, _))) = self.listens.get() else { return };
@@ -131,7 +149,6 @@ mod tests {
     use crate::monitor::Counters;
     use bytes::Bytes;
     use std::sync::atomic::AtomicUsize;
-    use std::time::Duration;
 
     /// A host that says its version and nothing else.
     struct Silent(AtomicBool);

@@ -92,13 +92,15 @@ impl Handler for Client {
         };
         let (shared, packets) = channel::queue();
         let (sessions, output) = (Arc::clone(&self.sessions), Arc::clone(&shared) as Arc<dyn Output>);
+        // Who ends the connection waits for what has begun.
+        self.own.session(&shared);
         let made = tokio::task::spawn_blocking(move || sessions(output)).await;
         let Ok(Ok(made)) = made else {
+            self.own.session_ended();
             session.channel_failure(id)?;
             return session.close(id);
         };
         session.channel_success(id)?;
-        self.own.session(&shared);
         let own = Arc::clone(&self.own);
         tokio::spawn(async move {
             channel::run(channel, shared, packets, made).await;

@@ -6,6 +6,7 @@
 
 use std::net::{IpAddr, TcpStream as Socket};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -41,6 +42,8 @@ const CONNECTIONS: usize = 16;
 const GRACE: Duration = Duration::from_secs(10);
 /// How long a connection may be silent, but for answers to whether it is there.
 const IDLE: Duration = Duration::from_secs(600);
+/// How long a port stays that nobody is connected to: there are not many for all sessions.
+const UNUSED: Duration = Duration::from_secs(120);
 /// A client has the one key.
 const TRIES: usize = 1;
 /// So many threads do the ciphers' work, at most.
@@ -82,6 +85,8 @@ pub struct Ports {
     sessions: Sessions,
     opener: Mutex<Option<Opener>>,
     listening: Mutex<Option<Listening>>,
+    /// It was asked for, with whatever result.
+    asked: AtomicBool,
 }
 
 /// What listens, until it is dropped.
@@ -102,6 +107,10 @@ impl Live {
         Some(own)
     }
 
+    fn is_empty(&self) -> bool {
+        locked(&self.0).as_ref().is_none_or(Vec::is_empty)
+    }
+
     fn remove(&self, own: &Arc<Own>) {
         locked(&self.0).iter_mut().for_each(|all| all.retain(|known| !Arc::ptr_eq(known, own)));
     }
@@ -110,7 +119,8 @@ impl Live {
 impl Ports {
     /// Nothing listens yet.
     pub fn new(place: Place, sessions: Sessions) -> Ports {
-        Ports { place, sessions, opener: Mutex::default(), listening: Mutex::default() }
+        let (opener, listening, asked) = (Mutex::default(), Mutex::default(), AtomicBool::new(false));
+        Ports { place, sessions, opener, listening, asked }
     }
 
     /// Starts what will listen, while this process can still start others.
@@ -124,14 +134,15 @@ impl Ports {
         Ok(())
     }
 
-    /// Listens for whoever has this key; the port, and the key that the host has there.
+    /// Listens for whoever has this key; the port, and the key that the host has there. It is done once, and a second time not even
+    /// where it has failed. A port that nobody uses for [`UNUSED`] is given back.
     ///
     /// # Errors
     /// What keeps it from listening.
     pub(super) fn listen(&self, key: &PublicKey) -> Result<(u16, PublicKey), String> {
         let mut listening = locked(&self.listening);
-        if listening.is_some() {
-            return Err("this session listens already".to_owned());
+        if self.asked.swap(true, Ordering::Relaxed) {
+            return Err("this session was asked to listen already".to_owned());
         }
         let failed = |error: std::io::Error| in_words(&error);
         // sshd may have started many like this one.
@@ -145,8 +156,17 @@ impl Ports {
         let mut builder = tokio::runtime::Builder::new_multi_thread();
         let runtime = builder.worker_threads(threads).thread_name("data").enable_all().build().map_err(failed)?;
         let port = opener.listen()?;
-        let end = opener.end().map_err(failed)?;
+        let (end, unused) = (opener.end().map_err(failed)?, opener.end().map_err(failed)?);
         let live = Arc::new(Live(Mutex::new(Some(Vec::new()))));
+        let watched = Arc::clone(&live);
+        runtime.spawn(async move {
+            let mut silent = Duration::ZERO;
+            while silent < UNUSED {
+                tokio::time::sleep(UNUSED / 4).await;
+                silent = if watched.is_empty() { silent + UNUSED / 4 } else { Duration::ZERO };
+            }
+            drop(unused);
+        });
         let connection = Connection {
             config: Arc::new(config),
             offered: Arc::new(offered),
