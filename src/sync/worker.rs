@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use crossbeam_channel::unbounded;
 
@@ -124,6 +125,7 @@ impl Worker<'_, '_> {
                 self.pushed.insert(fetch.index, fetch);
                 self.reader.push(fetch);
             }
+            let held_up = self.telling.load(Ordering::Relaxed) >= TELLING_MAX;
             match self.reader.next()? {
                 Some(produced) => {
                     self.pass_on(produced)?;
@@ -136,6 +138,11 @@ impl Worker<'_, '_> {
                     let staged = self.writer.completions(true)?;
                     let nothing = staged.is_empty();
                     self.complete(staged);
+                    if held_up {
+                        // There may be more to do once those have ended that tell of what is done.
+                        std::thread::sleep(Duration::from_millis(5));
+                        continue;
+                    }
                     if self.again.is_empty() && self.finished.is_empty() {
                         return Ok(());
                     }

@@ -62,6 +62,7 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn M
     let mut files = Vec::new();
     let mut wanted: BTreeSet<Vec<u8>> = BTreeSet::new();
     let mut resumed: HashSet<Vec<u8>> = HashSet::new();
+    let mut cut: Vec<(Vec<u8>, u64)> = Vec::new();
     for action in &mut plan.actions {
         let entry = &source.entries()[action.index as usize];
         let staged = run.staged_name(&entry.path, entry.is_directory());
@@ -82,6 +83,9 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn M
                 if resume_at > 0 {
                     action.need = Need::Content { resume_at };
                     resumed.insert(staged.clone());
+                    if resume_at < found {
+                        cut.push((staged.clone(), resume_at));
+                    }
                 }
             }
             let begun = if let Need::Content { resume_at } = action.need { resume_at } else { 0 };
@@ -120,6 +124,13 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn M
     if !inherited {
         return Err(Error::Usage("an internal error stopped the staging".into()));
     }
+    // Before the new list counts: a run that ends before it has opened them would have it say of what lies there now what it does not know.
+    let cuts = cut.iter().map(|(staged, size)| {
+        let size = Attributes { size: Some(*size), ..Attributes::default() };
+        with_attributes(packet::SETSTAT, &[&run.staging[..], b"/", staged].concat(), &size)
+    });
+    // One that cannot be cut cannot be gone on with, which says itself.
+    let _ = session.all(cuts)?;
     drop_leftovers(run, &left, &resumed, &wanted)?;
     make_directories(run, &own, &wanted)?;
     locked(&run.area).directories = wanted.into_iter().collect();

@@ -155,6 +155,13 @@ impl Comparing {
         };
         let mut guard = locked(&self.files);
         let files = &mut *guard;
+        if part.order == NO_ORDER {
+            files.by_index.entry(index).or_insert(File::Ended);
+            drop(guard);
+            self.end(index);
+            job.reply(&[]);
+            return Ok(());
+        }
         match files.by_index.get_mut(&index) {
             // It came too late to be of use.
             Some(File::Ended) => {
@@ -162,7 +169,7 @@ impl Comparing {
                 job.reply(&[]);
                 Ok(())
             }
-            Some(File::Open(Open { parts: Some(parts), .. })) if part.order != NO_ORDER => {
+            Some(File::Open(Open { parts: Some(parts), .. })) => {
                 let waiting = files.waiting + chunks(&part);
                 if parts.len() < PARTS_MAX && waiting <= WAITING_MAX {
                     files.waiting = waiting;
@@ -174,12 +181,6 @@ impl Comparing {
                 // Whoever waits for more of it would wait in vain.
                 self.end(index);
                 Err((job, WireError::Range("the number of parts that wait").into()))
-            }
-            Some(File::Open(Open { parts: Some(_), .. })) => {
-                drop(guard);
-                self.end(index);
-                job.reply(&[]);
-                Ok(())
             }
             _ => {
                 drop(guard);

@@ -160,6 +160,8 @@ impl ReadQueue {
                 Err(_) if self.sent.get(&tag).is_some_and(|(_, op, over)| self.is_spare(op, *over)) => {
                     self.sent.remove(&tag);
                 }
+                // It was not sent.
+                Err(_) if !self.sent.contains_key(&tag) => {}
                 Err(lost) => return Err(lost),
             }
         }

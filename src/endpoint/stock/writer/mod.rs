@@ -180,6 +180,8 @@ impl StockWriter {
                         self.step(number)?;
                     }
                 }
+                // It was not sent.
+                Err(_) if !self.sent.contains_key(&tag) => {}
                 Err(lost) => return Err(lost),
             }
         }
