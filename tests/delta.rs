@@ -18,7 +18,7 @@ use sha2::Digest as _;
 
 use crate::kit::area::{contents, options, write};
 use crate::kit::served::{Served, user};
-use crate::kit::{noise, text};
+use crate::kit::{noise, summary, text};
 
 const MIB: usize = 1 << 20;
 
@@ -28,9 +28,7 @@ fn push(served: &Served, to: &str, more: &[&str]) -> u64 {
     let to = format!("sync@127.0.0.1:{to}");
     let output = served.lockstep(&[&["push", "--json", &source, &to], more].concat(), "sync");
     assert!(output.status.success(), "{}", text(&output));
-    let summary = text(&output);
-    let summary = summary.lines().find(|line| line.contains("\"summary\"")).unwrap();
-    let summary: serde_json::Value = serde_json::from_str(summary).unwrap();
+    let summary = summary(&output);
     let there = served.path("sync").join(to.split_once(":/").unwrap().1);
     let mut found = contents(&there);
     found.retain(|path, _| !path.starts_with(".lockstep"));

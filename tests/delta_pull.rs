@@ -9,7 +9,7 @@ use sha2::Digest as _;
 use crate::kit::area::{contents, write};
 use crate::kit::served::Served;
 use crate::kit::sshd::Sshd;
-use crate::kit::{done, noise, text};
+use crate::kit::{done, noise, summary, text};
 
 const MIB: usize = 1 << 20;
 
@@ -18,9 +18,7 @@ fn pull(served: &Served, more: &[&str]) -> u64 {
     let to = served.path("here").display().to_string();
     let output = served.lockstep(&[&["pull", "--json", "sync@127.0.0.1:/data", &to], more].concat(), "sync");
     assert!(output.status.success(), "{}", text(&output));
-    let summary = text(&output);
-    let summary = summary.lines().find(|line| line.contains("\"summary\"")).unwrap();
-    let summary: serde_json::Value = serde_json::from_str(summary).unwrap();
+    let summary = summary(&output);
     let mut found = contents(&served.path("here"));
     found.retain(|path, _| !path.starts_with(".lockstep"));
     assert!(found == contents(&served.path("sync/data")), "the target is not the source");
@@ -122,9 +120,7 @@ fn one_file_that_is_named_is_compared_too() {
     for most in [7 * MIB as u64, MIB as u64] {
         write(&served.path("sync/data"), "model.bin", &bytes);
         let output = served.lockstep(&["pull", "--json", from, &format!("{to}/")], "sync");
-        let summary = text(&output);
-        let summary = summary.lines().find(|line| line.contains("\"summary\"")).unwrap_or_else(|| panic!("{summary}"));
-        let summary: serde_json::Value = serde_json::from_str(summary).unwrap();
+        let summary = summary(&output);
         assert!(fs::read(served.path("one/model.bin")).unwrap() == bytes);
         assert!(summary["wire_bytes"].as_u64().unwrap() < most, "{summary}");
         bytes[3 * MIB] ^= 1;

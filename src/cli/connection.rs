@@ -15,7 +15,7 @@ use tracing_subscriber::layer::{Context, Layer};
 use tracing_subscriber::prelude::*;
 
 use super::memory::Memory;
-use super::sftp_server::By;
+use super::sftp_server::{By, Served};
 use super::{Failure, journal, output};
 use crate::config::DataPorts;
 use crate::endpoint::Error;
@@ -106,7 +106,8 @@ fn session(lane: &Arc<Lane>, start: &SessionStart, output: Arc<dyn Output>) -> R
     let session = session.map_err(|error| crate::error::chain(&error))?;
     let (lane, start) = (Arc::clone(lane), start.clone());
     let head = Some(Vec::new());
-    Ok(Box::new(Whole { session: Some(session), agent: Some(agent), head, told: 0, relay: None, lane, start, output }))
+    let served = Served::new(session, agent);
+    Ok(Box::new(Whole { served, head, told: 0, relay: None, lane, start, output }))
 }
 
 /// A further connection of a run of this process, which another process passes on.
@@ -126,10 +127,9 @@ fn serve_lane(start: &SessionStart, stream: UnixStream) {
     }
 }
 
-/// A session that has ended when its agent has: the process ends after it, and what arrived is to be stored before.
+/// A session of a connection, or of the run of another process; this one ends after it.
 struct Whole {
-    session: Option<Session>,
-    agent: Option<Arc<Agent>>,
+    served: Served,
     /// The first packets, until it is known whether the client wants to work on the run of another process.
     head: Option<Vec<u8>>,
     /// So many bytes of them the session has.
@@ -141,10 +141,6 @@ struct Whole {
 }
 
 impl Whole {
-    fn feed_session(&mut self, bytes: &[u8]) -> Result<(), String> {
-        self.session.as_mut().map_or(Ok(()), |session| FedSession::feed(session, bytes))
-    }
-
     /// Looks at the second packet of a client, which says that it belongs to a run; a first one of it goes to the session.
     fn decide(&mut self, mut head: Vec<u8>) -> Result<(), String> {
         let wanted = extension::request("attach");
@@ -188,7 +184,7 @@ impl Whole {
         let start = self.start.clone();
         self.lane.accept(move |stream| serve_lane(&start, stream));
         let told = self.told;
-        self.feed_session(&head[told..])
+        self.served.feed(&head[told..])
     }
 }
 
@@ -198,14 +194,14 @@ impl FedSession for Whole {
             return relay.feed(bytes).map_err(|error| crate::error::in_words(&error));
         }
         match self.head.take() {
-            None => self.feed_session(bytes),
+            None => self.served.feed(bytes),
             Some(mut head) => {
                 head.extend_from_slice(bytes);
                 // The first packet is answered at once.
                 let first = head.first_chunk().map(|length| 4 + u32::from_be_bytes(*length) as usize);
                 if let Some(first) = first.filter(|&first| self.told == 0 && first <= head.len() && first <= 64) {
                     self.told = first;
-                    self.feed_session(&head[..first])?;
+                    self.served.feed(&head[..first])?;
                 }
                 self.decide(head)
             }
@@ -215,23 +211,12 @@ impl FedSession for Whole {
     fn finish(&mut self) {
         if let Some(head) = self.head.take() {
             let told = self.told;
-            let _ = self.feed_session(&head[told..]);
+            let _ = self.served.feed(&head[told..]);
         }
         if let Some(relay) = &mut self.relay {
             relay.finish();
         }
-        if let Some(session) = &mut self.session {
-            session.finish();
-        }
-    }
-}
-
-impl Drop for Whole {
-    fn drop(&mut self) {
-        drop(self.session.take());
-        if let Some(agent) = self.agent.take().and_then(Arc::into_inner) {
-            agent.finish();
-        }
+        self.served.finish();
     }
 }
 

@@ -137,18 +137,24 @@ impl Receiver {
             let agent = Arc::new(receiver.agent());
             let extensions = Arc::clone(&agent) as Arc<dyn Extensions>;
             let session = Session::new(receiver.config(), output, Some(extensions)).map_err(|error| chain(&error))?;
-            Ok(Box::new(Further { session: Some(session), agent: Some(agent) }) as Box<dyn FedSession>)
+            Ok(Box::new(Served::new(session, agent)) as Box<dyn FedSession>)
         })
     }
 }
 
-/// The session of a further connection, which has ended when its agent has.
-struct Further {
+/// A session that has ended when its agent has: what arrived is stored by then.
+pub(super) struct Served {
     session: Option<Session>,
     agent: Option<Arc<Agent>>,
 }
 
-impl FedSession for Further {
+impl Served {
+    pub(super) fn new(session: Session, agent: Arc<Agent>) -> Served {
+        Served { session: Some(session), agent: Some(agent) }
+    }
+}
+
+impl FedSession for Served {
     fn feed(&mut self, bytes: &[u8]) -> Result<(), String> {
         self.session.as_mut().map_or(Ok(()), |session| FedSession::feed(session, bytes))
     }
@@ -160,7 +166,7 @@ impl FedSession for Further {
     }
 }
 
-impl Drop for Further {
+impl Drop for Served {
     fn drop(&mut self) {
         drop(self.session.take());
         if let Some(agent) = self.agent.take().and_then(Arc::into_inner) {

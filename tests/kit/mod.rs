@@ -23,6 +23,13 @@ pub(crate) fn text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
+/// What a run with `--json` says at its end.
+pub(crate) fn summary(output: &Output) -> serde_json::Value {
+    let text = text(output);
+    let line = text.lines().find(|line| line.contains("\"summary\"")).unwrap_or_else(|| panic!("{text}"));
+    serde_json::from_str(line).unwrap()
+}
+
 /// Bytes that nothing makes smaller, the same each time.
 pub(crate) fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
