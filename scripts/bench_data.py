@@ -29,17 +29,15 @@ SHARDS = {"text": (8, 64 << 20), "medium": (16, 16 << 20)}
 
 
 def bf16(count):
-    """`count` bytes of normally distributed bf16 weights, little endian."""
+    """Normally distributed bf16 weights, little endian: `count` bytes in pieces of 16 MiB."""
     generator = random.Random(7)
     floats = array.array("f", (generator.gauss(0, 0.02) for _ in range(8 << 20)))
     raw = floats.tobytes()
     pool = bytearray(len(raw) // 2)
     pool[0::2], pool[1::2] = raw[2::4], raw[3::4]
-    out = bytearray()
-    while len(out) < count:
+    for start in range(0, count, len(pool)):
         turn = 2 * generator.randrange(len(pool) // 2)
-        out += pool[turn:] + pool[:turn]
-    return bytes(out[:count])
+        yield (pool[turn:] + pool[:turn])[:count - start]
 
 
 def settle():
@@ -62,7 +60,7 @@ def make(row, at, scale):
         noise(f"{at}/model.bin", max(1, size >> 20))
     elif row == "bf16":
         with open(f"{at}/model.safetensors", "wb") as out:
-            out.write(bf16(size))
+            out.writelines(bf16(size))
     elif row in SHARDS:
         count, length = SHARDS[row]
         words = [bytes(generator.choices(b"abcdefghijklmnopqrstuvwxyz", k=generator.randrange(2, 11))) for _ in range(20000)]

@@ -8,11 +8,14 @@ DATA_PORTS = "22100-22199"
 SFTP_SERVERS = ("/usr/lib/openssh/sftp-server", "/usr/libexec/sftp-server")
 
 
-def cpu_of(pid):
-    """CPU seconds of a process and of its children that have ended."""
-    with open(f"/proc/{pid}/stat") as stat:
-        fields = stat.read().rpartition(")")[2].split()
-    return sum(int(field) for field in fields[11:15]) / TICK
+def cpu_of(pids):
+    """CPU seconds of processes and of their children that have ended."""
+    ticks = 0
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+            ticks += sum(int(field) for field in fields[11:15])
+    return ticks / TICK
 
 
 def families(roots):
@@ -34,6 +37,17 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+# Starts a command, and is given and waits for whatever its descendants leave behind, so that their processor time is known.
+REAPER = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+server = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+signal.signal(signal.SIGTERM, lambda *_: os.kill(server, signal.SIGTERM))
+while os.wait()[0] != server:
+    pass
+"""
 
 
 class Servers:
@@ -77,7 +91,8 @@ Subsystem sftp {sftp}
 
     def start(self, name, command):
         with open(f"{self.at}/{name}.log", "w") as log:
-            self.started[name] = subprocess.Popen(self.network.far(command), stdout=log, stderr=log, start_new_session=True)
+            reaper = [sys.executable, "-S", "-c", REAPER, *command]
+            self.started[name] = subprocess.Popen(self.network.far(reaper), stdout=log, stderr=log, start_new_session=True)
 
     def wait(self):
         """Returns when all of them answer."""
@@ -93,13 +108,13 @@ Subsystem sftp {sftp}
                 time.sleep(0.05)
 
     def pid(self, contender):
-        """Of the server that a contender talks to."""
-        kind = contender.partition(" ")[2].replace("mirror", "serve").replace("pull", "serve")
+        """Of the process that started the server that a contender talks to."""
+        kind = contender.split()[1].replace("mirror", "serve").replace("pull", "serve")
         return self.started[kind if contender.startswith("lockstep") else "stock"].pid
 
     def stop(self):
         # A session of a client that was ended may not have noticed yet, and would go on writing.
-        sessions = [pid for family in families([process.pid for process in self.started.values()]) for pid in family[1:]]
+        sessions = [pid for family in families([process.pid for process in self.started.values()]) for pid in family[2:]]
         for process in self.started.values():
             process.send_signal(signal.SIGTERM)
         for pid in sessions:
@@ -169,6 +184,7 @@ def contenders(servers, lockstep):
         "lockstep sshd": push("sshd"),
         "lockstep ports": push("ports"),
         "lockstep stock": push("stock", "--remote", "sftp"),
+        "lockstep stock mirror": push("stock", "--remote", "sftp", "--delete"),
         "lockstep pull": pull,
         "rsync": rsync([]),
         "rsync gcm": rsync(gcm),
@@ -199,3 +215,8 @@ def takes_part(name, row):
     if name.endswith(" pull"):
         return row in CHANGES and row != "appended"
     return name not in ("rsync whole", "rsync inplace") or row in CHANGES
+
+
+def over_sftp(name):
+    """Whether a contender wants nothing at the far end but SFTP."""
+    return name.split()[0] in ("scp", "sftp", "lftp", "rclone") or name.startswith("lockstep stock")

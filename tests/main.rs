@@ -79,6 +79,7 @@ mod stock;
 mod stock_changes;
 mod stock_copies;
 mod stock_faults;
+mod stock_moved;
 mod stock_order;
 mod stock_pipes;
 mod stock_rounds;

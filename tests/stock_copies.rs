@@ -1,7 +1,7 @@
 //! What a stock server has already is not sent again: it copies it itself, and what it made is proven like all that is sent.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
@@ -23,7 +23,7 @@ pub(super) fn is_copy(packet: &[u8]) -> bool {
     packet.first() == Some(&EXTENDED) && packet.get(5..).is_some_and(|body| body.starts_with(COPY_DATA))
 }
 
-fn position(packet: &[u8], what: &[u8]) -> Option<usize> {
+pub(super) fn position(packet: &[u8], what: &[u8]) -> Option<usize> {
     packet.windows(what.len()).position(|bytes| bytes == what)
 }
 
@@ -108,12 +108,21 @@ pub(super) fn write_old(pair: &Pair, path: &str, data: &[u8]) -> PathBuf {
 
 const SIZES: [usize; 4] = [20 << 10, 300_001, 3 << 20, 40 << 20];
 
+/// Makes everything in `a` executable: what is to be executed is hashed first, and so copied where other files only get another name.
+fn executable(pair: &Pair) {
+    for entry in fs::read_dir(pair.at("source/a")).unwrap() {
+        fs::set_permissions(entry.unwrap().path(), PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    std::thread::sleep(Duration::from_millis(30));
+}
+
 /// A target that holds files of several sizes in `a`, which is called `b` at the source now.
 fn renamed(shell: bool) -> Pair {
     let pair = Pair::new();
     for (number, size) in SIZES.into_iter().enumerate() {
         write_old(&pair, &format!("a/{number}"), &noise(number as u64, size));
     }
+    executable(&pair);
     pushed(&pair, shell);
     fs::rename(pair.at("source/a"), pair.at("source/b")).unwrap();
     pair
@@ -252,7 +261,7 @@ fn a_run_that_is_to_stop_does_not_have_the_rest_copied() {
     for number in 0..40 {
         pair.write(&format!("a/{number}"), noise(number, 20_000));
     }
-    std::thread::sleep(Duration::from_millis(30));
+    executable(&pair);
     pushed(&pair, false);
     fs::rename(pair.at("source/a"), pair.at("source/b")).unwrap();
     let (stop, sent) = (Arc::<AtomicBool>::default(), Arc::<Sent>::default());

@@ -172,9 +172,20 @@ impl Pair {
     }
 
     pub(super) fn lanes(&self, out: Hook, back: Hook, shell: bool, lanes: impl Into<Width>) -> Result<Lanes, Error> {
+        self.lanes_proven(Verify::Auto, out, back, shell, lanes)
+    }
+
+    pub(super) fn lanes_proven(
+        &self,
+        verify: Verify,
+        out: Hook,
+        back: Hook,
+        shell: bool,
+        lanes: impl Into<Width>,
+    ) -> Result<Lanes, Error> {
         let remote: Arc<dyn Remote> = Arc::new(Host { out, back, shell });
         let first = remote.open(&Way::SftpSubsystem, 0).unwrap();
-        Lanes::connect(remote, first, lanes, self.at("target").as_os_str().as_encoded_bytes(), Verify::Auto)
+        Lanes::connect(remote, first, lanes, self.at("target").as_os_str().as_encoded_bytes(), verify)
     }
 
     pub(super) fn push_over(&self, lanes: Lanes) -> Result<SyncReport, Error> {

@@ -49,6 +49,15 @@ impl Journal {
         self
     }
 
+    /// Without these.
+    #[must_use]
+    pub fn without<'a>(mut self, paths: impl IntoIterator<Item = &'a RelPath>) -> Journal {
+        for path in paths {
+            self.files.remove(path);
+        }
+        self
+    }
+
     /// Of files that may be written out of their order, with where the run begins with each.
     pub fn spread(files: Vec<((RelPath, u64, Timestamp), u64)>) -> Journal {
         let begun = files.iter().map(|((path, ..), begun)| (path.clone(), *begun)).collect();

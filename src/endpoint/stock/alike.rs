@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use super::below;
+use super::moved::Movable;
 use super::target::{Run, State};
 use crate::endpoint::delta::{Beginning, Former, Sums, candidates};
 use crate::endpoint::{Error, SMALL_FILE_BYTES};
@@ -44,6 +45,8 @@ impl Lying {
 pub(super) struct Alike {
     /// Of the sizes that are wanted.
     by_digest: HashMap<Digest, Arc<Lying>>,
+    /// Files, by their index, that are made of what gets their name.
+    moves: HashSet<u32>,
     /// What a file, by its index, is made of, the most alike first.
     made_of: BTreeMap<u32, Vec<Arc<Lying>>>,
     /// What is known of these.
@@ -59,6 +62,11 @@ impl Alike {
     /// Whether the file at `index`, which has this size and digest, is made of one as a whole.
     pub(super) fn is_whole(&self, index: u32, size: u64, digest: Option<Digest>) -> bool {
         self.piece(index, 0).is_some_and(|lying| lying.size == size && digest == Some(lying.digest))
+    }
+
+    /// What gets the name of the file at `index`.
+    pub(super) fn moved(&self, index: u32) -> Option<Arc<Lying>> {
+        if self.moves.contains(&index) { self.piece(index, 0) } else { None }
     }
 
     /// What is known of a file with this digest.
@@ -109,12 +117,16 @@ pub(super) fn find(
     let nothing = Tree::default();
     let listed = if run.options.filter.only.is_some() { &manifest.tree } else { &nothing };
     let mut alike = Alike::default();
+    let mut movable = Movable::new(run, target, manifest, plan);
     for entry in target.entries().iter().chain(listed.entries()) {
         if let Some((size, Some(digest))) = entry.file()
             && sizes.contains(&size)
             && let Some(lying) = Lying::of(entry)
         {
-            alike.by_digest.entry(digest).or_insert(lying);
+            let known = alike.by_digest.entry(digest).or_insert_with(|| Arc::clone(&lying));
+            if movable.goes(&lying.path) && !movable.goes(&known.path) {
+                *known = lying;
+            }
         }
     }
     let there: HashSet<u64> = alike.by_digest.values().map(|lying| lying.size).collect();
@@ -129,7 +141,11 @@ pub(super) fn find(
     let mut whole_bytes = 0_u64;
     for wanted in &needed {
         if let Some(same) = wanted.digest.and_then(|digest| alike.holding(wanted.size, digest)) {
-            whole_bytes = whole_bytes.saturating_add(wanted.size);
+            if movable.gives(&same, wanted.entry) {
+                alike.moves.insert(wanted.index);
+            } else {
+                whole_bytes = whole_bytes.saturating_add(wanted.size);
+            }
             alike.made_of.insert(wanted.index, vec![same]);
             continue;
         }

@@ -30,6 +30,7 @@ mod lag;
 mod list;
 mod lock;
 mod look;
+mod moved;
 mod names;
 mod place;
 mod prove;

@@ -21,7 +21,7 @@ use super::stage::{OwnFile, clear, make_area, name_all, replace, store};
 use super::target::{MANIFEST, Run, STAGING_ABOVE, STATE, State};
 use super::trash::Trash;
 use super::writer::grant;
-use super::{DIRECTORY, at, audit, below, kind_of};
+use super::{DIRECTORY, at, audit, below, kind_of, moved};
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
 use crate::filter::Filter;
@@ -76,12 +76,14 @@ pub(super) fn manifest_of(
 
 /// Publishes the run.
 pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
-    let mut state = run.state();
-    let state = &mut *state;
     if run.options.dry_run {
         return Err(Error::Usage("a dry run publishes nothing".into()));
     }
-    let mut problems = Problems::default();
+    let (mut options, mut problems) = (options.clone(), Problems::default());
+    moved::settle(run, &mut options, &mut problems)?;
+    let options = &options;
+    let mut state = run.state();
+    let state = &mut *state;
     let mut failed = settle(run, state, options, &mut problems)?;
     if !failed.is_empty() || !options.unreadable.is_empty() {
         hold_pointers_back(run, state, &mut failed, &mut problems);
@@ -103,6 +105,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let trash = run.options.trash_seconds.is_some().then(|| trash::name(manifest.created.seconds, manifest.generation));
     let record = Record { base: state.old_digest, steps, trash };
     let log = ready(run, &record.steps)?;
+    moved::check(run, state)?;
     let log = write_down(run, log, &record, &text, manifest.generation, monitor)?;
     let done = execute(run, &record, &manifest.tree, false)?;
     let (manifest, text) = mend(run, manifest, text, &state.old_manifest.tree, &done)?;

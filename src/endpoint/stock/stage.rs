@@ -17,6 +17,7 @@ use crate::error::Escaped;
 use crate::filter::{Filter, FilterSpec};
 use crate::manifest::{Content, Tree};
 use crate::monitor::{Event, Monitor, Silent};
+use crate::path::RelPath;
 use crate::plan::{Action, Change, Need, Plan};
 use crate::scan::ScanRule;
 use crate::staging::Journal;
@@ -33,6 +34,8 @@ pub(super) struct Area {
     pub(super) left: bool,
     /// This run has made it, or taken it over.
     made: bool,
+    /// What this run has said that it stages.
+    journal: Journal,
     /// Directories that this run has made in it, below it and from the top.
     directories: Vec<Vec<u8>>,
 }
@@ -110,15 +113,16 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn M
         true => Journal::spread(files),
         false => Journal::new(files.into_iter().map(|(file, _)| file)),
     };
-    let journal = journal.encode();
+    let text = journal.encode();
     let own = OwnFile::new(&run.staging, JOURNAL);
     let mut replies = session.batch(area(run).iter().flat_map(|path| private(path)).chain(own.open()))?.into_iter();
     area(run).iter().try_for_each(|path| must_be_private(session, path, &mut replies))?;
     let handle = own.opened(session, &mut replies)?;
     locked(&run.area).made = true;
+    locked(&run.area).journal = journal;
     let inherited = std::thread::scope(|scope| {
         let inherited = scope.spawn(|| inherit_nothing(run, monitor));
-        own.written(session, session.all(own.write(session, &handle, &journal))?)?;
+        own.written(session, session.all(own.write(session, &handle, &text))?)?;
         Ok::<_, Error>(inherited.join().is_ok())
     })?;
     if !inherited {
@@ -135,6 +139,13 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn M
     make_directories(run, &own, &wanted)?;
     locked(&run.area).directories = wanted.into_iter().collect();
     Ok(spreads)
+}
+
+/// Says of these files that they are not staged any more: what the next run finds of them it removes.
+pub(super) fn unlist<'a>(run: &Run, paths: impl Iterator<Item = &'a RelPath>) -> Result<(), Error> {
+    let mut area = locked(&run.area);
+    area.journal = std::mem::take(&mut area.journal).without(paths);
+    store(&run.session, &run.staging, JOURNAL, &area.journal.encode())
 }
 
 /// The directories of the area, from the top.

@@ -4,12 +4,13 @@
 //! `.lockstep/staging/sftp/tree` of the root, pointers in `last` beside it. A root that is not there yet is made under a
 //! hidden name beside its own and gets its name in the last step. A run that has nothing to do makes nothing but its lock.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::alike::{self, Alike};
+use super::alike::{self, Alike, Lying};
 use super::bulk::{Bulk, Starting};
 use super::lock::Lock;
 use super::look::{Looked, answers, look, open_both, questions};
@@ -49,6 +50,8 @@ pub struct StockTarget {
     run: Mutex<Option<Arc<Run>>>,
     /// How what arrives is proven in the run, or was in the last.
     proof: Mutex<&'static str>,
+    /// Files that only got another name in the last run.
+    renamed: AtomicUsize,
     much: Much,
     /// Where what is known of the blocks of its files is kept.
     sums: Option<PathBuf>,
@@ -124,6 +127,10 @@ pub(super) struct State {
     pub(super) sums: HashMap<Digest, Sums>,
     /// What files may be made of.
     pub(super) alike: Arc<Alike>,
+    /// Files that are to get their content by a name of what the target has.
+    pub(super) moved: BTreeMap<u32, Arc<Lying>>,
+    /// Those that are linked to where they are staged.
+    pub(super) linked: BTreeMap<u32, Arc<Lying>>,
     /// Files whose content was found at the target.
     pub(super) kept: HashMap<u32, Digest>,
     /// The disk is full: staging is given up.
@@ -162,7 +169,7 @@ impl StockTarget {
     pub fn new(lanes: Lanes) -> StockTarget {
         let lanes = Arc::new(lanes);
         let (run, proof, much) = (Mutex::new(None), Mutex::new(BY_READING), Much::default());
-        StockTarget { lanes, run, proof, much, sums: None }
+        StockTarget { lanes, run, proof, renamed: AtomicUsize::default(), much, sums: None }
     }
 
     /// Has what is known of the blocks of its files kept in `directory`, which is made where something is to be kept: of a file that
@@ -309,6 +316,7 @@ impl Target for StockTarget {
     fn commit(&self, options: &CommitOptions, monitor: &dyn Monitor) -> Result<Committed, Error> {
         let run = self.run()?;
         let committed = publish::commit(&run, options, monitor)?;
+        self.renamed.store(run.state().linked.len(), Ordering::Relaxed);
         *locked(&run.lock) = None;
         *locked(&self.run) = None;
         Ok(committed)
@@ -325,7 +333,11 @@ impl Target for StockTarget {
     }
 
     fn verification(&self) -> String {
-        (*locked(&self.proof)).into()
+        let proof = *locked(&self.proof);
+        match self.renamed.load(Ordering::Relaxed) {
+            0 => proof.into(),
+            renamed => format!("{proof}; of {renamed} that only got another name, when they were sent"),
+        }
     }
 
     fn wire_bytes(&self) -> u64 {

@@ -27,10 +27,12 @@ mod beside;
 mod by_command;
 mod copies;
 mod file;
+mod moved;
 mod proof;
 
 pub(super) use copies::COPIED_BYTES;
 use file::{File, Op, Part, Route, Stage};
+use moved::Moving;
 
 /// Files of one writer that are open or waiting to be, at most.
 const OPEN_FILES: usize = 256;
@@ -77,6 +79,10 @@ pub(super) struct StockWriter {
     by_sftp: HashSet<u32>,
     /// What could not be made of what is there.
     whole: HashSet<u32>,
+    /// Files that get what is there by its name.
+    moving: HashMap<u32, Moving>,
+    /// Files may.
+    moves: bool,
     follower: Option<Follower>,
     /// The file that is hashed at the other end while it is sent, and how far that was told.
     following: Option<(u64, u64)>,
@@ -125,6 +131,8 @@ impl StockWriter {
             starting,
             by_sftp: HashSet::new(),
             whole: HashSet::new(),
+            moving: HashMap::new(),
+            moves: true,
             follower: None,
             following: None,
             sync_each,
@@ -434,6 +442,48 @@ impl StockWriter {
         self.send(number, Op::Close, about(packet::CLOSE, &handle))
     }
 
+    /// Begins to stage a file.
+    fn open_file(&mut self, index: u32, resume_at: u64) -> Result<(), Error> {
+        while self.open_files >= OPEN_FILES.min(self.session.handles() / 2) && !self.sent.is_empty() {
+            self.pump(true)?;
+        }
+        let (entry, size) = self.entry(index)?;
+        let path = self.run.staged_path(&entry.path);
+        // What may be copied takes a handle.
+        let is_made = self.alike.piece(index, 0).is_some() && !self.whole.contains(&index);
+        let beside = !is_made && self.goes_beside(index, size - resume_at.min(size));
+        let route = if is_made || beside { Route::Sftp } else { self.route(index, &path, size, resume_at)? };
+        let number = self.next_file;
+        self.next_file += 1;
+        let mut file = File::new(index, path.clone(), size, resume_at, route);
+        file.is_with_command = route == Route::Stream;
+        file.beside = beside.then(Default::default);
+        // Of what an earlier run has sent nothing is known.
+        file.summing = (resume_at == 0 && self.run.sums_up(size)).then(Summing::default);
+        self.files.insert(number, file);
+        self.current.insert(index, number);
+        if beside {
+            self.spread.begin();
+        }
+        match (route, resume_at) {
+            (Route::Pack, _) => return Ok(()),
+            (Route::Stream, _) => {
+                self.with_bulk(|bulk| bulk.begin(number, &path, resume_at))?;
+                return self.follow(number);
+            }
+            (Route::Sftp, 0) => self.open_new(number)?,
+            // All of it is there, perhaps with its last mode: only the proof is left.
+            (Route::Sftp, _) if resume_at == size => {}
+            (Route::Sftp, _) => {
+                let cut = Attributes { size: Some(resume_at), ..Attributes::default() };
+                self.send(number, Op::Write, with_attributes(packet::SETSTAT, &path, &cut))?;
+                self.count(number);
+                self.send(number, Op::Open, session::open(&path, open::WRITE))?;
+            }
+        }
+        self.follow(number)
+    }
+
     fn drop_file(&mut self, index: u32) -> Result<(), Error> {
         let Some(number) = self.current.remove(&index) else { return Ok(()) };
         self.lose(number);
@@ -479,6 +529,10 @@ impl Writer for StockWriter {
     fn put(&mut self, index: u32, block: Block, digest: Digest) -> Result<(), Error> {
         self.open(index, 0)?;
         let length = block.data().len() as u64;
+        if self.moves_on(index, 0, length, (0, 0)) {
+            return self.finish(index, digest);
+        }
+        self.stop_moving(index)?;
         if let Some(lying) = self.holding(index, length, digest) {
             self.copy_from(index, 0, length, (lying, 0))?;
         } else if length > 0 {
@@ -489,47 +543,11 @@ impl Writer for StockWriter {
 
     fn open(&mut self, index: u32, resume_at: u64) -> Result<(), Error> {
         self.drop_file(index)?;
-        while self.open_files >= OPEN_FILES.min(self.session.handles() / 2) && !self.sent.is_empty() {
-            self.pump(true)?;
-        }
-        let (entry, size) = self.entry(index)?;
-        let path = self.run.staged_path(&entry.path);
-        // What may be copied takes a handle.
-        let is_made = self.alike.piece(index, 0).is_some() && !self.whole.contains(&index);
-        let beside = !is_made && self.goes_beside(index, size - resume_at.min(size));
-        let route = if is_made || beside { Route::Sftp } else { self.route(index, &path, size, resume_at)? };
-        let number = self.next_file;
-        self.next_file += 1;
-        let mut file = File::new(index, path.clone(), size, resume_at, route);
-        file.is_with_command = route == Route::Stream;
-        file.beside = beside.then(Default::default);
-        // Of what an earlier run has sent nothing is known.
-        file.summing = (resume_at == 0 && self.run.sums_up(size)).then(Summing::default);
-        self.files.insert(number, file);
-        self.current.insert(index, number);
-        if beside {
-            self.spread.begin();
-        }
-        match (route, resume_at) {
-            (Route::Pack, _) => return Ok(()),
-            (Route::Stream, _) => {
-                self.with_bulk(|bulk| bulk.begin(number, &path, resume_at))?;
-                return self.follow(number);
-            }
-            (Route::Sftp, 0) => self.open_new(number)?,
-            // All of it is there, perhaps with its last mode: only the proof is left.
-            (Route::Sftp, _) if resume_at == size => {}
-            (Route::Sftp, _) => {
-                let cut = Attributes { size: Some(resume_at), ..Attributes::default() };
-                self.send(number, Op::Write, with_attributes(packet::SETSTAT, &path, &cut))?;
-                self.count(number);
-                self.send(number, Op::Open, session::open(&path, open::WRITE))?;
-            }
-        }
-        self.follow(number)
+        if self.begin_moving(index, resume_at) { Ok(()) } else { self.open_file(index, resume_at) }
     }
 
     fn write(&mut self, index: u32, offset: u64, block: Block) -> Result<(), Error> {
+        self.stop_moving(index)?;
         self.pump(false)?;
         let Some(&number) = self.current.get(&index) else { return Ok(()) };
         let Some(file) = self.files.get_mut(&number).filter(|file| file.failure.is_none()) else { return Ok(()) };
@@ -558,6 +576,7 @@ impl Writer for StockWriter {
     }
 
     fn hole(&mut self, index: u32, offset: u64, length: u64) -> Result<(), Error> {
+        self.stop_moving(index)?;
         let Some(file) = self.current.get(&index).and_then(|number| self.files.get_mut(number)) else { return Ok(()) };
         match offset.checked_add(length) {
             Some(end) if offset == file.at && end <= file.size => {
@@ -577,6 +596,10 @@ impl Writer for StockWriter {
     }
 
     fn copy(&mut self, index: u32, offset: u64, length: u64, from: Within) -> Result<(), Error> {
+        if self.moves_on(index, offset, length, (from.piece, from.offset)) {
+            return Ok(());
+        }
+        self.stop_moving(index)?;
         match self.alike.piece(index, from.piece) {
             Some(lying) => self.copy_from(index, offset, length, (lying, from.offset)),
             None => Err(Error::Usage("this target has nothing of which that file could be made".into())),
@@ -584,6 +607,9 @@ impl Writer for StockWriter {
     }
 
     fn finish(&mut self, index: u32, digest: Digest) -> Result<(), Error> {
+        if self.end_moving(index, digest) {
+            return Ok(());
+        }
         let Some(&number) = self.current.get(&index) else {
             let message = "was finished without having been opened".into();
             self.done.push(Staged { index, result: Err(WriteFailure { message, retry: false }) });
@@ -622,6 +648,7 @@ impl Writer for StockWriter {
     }
 
     fn discard(&mut self, index: u32) -> Result<(), Error> {
+        self.moving.remove(&index);
         self.drop_file(index)
     }
 
