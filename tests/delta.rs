@@ -63,6 +63,23 @@ fn s25_of_a_file_that_changed_only_what_changed_is_sent() {
 }
 
 #[test]
+fn files_are_sent_whole_where_that_is_asked_for() {
+    let served = Served::start("", "");
+    let source = served.path("source");
+    let mut data = noise(1, 8 * MIB);
+    write(&source, "model.bin", &data);
+    push(&served, "/data", &[]);
+    for (option, whole) in [("-W", true), ("--whole-file", true), ("--no-compress", false)] {
+        data[9000] ^= 1;
+        write(&source, "model.bin", &data);
+        fs::rename(source.join("model.bin"), source.join(option.trim_start_matches('-'))).unwrap();
+        write(&source, "model.bin", &data);
+        let wire = push(&served, "/data", &[option, "--delete"]);
+        assert_eq!(wire > data.len() as u64, whole, "{option}: {wire}");
+    }
+}
+
+#[test]
 fn s25_what_is_there_under_another_name_is_not_sent_again() {
     let served = Served::start("", "");
     let source = served.path("source");

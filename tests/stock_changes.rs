@@ -170,6 +170,8 @@ fn the_end_alone_of_a_file_that_only_grows_is_read_and_sent() {
             let pair = Pair::new();
             let mut options = options();
             options.begin.append_only = vec!["*.log".into()];
+            // That is for what changes.
+            options.begin.whole_files = !known;
             let push = || {
                 let sent = Arc::<Sent>::default();
                 let source = LocalSource::new(&pair.at("source"), Some(&pair.at("state"))).unwrap();

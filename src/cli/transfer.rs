@@ -59,6 +59,9 @@ pub(super) struct How {
     /// Hash every file, whatever its size and time say
     #[arg(short, long)]
     checksum: bool,
+    /// Send what has to be sent whole: nothing is made of what the target has, but for what only grows
+    #[arg(short = 'W', long)]
+    whole_file: bool,
     /// Symbolic links: safe (those that stay in the tree), all, skip, refuse
     #[arg(long, default_value = "safe", value_parser = parse_links)]
     links: Links,
@@ -273,6 +276,7 @@ impl How {
                 append_only: self.append_only.clone(),
                 ignore_free_space: self.ignore_free_space,
                 verify_disk: self.verify_disk,
+                whole_files: self.whole_file,
                 wait_seconds: self.wait,
                 dry_run: self.dry_run,
                 stage_only: false,

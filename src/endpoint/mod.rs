@@ -333,6 +333,9 @@ pub struct BeginOptions {
     /// Say which files may be made of what is there already ([`Plan::alike`]).
     #[serde(default)]
     pub delta: bool,
+    /// Files that are to be sent are sent whole, though parts of them may be at the target: there is no [`Self::delta`].
+    #[serde(skip)]
+    pub whole_files: bool,
     /// Only stage: a later run that wants the same files publishes them.
     #[serde(default)]
     pub stage_only: bool,

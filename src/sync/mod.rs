@@ -173,6 +173,11 @@ fn check(stop: &AtomicBool) -> Result<(), Error> {
     })
 }
 
+/// Whether changed files are compared with what the target has: to do so costs both sides more than it saves where nothing is between them.
+fn worth_comparing(source: &dyn Source, target: &dyn Target) -> bool {
+    if source.is_far() { !target.is_far() && source.compares() } else { target.is_far() }
+}
+
 /// Makes `target` like `source`. `stop` ends the run before anything is published: what is staged stays for the next
 /// one. Once publishing has begun the run goes to its end.
 ///
@@ -196,8 +201,7 @@ pub fn run(
         append_only: growing,
         deletes: options.delete,
         retires: options.retain.is_some(),
-        // To compare costs both sides more than it saves where nothing is between them.
-        delta: if source.is_far() { !target.is_far() && source.compares() } else { target.is_far() },
+        delta: !options.begin.whole_files && worth_comparing(source, target),
         ..options.begin.clone()
     };
     let (begun, scanned) = std::thread::scope(|scope| {

@@ -99,13 +99,14 @@ pub(super) fn find(
     manifest: &Manifest,
     plan: &mut Plan,
 ) -> Result<Alike, Error> {
-    if !run.options.delta || run.options.dry_run || !run.session.offers.copy_data {
+    if run.options.dry_run || !run.session.offers.copy_data {
         return Ok(Alike::default());
     }
     let needed = plan.actions.iter().filter(|action| action.need != Need::Nothing);
     let needed = needed.filter_map(|action| {
         let (index, entry) = (action.index, &source.entries()[action.index as usize]);
         let (size, digest) = entry.file().filter(|(size, _)| *size >= COPIED_BYTES_MIN)?;
+        (run.options.delta || run.growing.mean(&entry.path, false)).then_some(())?;
         Some(Wanted { index, entry, size, digest })
     });
     let needed: Vec<Wanted<'_>> = needed.collect();
