@@ -19,17 +19,16 @@ def cpu_of(pids):
 
 
 def families(roots):
-    """Each of these processes with its descendants."""
+    """Each of these processes with its descendants, those first that are nearer to it."""
+    children = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{name}/stat") as stat:
+                children.setdefault(int(stat.read().rpartition(")")[2].split()[1]), []).append(int(name))
     families = [[pid] for pid in roots]
-    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) > os.getpid()):
-        try:
-            with open(f"/proc/{pid}/stat") as stat:
-                parent = int(stat.read().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        for family in families:
-            if parent in family:
-                family.append(pid)
+    for family in families:
+        for pid in family:
+            family.extend(children.get(pid, ()))
     return families
 
 
@@ -109,8 +108,9 @@ Subsystem sftp {sftp}
 
     def pid(self, contender):
         """Of the process that started the server that a contender talks to."""
-        kind = contender.split()[1].replace("mirror", "serve").replace("pull", "serve")
-        return self.started[kind if contender.startswith("lockstep") else "stock"].pid
+        name, *kind = contender.split()
+        kind = kind[0].replace("mirror", "serve").replace("pull", "serve") if name == "lockstep" else "stock"
+        return self.started[kind].pid
 
     def stop(self):
         # A session of a client that was ended may not have noticed yet, and would go on writing.
