@@ -76,6 +76,7 @@ mod spread;
 mod ssh;
 mod sshd_faults;
 mod stock;
+mod stock_append;
 mod stock_changes;
 mod stock_copies;
 mod stock_faults;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use lockstep::endpoint::local::LocalSource;
+use lockstep::endpoint::stock::Verify;
 use lockstep::monitor::Silent;
 use lockstep::sync::run;
 
@@ -172,10 +173,11 @@ fn the_end_alone_of_a_file_that_only_grows_is_read_and_sent() {
             options.begin.append_only = vec!["*.log".into()];
             // That is for what changes.
             options.begin.whole_files = !known;
-            let push = || {
+            let push = |verify| {
                 let sent = Arc::<Sent>::default();
                 let source = LocalSource::new(&pair.at("source"), Some(&pair.at("state"))).unwrap();
-                let target = by_command(pair.lanes(sent.counting(nothing()), nothing(), shell, 1).unwrap());
+                let lanes = pair.lanes_proven(verify, sent.counting(nothing()), nothing(), shell, 1).unwrap();
+                let target = by_command(lanes);
                 // What it begins with is known by its digest, and needs no sums.
                 let sums = pair.at("state");
                 let target = target.keeping_sums_in(known.then_some(&sums));
@@ -185,11 +187,11 @@ fn the_end_alone_of_a_file_that_only_grows_is_read_and_sent() {
                 (sent, report.transferred_bytes)
             };
             let log = write_old(&pair, "run.log", &noise(1, 9 * MIB + 5));
-            push();
+            push(Verify::Auto);
             for round in 1..3 {
                 let length = fs::metadata(&log).unwrap().len();
                 fs::File::options().write(true).open(&log).unwrap().write_all_at(&noise(2, MIB), length).unwrap();
-                let (sent, read) = push();
+                let (sent, read) = push(Verify::Auto);
                 assert!(sent.content() < MIB + LITTLE, "{}", sent.content());
                 assert_eq!((sent.copies(), read), (1, MIB as u64), "{round}");
             }
@@ -201,7 +203,8 @@ fn the_end_alone_of_a_file_that_only_grows_is_read_and_sent() {
             file.set_modified(modified).unwrap();
             let length = fs::metadata(&log).unwrap().len();
             fs::File::options().write(true).open(&log).unwrap().write_all_at(b"more", length).unwrap();
-            assert!(push().0.content() > 9 * MIB);
+            let hashed = if shell { Verify::Exec } else { Verify::ReadBack };
+            assert!(push(hashed).0.content() > 9 * MIB);
         }
     }
 }

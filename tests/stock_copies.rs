@@ -91,7 +91,7 @@ pub(super) fn noise(seed: u64, length: usize) -> Vec<u8> {
 }
 
 /// Sets a time that proves something, each time another, and waits until what is known of the file is believed.
-fn age(path: &Path) {
+pub(super) fn age(path: &Path) {
     static AGED: AtomicUsize = AtomicUsize::new(3600);
     static NOW: LazyLock<SystemTime> = LazyLock::new(SystemTime::now);
     let then = *NOW - Duration::from_secs(2 * AGED.fetch_add(1, Ordering::Relaxed) as u64);

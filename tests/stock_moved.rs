@@ -189,6 +189,12 @@ fn h36_what_somebody_wrote_to_until_it_is_linked_is_left_and_sent_by_the_next_ru
         assert!(report.problems.iter().any(|problem| format!("{problem:?}").contains("b/2")), "{:?}", report.problems);
         // Nothing is lost, and nothing that was not proven has the new name.
         assert!(pair.at("target/a/2").exists() && !pair.at("target/b/2").exists());
+        // The others are copies: what stays is a file of its own.
+        assert!(report.deletion_held_back);
+        for (directory, number) in [("a", 0), ("a", 1), ("b", 0), ("b", 1)] {
+            let found = fs::metadata(pair.at("target").join(directory).join(number.to_string())).unwrap();
+            assert_eq!(found.nlink(), 1, "{directory}/{number}");
+        }
         pushed(&pair, shell);
     }
 }
@@ -206,6 +212,78 @@ fn h36_what_somebody_wrote_to_after_it_was_linked_is_not_published() {
         pushed(&pair, shell);
         assert_eq!(fs::metadata(pair.at("target/b/2")).unwrap().nlink(), 1);
     }
+}
+
+#[test]
+fn what_was_changed_there_and_has_its_time_still_is_found_where_it_is_hashed() {
+    let checksum =
+        Options { begin: lockstep::endpoint::BeginOptions { checksum: true, ..options().begin }, ..options() };
+    for (options, verify, found) in [
+        (&options(), Verify::Auto, false),
+        (&checksum, Verify::Auto, true),
+        (&options(), Verify::Exec, true),
+        (&options(), Verify::ReadBack, true),
+    ] {
+        let pair = renamed(true);
+        let there = pair.at("target/a/2");
+        let modified = fs::metadata(&there).unwrap().modified().unwrap();
+        let file = fs::File::options().write(true).open(&there).unwrap();
+        file.write_all_at(b"theirs", 9).unwrap();
+        file.set_modified(modified).unwrap();
+        let (report, _) = push(&pair, options, verify, nothing(), true);
+        assert!(report.is_complete(), "{:?}", report.problems);
+        assert_eq!(fs::read(pair.at("target/b/2")).unwrap() == noise(2, SIZES[2]), found, "{verify:?}");
+    }
+}
+
+#[test]
+fn where_a_new_name_cannot_be_given_the_old_one_stays() {
+    for shell in [true, false] {
+        let pair = renamed(shell);
+        let before = inodes(&pair, "a");
+        // Somebody has made what has that name at the source, when it is to get it.
+        let (taken, done) = (pair.at("target/b"), AtomicBool::new(false));
+        let out: Hook = Arc::new(move |packet| {
+            if position(packet, b"staging/sftp/commit.new").is_some() && !done.swap(true, Ordering::Relaxed) {
+                fs::create_dir(&taken).unwrap();
+                fs::write(taken.join("theirs"), "theirs").unwrap();
+            }
+            true
+        });
+        let (report, _) = push_with(&pair, out, nothing(), shell);
+        assert!(!report.is_complete());
+        assert_eq!(inodes(&pair, "a"), before);
+        // The manifest says what is there.
+        let manifest =
+            lockstep::manifest::format::decode(&fs::read(pair.at("target/.lockstep/manifest")).unwrap()).unwrap();
+        let listed: Vec<String> = manifest.tree.entries().iter().map(|entry| entry.path.to_string()).collect();
+        assert_eq!(listed, ["a", "a/0", "a/1", "a/2", "same"]);
+        pushed(&pair, shell);
+    }
+}
+
+#[test]
+fn h36_what_somebody_wrote_to_after_a_run_broke_off_that_was_to_publish_is_not_published() {
+    let pair = renamed(true);
+    let recorded = AtomicBool::new(false);
+    let cut: Hook = Arc::new(move |packet| {
+        let names_it = position(packet, b"posix-rename").is_some() && position(packet, b"sftp/commit.new").is_some();
+        !recorded.fetch_or(names_it, Ordering::Relaxed) || names_it
+    });
+    pair.push(cut, nothing(), true).unwrap_err();
+    assert!(pair.at("target/.lockstep/staging/sftp/commit").exists() && !pair.at("target/b").exists());
+    fs::File::options().write(true).open(pair.at("target/a/2")).unwrap().write_all_at(b"theirs", 9).unwrap();
+    // The next run finishes that, and sends it.
+    let seen = Arc::new(AtomicBool::new(false));
+    let (sees, there) = (Arc::clone(&seen), pair.at("target/b/2"));
+    let out: Hook = Arc::new(move |_| {
+        let theirs = fs::read(&there).is_ok_and(|data| data != noise(2, SIZES[2]));
+        sees.fetch_or(theirs, Ordering::Relaxed);
+        true
+    });
+    let (report, _) = push_with(&pair, out, nothing(), true);
+    assert!(report.is_complete() && !seen.load(Ordering::Relaxed), "{:?}", report.problems);
+    pair.in_step();
 }
 
 #[test]

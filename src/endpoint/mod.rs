@@ -397,6 +397,9 @@ pub struct Committed {
     /// What was to be removed and stays for now, since somebody uses it: escaped path and who.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub put_off: Vec<(String, String)>,
+    /// What was to be removed stays all the same: something failed that had not by then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub held_back: bool,
     /// Paths that could not be published: escaped path and reason.
     pub problems: Vec<(String, String)>,
 }
@@ -410,6 +413,8 @@ pub trait Target: Sync {
     /// # Errors
     /// When the root cannot be used, is locked, or the receiver refuses.
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error>;
+    /// Says before the comparison that nothing will be removed in this run after all.
+    fn keeps_all(&self) {}
     /// Compares the source's tree with what is there.
     ///
     /// # Errors
@@ -519,6 +524,11 @@ pub trait Writer: Send {
     /// # Errors
     /// What ends the run.
     fn hole(&mut self, index: u32, offset: u64, length: u64) -> Result<(), Error>;
+    /// Of a file that was opened, before anything of it comes: it begins with all that the target has under its name, which was hashed and
+    /// is `there`.
+    fn begins_with(&mut self, index: u32, there: Beginning) {
+        let _ = (index, there);
+    }
     /// `length` bytes at `offset` that the target has at a place of what [`Target::alike`] listed.
     ///
     /// # Errors

@@ -244,6 +244,9 @@ fn run_begun(
     let tree = Arc::new(scan.tree);
     let mut problems = scan.problems;
     monitor.event(Event::Phase(Phase::Comparing));
+    if problems.iter().any(|problem| problem.severity == Severity::Failed) {
+        target.keeps_all();
+    }
     let mut plan = target.diff(&tree, monitor)?;
     check(stop)?;
     let retired = retired(options, &mut plan)?;
@@ -291,9 +294,10 @@ fn run_begun(
         });
     }
     let any_failed = problems.iter().any(|problem| problem.severity == Severity::Failed);
-    let held_back = options.delete && any_failed && !plan.removals.is_empty();
+    let kept = || monitor.event(Event::Warning("nothing was deleted at the target, because some paths failed"));
+    let mut held_back = options.delete && any_failed && !plan.removals.is_empty();
     if held_back {
-        monitor.event(Event::Warning("nothing was deleted at the target, because some paths failed"));
+        kept();
     }
     monitor.event(Event::Phase(Phase::Publishing));
     let bytes = |paths: &BTreeSet<RelPath>| paths.iter().map(|path| path.as_bytes().to_vec()).collect();
@@ -306,6 +310,10 @@ fn run_begun(
         scope.spawn(|| source.remember(&tree, &digests));
         target.commit(&commit, monitor)
     })?;
+    if committed.held_back && !held_back {
+        kept();
+        held_back = true;
+    }
     for (path, why) in &committed.put_off {
         monitor
             .event(Event::Warning(&format!("'{path}' is not removed for now: {why}; the next run looks at it again")));

@@ -368,6 +368,7 @@ impl Worker<'_, '_> {
         }
         (fetch.after, fetch.unless) = (Some(there), None);
         self.open_once(index)?;
+        self.writer.begins_with(index, there);
         if !self.copy(index, 0, there.length)? {
             return Ok(true);
         }

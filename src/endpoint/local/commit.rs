@@ -36,7 +36,9 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         delete_later: options.delete_later || (options.delete && !state.refused.is_empty()),
         ..options.clone()
     };
+    let deletes = options.delete;
     let lost = moved::settle(run, staging, &mut state, &mut options)?;
+    let nothing_goes = deletes && !options.delete;
     let options = &options;
     let mut failed = not_staged(&mut state, options);
     run.allow_commit(&state, options)?;
@@ -71,6 +73,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
             generation: state.old_manifest.generation,
             manifest_digest: state.old_digest.to_string(),
             put_off,
+            held_back: nothing_goes,
             problems: shown(withheld),
             ..Committed::default()
         });
@@ -152,6 +155,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         retired: retired.gone.keys().filter(done).map(ToString::to_string).collect(),
         put_off,
         trash: moved_aside(run, &record)?,
+        held_back: nothing_goes,
         problems: shown(withheld.into_iter().chain(problems.iter().cloned())),
     })
 }

@@ -52,7 +52,11 @@ pub(super) fn adopt(run: &Run, source: &Tree, target: &mut Tree) -> Result<(), E
     Ok(())
 }
 
-fn hash(run: &Run, batches: Vec<Vec<Unproven>>) -> Result<Proven, Error> {
+/// Hashes files that lie there, by a command or by reading them back.
+///
+/// # Errors
+/// When the connection ends.
+pub(super) fn hash(run: &Run, batches: Vec<Vec<Unproven>>) -> Result<Proven, Error> {
     let mut all = Proven::new();
     if run.provers.is_empty() {
         // A dry run starts no threads.

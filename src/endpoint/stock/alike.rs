@@ -15,7 +15,7 @@ use crate::endpoint::{Error, SMALL_FILE_BYTES};
 use crate::manifest::{Digest, Entry, Manifest, Tree};
 use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
-use crate::plan::{Need, Plan};
+use crate::plan::{Action, Need, Plan};
 use crate::scan::sums::SumsStore;
 
 /// A smaller file is sent sooner than the server is asked to copy it, which takes seven requests.
@@ -47,6 +47,8 @@ pub(super) struct Alike {
     by_digest: HashMap<Digest, Arc<Lying>>,
     /// Files, by their index, that are made of what gets their name.
     moves: HashSet<u32>,
+    /// Files, by their index, of which what is new is put at the end of what is there.
+    tails: HashSet<u32>,
     /// What a file, by its index, is made of, the most alike first.
     made_of: BTreeMap<u32, Vec<Arc<Lying>>>,
     /// What is known of these.
@@ -69,6 +71,11 @@ impl Alike {
         if self.moves.contains(&index) { self.piece(index, 0) } else { None }
     }
 
+    /// What the file at `index` is appended to.
+    pub(super) fn appended_to(&self, index: u32) -> Option<Arc<Lying>> {
+        if self.tails.contains(&index) { self.piece(index, 0) } else { None }
+    }
+
     /// What is known of a file with this digest.
     pub(super) fn sums(&self, digest: Digest) -> Option<&Arc<Sums>> {
         self.sums.get(&digest)
@@ -82,6 +89,7 @@ impl Alike {
 
 /// A file whose content is needed.
 struct Wanted<'a> {
+    action: &'a Action,
     index: u32,
     entry: &'a Entry,
     size: u64,
@@ -107,7 +115,7 @@ pub(super) fn find(
         let (index, entry) = (action.index, &source.entries()[action.index as usize]);
         let (size, digest) = entry.file().filter(|(size, _)| *size >= COPIED_BYTES_MIN)?;
         (run.options.delta || run.growing.mean(&entry.path, false)).then_some(())?;
-        Some(Wanted { index, entry, size, digest })
+        Some(Wanted { action, index, entry, size, digest })
     });
     let needed: Vec<Wanted<'_>> = needed.collect();
     if needed.is_empty() {
@@ -118,14 +126,14 @@ pub(super) fn find(
     let nothing = Tree::default();
     let listed = if run.options.filter.only.is_some() { &manifest.tree } else { &nothing };
     let mut alike = Alike::default();
-    let mut movable = Movable::new(run, target, manifest, plan);
+    let mut movable = Movable::new(run, (source, target), manifest, plan);
     for entry in target.entries().iter().chain(listed.entries()) {
         if let Some((size, Some(digest))) = entry.file()
             && sizes.contains(&size)
             && let Some(lying) = Lying::of(entry)
         {
             let known = alike.by_digest.entry(digest).or_insert_with(|| Arc::clone(&lying));
-            if movable.goes(&lying.path) && !movable.goes(&known.path) {
+            if movable.goes(&lying) && !movable.goes(known) {
                 *known = lying;
             }
         }
@@ -155,16 +163,24 @@ pub(super) fn find(
         if let Some(shorter) = grown(run, target, wanted).filter(|shorter| pieces.first() != Some(shorter)) {
             pieces = vec![shorter];
         }
+        let former = pieces.first().filter(|former| former.path == wanted.entry.path && former.size < wanted.size);
+        if former.is_some() && run.may_append(source, target, manifest, wanted.action) {
+            alike.tails.insert(wanted.index);
+        }
         if !pieces.is_empty() {
             alike.made_of.insert(wanted.index, pieces);
         }
     }
     // Copied by the server, a hole becomes zeros that take room.
     if whole_bytes > 0 && run.session.room(&run.root_path())?.is_some_and(|room| room < whole_bytes) {
-        return Ok(Alike::default());
+        // What gets another name needs none.
+        let Alike { moves, mut made_of, .. } = alike;
+        made_of.retain(|index, _| moves.contains(index));
+        alike = Alike { moves, made_of, ..Alike::default() };
     }
     let may_be = |wanted: &&Wanted<'_>| {
-        alike.made_of.contains_key(&wanted.index) || wanted.digest.is_none() && there.contains(&wanted.size)
+        alike.made_of.contains_key(&wanted.index)
+            || !alike.by_digest.is_empty() && wanted.digest.is_none() && there.contains(&wanted.size)
     };
     plan.alike = needed.iter().filter(may_be).map(|wanted| wanted.index).collect();
     Ok(alike)

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeSet;
 
+use super::append::append;
 use super::record::{Record, Recorded};
 use super::session::{self, Refusal, Reply, Session, about, extended};
 use super::stage::replace;
 use super::target::{Permissions, Run};
 use super::trash::Trash;
 use super::writer::grant;
-use super::{SYMLINK, below, kind_of, whole_seconds};
+use super::{SYMLINK, below, kind_of, moved, whole_seconds};
 use crate::endpoint::Error;
 use crate::manifest::{Content, Entry, Tree};
 use crate::path::RelPath;
@@ -42,6 +43,9 @@ type Done<'a> = (&'a Recorded, Result<(), Refusal>);
 /// `again` is for a record of which a part was done before.
 pub(super) fn execute(run: &Run, record: &Record, tree: &Tree, again: bool) -> Result<Problems, Error> {
     let mut problems = Problems::default();
+    if again {
+        moved::look_again(run, record, &mut problems)?;
+    }
     let steps = &record.steps;
     let (pointers, content): (Vec<&Recorded>, Vec<&Recorded>) = steps.iter().partition(|recorded| recorded.pointer);
     let how = How { tree, again, trash: record.trash.as_deref().map(|name| Trash::new(run, name)) };
@@ -53,9 +57,26 @@ pub(super) fn execute(run: &Run, record: &Record, tree: &Tree, again: bool) -> R
     let new = content.iter().filter(|recorded| matches!(recorded.step, Step::NewDirectory(_)));
     touched.extend(new.map(|recorded| recorded.step.path().clone()));
     // What happened in a directory moved its time; and new ones still have the mode they were staged with.
-    let moved = touched.difference(&later);
-    let moved = moved.filter(|path| tree.get(path).is_some_and(Entry::is_directory)).cloned().collect();
-    perform(run, &content, moved, &how, &mut problems)?;
+    let dated = touched.difference(&later);
+    let dated = dated.filter(|path| tree.get(path).is_some_and(Entry::is_directory)).cloned().collect();
+    let later_steps = moved::later(record);
+    let is_later = |recorded: &&Recorded| match recorded.step {
+        Step::RemoveFile(_) | Step::RemoveDirectory(_) => later_steps.contains(recorded.step.path()),
+        // What is in them moves their times.
+        Step::ApplyMetadata(_) => !later_steps.is_empty(),
+        _ => false,
+    };
+    let (old_names, content): (Vec<&Recorded>, Vec<&Recorded>) = content.into_iter().partition(is_later);
+    if old_names.is_empty() {
+        perform(run, &content, dated, &how, &mut problems)?;
+    } else {
+        perform(run, &content, BTreeSet::new(), &how, &mut problems)?;
+        let staying = moved::staying(record, &problems);
+        let stays = |recorded: &&Recorded| recorded.is_removal() && staying.contains(recorded.step.path());
+        let (kept, going): (Vec<&Recorded>, Vec<&Recorded>) = old_names.into_iter().partition(stays);
+        problems.unpublished.extend(kept.into_iter().map(|recorded| recorded.step.path().clone()));
+        perform(run, &going, dated, &how, &mut problems)?;
+    }
     let later = later.into_iter().filter(|path| tree.get(path).is_some_and(Entry::is_directory)).collect();
     if problems.told.is_empty() {
         perform(run, &pointers, later, &how, &mut problems)?;
@@ -99,9 +120,11 @@ fn perform(
         }
         None => Vec::new(),
     };
+    moved.extend(append(run, steps.iter().copied(), tree, *again, problems)?.into_iter().cloned());
+    let steps: Vec<&Recorded> = steps.iter().copied().filter(|recorded| recorded.append.is_none()).collect();
     let mut batch: Vec<(&Recorded, Vec<u8>)> = Vec::new();
     let mut results: Vec<Done<'_>> = Vec::new();
-    for &recorded in steps {
+    for recorded in steps {
         let path = below(&run.root, recorded.step.path());
         let request = match &recorded.step {
             Step::Replace(_) if session.offers.posix_rename => {

@@ -21,6 +21,7 @@ use crate::wire::sftp::{Attributes, packet};
 
 mod adopt;
 mod alike;
+mod append;
 mod audit;
 mod bulk;
 mod execute;

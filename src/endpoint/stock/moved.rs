@@ -1,14 +1,15 @@
 //! Files that only get another name: what goes under one name in a run is published under another, and is neither sent nor copied.
 //!
 //! It is linked (`hardlink@openssh.com`) to where its new name is staged when everything else is, and looked at there twice, before and
-//! after all is on the disk; its old name goes by the steps of the run, like that of anything that goes. What cannot be linked, or is not
-//! what was listed, is copied after all and proven.
+//! after all is on the disk. Its old name goes once the new one is there, and stays where that could not be given. What cannot be linked,
+//! or is not what was listed, is copied after all and proven; so are all where the run does not remove anything.
 //!
 //! What is not done is to hash it again: it is what the manifest lists, as far as its size, time, owner and mode say, which is what is
 //! believed of a file that keeps its name. `--checksum`, `--verify=exec` and `--verify=read-back` have it copied and hashed.
 //!
-//! RACE: SFTP knows no inode and no time of change. Whoever writes to it under its old name between the last look and the publishing, or has
-//! given it its old time after he did so before, finds that under the new name; the next run that hashes it finds it too.
+//! RACE: SFTP knows no inode, no number of names and no time of change. Whoever writes to it under its old name between the last look and
+//! the publishing, or has given it its old time after he did so before, finds that under the new name; the next run that hashes it finds
+//! it too. A further name that somebody else has given it is one of the file under its new name then.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -16,20 +17,32 @@ use std::sync::Arc;
 use super::REGULAR;
 use super::alike::Lying;
 use super::execute::Problems;
+use super::record::Record;
 use super::session::{Reply, about, extended};
-use super::target::{Permissions, Run, State};
+use super::target::{Permissions, Run, State, locked};
 use super::writer::{COPIED_BYTES, StockWriter};
 use super::{Verify, kind_of, stage};
 use crate::endpoint::delta::Within;
 use crate::endpoint::{CommitOptions, Error, Writer};
-use crate::manifest::{Content, Entry, Manifest, Tree};
+use crate::manifest::{Content, Entry, Manifest, Name, Tree};
 use crate::path::RelPath;
 use crate::plan::Plan;
 use crate::wire::sftp::packet;
 
+/// A file that gets another name, as it is written down.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Linked {
+    pub(super) from: RelPath,
+    pub(super) to: RelPath,
+    pub(super) size: u64,
+    /// Its time of modification.
+    pub(super) seconds: i64,
+}
+
 /// What may get another name in a run.
 pub(super) struct Movable<'a> {
     run: &'a Run,
+    source: &'a Tree,
     target: &'a Tree,
     plan: &'a Plan,
     /// Files that have further names there.
@@ -38,30 +51,56 @@ pub(super) struct Movable<'a> {
     given: HashSet<RelPath>,
     /// Before this, a file that changed has another time.
     since: i64,
+    /// Files may at all.
+    may: bool,
+    /// Whose the account's own files are there, where it may not do what it wants.
+    own: Option<Name>,
 }
 
 impl<'a> Movable<'a> {
-    pub(super) fn new(run: &'a Run, target: &'a Tree, manifest: &'a Manifest, plan: &'a Plan) -> Movable<'a> {
+    pub(super) fn new(
+        run: &'a Run,
+        (source, target): (&'a Tree, &'a Tree),
+        manifest: &'a Manifest,
+        plan: &'a Plan,
+    ) -> Movable<'a> {
         let entries = target.entries().iter().chain(manifest.tree.entries());
         let first = |entry: &'a Entry| match &entry.content {
             Content::HardLink { first } => Some(first),
             _ => None,
         };
+        let options = &run.options;
+        let undisturbed = options.trash_seconds.is_none() && !options.checksum && !options.verify_disk;
+        let may = options.deletes && options.delta && !run.keeps_all();
+        let may = may && undisturbed && run.session.offers.hard_link && run.lanes.verify == Verify::Auto;
+        let own = (run.own.0 != 0).then(|| locked(&run.names).user(run.own.0));
         let (shared, given, since) = (entries.filter_map(first).collect(), HashSet::new(), manifest.created.seconds);
-        Movable { run, target, plan, shared, given, since }
+        Movable { run, source, target, plan, shared, given, since, may, own }
     }
 
-    /// Whether what lies at `path` goes in this run.
-    pub(super) fn goes(&self, path: &RelPath) -> bool {
-        let run = self.run;
-        let undisturbed = run.options.trash_seconds.is_none() && !run.options.checksum && !run.options.verify_disk;
-        let may = run.options.deletes && run.session.offers.hard_link && run.lanes.verify == Verify::Auto;
-        may && undisturbed && self.plan.removes(path)
+    /// Whether it goes in this run, when its new name is there, and is what was listed.
+    pub(super) fn goes(&self, lying: &Lying) -> bool {
+        let path = &lying.path;
+        if !self.may || !self.plan.removes(path) || self.run.is_last(path) {
+            return false;
+        }
+        let listed = self.target.get(path).filter(|there| there.mtime.seconds == lying.seconds);
+        // What stands in the way of something new goes before that comes.
+        let in_the_way = self.source.get(path).is_some()
+            || path.ancestors().any(|above| self.source.get(&above).is_some_and(|above| !above.is_directory()));
+        listed.and_then(Entry::file) == Some((lying.size, Some(lying.digest))) && !in_the_way && self.can_go(path)
+    }
+
+    /// Whether the account may take a name away from the directory that it is in, as far as its owner and mode say.
+    fn can_go(&self, path: &RelPath) -> bool {
+        let Some(own) = &self.own else { return true };
+        let parent = path.parent().and_then(|parent| self.target.get(&parent));
+        parent.is_none_or(|parent| parent.owner == *own && parent.mode & 0o300 == 0o300)
     }
 
     /// Whether it is given to `entry`: it goes, and has all that this is to have.
     pub(super) fn gives(&mut self, lying: &Lying, entry: &Entry) -> bool {
-        if !self.goes(&lying.path) || self.shared.contains(&lying.path) || self.run.is_last(&entry.path) {
+        if !self.goes(lying) || self.shared.contains(&lying.path) || self.run.is_last(&entry.path) {
             return false;
         }
         let Some(there) = self.target.get(&lying.path) else { return false };
@@ -79,22 +118,32 @@ impl<'a> Movable<'a> {
 /// When the connection ends, or the disk is full.
 pub(super) fn settle(run: &Arc<Run>, options: &mut CommitOptions, problems: &mut Problems) -> Result<(), Error> {
     let mut moved = std::mem::take(&mut run.state().moved);
-    moved.retain(|index, _| !options.failed.contains(index));
+    let failed: HashSet<u32> = options.failed.iter().copied().collect();
+    moved.retain(|index, _| !failed.contains(index));
     if moved.is_empty() {
         return Ok(());
     }
+    let mut linked = BTreeMap::new();
     if options.delete {
-        let linked = link(run, &moved)?;
+        linked = link(run, &moved)?;
         moved.retain(|index, _| !linked.contains_key(index));
-        let mut state = run.state();
-        state.staged.extend(linked.iter().map(|(&index, lying)| (index, lying.digest)));
-        state.linked = linked;
     }
-    for (path, index, why) in copy(run, &moved)? {
+    let mut lost = copy(run, &moved)?;
+    if !lost.is_empty() {
+        // Nothing goes now, and what stays under its old name is to be a file of its own.
+        options.delete = false;
+        let unlinked = linked.keys().map(|&index| about(packet::REMOVE, &staged(run, &run.state(), index)));
+        let unlinked: Vec<_> = unlinked.collect();
+        let _ = run.session.all(unlinked)?;
+        lost.extend(copy(run, &std::mem::take(&mut linked))?);
+    }
+    for (path, index, why) in lost {
         problems.tell(&path, why);
         options.failed.push(index);
-        options.delete = false;
     }
+    let mut state = run.state();
+    state.staged.extend(linked.iter().map(|(&index, lying)| (index, lying.digest)));
+    state.linked = linked;
     Ok(())
 }
 
@@ -116,6 +165,52 @@ pub(super) fn check(run: &Run, state: &State) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// What was linked, to be written down.
+pub(super) fn written_down(state: &State) -> Vec<Linked> {
+    let linked = state.linked.iter().map(|(&index, lying)| Linked {
+        from: lying.path.clone(),
+        to: state.source.entries()[index as usize].path.clone(),
+        size: lying.size,
+        seconds: lying.seconds,
+    });
+    linked.collect()
+}
+
+/// Where a run was interrupted when it was about to publish: takes away what has changed since, which is told and not published.
+///
+/// # Errors
+/// When the connection ends.
+pub(super) fn look_again(run: &Run, record: &Record, problems: &mut Problems) -> Result<(), Error> {
+    let staged = |linked: &Linked| run.staged_path(&linked.to);
+    let found = run.session.batch(record.linked.iter().map(|linked| about(packet::LSTAT, &staged(linked))))?;
+    let mut changed = Vec::new();
+    for (linked, found) in record.linked.iter().zip(found) {
+        // What is not there any more has its name already.
+        let Ok(found) = run.session.attributes(found)? else { continue };
+        let modified = found.times.map(|(_, modified)| i64::from(modified));
+        if kind_of(&found) != Some(REGULAR) || found.size != Some(linked.size) || modified != Some(linked.seconds) {
+            changed.push(about(packet::REMOVE, &staged(linked)));
+            let why = format!("'{}', which was to get this name, was changed there since; push again", linked.from);
+            problems.tell(&linked.to, why);
+            problems.unpublished.insert(linked.to.clone());
+        }
+    }
+    run.session.all(changed).map(drop)
+}
+
+/// What goes only once the new names are there: the old ones, and the directories above them.
+pub(super) fn later(record: &Record) -> HashSet<RelPath> {
+    let from = record.linked.iter().map(|linked| linked.from.clone());
+    let above = record.linked.iter().flat_map(|linked| linked.from.ancestors());
+    from.chain(above).collect()
+}
+
+/// Of these what stays, since the new name of something is not there.
+pub(super) fn staying(record: &Record, problems: &Problems) -> HashSet<RelPath> {
+    let left = record.linked.iter().filter(|linked| problems.left(&linked.to));
+    left.flat_map(|linked| linked.from.ancestors().chain([linked.from.clone()])).collect()
 }
 
 fn staged(run: &Run, state: &State, index: u32) -> Vec<u8> {
@@ -169,7 +264,20 @@ fn copy(run: &Arc<Run>, moved: &BTreeMap<u32, Arc<Lying>>) -> Result<Vec<(RelPat
     if moved.is_empty() {
         return Ok(Vec::new());
     }
-    let mut writer = StockWriter::new(Arc::clone(run)).moving_nothing();
+    let path = |index: u32| run.state().source.entries()[index as usize].path.clone();
+    let wanted: u64 = moved.values().map(|lying| lying.size).sum();
+    if let Some(room) = run.session.room(&run.root_path())?.filter(|room| *room < wanted) {
+        let lost = moved.iter().map(|(&index, lying)| {
+            let why = format!(
+                "was to be what is called '{}' there, which stays, as other paths failed; there is room for {room} bytes \
+                 and not for copies of {wanted}: mend what failed, or make room",
+                lying.path
+            );
+            (path(index), index, why)
+        });
+        return Ok(lost.collect());
+    }
+    let mut writer = StockWriter::copying_only(Arc::clone(run));
     for (&index, lying) in moved {
         writer.open(index, 0)?;
         let mut at = 0;
@@ -194,7 +302,5 @@ fn copy(run: &Arc<Run>, moved: &BTreeMap<u32, Arc<Lying>>) -> Result<Vec<(RelPat
             }
         }
     }
-    let state = run.state();
-    let path = |index: u32| state.source.entries()[index as usize].path.clone();
     Ok(left.into_iter().map(|(index, why)| (path(index), index, why)).collect())
 }

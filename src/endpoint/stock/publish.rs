@@ -21,7 +21,7 @@ use super::stage::{OwnFile, clear, make_area, name_all, replace, store};
 use super::target::{MANIFEST, Run, STAGING_ABOVE, STATE, State};
 use super::trash::Trash;
 use super::writer::grant;
-use super::{DIRECTORY, at, audit, below, kind_of, moved};
+use super::{DIRECTORY, append, at, audit, below, kind_of, moved};
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
 use crate::filter::Filter;
@@ -80,8 +80,10 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         return Err(Error::Usage("a dry run publishes nothing".into()));
     }
     let (mut options, mut problems) = (options.clone(), Problems::default());
+    let deletes = options.delete;
     moved::settle(run, &mut options, &mut problems)?;
     let options = &options;
+    let held_back = deletes && !options.delete;
     let mut state = run.state();
     let state = &mut *state;
     let mut failed = settle(run, state, options, &mut problems)?;
@@ -99,20 +101,20 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         clear(run)?;
         let manifest_digest = state.old_digest.to_string();
         let (generation, problems) = (old.generation, problems.told);
-        return Ok(Committed { generation, manifest_digest, problems, ..Committed::default() });
+        return Ok(Committed { generation, manifest_digest, problems, held_back, ..Committed::default() });
     }
     let text = format::encode(&manifest);
     let trash = run.options.trash_seconds.is_some().then(|| trash::name(manifest.created.seconds, manifest.generation));
-    let record = Record { base: state.old_digest, steps, trash };
+    let record = Record { base: state.old_digest, steps, trash, linked: moved::written_down(state) };
     let log = ready(run, &record.steps)?;
     moved::check(run, state)?;
     let log = write_down(run, log, &record, &text, manifest.generation, monitor)?;
     let done = execute(run, &record, &manifest.tree, false)?;
-    let (manifest, text) = mend(run, manifest, text, &state.old_manifest.tree, &done)?;
+    let (manifest, text) = mend(run, &record, manifest, text, &state.old_manifest.tree, &done)?;
 
     let paths: Vec<(u32, &RelPath)> = published(state).filter(|(index, _)| !failed.contains(index)).collect();
     let removals = record.steps.iter().filter(|recorded| recorded.is_removal()).map(|recorded| recorded.step.path());
-    let removed: Vec<&RelPath> = removals.filter(|path| !done.left(path)).collect();
+    let removed: Vec<&RelPath> = removals.filter(|path| !done.unpublished.contains(path)).collect();
     let published: HashSet<u32> =
         paths.into_iter().filter(|(_, path)| !done.left(path)).map(|(index, _)| index).collect();
     let aside = record.trash.as_deref().map(|name| Trash::new(run, name));
@@ -140,6 +142,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         trash,
         retired: Vec::new(),
         put_off: Vec::new(),
+        held_back,
         problems: problems.told,
     })
 }
@@ -251,13 +254,20 @@ fn planned(run: &Run, state: &State, options: &CommitOptions, failed: &HashSet<u
         last: &|path| run.is_last(path),
         unit: &|_, _| None,
     };
-    let pointer = |step: &Step| matches!(step, Step::Replace(_)) && run.is_last(step.path());
-    steps(&publication).into_iter().map(|step| Recorded { pointer: pointer(&step), step }).collect()
+    let replaces = |step: &Step| matches!(step, Step::Replace(_));
+    let pointer = |step: &Step| replaces(step) && run.is_last(step.path());
+    let position = |step: &Step| state.source.position(step.path()).filter(|_| replaces(step));
+    let append = |step: &Step| append::appended(&state.tails, position(step));
+    steps(&publication)
+        .into_iter()
+        .map(|step| Recorded { pointer: pointer(&step), append: append(&step), step })
+        .collect()
 }
 
 /// The manifest without what could not be published: of that it says what it said before.
 fn mend(
     run: &Run,
+    record: &Record,
     mut manifest: Manifest,
     text: Vec<u8>,
     old: &Tree,
@@ -268,7 +278,11 @@ fn mend(
     }
     let mut entries = manifest.tree.into_entries();
     entries.retain(|entry| !problems.left(&entry.path));
-    entries.extend(old.entries().iter().filter(|entry| problems.left(&entry.path)).cloned());
+    // Of a directory that could not be removed something may have been.
+    let removals = record.steps.iter().filter(|recorded| recorded.is_removal()).map(|recorded| recorded.step.path());
+    let gone: HashSet<&RelPath> = removals.filter(|path| !problems.unpublished.contains(path)).collect();
+    let stays = |entry: &&Entry| problems.left(&entry.path) && !gone.contains(&entry.path);
+    entries.extend(old.entries().iter().filter(stays).cloned());
     entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
     let files: HashSet<RelPath> =
         entries.iter().filter(|entry| entry.file().is_some()).map(|entry| entry.path.clone()).collect();
@@ -448,7 +462,8 @@ fn new_manifest(run: &Run, state: &State, options: &CommitOptions, failed: &Hash
             *digest = proven.or_else(|| there.and_then(|there| there.file()?.1)).or(*digest);
         }
         let wanted = run.permissions(&entry)?;
-        let there = there.filter(|_| !state.staged.contains_key(&index));
+        // What is appended to is whose it was.
+        let there = there.filter(|_| !state.staged.contains_key(&index) || state.tails.contains_key(&index));
         let owner = there.map_or_else(|| names.user(own.0), |there| there.owner.clone());
         let group = there.map_or_else(|| names.group(own.1), |there| there.group.clone());
         entry.owner = wanted.uid.map_or(owner, |uid| names.user(uid));
@@ -590,7 +605,7 @@ pub(super) fn recover(run: &Run) -> Result<bool, Error> {
         let manifest = format::decode(text).map_err(|_| damaged("the manifest"))?;
         check_parents(run, &record.steps)?;
         let done = execute(run, &record, &manifest.tree, true)?;
-        let (manifest, _) = mend(run, manifest, Vec::new(), &old.tree, &done)?;
+        let (manifest, _) = mend(run, &record, manifest, Vec::new(), &old.tree, &done)?;
         admit(run, &manifest.tree)?;
         finish(run, false)?;
     } else {

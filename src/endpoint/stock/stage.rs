@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use bytes::Bytes;
 
+use super::append::TAILS;
 use super::list::list;
 use super::names::Names;
 use super::place::{make_private, must_be_private, private};
@@ -107,6 +108,13 @@ pub(super) fn prepare(run: &Run, source: &Tree, plan: &mut Plan, monitor: &dyn M
         }
     }
     wanted.insert(b"tree".to_vec());
+    let may_grow = |action: &Action| {
+        let entry = &source.entries()[action.index as usize];
+        action.need != Need::Nothing && entry.file().is_some() && run.growing.mean(&entry.path, false)
+    };
+    if plan.actions.iter().any(may_grow) {
+        wanted.insert(TAILS.as_bytes().to_vec());
+    }
     let session = &run.session;
     let spreads = run.lanes.may_spread();
     let journal = match spreads {
@@ -221,7 +229,7 @@ fn left_behind(run: &Run) -> Result<Left, Error> {
     let mut left = Left::default();
     let filter = Filter::compile(&FilterSpec::default()).map_err(|error| Error::Usage(error.to_string()))?;
     let rule = ScanRule::everything(filter);
-    for top in ["tree", "last"] {
+    for top in ["tree", "last", TAILS] {
         let root = at(&run.staging, top);
         if run.session.stat(packet::LSTAT, &root)?.is_err() {
             continue;

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -50,7 +50,7 @@ pub struct StockTarget {
     run: Mutex<Option<Arc<Run>>>,
     /// How what arrives is proven in the run, or was in the last.
     proof: Mutex<&'static str>,
-    /// Files that only got another name in the last run.
+    /// Files that only got another name in the run, or did in the last.
     renamed: AtomicUsize,
     much: Much,
     /// Where what is known of the blocks of its files is kept.
@@ -105,6 +105,8 @@ pub(super) struct Run {
     /// Whose what is made there is.
     pub(super) own: (u32, u32),
     pub(super) area: Mutex<Area>,
+    /// Nothing is removed in this run.
+    keeps_all: AtomicBool,
     /// What was found before the source was known.
     looked: Mutex<Option<Looked>>,
     state: Mutex<State>,
@@ -129,6 +131,8 @@ pub(super) struct State {
     pub(super) alike: Arc<Alike>,
     /// Files that are to get their content by a name of what the target has.
     pub(super) moved: BTreeMap<u32, Arc<Lying>>,
+    /// Files of which what is new is staged and proven, and what it is put at the end of.
+    pub(super) tails: BTreeMap<u32, Arc<Lying>>,
     /// Those that are linked to where they are staged.
     pub(super) linked: BTreeMap<u32, Arc<Lying>>,
     /// Files whose content was found at the target.
@@ -198,6 +202,7 @@ impl Target for StockTarget {
     }
 
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
+        self.renamed.store(0, Ordering::Relaxed);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let started = Timestamp { seconds: now.as_secs() as i64, nanoseconds: now.subsec_nanos() };
         let usage = |error: &dyn std::error::Error| Error::Usage(crate::error::chain(error));
@@ -280,6 +285,7 @@ impl Target for StockTarget {
             lock: Mutex::new(lock),
             own,
             area: Mutex::new(area),
+            keeps_all: AtomicBool::new(false),
             looked: Mutex::new(looked),
             state: Mutex::default(),
         };
@@ -292,6 +298,12 @@ impl Target for StockTarget {
         }
         *locked(&self.run) = Some(Arc::new(run));
         Ok(())
+    }
+
+    fn keeps_all(&self) {
+        if let Ok(run) = self.run() {
+            run.keeps_all.store(true, Ordering::Relaxed);
+        }
     }
 
     fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {
@@ -336,7 +348,7 @@ impl Target for StockTarget {
         let proof = *locked(&self.proof);
         match self.renamed.load(Ordering::Relaxed) {
             0 => proof.into(),
-            renamed => format!("{proof}; of {renamed} that only got another name, when they were sent"),
+            renamed => format!("{proof}; {renamed} only got another name there and were not hashed again"),
         }
     }
 
@@ -424,6 +436,11 @@ impl StockTarget {
 impl Run {
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
         locked(&self.state)
+    }
+
+    /// Whether it is known that nothing is removed in this run.
+    pub(super) fn keeps_all(&self) -> bool {
+        self.keeps_all.load(Ordering::Relaxed)
     }
 
     pub(super) fn shell(&self) -> MutexGuard<'_, Spare> {

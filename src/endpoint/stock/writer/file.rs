@@ -105,6 +105,8 @@ pub(super) struct File {
     pub(super) route: Route,
     /// What parts of it are copied from.
     pub(super) origin: Option<Origin>,
+    /// It is what is new of a file that is appended to, whose digest as a whole is the other.
+    pub(super) grows: Option<(Arc<Lying>, Digest)>,
     /// The sums of its blocks as far as it has come, where they are kept.
     pub(super) summing: Option<Summing>,
     /// Some of it is a hole.
@@ -148,6 +150,7 @@ impl File {
             stage: Stage::Writing,
             route,
             origin: None,
+            grows: None,
             summing: None,
             has_hole: false,
             counted: false,

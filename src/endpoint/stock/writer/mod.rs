@@ -15,7 +15,7 @@ use super::prove::{Answer, Unproven};
 use super::session::{self, Refusal, Reply, Session, about, extended, with_attributes};
 use super::target::{Permissions, Run};
 use crate::endpoint::client::Completion;
-use crate::endpoint::delta::{Summing, Within};
+use crate::endpoint::delta::{Beginning, Summing, Within};
 use crate::endpoint::spread::Spread;
 use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
 use crate::error::Escaped;
@@ -29,10 +29,12 @@ mod copies;
 mod file;
 mod moved;
 mod proof;
+mod tail;
 
 pub(super) use copies::COPIED_BYTES;
 use file::{File, Op, Part, Route, Stage};
 use moved::Moving;
+use tail::{Growing, Place};
 
 /// Files of one writer that are open or waiting to be, at most.
 const OPEN_FILES: usize = 256;
@@ -81,6 +83,8 @@ pub(super) struct StockWriter {
     whole: HashSet<u32>,
     /// Files that get what is there by its name.
     moving: HashMap<u32, Moving>,
+    /// Files of which what is new is staged alone.
+    growing: HashMap<u32, Growing>,
     /// Files may.
     moves: bool,
     follower: Option<Follower>,
@@ -98,10 +102,19 @@ fn refused(what: &str, refusal: &Refusal) -> WriteFailure {
 impl StockWriter {
     /// Over the next connection. May take as long as it takes to log in.
     pub(super) fn new(run: Arc<Run>) -> StockWriter {
+        StockWriter::of(run, true)
+    }
+
+    /// The same, to have copied what is to be copied, whatever its name.
+    pub(super) fn copying_only(run: Arc<Run>) -> StockWriter {
+        StockWriter::of(run, false)
+    }
+
+    fn of(run: Arc<Run>, moves: bool) -> StockWriter {
         let (sender, receiver) = unbounded();
         let spread = Spread::new(&run.lanes.pool);
         let session = Arc::clone(spread.own());
-        let starting = run.bulk(spread.number(0));
+        let starting = if moves { run.bulk(spread.number(0)) } else { None };
         let spreads = run.state().spreads;
         let source = Arc::clone(&run.state().source);
         let alike = Arc::clone(&run.state().alike);
@@ -132,7 +145,8 @@ impl StockWriter {
             by_sftp: HashSet::new(),
             whole: HashSet::new(),
             moving: HashMap::new(),
-            moves: true,
+            growing: HashMap::new(),
+            moves,
             follower: None,
             following: None,
             sync_each,
@@ -533,6 +547,7 @@ impl Writer for StockWriter {
             return self.finish(index, digest);
         }
         self.stop_moving(index)?;
+        self.stop_growing(index)?;
         if let Some(lying) = self.holding(index, length, digest) {
             self.copy_from(index, 0, length, (lying, 0))?;
         } else if length > 0 {
@@ -543,11 +558,19 @@ impl Writer for StockWriter {
 
     fn open(&mut self, index: u32, resume_at: u64) -> Result<(), Error> {
         self.drop_file(index)?;
-        if self.begin_moving(index, resume_at) { Ok(()) } else { self.open_file(index, resume_at) }
+        if self.begin_moving(index, resume_at) || self.begin_growing(index, resume_at) {
+            return Ok(());
+        }
+        self.open_file(index, resume_at)
     }
 
     fn write(&mut self, index: u32, offset: u64, block: Block) -> Result<(), Error> {
         self.stop_moving(index)?;
+        let Place::At(offset) = self.place(index, offset)? else {
+            self.fail_tail(index);
+            return Ok(());
+        };
+        self.hash_tail(index, block.data());
         self.pump(false)?;
         let Some(&number) = self.current.get(&index) else { return Ok(()) };
         let Some(file) = self.files.get_mut(&number).filter(|file| file.failure.is_none()) else { return Ok(()) };
@@ -577,6 +600,11 @@ impl Writer for StockWriter {
 
     fn hole(&mut self, index: u32, offset: u64, length: u64) -> Result<(), Error> {
         self.stop_moving(index)?;
+        let Place::At(offset) = self.place(index, offset)? else {
+            self.fail_tail(index);
+            return Ok(());
+        };
+        self.hash_hole_of_tail(index, length);
         let Some(file) = self.current.get(&index).and_then(|number| self.files.get_mut(number)) else { return Ok(()) };
         match offset.checked_add(length) {
             Some(end) if offset == file.at && end <= file.size => {
@@ -595,11 +623,17 @@ impl Writer for StockWriter {
         Ok(())
     }
 
+    fn begins_with(&mut self, index: u32, there: Beginning) {
+        self.begin_after(index, there);
+    }
+
     fn copy(&mut self, index: u32, offset: u64, length: u64, from: Within) -> Result<(), Error> {
-        if self.moves_on(index, offset, length, (from.piece, from.offset)) {
+        let known = (from.piece, from.offset);
+        if self.moves_on(index, offset, length, known) || self.stays(index, offset, length, known) {
             return Ok(());
         }
         self.stop_moving(index)?;
+        self.stop_growing(index)?;
         match self.alike.piece(index, from.piece) {
             Some(lying) => self.copy_from(index, offset, length, (lying, from.offset)),
             None => Err(Error::Usage("this target has nothing of which that file could be made".into())),
@@ -610,6 +644,7 @@ impl Writer for StockWriter {
         if self.end_moving(index, digest) {
             return Ok(());
         }
+        let digest = self.end_growing(index, digest)?;
         let Some(&number) = self.current.get(&index) else {
             let message = "was finished without having been opened".into();
             self.done.push(Staged { index, result: Err(WriteFailure { message, retry: false }) });
@@ -649,6 +684,7 @@ impl Writer for StockWriter {
 
     fn discard(&mut self, index: u32) -> Result<(), Error> {
         self.moving.remove(&index);
+        self.growing.remove(&index);
         self.drop_file(index)
     }
 

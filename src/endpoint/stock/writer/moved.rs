@@ -16,11 +16,6 @@ pub(super) struct Moving {
 }
 
 impl StockWriter {
-    /// Copies what is to be copied, whatever its name.
-    pub(in crate::endpoint::stock) fn moving_nothing(self) -> StockWriter {
-        StockWriter { moves: false, ..self }
-    }
-
     /// Whether the file at `index` gets what is there by its name, and is not opened.
     pub(super) fn begin_moving(&mut self, index: u32, resume_at: u64) -> bool {
         self.moving.remove(&index);

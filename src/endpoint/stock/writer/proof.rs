@@ -73,16 +73,22 @@ impl StockWriter {
         let index = file.index;
         let result = match file.failure.take() {
             None => {
-                let digest = file.digest.unwrap_or_default();
                 let sums = file.summing.take().map(Summing::finish);
                 let mut state = self.run.state();
+                let digest = match file.grows.take() {
+                    Some((lying, whole)) => {
+                        state.tails.insert(index, lying);
+                        whole
+                    }
+                    None => file.digest.unwrap_or_default(),
+                };
                 state.staged.insert(index, digest);
                 state.sums.extend(sums.map(|sums| (digest, sums)));
                 Ok(())
             }
             Some(failure) => {
                 // What was made of something else is tried once more as if that were not there.
-                if file.origin.is_some() {
+                if file.origin.is_some() || file.grows.is_some() {
                     self.whole.insert(index)
                 } else {
                     self.by_sftp.insert(index)

@@ -1,0 +1,225 @@
+//! Files that only grow: what is new of one is staged alone, in `tails` of the staging area, and put at the end of what is there when the
+//! run publishes, by the server itself (`copy-data`). It stays the same file, and what it has already costs nothing.
+//!
+//! What always holds: what is new was hashed there, and what was there before is what the manifest lists, as far as its size and time say.
+//! Where a run is interrupted the next one puts the rest there and hashes all of it. Who reads it meanwhile sees a beginning of that.
+//!
+//! RACE: SFTP knows no inode, and opens what a link points to. Whoever puts another file of the same size and time, or a link to one, in its
+//! place between the last look and the copy has that appended to; nobody else is to write to what only grows at a target.
+
+use std::collections::BTreeMap;
+
+use super::adopt;
+use super::alike::Lying;
+use super::execute::Problems;
+use super::prove::Unproven;
+use super::record::Recorded;
+use super::session::{self, Reply, about, extended, with_attributes};
+use super::target::Run;
+use super::{REGULAR, Verify, at, below, kind_of};
+use crate::endpoint::Error;
+use crate::manifest::{Content, Digest, Entry, Manifest, Tree};
+use crate::path::RelPath;
+use crate::plan::Action;
+use crate::wire::sftp::{Attributes, open, packet};
+
+/// Where what is new is staged.
+pub(super) const TAILS: &str = "tails";
+/// The server copies so much by one request, and is asked for so many at once: it does nothing else meanwhile.
+const REQUEST_BYTES: u64 = 32 << 20;
+const REQUESTS: usize = 4;
+const CHANGED: &str =
+    "was changed by somebody else, who wrote to it before it was appended to; the next run brings it whole";
+
+/// What a file was that is appended to, and what is staged of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Appended {
+    /// The name of what is new, below `tails`.
+    pub(super) tail: u32,
+    pub(super) length: u64,
+    /// Its time of modification.
+    pub(super) seconds: i64,
+}
+
+impl Appended {
+    pub(super) fn new(index: u32, lying: &Lying) -> Appended {
+        Appended { tail: index, length: lying.size, seconds: lying.seconds }
+    }
+}
+
+impl Run {
+    /// Where what is new of the file with this number is staged.
+    pub(super) fn tail_path(&self, number: u32) -> Vec<u8> {
+        at(&self.staging, format!("{TAILS}/{number}"))
+    }
+
+    /// Whether what is new of the file that `action` is about may be put at the end of what is there: it only grows, is published by
+    /// itself and under one name, and has all that it is to have but its content.
+    pub(super) fn may_append(&self, source: &Tree, target: &Tree, manifest: &Manifest, action: &Action) -> bool {
+        let entry = &source.entries()[action.index as usize];
+        let path = &entry.path;
+        let options = &self.options;
+        let undisturbed = options.trash_seconds.is_none() && !options.checksum && !options.verify_disk;
+        let further = |tree: &Tree| {
+            tree.entries().iter().any(|entry| matches!(&entry.content, Content::HardLink { first } if first == path))
+        };
+        let differs = action.differences.mode || action.differences.owner || action.differences.group;
+        let plain = |entry: Option<&Entry>| entry.is_some_and(|entry| entry.mode & 0o7111 == 0);
+        undisturbed
+            && self.lanes.verify == Verify::Auto
+            && self.growing.mean(path, false)
+            && !self.is_last(path)
+            && !differs
+            && plain(target.get(path))
+            && ![source, target, &manifest.tree].into_iter().any(further)
+    }
+}
+
+/// Puts what is staged at the end of the files of those `steps` that say so. Where a run was interrupted that may have begun to (`again`),
+/// it is done anew. Those that were changed by somebody else are told, and are as they were.
+///
+/// # Errors
+/// When the connection ends.
+pub(super) fn append<'a>(
+    run: &Run,
+    steps: impl Iterator<Item = &'a Recorded>,
+    tree: &Tree,
+    again: bool,
+    problems: &mut Problems,
+) -> Result<Vec<&'a RelPath>, Error> {
+    let mut done = Vec::new();
+    for (path, appended) in steps.filter_map(|recorded| Some((recorded.step.path(), recorded.append?))) {
+        let Some((size, digest)) = tree.get(path).and_then(Entry::file) else { continue };
+        let appending = Appending { run, path: below(&run.root, path), appended, size };
+        let ended = match appending.append(again)? {
+            Ok(()) if again => appending.prove(digest)?,
+            ended => ended,
+        };
+        match ended {
+            Ok(()) => done.push(path),
+            Err(why) => {
+                problems.tell(path, why);
+                problems.unpublished.insert(path.clone());
+            }
+        }
+    }
+    Ok(done)
+}
+
+/// One of them.
+struct Appending<'a> {
+    run: &'a Run,
+    path: Vec<u8>,
+    appended: Appended,
+    /// How long it is to be.
+    size: u64,
+}
+
+impl Appending<'_> {
+    fn append(&self, again: bool) -> Result<Result<(), String>, Error> {
+        let session = &self.run.session;
+        let tail = self.run.tail_path(self.appended.tail);
+        let mut opened = session.batch([
+            session::open(&self.path, open::WRITE),
+            session::open(&tail, open::READ),
+            about(packet::LSTAT, &self.path),
+            about(packet::LSTAT, &tail),
+        ])?;
+        let mut next = || opened.drain(..1).next().ok_or_else(|| session.odd());
+        let (file, new) = (session.handle(next()?)?, session.handle(next()?)?);
+        let (there, staged) = (session.attributes(next()?)?, session.attributes(next()?)?);
+        let ended = match (&file, &new) {
+            (Ok(file), Ok(new)) => self.copy((new, file), (there.ok(), staged.ok()), again)?,
+            // All of it may be there: then it only has to be proven.
+            (Ok(_), Err(gone))
+                if again && gone.is_missing() && there.is_ok_and(|found| found.size == Some(self.size)) =>
+            {
+                Ok(())
+            }
+            (Err(refusal), _) => Err(format!("cannot be opened to append to it: {refusal}")),
+            (_, Err(refusal)) => Err(format!("what is new of it cannot be read: {refusal}")),
+        };
+        let handles: Vec<_> = [file, new].into_iter().flatten().collect();
+        let closing = handles.iter().map(|handle| about(packet::CLOSE, handle));
+        let removed = ended.is_ok().then(|| about(packet::REMOVE, &tail));
+        let closed = session.all(closing.chain(removed))?;
+        // What the server could not keep it may say only now; the removal is of no matter.
+        let lost = closed.into_iter().take(handles.len()).find_map(Result::err).filter(|_| ended.is_ok());
+        Ok(lost.map_or(ended, |refusal| Err(format!("cannot be appended to: {refusal}"))))
+    }
+
+    /// Copies what is new behind what is there, if that is what it was.
+    fn copy(
+        &self,
+        (new, file): (&[u8], &[u8]),
+        (there, staged): (Option<Attributes>, Option<Attributes>),
+        again: bool,
+    ) -> Result<Result<(), String>, Error> {
+        let session = &self.run.session;
+        let Appended { length, seconds, .. } = self.appended;
+        let looked = session.batch([about(packet::FSTAT, file), about(packet::FSTAT, new)])?;
+        let [found, tail] = <[Reply; 2]>::try_from(looked).map_err(|_| session.odd())?;
+        let (Ok(found), Ok(tail)) = (session.attributes(found)?, session.attributes(tail)?) else {
+            return Ok(Err("cannot be looked at".to_owned()));
+        };
+        let is_file = |seen: &Option<Attributes>| seen.as_ref().and_then(kind_of) == Some(REGULAR);
+        let added = self.size - length.min(self.size);
+        let modified = found.times.map(|(_, modified)| i64::from(modified));
+        let as_it_was = found.size == Some(length) && modified == Some(seconds);
+        let begun = again && found.size.is_some_and(|found| (length..=self.size).contains(&found));
+        let whole = is_file(&there) && is_file(&staged) && tail.size == Some(added) && length <= self.size;
+        if !whole || !(as_it_was || begun) {
+            return Ok(Err(CHANGED.to_owned()));
+        }
+        let starts: Vec<u64> = (0..added).step_by(REQUEST_BYTES as usize).collect();
+        for starts in starts.chunks(REQUESTS) {
+            let copies = starts.iter().map(|&start| {
+                let part = REQUEST_BYTES.min(added - start);
+                session::copy_data((new, start), part, (file, length + start))
+            });
+            if let Some(refusal) = session.all(copies)?.into_iter().find_map(Result::err) {
+                return self.undo(file, &refusal.to_string());
+            }
+        }
+        let synced = (session.offers.fsync && !self.run.syncs).then(|| extended("fsync@openssh.com", &[file]));
+        let mut ended = session.batch(synced.into_iter().chain([about(packet::FSTAT, file)]))?;
+        let now = ended.pop().map(|reply| session.attributes(reply)).transpose()?;
+        if let Some(synced) = ended.pop()
+            && let Err(refusal) = session.status(synced)?
+        {
+            return self.undo(file, &refusal.to_string());
+        }
+        match now {
+            Some(Ok(now)) if now.size == Some(self.size) => Ok(Ok(())),
+            _ => Ok(Err(CHANGED.to_owned())),
+        }
+    }
+
+    /// Makes it what it was, as far as that can be done.
+    fn undo(&self, file: &[u8], why: &str) -> Result<Result<(), String>, Error> {
+        let Appended { length, seconds, .. } = self.appended;
+        let seconds = seconds.clamp(0, u32::MAX.into()) as u32;
+        let size = Attributes { size: Some(length), ..Attributes::default() };
+        let times = Attributes { times: Some((seconds, seconds)), ..Attributes::default() };
+        let former = [size, times].map(|former| with_attributes(packet::FSETSTAT, file, &former));
+        self.run.session.all(former)?;
+        Ok(Err(format!("cannot be appended to: {why}")))
+    }
+
+    /// Hashes all of it.
+    fn prove(&self, digest: Option<Digest>) -> Result<Result<(), String>, Error> {
+        let file = Unproven { id: 0, path: self.path.clone(), size: self.size, grant: None };
+        let found = adopt::hash(self.run, vec![vec![file]])?.pop();
+        Ok(match found {
+            Some((_, Ok(found))) if Some(found.digest) == digest => Ok(()),
+            Some((_, Err(why))) => Err(why),
+            _ => Err(CHANGED.to_owned()),
+        })
+    }
+}
+
+/// What is appended to, of those steps that replace a file.
+pub(super) fn appended(tails: &BTreeMap<u32, std::sync::Arc<Lying>>, index: Option<usize>) -> Option<Appended> {
+    let index = u32::try_from(index?).ok()?;
+    tails.get(&index).map(|lying| Appended::new(index, lying))
+}
