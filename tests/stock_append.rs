@@ -115,7 +115,7 @@ fn s25_a_log_that_grew_is_the_same_file_at_a_stock_server() {
 #[test]
 fn what_is_to_be_hashed_or_kept_or_gets_other_permissions_is_staged_whole() {
     type Change = fn(&Log, &mut Options);
-    let changes: [(&str, Change, Verify); 7] = [
+    let changes: [(&str, Change, Verify); 8] = [
         ("trash", |_, options| options.begin.trash_seconds = Some(3600), Verify::Auto),
         ("checksum", |_, options| options.begin.checksum = true, Verify::Auto),
         ("verify-disk", |_, options| options.begin.verify_disk = true, Verify::Auto),
@@ -126,6 +126,7 @@ fn what_is_to_be_hashed_or_kept_or_gets_other_permissions_is_staged_whole() {
             |log, _| fs::set_permissions(log.there(), PermissionsExt::from_mode(0o600)).unwrap(),
             Verify::Auto,
         ),
+        ("another name there", |log, _| fs::hard_link(log.there(), log.pair.at("snapshot.log")).unwrap(), Verify::Auto),
         (
             "another name",
             |log, _| fs::hard_link(log.pair.at("source/run.log"), log.pair.at("source/other")).unwrap(),
@@ -176,19 +177,27 @@ fn h36_what_somebody_wrote_to_before_it_was_appended_to_is_left_and_sent_by_the_
 
 #[test]
 fn a_server_that_fails_at_it_leaves_the_file_as_it_was() {
-    for shell in [true, false] {
+    // It says that it fails; or that it is done, as OpenSSH's server does of what it could not write at the end.
+    for (shell, lengths) in [(true, 1_u64 << 40), (false, 1 << 40), (true, 0), (false, 0)] {
         let log = Log::grown(shell);
         let before = fs::metadata(log.there()).unwrap();
-        let out: Hook = Arc::new(|packet| {
-            // It ends too early.
+        let out: Hook = Arc::new(move |packet| {
             if is_copy(packet) {
-                let at = 18 + 4 + 4;
-                packet[at..at + 8].copy_from_slice(&(1_u64 << 40).to_be_bytes());
+                let (from, length) = (18 + 4 + 4, 18 + 4 + 4 + 8);
+                if lengths > 0 {
+                    packet[from..from + 8].copy_from_slice(&lengths.to_be_bytes());
+                } else {
+                    packet[length..length + 8].copy_from_slice(&(MIB as u64 - 100).to_be_bytes());
+                }
             }
             true
         });
         let report = log.push(out).unwrap();
-        assert!(!report.is_complete());
+        let problems = report.committed.unwrap().problems;
+        assert!(
+            problems.iter().any(|(path, why)| path == "run.log" && why.contains("cannot be appended to")),
+            "{problems:?}"
+        );
         let now = fs::metadata(log.there()).unwrap();
         assert_eq!((now.ino(), now.len(), now.mtime()), (before.ino(), before.len(), before.mtime()));
         assert!(log.pushed().content() < MIB + 30_000);

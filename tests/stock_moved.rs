@@ -130,6 +130,14 @@ fn one_that_is_wanted_twice_or_has_further_names_or_other_permissions_is_copied(
     assert!(now[..2] == before[..2] && now[2] != before[2]);
     let two = ["p", "q"].map(|directory| fs::metadata(pair.at("target").join(directory).join("same")).unwrap());
     assert!(two[0].ino() != two[1].ino() && two.iter().any(|found| found.ino() == former));
+    // One that somebody has given a further name, elsewhere.
+    fs::hard_link(pair.at("target/b/1"), pair.at("snapshot")).unwrap();
+    rename(&pair, "b", "c");
+    pushed(&pair, true);
+    assert_eq!(fs::metadata(pair.at("target/c/0")).unwrap().ino(), before[0]);
+    assert_ne!(fs::metadata(pair.at("target/c/1")).unwrap().ino(), before[1]);
+    rename(&pair, "c", "b");
+    pushed(&pair, true);
     // A file with two names, of which one goes.
     fs::hard_link(pair.at("source/b/2"), pair.at("source/further")).unwrap();
     pushed(&pair, true);

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use super::below;
-use super::moved::Movable;
+use super::moved::{Further, Movable};
 use super::target::{Run, State};
 use crate::endpoint::delta::{Beginning, Former, Sums, candidates};
 use crate::endpoint::{Error, SMALL_FILE_BYTES};
@@ -105,6 +105,7 @@ pub(super) fn find(
     source: &Tree,
     target: &Tree,
     manifest: &Manifest,
+    links: (&HashSet<RelPath>, bool),
     plan: &mut Plan,
 ) -> Result<Alike, Error> {
     if run.options.dry_run || !run.session.offers.copy_data {
@@ -126,7 +127,8 @@ pub(super) fn find(
     let nothing = Tree::default();
     let listed = if run.options.filter.only.is_some() { &manifest.tree } else { &nothing };
     let mut alike = Alike::default();
-    let mut movable = Movable::new(run, (source, target), manifest, plan);
+    let names = Further::new(run, (source, target), manifest, links)?;
+    let mut movable = Movable::new(run, (source, target), manifest, plan, &names);
     for entry in target.entries().iter().chain(listed.entries()) {
         if let Some((size, Some(digest))) = entry.file()
             && sizes.contains(&size)
@@ -164,7 +166,7 @@ pub(super) fn find(
             pieces = vec![shorter];
         }
         let former = pieces.first().filter(|former| former.path == wanted.entry.path && former.size < wanted.size);
-        if former.is_some() && run.may_append(source, target, manifest, wanted.action) {
+        if former.is_some() && run.may_append(wanted.entry, target, &names, wanted.action) {
             alike.tails.insert(wanted.index);
         }
         if !pieces.is_empty() {
@@ -173,10 +175,10 @@ pub(super) fn find(
     }
     // Copied by the server, a hole becomes zeros that take room.
     if whole_bytes > 0 && run.session.room(&run.root_path())?.is_some_and(|room| room < whole_bytes) {
-        // What gets another name needs none.
-        let Alike { moves, mut made_of, .. } = alike;
-        made_of.retain(|index, _| moves.contains(index));
-        alike = Alike { moves, made_of, ..Alike::default() };
+        // What gets another name needs none, and what is appended to as much as is sent.
+        let Alike { moves, tails, mut made_of, .. } = alike;
+        made_of.retain(|index, _| moves.contains(index) || tails.contains(index));
+        alike = Alike { moves, tails, made_of, ..Alike::default() };
     }
     let may_be = |wanted: &&Wanted<'_>| {
         alike.made_of.contains_key(&wanted.index)

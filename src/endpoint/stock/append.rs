@@ -12,13 +12,14 @@ use std::collections::BTreeMap;
 use super::adopt;
 use super::alike::Lying;
 use super::execute::Problems;
+use super::moved::Further;
 use super::prove::Unproven;
 use super::record::Recorded;
 use super::session::{self, Reply, about, extended, with_attributes};
-use super::target::Run;
+use super::target::{Run, locked};
 use super::{REGULAR, Verify, at, below, kind_of};
-use crate::endpoint::Error;
-use crate::manifest::{Content, Digest, Entry, Manifest, Tree};
+use crate::endpoint::{CommitOptions, Error};
+use crate::manifest::{Digest, Entry, Tree};
 use crate::path::RelPath;
 use crate::plan::Action;
 use crate::wire::sftp::{Attributes, open, packet};
@@ -53,26 +54,47 @@ impl Run {
         at(&self.staging, format!("{TAILS}/{number}"))
     }
 
-    /// Whether what is new of the file that `action` is about may be put at the end of what is there: it only grows, is published by
-    /// itself and under one name, and has all that it is to have but its content.
-    pub(super) fn may_append(&self, source: &Tree, target: &Tree, manifest: &Manifest, action: &Action) -> bool {
-        let entry = &source.entries()[action.index as usize];
+    /// Whether what is new of the file of `entry`, which `action` is about, may be put at the end of what is there: it only grows, is
+    /// published by itself and under one name, has all that it is to have but its content, and the account may write to it.
+    pub(super) fn may_append(&self, entry: &Entry, target: &Tree, names: &Further<'_>, action: &Action) -> bool {
         let path = &entry.path;
         let options = &self.options;
         let undisturbed = options.trash_seconds.is_none() && !options.checksum && !options.verify_disk;
-        let further = |tree: &Tree| {
-            tree.entries().iter().any(|entry| matches!(&entry.content, Content::HardLink { first } if first == path))
-        };
         let differs = action.differences.mode || action.differences.owner || action.differences.group;
-        let plain = |entry: Option<&Entry>| entry.is_some_and(|entry| entry.mode & 0o7111 == 0);
+        let ours =
+            |there: &Entry| names.own.as_ref().is_none_or(|own| there.owner == *own && there.mode & 0o600 == 0o600);
         undisturbed
             && self.lanes.verify == Verify::Auto
             && self.growing.mean(path, false)
             && !self.is_last(path)
             && !differs
-            && plain(target.get(path))
-            && ![source, target, &manifest.tree].into_iter().any(further)
+            && target.get(path).is_some_and(|there| there.mode & 0o7111 == 0 && ours(there))
+            && !names.has(path)
+            && !names.is_to_have(path)
     }
+}
+
+/// Gives up what there is no room for at the end of the files that are appended to: it is staged, and would lie there twice.
+///
+/// # Errors
+/// When the connection ends.
+pub(super) fn settle(run: &Run, options: &mut CommitOptions, problems: &mut Problems) -> Result<(), Error> {
+    let state = run.state();
+    let size = |index: u32| state.source.entries()[index as usize].file().map_or(0, |(size, _)| size);
+    let wanted: u64 = state.tails.iter().map(|(&index, lying)| size(index).saturating_sub(lying.size)).sum();
+    if wanted == 0 {
+        return Ok(());
+    }
+    let Some(room) = run.session.room(&run.root_path())?.filter(|room| *room < wanted) else { return Ok(()) };
+    for &index in state.tails.keys().filter(|index| !options.failed.contains(index)).collect::<Vec<_>>() {
+        let path = &state.source.entries()[index as usize].path;
+        problems.tell(
+            path,
+            format!("there is room for {room} bytes, and not for {wanted} at the ends of files: make room there"),
+        );
+        options.failed.push(index);
+    }
+    Ok(())
 }
 
 /// Puts what is staged at the end of the files of those `steps` that say so. Where a run was interrupted that may have begun to (`again`),
@@ -96,7 +118,10 @@ pub(super) fn append<'a>(
             ended => ended,
         };
         match ended {
-            Ok(()) => done.push(path),
+            Ok(()) => {
+                locked(&run.area).tails.push(appended.tail);
+                done.push(path);
+            }
             Err(why) => {
                 problems.tell(path, why);
                 problems.unpublished.insert(path.clone());
@@ -119,42 +144,36 @@ impl Appending<'_> {
     fn append(&self, again: bool) -> Result<Result<(), String>, Error> {
         let session = &self.run.session;
         let tail = self.run.tail_path(self.appended.tail);
-        let mut opened = session.batch([
-            session::open(&self.path, open::WRITE),
-            session::open(&tail, open::READ),
-            about(packet::LSTAT, &self.path),
-            about(packet::LSTAT, &tail),
-        ])?;
-        let mut next = || opened.drain(..1).next().ok_or_else(|| session.odd());
-        let (file, new) = (session.handle(next()?)?, session.handle(next()?)?);
-        let (there, staged) = (session.attributes(next()?)?, session.attributes(next()?)?);
-        let ended = match (&file, &new) {
-            (Ok(file), Ok(new)) => self.copy((new, file), (there.ok(), staged.ok()), again)?,
+        // Before it is opened: a server that opens a FIFO waits.
+        let looked = session.batch([about(packet::LSTAT, &self.path), about(packet::LSTAT, &tail)])?;
+        let [there, staged] = <[Reply; 2]>::try_from(looked).map_err(|_| session.odd())?;
+        let (there, staged) = (session.attributes(there)?, session.attributes(staged)?);
+        let is_file = |seen: &Attributes| kind_of(seen) == Some(REGULAR);
+        match (&there, &staged) {
+            (Ok(there), Ok(staged)) if is_file(there) && is_file(staged) => {}
             // All of it may be there: then it only has to be proven.
-            (Ok(_), Err(gone))
-                if again && gone.is_missing() && there.is_ok_and(|found| found.size == Some(self.size)) =>
-            {
-                Ok(())
+            (Ok(there), Err(gone)) if again && gone.is_missing() && is_file(there) && there.size == Some(self.size) => {
+                return Ok(Ok(()));
             }
+            _ => return Ok(Err(CHANGED.to_owned())),
+        }
+        let opened = session.batch([session::open(&self.path, open::WRITE), session::open(&tail, open::READ)])?;
+        let [file, new] = <[Reply; 2]>::try_from(opened).map_err(|_| session.odd())?;
+        let (file, new) = (session.handle(file)?, session.handle(new)?);
+        let ended = match (&file, &new) {
+            (Ok(file), Ok(new)) => self.copy(new, file, again)?,
             (Err(refusal), _) => Err(format!("cannot be opened to append to it: {refusal}")),
             (_, Err(refusal)) => Err(format!("what is new of it cannot be read: {refusal}")),
         };
-        let handles: Vec<_> = [file, new].into_iter().flatten().collect();
-        let closing = handles.iter().map(|handle| about(packet::CLOSE, handle));
-        let removed = ended.is_ok().then(|| about(packet::REMOVE, &tail));
-        let closed = session.all(closing.chain(removed))?;
-        // What the server could not keep it may say only now; the removal is of no matter.
-        let lost = closed.into_iter().take(handles.len()).find_map(Result::err).filter(|_| ended.is_ok());
+        let handles = [file, new].into_iter().flatten();
+        // What the server could not keep it may say only now.
+        let closed = session.all(handles.map(|handle| about(packet::CLOSE, &handle)))?;
+        let lost = closed.into_iter().find_map(Result::err).filter(|_| ended.is_ok());
         Ok(lost.map_or(ended, |refusal| Err(format!("cannot be appended to: {refusal}"))))
     }
 
     /// Copies what is new behind what is there, if that is what it was.
-    fn copy(
-        &self,
-        (new, file): (&[u8], &[u8]),
-        (there, staged): (Option<Attributes>, Option<Attributes>),
-        again: bool,
-    ) -> Result<Result<(), String>, Error> {
+    fn copy(&self, new: &[u8], file: &[u8], again: bool) -> Result<Result<(), String>, Error> {
         let session = &self.run.session;
         let Appended { length, seconds, .. } = self.appended;
         let looked = session.batch([about(packet::FSTAT, file), about(packet::FSTAT, new)])?;
@@ -162,47 +181,60 @@ impl Appending<'_> {
         let (Ok(found), Ok(tail)) = (session.attributes(found)?, session.attributes(tail)?) else {
             return Ok(Err("cannot be looked at".to_owned()));
         };
-        let is_file = |seen: &Option<Attributes>| seen.as_ref().and_then(kind_of) == Some(REGULAR);
-        let added = self.size - length.min(self.size);
+        let added = self.size.saturating_sub(length);
         let modified = found.times.map(|(_, modified)| i64::from(modified));
         let as_it_was = found.size == Some(length) && modified == Some(seconds);
-        let begun = again && found.size.is_some_and(|found| (length..=self.size).contains(&found));
-        let whole = is_file(&there) && is_file(&staged) && tail.size == Some(added) && length <= self.size;
-        if !whole || !(as_it_was || begun) {
+        let begun = again && found.size.is_some_and(|found| length < found && found <= self.size);
+        if tail.size != Some(added) || length > self.size || !(as_it_was || begun) {
             return Ok(Err(CHANGED.to_owned()));
         }
         let starts: Vec<u64> = (0..added).step_by(REQUEST_BYTES as usize).collect();
         for starts in starts.chunks(REQUESTS) {
-            let copies = starts.iter().map(|&start| {
-                let part = REQUEST_BYTES.min(added - start);
-                session::copy_data((new, start), part, (file, length + start))
+            let part = |start: u64| REQUEST_BYTES.min(added - start);
+            let copies = starts.iter().flat_map(|&start| {
+                let copied = session::copy_data((new, start), part(start), (file, length + start));
+                // OpenSSH says nothing of what it could not write at the end of a request: how long the file is tells.
+                [copied, about(packet::FSTAT, file)]
             });
-            if let Some(refusal) = session.all(copies)?.into_iter().find_map(Result::err) {
-                return self.undo(file, &refusal.to_string());
+            let synced = (session.offers.fsync && !self.run.syncs).then(|| extended("fsync@openssh.com", &[file]));
+            let mut replies = session.batch(copies.chain(synced))?.into_iter();
+            for &start in starts {
+                let (Some(copied), Some(seen)) = (replies.next(), replies.next()) else { return Err(session.odd()) };
+                if let Err(refusal) = session.status(copied)? {
+                    return self.undo(file, as_it_was, &refusal.to_string());
+                }
+                let seen = session.attributes(seen)?.ok().and_then(|seen| seen.size).unwrap_or_default();
+                let expected = length + start + part(start);
+                if seen < expected {
+                    return self.undo(
+                        file,
+                        as_it_was,
+                        "the server wrote less than it was asked to; the disk may be full",
+                    );
+                }
+                if seen > expected && !begun {
+                    return Ok(Err(CHANGED.to_owned()));
+                }
+            }
+            if let Some(synced) = replies.next()
+                && let Err(refusal) = session.status(synced)?
+            {
+                return self.undo(file, as_it_was, &refusal.to_string());
             }
         }
-        let synced = (session.offers.fsync && !self.run.syncs).then(|| extended("fsync@openssh.com", &[file]));
-        let mut ended = session.batch(synced.into_iter().chain([about(packet::FSTAT, file)]))?;
-        let now = ended.pop().map(|reply| session.attributes(reply)).transpose()?;
-        if let Some(synced) = ended.pop()
-            && let Err(refusal) = session.status(synced)?
-        {
-            return self.undo(file, &refusal.to_string());
-        }
-        match now {
-            Some(Ok(now)) if now.size == Some(self.size) => Ok(Ok(())),
-            _ => Ok(Err(CHANGED.to_owned())),
-        }
+        Ok(Ok(()))
     }
 
-    /// Makes it what it was, as far as that can be done.
-    fn undo(&self, file: &[u8], why: &str) -> Result<Result<(), String>, Error> {
-        let Appended { length, seconds, .. } = self.appended;
-        let seconds = seconds.clamp(0, u32::MAX.into()) as u32;
-        let size = Attributes { size: Some(length), ..Attributes::default() };
-        let times = Attributes { times: Some((seconds, seconds)), ..Attributes::default() };
-        let former = [size, times].map(|former| with_attributes(packet::FSETSTAT, file, &former));
-        self.run.session.all(former)?;
+    /// Makes it what it was, where this run found it so.
+    fn undo(&self, file: &[u8], as_it_was: bool, why: &str) -> Result<Result<(), String>, Error> {
+        if as_it_was {
+            let Appended { length, seconds, .. } = self.appended;
+            let seconds = seconds.clamp(0, u32::MAX.into()) as u32;
+            let size = Attributes { size: Some(length), ..Attributes::default() };
+            let times = Attributes { times: Some((seconds, seconds)), ..Attributes::default() };
+            let former = [size, times].map(|former| with_attributes(packet::FSETSTAT, file, &former));
+            self.run.session.all(former)?;
+        }
         Ok(Err(format!("cannot be appended to: {why}")))
     }
 

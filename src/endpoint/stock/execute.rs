@@ -120,7 +120,7 @@ fn perform(
         }
         None => Vec::new(),
     };
-    moved.extend(append(run, steps.iter().copied(), tree, *again, problems)?.into_iter().cloned());
+    let growing: Vec<&Recorded> = steps.iter().copied().filter(|recorded| recorded.append.is_some()).collect();
     let steps: Vec<&Recorded> = steps.iter().copied().filter(|recorded| recorded.append.is_none()).collect();
     let mut batch: Vec<(&Recorded, Vec<u8>)> = Vec::new();
     let mut results: Vec<Done<'_>> = Vec::new();
@@ -181,6 +181,14 @@ fn perform(
     if let Some(trash) = trash {
         trash.finish(&removed)?;
     }
+    settled.apply(run, found, problems)?;
+    // After the markers that go.
+    let grown = append(run, growing.into_iter(), tree, *again, problems)?;
+    if grown.is_empty() {
+        return Ok(());
+    }
+    let settled = Settled::new(run, grown.into_iter().filter_map(|path| tree.get(path)));
+    let found = session.batch(settled.looks())?;
     settled.apply(run, found, problems)
 }
 

@@ -3,7 +3,7 @@
 //! Names and kinds come from READDIR, whose attributes are those of LSTAT: no link is followed. What always holds: a
 //! name that is no single component of a path ends the run.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -34,6 +34,10 @@ const DEPTH: usize = 16;
 pub(super) struct Listed {
     pub(super) entries: Vec<Entry>,
     pub(super) problems: Vec<Problem>,
+    /// Files that have further names, as far as the server tells.
+    pub(super) shared: HashSet<RelPath>,
+    /// It tells of every file.
+    pub(super) tells_links: bool,
 }
 
 struct Directory {
@@ -63,6 +67,8 @@ struct Listing<'a> {
     /// Links whose answers are due.
     reading: usize,
     problems: Vec<Problem>,
+    shared: HashSet<RelPath>,
+    tells_links: bool,
 }
 
 /// Tags from here on are of links, by their place; those below of directories.
@@ -110,6 +116,8 @@ pub(super) fn list_from(
         targets: Vec::new(),
         reading: 0,
         problems: Vec::new(),
+        shared: HashSet::new(),
+        tells_links: true,
     };
     let filter = Arc::new(rule.filter.clone());
     match opened {
@@ -135,7 +143,8 @@ pub(super) fn list_from(
         let (owner, group) = (names.user(uid), names.group(gid));
         Entry { path, content, mtime: Timestamp { seconds, nanoseconds: 0 }, mode, owner, group }
     });
-    Ok(Listed { entries: entries.collect(), problems: listing.problems })
+    let (shared, tells_links) = (listing.shared, listing.tells_links);
+    Ok(Listed { entries: entries.collect(), problems: listing.problems, shared, tells_links })
 }
 
 fn failed(path: Option<RelPath>, message: String) -> Problem {
@@ -267,6 +276,10 @@ impl Listing<'_> {
                 }
                 Some(REGULAR) => {
                     let size = name.attributes.size.unwrap_or_default();
+                    self.tells_links &= name.links.is_some();
+                    if name.links.is_some_and(|links| links > 1) {
+                        self.shared.insert(path.clone());
+                    }
                     self.found.push((path, name.attributes, Content::File { size, digest: None }));
                 }
                 Some(SYMLINK) => self.read_link(path, name.attributes)?,

@@ -7,11 +7,11 @@
 //! What is not done is to hash it again: it is what the manifest lists, as far as its size, time, owner and mode say, which is what is
 //! believed of a file that keeps its name. `--checksum`, `--verify=exec` and `--verify=read-back` have it copied and hashed.
 //!
-//! RACE: SFTP knows no inode, no number of names and no time of change. Whoever writes to it under its old name between the last look and
+//! RACE: SFTP knows no inode and no time of change. Whoever writes to it under its old name between the last look and
 //! the publishing, or has given it its old time after he did so before, finds that under the new name; the next run that hashes it finds
-//! it too. A further name that somebody else has given it is one of the file under its new name then.
+//! it too. What has a further name is copied, as far as the server says how many a file has.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use super::REGULAR;
@@ -21,7 +21,7 @@ use super::record::Record;
 use super::session::{Reply, about, extended};
 use super::target::{Permissions, Run, State, locked};
 use super::writer::{COPIED_BYTES, StockWriter};
-use super::{Verify, kind_of, stage};
+use super::{Verify, at, kind_of, stage};
 use crate::endpoint::delta::Within;
 use crate::endpoint::{CommitOptions, Error, Writer};
 use crate::manifest::{Content, Entry, Manifest, Name, Tree};
@@ -39,22 +39,71 @@ pub(super) struct Linked {
     pub(super) seconds: i64,
 }
 
+/// Which files have further names, or are to have, and whose the account's own are.
+pub(super) struct Further<'a> {
+    there: HashSet<&'a RelPath>,
+    wanted: HashSet<&'a RelPath>,
+    listed: &'a HashSet<RelPath>,
+    /// The server does not tell.
+    unknown: bool,
+    /// The name of the account, where it may not do what it wants.
+    pub(super) own: Option<Name>,
+}
+
+impl<'a> Further<'a> {
+    /// As the trees and the server say.
+    ///
+    /// # Errors
+    /// When the connection ends.
+    pub(super) fn new(
+        run: &Run,
+        (source, target): (&'a Tree, &'a Tree),
+        manifest: &'a Manifest,
+        (listed, tells): (&'a HashSet<RelPath>, bool),
+    ) -> Result<Further<'a>, Error> {
+        fn first(entry: &Entry) -> Option<&RelPath> {
+            match &entry.content {
+                Content::HardLink { first } => Some(first),
+                _ => None,
+            }
+        }
+        let own = match run.own {
+            (0, _) => None,
+            (uid, gid) => {
+                let mut names = locked(&run.names);
+                names.learn(&run.session, &BTreeSet::from([uid]), &BTreeSet::from([gid]))?;
+                Some(names.user(uid))
+            }
+        };
+        let there = target.entries().iter().chain(manifest.tree.entries()).filter_map(first).collect();
+        let wanted = source.entries().iter().filter_map(first).collect();
+        Ok(Further { there, wanted, listed, unknown: !tells, own })
+    }
+
+    /// Whether the file at `path` may have further names.
+    pub(super) fn has(&self, path: &RelPath) -> bool {
+        self.unknown || self.there.contains(path) || self.listed.contains(path)
+    }
+
+    /// Whether it is to have any.
+    pub(super) fn is_to_have(&self, path: &RelPath) -> bool {
+        self.wanted.contains(path)
+    }
+}
+
 /// What may get another name in a run.
 pub(super) struct Movable<'a> {
     run: &'a Run,
     source: &'a Tree,
     target: &'a Tree,
     plan: &'a Plan,
-    /// Files that have further names there.
-    shared: HashSet<&'a RelPath>,
+    names: &'a Further<'a>,
     /// Each is given once.
     given: HashSet<RelPath>,
     /// Before this, a file that changed has another time.
     since: i64,
     /// Files may at all.
     may: bool,
-    /// Whose the account's own files are there, where it may not do what it wants.
-    own: Option<Name>,
 }
 
 impl<'a> Movable<'a> {
@@ -63,19 +112,14 @@ impl<'a> Movable<'a> {
         (source, target): (&'a Tree, &'a Tree),
         manifest: &'a Manifest,
         plan: &'a Plan,
+        names: &'a Further<'a>,
     ) -> Movable<'a> {
-        let entries = target.entries().iter().chain(manifest.tree.entries());
-        let first = |entry: &'a Entry| match &entry.content {
-            Content::HardLink { first } => Some(first),
-            _ => None,
-        };
         let options = &run.options;
         let undisturbed = options.trash_seconds.is_none() && !options.checksum && !options.verify_disk;
         let may = options.deletes && options.delta && !run.keeps_all();
         let may = may && undisturbed && run.session.offers.hard_link && run.lanes.verify == Verify::Auto;
-        let own = (run.own.0 != 0).then(|| locked(&run.names).user(run.own.0));
-        let (shared, given, since) = (entries.filter_map(first).collect(), HashSet::new(), manifest.created.seconds);
-        Movable { run, source, target, plan, shared, given, since, may, own }
+        let (given, since) = (HashSet::new(), manifest.created.seconds);
+        Movable { run, source, target, plan, names, given, since, may }
     }
 
     /// Whether it goes in this run, when its new name is there, and is what was listed.
@@ -93,14 +137,18 @@ impl<'a> Movable<'a> {
 
     /// Whether the account may take a name away from the directory that it is in, as far as its owner and mode say.
     fn can_go(&self, path: &RelPath) -> bool {
-        let Some(own) = &self.own else { return true };
+        let Some(own) = &self.names.own else { return true };
         let parent = path.parent().and_then(|parent| self.target.get(&parent));
         parent.is_none_or(|parent| parent.owner == *own && parent.mode & 0o300 == 0o300)
     }
 
     /// Whether it is given to `entry`: it goes, and has all that this is to have.
     pub(super) fn gives(&mut self, lying: &Lying, entry: &Entry) -> bool {
-        if !self.goes(lying) || self.shared.contains(&lying.path) || self.run.is_last(&entry.path) {
+        if !self.goes(lying)
+            || self.names.has(&lying.path)
+            || self.names.is_to_have(&entry.path)
+            || self.run.is_last(&entry.path)
+        {
             return false;
         }
         let Some(there) = self.target.get(&lying.path) else { return false };
@@ -183,7 +231,8 @@ pub(super) fn written_down(state: &State) -> Vec<Linked> {
 /// # Errors
 /// When the connection ends.
 pub(super) fn look_again(run: &Run, record: &Record, problems: &mut Problems) -> Result<(), Error> {
-    let staged = |linked: &Linked| run.staged_path(&linked.to);
+    // What is published last is none of them.
+    let staged = |linked: &Linked| at(&run.staging, [b"tree/", linked.to.as_bytes()].concat());
     let found = run.session.batch(record.linked.iter().map(|linked| about(packet::LSTAT, &staged(linked))))?;
     let mut changed = Vec::new();
     for (linked, found) in record.linked.iter().zip(found) {

@@ -81,6 +81,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     }
     let (mut options, mut problems) = (options.clone(), Problems::default());
     let deletes = options.delete;
+    append::settle(run, &mut options, &mut problems)?;
     moved::settle(run, &mut options, &mut problems)?;
     let options = &options;
     let held_back = deletes && !options.delete;
@@ -584,7 +585,7 @@ fn appear(run: &Run, path: &[u8]) -> Result<(), Error> {
 }
 
 /// Finishes what an interrupted run had begun to publish. Says whether there was something to finish.
-pub(super) fn recover(run: &Run) -> Result<bool, Error> {
+pub(super) fn recover(run: &Run, monitor: &dyn Monitor) -> Result<bool, Error> {
     let session = &run.session;
     let path = at(&run.staging, RECORD);
     let text = match read_whole(session, &path)? {
@@ -605,6 +606,10 @@ pub(super) fn recover(run: &Run) -> Result<bool, Error> {
         let manifest = format::decode(text).map_err(|_| damaged("the manifest"))?;
         check_parents(run, &record.steps)?;
         let done = execute(run, &record, &manifest.tree, true)?;
+        for (path, why) in &done.told {
+            let host = session.client.host();
+            monitor.event(Event::Warning(&format!("{host}: '{path}' of the interrupted run: {why}")));
+        }
         let (manifest, _) = mend(run, &record, manifest, Vec::new(), &old.tree, &done)?;
         admit(run, &manifest.tree)?;
         finish(run, false)?;

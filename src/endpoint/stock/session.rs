@@ -101,7 +101,17 @@ impl Refusal {
 #[derive(Debug, Clone)]
 pub(super) struct Name {
     pub(super) name: Vec<u8>,
+    /// How many names it has, as far as the line for people tells.
+    pub(super) links: Option<u32>,
     pub(super) attributes: Attributes,
+}
+
+/// The number of names in a line as `ls -l` writes it, which is what OpenSSH's server gives of each name that it lists.
+fn links_of(line: &[u8]) -> Option<u32> {
+    let mut words = line.split(|&byte| byte == b' ').filter(|word| !word.is_empty());
+    let mode = words.next().filter(|mode| mode.len() >= 10 && mode[0] == b'-')?;
+    mode[1..10].iter().all(|byte| b"-rwxsStT".contains(byte)).then_some(())?;
+    std::str::from_utf8(words.next()?).ok()?.parse().ok()
 }
 
 /// An answer that fits its type.
@@ -419,8 +429,8 @@ fn decode(answer: Answer) -> Result<Reply, Short> {
             // Nothing is reserved for the count: each name has to be there.
             for _ in 0..reader.u32()? {
                 let name = reader.string()?.to_vec();
-                reader.string()?;
-                names.push(Name { name, attributes: Attributes::decode(&mut reader)? });
+                let links = links_of(reader.string()?);
+                names.push(Name { name, links, attributes: Attributes::decode(&mut reader)? });
             }
             Reply::Names(names)
         }
@@ -428,4 +438,25 @@ fn decode(answer: Answer) -> Result<Reply, Short> {
         packet::EXTENDED_REPLY => Reply::Extended(answer.body.clone()),
         _ => return Err(Short),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_many_names_a_file_has_stands_in_its_line() {
+        for (line, links) in [
+            ("-rw-r--r--    1 root     root         1234 Nov 29 22:22 name", Some(1)),
+            ("-rwsr-xr-x   12 0        0               0 Jan  1  1970 -rw 7", Some(12)),
+            ("drwxr-xr-x    3 root     root         4096 Nov 29 22:22 name", None),
+            ("-rw-r--r--    ? root     root         1234 Nov 29 22:22 name", None),
+            ("-rw-r--r--", None),
+            ("-some name 1", None),
+            ("name", None),
+            ("", None),
+        ] {
+            assert_eq!(links_of(line.as_bytes()), links, "{line}");
+        }
+    }
 }

@@ -37,6 +37,8 @@ pub(super) struct Area {
     made: bool,
     /// What this run has said that it stages.
     journal: Journal,
+    /// What was put at the end of files, by its name below [`TAILS`].
+    pub(super) tails: Vec<u32>,
     /// Directories that this run has made in it, below it and from the top.
     directories: Vec<Vec<u8>>,
 }
@@ -197,6 +199,7 @@ pub(super) fn clear(run: &Run) -> Result<(), Error> {
     let whole = |path: &[u8]| [&run.staging[..], b"/", path].concat();
     let files = [super::publish::RECORD, super::publish::NEW_MANIFEST, JOURNAL];
     let removed = files.iter().map(|name| about(packet::REMOVE, &at(&run.staging, name)));
+    let removed = removed.chain(area.tails.iter().map(|&number| about(packet::REMOVE, &run.tail_path(number))));
     let emptied = directories.iter().rev().map(|path| about(packet::RMDIR, &whole(path)));
     let last = about(packet::RMDIR, &run.staging);
     // What was staged has its name by now, mostly, and then there is nothing to look for.

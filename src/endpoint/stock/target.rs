@@ -423,7 +423,7 @@ impl StockTarget {
             return Ok(());
         }
         stage::make_area(run, monitor)?;
-        if publish::recover(run)? {
+        if publish::recover(run, monitor)? {
             monitor.event(Event::Warning(&format!(
                 "{}: an earlier run was interrupted while it published; it was finished first",
                 self.describe()
@@ -517,6 +517,7 @@ impl Run {
             // It is looked at for comparison; whether it matters is found out when it is to be changed.
             monitor.event(Event::Problem(&Problem { severity: Severity::Skipped, ..problem.clone() }));
         }
+        let links = (&listed.shared, listed.tells_links);
         let mut entries = listed.entries;
         entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
         let target = Tree::new(entries).map_err(|error| target_problem(error.to_string()))?;
@@ -530,7 +531,7 @@ impl Run {
             trash::collect(self, keep, monitor)?;
         }
         let spreads = !self.options.dry_run && stage::prepare(self, &source, &mut plan, monitor)?;
-        let alike = Arc::new(alike::find(self, &source, &target, &old_manifest, &mut plan)?);
+        let alike = Arc::new(alike::find(self, &source, &target, &old_manifest, links, &mut plan)?);
         let (planned, state) = (plan.clone(), State::default());
         *self.state() = State { source, target, plan: planned, old_manifest, old_digest, spreads, alike, ..state };
         Ok(plan)

@@ -456,11 +456,17 @@ impl StockWriter {
         self.send(number, Op::Close, about(packet::CLOSE, &handle))
     }
 
-    /// Begins to stage a file.
-    fn open_file(&mut self, index: u32, resume_at: u64) -> Result<(), Error> {
+    /// Waits until another file may be opened.
+    fn wait_for_handles(&mut self) -> Result<(), Error> {
         while self.open_files >= OPEN_FILES.min(self.session.handles() / 2) && !self.sent.is_empty() {
             self.pump(true)?;
         }
+        Ok(())
+    }
+
+    /// Begins to stage a file.
+    fn open_file(&mut self, index: u32, resume_at: u64) -> Result<(), Error> {
+        self.wait_for_handles()?;
         let (entry, size) = self.entry(index)?;
         let path = self.run.staged_path(&entry.path);
         // What may be copied takes a handle.

@@ -95,6 +95,7 @@ impl StockWriter {
     }
 
     fn open_tail(&mut self, index: u32) -> Result<(), Error> {
+        self.wait_for_handles()?;
         let (_, size) = self.entry(index)?;
         let Some(growing) = self.growing.get_mut(&index) else { return Ok(()) };
         growing.hasher = Some(Sha256::new());
