@@ -7,7 +7,7 @@
 //! RACE: SFTP knows no inode, and opens what a link points to. Whoever puts another file of the same size and time, or a link to one, in its
 //! place between the last look and the copy has that appended to; nobody else is to write to what only grows at a target.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use super::adopt;
 use super::alike::Lying;
@@ -74,26 +74,36 @@ impl Run {
     }
 }
 
-/// Gives up what there is no room for at the end of the files that are appended to: it is staged, and would lie there twice.
+/// Gives up what there is no room for at the end of the files that are appended to: it is staged, and would lie there twice. Then nothing
+/// is removed either.
 ///
 /// # Errors
 /// When the connection ends.
 pub(super) fn settle(run: &Run, options: &mut CommitOptions, problems: &mut Problems) -> Result<(), Error> {
     let state = run.state();
+    let failed: HashSet<u32> = options.failed.iter().copied().collect();
     let size = |index: u32| state.source.entries()[index as usize].file().map_or(0, |(size, _)| size);
-    let wanted: u64 = state.tails.iter().map(|(&index, lying)| size(index).saturating_sub(lying.size)).sum();
-    if wanted == 0 {
+    let tails: Vec<(u32, u64)> = state
+        .tails
+        .iter()
+        .filter(|(index, _)| !failed.contains(index))
+        .map(|(&index, lying)| (index, size(index).saturating_sub(lying.size)))
+        .collect();
+    // Where nothing goes what was to get another name is copied before that.
+    let copies: u64 = state.moved.values().filter(|_| !options.delete).map(|lying| lying.size).sum();
+    let wanted = copies.saturating_add(tails.iter().map(|(_, added)| added).sum());
+    if tails.is_empty() {
         return Ok(());
     }
     let Some(room) = run.session.room(&run.root_path())?.filter(|room| *room < wanted) else { return Ok(()) };
-    for &index in state.tails.keys().filter(|index| !options.failed.contains(index)).collect::<Vec<_>>() {
+    for (index, _) in tails {
         let path = &state.source.entries()[index as usize].path;
-        problems.tell(
-            path,
-            format!("there is room for {room} bytes, and not for {wanted} at the ends of files: make room there"),
-        );
+        let why = format!("there is room for {room} bytes, and not for {wanted} at the ends of files: make room there");
+        problems.tell(path, why);
         options.failed.push(index);
     }
+    // After any problem nothing is removed.
+    options.delete = false;
     Ok(())
 }
 
@@ -111,8 +121,9 @@ pub(super) fn append<'a>(
 ) -> Result<Vec<&'a RelPath>, Error> {
     let mut done = Vec::new();
     for (path, appended) in steps.filter_map(|recorded| Some((recorded.step.path(), recorded.append?))) {
-        let Some((size, digest)) = tree.get(path).and_then(Entry::file) else { continue };
-        let appending = Appending { run, path: below(&run.root, path), appended, size };
+        let Some(entry) = tree.get(path) else { continue };
+        let Some((size, digest)) = entry.file() else { continue };
+        let appending = Appending { run, path: below(&run.root, path), appended, size, mode: entry.mode };
         let ended = match appending.append(again)? {
             Ok(()) if again => appending.prove(digest)?,
             ended => ended,
@@ -138,6 +149,8 @@ struct Appending<'a> {
     appended: Appended,
     /// How long it is to be.
     size: u64,
+    /// The mode that it has, and keeps.
+    mode: u32,
 }
 
 impl Appending<'_> {
@@ -185,7 +198,10 @@ impl Appending<'_> {
         let modified = found.times.map(|(_, modified)| i64::from(modified));
         let as_it_was = found.size == Some(length) && modified == Some(seconds);
         let begun = again && found.size.is_some_and(|found| length < found && found <= self.size);
-        if tail.size != Some(added) || length > self.size || !(as_it_was || begun) {
+        let own = self.run.own.0;
+        let ours = own == 0 || found.owner.is_some_and(|(uid, _)| uid == own);
+        let permitted = found.mode.map(|mode| mode & 0o7777) == Some(self.mode) && ours;
+        if tail.size != Some(added) || length > self.size || !permitted || !(as_it_was || begun) {
             return Ok(Err(CHANGED.to_owned()));
         }
         let starts: Vec<u64> = (0..added).step_by(REQUEST_BYTES as usize).collect();

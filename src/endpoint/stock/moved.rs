@@ -77,7 +77,9 @@ impl<'a> Further<'a> {
         };
         let there = target.entries().iter().chain(manifest.tree.entries()).filter_map(first).collect();
         let wanted = source.entries().iter().filter_map(first).collect();
-        Ok(Further { there, wanted, listed, unknown: !tells, own })
+        // What is no OpenSSH may write lines in which the number says nothing.
+        let is_openssh = run.session.offers.lsetstat && run.session.offers.names;
+        Ok(Further { there, wanted, listed, unknown: !(tells && is_openssh), own })
     }
 
     /// Whether the file at `path` may have further names.

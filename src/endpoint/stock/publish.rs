@@ -100,6 +100,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
             still_locked(run)?;
         }
         clear(run)?;
+        (state.tails, state.linked) = Default::default();
         let manifest_digest = state.old_digest.to_string();
         let (generation, problems) = (old.generation, problems.told);
         return Ok(Committed { generation, manifest_digest, problems, held_back, ..Committed::default() });
@@ -118,6 +119,9 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let removed: Vec<&RelPath> = removals.filter(|path| !done.unpublished.contains(path)).collect();
     let published: HashSet<u32> =
         paths.into_iter().filter(|(_, path)| !done.left(path)).map(|(index, _)| index).collect();
+    state.tails.retain(|index, _| published.contains(index));
+    state.linked.retain(|index, _| published.contains(index));
+    let state = &*state;
     let aside = record.trash.as_deref().map(|name| Trash::new(run, name));
     std::thread::scope(|scope| {
         let admitted = scope.spawn(|| admit(run, &manifest.tree));

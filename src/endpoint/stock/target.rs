@@ -52,6 +52,8 @@ pub struct StockTarget {
     proof: Mutex<&'static str>,
     /// Files that only got another name in the run, or did in the last.
     renamed: AtomicUsize,
+    /// Those that were appended to.
+    grown: AtomicUsize,
     much: Much,
     /// Where what is known of the blocks of its files is kept.
     sums: Option<PathBuf>,
@@ -173,7 +175,15 @@ impl StockTarget {
     pub fn new(lanes: Lanes) -> StockTarget {
         let lanes = Arc::new(lanes);
         let (run, proof, much) = (Mutex::new(None), Mutex::new(BY_READING), Much::default());
-        StockTarget { lanes, run, proof, renamed: AtomicUsize::default(), much, sums: None }
+        StockTarget {
+            lanes,
+            run,
+            proof,
+            renamed: AtomicUsize::default(),
+            grown: AtomicUsize::default(),
+            much,
+            sums: None,
+        }
     }
 
     /// Has what is known of the blocks of its files kept in `directory`, which is made where something is to be kept: of a file that
@@ -203,6 +213,7 @@ impl Target for StockTarget {
 
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
         self.renamed.store(0, Ordering::Relaxed);
+        self.grown.store(0, Ordering::Relaxed);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let started = Timestamp { seconds: now.as_secs() as i64, nanoseconds: now.subsec_nanos() };
         let usage = |error: &dyn std::error::Error| Error::Usage(crate::error::chain(error));
@@ -329,6 +340,7 @@ impl Target for StockTarget {
         let run = self.run()?;
         let committed = publish::commit(&run, options, monitor)?;
         self.renamed.store(run.state().linked.len(), Ordering::Relaxed);
+        self.grown.store(run.state().tails.len(), Ordering::Relaxed);
         *locked(&run.lock) = None;
         *locked(&self.run) = None;
         Ok(committed)
@@ -345,11 +357,15 @@ impl Target for StockTarget {
     }
 
     fn verification(&self) -> String {
-        let proof = *locked(&self.proof);
-        match self.renamed.load(Ordering::Relaxed) {
-            0 => proof.into(),
-            renamed => format!("{proof}; {renamed} only got another name there and were not hashed again"),
+        let mut proof = String::from(*locked(&self.proof));
+        let (renamed, grown) = (self.renamed.load(Ordering::Relaxed), self.grown.load(Ordering::Relaxed));
+        if renamed > 0 {
+            proof.push_str(&format!("; {renamed} only got another name there and were not hashed again"));
         }
+        if grown > 0 {
+            proof.push_str(&format!("; of {grown} that were appended to, what is new"));
+        }
+        proof
     }
 
     fn wire_bytes(&self) -> u64 {
