@@ -12,22 +12,23 @@ use super::alike::Alike;
 use super::bulk::{Bulk, Starting};
 use super::follow::Follower;
 use super::prove::{Answer, Unproven};
-use super::session::{self, Refusal, Reply, Session, about, extended, with_attributes};
+use super::session::{self, Refusal, Reply, Session, about, with_attributes};
 use super::target::{Permissions, Run};
 use crate::endpoint::client::Completion;
-use crate::endpoint::delta::{Beginning, Summing, Within};
+use crate::endpoint::delta::{Beginning, Within};
 use crate::endpoint::spread::Spread;
 use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
 use crate::error::Escaped;
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::policy::mode::SPECIAL_BITS;
-use crate::wire::sftp::{Attributes, Status, open, packet};
+use crate::wire::sftp::{Attributes, Status, packet};
 
 mod beside;
 mod by_command;
 mod copies;
 mod file;
 mod moved;
+mod opening;
 mod proof;
 mod tail;
 
@@ -334,37 +335,6 @@ impl StockWriter {
         }
     }
 
-    fn count(&mut self, number: u64) {
-        if let Some(file) = self.files.get_mut(&number) {
-            file.counted = true;
-            self.open_files += 1;
-        }
-    }
-
-    /// Opens a file that is not there yet.
-    fn open_new(&mut self, number: u64) -> Result<(), Error> {
-        self.count(number);
-        let Some(path) = self.files.get(&number).map(|file| file.path.clone()) else { return Ok(()) };
-        self.send(number, Op::Open, session::open(&path, open::WRITE | open::CREATE | open::EXCLUSIVE))
-    }
-
-    fn not_opened(&mut self, number: u64, refusal: &Refusal) -> Result<(), Error> {
-        let Some(file) = self.files.get_mut(&number) else { return Ok(()) };
-        // What an earlier attempt left has the name; CREAT with EXCL follows no link and opens nothing of others.
-        if refusal.status == Status::Failure && !file.opened_again && !file.resumed {
-            file.opened_again = true;
-            let path = file.path.clone();
-            self.send(number, Op::Clear, about(packet::REMOVE, &path))?;
-            return self.send(number, Op::Open, session::open(&path, open::WRITE | open::CREATE | open::EXCLUSIVE));
-        }
-        let resumed = file.resumed;
-        file.failure = Some(WriteFailure { retry: resumed, ..refused("make the staged file", refusal) });
-        file.never_opens = true;
-        file.closing |= file.digest.is_some();
-        self.forget_queued(number);
-        if resumed { Ok(()) } else { self.check_room() }
-    }
-
     /// Sends what waited and need not any more.
     fn flush(&mut self, number: u64) -> Result<(), Error> {
         if self.files.get(&number).is_some_and(|file| file.beside.is_some()) {
@@ -428,102 +398,6 @@ impl StockWriter {
             }
             self.send_over(Arc::clone(session), number, Op::Data(at), session::write(handle, at, chunk))?;
             at += chunk.len() as u64;
-        }
-        Ok(())
-    }
-
-    /// Ends a file whose end was said, whose handle is there, and of which all is sent.
-    fn close(&mut self, number: u64) -> Result<(), Error> {
-        let Some(file) = self.files.get_mut(&number).filter(|file| file.queued.is_empty()) else { return Ok(()) };
-        let (Some(handle), Some(_), false) = (file.handle.clone(), file.digest, file.closing) else { return Ok(()) };
-        // What follows is for all of it.
-        if file.beside.is_some() && !file.unanswered.is_empty() {
-            return Ok(());
-        }
-        file.closing = true;
-        let origin = file.origin.as_mut().and_then(|origin| origin.handle.take());
-        let size = Attributes { size: Some(file.size), ..Attributes::default() };
-        if file.hole_at_end {
-            self.send(number, Op::Write, with_attributes(packet::FSETSTAT, &handle, &size))?;
-        }
-        if self.sync_each {
-            self.send(number, Op::Write, extended("fsync@openssh.com", &[&handle]))?;
-        }
-        if let Some(origin) = origin {
-            self.send(number, Op::Clear, about(packet::CLOSE, &origin))?;
-        }
-        self.end_beside(number)?;
-        self.send(number, Op::Close, about(packet::CLOSE, &handle))
-    }
-
-    /// Waits until another file may be opened.
-    fn wait_for_handles(&mut self) -> Result<(), Error> {
-        while self.open_files >= OPEN_FILES.min(self.session.handles() / 2) && !self.sent.is_empty() {
-            self.pump(true)?;
-        }
-        Ok(())
-    }
-
-    /// Begins to stage a file.
-    fn open_file(&mut self, index: u32, resume_at: u64) -> Result<(), Error> {
-        self.wait_for_handles()?;
-        let (entry, size) = self.entry(index)?;
-        let path = self.run.staged_path(&entry.path);
-        // What may be copied takes a handle.
-        let is_made = self.alike.piece(index, 0).is_some() && !self.whole.contains(&index);
-        let beside = !is_made && self.goes_beside(index, size - resume_at.min(size));
-        let route = if is_made || beside { Route::Sftp } else { self.route(index, &path, size, resume_at)? };
-        let number = self.next_file;
-        self.next_file += 1;
-        let mut file = File::new(index, path.clone(), size, resume_at, route);
-        file.is_with_command = route == Route::Stream;
-        file.beside = beside.then(Default::default);
-        // Of what an earlier run has sent nothing is known.
-        file.summing = (resume_at == 0 && self.run.sums_up(size)).then(Summing::default);
-        self.files.insert(number, file);
-        self.current.insert(index, number);
-        if beside {
-            self.spread.begin();
-        }
-        match (route, resume_at) {
-            (Route::Pack, _) => return Ok(()),
-            (Route::Stream, _) => {
-                self.with_bulk(|bulk| bulk.begin(number, &path, resume_at))?;
-                return self.follow(number);
-            }
-            (Route::Sftp, 0) => self.open_new(number)?,
-            // All of it is there, perhaps with its last mode: only the proof is left.
-            (Route::Sftp, _) if resume_at == size => {}
-            (Route::Sftp, _) => {
-                let cut = Attributes { size: Some(resume_at), ..Attributes::default() };
-                self.send(number, Op::Write, with_attributes(packet::SETSTAT, &path, &cut))?;
-                self.count(number);
-                self.send(number, Op::Open, session::open(&path, open::WRITE))?;
-            }
-        }
-        self.follow(number)
-    }
-
-    fn drop_file(&mut self, index: u32) -> Result<(), Error> {
-        let Some(number) = self.current.remove(&index) else { return Ok(()) };
-        self.lose(number);
-        if self.files.get(&number).is_some_and(|file| file.route != Route::Sftp) {
-            self.end_by_command(number)?;
-        }
-        self.forget_queued(number);
-        self.end_beside(number)?;
-        let Some(file) = self.files.remove(&number) else { return Ok(()) };
-        let path = file.path.clone();
-        self.let_go(number, file)?;
-        self.send(number, Op::Clear, about(packet::REMOVE, &path))
-    }
-
-    /// Gives back what a file holds at the server that is no more of this writer's.
-    fn let_go(&mut self, number: u64, file: File) -> Result<(), Error> {
-        self.open_files -= usize::from(file.counted);
-        let origin = file.origin.and_then(|origin| origin.handle);
-        for handle in file.handle.filter(|_| !file.closing).into_iter().chain(origin) {
-            self.send(number, Op::Clear, about(packet::CLOSE, &handle))?;
         }
         Ok(())
     }
