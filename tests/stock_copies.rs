@@ -23,6 +23,18 @@ pub(super) fn is_copy(packet: &[u8]) -> bool {
     packet.first() == Some(&EXTENDED) && packet.get(5..).is_some_and(|body| body.starts_with(COPY_DATA))
 }
 
+/// A server that does not offer what is called so.
+pub(super) fn not_offering(extension: &'static [u8]) -> Hook {
+    Arc::new(move |packet| {
+        if packet.first() == Some(&VERSION)
+            && let Some(at) = position(packet, extension)
+        {
+            packet[at] = b'x';
+        }
+        true
+    })
+}
+
 pub(super) fn position(packet: &[u8], what: &[u8]) -> Option<usize> {
     packet.windows(what.len()).position(|bytes| bytes == what)
 }
@@ -208,16 +220,7 @@ fn what_has_another_time_when_it_is_opened_is_not_believed() {
 #[test]
 fn a_server_that_does_not_copy_or_fails_at_it_is_sent_what_it_has() {
     for shell in [true, false] {
-        // It does not offer it.
-        let back: Hook = Arc::new(|packet| {
-            if packet.first() == Some(&VERSION)
-                && let Some(at) = position(packet, b"copy-data")
-            {
-                packet[at] = b'x';
-            }
-            true
-        });
-        assert_eq!(sent_whole(&renamed(shell), nothing(), back, shell), 0);
+        assert_eq!(sent_whole(&renamed(shell), nothing(), not_offering(b"copy-data"), shell), 0);
         // It offers it, and knows nothing of it.
         let unknown: Hook = Arc::new(|packet| {
             if is_copy(packet) {

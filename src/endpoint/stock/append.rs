@@ -7,16 +7,15 @@
 //! RACE: SFTP knows no inode, and opens what a link points to. Whoever puts another file of the same size and time, or a link to one, in its
 //! place between the last look and the copy has that appended to; nobody else is to write to what only grows at a target.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
 use super::adopt;
-use super::alike::Lying;
 use super::execute::Problems;
 use super::moved::Further;
 use super::prove::Unproven;
 use super::record::Recorded;
 use super::session::{self, Reply, about, extended, with_attributes};
-use super::target::{Run, locked};
+use super::target::{Run, State, locked};
 use super::{REGULAR, Verify, at, below, kind_of};
 use crate::endpoint::{CommitOptions, Error};
 use crate::manifest::{Digest, Entry, Tree};
@@ -40,12 +39,6 @@ pub(super) struct Appended {
     pub(super) length: u64,
     /// Its time of modification.
     pub(super) seconds: i64,
-}
-
-impl Appended {
-    pub(super) fn new(index: u32, lying: &Lying) -> Appended {
-        Appended { tail: index, length: lying.size, seconds: lying.seconds }
-    }
 }
 
 impl Run {
@@ -266,8 +259,11 @@ impl Appending<'_> {
     }
 }
 
-/// What is appended to, of those steps that replace a file.
-pub(super) fn appended(tails: &BTreeMap<u32, std::sync::Arc<Lying>>, index: Option<usize>) -> Option<Appended> {
-    let index = u32::try_from(index?).ok()?;
-    tails.get(&index).map(|lying| Appended::new(index, lying))
+/// The files of which what is new is staged, and how.
+pub(super) fn appended(state: &State) -> HashMap<&RelPath, Appended> {
+    let appended = state.tails.iter().map(|(&index, lying)| {
+        let path = &state.source.entries()[index as usize].path;
+        (path, Appended { tail: index, length: lying.size, seconds: lying.seconds })
+    });
+    appended.collect()
 }

@@ -249,6 +249,12 @@ fn kind_of(attributes: &Attributes) -> Option<u32> {
     attributes.mode.map(|mode| mode & KIND_MASK)
 }
 
+/// Whether that is a regular file of this size and time of modification.
+fn is_file(found: &Attributes, size: u64, seconds: i64) -> bool {
+    let modified = found.times.map(|(_, modified)| i64::from(modified));
+    kind_of(found) == Some(REGULAR) && found.size == Some(size) && modified == Some(seconds)
+}
+
 /// A time as the server can hold it: whole seconds, from 1970 to 2106.
 fn whole_seconds(time: Timestamp) -> Timestamp {
     Timestamp { seconds: time.seconds.clamp(0, u32::MAX.into()), nanoseconds: 0 }

@@ -14,14 +14,13 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
-use super::REGULAR;
 use super::alike::Lying;
 use super::execute::Problems;
 use super::record::Record;
 use super::session::{Reply, about, extended};
 use super::target::{Permissions, Run, State, locked};
 use super::writer::{COPIED_BYTES, StockWriter};
-use super::{Verify, at, kind_of, stage};
+use super::{Verify, at, is_file, stage};
 use crate::endpoint::delta::Within;
 use crate::endpoint::{CommitOptions, Error, Writer};
 use crate::manifest::{Content, Entry, Manifest, Name, Tree};
@@ -240,8 +239,7 @@ pub(super) fn look_again(run: &Run, record: &Record, problems: &mut Problems) ->
     for (linked, found) in record.linked.iter().zip(found) {
         // What is not there any more has its name already.
         let Ok(found) = run.session.attributes(found)? else { continue };
-        let modified = found.times.map(|(_, modified)| i64::from(modified));
-        if kind_of(&found) != Some(REGULAR) || found.size != Some(linked.size) || modified != Some(linked.seconds) {
+        if !is_file(&found, linked.size, linked.seconds) {
             changed.push(about(packet::REMOVE, &staged(linked)));
             let why = format!("'{}', which was to get this name, was changed there since; push again", linked.from);
             problems.tell(&linked.to, why);
@@ -303,9 +301,7 @@ fn is_as_listed(run: &Run, lying: &Lying, wanted: &Permissions, found: Reply) ->
     let Ok(found) = run.session.attributes(found)? else { return Ok(false) };
     // What is nobody's by the policy is the account's own, as what it would have made.
     let expected = (wanted.uid.unwrap_or(run.own.0), wanted.gid.unwrap_or(run.own.1));
-    Ok(kind_of(&found) == Some(REGULAR)
-        && found.size == Some(lying.size)
-        && found.times.map(|(_, modified)| i64::from(modified)) == Some(lying.seconds)
+    Ok(is_file(&found, lying.size, lying.seconds)
         && found.mode.map(|mode| mode & 0o7777) == Some(wanted.mode)
         && found.owner == Some(expected))
 }

@@ -261,8 +261,8 @@ fn planned(run: &Run, state: &State, options: &CommitOptions, failed: &HashSet<u
     };
     let replaces = |step: &Step| matches!(step, Step::Replace(_));
     let pointer = |step: &Step| replaces(step) && run.is_last(step.path());
-    let position = |step: &Step| state.source.position(step.path()).filter(|_| replaces(step));
-    let append = |step: &Step| append::appended(&state.tails, position(step));
+    let appended = append::appended(state);
+    let append = |step: &Step| appended.get(step.path()).copied().filter(|_| replaces(step));
     steps(&publication)
         .into_iter()
         .map(|step| Recorded { pointer: pointer(&step), append: append(&step), step })

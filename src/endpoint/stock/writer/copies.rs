@@ -8,9 +8,8 @@
 
 use std::sync::Arc;
 
-use super::super::REGULAR;
 use super::super::alike::Lying;
-use super::super::kind_of;
+use super::super::is_file;
 use super::super::session::{self, Refusal, about};
 use super::StockWriter;
 use super::file::{Op, Origin, Part, Route};
@@ -105,10 +104,8 @@ impl StockWriter {
     /// What is copied from has to be what was listed.
     pub(super) fn origin_seen(&mut self, number: u64, found: &Attributes) {
         let Some(origin) = self.files.get(&number).and_then(|file| file.origin.as_ref()) else { return };
-        let modified = found.times.map(|(_, modified)| i64::from(modified));
         let Lying { size, seconds, .. } = *origin.lying;
-        let same = found.size == Some(size) && modified == Some(seconds) && kind_of(found) == Some(REGULAR);
-        if !same {
+        if !is_file(found, size, seconds) {
             self.no_copy(number, "has changed there since it was listed");
         }
     }

@@ -35,7 +35,7 @@ mod tail;
 pub(super) use copies::COPIED_BYTES;
 use file::{File, Op, Part, Route, Stage};
 use moved::Moving;
-use tail::{Growing, Place};
+use tail::Growing;
 
 /// Files of one writer that are open or waiting to be, at most.
 const OPEN_FILES: usize = 256;
@@ -446,10 +446,7 @@ impl Writer for StockWriter {
 
     fn write(&mut self, index: u32, offset: u64, block: Block) -> Result<(), Error> {
         self.stop_moving(index)?;
-        let Place::At(offset) = self.place(index, offset)? else {
-            self.fail_tail(index);
-            return Ok(());
-        };
+        let Some(offset) = self.place(index, offset)? else { return Ok(()) };
         self.hash_tail(index, block.data());
         self.pump(false)?;
         let Some(&number) = self.current.get(&index) else { return Ok(()) };
@@ -480,10 +477,7 @@ impl Writer for StockWriter {
 
     fn hole(&mut self, index: u32, offset: u64, length: u64) -> Result<(), Error> {
         self.stop_moving(index)?;
-        let Place::At(offset) = self.place(index, offset)? else {
-            self.fail_tail(index);
-            return Ok(());
-        };
+        let Some(offset) = self.place(index, offset)? else { return Ok(()) };
         self.hash_hole_of_tail(index, length);
         let Some(file) = self.current.get(&index).and_then(|number| self.files.get_mut(number)) else { return Ok(()) };
         match offset.checked_add(length) {

@@ -16,10 +16,15 @@ pub(super) struct Moving {
 }
 
 impl StockWriter {
+    /// Whether what is there may become a part of the file at `index` as it is, and not as a copy.
+    pub(super) fn may_stay(&self, index: u32, resume_at: u64) -> bool {
+        self.moves && resume_at == 0 && !self.whole.contains(&index)
+    }
+
     /// Whether the file at `index` gets what is there by its name, and is not opened.
     pub(super) fn begin_moving(&mut self, index: u32, resume_at: u64) -> bool {
         self.moving.remove(&index);
-        if !self.moves || resume_at > 0 || self.whole.contains(&index) {
+        if !self.may_stay(index, resume_at) {
             return false;
         }
         let Some(lying) = self.alike.moved(index) else { return false };

@@ -22,20 +22,11 @@ pub(super) struct Growing {
     hasher: Option<Sha256>,
 }
 
-/// How what comes for a file goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
-    /// To this offset of what is staged of it.
-    At(u64),
-    /// It can go nowhere.
-    Lost,
-}
-
 impl StockWriter {
     /// Whether what is new of the file at `index` is staged alone; nothing is opened before it comes.
     pub(super) fn begin_growing(&mut self, index: u32, resume_at: u64) -> bool {
         self.growing.remove(&index);
-        if !self.moves || resume_at > 0 || self.whole.contains(&index) {
+        if !self.may_stay(index, resume_at) {
             return false;
         }
         let Some(lying) = self.alike.appended_to(index) else { return false };
@@ -62,18 +53,23 @@ impl StockWriter {
         }
     }
 
-    /// Where what comes at `offset` of a file goes; of one that is appended to its tail is begun with the first of it.
-    pub(super) fn place(&mut self, index: u32, offset: u64) -> Result<Place, Error> {
-        let Some(growing) = self.growing.get(&index) else { return Ok(Place::At(offset)) };
+    /// Where what comes at `offset` of a file goes; of one that is appended to its tail is begun with the first of it. What can go nowhere
+    /// makes the file fail.
+    pub(super) fn place(&mut self, index: u32, offset: u64) -> Result<Option<u64>, Error> {
+        let Some(growing) = self.growing.get(&index) else { return Ok(Some(offset)) };
         let length = growing.lying.size;
         if growing.hasher.is_none() {
             if !growing.is_beginning || growing.at != length || offset != length {
                 self.stop_growing(index)?;
-                return Ok(Place::At(offset));
+                return Ok(Some(offset));
             }
             self.open_tail(index)?;
         }
-        Ok(offset.checked_sub(length).map_or(Place::Lost, Place::At))
+        let place = offset.checked_sub(length);
+        if place.is_none() {
+            self.fail_tail(index);
+        }
+        Ok(place)
     }
 
     /// Hashes what comes of what is new.
@@ -131,7 +127,7 @@ impl StockWriter {
     }
 
     /// What is new of a file came in another order than it lies in.
-    pub(super) fn fail_tail(&mut self, index: u32) {
+    fn fail_tail(&mut self, index: u32) {
         if let Some(file) = self.current.get(&index).and_then(|number| self.files.get_mut(number)) {
             let message = "what is new of it came out of its order".to_owned();
             file.failure.get_or_insert(WriteFailure { message, retry: true });
