@@ -174,7 +174,7 @@ pub(super) fn find(
         }
     }
     // Copied by the server, a hole becomes zeros that take room.
-    if whole_bytes > 0 && run.session.room(&run.root_path())?.is_some_and(|room| room < whole_bytes) {
+    if whole_bytes > 0 && run.too_little_room(whole_bytes)?.is_some() {
         // What gets another name needs none, and what is appended to as much as is sent.
         let Alike { moves, tails, mut made_of, .. } = alike;
         made_of.retain(|index, _| moves.contains(index) || tails.contains(index));

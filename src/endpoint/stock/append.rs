@@ -16,7 +16,7 @@ use super::prove::Unproven;
 use super::record::Recorded;
 use super::session::{self, Reply, about, extended, with_attributes};
 use super::target::{Run, State, locked};
-use super::{REGULAR, Verify, at, below, kind_of};
+use super::{REGULAR, at, below, kind_of};
 use crate::endpoint::{CommitOptions, Error};
 use crate::manifest::{Digest, Entry, Tree};
 use crate::path::RelPath;
@@ -51,13 +51,10 @@ impl Run {
     /// published by itself and under one name, has all that it is to have but its content, and the account may write to it.
     pub(super) fn may_append(&self, entry: &Entry, target: &Tree, names: &Further<'_>, action: &Action) -> bool {
         let path = &entry.path;
-        let options = &self.options;
-        let undisturbed = options.trash_seconds.is_none() && !options.checksum && !options.verify_disk;
         let differs = action.differences.mode || action.differences.owner || action.differences.group;
         let ours =
             |there: &Entry| names.own.as_ref().is_none_or(|own| there.owner == *own && there.mode & 0o600 == 0o600);
-        undisturbed
-            && self.lanes.verify == Verify::Auto
+        self.files_may_stay()
             && self.growing.mean(path, false)
             && !self.is_last(path)
             && !differs
@@ -88,7 +85,7 @@ pub(super) fn settle(run: &Run, options: &mut CommitOptions, problems: &mut Prob
     if tails.is_empty() {
         return Ok(());
     }
-    let Some(room) = run.session.room(&run.root_path())?.filter(|room| *room < wanted) else { return Ok(()) };
+    let Some(room) = run.too_little_room(wanted)? else { return Ok(()) };
     for (index, _) in tails {
         let path = &state.source.entries()[index as usize].path;
         let why = format!("there is room for {room} bytes, and not for {wanted} at the ends of files: make room there");

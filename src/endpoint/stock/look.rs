@@ -3,9 +3,10 @@
 use std::sync::Mutex;
 
 use super::list::{Listed, list_from};
+use super::manifest_file::manifest_of;
 use super::names::Names;
 use super::place::{must_be_own, no_directory};
-use super::publish::{RECORD, manifest_of};
+use super::publish::RECORD;
 use super::session::{self, Reply, Session, about};
 use super::target::{FOREIGN_RECORD, MANIFEST, STAGING, STAGING_ABOVE, STATE, locked};
 use super::{DIRECTORY, at, kind_of, lock};

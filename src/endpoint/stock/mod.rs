@@ -31,6 +31,7 @@ mod lag;
 mod list;
 mod lock;
 mod look;
+mod manifest_file;
 mod moved;
 mod names;
 mod place;

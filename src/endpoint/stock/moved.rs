@@ -20,7 +20,7 @@ use super::record::Record;
 use super::session::{Reply, about, extended};
 use super::target::{Permissions, Run, State, locked};
 use super::writer::{COPIED_BYTES, StockWriter};
-use super::{Verify, at, is_file, stage};
+use super::{at, is_file, stage};
 use crate::endpoint::delta::Within;
 use crate::endpoint::{CommitOptions, Error, Writer};
 use crate::manifest::{Content, Entry, Manifest, Name, Tree};
@@ -116,9 +116,8 @@ impl<'a> Movable<'a> {
         names: &'a Further<'a>,
     ) -> Movable<'a> {
         let options = &run.options;
-        let undisturbed = options.trash_seconds.is_none() && !options.checksum && !options.verify_disk;
         let may = options.deletes && options.delta && !run.keeps_all();
-        let may = may && undisturbed && run.session.offers.hard_link && run.lanes.verify == Verify::Auto;
+        let may = may && run.files_may_stay() && run.session.offers.hard_link;
         let (given, since) = (HashSet::new(), manifest.created.seconds);
         Movable { run, source, target, plan, names, given, since, may }
     }
@@ -313,7 +312,7 @@ fn copy(run: &Arc<Run>, moved: &BTreeMap<u32, Arc<Lying>>) -> Result<Vec<(RelPat
     }
     let path = |index: u32| run.state().source.entries()[index as usize].path.clone();
     let wanted: u64 = moved.values().map(|lying| lying.size).sum();
-    if let Some(room) = run.session.room(&run.root_path())?.filter(|room| *room < wanted) {
+    if let Some(room) = run.too_little_room(wanted)? {
         let lost = moved.iter().map(|(&index, lying)| {
             let why = format!(
                 "was to be what is called '{}' there, which stays, as other paths failed; there is room for {room} bytes \

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::list::list;
+use super::manifest_file::read_manifest;
 use super::names::Names;
-use super::publish::read_manifest;
 use super::reader::StockReader;
 use super::vouch::vouched;
 use super::{DIRECTORY, Lanes, kind_of, trail};

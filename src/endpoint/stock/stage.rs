@@ -197,7 +197,7 @@ pub(super) fn clear(run: &Run) -> Result<(), Error> {
     let directories = area.directories;
     let session = &run.session;
     let whole = |path: &[u8]| [&run.staging[..], b"/", path].concat();
-    let files = [super::publish::RECORD, super::publish::NEW_MANIFEST, JOURNAL];
+    let files = [super::publish::RECORD, super::manifest_file::NEW_MANIFEST, JOURNAL];
     let removed = files.iter().map(|name| about(packet::REMOVE, &at(&run.staging, name)));
     let removed = removed.chain(area.tails.iter().map(|&number| about(packet::REMOVE, &run.tail_path(number))));
     let emptied = directories.iter().rev().map(|path| about(packet::RMDIR, &whole(path)));
