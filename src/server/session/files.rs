@@ -6,12 +6,13 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::buffer::spare_capacity;
-use sha2::{Digest as _, Sha256};
+use rustix::fs::{FlockOperation, flock};
 
+use super::content::{Shared, locked};
 use super::lanes::lane_of;
 use super::site::{Site, drop_set_id};
 use super::{Answer, Failed, Status, attributes_packet, statvfs_packet};
-use crate::manifest::Digest;
+use crate::audit::Outcome;
 use crate::path::RelPath;
 use crate::root::{Change, FileKind, Metadata, RootError};
 use crate::server::gate::Need;
@@ -30,9 +31,11 @@ pub(super) struct OpenFile {
     site: Arc<Site>,
     /// Of a file that was opened to be written.
     arrival: Option<Mutex<Arrival>>,
+    /// What is known of its content, with the other handles that write it.
+    content: Option<Shared>,
 }
 
-/// What is known of content that arrives.
+/// What is known of content that arrives through one handle.
 struct Arrival {
     /// Made by this handle under a rule: private until it is closed.
     private: bool,
@@ -42,10 +45,6 @@ struct Arrival {
     asked: u32,
     /// What was there, where it was not made by this handle.
     before: Option<Metadata>,
-    /// Of what was written from the start without a gap, and how much that is.
-    hash: Option<(Sha256, u64)>,
-    /// Up to where room was taken for it.
-    end: u64,
 }
 
 /// How a file was opened to be written.
@@ -68,18 +67,22 @@ impl OpenFile {
             drop_set_id(&file, &found);
         }
         let arrival = opening.map(|Opening { touched, private, asked, .. }| {
-            let hash = (site.recorder.is_some() && found.size == 0).then(|| (Sha256::new(), 0));
             // What was made for this has no mode of before.
             let before = asked.is_none().then_some(found);
-            Mutex::new(Arrival { private, touched, asked: asked.unwrap_or(found.mode), before, hash, end: found.size })
+            Mutex::new(Arrival { private, touched, asked: asked.unwrap_or(found.mode), before })
         });
+        let content = opening.map(|_| site.contents.open(&found, site.recorder.is_some()));
+        if content.is_some() && site.allowance.is_some() {
+            // Other sessions see by it that it is written to. Where it cannot be locked they do not.
+            let _ = flock(&file, FlockOperation::NonBlockingLockShared);
+        }
         let append = opening.is_some_and(|opening| opening.append);
         if opening.is_some_and(|opening| opening.private) {
             site.private().insert((found.device, found.inode));
         }
         let (lane, site) = (lane_of(&found), Arc::clone(site));
         let Metadata { kind, device, inode, .. } = found;
-        Ok(OpenFile { file, lane, kind, device, inode, append, site, arrival })
+        Ok(OpenFile { file, lane, kind, device, inode, append, site, arrival, content })
     }
 
     fn arrival(&self) -> Option<MutexGuard<'_, Arrival>> {
@@ -88,21 +91,36 @@ impl OpenFile {
 
     /// Takes the room for `length` bytes at `offset`, as far as the file grows by them.
     pub(super) fn grow(&self, offset: u64, length: u64) -> Result<(), Failed> {
-        if self.site.allowance.is_none() {
-            return Ok(());
+        let Some(content) = self.content.as_ref().filter(|_| self.site.allowance.is_some()) else { return Ok(()) };
+        let (mut content, found) = (locked(content), Metadata::of(&self.file)?);
+        if found.links == 0 && !content.is_removed {
+            return Err(Failed::because(Status::Failure, "another session removed it, and its room went to others"));
         }
-        let Some(mut arrival) = self.arrival() else { return Ok(()) };
-        let end = if self.append { arrival.end } else { offset }.saturating_add(length);
-        self.site.take(end.saturating_sub(arrival.end), 0)?;
-        arrival.end = arrival.end.max(end);
+        // Another session may have cut it off, and has given that room back.
+        content.end = content.end.min(found.size);
+        let end = if self.append { content.end } else { offset }.saturating_add(length);
+        self.site.take(end.saturating_sub(content.end), 0)?;
+        content.end = content.end.max(end);
         Ok(())
     }
 
-    /// Its content is no longer what went through this handle alone.
-    pub(super) fn changed_otherwise(&self) {
-        if let Some(mut arrival) = self.arrival() {
-            (arrival.hash, arrival.touched) = (None, true);
+    /// Its content is about to change. That of a file that was there is told before: should the session be killed, nothing else says so.
+    pub(super) fn touch(&self) -> Result<(), Failed> {
+        let Some(mut arrival) = self.arrival() else { return Ok(()) };
+        if !std::mem::replace(&mut arrival.touched, true)
+            && let Some(before) = arrival.before.as_ref().filter(|before| before.size > 0)
+            && self.site.recorder.is_some()
+        {
+            self.site.note_intent(&self.path()?, before);
         }
+        Ok(())
+    }
+
+    /// Its content is no longer what was written alone.
+    pub(super) fn changed_otherwise(&self) -> Result<(), Failed> {
+        self.touch()?;
+        self.content.iter().for_each(|content| locked(content).changed());
+        Ok(())
     }
 
     fn path(&self) -> Result<RelPath, Failed> {
@@ -131,18 +149,16 @@ impl OpenFile {
 
     fn write(&self, id: u32, offset: u64, data: &[u8]) -> Answer {
         self.grow(offset, data.len() as u64)?;
-        if let Some(mut arrival) = self.arrival() {
-            arrival.touched = true;
-            arrival.hash = match arrival.hash.take() {
-                Some((hash, at)) if at == offset && !self.append => {
-                    Some((hash.chain_update(data), at + data.len() as u64))
-                }
-                _ => None,
-            };
+        self.touch()?;
+        if let Some(content) = &self.content {
+            let mut content = locked(content);
+            if self.append { content.changed() } else { content.wrote(offset, data) }
         }
         let written = if self.append { (&self.file).write_all(data) } else { self.file.write_all_at(data, offset) };
         if let Err(error) = written {
-            self.changed_otherwise();
+            self.changed_otherwise()?;
+            // Room may have been taken for what is not there.
+            self.site.allowance.iter().for_each(|allowance| allowance.loosen());
             return Err(error.into());
         }
         Ok(Status::Ok.packet(id))
@@ -155,9 +171,8 @@ impl OpenFile {
             let path = self.path()?;
             return Err(self.site.not_allowed(Need::Change, Some(path.as_bytes())));
         }
-        let size = asked.size;
-        if size.is_some() {
-            self.changed_otherwise();
+        if asked.size.is_some() {
+            self.touch()?;
         }
         if let Some(mut arrival) = self.arrival()
             && let Some(mode) = asked.mode
@@ -171,9 +186,6 @@ impl OpenFile {
             let path = self.path()?;
             self.site.guard(&path)?;
             self.site.set(&self.file, &path, &asked)?;
-        }
-        if let (Some(mut arrival), Some(size)) = (self.arrival(), size) {
-            arrival.end = size;
         }
         Ok(Status::Ok.packet(id))
     }
@@ -199,10 +211,32 @@ impl OpenFile {
             // Renamed to where no rule is.
             Change { mode: Some(grant.mode), ..Change::default() }.apply(&self.file)?;
         }
-        let hash = arrival.hash.as_ref().filter(|(_, length)| *length == found.size);
-        let digest = hash.map(|(hash, _)| Digest(hash.clone().finalize().into()));
+        let digest = self.content.as_ref().and_then(|content| locked(content).digest(found.size));
         self.site.note_file("", "publish", &path, &self.file, digest, arrival.before.as_ref());
         Ok(Status::Ok.packet(id))
+    }
+
+    /// The session ended before it was closed. What was written stays, and is told.
+    pub(super) fn cut_off(&self) {
+        let Some(arrival) = self.arrival().filter(|arrival| arrival.touched) else { return };
+        if self.kind != FileKind::Regular {
+            return;
+        }
+        // What has no name any more is nobody's.
+        let Ok(path) = self.path() else { return };
+        let before = arrival.before.as_ref();
+        self.site.note_as("", "publish", &path, &self.file, before, |record| {
+            record.result = Some(Outcome::Failure);
+            record.reason = Some("the session ended before it was closed".to_owned());
+        });
+    }
+}
+
+impl Drop for OpenFile {
+    fn drop(&mut self) {
+        if let Some(content) = &self.content {
+            self.site.give_back(self.site.contents.close(content), 0);
+        }
     }
 }
 

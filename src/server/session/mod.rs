@@ -31,6 +31,7 @@ use crate::wire::buffer::{Reader, Short, Writer};
 use crate::wire::extension::Message;
 use crate::wire::sftp::{Frames, FramingError, Packet, Status, VERSION, packet};
 
+mod content;
 mod copy;
 mod files;
 mod lanes;
@@ -38,6 +39,7 @@ mod names;
 mod record;
 mod site;
 
+use content::Contents;
 use files::{Job, OpenFile, Work};
 use lanes::Lanes;
 use record::Recorder;
@@ -291,6 +293,7 @@ impl Session {
             recorder,
             rights: config.rights,
             allowance,
+            contents: Contents::default(),
         });
         let (lanes, owners, frames) = (Lanes::new(Arc::clone(&output)), Names::default(), Frames::default());
         let (handles, next, begun) = (HashMap::new(), 0, false);
@@ -311,7 +314,13 @@ impl Session {
     /// Finishes what is in flight and closes what is open. What was not closed by the client is as if cut off.
     pub fn finish(&mut self) {
         self.lanes.finish();
-        self.handles.clear();
+        let mut left: Vec<_> = self.handles.drain().collect();
+        left.sort_unstable_by_key(|(number, _)| *number);
+        for (_, handle) in left {
+            if let Handle::File(file) = handle {
+                file.cut_off();
+            }
+        }
     }
 
     fn dispatch(&mut self, packet: Packet) -> Result<(), FramingError> {

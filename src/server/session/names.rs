@@ -130,19 +130,18 @@ impl Session {
             if !must_be_new {
                 match self.site.root.open_with(path, Follow::Inside, flags, 0) {
                     Ok(file) => {
-                        let regular = Metadata::of(&file)?.kind == FileKind::Regular;
-                        self.site.guard(&self.site.root.path_of(&file)?.ok_or(Failed::from(Status::Failure))?)?;
-                        let touched = has(open::TRUNCATE) && regular;
+                        let (found, real) = (Metadata::of(&file)?, self.site.root.path_of(&file)?);
+                        let real = real.ok_or(Failed::from(Status::Failure))?;
+                        self.site.guard(&real)?;
+                        let touched = has(open::TRUNCATE) && found.kind == FileKind::Regular;
                         if touched {
-                            let before = Metadata::of(&file)?.size;
-                            file.set_len(0)?;
-                            self.site.give_back(before, 0);
+                            if found.size > 0 {
+                                self.site.note_intent(&real, &found);
+                            }
+                            self.site.resize(&file, &found, 0)?;
                         }
-                        return OpenFile::new(
-                            file,
-                            Some(Opening { append, touched, ..Opening::default() }),
-                            &self.site,
-                        );
+                        let opening = Opening { append, touched, ..Opening::default() };
+                        return OpenFile::new(file, Some(opening), &self.site);
                     }
                     Err(error) if error.kind() == io::ErrorKind::NotFound && has(open::CREATE) => {}
                     Err(error) => return Err(error.into()),
@@ -282,6 +281,7 @@ impl Session {
     pub(super) fn remove(&mut self, id: u32, reader: &mut Reader<'_>, directory: bool) -> Answer {
         let spot = self.spot(reader.string()?)?;
         let there = spot.holder.stat(&spot.name, Follow::Never).ok();
+        self.site.may_go(&spot, there.as_ref())?;
         if directory {
             spot.holder.rmdir(&spot.name)?
         } else {
@@ -300,18 +300,18 @@ impl Session {
         if !replace && replaced.is_some() {
             return Err(Errno::EXIST.into());
         }
+        let moved = self.found(&from);
+        let inode = |found: &Metadata| (found.device, found.inode);
+        // Two names of one file stay as they are.
+        let lost = replaced.as_ref().filter(|replaced| moved.as_ref().map(inode) != Some(inode(replaced)));
+        self.site.may_go(&to, lost)?;
         // The permissions come before the name: at no moment has a file a name and another's permissions.
         self.site.conform(&from, &to.path)?;
-        let moved = self.found(&from);
         if let Err(failed) = rename(&from, &to, replace) {
             self.site.conform(&from, &from.path)?;
             return Err(failed);
         }
-        // Two names of one file stay as they are.
-        let inode = |found: &Metadata| (found.device, found.inode);
-        if moved.as_ref().map(inode) != replaced.as_ref().map(inode) {
-            self.site.gone(replaced.as_ref());
-        }
+        self.site.gone(lost);
         let how = format!("renamed from '{}'", crate::error::Escaped(from.path.as_bytes()));
         match to.holder.open_with(&to.name, Follow::Never, OFlags::PATH, 0) {
             Ok(file) => self.site.note_file(&how, "publish", &to.path, &file, None, replaced.as_ref()),
@@ -452,7 +452,7 @@ impl Session {
         }
         let there = Metadata::of(&from.file)?.size.saturating_sub(from_at);
         to.grow(to_at, if length == 0 { there } else { length.min(there) })?;
-        to.changed_otherwise();
+        to.changed_otherwise()?;
         let gone = || self.output.is_gone();
         super::copy::copy((&from.file, from_at), (&to.file, to_at, to.append), length, &gone)?;
         done(id)

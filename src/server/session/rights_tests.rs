@@ -277,22 +277,79 @@ fn who_may_not_look_learns_nothing_by_a_path() {
     }
 }
 
-#[test]
-fn a_quota_is_taken_from_before_anything_is_stored() {
-    let quota = Quota { bytes: Some(100_000), files: Some(8) };
-    let config = |at: &Path| SessionConfig {
+/// A session with a quota of 100,000 bytes and 8 files.
+fn limited(at: &Path, kept: &Arc<Kept>) -> Session {
+    let config = SessionConfig {
         root: at.to_owned(),
         confine: true,
         rights: Rights::FULL,
-        quota: Some(quota),
+        quota: Some(Quota { bytes: Some(100_000), files: Some(8) }),
         policy: PolicySpec::default(),
         actor: String::new(),
         login: Login::default(),
     };
+    let mut session = Session::new(config, kept.clone(), None).unwrap();
+    session.feed(&Writer::new(packet::INIT).u32(3).finish()).unwrap();
+    session
+}
+
+#[test]
+fn a_quota_is_of_what_lies_there_by_whichever_handle_and_session_it_came() {
     let Client { at, kept, session } = Client::new("list,read,write,delete");
     drop(session);
-    let mut session = Session::new(config(at.path()), kept.clone(), None).unwrap();
-    session.feed(&Writer::new(packet::INIT).u32(3).finish()).unwrap();
+    let session = limited(at.path(), &kept);
+    let mut client = Client { at, kept, session };
+    let write = |handle: &[u8], client: &mut Client| {
+        client.status(packet::WRITE, "", |w| w.string(handle).u64(0).string(&vec![7; 60_000]))
+    };
+    let close = |handle: &[u8], client: &mut Client| client.status(packet::CLOSE, "", |w| w.string(handle));
+    let emptied = |name: &str, client: &mut Client| {
+        let (kind, body) = client.ask(packet::OPEN, "", |w| opening(w, name, open::WRITE | open::TRUNCATE));
+        assert_eq!(kind, packet::HANDLE);
+        Reader(&body).string().unwrap().to_vec()
+    };
+    let (one, other) = (client.made("one"), client.made("other"));
+    assert_eq!(write(&one, &mut client), Status::Ok);
+    // Another handle gives its room back; what is written then takes it anew.
+    let again = emptied("one", &mut client);
+    assert_eq!(write(&one, &mut client), Status::Ok);
+    assert_eq!(write(&again, &mut client), Status::Ok, "what is written over is not new");
+    assert_eq!(write(&other, &mut client), Status::Failure);
+    assert_eq!(client.status(packet::SETSTAT, "", |w| w.string(b"one").u32(1).u64(0)), Status::Ok);
+    assert_eq!(write(&one, &mut client), Status::Ok);
+    assert_eq!(write(&other, &mut client), Status::Failure);
+    // Without a name it takes as much, until nobody has it open.
+    assert_eq!(client.status(packet::REMOVE, "", |w| w.string(b"one")), Status::Ok);
+    assert_eq!(write(&other, &mut client), Status::Failure);
+    assert_eq!(close(&one, &mut client), Status::Ok);
+    assert_eq!(write(&other, &mut client), Status::Failure);
+    assert_eq!(close(&again, &mut client), Status::Ok);
+    assert_eq!(write(&other, &mut client), Status::Ok);
+    // Nor does a second session help.
+    let kept = Arc::new(Kept::default());
+    let Client { at, kept: own, session } = client;
+    let mut second = Client { session: limited(at.path(), &kept), at: tempfile::tempdir().unwrap(), kept };
+    let mut client = Client { at, kept: own, session };
+    let (_, said) = second.ask(packet::REMOVE, "", |w| w.string(b"other"));
+    assert!(String::from_utf8_lossy(&said).contains("another session is writing to it"));
+    assert_eq!(second.status(X, "posix-rename@openssh.com", |w| two(w, "there", "other")), Status::Failure);
+    let third = second.made("third");
+    assert_eq!(write(&third, &mut second), Status::Failure);
+    let emptied = emptied("other", &mut second);
+    assert_eq!(write(&other, &mut client), Status::Ok);
+    assert_eq!(write(&third, &mut second), Status::Failure);
+    // One that was removed by somebody else on the machine grows no more.
+    std::fs::remove_file(client.at.path().join("other")).unwrap();
+    let more = client.ask(packet::WRITE, "", |w| w.string(&other).u64(60_000).string(b"x"));
+    assert!(String::from_utf8_lossy(&more.1).contains("another session removed it"));
+    assert_eq!((close(&other, &mut client), close(&emptied, &mut second)), (Status::Ok, Status::Ok));
+}
+
+#[test]
+fn a_quota_is_taken_from_before_anything_is_stored() {
+    let Client { at, kept, session } = Client::new("list,read,write,delete");
+    drop(session);
+    let session = limited(at.path(), &kept);
     let mut client = Client { at, kept, session };
     // There are 5 entries of 18 bytes.
     let handle = client.made("new");

@@ -8,8 +8,10 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{OFlags, StatVfs};
+use rustix::fs::{FlockOperation, OFlags, StatVfs, flock};
+use rustix::io::Errno;
 
+use super::content::{Contents, locked};
 use super::record::Recorder;
 use super::{Failed, Status};
 use crate::access::{AclLists, Inode};
@@ -46,6 +48,8 @@ pub(super) struct Site {
     pub(super) rights: Rights,
     /// What may still be stored, where that is limited.
     pub(super) allowance: Option<Arc<Allowance>>,
+    /// What is known of the files that are open to be written.
+    pub(super) contents: Contents,
 }
 
 /// A name in a directory that is open.
@@ -174,15 +178,25 @@ impl Site {
             let given = |id, there| Some(id).filter(|&id| id != u32::MAX && (free || id != there));
             (change.uid, change.gid) = (given(user, found.uid), given(group, found.gid));
         }
-        let sized = asked.size.map_or(Ok(()), |size| {
-            self.take(size.saturating_sub(found.size), 0)?;
-            file.set_len(size)?;
-            self.give_back(found.size.saturating_sub(size), 0);
-            Ok(())
-        });
+        let sized = asked.size.map_or(Ok(()), |size| self.resize(file, &found, size));
         let applied = change.apply(file);
         sized.and(applied.map_err(Failed::from))?;
         self.note_file("", "metadata", path, file, None, Some(&found));
+        Ok(())
+    }
+
+    /// Cuts a file off or makes it longer, with the room that it takes.
+    pub(super) fn resize(&self, file: &File, found: &Metadata, size: u64) -> Result<(), Failed> {
+        let content = self.contents.of(found);
+        let mut content = content.as_ref().map(locked);
+        // What is open to be written has its room taken before it is written.
+        let taken = content.as_ref().map_or(found.size, |content| content.end.max(found.size));
+        self.take(size.saturating_sub(taken), 0)?;
+        file.set_len(size)?;
+        if let Some(content) = &mut content {
+            content.resized(size, self.recorder.is_some());
+        }
+        self.give_back(taken.saturating_sub(size), 0);
         Ok(())
     }
 
@@ -276,9 +290,31 @@ impl Site {
     /// Gives back what something took that is no more; `found` is what it was.
     pub(super) fn gone(&self, found: Option<&Metadata>) {
         let Some(found) = found else { return };
-        // A file with another name still takes its room.
+        // A file with another name still takes its room, and so does one that is open to be written.
         let last = found.kind == FileKind::Regular && found.links <= 1;
-        self.give_back(if last { found.size } else { 0 }, 1);
+        let open = self.contents.of(found).filter(|_| last);
+        if let Some(content) = &open {
+            locked(content).is_removed = true;
+        }
+        self.give_back(if last && open.is_none() { found.size } else { 0 }, 1);
+    }
+
+    /// Refuses to take away the last name of a file that another session writes to, where room is limited: its room would be given back,
+    /// and still be used.
+    pub(super) fn may_go(&self, spot: &Spot, found: Option<&Metadata>) -> Result<(), Failed> {
+        let Some(found) = found.filter(|found| found.kind == FileKind::Regular && found.links <= 1) else {
+            return Ok(());
+        };
+        if self.allowance.is_none() || self.contents.of(found).is_some() {
+            return Ok(());
+        }
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+        // What cannot be opened cannot be asked either.
+        let Ok(file) = spot.holder.open_with(&spot.name, Follow::Never, flags, 0) else { return Ok(()) };
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => Err(Failed::because(Status::Failure, "another session is writing to it")),
+            _ => Ok(()),
+        }
     }
 
     /// What a file system has, as far as the client may use it.
@@ -330,15 +366,40 @@ impl Site {
         digest: Option<Digest>,
         there: Option<&Metadata>,
     ) {
+        self.note_as(how, action, path, file, there, |record| {
+            record.sha256 = digest.map(|digest| digest.to_string());
+        });
+    }
+
+    /// The same with what else is to be told.
+    pub(super) fn note_as(
+        &self,
+        how: &str,
+        action: &str,
+        path: &RelPath,
+        file: &File,
+        there: Option<&Metadata>,
+        more: impl FnOnce(&mut AuditRecord),
+    ) {
         self.note(how, action, path, |record| {
             record.before = there.map(before);
-            record.sha256 = digest.map(|digest| digest.to_string());
             if let Ok(found) = Metadata::of(file) {
                 record.size = (found.kind == FileKind::Regular).then_some(found.size);
                 record.mode = Some(format!("{:04o}", found.mode));
                 record.owner = Some(found.uid.to_string());
                 record.group = Some(found.gid.to_string());
             }
+            more(record);
+        });
+    }
+
+    /// The content of a file that is there is about to change.
+    pub(super) fn note_intent(&self, path: &RelPath, there: &Metadata) {
+        self.note("", "intent", path, |record| {
+            record.result = None;
+            record.size = Some(there.size);
+            record.before = Some(before(there));
+            record.reason = Some("what is there is about to be written to".to_owned());
         });
     }
 }

@@ -281,6 +281,85 @@ fn s13_what_plain_clients_do_is_in_the_audit_log() {
     assert_eq!(lines[2]["source"], "sftp: renamed from 'f'");
 }
 
+/// The lines of a log.
+fn lines(log: &str) -> Vec<serde_json::Value> {
+    log.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn sha256(data: &[u8]) -> serde_json::Value {
+    let digest: [u8; 32] = <sha2::Sha256 as sha2::Digest>::digest(data).into();
+    crate::manifest::Digest(digest).to_string().into()
+}
+
+#[test]
+fn s13_a_digest_is_of_all_that_the_session_wrote_by_whichever_handle() {
+    let mut client = Client::new(false, &[]);
+    let (one, two) = (client.open("f", 0o644), client.open("f", 0o644));
+    client.write(&one, 0, b"good");
+    client.write(&two, 0, b"evil");
+    assert_eq!(client.close(&one), Status::Ok);
+    // Cut off by another name of it, and by its name.
+    for way in 0..3 {
+        let one = client.open("g", 0o644);
+        client.write(&one, 0, b"good");
+        match way {
+            0 => drop(client.setstat("g", 1, &[0, 3])),
+            1 => drop(client.ask(packet::OPEN, |w| w.string(b"g").u32(open::WRITE | open::TRUNCATE).u32(0))),
+            _ => {}
+        }
+        assert_eq!(client.close(&one), Status::Ok);
+        std::fs::remove_file(client.at.path().join("g")).unwrap();
+    }
+    // In turn, without a gap.
+    let (one, two) = (client.open("h", 0o644), client.open("h", 0o644));
+    client.write(&one, 0, b"in ");
+    client.write(&two, 3, b"turn");
+    assert_eq!((client.close(&one), client.close(&two)), (Status::Ok, Status::Ok));
+    let log = lines(&client.log());
+    let of = |path: &str| -> Vec<serde_json::Value> {
+        log.iter().filter(|line| line["path"] == path).map(|line| line["sha256"].clone()).collect()
+    };
+    let none = serde_json::Value::Null;
+    // The second handle is told when the session ends.
+    assert_eq!(of("f"), [none.clone(), none.clone()]);
+    assert_eq!(of("g").iter().filter(|digest| **digest == sha256(b"good")).count(), 1, "{log:?}");
+    assert_eq!(of("h"), [sha256(b"in turn"), sha256(b"in turn")]);
+}
+
+#[test]
+fn s13_what_is_not_closed_is_told_and_what_was_there_before_it_is_written_to() {
+    let mut client = Client::new(false, &[]);
+    client.put("emptied", 0o644, b"content");
+    client.put("changed", 0o644, b"content");
+    client.put("opened", 0o644, b"content");
+    client.ask(packet::OPEN, |w| w.string(b"emptied").u32(open::WRITE | open::TRUNCATE).u32(0));
+    let handle = client.open("changed", 0o644);
+    client.write(&handle, 2, b"XX");
+    client.write(&handle, 4, b"XX");
+    let handle = client.open("new", 0o644);
+    client.write(&handle, 0, b"half");
+    // What is neither written to nor made has no line.
+    client.open("opened", 0o644);
+    let log = lines(&client.log());
+    let shown: Vec<String> = log[3..]
+        .iter()
+        .map(|line| format!("{} {} {}", line["action"], line["path"], line["result"]).replace('"', ""))
+        .collect();
+    assert_eq!(
+        shown,
+        [
+            "intent emptied null",
+            "intent changed null",
+            "publish emptied failure",
+            "publish changed failure",
+            "publish new failure"
+        ]
+    );
+    assert_eq!([&log[4], &log[6], &log[7]].map(|line| line["size"].as_u64()), [Some(7), Some(7), Some(4)]);
+    assert!(log[7]["reason"].as_str().unwrap().contains("before it was closed"));
+    assert!(log[7]["sha256"].is_null());
+}
+
 #[test]
 fn h31_what_cannot_be_recorded_is_not_done() {
     for rules in [&[("x", "600", None)][..], &[]] {
