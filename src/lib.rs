@@ -32,6 +32,9 @@ pub mod staging;
 pub mod endpoint;
 pub mod sync;
 
+// What both ends of a login go by.
+pub mod trust;
+
 // Shells: never import each other; `cli` alone puts them together.
 pub mod cli;
 pub mod config;

@@ -25,6 +25,7 @@ const LAYERS: &[&[&str]] = &[
     &["endpoint"],
     &["sync"],
     &["config"],
+    &["trust"],
     &["ssh", "server", "daemon"],
     &["cli"],
 ];

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use crate::kit::sshd::Sshd;
-use crate::kit::{account, assert_same, done, ends, proxy, public, text};
+use crate::kit::{account, assert_same, done, ends, keygen, proxy, public, text};
 
 fn sample(at: &Path) {
     fs::create_dir_all(at.join("checkpoint-1/shards")).unwrap();
@@ -89,6 +89,29 @@ fn h53_a_changed_or_revoked_host_key_is_refused_loudly() {
     let revoked = format!("[127.0.0.1]:{port} {host}\n@revoked * {host}\n");
     ends(&with(revoked), 3, &["REVOKED HOST KEY", "known:2"]);
     assert_eq!(fs::read_to_string(sshd.path("known")).unwrap().lines().count(), 2);
+}
+
+#[test]
+fn h53_a_host_key_that_a_list_revokes_is_refused() {
+    let sshd = Sshd::start();
+    let port = sshd.port.to_string();
+    let at = sshd.path("revoked-hosts");
+    let push = |keyword: &str| {
+        let option = format!("RevokedHostKeys={keyword}");
+        sshd.push(&["-P", &port, "--identity", "user", "--known-hosts", "known", "-o", &option])
+    };
+    let list = at.to_str().unwrap();
+    // Where the list cannot be read no host is trusted, as with ssh.
+    ends(&push(list), 3, &["RevokedHostKeys: cannot read", "revoked-hosts"]);
+    keygen(sshd.at.path(), &["-q", "-k", "-f", list, "user.pub"]);
+    done(&push(list));
+    keygen(sshd.at.path(), &["-q", "-k", "-u", "-f", list, "host.pub"]);
+    ends(&push(list), 3, &["REVOKED HOST KEY: the key is revoked", "revoked-hosts"]);
+    fs::write(&at, format!("# by hand\n{}\n", public(&sshd.path("host.pub")))).unwrap();
+    ends(&push(list), 3, &["REVOKED HOST KEY"]);
+    done(&push("none"));
+    fs::write(&at, "nonsense\n").unwrap();
+    ends(&push(list), 3, &["line 1 is neither a public key nor SHA256:"]);
 }
 
 #[test]
@@ -219,6 +242,49 @@ fn s26_hosts_are_reached_through_others() {
     );
     done(&arrived(&["-F", "direct", "-o", &by_command, "-P", &own]));
     ends(&arrived(&["-F", "direct", "-o", "ProxyCommand=false"]), 75, &["handshake failed"]);
+
+    // A host on the way whose key has changed or is revoked is not passed through, though it is not the host itself.
+    let hop = format!("[127.0.0.1]:{}", first.port);
+    for (line, says) in [
+        (known[2].replace(&format!("[127.0.0.1]:{own}"), &hop), "HOST KEY CHANGED"),
+        (format!("{}@revoked {}", known[0], known[0]), "REVOKED HOST KEY"),
+    ] {
+        fs::write(target.path("hop"), [&line[..], &known[1], &known[2]].concat()).unwrap();
+        config("by-hop", "hop", " ProxyJump second\n");
+        let before = (logins(&first), logins(&second));
+        ends(&arrived(&["-F", "by-hop"]), 3, &[says, &hop]);
+        assert_eq!((logins(&first), logins(&second)), before, "{says}");
+    }
+}
+
+#[test]
+fn s26_a_command_on_the_way_is_run_without_a_shell() {
+    let target = Sshd::start();
+    let run = |host: &str, command: &str| {
+        let hosts = format!(
+            "Host *\n HostName 127.0.0.1\n Port {}\n User {}\n ProxyCommand {command}\n",
+            target.port,
+            account()
+        );
+        fs::write(target.path("config"), hosts).unwrap();
+        fs::create_dir_all(target.path("tree")).unwrap();
+        let to = format!("{host}:{}", target.path("arrived").display());
+        target.run(&["push", "tree", &to, "-F", "config", "--identity", "user", "--known-hosts", "known"])
+    };
+    let witness = target.path("witness");
+    let through = "python3 relay.py %h %p";
+    let relay = "import os,socket,sys,threading\ns=socket.create_connection((sys.argv[1],int(sys.argv[2])))\n\
+                 def up():\n while d:=os.read(0,65536): s.sendall(d)\n s.shutdown(1)\nthreading.Thread(target=up,daemon=True).start()\n\
+                 while d:=s.recv(65536): os.write(1,d)\n";
+    fs::write(target.path("relay.py"), relay).unwrap();
+    done(&run("gpu01", through));
+    done(&run("gpu01", &format!("exec {through}")));
+    ends(&run("gpu01", "nosuchprogram %h"), 2, &["ProxyCommand 'nosuchprogram 127.0.0.1'", "cannot be started"]);
+    ends(&run("gpu01", &format!("{through} 2>/dev/null")), 2, &["'>' is for a shell", "put it into a script"]);
+    for host in ["x$(touch witness)", "x`touch witness`", "x;touch witness", "x'y"] {
+        ends(&run(host, "echo %n"), 2, &["cannot be part of a command"]);
+        assert!(!witness.exists(), "{host}");
+    }
 }
 
 #[test]
@@ -230,6 +296,22 @@ fn s26_a_host_that_forwards_nothing_says_so() {
     let (port, jump) = (target.port.to_string(), format!("{}@127.0.0.1:{}", account(), bastion.port));
     let options = ["-P", &port, "-J", &jump, "--identity", "user", "--known-hosts", "all"];
     ends(&target.push(&options), 75, &["AllowTcpForwarding", &bastion.port.to_string()]);
+}
+
+#[test]
+fn s15_connections_that_sshd_has_no_room_for_are_done_without() {
+    // Whoever comes while another logs in is turned away.
+    let sshd = Sshd::with(|_| "MaxStartups 1:100:1".into());
+    fs::create_dir(sshd.path("source")).unwrap();
+    for number in 0..16 {
+        fs::write(sshd.path(&format!("source/{number}")), vec![number; 1_000_000]).unwrap();
+    }
+    fs::write(sshd.path("source/large"), crate::kit::noise(1, 30_000_000)).unwrap();
+    for far in ["sftp", "auto"] {
+        let to = sshd.remote(far);
+        done(&sshd.lockstep(&["push", "source", &to, "--transfers", "8", &format!("--remote={far}")]));
+        assert_same(&sshd.path("source"), &sshd.path(far));
+    }
 }
 
 #[test]

@@ -9,14 +9,15 @@ use russh::keys::ssh_key::public::KeyData;
 use russh::keys::{Certificate, HashAlg};
 use serde::{Deserialize, Serialize};
 
-use super::authorized_keys::{Asked, AuthorizedKeys, Credential, Grant};
+use super::authorized_keys::{Asked, AuthorizedKeys, Grant};
 use super::live::short;
-use super::revoked::Revoked;
-use super::{resolve, trusted_file};
+use super::resolve;
 use crate::audit::Login;
 use crate::config::{AddressList, Origins, Quota, Rights, is_called};
 use crate::error::Escaped;
 use crate::policy::PolicySpec;
+use crate::trust::revoked::Revoked;
+use crate::trust::{Credential, trusted_file};
 
 /// One user of the listener, or all whose names fit; and, after a login, what came of it.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

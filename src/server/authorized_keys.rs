@@ -8,6 +8,7 @@ use russh::keys::{Certificate, HashAlg, PublicKey};
 use super::certificate;
 use crate::config::AddressList;
 use crate::signature::MIN_RSA_BITS;
+use crate::trust::Credential;
 
 /// What a key that was proven may do.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -16,15 +17,6 @@ pub struct Grant {
     pub read_only: bool,
     /// The principals of its certificate that are good here.
     pub principals: Vec<String>,
-}
-
-/// What a client proved to hold.
-#[derive(Debug, Clone, Copy)]
-pub enum Credential<'a> {
-    /// A key.
-    Key(&'a KeyData),
-    /// A key, and a certificate for it. Its signature has been verified.
-    Certificate(&'a Certificate),
 }
 
 /// For whom, from where and when a credential is to be good.
@@ -200,7 +192,8 @@ impl Line {
         for (name, value) in self.options.clone()? {
             match (name.as_str(), value) {
                 ("cert-authority", None) => {}
-                ("principals", Some(list)) => principals = Some(list),
+                ("principals", Some(list)) if principals.is_none() => principals = Some(list),
+                ("principals", Some(_)) => return Err("option principals is there twice".into()),
                 (name, value) => restrict(&mut grant, name, value.as_deref(), asked)?,
             }
         }

@@ -60,8 +60,9 @@ pub fn check(certificate: &Certificate, principals: Option<&str>, asked: &Asked<
 
 #[cfg(test)]
 mod tests {
-    use super::super::authorized_keys::{AuthorizedKeys, Credential};
+    use super::super::authorized_keys::AuthorizedKeys;
     use super::*;
+    use crate::trust::Credential;
     use russh::keys::PrivateKey;
     use russh::keys::ssh_key::certificate::Builder;
     use russh::keys::ssh_key::private::{Ed25519Keypair, KeypairData};
@@ -142,6 +143,7 @@ mod tests {
             ("cert-authority", Some("not for sync")),
             ("cert-authority,principals=\"ops,trainers\"", None),
             ("cert-authority,principals=\"ops\"", Some("not for ops")),
+            ("cert-authority,principals=\"ops\",principals=\"trainers\"", Some("there twice")),
             ("cert-authority,principals=\"\"", Some("it is for trainers")),
             ("cert-authority,principals=\"trainers\",from=\"192.0.2.0/24\"", Some("does not admit")),
             ("cert-authority,principals=\"trainers\",command=\"/bin/sh\"", Some("not a file server")),

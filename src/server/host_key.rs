@@ -10,8 +10,8 @@ use russh::keys::ssh_key::certificate::CertType;
 use russh::keys::ssh_key::private::{Ed25519Keypair, KeypairData};
 use russh::keys::{Certificate, PrivateKey};
 
-use super::trusted_file;
 use crate::error::in_words;
+use crate::trust::trusted_file;
 
 /// Why there is no host key.
 #[derive(Debug, thiserror::Error)]

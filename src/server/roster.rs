@@ -8,12 +8,13 @@ use russh::keys::HashAlg;
 use serde::Serialize;
 
 use super::access::{ServeUser, Which};
-use super::authorized_keys::{AuthorizedKeys, Credential, Listed};
+use super::authorized_keys::{AuthorizedKeys, Listed};
 use super::listener::ServeConfig;
-use super::revoked::Revoked;
-use super::{resolve, trusted_file};
+use super::resolve;
 use crate::config::{Quota, Rights, is_called};
 use crate::error::{Escaped, in_words, shown};
+use crate::trust::revoked::Revoked;
+use crate::trust::{Credential, trusted_file};
 
 /// How somebody gets in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

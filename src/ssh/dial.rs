@@ -123,15 +123,17 @@ impl AsyncWrite for Prompt {
 }
 
 /// The standard input and output of the command that makes the connection; it ends with the stream.
-pub(super) fn by_command(command: &str, options: &SshOptions) -> Result<Stream, ConnectError> {
-    let wrong = |error: String| failed(options, format!("ProxyCommand '{command}': {error}"), Exit::Usage);
-    let mut child = tokio::process::Command::new("/bin/sh")
-        .args(["-c", &format!("exec {command}")])
+pub(super) fn by_command(command: &[String], options: &SshOptions) -> Result<Stream, ConnectError> {
+    let shown = || crate::error::Escaped(command.join(" ").as_bytes()).to_string();
+    let wrong = |error: String| failed(options, format!("ProxyCommand '{}': {error}", shown()), Exit::Usage);
+    let (program, arguments) = command.split_first().ok_or_else(|| wrong("it names no command".into()))?;
+    let mut child = tokio::process::Command::new(program)
+        .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
-        .map_err(|error| wrong(error.to_string()))?;
+        .map_err(|error| wrong(format!("it cannot be started: {}", crate::error::in_words(&error))))?;
     let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
         return Err(wrong("it has no input or output".into()));
     };

@@ -19,6 +19,8 @@ use super::options::SshOptions;
 use super::{quote, sha1, shown};
 use crate::signature::MIN_RSA_BITS;
 use crate::signature::pattern::wild;
+use crate::trust::Credential;
+use crate::trust::revoked::Revoked;
 
 /// A key that a file holds for the host.
 #[derive(Debug)]
@@ -70,6 +72,8 @@ pub(super) struct KnownHost {
     portless: Vec<Known>,
     revoked: Vec<Known>,
     authorities: Vec<Known>,
+    /// What is revoked besides, and the file that says so.
+    listed: Option<(PathBuf, Revoked)>,
     /// The one key that it may have, whatever files say.
     told: Option<PublicKey>,
 }
@@ -92,6 +96,7 @@ impl KnownHost {
             portless: Vec::new(),
             revoked: Vec::new(),
             authorities: Vec::new(),
+            listed: None,
             told: None,
         }
     }
@@ -113,6 +118,11 @@ impl KnownHost {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(format!("cannot read the known hosts in '{}': {error}", shown(&file))),
             }
+        }
+        if let Some(file) = &options.revoked_host_keys {
+            // As OpenSSH has it: where the list cannot be read no host is trusted.
+            let revoked = Revoked::read(file).map_err(|reason| format!("RevokedHostKeys: {reason}"))?;
+            known.listed = Some((file.clone(), revoked));
         }
         Ok(known)
     }
@@ -206,6 +216,14 @@ impl KnownHost {
         ))
     }
 
+    /// The same of the list of `RevokedHostKeys`.
+    fn listed(&self, credential: Credential<'_>) -> Option<String> {
+        let (file, revoked) = self.listed.as_ref()?;
+        let reason = revoked.check(credential).err()?;
+        let (name, file) = (&self.name, shown(file));
+        Some(format!("{name}: REVOKED HOST KEY: {reason}, by '{file}'; do not connect before its owner says why"))
+    }
+
     /// Whether this key is the host's.
     pub(super) fn check(&self, offered: &PublicKey) -> Verdict {
         let kind = plain_type(offered);
@@ -222,7 +240,8 @@ impl KnownHost {
                 told.fingerprint(HashAlg::Sha256),
             ));
         }
-        if let Some(reason) = self.revocation(offered.key_data(), "that the host offers") {
+        let revoked = || self.listed(Credential::Key(offered.key_data()));
+        if let Some(reason) = self.revocation(offered.key_data(), "that the host offers").or_else(revoked) {
             return Verdict::Refused(reason);
         }
         if let Some(reason) = too_short(offered.key_data()) {
@@ -287,7 +306,8 @@ impl KnownHost {
         let authority = offered.signature_key();
         let revoked = self
             .revocation(offered.public_key(), "that the host's certificate is for")
-            .or_else(|| self.revocation(authority, "that signed the host's certificate"));
+            .or_else(|| self.revocation(authority, "that signed the host's certificate"))
+            .or_else(|| self.listed(Credential::Certificate(offered)));
         if let Some(reason) = revoked {
             return Verdict::Refused(reason);
         }

@@ -66,6 +66,8 @@ pub struct SshOptions {
     pub agent_socket: Option<PathBuf>,
     /// Files of trusted host keys; those that do not exist are empty. The first is named when a key is unknown.
     pub known_hosts: Vec<PathBuf>,
+    /// A list of keys that no host may have; it must be there. `None` for none.
+    pub revoked_host_keys: Option<PathBuf>,
     /// What becomes of a host whose key is in none of them.
     pub unknown_host: UnknownHost,
     /// How long each step until the login may take.
@@ -75,7 +77,7 @@ pub struct SshOptions {
     /// Which of the host's addresses are tried.
     pub address_family: AddressFamily,
     /// A command whose standard input and output are the connection; a shell runs it.
-    pub proxy_command: Option<String>,
+    pub proxy_command: Option<Vec<String>>,
     /// The host that is connected to first, and through which this one is reached.
     pub jump: Option<Box<SshOptions>>,
     /// Asked for the passphrase of an encrypted key file.
@@ -95,6 +97,7 @@ impl SshOptions {
             identities_only: false,
             agent_socket: None,
             known_hosts: Vec::new(),
+            revoked_host_keys: None,
             unknown_host: UnknownHost::default(),
             connect_timeout: Duration::from_secs(20),
             keepalive: Some(Keepalive::default()),
@@ -127,7 +130,8 @@ impl SshOptions {
             arguments.push(format!("-J {} ", quote(&jumps)));
         }
         if let Some(command) = &self.proxy_command {
-            arguments.push(format!("-o {} ", quote(&format!("ProxyCommand={command}"))));
+            let words: Vec<String> = command.iter().map(|word| quote(&word.replace('%', "%%"))).collect();
+            arguments.push(format!("-o {} ", quote(&format!("ProxyCommand={}", words.join(" ")))));
         }
         if let Some(alias) = &self.host_key_alias {
             arguments.push(format!("-o {} ", quote(&format!("HostKeyAlias={alias}"))));
@@ -149,11 +153,14 @@ impl SshOptions {
         if self.user.is_empty() {
             return Err(format!("no user to log in to {} as; write user@host", self.host));
         }
-        // OpenSSH's list: these names become part of a shell's command.
-        let active = |c: char| "'`\"$\\;&<>|(){}".contains(c);
-        if self.proxy_command.is_some() && (self.host.contains(active) || self.user.contains(active)) {
+        if self.proxy_command.is_some() && (self.host.contains(is_active) || self.user.contains(is_active)) {
             return Err(format!("'{}' cannot be part of a ProxyCommand", Escaped(self.describe().as_bytes())));
         }
         self.jump.as_ref().map_or(Ok(()), |jump| jump.check())
     }
+}
+
+/// OpenSSH's list of what no name may have that becomes part of a command, which may be a script that is not careful.
+pub(super) fn is_active(c: char) -> bool {
+    "'`\"$\\;&<>|(){}".contains(c)
 }

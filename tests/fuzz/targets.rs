@@ -22,11 +22,13 @@ use lockstep::policy::mode::Mode;
 use lockstep::policy::{Policy, PolicySpec, RuleSpec, chmod_rules, chown_rules};
 use lockstep::root::Root;
 use lockstep::server::agent::{Agent, Extensions, Factory, Limits, Output, Veil};
-use lockstep::server::authorized_keys::{Asked, AuthorizedKeys, Credential};
-use lockstep::server::revoked::Revoked;
+use lockstep::server::authorized_keys::{Asked, AuthorizedKeys};
 use lockstep::server::session::{Session, SessionConfig};
 use lockstep::signature::{self, AllowedSigners, NAMESPACE, oms};
 use lockstep::ssh::{SshOptions, judge_hosts};
+use lockstep::trust::Credential;
+use lockstep::trust::revoked::Revoked;
+use lockstep::wire::alike::{read_alike, read_order, read_part};
 use lockstep::wire::buffer::Reader;
 use lockstep::wire::entries::EntryList;
 use lockstep::wire::extension::{EXTENDED, Fields, NAMES, put_string, read_action, read_removal};
@@ -227,6 +229,12 @@ fn wire(data: &[u8]) {
     let _ = entries.read(data);
     let _ = read_action(&mut Fields(data));
     let _ = read_removal(&mut Fields(data));
+    let _ = read_order(Fields(data));
+    for part in [read_alike(Fields(data), 0), read_part(Fields(data)).map(|part| part.alike)] {
+        // What a peer says that there is lies one behind the other, and does not end beyond what can be counted.
+        let chunks = part.ok().flatten().map_or_else(Vec::new, |alike| alike.chunks);
+        let _: u64 = chunks.iter().map(|chunk| u64::from(chunk.length)).sum();
+    }
     if let Ok(attributes) = Attributes::decode(&mut Reader(data)) {
         let mut writer = lockstep::wire::buffer::Writer::new(0);
         attributes.encode(&mut writer);

@@ -9,8 +9,8 @@ use russh::keys::{Certificate, PublicKey};
 
 use super::super::{Failure, serve, shown};
 use crate::error::{Escaped, Exit};
-use crate::server::revoked::add::{self, Revocation};
 use crate::ssh::{key_file, revoke_host};
+use crate::trust::revoked::add::{self, Revocation};
 
 /// Adds to the list of what is revoked.
 #[derive(Debug, clap::Args)]

@@ -91,7 +91,7 @@ pub(in crate::cli) fn own_file(file: &Path) -> Result<Loaded, Failure> {
 
 /// The same of a file that nobody but root and whoever runs this can have written.
 pub(in crate::cli) fn trusted_file(file: &Path) -> Result<Loaded, Failure> {
-    let bytes = crate::server::trusted_file::read(file).map_err(Failure::usage)?;
+    let bytes = crate::trust::trusted_file::read(file).map_err(Failure::usage)?;
     let text = String::from_utf8(bytes).map_err(|_| Failure::usage(format!("'{}' is not UTF-8", shown(file))))?;
     of_text(file, &text)
 }

@@ -15,9 +15,10 @@ mod words;
 pub use keyword::Keyword;
 
 use file::{Pass, Settings, Value};
-use tokens::Tokens;
+use tokens::{Tokens, tilde};
 
-use super::options::{AddressFamily, Keepalive, Passphrase, SshOptions, UnknownHost};
+use super::options::{AddressFamily, Keepalive, Passphrase, SshOptions, UnknownHost, is_active};
+use crate::error::Escaped;
 
 /// Hosts that are jumped through, at most.
 const MAX_HOPS: usize = 8;
@@ -226,6 +227,7 @@ impl Resolver<'_> {
             identities_only: flag(&settings, Keyword::IdentitiesOnly)?.unwrap_or(false),
             agent_socket: agent(&settings, &tokens)?,
             known_hosts: self.known_hosts(&settings, &tokens)?,
+            revoked_host_keys: paths(settings.all(Keyword::RevokedHostKeys), &tokens)?.into_iter().next(),
             unknown_host: self.unknown_host(&settings)?,
             connect_timeout: seconds(&settings, Keyword::ConnectTimeout)?.unwrap_or(default.connect_timeout),
             keepalive: keepalive(&settings)?,
@@ -431,13 +433,32 @@ fn address_family(settings: &Settings) -> Result<AddressFamily, ConfigError> {
     }
 }
 
-fn proxy_command(settings: &Settings, tokens: &Tokens<'_>) -> Result<Option<String>, ConfigError> {
+/// The words of the command; no shell gets to see them, so that no name of a host can be more than a word.
+fn proxy_command(settings: &Settings, tokens: &Tokens<'_>) -> Result<Option<Vec<String>>, ConfigError> {
     let Some(value) = settings.first(Keyword::ProxyCommand) else { return Ok(None) };
-    if value.words[0].eq_ignore_ascii_case("none") {
+    let text = &value.words[0];
+    if text.eq_ignore_ascii_case("none") {
         return Ok(None);
     }
-    let wrong = |reason| ConfigError::new(value.place.clone(), reason);
-    tokens.percent(&value.words[0], "%hnpr").map(Some).map_err(wrong)
+    let wrong = |reason| ConfigError::new(value.place.clone(), format!("ProxyCommand: {reason}"));
+    if let Some(c) = words::of_a_shell(text) {
+        let way_out = "put it into a script, and name that";
+        return Err(wrong(format!("'{c}' is for a shell, and the command is run without one; {way_out}")));
+    }
+    // It may become an option of the command, or go through a shell all the same.
+    if tokens.original.starts_with('-') || tokens.original.contains(is_active) {
+        let name = Escaped(tokens.original.as_bytes());
+        return Err(wrong(format!("the host '{name}' cannot be part of a command")));
+    }
+    let words = words::split(text).map_err(wrong)?;
+    let expand = |word: String| tokens.percent(&tilde(&word, tokens.environment)?, "%hnpr");
+    let words: Vec<String> = words.into_iter().map(expand).collect::<Result<_, _>>().map_err(wrong)?;
+    // As it is often written for the shell.
+    let skipped = usize::from(words.first().is_some_and(|word| word == "exec"));
+    match &words[skipped..] {
+        [] => Err(wrong("it names no command".into())),
+        words => Ok(Some(words.to_vec())),
+    }
 }
 
 /// The files that values name; `none` names none.

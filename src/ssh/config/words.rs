@@ -55,6 +55,23 @@ pub(super) fn split(text: &str) -> Result<Vec<String>, String> {
     Ok(words)
 }
 
+/// The first character that means something to a shell alone, where a command has one.
+pub(super) fn of_a_shell(command: &str) -> Option<char> {
+    let mut quote = None;
+    let mut chars = command.chars();
+    while let Some(c) = chars.next() {
+        match (c, quote) {
+            ('\\', None | Some('"')) => drop(chars.next()),
+            ('"' | '\'', None) => quote = Some(c),
+            (c, Some(open)) if c == open => quote = None,
+            ('$' | '`', None | Some('"')) => return Some(c),
+            ('|' | '&' | ';' | '<' | '>' | '(' | ')' | '*', None) => return Some(c),
+            _ => {}
+        }
+    }
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -71,6 +88,22 @@ mod tests {
             ("   ", None),
         ] {
             assert_eq!(keyword(line), expected, "{line}");
+        }
+    }
+
+    #[test]
+    fn what_only_a_shell_understands_is_found() {
+        for (command, found) in [
+            ("nc -X connect %h %p", None),
+            ("nc 'a|b' \"c;d\" e\\&f", None),
+            ("nc %h %p 2>/dev/null", Some('>')),
+            ("a | b", Some('|')),
+            ("a \"$HOME\"", Some('$')),
+            ("a '$HOME'", None),
+            ("a `id`", Some('`')),
+            ("a 'it'$x", Some('$')),
+        ] {
+            assert_eq!(of_a_shell(command), found, "{command}");
         }
     }
 

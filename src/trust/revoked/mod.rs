@@ -13,8 +13,7 @@ use russh::keys::{HashAlg, PublicKey};
 
 pub mod add;
 
-use super::authorized_keys::Credential;
-use super::trusted_file;
+use super::{Credential, trusted_file};
 use crate::error::Escaped;
 use crate::wire::buffer::{Reader, Short};
 

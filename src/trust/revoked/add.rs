@@ -14,7 +14,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::{KRL, Revoked, fingerprint};
 use crate::error::{Escaped, in_words, shown};
-use crate::server::trusted_file;
+use crate::trust::trusted_file;
 use crate::wire::buffer::{Reader, Short};
 
 /// Before the first section: magic, version, number, date, flags.
