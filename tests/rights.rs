@@ -288,7 +288,7 @@ fn s27_a_key_and_a_principal_have_what_is_said_of_them_and_others_what_the_user_
                 said(&output).split(' ').nth(1).unwrap().to_owned()
             };
             let key = |name: &str| fs::read_to_string(at.join(format!("{name}.key.pub"))).unwrap();
-            let authority = format!("cert-authority,principals=\"sync,trainers\" {}", key("ca"));
+            let authority = format!("cert-authority,principals=\"sync,trainers,elsewhere\" {}", key("ca"));
             write(&at.join("sync.keys"), &[key("sync"), key("other"), authority].concat());
             fs::create_dir(at.join("models")).unwrap();
             [
@@ -301,6 +301,9 @@ fn s27_a_key_and_a_principal_have_what_is_said_of_them_and_others_what_the_user_
                     "[[serve.user.key]]\nprincipal = 'trainers'\nroot = '{here}/models'\nrights = ['list', 'read']\n"
                 ),
                 "[[serve.user.key]]\nprincipal = 'elsewhere'\nfrom = ['192.0.2.0/24']\n".to_owned(),
+                format!(
+                    "[[serve.user.key]]\nprincipal = 'admins'\nroot = '{here}/models'\nrights = ['list', 'read']\n"
+                ),
             ]
             .concat()
         },
@@ -326,6 +329,9 @@ fn s27_a_key_and_a_principal_have_what_is_said_of_them_and_others_what_the_user_
     // Without a line of its own: the user's. From where its line does not say: not at all.
     fs::write(served.path("sync/of-sync"), "x").unwrap();
     sign("sync");
+    assert!(sees("guest", "of-sync"));
+    // A principal that the authority's line does not name is none, whatever the authority writes into it.
+    sign("admins,sync");
     assert!(sees("guest", "of-sync"));
     sign("sync,elsewhere");
     assert!(!served.sftp("sync", "guest", "ls\n").status.success());

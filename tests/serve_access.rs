@@ -481,6 +481,17 @@ fn s13_the_record_names_who_sent_what_from_where_with_which_key() {
     assert!(find("login", &format!("\"actor\":\"{who}\",\"source\":\"127.0.0.1:")), "{}", record());
     assert!(find("session", "received "), "{}", record());
     assert!(find("refuse", "user sync, SHA256:") && find("refuse", "a command: id"), "{}", record());
+    // Who was refused is found by what he showed, and by the name that he gave.
+    let shown = |more: &[&str]| {
+        let mut show = Command::new(env!("CARGO_BIN_EXE_lockstep"));
+        let output = show.args(["audit", "show", "--action", "refuse"]).args(more).arg(served.path("record"));
+        String::from_utf8(output.output().unwrap().stdout).unwrap().matches("user sync, SHA256:").count()
+    };
+    let stranger =
+        Command::new("ssh-keygen").args(["-lf"]).arg(served.path("stranger.key.pub")).output().unwrap().stdout;
+    let stranger = String::from_utf8(stranger).unwrap().split(' ').nth(1).unwrap().to_owned();
+    assert_eq!((shown(&["--actor", &stranger]), shown(&["--actor", "sync@127.0.0.1"])), (1, 1), "{}", record());
+    assert_eq!(shown(&["--actor", &fingerprint]), 0, "{}", record());
     let verified =
         Command::new(env!("CARGO_BIN_EXE_lockstep")).args(["audit", "verify"]).arg(served.path("record")).output();
     assert!(verified.unwrap().status.success());

@@ -18,7 +18,12 @@ struct Entry {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Pattern {
-    Network { address: IpAddr, bits: u32 },
+    Network {
+        address: IpAddr,
+        bits: u32,
+    },
+    Any,
+    /// Of IPv4 alone: of an IPv6 address there are many ways to write it, and a pattern would fit one of them.
     Wildcard(String),
 }
 
@@ -71,16 +76,25 @@ impl Pattern {
             let bits = if address.is_ipv4() { 32 } else { 128 };
             return network(address, bits, text);
         }
-        let known = |c: char| c.is_ascii_hexdigit() || matches!(c, '.' | ':' | '*' | '?');
-        if text.contains(['*', '?']) && text.chars().all(known) {
-            return Ok(Pattern::Wildcard(text.to_ascii_lowercase()));
+        if !text.is_empty() && text.chars().all(|c| c == '*') {
+            return Ok(Pattern::Any);
+        }
+        if text.contains(['*', '?']) && text.contains(':') {
+            return Err(format!("'{text}': there are no wildcards for IPv6; write a range, as 2001:db8::/32"));
+        }
+        if text.contains(['*', '?']) && text.chars().all(|c| c.is_ascii_digit() || matches!(c, '.' | '*' | '?')) {
+            if !fits_any(text) {
+                return Err(format!("'{text}' fits no address; write it as 10.0.*, or a range as 10.0.0.0/16"));
+            }
+            return Ok(Pattern::Wildcard(text.to_owned()));
         }
         Err(format!("'{text}' is not an address; names of hosts are not looked up, write addresses or ranges"))
     }
 
     fn fits(&self, peer: IpAddr) -> bool {
         match (self, peer) {
-            (Pattern::Wildcard(pattern), _) => wildcard(pattern.as_bytes(), peer.to_string().as_bytes()),
+            (Pattern::Any, _) => true,
+            (Pattern::Wildcard(pattern), IpAddr::V4(peer)) => wildcard(pattern.as_bytes(), peer.to_string().as_bytes()),
             (Pattern::Network { address: IpAddr::V4(network), bits }, IpAddr::V4(peer)) => {
                 let shift = 32 - bits;
                 network.to_bits().checked_shr(shift) == peer.to_bits().checked_shr(shift)
@@ -120,6 +134,13 @@ fn network(address: IpAddr, bits: u32, text: &str) -> Result<Pattern, String> {
     Ok(Pattern::Network { address, bits })
 }
 
+/// Whether there is an IPv4 address that a pattern fits; `*` may stand for several of its numbers.
+fn fits_any(pattern: &str) -> bool {
+    let parts: Vec<&str> = pattern.split('.').collect();
+    let is_number = |part: &&str| (0..=u8::MAX).any(|number| wildcard(part.as_bytes(), number.to_string().as_bytes()));
+    parts.iter().all(is_number) && (parts.len() == 4 || (parts.len() < 4 && pattern.contains('*')))
+}
+
 /// `*` is any number of characters, `?` is one.
 pub(super) fn wildcard(pattern: &[u8], text: &[u8]) -> bool {
     let (mut p, mut t) = (0, 0);
@@ -152,6 +173,7 @@ impl std::fmt::Display for Entry {
         let exception = if self.exception { "!" } else { "" };
         match &self.pattern {
             Pattern::Network { address, bits } => write!(f, "{exception}{address}/{bits}"),
+            Pattern::Any => write!(f, "{exception}*"),
             Pattern::Wildcard(text) => write!(f, "{exception}{text}"),
         }
     }
@@ -206,6 +228,10 @@ mod tests {
             ("10.0.0.?", "10.0.0.77", false),
             ("10.*.7", "10.1.2.7", true),
             ("*", "::1", true),
+            ("*", "10.0.0.1", true),
+            ("1*.7", "10.1.2.7", true),
+            ("1*", "1234::1", false),
+            ("*,!1*", "10.0.0.1", false),
             ("127.0.0.1", "127.0.0.1", true),
         ] {
             assert_eq!(admits(list, peer), Ok(expected), "{list} {peer}");
@@ -223,6 +249,14 @@ mod tests {
             ("gpu01.example.org", "not looked up"),
             ("10.0.0.0/8,!*.example.org", "not looked up"),
             ("", "not an address"),
+            ("*,!::ffff:10.0.0.*", "write a range"),
+            ("*,!2001:0db8:*", "write a range"),
+            ("*,!cafe*", "not looked up"),
+            ("*,!10.0.0.0.*", "fits no address"),
+            ("*,!10.0.00?.1", "fits no address"),
+            ("*,!010.*", "fits no address"),
+            ("*,!300.*", "fits no address"),
+            ("*,!10.0.?", "fits no address"),
             ("!10.0.0.1", "nobody"),
         ] {
             let error = admits(list, "10.0.0.1").unwrap_err();

@@ -37,8 +37,8 @@ pub struct Serve {
     /// What happens where the kernel cannot confine the process of a connection.
     #[serde(default)]
     pub confine: Confine,
-    /// Who may come in from where, beside `from` of each user; everybody from anywhere where it is empty.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    /// Who may come in from where, beside `from` of each user; everybody from anywhere where there is none.
+    #[serde(default, deserialize_with = "somebody", skip_serializing_if = "Vec::is_empty")]
     pub allow: Vec<Origin>,
     /// Who may not, whatever `allow` says.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -180,6 +180,17 @@ impl Default for ServeLimits {
             stop_grace: Duration::from_secs(30),
         }
     }
+}
+
+/// A list that names somebody: where it was to be filled in and was not, nobody is let in rather than everybody.
+fn somebody<'de, D: Deserializer<'de>>(input: D) -> Result<Vec<Origin>, D::Error> {
+    let list = Vec::<Origin>::deserialize(input)?;
+    if list.is_empty() {
+        return Err(de::Error::custom(
+            "'allow' names nobody, so that nobody could come in; leave it out for everybody",
+        ));
+    }
+    Ok(list)
 }
 
 impl Serve {

@@ -19,7 +19,7 @@ use tokio::process::Child;
 use super::confine::Confinement;
 use super::limits::{Permit, SessionPermit};
 use super::listener::{Server, SessionStart};
-use super::live::{Live, short};
+use super::live::{Live, Refused, short};
 use super::login::{self, Admitted, Decided};
 use super::pace::Pace;
 use super::penalties::Fault;
@@ -227,7 +227,7 @@ impl Connection<'_> {
         }
         match message {
             FromProcess::Asked(number, asked) => return self.asked(number, asked).await,
-            FromProcess::Refused(reason) => self.live.refuse(&Escaped(reason.as_bytes()).to_string()),
+            FromProcess::Refused(reason) => self.live.refuse(&Escaped(reason.as_bytes()).to_string(), None),
             FromProcess::NotAllowed { what, detail } => self.not_allowed(&what, &detail),
             FromProcess::NoSession { number, reason } => {
                 if self.sessions.remove(&number).is_some() {
@@ -303,12 +303,7 @@ impl Connection<'_> {
                     Err(reason) => {
                         let (user, reason) = (&admitted.login.user.name, clean(&reason));
                         tracing::error!(%peer, user, reason, "a session cannot be confined");
-                        login::refuse(
-                            self.live,
-                            user,
-                            &admitted.login.proof.describe(),
-                            &format!("not confined: {reason}"),
-                        );
+                        login::refuse_proof(self.live, user, &admitted.login.proof, &format!("not confined: {reason}"));
                         let reason = "the server cannot confine a session; its log says why".to_owned();
                         return self.say(&ToProcess::Answer(number, Answer::No(reason))).await.map(|()| None);
                     }
@@ -365,7 +360,7 @@ impl Connection<'_> {
         let (peer, user, key) = (self.live.peer, login.user.name.clone(), login.proof.describe());
         if !recorded {
             let reason = "the audit log cannot be written";
-            login::refuse(self.live, &user, &key, reason);
+            login::refuse_proof(self.live, &user, &login.proof, reason);
             return Answer::No(reason.to_owned());
         }
         if self.live.login.set(login).is_err() {
@@ -450,7 +445,7 @@ impl Connection<'_> {
         }
     }
 
-    /// One line for a connection: who it was, or why it did not become anybody.
+    /// A line for a connection: who it was, or why it did not become anybody; then one for each that was refused.
     fn report(&self, why: Option<String>) {
         let (server, live, peer) = (self.server, self.live, self.live.peer);
         if let Some(login) = live.login.get() {
@@ -463,24 +458,30 @@ impl Connection<'_> {
             server.recorder.note(AuditRecord { result: Some(Outcome::Success), ..record });
             return;
         }
-        let reason = match (live.refusals(), why) {
-            (Some(refusals), _) => refusals,
-            (None, Some(why)) => short(&why, 1000),
-            (None, None) => {
+        let mut refused = live.refused();
+        match (refused.is_empty(), why) {
+            (false, _) => {}
+            (true, Some(why)) => refused.push(Refused { reason: short(&why, 1000), claim: None }),
+            (true, None) => {
                 tracing::info!(%peer, "connection ended without a login");
                 let (result, reason) = (Some(Outcome::Failure), Some("ended without a login".into()));
                 let record = AuditRecord { action: "connection".into(), result, reason, ..server.record("", peer) };
                 server.recorder.note_stranger(record);
                 return;
             }
-        };
-        tracing::warn!(%peer, reason, "no login");
-        server.recorder.note_stranger(AuditRecord {
-            action: "refuse".into(),
-            result: Some(Outcome::Failure),
-            reason: Some(reason),
-            ..server.record("", peer)
-        });
+        }
+        for Refused { reason, claim } in refused {
+            tracing::warn!(%peer, reason, "no login");
+            let (action, result) = ("refuse".into(), Some(Outcome::Failure));
+            let record = AuditRecord { action, result, reason: Some(reason), ..server.record("", peer) };
+            server.recorder.note_stranger(match claim {
+                Some((user, login)) => {
+                    let actor = format!("{user}@{}", peer.ip().to_canonical());
+                    AuditRecord { actor, login: Some(Box::new(login)), ..record }
+                }
+                None => record,
+            });
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use super::access::{Proof, ServeUser};
 use super::authorized_keys::Grant;
 use super::ending::Ending;
 use super::process::lanes::pass;
+use crate::audit;
 
 /// Reasons that are kept of one connection.
 const REFUSALS_MAX: usize = 10;
@@ -32,6 +33,14 @@ pub(super) struct Login {
     pub(super) grant: Grant,
 }
 
+/// Something that was refused before anybody logged in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Refused {
+    pub(super) reason: String,
+    /// Who that was said to be, and by what; nobody has proven it.
+    pub(super) claim: Option<(String, audit::Login)>,
+}
+
 /// How long a process may take to say how long its client has been quiet.
 const ANSWER: Duration = Duration::from_secs(2);
 
@@ -47,7 +56,7 @@ pub(super) struct Live {
     /// The number of the last question for that, and of the last answer.
     asked: watch::Sender<u64>,
     answered: watch::Sender<u64>,
-    refusals: Mutex<Vec<String>>,
+    refusals: Mutex<Vec<Refused>>,
     end: Ending,
     /// The connection is over, and its process has not ended yet.
     gone: AtomicBool,
@@ -123,17 +132,23 @@ impl Live {
     }
 
     /// Keeps why something was refused, to be said once. Each reason once, and not without end.
-    pub(super) fn refuse(&self, reason: &str) {
-        let reason = short(reason, REASON_MAX);
+    pub(super) fn refuse(&self, reason: &str, claim: Option<(String, audit::Login)>) {
+        let refused = Refused { reason: short(reason, REASON_MAX), claim };
         let mut refusals = locked(&self.refusals);
-        if refusals.len() < REFUSALS_MAX && !refusals.contains(&reason) {
-            refusals.push(reason);
+        if refusals.len() < REFUSALS_MAX && !refusals.contains(&refused) {
+            refusals.push(refused);
         }
     }
 
-    /// What was refused, if anything.
+    /// What was refused.
+    pub(super) fn refused(&self) -> Vec<Refused> {
+        locked(&self.refusals).clone()
+    }
+
+    /// The same in words, if there was anything.
     pub(super) fn refusals(&self) -> Option<String> {
-        Some(locked(&self.refusals).join("; ")).filter(|text| !text.is_empty())
+        let reasons: Vec<String> = locked(&self.refusals).iter().map(|refused| refused.reason.clone()).collect();
+        Some(reasons.join("; ")).filter(|text| !text.is_empty())
     }
 
     fn quiet(&self) -> Duration {

@@ -115,21 +115,18 @@ pub(super) fn only_himself(section: &ServeUser, name: &str, proof: &Proof) -> Re
     }
 }
 
-/// The key's own settings, if it has some.
-fn own<'k>(keys: &'k [ServeKey], proof: &Proof) -> Option<&'k ServeKey> {
+/// The key's own settings, if it has some. Of a certificate's principals those count by which the authority's line let it in: nobody is
+/// what another authority alone may say of him.
+fn own<'k>(keys: &'k [ServeKey], proof: &Proof, grant: &Grant) -> Option<&'k ServeKey> {
     let fingerprint = proof.fingerprint();
-    let principals = match proof {
-        Proof::Key(_) => &[][..],
-        Proof::Certificate(certificate) => certificate.valid_principals(),
-    };
     let is_it = |key: &&ServeKey| matches!(&key.which, Which::Fingerprint(print) if *print == fingerprint);
-    let has_it = |key: &&ServeKey| matches!(&key.which, Which::Principal(name) if principals.contains(name));
+    let has_it = |key: &&ServeKey| matches!(&key.which, Which::Principal(name) if grant.principals.contains(name));
     keys.iter().find(is_it).or_else(|| keys.iter().find(has_it))
 }
 
 /// What the user is for who has proven to be him.
 pub(super) fn settled(user: ServeUser, proof: &Proof, grant: &Grant, peer: IpAddr) -> Result<ServeUser, String> {
-    let own = own(&user.keys, proof).cloned();
+    let own = own(&user.keys, proof, grant).cloned();
     if own.as_ref().and_then(|key| key.from.as_ref()).is_some_and(|list| !list.admits(peer)) {
         return Err("the key may not come from this address".into());
     }

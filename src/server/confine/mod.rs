@@ -42,6 +42,8 @@ pub struct Confinement {
     pub landlock: u32,
     /// System calls are filtered.
     pub seccomp: bool,
+    /// Paths are resolved by the kernel below the root; else name by name, which is as safe.
+    pub openat2: bool,
     /// What this kernel does not have, and why.
     pub missing: Vec<String>,
 }
@@ -62,6 +64,7 @@ impl fmt::Display for Confinement {
         if self.seccomp {
             f.write_str(", seccomp")?;
         }
+        f.write_str(if self.openat2 { ", openat2" } else { ", paths name by name (no openat2)" })?;
         self.missing.iter().try_for_each(|missing| write!(f, "; without {missing}"))
     }
 }
@@ -132,7 +135,7 @@ pub fn enter(wanted: &Wanted<'_>) -> Result<Confinement, ConfineError> {
         1 => {}
         threads => return Err(ConfineError::Threads(threads)),
     }
-    let mut made = Confinement::default();
+    let mut made = Confinement { openat2: crate::root::has_openat2(), ..Confinement::default() };
     let mut lacks = |what: &'static str, reason: String| {
         if wanted.require {
             return Err(ConfineError::Missing(format!("{what} ({reason})")));
