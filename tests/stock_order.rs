@@ -260,7 +260,7 @@ fn tell(target: &Path, rotated: bool) {
 }
 
 #[test]
-fn h52_lines_that_others_write_to_the_log_meanwhile_stay_in_it() {
+fn h35_lines_that_others_write_to_the_log_meanwhile_stay_in_it() {
     for rotated in [false, true] {
         for at in ["staging/sftp/plan", "staging/sftp/commit", "target/file"] {
             let pair = pushed();
@@ -279,7 +279,7 @@ fn h52_lines_that_others_write_to_the_log_meanwhile_stay_in_it() {
 }
 
 #[test]
-fn h52_only_what_a_crash_left_of_a_line_is_cut_off_from_the_log() {
+fn h60_only_what_a_crash_left_of_a_line_is_cut_off_from_the_log() {
     for left in ["", r#"{"half"#] {
         let pair = pushed();
         pair.write("file", "other content");
@@ -296,6 +296,8 @@ fn h52_only_what_a_crash_left_of_a_line_is_cut_off_from_the_log() {
         pair.push(count, nothing(), false).unwrap();
         assert_eq!(cuts.load(Ordering::Relaxed), usize::from(!left.is_empty()));
         audit::verify(&Root::open(&pair.at("target")).unwrap()).unwrap();
-        assert!(!fs::read_to_string(&log).unwrap().contains(r#"{"half{"#));
+        let text = fs::read_to_string(&log).unwrap();
+        assert!(!text.contains(r#"{"half{"#));
+        assert_eq!(text.matches(r#""action":"gap""#).count(), usize::from(!left.is_empty()), "{text}");
     }
 }

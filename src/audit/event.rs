@@ -85,7 +85,10 @@ impl Query {
             self.since.is_none_or(|since| moment >= since) && self.until.is_none_or(|until| moment < until)
         });
         let who = [&event.actor, &event.key, &event.certificate, &event.peer];
-        let by = |wanted: &str| who.iter().any(|who| who.as_deref().is_some_and(|who| who.contains(wanted)));
+        // Who was refused before somebody got in is told there.
+        let refused = event.reason.as_ref().filter(|_| event.action == "login");
+        let who = who.into_iter().filter_map(Option::as_ref).chain(refused);
+        let by = |wanted: &str| who.clone().any(|who| who.contains(wanted));
         let below = |wanted: &str| {
             let wanted = wanted.trim_end_matches('/');
             let rest = event.path.as_deref().and_then(|path| path.strip_prefix(wanted));

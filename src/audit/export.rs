@@ -85,7 +85,8 @@ pub fn csv(root: &str, event: &Event) -> String {
 fn cell_of(text: &str) -> String {
     let formula = text.starts_with(['=', '+', '-', '@', '\t', '\r', '\n', '＝', '＋', '－', '＠']);
     let guarded = if formula { format!("'{text}") } else { text.to_owned() };
-    if guarded.contains(['"', ',', '\r', '\n']) || guarded != guarded.trim() {
+    // Some spreadsheets divide cells by semicolons or tabs.
+    if guarded.contains(['"', ',', ';', '\t', '\r', '\n']) || guarded != guarded.trim() {
         return format!("\"{}\"", guarded.replace('"', "\"\""));
     }
     guarded
@@ -221,7 +222,9 @@ mod tests {
             ("@x", "'@x"),
             ("-1", "'-1"),
             ("+a,b", "\"'+a,b\""),
-            ("\tx", "'\tx"),
+            ("\tx", "\"'\tx\""),
+            ("a;=1+1", "\"a;=1+1\""),
+            ("a\t=1+1", "\"a\t=1+1\""),
             ("a\r\nb", "\"a\r\nb\""),
             ("", ""),
         ] {

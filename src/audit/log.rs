@@ -31,6 +31,8 @@ pub struct AuditLog<'r> {
     /// The last line that holds a signed head, as far as it is known, and its time.
     signed: Option<(u64, Option<DateTime<Utc>>)>,
     settings: Arc<Settings>,
+    /// An unfinished line was taken away, and no line says so yet.
+    torn: bool,
 }
 
 /// When a head is signed after what is written.
@@ -44,7 +46,7 @@ enum Sign {
 
 impl<'r> AuditLog<'r> {
     /// Opens the log of `root`, or starts it; with a new file, where the settings of the process want one. What a crash left of
-    /// an unfinished line is dropped.
+    /// an unfinished line is dropped, and the next line says so.
     ///
     /// # Errors
     /// When it cannot be opened, or its end has been tampered with.
@@ -90,10 +92,11 @@ impl<'r> AuditLog<'r> {
                 return Err(broken(root, head.lines, "it is another than audit.head says: it was written anew"));
             }
         }
-        if last.complete < tail.len() {
+        let torn = last.complete < tail.len();
+        if torn {
             file.set_len(start + last.complete as u64).map_err(&failed)?;
         }
-        let mut log = AuditLog { root, file, head, signed: last.signed, settings };
+        let mut log = AuditLog { root, file, head, signed: last.signed, settings, torn };
         if rotate::due(&log.settings.rotation, &log.file, start + last.complete as u64, SystemTime::now()) {
             log.rotate();
         }
@@ -137,10 +140,12 @@ impl<'r> AuditLog<'r> {
         self.reserve(records.saturating_add(4).saturating_mul(LINE_BYTES).saturating_add(bytes))?;
         let failed = io_error(self.root);
         let mut lines = Lines::after(self.head);
-        lines.add(&intent).map_err(|error| failed(error.into()))?;
+        for record in self.gap().into_iter().chain([intent]) {
+            lines.add(&record).map_err(|error| failed(error.into()))?;
+        }
         // DURABILITY: the head stays behind, which is no fault; it comes with what is announced.
         self.file.write_all(&lines.text).and_then(|()| self.file.sync_data()).map_err(failed)?;
-        self.head = lines.head;
+        (self.head, self.torn) = (lines.head, false);
         Ok(())
     }
 
@@ -185,7 +190,9 @@ impl<'r> AuditLog<'r> {
         let failed = io_error(self.root);
         let mut lines = Lines::after(self.head);
         let json = |error: serde_json::Error| failed(error.into());
-        for record in records {
+        let mut records = records.into_iter().peekable();
+        let gap = records.peek().and_then(|_| self.gap());
+        for record in gap.into_iter().chain(records) {
             lines.add(&record).map_err(json)?;
             if lines.text.len() >= WRITE_BYTES {
                 self.file.write_all(&std::mem::take(&mut lines.text)).map_err(&failed)?;
@@ -203,7 +210,7 @@ impl<'r> AuditLog<'r> {
             return Ok(head);
         }
         self.file.write_all(&lines.text).and_then(|()| self.file.sync_data()).map_err(&failed)?;
-        self.head = head;
+        (self.head, self.torn) = (head, false);
         // DURABILITY: written after the lines; after a crash between the two the head is behind, which is no fault.
         let (path, new) = (RelPath::new(HEAD)?, RelPath::new(NEW_HEAD)?);
         self.root.remove_tree(&new)?;
@@ -211,6 +218,11 @@ impl<'r> AuditLog<'r> {
         file.write_all(head.encode().as_bytes()).and_then(|()| file.sync_data()).map_err(&failed)?;
         self.root.rename(&new, &path, RenameFlags::empty())?;
         Ok(head)
+    }
+
+    /// Says that an unfinished line was taken away, where one was.
+    fn gap(&self) -> Option<AuditRecord> {
+        self.torn.then(AuditRecord::unfinished)
     }
 
     /// Whether the head is to be signed, when there is something that is not signed yet.

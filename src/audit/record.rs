@@ -114,6 +114,12 @@ impl Before {
 }
 
 impl AuditRecord {
+    /// That an unfinished line was taken away, which comes before whatever is told next.
+    pub fn unfinished() -> AuditRecord {
+        let reason = "a line that was not finished was taken away: whoever wrote it was interrupted";
+        AuditRecord { action: "gap".into(), reason: Some(reason.into()), ..AuditRecord::default() }
+    }
+
     /// What happened to an entry and what it got, by whom this record says.
     #[must_use]
     pub fn of_entry(&self, action: &str, entry: &Entry) -> AuditRecord {

@@ -109,8 +109,22 @@ fn h60_a_cut_line_is_named_and_a_torn_one_that_was_never_acknowledged_is_dropped
     assert!(matches!(verify(&root), Err(AuditError::Broken { line: 2, .. })));
     assert!(AuditLog::open(&root).is_err());
     std::fs::write(&path, [&text[..], b"{\"sequence\":3"].concat()).unwrap();
-    drop(AuditLog::open(&root).unwrap());
-    assert_eq!(verify(&root).unwrap().lines, 2);
+    // Before anybody writes again it is told, and is no tampering.
+    let seen = inspect(&root, &mut |_, _| {}).unwrap();
+    assert!(seen.unfinished && seen.head.lines == 2);
+    let mut again = AuditLog::open(&root).unwrap();
+    again.append(&[of("b")]).unwrap();
+    again.append(&[of("c")]).unwrap();
+    drop(again);
+    let mut actions = Vec::new();
+    let seen = inspect(&root, &mut |_, line| actions.push(Event::parse(line).unwrap().action)).unwrap();
+    assert!(!seen.unfinished);
+    assert_eq!(actions[2..], ["gap", &actions[3], &actions[4]]);
+    assert_eq!(actions.len(), 5);
+    // One that was acknowledged is missed, however it is cut.
+    let text = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &text[..text.len() - 5]).unwrap();
+    assert!(matches!(verify(&root), Err(AuditError::Broken { line: 5, .. })));
 }
 
 #[test]

@@ -58,6 +58,8 @@ pub struct Verified {
     pub backwards: Vec<Backwards>,
     /// In order.
     pub signed: Vec<SignedHead>,
+    /// The last line is not finished: whoever wrote it was interrupted, or is at it. The head beside the log knows nothing of it.
+    pub unfinished: bool,
 }
 
 /// A file of the log.
@@ -188,22 +190,37 @@ pub fn inspect(root: &Root, each: &mut dyn FnMut(Head, &[u8])) -> Result<Verifie
         met: false,
         stored,
     };
-    let mut found =
-        Verified { head: Head::EMPTY, files: Vec::new(), removed: None, backwards: Vec::new(), signed: Vec::new() };
+    let mut found = Verified {
+        head: Head::EMPTY,
+        files: Vec::new(),
+        removed: None,
+        backwards: Vec::new(),
+        signed: Vec::new(),
+        unfinished: false,
+    };
     for part in &parts {
         let mut wrong = None;
-        let mut one = |line: &[u8], whole: bool| match walk.line(line, whole, &mut found) {
-            Ok(head) => {
-                each(head, line);
-                true
+        let mut unfinished = false;
+        let mut one = |line: &[u8], whole: bool| {
+            // What was being written when a crash came; a head that knows of the line does not fit then.
+            unfinished = !whole && part.number.is_none() && (line.len() as u64) < TAIL_BYTES;
+            if unfinished {
+                return false;
             }
-            Err(error) => {
-                wrong = Some(error);
-                false
+            match walk.line(line, whole, &mut found) {
+                Ok(head) => {
+                    each(head, line);
+                    true
+                }
+                Err(error) => {
+                    wrong = Some(error);
+                    false
+                }
             }
         };
         part.lines(&mut one).map_err(io_error(root))?;
         wrong.map_or(Ok(()), Err)?;
+        found.unfinished |= unfinished;
         walk.ends.extend(walk.head);
         found.files.push(part.name.clone());
     }

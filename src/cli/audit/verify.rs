@@ -83,6 +83,12 @@ impl Verify {
             let (time, before) = (Escaped(time.as_bytes()), Escaped(before.as_bytes()));
             eprintln!("lockstep: note: line {line}: the clock was set back, from {before} to {time}");
         }
+        if found.unfinished {
+            let line = found.head.lines + 1;
+            eprintln!(
+                "lockstep: note: line {line} is not finished: whoever wrote it was interrupted, or is at it; the next writer takes it away and says so"
+            );
+        }
         self.enough(signed.as_ref(), &found)
     }
 

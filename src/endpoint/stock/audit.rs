@@ -32,6 +32,8 @@ pub(super) struct Log {
     end: u64,
     /// Something that is no line lies behind `end`.
     torn: bool,
+    /// One was taken away, and no line says so yet.
+    was_torn: bool,
 }
 
 /// Lines for the log, and its head after them.
@@ -160,7 +162,7 @@ impl Log {
         if stored.is_some_and(|stored| stored.lines > head.lines) {
             return Err(broken("lines were cut off at its end"));
         }
-        Ok(Log { handle, head, end: start + complete as u64, torn: complete < tail.len() })
+        Ok(Log { handle, head, end: start + complete as u64, torn: complete < tail.len(), was_torn: false })
     }
 
     /// Lines for these; `last` signs the log where there is a key.
@@ -169,7 +171,8 @@ impl Log {
     /// When they cannot be written down.
     pub(super) fn tell(&self, records: impl IntoIterator<Item = AuditRecord>, last: bool) -> Result<Told, Error> {
         let broken = |error: serde_json::Error| Error::Usage(error.to_string());
-        let (mut text, mut head) = lines(self.head, records).map_err(broken)?;
+        let gap = self.was_torn.then(AuditRecord::unfinished);
+        let (mut text, mut head) = lines(self.head, gap.into_iter().chain(records)).map_err(broken)?;
         if let Some(signing) = settings().signing.as_ref().filter(|_| last) {
             let signed = signed_head(&signing.key, head).map_err(|error| Error::Usage(chain(&error)))?;
             let (line, after) = lines(head, [signed]).map_err(broken)?;
@@ -231,7 +234,7 @@ impl Log {
             let cut = Attributes { size: Some(self.end), ..Attributes::default() };
             let cut = session.order(with_attributes(packet::FSETSTAT, handle, &cut))?;
             cut.map_err(|refusal| session.refused("write", &path, &refusal))?;
-            self.torn = false;
+            (self.torn, self.was_torn) = (false, true);
         }
         Ok(())
     }
@@ -278,7 +281,7 @@ impl Log {
         if !run.session.offers.fsync {
             self.handle = None;
         }
-        self.head = told.head;
+        (self.head, self.was_torn) = (told.head, false);
         self.end += told.text.len() as u64;
         Ok(())
     }
