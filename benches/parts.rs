@@ -1,7 +1,8 @@
 //! How fast the parts of a run are, each on one core: `cargo bench --bench parts`.
 //!
 //! Machines differ, and others use them meanwhile; so each part is told as a multiple of what SHA-256 of 1 MiB takes in the same run, by
-//! the fastest of many runs. `benches/parts.tsv` keeps these multiples; a part that takes more than half as long again is marked.
+//! the fastest of many runs. `benches/parts.tsv` keeps these multiples; a part that takes more than half as long again is marked, or so
+//! much less: where many do, SHA-256 itself has become slower.
 //! `cargo bench --bench parts -- --keep` keeps those of this run.
 
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "it is a benchmark, of what is known to be right")]
@@ -14,6 +15,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use lockstep::codec::chunks::{self, Chunk};
+use lockstep::codec::{self, Coding, Layout};
 use lockstep::endpoint::local::LocalSource;
 use lockstep::endpoint::{ScanOptions, Source as _};
 use lockstep::manifest::{Content, Digest, Entry, Manifest, Timestamp, Tree, format};
@@ -21,8 +23,10 @@ use lockstep::monitor::Silent;
 use lockstep::path::RelPath;
 use lockstep::plan::{Compare, Desired, diff};
 use lockstep::scan::blocks::BlockSums;
+use lockstep::wire::buffer::Writer;
 use lockstep::wire::entries::EntryList;
 use lockstep::wire::extension;
+use lockstep::wire::sftp::{DATA_MAX, Frames, packet};
 use sha2::{Digest as _, Sha256};
 
 #[path = "../tests/kit/weights.rs"]
@@ -115,6 +119,49 @@ fn content() -> Vec<Part> {
     ]
 }
 
+fn codings() -> Vec<Part> {
+    let (text, weights) = (weights::text(512 << 10), weights::bf16(256 << 10));
+    let planes = Layout::new(2, 0, true).map(Coding::Planes).unwrap();
+    let mut parts = Vec::new();
+    for (names, coding, data) in [
+        (["zstd, level 1, of text", "the same back"], Coding::Zstd(1), &text),
+        (["byte planes of bf16", "those back"], planes, &weights),
+    ] {
+        let (mut frame, mut back) = (Vec::with_capacity(2 * MIB), Vec::with_capacity(2 * MIB));
+        let encode = fastest(|| {
+            frame.clear();
+            coding.encode(black_box(data), &mut frame).unwrap();
+        });
+        let decode = fastest(|| {
+            back.clear();
+            match coding {
+                Coding::Zstd(_) => codec::decompress(black_box(&frame), data.len(), &mut back).unwrap(),
+                Coding::Planes(_) => codec::planes::decode(black_box(&frame), data.len(), &mut back).unwrap(),
+            }
+        });
+        assert!(back == *data);
+        parts.extend([Part(names[0], encode, 0.5, "MiB"), Part(names[1], decode, 0.5, "MiB")]);
+    }
+    parts
+}
+
+/// What carries content: requests in pieces as they come from SSH.
+fn wire() -> Vec<Part> {
+    let content = weights::noise(DATA_MAX);
+    let packet = Writer::new(packet::WRITE).u32(1).string(b"handle").u64(0).string(&content).finish();
+    let stream = packet.repeat(32);
+    let take = || {
+        let (mut frames, mut count) = (Frames::default(), 0);
+        for mut piece in black_box(&stream).chunks(32 << 10) {
+            while frames.take(&mut piece).unwrap().is_some() {
+                count += 1;
+            }
+        }
+        assert_eq!(count, 32);
+    };
+    vec![Part("SFTP packets of 255 KiB taken apart", fastest(take), stream.len() as f64 / MIB as f64, "MiB")]
+}
+
 fn trees() -> Vec<Part> {
     let count = ENTRIES as f64;
     let (source, target) = (tree(ENTRIES, |_| false), tree(ENTRIES, |at| at % 1000 == 7));
@@ -180,7 +227,7 @@ fn kept() -> BTreeMap<String, f64> {
 }
 
 fn main() {
-    let parts: Vec<Part> = content().into_iter().chain(trees()).collect();
+    let parts: Vec<Part> = content().into_iter().chain(codings()).chain(wire()).chain(trees()).collect();
     let mebibyte = parts[0].1.as_secs_f64() / parts[0].2;
     let kept = kept();
     let mut text = String::new();
@@ -189,7 +236,12 @@ fn main() {
         let one = taken.as_secs_f64() / count;
         let ratio = one / mebibyte;
         let before = kept.get(name);
-        let mark = if before.is_some_and(|before| ratio > SLOWER * before) { "  slower" } else { "" };
+        let mark = match before {
+            Some(before) if ratio > SLOWER * before => "  slower",
+            // If many are, it is SHA-256 that takes longer.
+            Some(before) if ratio < before / SLOWER => "  faster",
+            _ => "",
+        };
         let before = before.map_or_else(String::new, |before| format!("{before:.7}"));
         println!("{name:36} {:>9.3} us/{unit:5} {ratio:20.7} {before:>10}{mark}", one * 1e6);
         let _ = writeln!(text, "{name}\t{ratio:.8}");

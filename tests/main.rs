@@ -28,6 +28,7 @@ mod daemon_chain;
 mod daemon_faults;
 mod daemon_pull;
 mod delta;
+mod delta_cut;
 mod delta_pull;
 mod disk;
 mod early;

@@ -81,7 +81,12 @@ impl SftpServer {
             confine::names::start().map_err(|error| failed(crate::error::in_words(&error)))?;
             // What cannot be had is not offered; the run goes over its one connection.
             ports = ports.filter(|ports| ports.prepare().is_ok());
-            confine::enter(&wanted).map_err(|error| failed(chain(&error)))?;
+            let confinement = confine::enter(&wanted).map_err(|error| failed(chain(&error)))?;
+            if !confinement.missing.is_empty() {
+                eprintln!(
+                    "lockstep: warning: this session is confined in part: {confinement}; with --require-confinement there is none"
+                );
+            }
         }
         let agent = receiver.agent().alone();
         let agent = Arc::new(match &ports {

@@ -110,8 +110,20 @@ pub struct Way {
     pub idle_processors: Option<f64>,
 }
 
+/// By this factor compressing has to be faster than the link where it is known that a processor has nothing else to do.
+const MARGIN: f64 = 1.2;
+/// And where that is not known, since it takes the processor from hashing and from the cipher.
+const MARGIN_BLIND: f64 = 2.0;
 /// So much of a processor has to be free for compressing.
 const IDLE_MIN: f64 = 0.2;
+/// And for more than the least of it.
+const IDLE_MIN_HIGHER: f64 = 0.5;
+/// Levels of zstd that are taken where the link is what is waited for, from the fastest on.
+const HIGHER: [i32; 3] = [3, 6, 9];
+/// Bytes a second that they are taken to take in where nobody has measured it.
+const HIGHER_RATES: [f64; 3] = [200e6, 80e6, 40e6];
+/// A higher level has to bring content over in less than this fraction of the time.
+const WORTH_A_LEVEL: f64 = 0.98;
 
 /// A block, and where it lies.
 #[derive(Debug, Clone, Copy)]
@@ -131,6 +143,8 @@ struct Known {
     /// Where the block began.
     offset: u64,
     sample: Option<Sample>,
+    /// The level of zstd that was found best for the link.
+    level: Option<i32>,
     /// So many more blocks are taken for the same.
     left: u32,
     /// As many as were, when the block was looked at.
@@ -169,8 +183,22 @@ impl Chooser {
             return None;
         }
         let (coding, ratio) = self.smallest(place, data, 1)?;
-        let rate = if matches!(coding, Coding::Planes(_)) { self.planes_rate } else { self.zstd_rate };
-        pays(ratio, rate, way).then_some(coding)
+        let is_planes = matches!(coding, Coding::Planes(_));
+        let rate = if is_planes { self.planes_rate } else { self.zstd_rate };
+        if !pays(ratio, rate, way) {
+            return None;
+        }
+        Some(if is_planes { coding } else { Coding::Zstd(self.level(data, way)) })
+    }
+
+    /// The level of zstd by which content like the block that was just looked at arrives soonest: the slower the link, the higher.
+    fn level(&mut self, data: &[u8], way: Way) -> i32 {
+        let rate = self.zstd_rate;
+        let Some(known) = self.known.as_mut() else { return 1 };
+        if let (None, Some(sample)) = (known.level, known.sample) {
+            known.level = Some(highest(Cost { rate, ..sample.zstd }, data, way));
+        }
+        known.level.unwrap_or(1)
     }
 
     /// What makes `data` smallest, with zstd at `level`, and the fraction that it comes to; `None` where nothing makes it
@@ -202,10 +230,35 @@ impl Chooser {
         }
         // A file begins with a header more often than not: the first blocks say little of those that follow.
         let trusted = before.map_or(1, |known| (2 * known.trusted).min(TRUSTED));
-        let known = Known { file: place.file, offset: place.offset, sample, left: trusted - 1, trusted };
+        let known = Known { file: place.file, offset: place.offset, sample, level: None, left: trusted - 1, trusted };
         self.known = Some(known);
         known
     }
+}
+
+/// The level that is worth its time for content like `data`, of which level 1 costs `least`.
+fn highest(least: Cost, data: &[u8], way: Way) -> i32 {
+    let idle = way.idle_processors.is_some_and(|idle| idle >= IDLE_MIN_HIGHER);
+    let Some(link_rate) = way.link_rate.filter(|_| idle) else { return 1 };
+    let (mut best, mut cost, sample) = (1, least, spread(data, SAMPLE_BYTES));
+    for level in HIGHER {
+        // It is not worth a look where the one before it takes half of the time: each takes twice as long, and more.
+        if 2.0 * MARGIN_BLIND / cost.rate > cost.ratio / link_rate {
+            break;
+        }
+        let Some(next) = Cost::measure(Coding::Zstd(level), &sample) else { break };
+        let arrives = |cost: Cost| (MARGIN_BLIND / cost.rate).max(cost.ratio / link_rate);
+        if arrives(next) < WORTH_A_LEVEL * arrives(cost) {
+            (best, cost) = (level, next);
+        }
+    }
+    best
+}
+
+/// The level to ask another machine for, whose processors nobody here knows, of content that level 1 makes so small.
+pub fn level_elsewhere(ratio: f64, link_rate: f64) -> i32 {
+    let waits = |(_, rate): &(i32, f64)| 2.0 * MARGIN_BLIND / rate < ratio / link_rate;
+    HIGHER.into_iter().zip(HIGHER_RATES).take_while(waits).last().map_or(1, |(level, _)| level)
 }
 
 /// Bytes a second that zstd is taken to take in where nobody has measured it.
@@ -217,9 +270,7 @@ pub const PLANES_RATE: f64 = 1e9;
 pub fn pays(ratio: f64, compress_rate: f64, way: Way) -> bool {
     // A link nobody has measured is taken for a gigabit one.
     let link_rate = way.link_rate.unwrap_or(118e6);
-    // Compressing takes the processor from hashing and from the cipher: where it is not known that one is free, it has to be
-    // clearly faster than the link.
-    let margin = if way.idle_processors.is_some() { 1.2 } else { 2.0 };
+    let margin = if way.idle_processors.is_some() { MARGIN } else { MARGIN_BLIND };
     (margin / compress_rate).max(ratio / link_rate) < 1.0 / link_rate
 }
 

@@ -15,7 +15,7 @@ pub mod sums;
 #[path = "../../tests/kit/weights.rs"]
 mod weights;
 
-pub use choose::{Chooser, Once, PLANES_RATE, Place, Way, ZSTD_RATE, pays};
+pub use choose::{Chooser, Once, PLANES_RATE, Place, Way, ZSTD_RATE, level_elsewhere, pays};
 pub use planes::Layout;
 
 /// The largest window a frame may ask for, in bytes.

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{self, AtFlags, Mode, OFlags, RenameFlags, ResolveFlags, Timespec, Timestamps, UTIME_OMIT};
@@ -70,13 +71,23 @@ pub struct FreeSpace {
 
 type Result<T> = std::result::Result<T, RootError>;
 
+/// Whether this process may use openat2(2). Filters of containers and of systemd answer ENOSYS or EPERM where it may not.
+pub fn has_openat2() -> bool {
+    static HAS_IT: OnceLock<bool> = OnceLock::new();
+    *HAS_IT.get_or_init(|| {
+        let (flags, mode) = (OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        let tried = fs::openat2(fs::CWD, "/", flags, mode, ResolveFlags::empty());
+        !matches!(tried, Err(Errno::NOSYS | Errno::PERM))
+    })
+}
+
 /// A directory and everything beneath it.
 #[derive(Debug)]
 pub struct Root {
     directory: OwnedFd,
     /// Where it was opened; for messages only.
     shown: PathBuf,
-    /// openat2 answered ENOSYS.
+    /// openat2 is not to be had.
     walk: AtomicBool,
 }
 
@@ -92,7 +103,7 @@ impl Root {
             path: path.to_owned(),
             source: errno.into(),
         })?;
-        Ok(Root { directory, shown: path.to_owned(), walk: AtomicBool::new(false) })
+        Ok(Root { directory, shown: path.to_owned(), walk: AtomicBool::new(!has_openat2()) })
     }
 
     /// The same, but paths are walked component by component, as where openat2(2) is not to be had.

@@ -212,10 +212,19 @@ impl Served {
     }
 
     pub(crate) fn lockstep(&self, arguments: &[&str], key: &str) -> Output {
+        self.at_port(&self.port.to_string(), arguments, key)
+    }
+
+    /// As `sync`, through what listens at this port.
+    pub(crate) fn through(&self, port: &str, arguments: &[&str]) -> Output {
+        self.at_port(port, arguments, "sync")
+    }
+
+    fn at_port(&self, port: &str, arguments: &[&str], key: &str) -> Output {
         Command::new(env!("CARGO_BIN_EXE_lockstep"))
             .current_dir(self.at())
             .args(arguments)
-            .args(["-P", &self.port.to_string(), "--identity", &format!("{key}.key"), "--known-hosts", "known"])
+            .args(["-P", port, "--identity", &format!("{key}.key"), "--known-hosts", "known"])
             .env("XDG_STATE_HOME", self.at())
             .env_remove("SSH_AUTH_SOCK")
             .stdin(Stdio::null())

@@ -4,8 +4,6 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use rustix::fs::{Mode, OFlags, ResolveFlags};
-use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit};
 
 use crate::cli::finding::Finding;
@@ -32,15 +30,14 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
 fn kernel() -> Finding {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let release = Escaped(release.as_bytes()).to_string();
-    let (flags, mode) = (OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-    match rustix::fs::openat2(rustix::fs::CWD, "/", flags, mode, ResolveFlags::empty()) {
-        Err(Errno::NOSYS | Errno::PERM) => Finding::warning(
-            "kernel",
-            format!("{release} gives no openat2(2): paths are looked up name by name, which is as safe and slower"),
-            "use Linux 5.6 or newer; under systemd leave RestrictSUIDSGID= and DynamicUser= out, in a container allow it by seccomp",
-        ),
-        _ => Finding::ok("kernel", format!("{release}, with openat2(2)")),
+    if crate::root::has_openat2() {
+        return Finding::ok("kernel", format!("{release}, with openat2(2)"));
     }
+    Finding::warning(
+        "kernel",
+        format!("{release} gives no openat2(2): paths are looked up name by name, which is as safe and slower"),
+        "use Linux 5.6 or newer; under systemd leave RestrictSUIDSGID= and DynamicUser= out, in a container allow it by seccomp",
+    )
 }
 
 /// Whether sessions of the server can be confined: by what the kernel says it has, and by what a process could do all the same.

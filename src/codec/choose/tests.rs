@@ -46,7 +46,7 @@ fn a_block_is_coded_once_for_all_who_want_it_in_the_same_way() {
 fn a_block_is_looked_at_once_for_all_and_only_those_who_read_planes_get_them() {
     let (data, once) = (weights::bf16(50_000), Once::default());
     let place = Place { once: Some(&once), ..at(0, 0) };
-    assert_eq!(chooser(false).coding(place, &data, SLOW), Some(Coding::Zstd(1)));
+    assert!(matches!(chooser(false).coding(place, &data, SLOW), Some(Coding::Zstd(_))));
     // The second believes the first.
     assert_eq!(chooser(true).coding(place, &[7; 100], SLOW), planes(2, 0));
 }
@@ -94,7 +94,12 @@ fn each_kind_of_content_gets_what_is_for_it() {
         (weights::noise(100), None),
     ];
     for (number, (data, coding)) in kinds.iter().enumerate() {
-        assert_eq!(chooser(true).coding(at(0, 0), data, SLOW), *coding, "kind {number}");
+        // Which level it is goes by the link.
+        let found = chooser(true).coding(at(0, 0), data, SLOW).map(|coding| match coding {
+            Coding::Zstd(_) => Coding::Zstd(1),
+            planes => planes,
+        });
+        assert_eq!(found, *coding, "kind {number}");
         let zstd = coding.map(|_| Coding::Zstd(1));
         assert_eq!(
             chooser(false).coding(at(0, 0), data, SLOW).is_some(),
@@ -104,6 +109,37 @@ fn each_kind_of_content_gets_what_is_for_it() {
         let fixed = Chooser::new(CompressOptions { level: Some(3), enabled: true }, true).coding(at(0, 0), data, SLOW);
         assert_eq!(fixed, coding.map(|coding| if coding == Coding::Zstd(1) { Coding::Zstd(3) } else { coding }));
     }
+}
+
+#[test]
+fn the_slower_the_link_the_higher_the_level() {
+    let (data, level) =
+        (weights::text(BLOCK), |way| match chooser(true).coding(at(0, 0), &weights::text(BLOCK), way) {
+            Some(Coding::Zstd(level)) => level,
+            other => panic!("{other:?} for text"),
+        });
+    let link = |rate| Way { link_rate: Some(rate), ..SLOW };
+    assert_eq!(level(link(200e6)), 1);
+    assert!(level(link(0.3e6)) > 1);
+    // Nobody knows the link, or nothing is free for more than the least.
+    assert_eq!(level(Way { link_rate: None, ..SLOW }), 1);
+    assert_eq!(level(Way { link_rate: Some(0.3e6), idle_processors: Some(0.3) }), 1);
+    // What is smaller at a higher level is, and what is told to be of one level is of that.
+    let size = |level| {
+        let mut frame = Vec::new();
+        Coding::Zstd(level).encode(&data, &mut frame).unwrap();
+        frame.len()
+    };
+    assert!(size(level(link(0.3e6))) < size(1));
+    let mut told = Chooser::new(CompressOptions { level: Some(1), enabled: true }, true);
+    assert_eq!(told.coding(at(0, 0), &data, link(0.3e6)), Some(Coding::Zstd(1)));
+}
+
+#[test]
+fn another_machine_is_asked_for_a_level_that_suits_the_link() {
+    let found = [118e6, 12e6, 6e6, 1e6].map(|link_rate| level_elsewhere(0.25, link_rate));
+    assert_eq!(found, [1, 3, 3, 9]);
+    assert_eq!(level_elsewhere(0.001, 12e6), 1);
 }
 
 #[test]

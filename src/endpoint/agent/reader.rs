@@ -116,7 +116,9 @@ impl AgentReader {
             CompressOptions { enabled: false, .. } => 0,
             CompressOptions { level: Some(level), .. } => level.clamp(0, 19) as u8,
             _ if self.asked.is_multiple_of(PROBE) => 1,
-            _ => u8::from(self.ratio < 0.95 && codec::pays(self.ratio, self.rate, self.way())),
+            _ if self.ratio >= 0.95 || !codec::pays(self.ratio, self.rate, self.way()) => 0,
+            // The level says nothing of planes.
+            _ => self.way().link_rate.map_or(1, |rate| codec::level_elsewhere(self.ratio, rate)).clamp(1, 19) as u8,
         };
         if self.planes && level > 0 { level | TAKES_PLANES } else { level }
     }
