@@ -280,8 +280,9 @@ fn s26_a_command_on_the_way_is_run_without_a_shell() {
     done(&run("gpu01", through));
     done(&run("gpu01", &format!("exec {through}")));
     ends(&run("gpu01", "nosuchprogram %h"), 2, &["ProxyCommand 'nosuchprogram 127.0.0.1'", "cannot be started"]);
+    ends(&run("gpu01", &format!("A=b {through}")), 2, &["'A=b' sets a variable", "put it into a script"]);
     ends(&run("gpu01", &format!("{through} 2>/dev/null")), 2, &["'>' is for a shell", "put it into a script"]);
-    for host in ["x$(touch witness)", "x`touch witness`", "x;touch witness", "x'y"] {
+    for host in ["x$(touch witness)", "x`touch witness`", "x;touch witness", "x'y", "a\ntouch witness", "a b"] {
         ends(&run(host, "echo %n"), 2, &["cannot be part of a command"]);
         assert!(!witness.exists(), "{host}");
     }

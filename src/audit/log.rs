@@ -31,8 +31,8 @@ pub struct AuditLog<'r> {
     /// The last line that holds a signed head, as far as it is known, and its time.
     signed: Option<(u64, Option<DateTime<Utc>>)>,
     settings: Arc<Settings>,
-    /// An unfinished line was taken away, and no line says so yet.
-    torn: bool,
+    /// Where an unfinished line begins, until it is taken away by who writes the next one and says so.
+    torn: Option<u64>,
 }
 
 /// When a head is signed after what is written.
@@ -46,7 +46,7 @@ enum Sign {
 
 impl<'r> AuditLog<'r> {
     /// Opens the log of `root`, or starts it; with a new file, where the settings of the process want one. What a crash left of
-    /// an unfinished line is dropped, and the next line says so.
+    /// an unfinished line is dropped when something is written, with a line that says so.
     ///
     /// # Errors
     /// When it cannot be opened, or its end has been tampered with.
@@ -92,12 +92,11 @@ impl<'r> AuditLog<'r> {
                 return Err(broken(root, head.lines, "it is another than audit.head says: it was written anew"));
             }
         }
-        let torn = last.complete < tail.len();
-        if torn {
-            file.set_len(start + last.complete as u64).map_err(&failed)?;
-        }
+        let end = start + last.complete as u64;
+        let torn = (last.complete < tail.len()).then_some(end);
         let mut log = AuditLog { root, file, head, signed: last.signed, settings, torn };
-        if rotate::due(&log.settings.rotation, &log.file, start + last.complete as u64, SystemTime::now()) {
+        // What is torn is not put away so: the next time is early enough.
+        if torn.is_none() && rotate::due(&log.settings.rotation, &log.file, end, SystemTime::now()) {
             log.rotate();
         }
         Ok(log)
@@ -140,12 +139,12 @@ impl<'r> AuditLog<'r> {
         self.reserve(records.saturating_add(4).saturating_mul(LINE_BYTES).saturating_add(bytes))?;
         let failed = io_error(self.root);
         let mut lines = Lines::after(self.head);
-        for record in self.gap().into_iter().chain([intent]) {
+        for record in self.gap()?.into_iter().chain([intent]) {
             lines.add(&record).map_err(|error| failed(error.into()))?;
         }
         // DURABILITY: the head stays behind, which is no fault; it comes with what is announced.
         self.file.write_all(&lines.text).and_then(|()| self.file.sync_data()).map_err(failed)?;
-        (self.head, self.torn) = (lines.head, false);
+        self.head = lines.head;
         Ok(())
     }
 
@@ -191,7 +190,7 @@ impl<'r> AuditLog<'r> {
         let mut lines = Lines::after(self.head);
         let json = |error: serde_json::Error| failed(error.into());
         let mut records = records.into_iter().peekable();
-        let gap = records.peek().and_then(|_| self.gap());
+        let gap = if records.peek().is_some() { self.gap()? } else { None };
         for record in gap.into_iter().chain(records) {
             lines.add(&record).map_err(json)?;
             if lines.text.len() >= WRITE_BYTES {
@@ -210,7 +209,7 @@ impl<'r> AuditLog<'r> {
             return Ok(head);
         }
         self.file.write_all(&lines.text).and_then(|()| self.file.sync_data()).map_err(&failed)?;
-        (self.head, self.torn) = (head, false);
+        self.head = head;
         // DURABILITY: written after the lines; after a crash between the two the head is behind, which is no fault.
         let (path, new) = (RelPath::new(HEAD)?, RelPath::new(NEW_HEAD)?);
         self.root.remove_tree(&new)?;
@@ -220,9 +219,12 @@ impl<'r> AuditLog<'r> {
         Ok(head)
     }
 
-    /// Says that an unfinished line was taken away, where one was.
-    fn gap(&self) -> Option<AuditRecord> {
-        self.torn.then(AuditRecord::unfinished)
+    /// Takes an unfinished line away; the line that says so.
+    fn gap(&mut self) -> Result<Option<AuditRecord>, AuditError> {
+        let Some(end) = self.torn else { return Ok(None) };
+        self.file.set_len(end).map_err(io_error(self.root))?;
+        self.torn = None;
+        Ok(Some(AuditRecord::unfinished()))
     }
 
     /// Whether the head is to be signed, when there is something that is not signed yet.

@@ -76,7 +76,7 @@ impl Pattern {
             let bits = if address.is_ipv4() { 32 } else { 128 };
             return network(address, bits, text);
         }
-        if !text.is_empty() && text.chars().all(|c| c == '*') {
+        if text.contains('*') && text.chars().all(|c| matches!(c, '*' | '?')) {
             return Ok(Pattern::Any);
         }
         if text.contains(['*', '?']) && text.contains(':') {
@@ -136,9 +136,14 @@ fn network(address: IpAddr, bits: u32, text: &str) -> Result<Pattern, String> {
 
 /// Whether there is an IPv4 address that a pattern fits; `*` may stand for several of its numbers.
 fn fits_any(pattern: &str) -> bool {
-    let parts: Vec<&str> = pattern.split('.').collect();
-    let is_number = |part: &&str| (0..=u8::MAX).any(|number| wildcard(part.as_bytes(), number.to_string().as_bytes()));
-    parts.iter().all(is_number) && (parts.len() == 4 || (parts.len() < 4 && pattern.contains('*')))
+    let dots = pattern.matches('.').count();
+    if dots < 3 {
+        // One of them stands for a dot, too.
+        let more = |(at, _): (usize, &str)| fits_any(&format!("{}*.*{}", &pattern[..at], &pattern[at + 1..]));
+        return pattern.match_indices('*').any(more);
+    }
+    let is_number = |part: &str| (0..=u8::MAX).any(|number| wildcard(part.as_bytes(), number.to_string().as_bytes()));
+    dots == 3 && pattern.split('.').all(is_number)
 }
 
 /// `*` is any number of characters, `?` is one.
@@ -230,6 +235,8 @@ mod tests {
             ("*", "::1", true),
             ("*", "10.0.0.1", true),
             ("1*.7", "10.1.2.7", true),
+            ("10*20.1", "10.0.20.1", true),
+            ("*?", "::1", true),
             ("1*", "1234::1", false),
             ("*,!1*", "10.0.0.1", false),
             ("127.0.0.1", "127.0.0.1", true),

@@ -74,8 +74,17 @@ fn path_of(
     file: std::os::fd::BorrowedFd<'_>,
 ) -> rustix::io::Result<Option<RelPath>> {
     let read = |raw| fs::readlinkat(fs::CWD, format!("/proc/self/fd/{raw}"), Vec::new()).map(|link| link.into_bytes());
+    let (root_at, file_at) = (root, file);
     let (root, file) = (read(root.as_raw_fd())?, read(file.as_raw_fd())?);
     let below = file.strip_prefix(root.strip_suffix(b"/").unwrap_or(&root)).ok_or(Errno::XDEV)?;
+    // What the kernel puts behind the name of what was removed, which may be a part of a name as well.
+    if below.ends_with(b" (deleted)") {
+        let name = below.strip_prefix(b"/").ok_or(Errno::XDEV)?;
+        let (named, own) = (fs::statat(root_at, name, AtFlags::SYMLINK_NOFOLLOW)?, fs::fstat(file_at)?);
+        if (named.st_dev, named.st_ino) != (own.st_dev, own.st_ino) {
+            return Err(Errno::NOENT);
+        }
+    }
     match below.strip_prefix(b"/") {
         Some(b"") => Ok(None),
         Some(path) => RelPath::new(path).map(Some).map_err(|_| Errno::XDEV),

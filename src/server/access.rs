@@ -66,7 +66,7 @@ pub struct ServeKey {
 pub enum Which {
     /// The key that signs, as `SHA256:…`.
     Fingerprint(String),
-    /// A principal of the certificate.
+    /// A principal of the certificate that its authority is believed.
     Principal(String),
 }
 
@@ -163,10 +163,23 @@ impl Access {
         for user in self.users.iter().filter(|user| !resolve::is_open(&user.authorized_keys)) {
             match keys(&resolve::fixed(user)) {
                 Err(reason) => found.push(format!("user {}: {reason}", user.name)),
-                Ok(keys) => found.extend(keys.unreadable.iter().map(|(number, reason)| {
+                Ok(keys) => {
                     let path = Escaped(user.authorized_keys.as_os_str().as_encoded_bytes());
-                    format!("user {}: {path}, line {number} is left out: {reason}", user.name)
-                })),
+                    found.extend(keys.unreadable.iter().map(|(number, reason)| {
+                        format!("user {}: {path}, line {number} is left out: {reason}", user.name)
+                    }));
+                    let named = user.keys.iter().filter_map(|key| match &key.which {
+                        Which::Principal(name) => Some(name).filter(|name| !keys.believes(name)),
+                        Which::Fingerprint(_) => None,
+                    });
+                    found.extend(named.map(|name| {
+                        let name = Escaped(name.as_bytes());
+                        format!(
+                            "user {}: what is said of the principal '{name}' holds for nobody: no line of {path} trusts an authority for it",
+                            user.name
+                        )
+                    }));
+                }
             }
         }
         Ok(found)
@@ -213,7 +226,7 @@ impl Access {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(|error| error.to_string())?.as_secs();
         let asked = Asked { user: name, peer: peer.ip(), now };
         let grant = keys(&user)?.authorize(proof.credential(), &asked)?;
-        resolve::only_himself(section, name, proof)?;
+        resolve::only_himself(section, name, proof, &grant)?;
         let user = resolve::settled(user, proof, &grant, peer.ip())?;
         Ok((user, grant))
     }

@@ -17,6 +17,8 @@ pub struct Grant {
     pub read_only: bool,
     /// The principals of its certificate that are good here.
     pub principals: Vec<String>,
+    /// Those by which something is said of it besides: these where the authority's line names some, else all that it has.
+    pub roles: Vec<String>,
 }
 
 /// For whom, from where and when a credential is to be good.
@@ -101,6 +103,18 @@ impl AuthorizedKeys {
     /// Whether a certificate may be good, so that a key that is not listed may yet be.
     pub fn has_authority(&self) -> bool {
         self.lines.iter().any(|line| line.authority)
+    }
+
+    /// Whether an authority is believed that a certificate has this principal.
+    pub fn believes(&self, principal: &str) -> bool {
+        let named = |line: &Line| -> Option<String> {
+            let options = line.options.as_ref().ok()?;
+            options.iter().find(|(name, _)| name == "principals").and_then(|(_, list)| list.clone())
+        };
+        self.lines
+            .iter()
+            .filter(|line| line.authority)
+            .any(|line| named(line).is_none_or(|list| list.split(',').any(|name| name.trim() == principal)))
     }
 
     /// What the lines say at this moment, seconds since 1970.
@@ -199,7 +213,7 @@ impl Line {
         }
         let certified = certificate::check(certificate, principals.as_deref(), asked)?;
         grant.read_only |= certified.read_only;
-        grant.principals = certified.principals;
+        (grant.principals, grant.roles) = (certified.principals, certified.roles);
         Ok(grant)
     }
 }

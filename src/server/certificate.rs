@@ -39,7 +39,9 @@ pub fn check(certificate: &Certificate, principals: Option<&str>, asked: &Asked<
         let list = if list.is_empty() { "nobody".to_owned() } else { Escaped(list.as_bytes()).to_string() };
         return Err(format!("it is for {list}, not for {}", wanted.join(" or ")));
     }
-    let mut grant = Grant { principals: good, ..Grant::default() };
+    // An authority whose line names principals is believed nothing else.
+    let roles = if principals.is_some() { good.clone() } else { certificate.valid_principals().to_vec() };
+    let mut grant = Grant { principals: good, roles, ..Grant::default() };
     for (name, value) in certificate.critical_options().iter() {
         match name.as_str() {
             "force-command" => {

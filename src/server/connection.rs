@@ -445,7 +445,7 @@ impl Connection<'_> {
         }
     }
 
-    /// A line for a connection: who it was, or why it did not become anybody; then one for each that was refused.
+    /// One line for a connection: who it was, or why it did not become anybody. In the record each that was refused has its own.
     fn report(&self, why: Option<String>) {
         let (server, live, peer) = (self.server, self.live, self.live.peer);
         if let Some(login) = live.login.get() {
@@ -466,22 +466,23 @@ impl Connection<'_> {
                 tracing::info!(%peer, "connection ended without a login");
                 let (result, reason) = (Some(Outcome::Failure), Some("ended without a login".into()));
                 let record = AuditRecord { action: "connection".into(), result, reason, ..server.record("", peer) };
-                server.recorder.note_stranger(record);
+                server.recorder.note_stranger([record]);
                 return;
             }
         }
-        for Refused { reason, claim } in refused {
-            tracing::warn!(%peer, reason, "no login");
+        let reasons: Vec<&str> = refused.iter().map(|refused| refused.reason.as_str()).collect();
+        tracing::warn!(%peer, reason = reasons.join("; "), "no login");
+        server.recorder.note_stranger(refused.into_iter().map(|Refused { reason, claim }| {
             let (action, result) = ("refuse".into(), Some(Outcome::Failure));
             let record = AuditRecord { action, result, reason: Some(reason), ..server.record("", peer) };
-            server.recorder.note_stranger(match claim {
+            match claim {
                 Some((user, login)) => {
                     let actor = format!("{user}@{}", peer.ip().to_canonical());
                     AuditRecord { actor, login: Some(Box::new(login)), ..record }
                 }
                 None => record,
-            });
-        }
+            }
+        }));
     }
 }
 

@@ -515,7 +515,7 @@ fn turn_away(server: &Server, peer: SocketAddr, turned: Turned) {
     tracing::warn!(%peer, reason, more, "connection refused");
     let reason = Some(if more == 0 { reason.to_owned() } else { format!("{reason}; and {more} before it") });
     let (action, result) = ("refuse".into(), Some(Outcome::Failure));
-    server.recorder.note_stranger(AuditRecord { action, result, reason, ..server.record("", peer) });
+    server.recorder.note_stranger([AuditRecord { action, result, reason, ..server.record("", peer) }]);
 }
 
 /// Replaces users and limits while the listener runs.

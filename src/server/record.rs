@@ -96,16 +96,16 @@ impl Recorder {
     }
 
     /// As [`Recorder::note`], for refusals before a login: only so many a minute; the others are counted.
-    pub fn note_stranger(&self, record: AuditRecord) {
+    pub fn note_stranger(&self, records: impl IntoIterator<Item = AuditRecord>) {
         let now = Instant::now();
         let mut strangers = self.strangers.lock().unwrap_or_else(PoisonError::into_inner);
         let (began, count) = strangers.filter(|(began, _)| now - *began < MINUTE).unwrap_or((now, 0));
         *strangers = Some((began, count + 1));
         drop(strangers);
         if count < STRANGERS {
-            self.note(record);
+            records.into_iter().for_each(|record| self.note(record));
         } else {
-            self.lost.fetch_add(1, Ordering::Relaxed);
+            self.lost.fetch_add(records.into_iter().count() as u64, Ordering::Relaxed);
         }
     }
 
@@ -133,7 +133,7 @@ mod tests {
         let recorder = Recorder::open(at.path()).unwrap();
         let record = |reason: &str| AuditRecord { reason: Some(reason.into()), ..AuditRecord::default() };
         for _ in 0..STRANGERS + 5 {
-            recorder.note_stranger(record("flood"));
+            recorder.note_stranger([record("flood")]);
         }
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         assert!(runtime.block_on(recorder.must(record("login"))));

@@ -101,12 +101,12 @@ pub(super) fn fixed(section: &ServeUser) -> ServeUser {
 
 /// A file of keys that many names share lets nobody be whom he likes: a plain key would be good for all of them, and a
 /// certificate has to be for this very name.
-pub(super) fn only_himself(section: &ServeUser, name: &str, proof: &Proof) -> Result<(), String> {
+pub(super) fn only_himself(section: &ServeUser, name: &str, proof: &Proof, grant: &Grant) -> Result<(), String> {
     if !section.name.contains('*') || is_open(&section.authorized_keys) {
         return Ok(());
     }
     match proof {
-        Proof::Certificate(certificate) if certificate.valid_principals().iter().any(|one| one == name) => Ok(()),
+        Proof::Certificate(_) if grant.roles.iter().any(|role| role == name) => Ok(()),
         Proof::Certificate(_) => Err(format!("its certificate is not for {}", Escaped(name.as_bytes()))),
         Proof::Key(_) => Err(format!(
             "a key would be good for every user that fits '{}'; use certificates, or %u in authorized_keys",
@@ -115,12 +115,12 @@ pub(super) fn only_himself(section: &ServeUser, name: &str, proof: &Proof) -> Re
     }
 }
 
-/// The key's own settings, if it has some. Of a certificate's principals those count by which the authority's line let it in: nobody is
-/// what another authority alone may say of him.
+/// The key's own settings, if it has some. Where the line of an authority names principals, none but those count of its certificates: nobody
+/// is what another authority alone may say of him.
 fn own<'k>(keys: &'k [ServeKey], proof: &Proof, grant: &Grant) -> Option<&'k ServeKey> {
     let fingerprint = proof.fingerprint();
     let is_it = |key: &&ServeKey| matches!(&key.which, Which::Fingerprint(print) if *print == fingerprint);
-    let has_it = |key: &&ServeKey| matches!(&key.which, Which::Principal(name) if grant.principals.contains(name));
+    let has_it = |key: &&ServeKey| matches!(&key.which, Which::Principal(name) if grant.roles.contains(name));
     keys.iter().find(is_it).or_else(|| keys.iter().find(has_it))
 }
 

@@ -76,7 +76,7 @@ pub struct SshOptions {
     pub keepalive: Option<Keepalive>,
     /// Which of the host's addresses are tried.
     pub address_family: AddressFamily,
-    /// A command whose standard input and output are the connection; a shell runs it.
+    /// A command, word by word, whose standard input and output are the connection.
     pub proxy_command: Option<Vec<String>>,
     /// The host that is connected to first, and through which this one is reached.
     pub jump: Option<Box<SshOptions>>,

@@ -224,7 +224,8 @@ impl Log {
     /// Reads it once more, makes it where it is not there, and drops what a crash left of an unfinished line.
     fn again(&mut self, run: &Run) -> Result<(), Error> {
         let (session, path) = (&run.session, at(&run.root, LOG));
-        std::mem::replace(self, Log::read(run)?).close(session)?;
+        let was_torn = self.was_torn;
+        std::mem::replace(self, Log { was_torn, ..Log::read(run)? }).close(session)?;
         let Some(handle) = &self.handle else {
             let handle = session.handle(session.call(made(&path))?)?;
             self.handle = Some(handle.map_err(|refusal| session.refused("make", &path, &refusal))?);

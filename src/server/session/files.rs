@@ -6,11 +6,10 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::buffer::spare_capacity;
-use rustix::fs::{FlockOperation, flock};
 
 use super::content::{Shared, locked};
 use super::lanes::lane_of;
-use super::site::{Site, drop_set_id};
+use super::site::{BUSY, Site, drop_set_id};
 use super::{Answer, Failed, Status, attributes_packet, statvfs_packet};
 use crate::audit::Outcome;
 use crate::path::RelPath;
@@ -33,6 +32,8 @@ pub(super) struct OpenFile {
     arrival: Option<Mutex<Arrival>>,
     /// What is known of its content, with the other handles that write it.
     content: Option<Shared>,
+    /// What it was called when it was opened to be written.
+    opened: Option<RelPath>,
 }
 
 /// What is known of content that arrives through one handle.
@@ -48,10 +49,12 @@ struct Arrival {
 }
 
 /// How a file was opened to be written.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone)]
 pub(super) struct Opening {
+    /// Where, without links.
+    pub(super) path: RelPath,
     pub(super) append: bool,
-    /// Made or emptied by this open.
+    /// Made by this open.
     pub(super) touched: bool,
     /// Made under a rule: private until it is closed.
     pub(super) private: bool,
@@ -63,26 +66,26 @@ impl OpenFile {
     /// `opening` is `None` for a file that is only read.
     pub(super) fn new(file: File, opening: Option<Opening>, site: &Arc<Site>) -> Result<OpenFile, Failed> {
         let found = Metadata::of(&file)?;
+        let busy = |_| Failed::because(Status::Failure, BUSY);
+        let (proves, exclusive) = (site.recorder.is_some(), site.allowance.is_some());
+        let content = opening.as_ref().map(|_| site.contents.open(&file, &found, proves, exclusive));
+        let content = content.transpose().map_err(busy)?;
         if opening.is_some() {
             drop_set_id(&file, &found);
         }
-        let arrival = opening.map(|Opening { touched, private, asked, .. }| {
+        let private = opening.as_ref().is_some_and(|opening| opening.private);
+        if private {
+            site.private().insert((found.device, found.inode));
+        }
+        let append = opening.as_ref().is_some_and(|opening| opening.append);
+        let arrival = opening.as_ref().map(|&Opening { touched, asked, .. }| {
             // What was made for this has no mode of before.
             let before = asked.is_none().then_some(found);
             Mutex::new(Arrival { private, touched, asked: asked.unwrap_or(found.mode), before })
         });
-        let content = opening.map(|_| site.contents.open(&found, site.recorder.is_some()));
-        if content.is_some() && site.allowance.is_some() {
-            // Other sessions see by it that it is written to. Where it cannot be locked they do not.
-            let _ = flock(&file, FlockOperation::NonBlockingLockShared);
-        }
-        let append = opening.is_some_and(|opening| opening.append);
-        if opening.is_some_and(|opening| opening.private) {
-            site.private().insert((found.device, found.inode));
-        }
-        let (lane, site) = (lane_of(&found), Arc::clone(site));
+        let (lane, site, opened) = (lane_of(&found), Arc::clone(site), opening.map(|opening| opening.path));
         let Metadata { kind, device, inode, .. } = found;
-        Ok(OpenFile { file, lane, kind, device, inode, append, site, arrival, content })
+        Ok(OpenFile { file, lane, kind, device, inode, append, site, arrival, content, opened })
     }
 
     fn arrival(&self) -> Option<MutexGuard<'_, Arrival>> {
@@ -91,40 +94,48 @@ impl OpenFile {
 
     /// Takes the room for `length` bytes at `offset`, as far as the file grows by them.
     pub(super) fn grow(&self, offset: u64, length: u64) -> Result<(), Failed> {
-        let Some(content) = self.content.as_ref().filter(|_| self.site.allowance.is_some()) else { return Ok(()) };
-        let (mut content, found) = (locked(content), Metadata::of(&self.file)?);
-        if found.links == 0 && !content.is_removed {
-            return Err(Failed::because(Status::Failure, "another session removed it, and its room went to others"));
+        if self.content.is_none() || self.site.allowance.is_none() {
+            return Ok(());
         }
-        // Another session may have cut it off, and has given that room back.
-        content.end = content.end.min(found.size);
-        let end = if self.append { content.end } else { offset }.saturating_add(length);
-        self.site.take(end.saturating_sub(content.end), 0)?;
-        content.end = content.end.max(end);
-        Ok(())
+        // Nobody else changes it meanwhile, and this session does one thing after the other.
+        let size = Metadata::of(&self.file)?.size;
+        let end = if self.append { size } else { offset }.saturating_add(length);
+        self.site.take(end.saturating_sub(size), 0)
     }
 
     /// Its content is about to change. That of a file that was there is told before: should the session be killed, nothing else says so.
     pub(super) fn touch(&self) -> Result<(), Failed> {
-        let Some(mut arrival) = self.arrival() else { return Ok(()) };
-        if !std::mem::replace(&mut arrival.touched, true)
-            && let Some(before) = arrival.before.as_ref().filter(|before| before.size > 0)
-            && self.site.recorder.is_some()
-        {
-            self.site.note_intent(&self.path()?, before);
+        let (Some(mut arrival), Some(content)) = (self.arrival(), &self.content) else { return Ok(()) };
+        arrival.touched = true;
+        if !std::mem::replace(&mut locked(content).told, true) && self.site.recorder.is_some() {
+            let found = Metadata::of(&self.file)?;
+            if found.size > 0 {
+                self.site.note_intent(&self.path()?, &found);
+            }
         }
         Ok(())
     }
 
-    /// Its content is no longer what was written alone.
-    pub(super) fn changed_otherwise(&self) -> Result<(), Failed> {
+    /// Its content changes in a way that is not followed.
+    pub(super) fn lose(&self) -> Result<(), Failed> {
         self.touch()?;
-        self.content.iter().for_each(|content| locked(content).changed());
+        self.content.iter().for_each(|content| locked(content).lost());
         Ok(())
     }
 
+    /// Cuts it off at its start, as it is opened.
+    pub(super) fn empty(&self) -> Result<(), Failed> {
+        self.arrival().iter_mut().for_each(|arrival| arrival.touched = true);
+        self.site.resize(&self.file, &self.path()?, 0)
+    }
+
+    /// What it is called; where that name was removed, what it was called when it was opened: what it is called besides cannot be found out, and gets
+    /// the same by the rules.
     fn path(&self) -> Result<RelPath, Failed> {
-        self.site.root.path_of(&self.file)?.ok_or(Status::Failure.into())
+        match self.site.root.path_of(&self.file) {
+            Ok(Some(path)) => Ok(path),
+            other => self.opened.clone().ok_or_else(|| other.err().map_or(Status::Failure.into(), Failed::from)),
+        }
     }
 
     fn read(&self, id: u32, offset: u64, length: u32) -> Answer {
@@ -150,15 +161,16 @@ impl OpenFile {
     fn write(&self, id: u32, offset: u64, data: &[u8]) -> Answer {
         self.grow(offset, data.len() as u64)?;
         self.touch()?;
-        if let Some(content) = &self.content {
-            let mut content = locked(content);
-            if self.append { content.changed() } else { content.wrote(offset, data) }
+        let mut content = self.content.as_ref().map(locked);
+        if let Some(content) = &mut content {
+            if self.append { content.lost() } else { content.writes(&self.file, offset, data) }
         }
         let written = if self.append { (&self.file).write_all(data) } else { self.file.write_all_at(data, offset) };
+        if let Some(content) = &mut content {
+            if written.is_ok() { content.changed(&self.file) } else { content.lost() }
+        }
         if let Err(error) = written {
-            self.changed_otherwise()?;
-            // Room may have been taken for what is not there.
-            self.site.allowance.iter().for_each(|allowance| allowance.loosen());
+            self.site.loosen();
             return Err(error.into());
         }
         Ok(Status::Ok.packet(id))
@@ -171,9 +183,6 @@ impl OpenFile {
             let path = self.path()?;
             return Err(self.site.not_allowed(Need::Change, Some(path.as_bytes())));
         }
-        if asked.size.is_some() {
-            self.touch()?;
-        }
         if let Some(mut arrival) = self.arrival()
             && let Some(mode) = asked.mode
         {
@@ -181,6 +190,9 @@ impl OpenFile {
             if arrival.private {
                 asked.mode = None;
             }
+        }
+        if asked.size.is_some() {
+            self.arrival().iter_mut().for_each(|arrival| arrival.touched = true);
         }
         if asked != Attributes::default() {
             let path = self.path()?;
@@ -211,7 +223,11 @@ impl OpenFile {
             // Renamed to where no rule is.
             Change { mode: Some(grant.mode), ..Change::default() }.apply(&self.file)?;
         }
-        let digest = self.content.as_ref().and_then(|content| locked(content).digest(found.size));
+        let digest = self.content.as_ref().and_then(|content| {
+            let mut content = locked(content);
+            content.told = false;
+            content.digest(&self.file, found.size)
+        });
         self.site.note_file("", "publish", &path, &self.file, digest, arrival.before.as_ref());
         Ok(Status::Ok.packet(id))
     }
@@ -219,10 +235,10 @@ impl OpenFile {
     /// The session ended before it was closed. What was written stays, and is told.
     pub(super) fn cut_off(&self) {
         let Some(arrival) = self.arrival().filter(|arrival| arrival.touched) else { return };
-        if self.kind != FileKind::Regular {
+        // What has no name any more is nobody's.
+        if self.kind != FileKind::Regular || Metadata::of(&self.file).is_ok_and(|found| found.links == 0) {
             return;
         }
-        // What has no name any more is nobody's.
         let Ok(path) = self.path() else { return };
         let before = arrival.before.as_ref();
         self.site.note_as("", "publish", &path, &self.file, before, |record| {
@@ -235,7 +251,7 @@ impl OpenFile {
 impl Drop for OpenFile {
     fn drop(&mut self) {
         if let Some(content) = &self.content {
-            self.site.give_back(self.site.contents.close(content), 0);
+            self.site.contents.close(content);
         }
     }
 }

@@ -133,15 +133,12 @@ impl Session {
                         let (found, real) = (Metadata::of(&file)?, self.site.root.path_of(&file)?);
                         let real = real.ok_or(Failed::from(Status::Failure))?;
                         self.site.guard(&real)?;
-                        let touched = has(open::TRUNCATE) && found.kind == FileKind::Regular;
-                        if touched {
-                            if found.size > 0 {
-                                self.site.note_intent(&real, &found);
-                            }
-                            self.site.resize(&file, &found, 0)?;
+                        let opening = Opening { path: real, append, touched: false, private: false, asked: None };
+                        let opened = OpenFile::new(file, Some(opening), &self.site)?;
+                        if has(open::TRUNCATE) && found.kind == FileKind::Regular {
+                            opened.empty()?;
                         }
-                        let opening = Opening { append, touched, ..Opening::default() };
-                        return OpenFile::new(file, Some(opening), &self.site);
+                        return Ok(opened);
                     }
                     Err(error) if error.kind() == io::ErrorKind::NotFound && has(open::CREATE) => {}
                     Err(error) => return Err(error.into()),
@@ -167,7 +164,7 @@ impl Session {
         let mode = if grant.ruled() { PRIVATE } else { grant.mode };
         let flags = flags | OFlags::CREATE | OFlags::EXCL;
         let file = self.site.making(|| spot.holder.open_with(&spot.name, Follow::Never, flags, mode))?;
-        let opening = Opening { append, touched: true, private: grant.ruled(), asked: Some(asked) };
+        let opening = Opening { path: spot.path, append, touched: true, private: grant.ruled(), asked: Some(asked) };
         OpenFile::new(file, Some(opening), &self.site)
     }
 
@@ -281,7 +278,7 @@ impl Session {
     pub(super) fn remove(&mut self, id: u32, reader: &mut Reader<'_>, directory: bool) -> Answer {
         let spot = self.spot(reader.string()?)?;
         let there = spot.holder.stat(&spot.name, Follow::Never).ok();
-        self.site.may_go(&spot, there.as_ref())?;
+        let _held = self.site.may_go(&spot, there.as_ref())?;
         if directory {
             spot.holder.rmdir(&spot.name)?
         } else {
@@ -304,7 +301,7 @@ impl Session {
         let inode = |found: &Metadata| (found.device, found.inode);
         // Two names of one file stay as they are.
         let lost = replaced.as_ref().filter(|replaced| moved.as_ref().map(inode) != Some(inode(replaced)));
-        self.site.may_go(&to, lost)?;
+        let _held = self.site.may_go(&to, lost)?;
         // The permissions come before the name: at no moment has a file a name and another's permissions.
         self.site.conform(&from, &to.path)?;
         if let Err(failed) = rename(&from, &to, replace) {
@@ -452,9 +449,10 @@ impl Session {
         }
         let there = Metadata::of(&from.file)?.size.saturating_sub(from_at);
         to.grow(to_at, if length == 0 { there } else { length.min(there) })?;
-        to.changed_otherwise()?;
+        to.lose()?;
         let gone = || self.output.is_gone();
-        super::copy::copy((&from.file, from_at), (&to.file, to_at, to.append), length, &gone)?;
+        let copied = super::copy::copy((&from.file, from_at), (&to.file, to_at, to.append), length, &gone);
+        copied.inspect_err(|_| self.site.loosen())?;
         done(id)
     }
 

@@ -8,10 +8,9 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{FlockOperation, OFlags, StatVfs, flock};
-use rustix::io::Errno;
+use rustix::fs::{OFlags, StatVfs};
 
-use super::content::{Contents, locked};
+use super::content::{Alone, Busy, Contents, lock, locked};
 use super::record::Recorder;
 use super::{Failed, Status};
 use crate::access::{AclLists, Inode};
@@ -31,6 +30,8 @@ use crate::wire::sftp::Attributes;
 
 /// What lockstep keeps of a root; listings leave it out, so that mirroring clients do not try to delete it.
 pub(super) const STATE: &[u8] = b".lockstep";
+/// Why a file is let be, where room is limited.
+pub(super) const BUSY: &str = "another session, or a program there, is writing to it; try again when it has ended";
 const SPECIAL: u32 = 0o7000;
 const STICKY: u32 = 0o1000;
 const SET_ID: u32 = 0o6000;
@@ -178,25 +179,38 @@ impl Site {
             let given = |id, there| Some(id).filter(|&id| id != u32::MAX && (free || id != there));
             (change.uid, change.gid) = (given(user, found.uid), given(group, found.gid));
         }
-        let sized = asked.size.map_or(Ok(()), |size| self.resize(file, &found, size));
+        let content = self.contents.of(&found);
+        content.iter().for_each(|content| locked(content).is_ours(file));
+        let sized = asked.size.map_or(Ok(()), |size| self.resize(file, path, size));
         let applied = change.apply(file);
+        content.iter().for_each(|content| locked(content).changed(file));
         sized.and(applied.map_err(Failed::from))?;
         self.note_file("", "metadata", path, file, None, Some(&found));
         Ok(())
     }
 
     /// Cuts a file off or makes it longer, with the room that it takes.
-    pub(super) fn resize(&self, file: &File, found: &Metadata, size: u64) -> Result<(), Failed> {
-        let content = self.contents.of(found);
+    pub(super) fn resize(&self, file: &File, path: &RelPath, size: u64) -> Result<(), Failed> {
+        let found = Metadata::of(file)?;
+        let content = self.contents.of(&found);
+        let other = content.is_none() && self.allowance.is_some();
+        let busy = |Busy| Failed::because(Status::Failure, BUSY);
+        let _alone = other.then(|| Alone::with(file)).transpose().map_err(busy)?;
         let mut content = content.as_ref().map(locked);
-        // What is open to be written has its room taken before it is written.
-        let taken = content.as_ref().map_or(found.size, |content| content.end.max(found.size));
-        self.take(size.saturating_sub(taken), 0)?;
-        file.set_len(size)?;
-        if let Some(content) = &mut content {
-            content.resized(size, self.recorder.is_some());
+        let told = content.as_mut().is_some_and(|content| std::mem::replace(&mut content.told, true));
+        if !told && found.size > 0 && found.size != size {
+            self.note_intent(path, &found);
         }
-        self.give_back(taken.saturating_sub(size), 0);
+        let more = size.saturating_sub(found.size);
+        self.take(more, 0)?;
+        if let Err(error) = file.set_len(size) {
+            self.give_back(more, 0);
+            return Err(error.into());
+        }
+        if let Some(content) = &mut content {
+            content.resized(file, size, self.recorder.is_some());
+        }
+        self.give_back(found.size.saturating_sub(size), 0);
         Ok(())
     }
 
@@ -287,34 +301,36 @@ impl Site {
         }
     }
 
+    /// Room may have been taken for what is not there.
+    pub(super) fn loosen(&self) {
+        self.allowance.iter().for_each(|allowance| allowance.loosen());
+    }
+
     /// Gives back what something took that is no more; `found` is what it was.
     pub(super) fn gone(&self, found: Option<&Metadata>) {
         let Some(found) = found else { return };
-        // A file with another name still takes its room, and so does one that is open to be written.
+        // A file with another name still takes its room.
         let last = found.kind == FileKind::Regular && found.links <= 1;
-        let open = self.contents.of(found).filter(|_| last);
-        if let Some(content) = &open {
-            locked(content).is_removed = true;
-        }
-        self.give_back(if last && open.is_none() { found.size } else { 0 }, 1);
+        self.give_back(if last { found.size } else { 0 }, 1);
     }
 
-    /// Refuses to take away the last name of a file that another session writes to, where room is limited: its room would be given back,
-    /// and still be used.
-    pub(super) fn may_go(&self, spot: &Spot, found: Option<&Metadata>) -> Result<(), Failed> {
-        let Some(found) = found.filter(|found| found.kind == FileKind::Regular && found.links <= 1) else {
-            return Ok(());
-        };
-        if self.allowance.is_none() || self.contents.of(found).is_some() {
-            return Ok(());
+    /// Refuses to take away the last name of a file that somebody writes to, where room is limited: its room would be given back, and still be
+    /// used. Nobody begins to write to it as long as what is given is held.
+    pub(super) fn may_go(&self, spot: &Spot, found: Option<&Metadata>) -> Result<Option<File>, Failed> {
+        let found = found.filter(|found| found.kind == FileKind::Regular && found.links <= 1);
+        let Some(found) = found.filter(|_| self.allowance.is_some()) else { return Ok(None) };
+        if self.contents.of(found).is_some() {
+            return Err(Failed::because(Status::Failure, "it is open to be written; close it first"));
         }
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
-        // What cannot be opened cannot be asked either.
-        let Ok(file) = spot.holder.open_with(&spot.name, Follow::Never, flags, 0) else { return Ok(()) };
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::WOULDBLOCK) => Err(Failed::because(Status::Failure, "another session is writing to it")),
-            _ => Ok(()),
-        }
+        let open =
+            |flags| spot.holder.open_with(&spot.name, Follow::Never, flags | OFlags::NONBLOCK | OFlags::NOCTTY, 0);
+        let file = open(OFlags::RDONLY).or_else(|_| open(OFlags::WRONLY)).map_err(|error| {
+            let Failed::Status(status, errno, _) = Failed::from(error) else { return Failed::Malformed };
+            let why = "whether somebody writes to it cannot be seen; give yourself the right to read it first";
+            Failed::Status(status, errno, why.into())
+        })?;
+        lock(&file).map_err(|Busy| Failed::because(Status::Failure, BUSY))?;
+        Ok(Some(file))
     }
 
     /// What a file system has, as far as the client may use it.

@@ -361,6 +361,85 @@ fn s13_what_is_not_closed_is_told_and_what_was_there_before_it_is_written_to() {
 }
 
 #[test]
+fn s13_nothing_is_attested_that_somebody_else_has_written_to_meanwhile() {
+    for before_the_last in [true, false] {
+        let mut client = Client::new(false, &[]);
+        let handle = client.open("f", 0o644);
+        client.write(&handle, 0, b"good ");
+        let path = client.at.path().join("f");
+        let others = || {
+            // Where a tick of the clock is long it is another one.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            let file = std::fs::File::options().write(true).open(&path).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&file, b"evil", 0).unwrap();
+        };
+        if before_the_last {
+            others();
+        }
+        client.write(&handle, 5, b"end");
+        if !before_the_last {
+            others();
+        }
+        // Its own changes of times are nobody else's.
+        let times = client.status(packet::FSETSTAT, |w| w.string(&handle).u32(8).u32(1_000_000).u32(1_000_000));
+        assert_eq!((times, client.close(&handle)), (Status::Ok, Status::Ok));
+        client.put("alone", 0o644, b"good");
+        let log = lines(&client.log());
+        let of =
+            |path: &str| log.iter().rfind(|line| line["path"] == path && line["action"] == "publish").unwrap().clone();
+        assert_eq!(of("f")["sha256"], serde_json::Value::Null);
+        assert_eq!(of("alone")["sha256"], sha256(b"good"));
+    }
+}
+
+#[test]
+fn h46_a_name_that_was_removed_meanwhile_does_not_loosen_what_the_rule_of_it_says() {
+    let mut client = Client::new(false, &[("*.key", "600", None)]);
+    let handle = client.open("a.key", 0o666);
+    client.write(&handle, 0, b"secret");
+    let linked =
+        client.status(packet::EXTENDED, |w| w.string(b"hardlink@openssh.com").string(b"a.key").string(b"b.key"));
+    assert_eq!(linked, Status::Ok);
+    assert_eq!(client.status(packet::REMOVE, |w| w.string(b"a.key")), Status::Ok);
+    assert_eq!(client.status(packet::FSETSTAT, |w| w.string(&handle).u32(4).u32(0o666)), Status::Ok);
+    assert_eq!(client.close(&handle), Status::Ok);
+    assert_eq!(client.mode("b.key"), 0o600);
+    // One that ends as the kernel marks what was removed is a name like any other.
+    client.put("c.key (deleted)", 0o640, b"x");
+    assert_eq!(client.mode("c.key (deleted)"), 0o640);
+    // What has no name any more is told by nobody.
+    let handle = client.open("gone", 0o644);
+    client.write(&handle, 0, b"x");
+    assert_eq!(client.status(packet::REMOVE, |w| w.string(b"gone")), Status::Ok);
+    let log = lines(&client.log());
+    assert!(
+        log.iter()
+            .all(|line| !(line["path"] == "gone (deleted)" || line["action"] == "publish" && line["path"] == "gone"))
+    );
+}
+
+#[test]
+fn s13_a_file_that_is_cut_off_by_its_path_is_told_before() {
+    let mut client = Client::new(false, &[]);
+    client.put("f", 0o644, b"content");
+    let handle = client.open("f", 0o644);
+    assert_eq!(client.setstat("f", 1, &[0, 3]), Status::Ok);
+    client.write(&handle, 0, b"more content");
+    assert_eq!(client.close(&handle), Status::Ok);
+    // The other handle writes after it was told what the file is.
+    let other = client.open("f", 0o644);
+    client.put("f", 0o644, b"again");
+    client.write(&other, 0, b"A");
+    let log = lines(&client.log());
+    let actions: Vec<&str> = log.iter().map(|line| line["action"].as_str().unwrap()).collect();
+    assert_eq!(
+        actions,
+        ["publish", "intent", "metadata", "publish", "intent", "publish", "intent", "publish"],
+        "{log:#?}"
+    );
+}
+
+#[test]
 fn h31_what_cannot_be_recorded_is_not_done() {
     for rules in [&[("x", "600", None)][..], &[]] {
         let mut client = Client::new(false, rules);

@@ -441,14 +441,17 @@ fn proxy_command(settings: &Settings, tokens: &Tokens<'_>) -> Result<Option<Vec<
         return Ok(None);
     }
     let wrong = |reason| ConfigError::new(value.place.clone(), format!("ProxyCommand: {reason}"));
+    let way_out = "put it into a script, and name that";
     if let Some(c) = words::of_a_shell(text) {
-        let way_out = "put it into a script, and name that";
         return Err(wrong(format!("'{c}' is for a shell, and the command is run without one; {way_out}")));
     }
     // It may become an option of the command, or go through a shell all the same.
-    if tokens.original.starts_with('-') || tokens.original.contains(is_active) {
-        let name = Escaped(tokens.original.as_bytes());
-        return Err(wrong(format!("the host '{name}' cannot be part of a command")));
+    let odd = |c: char| is_active(c) || c.is_whitespace() || c.is_control();
+    for name in [tokens.original, tokens.user] {
+        if name.starts_with('-') || name.contains(odd) {
+            let name = Escaped(name.as_bytes());
+            return Err(wrong(format!("the name '{name}' cannot be part of a command")));
+        }
     }
     let words = words::split(text).map_err(wrong)?;
     let expand = |word: String| tokens.percent(&tilde(&word, tokens.environment)?, "%hnpr");
@@ -457,6 +460,10 @@ fn proxy_command(settings: &Settings, tokens: &Tokens<'_>) -> Result<Option<Vec<
     let skipped = usize::from(words.first().is_some_and(|word| word == "exec"));
     match &words[skipped..] {
         [] => Err(wrong("it names no command".into())),
+        [first, ..] if first.contains('=') => Err(wrong(format!(
+            "'{}' sets a variable, for which there is no shell; {way_out}",
+            Escaped(first.as_bytes())
+        ))),
         words => Ok(Some(words.to_vec())),
     }
 }

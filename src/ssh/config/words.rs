@@ -61,6 +61,10 @@ pub(super) fn of_a_shell(command: &str) -> Option<char> {
     let mut chars = command.chars();
     while let Some(c) = chars.next() {
         match (c, quote) {
+            // Others it would take the backslash from.
+            ('\\', None | Some('"')) if chars.clone().next().is_some_and(|next| !"\"'\\ ".contains(next)) => {
+                return Some(c);
+            }
             ('\\', None | Some('"')) => drop(chars.next()),
             ('"' | '\'', None) => quote = Some(c),
             (c, Some(open)) if c == open => quote = None,
@@ -95,7 +99,8 @@ mod tests {
     fn what_only_a_shell_understands_is_found() {
         for (command, found) in [
             ("nc -X connect %h %p", None),
-            ("nc 'a|b' \"c;d\" e\\&f", None),
+            ("nc 'a|b' \"c;d\" e\\ f", None),
+            ("nc e\\&f", Some('\\')),
             ("nc %h %p 2>/dev/null", Some('>')),
             ("a | b", Some('|')),
             ("a \"$HOME\"", Some('$')),
