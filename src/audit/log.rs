@@ -144,7 +144,7 @@ impl<'r> AuditLog<'r> {
         }
         // DURABILITY: the head stays behind, which is no fault; it comes with what is announced.
         self.file.write_all(&lines.text).and_then(|()| self.file.sync_data()).map_err(failed)?;
-        self.head = lines.head;
+        (self.head, self.torn) = (lines.head, None);
         Ok(())
     }
 
@@ -190,7 +190,8 @@ impl<'r> AuditLog<'r> {
         let mut lines = Lines::after(self.head);
         let json = |error: serde_json::Error| failed(error.into());
         let mut records = records.into_iter().peekable();
-        let gap = if records.peek().is_some() { self.gap()? } else { None };
+        let anything = records.peek().is_some() || self.is_due(sign, self.head);
+        let gap = if anything { self.gap()? } else { None };
         for record in gap.into_iter().chain(records) {
             lines.add(&record).map_err(json)?;
             if lines.text.len() >= WRITE_BYTES {
@@ -209,7 +210,7 @@ impl<'r> AuditLog<'r> {
             return Ok(head);
         }
         self.file.write_all(&lines.text).and_then(|()| self.file.sync_data()).map_err(&failed)?;
-        self.head = head;
+        (self.head, self.torn) = (head, None);
         // DURABILITY: written after the lines; after a crash between the two the head is behind, which is no fault.
         let (path, new) = (RelPath::new(HEAD)?, RelPath::new(NEW_HEAD)?);
         self.root.remove_tree(&new)?;
@@ -220,10 +221,9 @@ impl<'r> AuditLog<'r> {
     }
 
     /// Takes an unfinished line away; the line that says so.
-    fn gap(&mut self) -> Result<Option<AuditRecord>, AuditError> {
+    fn gap(&self) -> Result<Option<AuditRecord>, AuditError> {
         let Some(end) = self.torn else { return Ok(None) };
         self.file.set_len(end).map_err(io_error(self.root))?;
-        self.torn = None;
         Ok(Some(AuditRecord::unfinished()))
     }
 

@@ -130,6 +130,21 @@ fn h60_a_cut_line_is_named_and_a_torn_one_that_was_never_acknowledged_is_dropped
 }
 
 #[test]
+fn h60_a_head_that_is_signed_does_not_go_behind_a_torn_line() {
+    let (at, root) = log(&["a"]);
+    let path = at.path().join(LOG);
+    let mut text = std::fs::read(&path).unwrap();
+    text.extend(b"{\"sequ");
+    std::fs::write(&path, text).unwrap();
+    let mut again = AuditLog::open_with(&root, Arc::new(signing(1))).unwrap();
+    again.append_last([]).unwrap();
+    drop(again);
+    let mut actions = Vec::new();
+    inspect(&root, &mut |_, line| actions.push(Event::parse(line).unwrap().action)).unwrap();
+    assert_eq!(actions[actions.len() - 2..], ["gap", "head"]);
+}
+
+#[test]
 fn lines_of_before_are_read_and_gone_on_with() {
     let at = tempfile::tempdir().unwrap();
     let root = Root::open(at.path()).unwrap();

@@ -83,7 +83,8 @@ impl Pattern {
             return Err(format!("'{text}': there are no wildcards for IPv6; write a range, as 2001:db8::/32"));
         }
         if text.contains(['*', '?']) && text.chars().all(|c| c.is_ascii_digit() || matches!(c, '.' | '*' | '?')) {
-            if !fits_any(text) {
+            // No address is longer than 15 characters, and no star needs another one beside it.
+            if text.len() > 31 || text.contains("**") || !fits_any(text) {
                 return Err(format!("'{text}' fits no address; write it as 10.0.*, or a range as 10.0.0.0/16"));
             }
             return Ok(Pattern::Wildcard(text.to_owned()));

@@ -226,7 +226,7 @@ impl Access {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(|error| error.to_string())?.as_secs();
         let asked = Asked { user: name, peer: peer.ip(), now };
         let grant = keys(&user)?.authorize(proof.credential(), &asked)?;
-        resolve::only_himself(section, name, proof, &grant)?;
+        resolve::only_himself(section, name, proof)?;
         let user = resolve::settled(user, proof, &grant, peer.ip())?;
         Ok((user, grant))
     }

@@ -113,7 +113,7 @@ impl AuthorizedKeys {
         };
         self.lines
             .iter()
-            .filter(|line| line.authority)
+            .filter(|line| line.authority && line.options.is_ok())
             .any(|line| named(line).is_none_or(|list| list.split(',').any(|name| name.trim() == principal)))
     }
 

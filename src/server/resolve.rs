@@ -101,12 +101,12 @@ pub(super) fn fixed(section: &ServeUser) -> ServeUser {
 
 /// A file of keys that many names share lets nobody be whom he likes: a plain key would be good for all of them, and a
 /// certificate has to be for this very name.
-pub(super) fn only_himself(section: &ServeUser, name: &str, proof: &Proof, grant: &Grant) -> Result<(), String> {
+pub(super) fn only_himself(section: &ServeUser, name: &str, proof: &Proof) -> Result<(), String> {
     if !section.name.contains('*') || is_open(&section.authorized_keys) {
         return Ok(());
     }
     match proof {
-        Proof::Certificate(_) if grant.roles.iter().any(|role| role == name) => Ok(()),
+        Proof::Certificate(certificate) if certificate.valid_principals().iter().any(|one| one == name) => Ok(()),
         Proof::Certificate(_) => Err(format!("its certificate is not for {}", Escaped(name.as_bytes()))),
         Proof::Key(_) => Err(format!(
             "a key would be good for every user that fits '{}'; use certificates, or %u in authorized_keys",

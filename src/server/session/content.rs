@@ -3,8 +3,8 @@
 //! What always holds: a digest is told only of what this session wrote, from the start to the end and without a gap, through all
 //! handles together, as long as nobody else is seen to have written meanwhile; and before content that was there changes, that is told.
 //!
-//! RACE: who else writes is seen by size and time of modification. Before Linux 6.13 two writes within one tick of the clock, 4 ms at most, have
-//! the same.
+//! RACE: who else writes is seen by size and times, looked at before and after each change of its own. What somebody writes just while this session does is not
+//! seen, nor, before Linux 6.13, what comes within one tick of the clock, 4 ms at most.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -15,20 +15,27 @@ use rustix::fs::{AtFlags, FlockOperation, StatxFlags, flock, statx};
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
+use super::{Failed, Status};
 use crate::manifest::Digest;
 use crate::root::Metadata;
 
 /// Device and inode.
 type Key = (u64, u64);
 
-/// Size, and time of modification in seconds and nanoseconds.
-type Seen = (u64, i64, u32);
+/// Size, and times of modification and of change in seconds and nanoseconds: a client can set the first of them.
+type Seen = (u64, (i64, u32), (i64, u32));
 
 /// As far as this machine knows: a file system on another one is not asked to write down first what it still has here.
 fn look(file: &File) -> Option<Seen> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-    let found = statx(file.as_fd(), "", flags, StatxFlags::SIZE | StatxFlags::MTIME).ok()?;
-    Some((found.stx_size, found.stx_mtime.tv_sec, found.stx_mtime.tv_nsec))
+    let found = statx(file.as_fd(), "", flags, StatxFlags::SIZE | StatxFlags::MTIME | StatxFlags::CTIME).ok()?;
+    let (modified, changed) = (found.stx_mtime, found.stx_ctime);
+    Some((found.stx_size, (modified.tv_sec, modified.tv_nsec), (changed.tv_sec, changed.tv_nsec)))
+}
+
+/// How long it is, by the same look.
+pub(super) fn size_of(file: &File) -> Option<u64> {
+    look(file).map(|(size, ..)| size)
 }
 
 /// The content of one file.
@@ -41,14 +48,16 @@ pub(super) struct Content {
     seen: Option<Seen>,
     /// It was told that it changes, since the last time that it was told what it is.
     pub(super) told: bool,
+    /// This session took its last name, where room is limited: it is empty, and stays so.
+    pub(super) is_removed: bool,
     /// Keeps other sessions from writing to it, where it has to.
     _lock: Option<File>,
 }
 
 impl Content {
     fn new(file: &File, found: &Metadata, proves: bool, lock: Option<File>) -> Content {
-        let (key, told) = (key(found), false);
-        let mut content = Content { key, handles: 0, hash: None, seen: None, told, _lock: lock };
+        let (key, told, is_removed) = (key(found), false, false);
+        let mut content = Content { key, handles: 0, hash: None, seen: None, told, is_removed, _lock: lock };
         if found.size == 0 {
             content.resized(file, 0, proves);
         }
@@ -104,14 +113,16 @@ pub(super) fn locked(content: &Shared) -> MutexGuard<'_, Content> {
     content.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Another session, or a program on the machine, is writing to a file.
-#[derive(Debug)]
-pub(super) struct Busy;
+/// Somebody else is writing to a file, where one at a time may.
+pub(super) fn busy() -> Failed {
+    let why = "another session, or a program there, is writing to it; try again when it has ended";
+    Failed::because(Status::Failure, why)
+}
 
 /// Keeps others from writing to a file until it is closed, or the lock is given back. Where the file system has no locks it does not.
-pub(super) fn lock(file: &File) -> Result<(), Busy> {
+pub(super) fn lock(file: &File) -> Result<(), Failed> {
     match flock(file, FlockOperation::NonBlockingLockExclusive) {
-        Err(Errno::WOULDBLOCK) => Err(Busy),
+        Err(Errno::WOULDBLOCK) => Err(busy()),
         _ => Ok(()),
     }
 }
@@ -120,7 +131,7 @@ pub(super) fn lock(file: &File) -> Result<(), Busy> {
 pub(super) struct Alone<'f>(&'f File);
 
 impl Alone<'_> {
-    pub(super) fn with(file: &File) -> Result<Alone<'_>, Busy> {
+    pub(super) fn with(file: &File) -> Result<Alone<'_>, Failed> {
         lock(file).map(|()| Alone(file))
     }
 }
@@ -145,14 +156,18 @@ impl Contents {
     }
 
     /// One more handle writes a file. `proves` where digests are told, `exclusive` where nobody else may write to it meanwhile.
-    pub(super) fn open(&self, file: &File, found: &Metadata, proves: bool, exclusive: bool) -> Result<Shared, Busy> {
+    pub(super) fn open(&self, file: &File, found: &Metadata, proves: bool, exclusive: bool) -> Result<Shared, Failed> {
         let mut all = self.all();
         let content = match all.get(&key(found)) {
             Some(content) => Arc::clone(content),
             None => {
                 // A lock goes with what was opened, whichever handle of it is closed first.
-                let held = file.try_clone().ok().filter(|_| exclusive);
+                let held = if exclusive { Some(file.try_clone()?) } else { None };
                 held.as_ref().map_or(Ok(()), lock)?;
+                // RACE: its name may have been taken away between the opening and the lock.
+                if exclusive && Metadata::of(file)?.links == 0 {
+                    return Err(Status::NoSuchFile.into());
+                }
                 let content = Arc::new(Mutex::new(Content::new(file, found, proves, held)));
                 all.insert(key(found), Arc::clone(&content));
                 content
@@ -160,6 +175,11 @@ impl Contents {
         };
         locked(&content).handles += 1;
         Ok(content)
+    }
+
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.all().is_empty()
     }
 
     /// Of what was found, where the session has it open to be written.

@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::buffer::spare_capacity;
 
-use super::content::{Shared, locked};
+use super::content::{Shared, locked, size_of};
 use super::lanes::lane_of;
-use super::site::{BUSY, Site, drop_set_id};
+use super::site::{Site, drop_set_id};
 use super::{Answer, Failed, Status, attributes_packet, statvfs_packet};
 use crate::audit::Outcome;
 use crate::path::RelPath;
@@ -66,10 +66,9 @@ impl OpenFile {
     /// `opening` is `None` for a file that is only read.
     pub(super) fn new(file: File, opening: Option<Opening>, site: &Arc<Site>) -> Result<OpenFile, Failed> {
         let found = Metadata::of(&file)?;
-        let busy = |_| Failed::because(Status::Failure, BUSY);
         let (proves, exclusive) = (site.recorder.is_some(), site.allowance.is_some());
         let content = opening.as_ref().map(|_| site.contents.open(&file, &found, proves, exclusive));
-        let content = content.transpose().map_err(busy)?;
+        let content = content.transpose()?;
         if opening.is_some() {
             drop_set_id(&file, &found);
         }
@@ -94,11 +93,12 @@ impl OpenFile {
 
     /// Takes the room for `length` bytes at `offset`, as far as the file grows by them.
     pub(super) fn grow(&self, offset: u64, length: u64) -> Result<(), Failed> {
-        if self.content.is_none() || self.site.allowance.is_none() {
-            return Ok(());
+        let Some(content) = self.content.as_ref().filter(|_| self.site.allowance.is_some()) else { return Ok(()) };
+        if locked(content).is_removed {
+            return Err(Failed::because(Status::Failure, "it was removed by this session, and takes nothing more"));
         }
         // Nobody else changes it meanwhile, and this session does one thing after the other.
-        let size = Metadata::of(&self.file)?.size;
+        let size = size_of(&self.file).ok_or(Failed::from(Status::Failure))?;
         let end = if self.append { size } else { offset }.saturating_add(length);
         self.site.take(end.saturating_sub(size), 0)
     }
@@ -110,7 +110,7 @@ impl OpenFile {
         if !std::mem::replace(&mut locked(content).told, true) && self.site.recorder.is_some() {
             let found = Metadata::of(&self.file)?;
             if found.size > 0 {
-                self.site.note_intent(&self.path()?, &found);
+                self.site.note_intent(&self.path()?.0, &found);
             }
         }
         Ok(())
@@ -126,16 +126,18 @@ impl OpenFile {
     /// Cuts it off at its start, as it is opened.
     pub(super) fn empty(&self) -> Result<(), Failed> {
         self.arrival().iter_mut().for_each(|arrival| arrival.touched = true);
-        self.site.resize(&self.file, &self.path()?, 0)
+        self.site.resize(&self.file, &self.path()?.0, 0)
     }
 
-    /// What it is called; where that name was removed, what it was called when it was opened: what it is called besides cannot be found out, and gets
-    /// the same by the rules.
-    fn path(&self) -> Result<RelPath, Failed> {
-        match self.site.root.path_of(&self.file) {
-            Ok(Some(path)) => Ok(path),
-            other => self.opened.clone().ok_or_else(|| other.err().map_or(Status::Failure.into(), Failed::from)),
-        }
+    /// What it is called, and whether it is; where that name was removed, what it was called when it was opened: what it is called besides
+    /// cannot be found out, and gets the same by the rules.
+    fn path(&self) -> Result<(RelPath, bool), Failed> {
+        let known = match self.site.root.path_of(&self.file) {
+            Ok(Some(path)) => return Ok((path, true)),
+            Ok(None) => Failed::from(Status::Failure),
+            Err(error) => error.into(),
+        };
+        self.opened.clone().map(|path| (path, false)).ok_or(known)
     }
 
     fn read(&self, id: u32, offset: u64, length: u32) -> Answer {
@@ -180,7 +182,7 @@ impl OpenFile {
     fn set(&self, id: u32, mut asked: Attributes) -> Answer {
         // What was not made by this handle is there already.
         if self.arrival.is_none() && !Need::Change.allowed(self.site.rights) {
-            let path = self.path()?;
+            let (path, _) = self.path()?;
             return Err(self.site.not_allowed(Need::Change, Some(path.as_bytes())));
         }
         if let Some(mut arrival) = self.arrival()
@@ -195,7 +197,7 @@ impl OpenFile {
             self.arrival().iter_mut().for_each(|arrival| arrival.touched = true);
         }
         if asked != Attributes::default() {
-            let path = self.path()?;
+            let (path, _) = self.path()?;
             self.site.guard(&path)?;
             self.site.set(&self.file, &path, &asked)?;
         }
@@ -215,7 +217,13 @@ impl OpenFile {
         if self.site.policy.is_empty() && self.site.recorder.is_none() {
             return Ok(Status::Ok.packet(id));
         }
-        let path = self.path()?;
+        let (path, is_called) = self.path()?;
+        // What it is given changes it, too.
+        let digest = self.content.as_ref().and_then(|content| {
+            let mut content = locked(content);
+            content.told = false;
+            content.digest(&self.file, found.size)
+        });
         let grant = self.site.grant(&path, false, arrival.asked & 0o777, Some(&found))?;
         if grant.ruled() && !self.site.is_private(&found) {
             grant.give(&self.file)?;
@@ -223,12 +231,10 @@ impl OpenFile {
             // Renamed to where no rule is.
             Change { mode: Some(grant.mode), ..Change::default() }.apply(&self.file)?;
         }
-        let digest = self.content.as_ref().and_then(|content| {
-            let mut content = locked(content);
-            content.told = false;
-            content.digest(&self.file, found.size)
-        });
-        self.site.note_file("", "publish", &path, &self.file, digest, arrival.before.as_ref());
+        self.content.iter().for_each(|content| locked(content).changed(&self.file));
+        let how = if is_called { "" } else { "that name was removed before it was closed" };
+        let digest = digest.filter(|_| is_called);
+        self.site.note_file(how, "publish", &path, &self.file, digest, arrival.before.as_ref());
         Ok(Status::Ok.packet(id))
     }
 
@@ -239,7 +245,7 @@ impl OpenFile {
         if self.kind != FileKind::Regular || Metadata::of(&self.file).is_ok_and(|found| found.links == 0) {
             return;
         }
-        let Ok(path) = self.path() else { return };
+        let Ok((path, _)) = self.path() else { return };
         let before = arrival.before.as_ref();
         self.site.note_as("", "publish", &path, &self.file, before, |record| {
             record.result = Some(Outcome::Failure);

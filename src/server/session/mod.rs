@@ -104,6 +104,13 @@ impl Failed {
         Failed::Status(status, None, reason.into())
     }
 
+    fn status(&self) -> Status {
+        match self {
+            Failed::Malformed => Status::BadMessage,
+            Failed::Status(status, ..) => *status,
+        }
+    }
+
     fn packet(&self, id: u32) -> Vec<u8> {
         match self {
             Failed::Malformed => Status::BadMessage.packet(id),

@@ -278,13 +278,13 @@ impl Session {
     pub(super) fn remove(&mut self, id: u32, reader: &mut Reader<'_>, directory: bool) -> Answer {
         let spot = self.spot(reader.string()?)?;
         let there = spot.holder.stat(&spot.name, Follow::Never).ok();
-        let _held = self.site.may_go(&spot, there.as_ref())?;
+        let going = self.site.going(&spot, there.as_ref())?;
         if directory {
             spot.holder.rmdir(&spot.name)?
         } else {
-            spot.holder.unlink(&spot.name)?
+            self.site.keeping(&spot, || Ok(spot.holder.unlink(&spot.name)?))?
         }
-        self.site.gone(there.as_ref());
+        self.site.gone(there.as_ref(), going);
         self.site.note("", "remove", &spot.path, |record| record.before = there.as_ref().map(super::site::before));
         done(id)
     }
@@ -301,14 +301,17 @@ impl Session {
         let inode = |found: &Metadata| (found.device, found.inode);
         // Two names of one file stay as they are.
         let lost = replaced.as_ref().filter(|replaced| moved.as_ref().map(inode) != Some(inode(replaced)));
-        let _held = self.site.may_go(&to, lost)?;
-        // The permissions come before the name: at no moment has a file a name and another's permissions.
-        self.site.conform(&from, &to.path)?;
-        if let Err(failed) = rename(&from, &to, replace) {
-            self.site.conform(&from, &from.path)?;
-            return Err(failed);
-        }
-        self.site.gone(lost);
+        let going = self.site.going(&to, lost)?;
+        self.site.keeping(&from, || {
+            // The permissions come before the name: at no moment has a file a name and another's permissions.
+            self.site.conform(&from, &to.path)?;
+            if let Err(failed) = rename(&from, &to, replace) {
+                self.site.conform(&from, &from.path)?;
+                return Err(failed);
+            }
+            Ok(())
+        })?;
+        self.site.gone(lost, going);
         let how = format!("renamed from '{}'", crate::error::Escaped(from.path.as_bytes()));
         match to.holder.open_with(&to.name, Follow::Never, OFlags::PATH, 0) {
             Ok(file) => self.site.note_file(&how, "publish", &to.path, &file, None, replaced.as_ref()),
@@ -347,7 +350,8 @@ impl Session {
             }
         }
         self.site.links_stay(&from, &to.path)?;
-        self.site.making(|| from.holder.hard_link_to(&from.name, &to.holder, &to.name))?;
+        let link = || Ok(from.holder.hard_link_to(&from.name, &to.holder, &to.name)?);
+        self.site.making(|| self.site.keeping(&from, link))?;
         self.site.note("hard link", "publish", &to.path, |_| {});
         done(id)
     }

@@ -318,17 +318,29 @@ fn a_quota_is_of_what_lies_there_by_whichever_handle_and_session_it_came() {
     assert_eq!(client.status(packet::SETSTAT, "", |w| w.string(b"one").u32(1).u64(0)), Status::Ok);
     assert_eq!(write(&one, &mut client), Status::Ok);
     assert_eq!(write(&other, &mut client), Status::Failure);
-    // Its name stays as long as it is written to: without one it would take room that is nobody's.
+    // What this session removes is empty, though it has it open, and takes nothing more.
     let said = |kind: u8, name: &str, client: &mut Client| {
         let (_, said) = client.ask(kind, "", |w| w.string(name.as_bytes()));
         String::from_utf8_lossy(&said).into_owned()
     };
-    assert!(said(packet::REMOVE, "one", &mut client).contains("it is open to be written; close it first"));
-    assert_eq!(close(&one, &mut client), Status::Ok);
-    assert_eq!(client.status(X, "posix-rename@openssh.com", |w| two(w, "there", "one")), Status::Failure);
-    assert_eq!(close(&again, &mut client), Status::Ok);
     assert_eq!(client.status(packet::REMOVE, "", |w| w.string(b"one")), Status::Ok);
+    let (_, refused) = client.ask(packet::WRITE, "", |w| w.string(&again).u64(0).string(b"more"));
+    assert!(String::from_utf8_lossy(&refused).contains("it was removed by this session"));
+    assert_eq!(client.status(packet::FSETSTAT, "", |w| w.string(&one).u32(1).u64(50_000)), Status::Failure);
     assert_eq!(write(&other, &mut client), Status::Ok);
+    assert_eq!((close(&one, &mut client), close(&again, &mut client)), (Status::Ok, Status::Ok));
+    // So does what is replaced.
+    let replaced = client.made("replaced");
+    assert_eq!(client.status(X, "posix-rename@openssh.com", |w| two(w, "link", "replaced")), Status::Ok);
+    assert_eq!(write(&replaced, &mut client), Status::Failure);
+    // A file with another name takes its room still.
+    assert_eq!(client.status(X, "hardlink@openssh.com", |w| two(w, "other", "twice")), Status::Ok);
+    assert_eq!(client.status(packet::REMOVE, "", |w| w.string(b"other")), Status::Ok);
+    assert_eq!(client.status(packet::RENAME, "", |w| two(w, "twice", "other")), Status::Ok);
+    let full = client.made("full");
+    assert_eq!(write(&full, &mut client), Status::Failure);
+    assert_eq!(close(&full, &mut client), Status::Ok);
+    assert_eq!(client.status(packet::REMOVE, "", |w| w.string(b"full")), Status::Ok);
     // Nor does a second session help: one at a time writes to a file.
     let kept = Arc::new(Kept::default());
     let Client { at, kept: own, session } = client;

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{OFlags, StatVfs};
 
-use super::content::{Alone, Busy, Contents, lock, locked};
+use super::content::{Alone, Contents, Shared, busy, lock, locked};
 use super::record::Recorder;
 use super::{Failed, Status};
 use crate::access::{AclLists, Inode};
@@ -30,8 +30,6 @@ use crate::wire::sftp::Attributes;
 
 /// What lockstep keeps of a root; listings leave it out, so that mirroring clients do not try to delete it.
 pub(super) const STATE: &[u8] = b".lockstep";
-/// Why a file is let be, where room is limited.
-pub(super) const BUSY: &str = "another session, or a program there, is writing to it; try again when it has ended";
 const SPECIAL: u32 = 0o7000;
 const STICKY: u32 = 0o1000;
 const SET_ID: u32 = 0o6000;
@@ -51,6 +49,13 @@ pub(super) struct Site {
     pub(super) allowance: Option<Arc<Allowance>>,
     /// What is known of the files that are open to be written.
     pub(super) contents: Contents,
+}
+
+/// A file whose last name is about to be taken away.
+pub(super) struct Going {
+    file: File,
+    /// Where the session has it open to be written itself.
+    own: Option<Shared>,
 }
 
 /// A name in a directory that is open.
@@ -186,20 +191,26 @@ impl Site {
         content.iter().for_each(|content| locked(content).changed(file));
         sized.and(applied.map_err(Failed::from))?;
         self.note_file("", "metadata", path, file, None, Some(&found));
+        content.iter().for_each(|content| locked(content).told = false);
         Ok(())
     }
 
     /// Cuts a file off or makes it longer, with the room that it takes.
     pub(super) fn resize(&self, file: &File, path: &RelPath, size: u64) -> Result<(), Failed> {
-        let found = Metadata::of(file)?;
-        let content = self.contents.of(&found);
+        let content = self.contents.of(&Metadata::of(file)?);
         let other = content.is_none() && self.allowance.is_some();
-        let busy = |Busy| Failed::because(Status::Failure, BUSY);
-        let _alone = other.then(|| Alone::with(file)).transpose().map_err(busy)?;
+        let _alone = other.then(|| Alone::with(file)).transpose()?;
         let mut content = content.as_ref().map(locked);
-        let told = content.as_mut().is_some_and(|content| std::mem::replace(&mut content.told, true));
-        if !told && found.size > 0 && found.size != size {
-            self.note_intent(path, &found);
+        if content.as_ref().is_some_and(|content| content.is_removed) {
+            return Err(Failed::because(Status::Failure, "it was removed by this session, and takes nothing more"));
+        }
+        // Now that nobody else changes it.
+        let found = Metadata::of(file)?;
+        if found.size != size {
+            let told = content.as_mut().is_some_and(|content| std::mem::replace(&mut content.told, true));
+            if !told && found.size > 0 {
+                self.note_intent(path, &found);
+            }
         }
         let more = size.saturating_sub(found.size);
         self.take(more, 0)?;
@@ -306,31 +317,58 @@ impl Site {
         self.allowance.iter().for_each(|allowance| allowance.loosen());
     }
 
-    /// Gives back what something took that is no more; `found` is what it was.
-    pub(super) fn gone(&self, found: Option<&Metadata>) {
-        let Some(found) = found else { return };
-        // A file with another name still takes its room.
-        let last = found.kind == FileKind::Regular && found.links <= 1;
-        self.give_back(if last { found.size } else { 0 }, 1);
+    /// Gives back what something took that is no more; `found` is what it was, and `going` what was held of it.
+    pub(super) fn gone(&self, found: Option<&Metadata>, going: Option<Going>) {
+        if found.is_none() {
+            return;
+        }
+        // A file with another name still takes its room, whenever it got that.
+        let there = going.as_ref().and_then(|going| Metadata::of(&going.file).ok()).filter(|there| there.links == 0);
+        let mut bytes = there.map_or(0, |there| there.size);
+        if let Some((there, Going { file, own: Some(content) })) = there.zip(going) {
+            // What this session has open of it is nobody's any more, and takes no room.
+            let mut content = locked(&content);
+            content.is_removed = true;
+            content.lost();
+            if there.size > 0 && file.set_len(0).is_err() {
+                (bytes, _) = (0, self.loosen());
+            }
+        }
+        self.give_back(bytes, 1);
     }
 
-    /// Refuses to take away the last name of a file that somebody writes to, where room is limited: its room would be given back, and still be
-    /// used. Nobody begins to write to it as long as what is given is held.
-    pub(super) fn may_go(&self, spot: &Spot, found: Option<&Metadata>) -> Result<Option<File>, Failed> {
-        let found = found.filter(|found| found.kind == FileKind::Regular && found.links <= 1);
-        let Some(found) = found.filter(|_| self.allowance.is_some()) else { return Ok(None) };
-        if self.contents.of(found).is_some() {
-            return Err(Failed::because(Status::Failure, "it is open to be written; close it first"));
-        }
+    /// Before a name is taken away, where room is limited: holds the file if that is its last name. One that somebody else writes to stays: its room would
+    /// be given back, and still be used. Nobody begins to write to it as long as it is held.
+    pub(super) fn going(&self, spot: &Spot, found: Option<&Metadata>) -> Result<Option<Going>, Failed> {
+        let is_file = |found: &&Metadata| found.kind == FileKind::Regular && found.links <= 1;
+        let Some(found) = found.filter(is_file).filter(|_| self.allowance.is_some()) else { return Ok(None) };
         let open =
             |flags| spot.holder.open_with(&spot.name, Follow::Never, flags | OFlags::NONBLOCK | OFlags::NOCTTY, 0);
-        let file = open(OFlags::RDONLY).or_else(|_| open(OFlags::WRONLY)).map_err(|error| {
-            let Failed::Status(status, errno, _) = Failed::from(error) else { return Failed::Malformed };
+        let file = open(OFlags::WRONLY).or_else(|_| open(OFlags::RDONLY)).map_err(|error| {
             let why = "whether somebody writes to it cannot be seen; give yourself the right to read it first";
-            Failed::Status(status, errno, why.into())
+            Failed::because(Failed::from(error).status(), why)
         })?;
-        lock(&file).map_err(|Busy| Failed::because(Status::Failure, BUSY))?;
-        Ok(Some(file))
+        let own = self.contents.of(found);
+        if own.is_none() {
+            lock(&file)?;
+        }
+        // RACE: another file may have got the name since it was looked at.
+        let named = spot.holder.stat(&spot.name, Follow::Never)?;
+        let held = Metadata::of(&file)?;
+        let same = |one: &Metadata| (one.device, one.inode) == (held.device, held.inode);
+        if same(&named) && same(found) { Ok(Some(Going { file, own })) } else { Err(busy()) }
+    }
+
+    /// Does something that changes the times of a file without changing its content. What the session has open to be written stays known by it.
+    pub(super) fn keeping<T>(&self, spot: &Spot, work: impl FnOnce() -> Result<T, Failed>) -> Result<T, Failed> {
+        let open = || spot.holder.open_with(&spot.name, Follow::Never, OFlags::PATH, 0).ok();
+        let file = if self.contents.is_empty() { None } else { open() };
+        let content = file.as_ref().and_then(|file| self.contents.of(&Metadata::of(file).ok()?));
+        let (Some(file), Some(content)) = (file, content) else { return work() };
+        locked(&content).is_ours(&file);
+        let done = work();
+        locked(&content).changed(&file);
+        done
     }
 
     /// What a file system has, as far as the client may use it.

@@ -362,34 +362,64 @@ fn s13_what_is_not_closed_is_told_and_what_was_there_before_it_is_written_to() {
 
 #[test]
 fn s13_nothing_is_attested_that_somebody_else_has_written_to_meanwhile() {
-    for before_the_last in [true, false] {
+    for (others_first, hides) in [(true, false), (false, false), (false, true)] {
         let mut client = Client::new(false, &[]);
         let handle = client.open("f", 0o644);
         client.write(&handle, 0, b"good ");
         let path = client.at.path().join("f");
+        let stamp = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000);
+        let times = |client: &mut Client, handle: &[u8]| {
+            client.status(packet::FSETSTAT, |w| w.string(handle).u32(8).u32(1_000_000).u32(1_000_000))
+        };
         let others = || {
             // Where a tick of the clock is long it is another one.
             std::thread::sleep(std::time::Duration::from_millis(20));
             let file = std::fs::File::options().write(true).open(&path).unwrap();
             std::os::unix::fs::FileExt::write_all_at(&file, b"evil", 0).unwrap();
+            if hides {
+                file.set_modified(stamp).unwrap();
+            }
         };
-        if before_the_last {
+        if others_first {
             others();
         }
         client.write(&handle, 5, b"end");
-        if !before_the_last {
+        if hides {
+            assert_eq!(times(&mut client, &handle), Status::Ok);
+        }
+        if !others_first {
             others();
         }
-        // Its own changes of times are nobody else's.
-        let times = client.status(packet::FSETSTAT, |w| w.string(&handle).u32(8).u32(1_000_000).u32(1_000_000));
-        assert_eq!((times, client.close(&handle)), (Status::Ok, Status::Ok));
-        client.put("alone", 0o644, b"good");
+        assert_eq!(client.close(&handle), Status::Ok);
         let log = lines(&client.log());
-        let of =
-            |path: &str| log.iter().rfind(|line| line["path"] == path && line["action"] == "publish").unwrap().clone();
-        assert_eq!(of("f")["sha256"], serde_json::Value::Null);
-        assert_eq!(of("alone")["sha256"], sha256(b"good"));
+        assert_eq!(log[0]["sha256"], serde_json::Value::Null, "{log:#?}");
     }
+}
+
+#[test]
+fn s13_what_a_client_does_to_its_own_file_leaves_its_digest_known() {
+    let mut client = Client::new(false, &[("*.bin", "640", None)]);
+    for name in ["plain", "ruled.bin"] {
+        let handle = client.open("part", 0o600);
+        client.write(&handle, 0, b"go");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+        let set = |flags: u32, values: &[u32], client: &mut Client| {
+            client.status(packet::FSETSTAT, |w| {
+                w.string(&handle).u32(flags);
+                values.iter().fold(w, |w, value| w.u32(*value))
+            })
+        };
+        assert_eq!(set(4, &[0o644], &mut client), Status::Ok);
+        assert_eq!(set(8, &[1_000_000, 1_000_000], &mut client), Status::Ok);
+        assert_eq!(client.setstat("part", 8, &[2_000_000, 2_000_000]), Status::Ok);
+        assert_eq!(client.pair(packet::RENAME, "part", name), Status::Ok);
+        client.write(&handle, 2, b"od");
+        let other = client.open(name, 0o600);
+        assert_eq!((client.close(&handle), client.close(&other)), (Status::Ok, Status::Ok));
+    }
+    let log = lines(&client.log());
+    let digests: Vec<&serde_json::Value> = log.iter().map(|line| &line["sha256"]).filter(|it| !it.is_null()).collect();
+    assert_eq!(digests, [&sha256(b"good"), &sha256(b"good")], "{log:#?}");
 }
 
 #[test]
@@ -432,11 +462,18 @@ fn s13_a_file_that_is_cut_off_by_its_path_is_told_before() {
     client.write(&other, 0, b"A");
     let log = lines(&client.log());
     let actions: Vec<&str> = log.iter().map(|line| line["action"].as_str().unwrap()).collect();
-    assert_eq!(
-        actions,
-        ["publish", "intent", "metadata", "publish", "intent", "publish", "intent", "publish"],
-        "{log:#?}"
-    );
+    // What was set is told, so that what follows is announced anew.
+    let expected = ["publish", "intent", "metadata", "intent", "publish", "intent", "publish", "intent", "publish"];
+    assert_eq!(actions, expected, "{log:#?}");
+    // A length that it has already is no change.
+    let mut client = Client::new(false, &[]);
+    client.put("f", 0o644, b"content");
+    let handle = client.open("f", 0o644);
+    assert_eq!(client.status(packet::FSETSTAT, |w| w.string(&handle).u32(1).u64(7)), Status::Ok);
+    client.write(&handle, 0, b"C");
+    let log = lines(&client.log());
+    let actions: Vec<&str> = log.iter().map(|line| line["action"].as_str().unwrap()).collect();
+    assert_eq!(actions, ["publish", "metadata", "intent", "publish"], "{log:#?}");
 }
 
 #[test]

@@ -460,10 +460,9 @@ fn proxy_command(settings: &Settings, tokens: &Tokens<'_>) -> Result<Option<Vec<
     let skipped = usize::from(words.first().is_some_and(|word| word == "exec"));
     match &words[skipped..] {
         [] => Err(wrong("it names no command".into())),
-        [first, ..] if first.contains('=') => Err(wrong(format!(
-            "'{}' sets a variable, for which there is no shell; {way_out}",
-            Escaped(first.as_bytes())
-        ))),
+        [first, ..] if first.split_once('=').is_some_and(|(name, _)| !name.contains(['/', '.'])) => Err(wrong(
+            format!("'{}' sets a variable, for which there is no shell; {way_out}", Escaped(first.as_bytes())),
+        )),
         words => Ok(Some(words.to_vec())),
     }
 }

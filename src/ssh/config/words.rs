@@ -61,6 +61,8 @@ pub(super) fn of_a_shell(command: &str) -> Option<char> {
     let mut chars = command.chars();
     while let Some(c) = chars.next() {
         match (c, quote) {
+            // Within these a shell leaves every backslash, and ssh_config does not.
+            ('\\', Some('\'')) if chars.clone().next().is_some_and(|next| "\"'\\".contains(next)) => return Some(c),
             // Others it would take the backslash from.
             ('\\', None | Some('"')) if chars.clone().next().is_some_and(|next| !"\"'\\ ".contains(next)) => {
                 return Some(c);
@@ -101,6 +103,7 @@ mod tests {
             ("nc -X connect %h %p", None),
             ("nc 'a|b' \"c;d\" e\\ f", None),
             ("nc e\\&f", Some('\\')),
+            ("nc 'e\\\\f'", Some('\\')),
             ("nc %h %p 2>/dev/null", Some('>')),
             ("a | b", Some('|')),
             ("a \"$HOME\"", Some('$')),
