@@ -122,8 +122,6 @@ const IDLE_MIN_HIGHER: f64 = 0.5;
 const HIGHER: [i32; 3] = [3, 6, 9];
 /// Bytes a second that they are taken to take in where nobody has measured it.
 const HIGHER_RATES: [f64; 3] = [200e6, 80e6, 40e6];
-/// In so much of a block they are compared.
-const PART_BYTES: usize = 256 * 1024;
 /// A higher level has to bring content over in less than this fraction of the time.
 const WORTH_A_LEVEL: f64 = 0.98;
 
@@ -238,28 +236,23 @@ impl Chooser {
     }
 }
 
-/// The level that is worth its time for content like `data`, of which level 1 takes `least` in small pieces.
+/// The level that is worth its time for content like `data`, of which level 1 costs `least`.
 fn highest(least: Cost, data: &[u8], way: Way) -> i32 {
     let idle = way.idle_processors.is_some_and(|idle| idle >= IDLE_MIN_HIGHER);
     let Some(link_rate) = way.link_rate.filter(|_| idle) else { return 1 };
-    // It is not worth a look where the one before it takes half of the time: each takes twice as long, and more.
-    let waits = |cost: Cost| 2.0 * MARGIN_BLIND / cost.rate < cost.ratio / link_rate;
-    if !waits(least) {
-        return 1;
-    }
-    // What a level is better at shows only in what hangs together.
-    let part = &data[..data.len().min(PART_BYTES)];
-    let arrives = |cost: Cost| (MARGIN_BLIND / cost.rate).max(cost.ratio / link_rate);
-    let Some(mut best) = Cost::measure(Coding::Zstd(1), part).map(|cost| (1, cost)) else { return 1 };
-    let mut before = best.1;
+    let (mut best, mut cost, sample) = (1, least, spread(data, SAMPLE_BYTES));
     for level in HIGHER {
-        let Some(cost) = waits(before).then(|| Cost::measure(Coding::Zstd(level), part)).flatten() else { break };
-        if arrives(cost) < WORTH_A_LEVEL * arrives(best.1) {
-            best = (level, cost);
+        // It is not worth a look where the one before it takes half of the time: each takes twice as long, and more.
+        if 2.0 * MARGIN_BLIND / cost.rate > cost.ratio / link_rate {
+            break;
         }
-        before = cost;
+        let Some(next) = Cost::measure(Coding::Zstd(level), &sample) else { break };
+        let arrives = |cost: Cost| (MARGIN_BLIND / cost.rate).max(cost.ratio / link_rate);
+        if arrives(next) < WORTH_A_LEVEL * arrives(cost) {
+            (best, cost) = (level, next);
+        }
     }
-    best.0
+    best
 }
 
 /// The level to ask another machine for, whose processors nobody here knows, of content that level 1 makes so small.
