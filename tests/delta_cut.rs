@@ -101,7 +101,8 @@ fn behind_a_cut() -> (Served, String, Arc<AtomicUsize>) {
 fn h34_a_push_of_what_changed_is_cut_at_any_byte_and_gone_on_with() {
     let (served, port, left) = behind_a_cut();
     let (from, to) = (served.path("source"), served.path("sync/data"));
-    let run = || served.through(&port, &["push", from.to_str().unwrap(), "sync@127.0.0.1:/data"]);
+    // What the server has of a run that was cut ends by itself.
+    let run = || served.through(&port, &["push", "--wait", "60", from.to_str().unwrap(), "sync@127.0.0.1:/data"]);
     cut_anywhere(&served, (&from, &to), &run, &left);
 }
 

@@ -200,11 +200,10 @@ pub fn inspect(root: &Root, each: &mut dyn FnMut(Head, &[u8])) -> Result<Verifie
     };
     for part in &parts {
         let mut wrong = None;
-        let mut unfinished = false;
         let mut one = |line: &[u8], whole: bool| {
             // What was being written when a crash came; a head that knows of the line does not fit then.
-            unfinished = !whole && part.number.is_none() && (line.len() as u64) < TAIL_BYTES;
-            if unfinished {
+            found.unfinished = !whole && part.number.is_none() && (line.len() as u64) < TAIL_BYTES;
+            if found.unfinished {
                 return false;
             }
             match walk.line(line, whole, &mut found) {
@@ -220,7 +219,6 @@ pub fn inspect(root: &Root, each: &mut dyn FnMut(Head, &[u8])) -> Result<Verifie
         };
         part.lines(&mut one).map_err(io_error(root))?;
         wrong.map_or(Ok(()), Err)?;
-        found.unfinished |= unfinished;
         walk.ends.extend(walk.head);
         found.files.push(part.name.clone());
     }

@@ -70,12 +70,11 @@ impl Root {
 }
 
 fn path_of(
-    root: std::os::fd::BorrowedFd<'_>,
-    file: std::os::fd::BorrowedFd<'_>,
+    root_at: std::os::fd::BorrowedFd<'_>,
+    file_at: std::os::fd::BorrowedFd<'_>,
 ) -> rustix::io::Result<Option<RelPath>> {
     let read = |raw| fs::readlinkat(fs::CWD, format!("/proc/self/fd/{raw}"), Vec::new()).map(|link| link.into_bytes());
-    let (root_at, file_at) = (root, file);
-    let (root, file) = (read(root.as_raw_fd())?, read(file.as_raw_fd())?);
+    let (root, file) = (read(root_at.as_raw_fd())?, read(file_at.as_raw_fd())?);
     let below = file.strip_prefix(root.strip_suffix(b"/").unwrap_or(&root)).ok_or(Errno::XDEV)?;
     // What the kernel puts behind the name of what was removed, which may be a part of a name as well.
     if below.ends_with(b" (deleted)") {

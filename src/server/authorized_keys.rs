@@ -107,14 +107,12 @@ impl AuthorizedKeys {
 
     /// Whether an authority is believed that a certificate has this principal.
     pub fn believes(&self, principal: &str) -> bool {
-        let named = |line: &Line| -> Option<String> {
-            let options = line.options.as_ref().ok()?;
-            options.iter().find(|(name, _)| name == "principals").and_then(|(_, list)| list.clone())
-        };
-        self.lines
-            .iter()
-            .filter(|line| line.authority && line.options.is_ok())
-            .any(|line| named(line).is_none_or(|list| list.split(',').any(|name| name.trim() == principal)))
+        let authorities = self.lines.iter().filter(|line| line.authority).filter_map(|line| line.options.as_ref().ok());
+        let mut named = authorities.map(|options| options.iter().find(|(name, _)| name == "principals"));
+        named.any(|option| match option {
+            Some((_, Some(list))) => certificate::listed(list).any(|name| name == principal),
+            _ => true,
+        })
     }
 
     /// What the lines say at this moment, seconds since 1970.

@@ -29,7 +29,7 @@ pub fn check(certificate: &Certificate, principals: Option<&str>, asked: &Asked<
         return Err(format!("it has expired: valid before {}, now it is {}", certificate.valid_before(), asked.now));
     }
     let wanted: Vec<&str> = match principals {
-        Some(list) => list.split(',').map(str::trim).filter(|name| !name.is_empty()).collect(),
+        Some(list) => listed(list).collect(),
         None => vec![asked.user],
     };
     let good = certificate.valid_principals().iter().filter(|principal| wanted.contains(&principal.as_str()));
@@ -58,6 +58,11 @@ pub fn check(certificate: &Certificate, principals: Option<&str>, asked: &Asked<
         }
     }
     Ok(grant)
+}
+
+/// The principals that a line names.
+pub(super) fn listed(list: &str) -> impl Iterator<Item = &str> {
+    list.split(',').map(str::trim).filter(|name| !name.is_empty())
 }
 
 #[cfg(test)]

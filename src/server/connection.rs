@@ -19,7 +19,7 @@ use tokio::process::Child;
 use super::confine::Confinement;
 use super::limits::{Permit, SessionPermit};
 use super::listener::{Server, SessionStart};
-use super::live::{Live, Refused, short};
+use super::live::{Live, Refused, reasons, short};
 use super::login::{self, Admitted, Decided};
 use super::pace::Pace;
 use super::penalties::Fault;
@@ -303,7 +303,7 @@ impl Connection<'_> {
                     Err(reason) => {
                         let (user, reason) = (&admitted.login.user.name, clean(&reason));
                         tracing::error!(%peer, user, reason, "a session cannot be confined");
-                        login::refuse_proof(self.live, user, &admitted.login.proof, &format!("not confined: {reason}"));
+                        login::refuse(self.live, user, &admitted.login.proof, &format!("not confined: {reason}"));
                         let reason = "the server cannot confine a session; its log says why".to_owned();
                         return self.say(&ToProcess::Answer(number, Answer::No(reason))).await.map(|()| None);
                     }
@@ -360,7 +360,7 @@ impl Connection<'_> {
         let (peer, user, key) = (self.live.peer, login.user.name.clone(), login.proof.describe());
         if !recorded {
             let reason = "the audit log cannot be written";
-            login::refuse_proof(self.live, &user, &login.proof, reason);
+            login::refuse(self.live, &user, &login.proof, reason);
             return Answer::No(reason.to_owned());
         }
         if self.live.login.set(login).is_err() {
@@ -459,19 +459,17 @@ impl Connection<'_> {
             return;
         }
         let mut refused = live.refused();
-        match (refused.is_empty(), why) {
-            (false, _) => {}
-            (true, Some(why)) => refused.push(Refused { reason: short(&why, 1000), claim: None }),
-            (true, None) => {
+        if refused.is_empty() {
+            let Some(why) = why else {
                 tracing::info!(%peer, "connection ended without a login");
                 let (result, reason) = (Some(Outcome::Failure), Some("ended without a login".into()));
                 let record = AuditRecord { action: "connection".into(), result, reason, ..server.record("", peer) };
                 server.recorder.note_stranger([record]);
                 return;
-            }
+            };
+            refused.push(Refused { reason: short(&why, 1000), claim: None });
         }
-        let reasons: Vec<&str> = refused.iter().map(|refused| refused.reason.as_str()).collect();
-        tracing::warn!(%peer, reason = reasons.join("; "), "no login");
+        tracing::warn!(%peer, reason = reasons(&refused), "no login");
         server.recorder.note_stranger(refused.into_iter().map(|Refused { reason, claim }| {
             let (action, result) = ("refuse".into(), Some(Outcome::Failure));
             let record = AuditRecord { action, result, reason: Some(reason), ..server.record("", peer) };

@@ -41,6 +41,11 @@ pub(super) struct Refused {
     pub(super) claim: Option<(String, audit::Login)>,
 }
 
+/// Why, one after the other.
+pub(super) fn reasons(refused: &[Refused]) -> String {
+    refused.iter().map(|refused| refused.reason.as_str()).collect::<Vec<_>>().join("; ")
+}
+
 /// How long a process may take to say how long its client has been quiet.
 const ANSWER: Duration = Duration::from_secs(2);
 
@@ -147,8 +152,7 @@ impl Live {
 
     /// The same in words, if there was anything.
     pub(super) fn refusals(&self) -> Option<String> {
-        let reasons: Vec<String> = locked(&self.refusals).iter().map(|refused| refused.reason.clone()).collect();
-        Some(reasons.join("; ")).filter(|text| !text.is_empty())
+        Some(reasons(&locked(&self.refusals))).filter(|text| !text.is_empty())
     }
 
     fn quiet(&self) -> Duration {

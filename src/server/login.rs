@@ -8,7 +8,6 @@ use super::confine::Identity;
 use super::listener::{Server, SessionStart, Settings};
 use super::live::{Live, Login, short};
 use super::process::message::{Granted, Shown, key_of};
-use crate::audit;
 use crate::error::Escaped;
 
 /// Who may log in, with the settings that say so.
@@ -21,23 +20,19 @@ pub(super) struct Admitted {
 /// That, or why not.
 pub(super) type Decided = Result<Box<Admitted>, String>;
 
-/// Keeps why somebody does not log in, who says to be `name` and shows `what`, which is `login` in the log.
-pub(super) fn refuse(live: &Live, name: &str, what: &str, login: audit::Login, reason: &str) {
+/// Keeps why somebody does not log in who says to be `name` and shows this.
+pub(super) fn refuse(live: &Live, name: &str, proof: &Proof, reason: &str) {
+    let what = proof.describe();
     let name = short(&Escaped(name.as_bytes()).to_string(), 64);
     tracing::debug!(peer = %live.peer, user = name, what, reason, "key refused");
-    live.refuse(&format!("user {name}, {what}: {reason}"), Some((name, login)));
-}
-
-/// The same of somebody who has shown a proof.
-pub(super) fn refuse_proof(live: &Live, name: &str, proof: &Proof, reason: &str) {
-    refuse(live, name, &proof.describe(), proof.login(live.peer), reason);
+    live.refuse(&format!("user {name}, {what}: {reason}"), Some((name, proof.login(live.peer))));
 }
 
 /// Whether it is worth a client's while to sign with a key. Blocks.
 pub(super) fn offered(server: &Server, live: &Live, name: &str, key: &str) -> Result<(), String> {
     let key = key_of(key)?;
     let judged = server.settings().access.worth_signing(name, &key, live.peer);
-    judged.inspect_err(|reason| refuse_proof(live, name, &Proof::Key(Box::new(key)), reason))
+    judged.inspect_err(|reason| refuse(live, name, &Proof::Key(Box::new(key)), reason))
 }
 
 /// Whether a client that has proven to hold this may log in. Blocks.
@@ -48,7 +43,7 @@ pub(super) fn proven(server: &Server, live: &Live, name: &str, shown: &Shown) ->
         let identity = user.run_as.as_deref().map(Identity::of).transpose()?;
         Ok((user, grant, identity))
     });
-    let (user, grant, identity) = judged.inspect_err(|reason| refuse_proof(live, name, &proof, reason))?;
+    let (user, grant, identity) = judged.inspect_err(|reason| refuse(live, name, &proof, reason))?;
     let start = start(&user, live.peer, &proof);
     let granted = Granted { start, identity, confine: settings.confine };
     Ok(Box::new(Admitted { login: Login { user, proof, grant }, granted, settings }))

@@ -112,13 +112,14 @@ impl AgentReader {
 
     /// The level to ask for the next bundle in.
     fn level(&self) -> u8 {
+        let way = self.way();
         let level = match self.compress {
             CompressOptions { enabled: false, .. } => 0,
             CompressOptions { level: Some(level), .. } => level.clamp(0, 19) as u8,
             _ if self.asked.is_multiple_of(PROBE) => 1,
-            _ if self.ratio >= 0.95 || !codec::pays(self.ratio, self.rate, self.way()) => 0,
+            _ if self.ratio >= 0.95 || !codec::pays(self.ratio, self.rate, way) => 0,
             // The level says nothing of planes.
-            _ => self.way().link_rate.map_or(1, |rate| codec::level_elsewhere(self.ratio, rate)).clamp(1, 19) as u8,
+            _ => way.link_rate.map_or(1, |rate| codec::level_elsewhere(self.ratio, rate)).clamp(1, 19) as u8,
         };
         if self.planes && level > 0 { level | TAKES_PLANES } else { level }
     }

@@ -7,9 +7,9 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
-use super::below;
 use super::moved::{Further, Movable};
 use super::target::{Run, State};
+use super::{Verify, below};
 use crate::endpoint::delta::{Beginning, Former, Sums, candidates};
 use crate::endpoint::{Error, SMALL_FILE_BYTES};
 use crate::manifest::{Digest, Entry, Manifest, Tree};
@@ -227,6 +227,24 @@ impl Run {
         let pieces = state.alike.made_of.get(&index).into_iter().flatten();
         let pieces = pieces.filter_map(|lying| state.alike.sums(lying.digest).cloned()).collect();
         Former { same: state.alike.is_whole(index, size, digest), there, pieces }
+    }
+
+    /// Whether what is there may stay the same file when it gets another name or grows: nothing asks for it to be kept aside, or to be
+    /// hashed in whole.
+    pub(super) fn files_may_stay(&self) -> bool {
+        let options = &self.options;
+        options.trash_seconds.is_none()
+            && !options.checksum
+            && !options.verify_disk
+            && self.lanes.verify == Verify::Auto
+    }
+
+    /// The room that there is, in bytes, where it is known and less than what is wanted.
+    ///
+    /// # Errors
+    /// When the connection ends.
+    pub(super) fn too_little_room(&self, wanted: u64) -> Result<Option<u64>, Error> {
+        Ok(self.session.room(&self.root_path())?.filter(|room| *room < wanted))
     }
 
     /// Where something lies, as the server knows it.

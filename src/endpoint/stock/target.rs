@@ -459,24 +459,6 @@ impl Run {
         self.keeps_all.load(Ordering::Relaxed)
     }
 
-    /// Whether what is there may stay the same file when it gets another name or grows: nothing asks for it to be kept aside, or to be
-    /// hashed in whole.
-    pub(super) fn files_may_stay(&self) -> bool {
-        let options = &self.options;
-        options.trash_seconds.is_none()
-            && !options.checksum
-            && !options.verify_disk
-            && self.lanes.verify == Verify::Auto
-    }
-
-    /// The room that there is, in bytes, where it is known and less than what is wanted.
-    ///
-    /// # Errors
-    /// When the connection ends.
-    pub(super) fn too_little_room(&self, wanted: u64) -> Result<Option<u64>, Error> {
-        Ok(self.session.room(&self.root_path())?.filter(|room| *room < wanted))
-    }
-
     pub(super) fn shell(&self) -> MutexGuard<'_, Spare> {
         locked(&self.shell)
     }

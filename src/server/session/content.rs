@@ -66,7 +66,7 @@ impl Content {
 
     /// It is about to be written at `offset`.
     pub(super) fn writes(&mut self, file: &File, offset: u64, data: &[u8]) {
-        self.is_ours(file);
+        self.look_again(file);
         self.hash = match self.hash.take() {
             Some((hash, at)) if at == offset => Some((hash.chain_update(data), at + data.len() as u64)),
             _ => None,
@@ -92,7 +92,7 @@ impl Content {
     }
 
     /// Gives the hash up where somebody else has changed the file.
-    pub(super) fn is_ours(&mut self, file: &File) {
+    pub(super) fn look_again(&mut self, file: &File) {
         if self.hash.is_some() && (self.seen.is_none() || self.seen != look(file)) {
             self.hash = None;
         }
@@ -100,7 +100,7 @@ impl Content {
 
     /// Its digest, where it is known and the file has as much content as went into it.
     pub(super) fn digest(&mut self, file: &File, size: u64) -> Option<Digest> {
-        self.is_ours(file);
+        self.look_again(file);
         let (hash, _) = self.hash.as_ref().filter(|(_, length)| *length == size)?;
         Some(Digest(hash.clone().finalize().into()))
     }
@@ -117,6 +117,11 @@ pub(super) fn locked(content: &Shared) -> MutexGuard<'_, Content> {
 pub(super) fn busy() -> Failed {
     let why = "another session, or a program there, is writing to it; try again when it has ended";
     Failed::because(Status::Failure, why)
+}
+
+/// It takes no room any more.
+pub(super) fn removed() -> Failed {
+    Failed::because(Status::Failure, "it was removed by this session, and takes nothing more")
 }
 
 /// Keeps others from writing to a file until it is closed, or the lock is given back. Where the file system has no locks it does not.

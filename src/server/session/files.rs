@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::buffer::spare_capacity;
 
-use super::content::{Shared, locked, size_of};
+use super::content::{Shared, locked, removed, size_of};
 use super::lanes::lane_of;
 use super::site::{Site, drop_set_id};
 use super::{Answer, Failed, Status, attributes_packet, statvfs_packet};
@@ -91,11 +91,16 @@ impl OpenFile {
         self.arrival.as_ref().map(|arrival| arrival.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// It is not as it was opened: what becomes of it is told.
+    fn mark(&self) {
+        self.arrival().iter_mut().for_each(|arrival| arrival.touched = true);
+    }
+
     /// Takes the room for `length` bytes at `offset`, as far as the file grows by them.
     pub(super) fn grow(&self, offset: u64, length: u64) -> Result<(), Failed> {
         let Some(content) = self.content.as_ref().filter(|_| self.site.allowance.is_some()) else { return Ok(()) };
         if locked(content).is_removed {
-            return Err(Failed::because(Status::Failure, "it was removed by this session, and takes nothing more"));
+            return Err(removed());
         }
         // Nobody else changes it meanwhile, and this session does one thing after the other.
         let size = size_of(&self.file).ok_or(Failed::from(Status::Failure))?;
@@ -125,7 +130,7 @@ impl OpenFile {
 
     /// Cuts it off at its start, as it is opened.
     pub(super) fn empty(&self) -> Result<(), Failed> {
-        self.arrival().iter_mut().for_each(|arrival| arrival.touched = true);
+        self.mark();
         self.site.resize(&self.file, &self.path()?.0, 0)
     }
 
@@ -194,7 +199,7 @@ impl OpenFile {
             }
         }
         if asked.size.is_some() {
-            self.arrival().iter_mut().for_each(|arrival| arrival.touched = true);
+            self.mark();
         }
         if asked != Attributes::default() {
             let (path, _) = self.path()?;

@@ -130,12 +130,11 @@ impl Session {
             if !must_be_new {
                 match self.site.root.open_with(path, Follow::Inside, flags, 0) {
                     Ok(file) => {
-                        let (found, real) = (Metadata::of(&file)?, self.site.root.path_of(&file)?);
-                        let real = real.ok_or(Failed::from(Status::Failure))?;
+                        let real = self.site.root.path_of(&file)?.ok_or(Failed::from(Status::Failure))?;
                         self.site.guard(&real)?;
                         let opening = Opening { path: real, append, touched: false, private: false, asked: None };
                         let opened = OpenFile::new(file, Some(opening), &self.site)?;
-                        if has(open::TRUNCATE) && found.kind == FileKind::Regular {
+                        if has(open::TRUNCATE) && opened.kind == FileKind::Regular {
                             opened.empty()?;
                         }
                         return Ok(opened);
@@ -282,7 +281,7 @@ impl Session {
         if directory {
             spot.holder.rmdir(&spot.name)?
         } else {
-            self.site.keeping(&spot, || Ok(spot.holder.unlink(&spot.name)?))?
+            self.site.keeping_named(&spot, || Ok(spot.holder.unlink(&spot.name)?))?
         }
         self.site.gone(there.as_ref(), going);
         self.site.note("", "remove", &spot.path, |record| record.before = there.as_ref().map(super::site::before));
@@ -302,7 +301,7 @@ impl Session {
         // Two names of one file stay as they are.
         let lost = replaced.as_ref().filter(|replaced| moved.as_ref().map(inode) != Some(inode(replaced)));
         let going = self.site.going(&to, lost)?;
-        self.site.keeping(&from, || {
+        self.site.keeping_named(&from, || {
             // The permissions come before the name: at no moment has a file a name and another's permissions.
             self.site.conform(&from, &to.path)?;
             if let Err(failed) = rename(&from, &to, replace) {
@@ -351,7 +350,7 @@ impl Session {
         }
         self.site.links_stay(&from, &to.path)?;
         let link = || Ok(from.holder.hard_link_to(&from.name, &to.holder, &to.name)?);
-        self.site.making(|| self.site.keeping(&from, link))?;
+        self.site.making(|| self.site.keeping_named(&from, link))?;
         self.site.note("hard link", "publish", &to.path, |_| {});
         done(id)
     }

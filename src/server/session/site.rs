@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{OFlags, StatVfs};
 
-use super::content::{Alone, Contents, Shared, busy, lock, locked};
+use super::content::{Alone, Contents, Shared, busy, lock, locked, removed};
 use super::record::Recorder;
 use super::{Failed, Status};
 use crate::access::{AclLists, Inode};
@@ -184,14 +184,13 @@ impl Site {
             let given = |id, there| Some(id).filter(|&id| id != u32::MAX && (free || id != there));
             (change.uid, change.gid) = (given(user, found.uid), given(group, found.gid));
         }
-        let content = self.contents.of(&found);
-        content.iter().for_each(|content| locked(content).is_ours(file));
-        let sized = asked.size.map_or(Ok(()), |size| self.resize(file, path, size));
-        let applied = change.apply(file);
-        content.iter().for_each(|content| locked(content).changed(file));
-        sized.and(applied.map_err(Failed::from))?;
+        self.keeping(file, || {
+            let sized = asked.size.map_or(Ok(()), |size| self.resize(file, path, size));
+            let applied = change.apply(file);
+            sized.and(applied.map_err(Failed::from))
+        })?;
         self.note_file("", "metadata", path, file, None, Some(&found));
-        content.iter().for_each(|content| locked(content).told = false);
+        self.contents.of(&found).iter().for_each(|content| locked(content).told = false);
         Ok(())
     }
 
@@ -202,7 +201,7 @@ impl Site {
         let _alone = other.then(|| Alone::with(file)).transpose()?;
         let mut content = content.as_ref().map(locked);
         if content.as_ref().is_some_and(|content| content.is_removed) {
-            return Err(Failed::because(Status::Failure, "it was removed by this session, and takes nothing more"));
+            return Err(removed());
         }
         // Now that nobody else changes it.
         let found = Metadata::of(file)?;
@@ -331,7 +330,8 @@ impl Site {
             content.is_removed = true;
             content.lost();
             if there.size > 0 && file.set_len(0).is_err() {
-                (bytes, _) = (0, self.loosen());
+                bytes = 0;
+                self.loosen();
             }
         }
         self.give_back(bytes, 1);
@@ -359,16 +359,25 @@ impl Site {
         if same(&named) && same(found) { Ok(Some(Going { file, own })) } else { Err(busy()) }
     }
 
-    /// Does something that changes the times of a file without changing its content. What the session has open to be written stays known by it.
-    pub(super) fn keeping<T>(&self, spot: &Spot, work: impl FnOnce() -> Result<T, Failed>) -> Result<T, Failed> {
-        let open = || spot.holder.open_with(&spot.name, Follow::Never, OFlags::PATH, 0).ok();
-        let file = if self.contents.is_empty() { None } else { open() };
-        let content = file.as_ref().and_then(|file| self.contents.of(&Metadata::of(file).ok()?));
-        let (Some(file), Some(content)) = (file, content) else { return work() };
-        locked(&content).is_ours(&file);
+    /// Does something that changes the times of a file, and its content in a way that is followed. What the session has open to be written stays
+    /// known by it.
+    fn keeping<T>(&self, file: &File, work: impl FnOnce() -> Result<T, Failed>) -> Result<T, Failed> {
+        let Some(content) = Metadata::of(file).ok().and_then(|found| self.contents.of(&found)) else { return work() };
+        locked(&content).look_again(file);
         let done = work();
-        locked(&content).changed(&file);
+        locked(&content).changed(file);
         done
+    }
+
+    /// The same by a name of the file.
+    pub(super) fn keeping_named<T>(&self, spot: &Spot, work: impl FnOnce() -> Result<T, Failed>) -> Result<T, Failed> {
+        if self.contents.is_empty() {
+            return work();
+        }
+        match spot.holder.open_with(&spot.name, Follow::Never, OFlags::PATH, 0) {
+            Ok(file) => self.keeping(&file, work),
+            Err(_) => work(),
+        }
     }
 
     /// What a file system has, as far as the client may use it.
