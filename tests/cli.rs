@@ -236,6 +236,10 @@ fn an_error_says_what_failed_where_and_why_in_one_line() {
         2,
         "-P is for another machine, and none is named: write it as [USER@]HOST:PATH",
     );
+    for option in [["--remote", "sftp"], ["--remote-command", "x"], ["--verify", "exec"]] {
+        let said = format!("{} is for another machine, and none is named: write it as [USER@]HOST:PATH", option[0]);
+        push(&[option[0], option[1], "data", "there"], 2, &said);
+    }
     let job = "'data' alone would be the name of a job; to send a file or directory, say where to: \
         lockstep push data [USER@]HOST:DEST";
     Command::new(env!("CARGO_BIN_EXE_lockstep"))

@@ -91,8 +91,10 @@ fn what_cannot_work_is_named_with_the_way_out() {
     let two = [HERE, &job("two", "source = \"AT/other\"\ntargets = [\"AT/target/below\"]")].concat();
     ends(&area.check(&two, &[]), 0, &["lie one in the other", "a directory of its own"]);
     ends(&area.check(&two, &["--strict"]), 2, &["lie one in the other"]);
-    let two = two.replace("\"AT/target\"]", "\"AT/target\"]\ndelete = \"mirror\"");
-    ends(&area.check(&two, &[]), 2, &["one of them mirrors"]);
+    for delete in ["mirror", "trash"] {
+        let two = two.replace("\"AT/target\"]", &format!("\"AT/target\"]\ndelete = \"{delete}\""));
+        ends(&area.check(&two, &[]), 2, &["one of them takes away"]);
+    }
 }
 
 #[test]

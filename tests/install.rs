@@ -56,7 +56,7 @@ fn all_is_put_in_its_place_and_what_an_administrator_wrote_stays() {
         assert!(path(name).is_file() && text(&first).contains(name), "{name}");
     }
     let config = path("etc/lockstep/config.toml");
-    assert_eq!((mode(&config), mode(&path("etc/lockstep"))), (0o640, 0o750));
+    assert_eq!((mode(&config), mode(&path("etc/lockstep"))), (0o640, 0o755));
     lockstep::config::Config::load(&config).unwrap();
     fs::write(&config, "# mine\n").unwrap();
     let before = files(at.path());

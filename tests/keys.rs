@@ -51,6 +51,13 @@ fn s18_four_commands_to_the_first_push() {
     let known = fs::read_to_string(sshd.path("home/.ssh/known_hosts")).unwrap();
     assert_eq!(known, format!("[127.0.0.1]:{port} {}\n", public(&sshd.path("host.pub"))));
     assert!(String::from_utf8_lossy(&shown.stdout).ends_with(&known));
+    assert_eq!(mode(&sshd.path("home/.ssh/known_hosts")), 0o600);
+    // As /etc/ssh, whose keys of hosts all users of the machine go by.
+    fs::create_dir(sshd.path("all")).unwrap();
+    fs::set_permissions(sshd.path("all"), fs::Permissions::from_mode(0o755)).unwrap();
+    let scan = ["keys", "scan-host", "-P", &port, "--add", "--known-hosts", "all/ssh_known_hosts", "127.0.0.1"];
+    ends(&sshd.run(&scan), 0, &["added ssh-ed25519 SHA256:"]);
+    assert_eq!(mode(&sshd.path("all/ssh_known_hosts")), 0o644);
 
     // 3. The account. As long as nothing logs in, it is said what to do by hand.
     ends(&push(), 3, &["no key was accepted", &format!("lockstep keys enroll -P {port} {account}")]);

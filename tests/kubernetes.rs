@@ -204,6 +204,22 @@ fn s30_the_kubernetes_job_fails_on_the_exit_codes_of_bad_data_and_repeats_the_ot
     }
 }
 
+/// What builds the image: a compiler that is new enough, and all that `Cargo.toml` names.
+#[test]
+fn s30_the_image_is_built_of_what_cargo_wants() {
+    let image = fs::read_to_string(example("Containerfile")).unwrap();
+    let wanted: toml::Table =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml")).unwrap().parse().unwrap();
+    let package = &wanted["package"];
+    assert!(image.contains(&format!("FROM rust:{}-", package["rust-version"].as_str().unwrap())), "{image}");
+    assert!(image.contains(&format!("lockstep:{}", package["version"].as_str().unwrap())), "{image}");
+    for target in ["test", "bench"].iter().flat_map(|kind| wanted[*kind].as_array().unwrap()) {
+        let path = target.get("path").and_then(|path| path.as_str()).map(str::to_owned);
+        let path = path.unwrap_or_else(|| format!("benches/{}.rs", target["name"].as_str().unwrap()));
+        assert!(image.contains(&path), "{path} is not in: {image}");
+    }
+}
+
 /// What the init container runs, with its mounts at `at`.
 fn check(job: &Value, at: &Path) -> Output {
     let arguments = job["spec"]["template"]["spec"]["initContainers"][0]["args"].as_array().unwrap();

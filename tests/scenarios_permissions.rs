@@ -387,7 +387,14 @@ fn the_example_policies_run() {
             "medical",
             &[
                 ("scans", "0750", 0, GAMES, "user::rwx group::r-x group:33:r-x mask::r-x other::--- default:user::rwx"),
-                ("scans/a.dcm", "0640", 0, GAMES, "user::rw- group::r-- group:33:r-- mask::r-- other::---"),
+                (
+                    "scans/patient",
+                    "0750",
+                    0,
+                    GAMES,
+                    "user::rwx group::r-x group:33:r-x mask::r-x other::--- default:user::rwx",
+                ),
+                ("scans/patient/a.dcm", "0640", 0, GAMES, "user::rw- group::r-- group:33:r-- mask::r-- other::---"),
                 ("labels.txt", "0600", NOBODY, 0, "user::rw- group::--- other::---"),
                 ("run.sh", "0640", 0, GAMES, "user::rw- group::r-- other::---"),
             ][..],
@@ -406,17 +413,20 @@ fn the_example_policies_run() {
             "driving",
             &[
                 ("update.bin", "0744", NOBODY, 0, "user::rwx group::r-- other::r--"),
-                ("sensor_data/lidar", "0640", NOBODY, 33, "user::rw- group::r-- other::---"),
+                ("sensor_data/run", "0750", NOBODY, 33, "user::rwx group::r-x other::---"),
+                ("sensor_data/run/lidar", "0640", NOBODY, 33, "user::rw- group::r-- other::---"),
                 ("var/log/autodrive", "1775", 0, GAMES, "user::rwx group::rwx other::r-x"),
                 ("w.ckpt", "0600", NOBODY, 0, "user::rw- group::--- other::---"),
             ],
         ),
     ] {
         let sides = Sides::new();
-        for file in ["scans/a.dcm", "labels.txt", "run.sh", "dataset/deep/x", "logs/l", "w.safetensors", "w.ckpt"] {
+        for file in
+            ["scans/patient/a.dcm", "labels.txt", "run.sh", "dataset/deep/x", "logs/l", "w.safetensors", "w.ckpt"]
+        {
             sides.file(file, 0o644);
         }
-        for file in ["update.bin", "sensor_data/lidar", "var/log/autodrive/l"] {
+        for file in ["update.bin", "sensor_data/run/lidar", "var/log/autodrive/l"] {
             sides.file(file, 0o644);
         }
         let example = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("config/policy-{name}.toml"));

@@ -211,6 +211,13 @@ fn what_a_prolog_finds_counts(slurm: &Slurm) {
     fs::write(&list, shown(&data)).unwrap();
     started(slurm, &mut job(), 2);
     refused(slurm, &mut srun(slurm, shown(&other), "", 1), &["modified: weights"]);
+    // The same where users cannot look into the directory of the list.
+    let closed = |mode| fs::set_permissions(slurm.path("etc"), fs::Permissions::from_mode(mode)).unwrap();
+    closed(0o700);
+    started(slurm, &mut job(), 2);
+    fs::write(&list, shown(&other)).unwrap();
+    refused(slurm, &mut job(), &[shown(&other), "no verdict stands"]);
+    closed(0o755);
 }
 
 /// With a list, no answer is a bad one: so it is when the Prolog was killed, or was not set up.

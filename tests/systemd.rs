@@ -201,7 +201,7 @@ fn the_user_and_the_directories_are_made_by_systemd() {
     use std::os::unix::fs::MetadataExt as _;
     let id = users.split(':').nth(2).unwrap().parse::<u32>().unwrap();
     for (path, mode, uid) in
-        [("etc/lockstep", 0o750, 0), ("etc/lockstep/config.toml", 0o640, 0), ("var/lib/lockstep", 0o700, id)]
+        [("etc/lockstep", 0o755, 0), ("etc/lockstep/config.toml", 0o640, 0), ("var/lib/lockstep", 0o700, id)]
     {
         let found = fs::metadata(at.path().join(path)).unwrap();
         assert_eq!((found.mode() & 0o7777, found.uid()), (mode, uid), "{path}");

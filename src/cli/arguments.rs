@@ -210,7 +210,7 @@ pub(super) fn route(
     let target = Place::parse(target)?;
     let places: Vec<Place> = sources.iter().map(|source| Place::parse(source)).collect::<Result<_, _>>()?;
     let here = |place: &Place| matches!(place, Place::Here(_));
-    if let Some(option) = how.ssh.given()
+    if let Some(option) = how.ssh.given().or_else(|| how.reach.given())
         && here(&target)
         && places.iter().all(here)
     {

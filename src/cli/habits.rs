@@ -34,11 +34,14 @@ fn instead(option: &str) -> Option<&'static str> {
     Some(match option {
         "-H" | "--hard-links" | "-S" | "--sparse" | "--partial" | "--mkpath" | "-d" | "--dirs" | "--fsync" | "-s"
         | "--delay-updates" => ANYWAY,
-        "--append" | "--append-verify" => "leave it out: what arrived of a file is gone on with, and verified whole",
+        "--append" | "--append-verify" => {
+            "leave it out: what arrived of a file is gone on with, and verified whole; --append-only GLOB is for logs, \
+             which only grow"
+        }
         "--human-readable" | "--stats" | "--progress" | "--info" => {
             "leave it out: progress is shown on a terminal and a summary at the end; -v says more"
         }
-        "-W" | "--whole-file" | "--inplace" | "-T" | "--temp-dir" => {
+        "--inplace" | "-T" | "--temp-dir" => {
             "leave it out: content is staged beside the target and renamed when it is proven"
         }
         "-l" | "-L" | "--copy-links" | "-k" | "--copy-dirlinks" | "--safe-links" => {

@@ -24,7 +24,8 @@ pub(super) struct History {
     /// Only to this target, as the configuration names it
     #[arg(long, value_name = "TARGET")]
     target: Option<String>,
-    /// Only what is not older: a length of time as 30m, 12h or 7d, or a date as 2026-01-31 or '2026-01-31 14:30'
+    /// Only what is not older: a length of time as 30m, 12h or 7d, or a date by the clock of this machine, as
+    /// 2026-01-31 or '2026-01-31 14:30'
     #[arg(long, value_name = "WHEN", value_parser = since)]
     since: Option<Since>,
     /// Only the last N; 0 for all

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use russh::keys::ssh_key::{HashAlg, PublicKey};
 
 use super::login::{Ssh, Warn as _, failed, parse_host};
+use super::remote::REMOTE_COMMAND;
 use super::{Failure, output, passphrase, shown};
 use crate::endpoint::link::ConnectError;
 use crate::error::{Escaped, Exit};
@@ -116,6 +117,9 @@ pub(super) struct Enroll {
     /// Let the key do nothing but file transfer below this directory
     #[arg(long, value_name = "DIR")]
     restrict: Option<PathBuf>,
+    /// With --restrict: the command that starts lockstep there
+    #[arg(long, value_name = "COMMAND", requires = "restrict", default_value = REMOTE_COMMAND)]
+    remote_command: String,
     #[command(flatten)]
     ssh: Ssh,
 }
@@ -160,7 +164,7 @@ impl Enroll {
         let line = match &self.restrict {
             None => public_line(public),
             Some(directory) => {
-                format!("{} {}", restriction(directory, &self.ssh.remote_command)?, public_line(public))
+                format!("{} {}", restriction(directory, &self.remote_command)?, public_line(public))
             }
         };
         let blob = public_line(&PublicKey::from(public.key_data().clone()));

@@ -32,9 +32,6 @@ pub(super) struct Ssh {
     /// Trusted host keys [default: ~/.ssh/known_hosts and /etc/ssh/ssh_known_hosts]
     #[arg(long, value_name = "FILE")]
     known_hosts: Vec<PathBuf>,
-    /// The command that starts lockstep at the other end, where it has no subsystem of that name
-    #[arg(long, value_name = "COMMAND", default_value = "lockstep sftp-server")]
-    pub(super) remote_command: String,
     /// Seconds until a connection attempt is given up [default: 20]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     connect_timeout: Option<u64>,

@@ -25,7 +25,7 @@ pub(super) fn look(destination: &Destination, ssh: &Ssh, reach: &Reach) -> Resul
     let remote = login::connect(destination, ssh)?;
     let host = remote.describe();
     let mut last = None;
-    for way in reach.ways(ssh) {
+    for way in reach.ways() {
         let link = match remote.open(&way, 0) {
             Ok(link) => link,
             Err(error) if error.not_offered => continue,

@@ -72,6 +72,9 @@ impl Destination {
     }
 }
 
+/// What starts lockstep at the other end, unless told otherwise.
+pub(super) const REMOTE_COMMAND: &str = "lockstep sftp-server";
+
 /// How a directory of another machine is reached.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Reach {
@@ -79,6 +82,10 @@ pub(super) struct Reach {
     /// server), or auto: the first of them that is there
     #[arg(long, value_name = "WAY", default_value = "auto")]
     remote: Ways,
+    /// The command that starts lockstep at the other end, where it has no subsystem of that name [default: lockstep
+    /// sftp-server]
+    #[arg(long, value_name = "COMMAND")]
+    remote_command: Option<String>,
     /// How it is proven what a stock SFTP server holds: exec (a command there hashes), read-back (it is read back and
     /// hashed here; no command is run), or auto: exec where the account has a shell
     #[arg(long, value_name = "HOW", default_value = "auto")]
@@ -104,13 +111,17 @@ enum Proof {
 impl Reach {
     /// An option that was given, and that means nothing where no other machine takes part.
     pub(super) fn given(&self) -> Option<&'static str> {
-        let given = [(self.remote != Ways::Auto, "--remote"), (self.verify != Proof::Auto, "--verify")];
+        let given = [
+            (self.remote != Ways::Auto, "--remote"),
+            (self.remote_command.is_some(), "--remote-command"),
+            (self.verify != Proof::Auto, "--verify"),
+        ];
         given.into_iter().find(|(given, _)| *given).map(|(_, option)| option)
     }
 
     /// The ways to try, in this order.
-    pub(super) fn ways(&self, ssh: &Ssh) -> Vec<Way> {
-        let exec = || Way::LockstepExec(ssh.remote_command.clone());
+    pub(super) fn ways(&self) -> Vec<Way> {
+        let exec = || Way::LockstepExec(self.remote_command.as_deref().unwrap_or(REMOTE_COMMAND).to_owned());
         match self.remote {
             Ways::Auto => vec![Way::LockstepSubsystem, exec(), Way::SftpSubsystem],
             Ways::Lockstep => vec![Way::LockstepSubsystem, exec()],
@@ -257,7 +268,7 @@ fn reach(
     let root = destination.path.as_bytes();
     let mut reasons: Vec<(String, String)> = Vec::new();
     let mut ahead = None;
-    for way in reach.ways(ssh) {
+    for way in reach.ways() {
         // What keeps a connection to come back to tries again by itself.
         let open = || match dial.kept {
             None => patiently(monitor, || remote.open(&way, 0)),

@@ -91,7 +91,7 @@ pub struct Job {
     /// For the daemon: how often everything is looked at, whatever was noticed.
     #[serde(default = "usual_rescan", deserialize_with = "from_text", serialize_with = "as_text")]
     pub rescan: Period,
-    /// For the daemon: at how many targets something has to be before it counts as safe; all, where it is left out.
+    /// At how many targets something has to be before it counts as safe; all, where it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quorum: Option<usize>,
     /// For the daemon: a program and its arguments, started when something is safe.

@@ -425,12 +425,11 @@ fn contents(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Appends a line, below one that lacks its end too; makes the file and its directory for the user alone. Whether the line was not
-/// there yet.
+/// Appends a line, below one that lacks its end too; makes the file and its directory for the user alone, but in a directory
+/// that others may enter, as `/etc/ssh`, for all to read: which key a host has is no secret. Whether the line was not there yet.
 fn append(file: &Path, line: &str) -> io::Result<bool> {
-    if let Some(directory) = file.parent().filter(|directory| !directory.as_os_str().is_empty()) {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-    }
+    let directory = file.parent().filter(|directory| !directory.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     let present = match std::fs::read(file) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
@@ -440,8 +439,9 @@ fn append(file: &Path, line: &str) -> io::Result<bool> {
         return Ok(false);
     }
     let start = if present.last().is_none_or(|last| *last == b'\n') { "" } else { "\n" };
+    let mode = if directory.metadata()?.mode() & 0o001 == 0 { 0o600 } else { 0o644 };
     // One write in append mode, so that lines of two programs do not mix.
-    let mut file = std::fs::OpenOptions::new().append(true).create(true).mode(0o600).open(file)?;
+    let mut file = std::fs::OpenOptions::new().append(true).create(true).mode(mode).open(file)?;
     file.write_all(format!("{start}{line}\n").as_bytes())?;
     Ok(true)
 }

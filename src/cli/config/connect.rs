@@ -183,7 +183,7 @@ fn begin(target: &dyn Target, options: Option<&BeginOptions>, used: bool) -> Res
 fn ask(there: &Destination, ssh: &Ssh, reach: &Reach, probe: &mut Probe) -> Result<bool, Failure> {
     let remote = login::connect(there, ssh)?;
     let host = remote.describe();
-    for way in reach.ways(ssh) {
+    for way in reach.ways() {
         let link = match remote.open(&way, 0) {
             Ok(link) => link,
             Err(error) if error.not_offered => continue,

@@ -188,8 +188,8 @@ fn here(job: &Job, path: &Path) -> Vec<Finding> {
             let says = format!("its target '{shown_target}' lies in its source, and would be sent into itself");
             findings.push(Finding::error(&about, says, "name another directory, or leave it out with 'exclude'"));
         }
-    } else if from.starts_with(&to) && job.delete == Delete::Mirror {
-        let says = format!("its source '{shown_source}' lies in its target, where delete = 'mirror' would remove it");
+    } else if from.starts_with(&to) && job.delete != Delete::Never {
+        let says = format!("its source '{shown_source}' lies in its target, where 'delete' would take it away");
         findings.push(Finding::error(&about, says, "name another directory"));
     }
     findings
@@ -262,11 +262,12 @@ fn shared(used: &[Used<'_>]) -> Vec<Finding> {
                 let name = Escaped(other.job.name.as_bytes());
                 format!("its target '{target}' and '{other_target}' of job {name} {how}")
             };
-            let deletes = |job: &Job| job.delete == Delete::Mirror;
+            let deletes = |job: &Job| job.delete != Delete::Never;
             findings.push(if std::ptr::eq(one.job, other.job) && same {
                 Finding::error(&about(one.job), says, "name each target once")
             } else if deletes(one.job) || deletes(other.job) {
-                let remedy = "one of them mirrors, and would delete what the other brings; give each a directory of its own";
+                let remedy = "one of them takes away what only the target has, and so what the other brings; give each a directory \
+                              of its own";
                 Finding::error(&about(one.job), says, remedy)
             } else {
                 let remedy = "they wait for each other, and each replaces the manifest of the other; give each a directory of its own";
