@@ -234,7 +234,7 @@ fn h38_a_source_that_is_gone_halts_the_job_and_deletes_nothing() {
 
 #[test]
 fn jobs_are_paused_and_resumed_and_a_bad_configuration_is_not_taken() {
-    let running = Running::start(TWO);
+    let mut running = Running::start(TWO);
     fs::write(running.path("source/a"), "content").unwrap();
     until("the first file", || holds(&running.path("one/a"), "content"));
     ends(&running.jobs(&["pause", "dta"]), 2, &["there is no job 'dta'", "data"]);
@@ -256,6 +256,21 @@ fn jobs_are_paused_and_resumed_and_a_bad_configuration_is_not_taken() {
     done(&running.jobs(&["reload"]));
     until("the new target", || holds(&running.path("three/c"), "still"));
     assert!(running.status()["config_error"].is_null());
+    // A pause is over when somebody says so: a change of the job is none, nor a restart.
+    done(&running.jobs(&["pause"]));
+    let paused =
+        |running: &Running| running.status()["jobs"][0]["paused"] == true && running.target(0)["state"] == "paused";
+    running.configure(&format!("{TWO}bandwidth = \"1GB/s\"\n"));
+    done(&running.jobs(&["reload"]));
+    until("the new configuration", || running.path("two").exists() && paused(&running));
+    assert_eq!(running.stop(), Some(0));
+    running.launch();
+    until("it to be paused", || paused(&running));
+    fs::write(running.path("source/d"), "at last").unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(400));
+    assert!(!running.path("one/d").exists());
+    done(&running.jobs(&["resume"]));
+    until("it to go on", || holds(&running.path("one/d"), "at last"));
 }
 
 #[test]

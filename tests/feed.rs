@@ -33,6 +33,7 @@ fn options() -> FeedOptions {
         watch: Watch::Events,
         poll: Duration::from_millis(50),
         rescan: Duration::from_secs(3600),
+        mount_note: None,
     }
 }
 
@@ -441,6 +442,22 @@ fn h38_a_root_that_is_removed_made_again_or_replaced_is_looked_at_from_the_start
     until("it to be missed", || source.feed().gone().is_some());
     fs::create_dir(source.path("")).unwrap();
     source.everything();
+}
+
+#[test]
+fn h38_two_directories_that_are_exchanged_are_both_followed_on() {
+    let mut source = Source::new();
+    for directory in ["a/in", "b/in"] {
+        fs::create_dir_all(source.path(directory)).unwrap();
+    }
+    source.started(options());
+    let at = rustix::fs::CWD;
+    let exchange = rustix::fs::RenameFlags::EXCHANGE;
+    rustix::fs::renameat_with(at, source.path("a"), at, source.path("b"), exchange).unwrap();
+    for name in ["a/new", "b/new", "a/in/new", "b/in/new"] {
+        source.write(name, "x");
+        source.ready(&set(&[name]));
+    }
 }
 
 #[test]

@@ -108,6 +108,36 @@ fn h37_h38_a_file_system_that_is_unmounted_halts_the_job_until_it_is_back() {
     done(&inside(&format!("{mount} && echo new > '{source}/c'")));
     until("what is new", || holds(&running.path("target/c"), "new\n"));
     until("the job to go on", || running.status()["jobs"][0]["halted"].is_null());
+    // What lies in its place is not taken for it, whatever waits and is asked for.
+    done(&running.jobs(&["pause"]));
+    done(&inside(&format!("echo more > '{source}/d'")));
+    until("the work to wait", || running.target(0)["lag_units"].as_u64().unwrap() > 0);
+    until("it to be unmounted", || inside(&format!("umount '{source}'")).status.success());
+    until("the job to halt", || running.status()["jobs"][0]["halted"].is_object());
+    fs::write(running.path("source/stray"), "x").unwrap();
+    let is_left_alone = |running: &Running| {
+        std::thread::sleep(std::time::Duration::from_millis(700));
+        assert!(running.status()["jobs"][0]["halted"].is_object(), "{}", running.log());
+        assert!(
+            ["a", "b"].iter().all(|name| holds(&running.path("target").join(name), "x\n"))
+                && holds(&running.path("target/c"), "new\n")
+        );
+        assert!(!running.path("target/stray").exists());
+    };
+    done(&running.jobs(&["resume"]));
+    done(&running.jobs(&["now"]));
+    is_left_alone(&running);
+    // Nor after a restart, until somebody says that it is to be so.
+    assert_eq!(running.stop(), Some(0));
+    running.launch_by(unshared("-Urm", "true"));
+    until("the job to halt", || running.status()["jobs"][0]["halted"].is_object());
+    is_left_alone(&running);
+    let said = running.status()["jobs"][0]["halted"]["message"].as_str().unwrap().to_owned();
+    let note = said.split("remove '").nth(1).and_then(|rest| rest.split('\'').next()).unwrap();
+    fs::remove_file(note).unwrap();
+    assert_eq!(running.stop(), Some(0));
+    running.launch_by(unshared("-Urm", "true"));
+    until("what is there now", || running.path("target/stray").exists() && !running.path("target/a").exists());
 }
 
 #[test]

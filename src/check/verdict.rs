@@ -21,7 +21,6 @@ use crate::root::{Follow, Root, RootError};
 use crate::staging::as_manifest;
 
 const VERDICT: &str = ".lockstep/verdict.json";
-const NEW_VERDICT: &str = ".lockstep/verdict.json.new";
 const FORMAT: &str = "lockstep-verdict 1";
 /// More is no verdict.
 const BYTES_MAX: u64 = 4 << 20;
@@ -266,16 +265,23 @@ impl Slot<'_> {
         }
     }
 
-    /// Stores a verdict, whole or not at all.
+    /// Stores a verdict, whole or not at all. One of a check that began later and found something bad stays where this one is good: it is
+    /// not better known.
     ///
     /// # Errors
     /// [`SlotError`] when it cannot be written.
     pub fn store(&self, verdict: &Verdict) -> Result<(), SlotError> {
+        let good = Outcome::Good.name();
+        let later = self.load().ok().flatten().filter(|there| there.time >= verdict.time && there.result != good);
+        if later.is_some() && verdict.result == good {
+            return Ok(());
+        }
         let mut json = serde_json::to_vec_pretty(verdict).map_err(|error| self.failed("written", error.into()))?;
         json.push(b'\n');
         match self {
             Slot::Root(root) => {
-                let (name, new) = (verdict_path(VERDICT, root)?, verdict_path(NEW_VERDICT, root)?);
+                let new = format!("{VERDICT}.{}.new", std::process::id());
+                let (name, new) = (verdict_path(VERDICT, root)?, verdict_path(&new, root)?);
                 root.remove_tree(&new)?;
                 // It names paths: for those who may read the manifest.
                 let mut file = root.create_new(&new, 0o600)?;
@@ -308,11 +314,43 @@ fn text(Timestamp { seconds, nanoseconds }: Timestamp) -> String {
     format!("{seconds}.{nanoseconds:09}")
 }
 
-fn verdict_path(name: &'static str, root: &Root) -> Result<RelPath, RootError> {
+fn verdict_path(name: &str, root: &Root) -> Result<RelPath, RootError> {
     let invalid = |error| RootError {
         operation: "name",
         path: root.shown().join(name),
         source: std::io::Error::new(ErrorKind::InvalidInput, error),
     };
     RelPath::new(name).map_err(invalid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_good_verdict_does_not_replace_a_bad_one_of_a_check_that_began_later() {
+        let at = tempfile::tempdir().unwrap();
+        std::fs::create_dir(at.path().join(".lockstep")).unwrap();
+        let root = Root::open(at.path()).unwrap();
+        let (report, options) = (Report::default(), Options::default());
+        let of = |time, result: Outcome| {
+            let verdict = Verdict::new(at.path(), 1, time, &options, "who".to_owned(), &report);
+            Verdict { result: result.name().to_owned(), ..verdict }
+        };
+        let file = at.path().join("verdict");
+        for slot in [Slot::Root(&root), Slot::File(&file)] {
+            let there = || slot.load().unwrap().map(|found| (found.time, found.result));
+            for (time, result, expected) in [
+                (5, Outcome::Good, (5, "good")),
+                (7, Outcome::Bad, (7, "bad")),
+                (6, Outcome::Good, (7, "bad")),
+                (6, Outcome::Unfinished, (6, "unfinished")),
+                (7, Outcome::Good, (7, "good")),
+                (6, Outcome::Good, (6, "good")),
+            ] {
+                slot.store(&of(time, result)).unwrap();
+                assert_eq!(there(), Some((expected.0, expected.1.to_owned())), "{time} {result:?}");
+            }
+        }
+    }
 }

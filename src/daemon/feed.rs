@@ -24,6 +24,8 @@ const SHOWN: usize = 20;
 /// A filter of more paths or bytes than this would be slow; beyond it directories are held back as a whole.
 const HELD_BACK_MAX: usize = 2000;
 const HELD_BACK_BYTES_MAX: usize = 128 << 10;
+/// A thread that hangs in a file system that does not answer holds up nobody for longer.
+const ENDING: Duration = Duration::from_secs(2);
 /// What the kernel has told is waited for at most so long.
 const CATCH_UP_MAX: Duration = Duration::from_secs(5);
 
@@ -62,6 +64,9 @@ pub struct FeedOptions {
     pub poll: Duration,
     /// How often everything is looked at.
     pub rescan: Duration,
+    /// A file that is there when a file system of its own was mounted at the source, also before a restart. Without it that is known
+    /// of the time since the start alone.
+    pub mount_note: Option<PathBuf>,
 }
 
 /// A source that cannot be watched at all.
@@ -100,6 +105,8 @@ pub(super) struct State {
     pub(super) early: BTreeSet<RelPath>,
     pub(super) watching: Watching,
     pub(super) gone: Option<String>,
+    /// The directory that is followed, by device and inode.
+    pub(super) followed: Option<(u64, u64)>,
     /// Where the kernel tells of changes.
     pub(super) events: Option<Arc<OwnedFd>>,
     /// How often the thread began to take in events, and up to which time it has taken note of them.
@@ -174,6 +181,7 @@ impl Feed {
             early: BTreeSet::new(),
             watching: Watching { mode: "starting".to_owned(), ..Watching::default() },
             gone: None,
+            followed: None,
             events: None,
             begun: 0,
             ended: 0,
@@ -258,6 +266,16 @@ impl Feed {
         self.shared.caught_up().settle.is_file_in_hands(path)
     }
 
+    /// Which directory is followed at this moment, by device and inode; `None` where the source is not there.
+    pub fn followed(&self) -> Option<(u64, u64)> {
+        self.shared.state().followed
+    }
+
+    /// Whether its thread does what it is there for.
+    pub fn is_alive(&self) -> bool {
+        self.shared.is_stopped() || self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
     /// Why the source cannot be watched now. It goes on by itself when it is back.
     pub fn gone(&self) -> Option<String> {
         self.shared.state().gone.clone()
@@ -267,7 +285,12 @@ impl Feed {
 impl Drop for Feed {
     fn drop(&mut self) {
         self.stop();
-        if let Some(thread) = self.thread.take() {
+        let Some(thread) = self.thread.take() else { return };
+        let until = Instant::now() + ENDING;
+        while !thread.is_finished() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if thread.is_finished() {
             let _ = thread.join();
         }
     }

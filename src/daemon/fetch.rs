@@ -45,6 +45,8 @@ struct Last {
     young: Option<(Seen, Instant)>,
     /// What each complete unit was made of.
     units: BTreeMap<RelPath, u64>,
+    /// It was worth looking again soon.
+    soon: bool,
     /// The pointers that were left because they name what was not listed.
     left: Arc<Mutex<Said>>,
 }
@@ -55,7 +57,7 @@ pub struct Found {
     pub source: Guarded<Picked>,
     /// What is left alone at both sides.
     pub held: BTreeSet<RelPath>,
-    /// Whether somebody writes there, so that it is worth looking again soon.
+    /// Whether somebody writes there, so that it is worth looking again soon; not twice in a row.
     pub being_written: bool,
 }
 
@@ -182,7 +184,9 @@ pub fn look<T: From<Trouble>>(
     let excluded = Filter::compile(&FilterSpec { rules: job.exclude.clone(), only: None }).map_err(wrong)?;
     let fitting = names_what_was_listed(rules, excluded, held.clone(), (said, Arc::clone(&last.left)));
     let source = Guarded::new(listed.without(&held), Arc::new(|_| false), Arc::new(BTreeSet::new)).fitting(fitting);
-    Ok(Found { source, held, being_written: in_doubt || !written.is_empty() })
+    // What is written all the time is looked at twice, and then with the next poll: what else there is counts as done by then.
+    last.soon = (in_doubt || !written.is_empty()) && !last.soon;
+    Ok(Found { source, held, being_written: last.soon })
 }
 
 /// Whether a path is one of those that are held, or lies below one.

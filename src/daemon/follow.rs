@@ -14,6 +14,7 @@ use super::settle::{Ask, Held};
 use super::status::Watching;
 use super::writers::{Throttle, Writers};
 use crate::config::Watch;
+use crate::error::shown;
 use crate::filter::Filter;
 use crate::layout::complete;
 use crate::manifest::Timestamp;
@@ -63,7 +64,8 @@ pub(super) struct Follower {
 impl Follower {
     pub(super) fn new(shared: Arc<Shared>, source: PathBuf, options: FeedOptions, filter: Filter) -> Follower {
         let ignores = Ignores::new(filter);
-        Follower { shared, source, options, ignores, throttle: Throttle::default(), was_mounted: false }
+        let was_mounted = options.mount_note.as_ref().is_some_and(|note| note.exists());
+        Follower { shared, source, options, ignores, throttle: Throttle::default(), was_mounted }
     }
 
     /// Follows the source until the feed is stopped.
@@ -73,12 +75,15 @@ impl Follower {
             let (root, identity) = match self.open() {
                 Ok(found) => found,
                 Err(reason) => {
-                    self.shared.state().gone = Some(reason);
+                    let mut state = self.shared.state();
+                    (state.gone, state.followed) = (Some(reason), None);
+                    drop(state);
                     self.shared.tell();
                     self.wait(None, Some(Instant::now() + GONE_PAUSE));
                     continue;
                 }
             };
+            self.shared.state().followed = Some(identity);
             let why = polls.take().or_else(|| self.polls_because(&root));
             // Nothing is held open: it would keep a file system from being unmounted.
             drop(root);
@@ -86,9 +91,12 @@ impl Follower {
                 Some(why) => self.poll(identity, why),
                 None => self.follow_events(identity),
             };
+            if matches!(end, End::Replaced) {
+                self.shared.state().followed = None;
+            }
             match end {
                 End::Poll(why) => {
-                    tracing::warn!(source = %crate::error::shown(&self.source), "changes are looked for: {why}");
+                    tracing::warn!(source = %shown(&self.source), "changes are looked for: {why}");
                     polls = Some(why);
                 }
                 // What is there and cannot be listed must not be tried all the time.
@@ -109,11 +117,25 @@ impl Follower {
             u64::from(rustix::fs::major(device)) << 32 | u64::from(rustix::fs::minor(device))
         };
         let is_mounted = above != found.device;
+        let note = self.options.mount_note.as_deref();
         if self.was_mounted && !is_mounted {
+            let otherwise = note
+                .map_or_else(|| "reload the job".to_owned(), |note| format!("remove '{}' and restart", shown(note)));
             return Err(format!(
-                "the file system that was mounted at '{}' is not mounted; mount it, or reload the job if it is to be without it",
-                crate::error::shown(&self.source)
+                "the file system that was mounted at '{}' is not mounted; mount it, or {otherwise} if it is to be without it",
+                shown(&self.source)
             ));
+        }
+        if is_mounted
+            && !self.was_mounted
+            && let Some(note) = note
+            && let Err(error) = std::fs::write(note, self.source.as_os_str().as_encoded_bytes())
+        {
+            tracing::warn!(
+                "a restart would not know that '{}' is a mount: {}",
+                shown(&self.source),
+                crate::error::in_words(&error)
+            );
         }
         self.was_mounted = is_mounted;
         Ok((root, (found.device, found.inode)))

@@ -1,7 +1,7 @@
 //! The threads of one job: one that watches its source, one for each target.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -127,10 +127,12 @@ impl JobThreads {
                 let asked = Arc::clone(&shared);
                 let held_back = Arc::new(move || asked.feed().map(|feed| feed.held_back()).unwrap_or_default());
                 let safe = || shared.safe_units(number);
+                let followed = || shared.feed().and_then(|feed| feed.followed());
                 let there = Arc::clone(&shared);
                 let unfinished = Arc::new(move |held| there.note_unfinished(held));
                 let plan = Plan {
                     safe: &safe,
+                    followed: &followed,
                     job: &shared.job,
                     policy: &shared.policy,
                     actor: &actor,
@@ -148,10 +150,10 @@ impl JobThreads {
             };
             self.threads.push(std::thread::Builder::new().name("target".into()).spawn(serve)?);
         }
-        let shared = Arc::clone(&self.shared);
+        let (shared, state) = (Arc::clone(&self.shared), places.state.clone());
         self.threads.push(std::thread::Builder::new().name("watch".into()).spawn(move || {
             shared.give_way();
-            shared.watch();
+            shared.watch(&state);
         })?);
         Ok(())
     }
@@ -170,8 +172,13 @@ impl JobThreads {
         self.shared.lanes.iter().for_each(Lane::hurry);
     }
 
+    pub(super) fn is_paused(&self) -> bool {
+        self.shared.paused.load(Ordering::Relaxed)
+    }
+
     pub(super) fn is_alive(&self) -> bool {
-        self.threads.iter().all(|thread| !thread.is_finished())
+        let watches = || self.shared.feed().is_none_or(|feed| feed.is_alive());
+        self.threads.iter().all(|thread| !thread.is_finished()) && watches()
     }
 
     pub(super) fn ask_to_stop(&self) {
@@ -260,12 +267,12 @@ impl Shared {
     }
 
     /// Passes on what may be sent. A source that cannot be watched is tried again, and nothing is sent meanwhile.
-    fn watch(&self) {
+    fn watch(&self, state: &Path) {
         if self.job.remote_source().is_some() {
             return self.ask_again();
         }
         while !self.stopped() {
-            match Feed::start(&self.job.source, self.feed_options()) {
+            match Feed::start(&self.job.source, self.feed_options(state)) {
                 Ok(feed) => {
                     *self.feed.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(feed));
                     self.pass_on();
@@ -408,6 +415,8 @@ impl Shared {
             }
             (None, None) => {}
         }
+        let held = halted.is_some();
+        self.lanes.iter().for_each(|lane| lane.hold(held));
     }
 
     fn pause_for(&self, pause: Duration) {
@@ -417,8 +426,11 @@ impl Shared {
         }
     }
 
-    fn feed_options(&self) -> FeedOptions {
+    fn feed_options(&self, state: &Path) -> FeedOptions {
         let job = &self.job;
+        // One for each source, whatever the job is called.
+        let name = blake3::hash(job.source.as_os_str().as_encoded_bytes()).to_hex();
+        let mount_note = Some(state.join(format!("mounted-{}", &name[..16])));
         FeedOptions {
             settle: job.settle.0,
             unit: job.unit.clone(),
@@ -429,6 +441,7 @@ impl Shared {
             watch: job.watch,
             poll: job.poll.0,
             rescan: job.rescan.0,
+            mount_note,
         }
     }
 }

@@ -34,6 +34,7 @@ mod job;
 mod look;
 pub mod metrics;
 pub mod page;
+mod paused;
 mod pending;
 mod polling;
 mod recent;
@@ -190,8 +191,8 @@ impl Shared {
         let named = request["job"].as_str();
         match request["request"].as_str() {
             Some("status") => Ok(json!({ "status": self.status() })),
-            Some("pause") => self.each(named, &|job| job.pause(true)),
-            Some("resume") => self.each(named, &|job| job.pause(false)),
+            Some("pause") => self.pause(named, true),
+            Some("resume") => self.pause(named, false),
             Some("now") => self.each(named, &JobThreads::hurry),
             Some("reload") => {
                 self.reload_wanted.store(true, Ordering::SeqCst);
@@ -200,6 +201,14 @@ impl Shared {
             Some(other) => Err(format!("there is no request '{}'", crate::error::Escaped(other.as_bytes()))),
             None => Err("the line has no 'request'".to_owned()),
         }
+    }
+
+    fn pause(&self, named: Option<&str>, paused: bool) -> Result<Value, String> {
+        let done = self.each(named, &|job| job.pause(paused))?;
+        let running = self.running();
+        let names = running.jobs.iter().filter(|job| job.is_paused()).map(|job| job.name().to_owned());
+        paused::store(&self.places.state, &names.collect());
+        Ok(done)
     }
 
     /// Does something to one job, or to all.
@@ -265,6 +274,7 @@ impl Daemon {
         let mut running = self.shared.running();
         let mut jobs = Vec::with_capacity(config.jobs.len());
         let mut before = std::mem::take(&mut running.jobs);
+        let paused = paused::load(&self.shared.places.state);
         for job in &config.jobs {
             let policy = job.policy.as_deref().map(|name| config.policy(name)).transpose();
             let policy = match policy {
@@ -278,7 +288,13 @@ impl Daemon {
             let same = before.iter().position(|other| other.is_of(job, &policy));
             jobs.push(match same {
                 Some(at) => before.swap_remove(at),
-                None => JobThreads::new(job.clone(), policy),
+                None => {
+                    let new = JobThreads::new(job.clone(), policy);
+                    if paused.contains(&job.name) {
+                        new.pause(true);
+                    }
+                    new
+                }
             });
         }
         // Those that go end before others begin: they may be of the same source and targets.

@@ -19,6 +19,23 @@ pub(super) enum Work {
     Paths(BTreeSet<RelPath>),
 }
 
+impl Work {
+    /// What there is still to do where all else of it was done: what is `held` since changes again, and becomes ready once more by
+    /// itself. `None` where that is nothing.
+    pub(super) fn without(self, held: &BTreeSet<RelPath>) -> Option<Work> {
+        match self {
+            Work::Everything { mut except } => {
+                except.extend(held.iter().cloned());
+                Some(Work::Everything { except })
+            }
+            Work::Paths(mut paths) => {
+                paths.retain(|path| !held.iter().any(|held| path.is_within(held) || held.is_within(path)));
+                (!paths.is_empty()).then_some(Work::Paths(paths))
+            }
+        }
+    }
+}
+
 /// What has not been published yet.
 #[derive(Debug, Default)]
 pub(super) struct Pending {
@@ -41,12 +58,19 @@ impl Pending {
         let work = match (work, ready) {
             (work, Ready::Early(paths)) => {
                 self.early.extend(paths);
+                if self.early.len() > PATHS_MAX {
+                    // The target is away, or slow: they come with their units.
+                    self.early.clear();
+                }
                 self.early_at = Some(now);
                 self.work = work;
                 return;
             }
             // It was looked at just now: what was left out before has become ready or not by this.
-            (_, Ready::Everything { except }) => Work::Everything { except },
+            (_, Ready::Everything { except }) => {
+                self.early.clear();
+                Work::Everything { except }
+            }
             (None, Ready::Paths(paths)) => Work::Paths(paths),
             (Some(Work::Paths(mut all)), Ready::Paths(paths)) => {
                 all.extend(paths);
@@ -172,6 +196,30 @@ mod tests {
         pending.put_back(Work::Paths(set(&["a"])));
         pending.add(Ready::Everything { except: set(&["a"]) }, 1, now);
         assert_eq!(pending.take(), Some(Work::Everything { except: set(&["a"]) }));
+    }
+
+    #[test]
+    fn what_changes_again_is_not_tried_again_before_it_is_ready() {
+        let everything = Work::Everything { except: set(&["a"]) };
+        assert_eq!(everything.without(&set(&["log"])), Some(Work::Everything { except: set(&["a", "log"]) }));
+        let paths = || Work::Paths(set(&["unit", "other/f", "latest"]));
+        assert_eq!(paths().without(&set(&["unit/part", "other"])), Some(Work::Paths(set(&["latest"]))));
+        assert_eq!(paths().without(&set(&["unit", "other", "latest"])), None);
+        assert_eq!(paths().without(&set(&[])), Some(paths()));
+    }
+
+    #[test]
+    fn what_may_be_staged_early_is_forgotten_where_it_is_much_or_all_is_compared() {
+        let (now, mut pending) = (Instant::now(), Pending::default());
+        let many =
+            |count: usize| Ready::Early((0..count).map(|at| RelPath::new(format!("unit/{at}")).unwrap()).collect());
+        pending.add(many(3), 0, now);
+        assert_eq!(pending.take_early(now).map(|(paths, _)| paths.len()), Some(3));
+        pending.add(many(PATHS_MAX + 1), 0, now);
+        assert!(pending.take_early(now).is_none());
+        pending.add(many(3), 0, now);
+        pending.add(Ready::Everything { except: BTreeSet::new() }, 1, now);
+        assert!(pending.take().is_some() && pending.take_early(now).is_none());
     }
 
     #[test]

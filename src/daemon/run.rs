@@ -52,6 +52,8 @@ pub(super) struct Plan<'a> {
     pub(super) state: &'a Path,
     /// What is not to be sent at the moment of asking.
     pub(super) held_back: HeldBack,
+    /// Which directory is watched, by device and inode.
+    pub(super) followed: &'a dyn Fn() -> Option<(u64, u64)>,
     /// Whether a file of the source is in somebody's hands.
     pub(super) guard: Guard,
     /// The same of a file alone, whatever unit it lies in.
@@ -75,6 +77,8 @@ pub(super) struct Done {
     pub(super) left: u64,
     /// What is left may be had in a moment.
     pub(super) soon: bool,
+    /// Nothing but this is left, and what may speak of it: it changes again, and becomes ready again by itself.
+    pub(super) held: BTreeSet<RelPath>,
     /// Files were left that changed between being listed and being read: somebody wrote to them just then. It is a failure
     /// where it goes on.
     pub(super) changing: Option<Trouble>,
@@ -105,6 +109,7 @@ pub(super) fn run(
     let job = plan.job;
     let failed = |error: &dyn std::error::Error, exit| Trouble { message: chain(error), exit };
     let left_there;
+    let mut again_held = BTreeSet::new();
     let (source, mut options): (Box<dyn Source>, Options) = match job.remote_source() {
         Some(_) => {
             let mut options = options(plan, FilterSpec { rules: job.exclude.clone(), only: None });
@@ -118,15 +123,24 @@ pub(super) fn run(
         }
         None => {
             let root = Root::open(&job.source).map_err(|error| failed(&error, Exit::Io))?;
+            let source =
+                LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
+            // What lies in the place of a file system that was unmounted is not what is to be sent.
+            let watched = (plan.followed)();
+            let opened = [root.stat_root().ok().map(|found| (found.device, found.inode)), source.root_identity()];
+            if watched.is_none() || opened.iter().any(|opened| *opened != watched) {
+                return Ok(Done { left: 1, ..Done::default() });
+            }
             let held = (plan.held_back)();
             let again = changes_again(work, &held);
             let Some(filter) = filter(plan, work, &held, again, &root) else {
-                return Ok(Done { left: u64::from(again), soon: again, ..Done::default() });
+                return Ok(Done { left: u64::from(again), soon: again, held, ..Done::default() });
             };
             left_there = u64::from(again);
+            if again {
+                again_held = held;
+            }
             let steady = published_whole(&root)?;
-            let source =
-                LocalSource::new(&job.source, Some(plan.state)).map_err(|error| failed(&error, error.exit()))?;
             let mut options = options(plan, filter);
             if let Some(rule) = job.retain.filter(|_| options.scan.filter.only.is_none()) {
                 keep_only(&mut options, &root, rule, (plan.safe)()).map_err(|error| failed(&error, error.exit()))?;
@@ -151,8 +165,10 @@ pub(super) fn run(
         Ok(report) => {
             let units = options.retain.map(|of| of.source.into_iter().map(|unit| unit.path).collect());
             let done = concluded(report)?;
-            let soon = done.left == 0 && left_there > 0 && job.remote_source().is_none();
-            Ok(Done { units, soon, left: done.left + left_there, ..done })
+            let alone = done.left == 0;
+            let soon = alone && left_there > 0 && job.remote_source().is_none();
+            let held = if alone { again_held } else { BTreeSet::new() };
+            Ok(Done { units, soon, held, left: done.left + left_there, ..done })
         }
         // A unit was begun between asking what is not finished and looking.
         Err(Error::Remote { message, .. }) if [NOT_STEADY, NOT_WHOLE].contains(&message.as_str()) => {
@@ -346,6 +362,7 @@ fn concluded(report: SyncReport) -> Result<Done, Trouble> {
     Ok(Done {
         left,
         soon: false,
+        held: BTreeSet::new(),
         changing: first_of(&changing),
         units: None,
         needed: report.needed,

@@ -42,6 +42,8 @@ const CHANGING_MAX: u32 = 5;
 struct Inner {
     pending: Pending,
     paused: bool,
+    /// The source is not there.
+    held: bool,
     /// The run that goes on.
     tally: Option<Arc<Tally>>,
     failures_in_a_row: u64,
@@ -108,6 +110,12 @@ impl Lane {
         self.woken.notify_all();
     }
 
+    /// Begins no run as long as the source is not there: what lies in its place is not to be sent, nor what is missing removed.
+    pub(super) fn hold(&self, held: bool) {
+        self.inner().held = held;
+        self.woken.notify_all();
+    }
+
     /// Tries again at once what waits for its time.
     pub(super) fn hurry(&self) {
         self.inner().next_try = None;
@@ -171,10 +179,14 @@ impl Lane {
             match inner.changing(result) {
                 Ok(done) => {
                     let left = done.left > 0;
-                    if left {
-                        inner.pending.put_back(work);
-                        inner.left(if done.soon { Duration::ZERO } else { plan.job.settle.0 });
-                    } else {
+                    match Some(work).filter(|_| left).and_then(|work| work.without(&done.held)) {
+                        Some(rest) => {
+                            inner.pending.put_back(rest);
+                            inner.left(if done.soon { Duration::ZERO } else { plan.job.settle.0 });
+                        }
+                        None => inner.pending.done(Instant::now()),
+                    }
+                    if !left {
                         inner.done_through = through;
                         inner.keeps_needed = !done.needed.is_empty();
                     }
@@ -246,7 +258,8 @@ impl Lane {
             }
             let now = Instant::now();
             let early = inner.next_try.filter(|&at| at > now);
-            if !inner.paused
+            let rests = inner.paused || inner.held;
+            if !rests
                 && early.is_none()
                 && let Some(work) = inner.pending.take()
             {
@@ -257,8 +270,7 @@ impl Lane {
                 return Some((Task::Publish(work, ready), inner.pending.through(), tally));
             }
             // A target that fails gets no more to do.
-            let may_stage =
-                !inner.paused && inner.failures_in_a_row == 0 && inner.no_early_before.is_none_or(|at| at <= now);
+            let may_stage = !rests && inner.failures_in_a_row == 0 && inner.no_early_before.is_none_or(|at| at <= now);
             if may_stage && let Some((finished, ready)) = inner.pending.take_early(now) {
                 // Under the lock: what is added from now on interrupts it.
                 self.interrupt.store(false, Ordering::Relaxed);
@@ -266,7 +278,7 @@ impl Lane {
                 inner.tally = Some(Arc::clone(&tally));
                 return Some((Task::Stage(finished, ready), 0, tally));
             }
-            inner = match early.filter(|_| !inner.paused && !inner.pending.is_empty()) {
+            inner = match early.filter(|_| !rests && !inner.pending.is_empty()) {
                 Some(at) => {
                     let waited = self.woken.wait_timeout(inner, at - now);
                     waited.map_or_else(|poisoned| poisoned.into_inner().0, |waited| waited.0)
@@ -336,19 +348,21 @@ impl Inner {
         self.changing = Some((trouble.message.clone(), times));
         if times >= CHANGING_MAX {
             // What it has brought nevertheless counts.
-            self.succeeded(&done);
+            self.brought(&done);
             return Err(trouble);
         }
         Ok(done)
     }
 
     fn succeeded(&mut self, done: &Done) {
-        let now = clock();
-        self.pending.done(Instant::now());
         (self.failures_in_a_row, self.halted) = (0, false);
         self.known.runs += 1;
-        self.known.last_success = Some(now);
+        self.known.last_success = Some(clock());
         self.known.last_error = None;
+        self.brought(done);
+    }
+
+    fn brought(&mut self, done: &Done) {
         self.known.generation = done.generation.or(self.known.generation);
         self.known.published_files += done.published;
         self.known.transferred_bytes += done.transferred_bytes;
@@ -391,6 +405,13 @@ mod tests {
         for _ in 1..CHANGING_MAX {
             assert!(inner.changing(changing()).is_ok());
         }
-        assert_eq!(inner.changing(changing()).unwrap_err(), trouble);
+        // It is one failure, however often it is met again.
+        for times in 1..4 {
+            let failed = inner.changing(changing()).unwrap_err();
+            assert_eq!(failed, trouble);
+            inner.failed(&failed, Duration::from_secs(60));
+            assert_eq!(inner.failures_in_a_row, times);
+            assert_eq!(inner.known.last_error.as_ref().unwrap().times, times);
+        }
     }
 }

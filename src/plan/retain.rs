@@ -100,6 +100,14 @@ impl Retention {
         paths.filter(|path| !kept.contains(path) && !self.pointed.contains(path)).cloned().collect()
     }
 
+    /// The same without the units that were to be sent and that the scan did not find: they went after they were counted, and no target
+    /// may lose another one for them.
+    pub fn as_found(&self, is_there: &dyn Fn(&RelPath) -> bool) -> Retention {
+        let left_out = self.left_out();
+        let there = self.source.iter().filter(|unit| left_out.contains(&unit.path) || is_there(&unit.path));
+        Retention { source: there.cloned().collect(), ..self.clone() }
+    }
+
     /// Decides about the units among the removals of `plan`, which was made without what is left out. `unit` are the globs of
     /// units.
     ///
@@ -214,6 +222,17 @@ mod tests {
         // Nothing is concluded from nothing.
         assert_eq!(decided(&[], &["c-1", "c-2", "c-3"], |_| {}).0, none);
         assert_eq!(decided(&["c-2", "c-3"], &["c-old"], |_| {}).0, none);
+    }
+
+    #[test]
+    fn a_unit_that_went_after_it_was_counted_costs_no_other_its_place() {
+        let source = units(&["c-9", "c-10"]);
+        let retention = Retention { rule: rule(1, None), source, pointed: BTreeSet::new(), safe: None };
+        let removal = |path: &str| Removal { path: RelPath::new(path).unwrap(), directory: true };
+        let plan = Plan { removals: ["c-8", "c-9"].map(removal).into(), ..Plan::default() };
+        let filter = Filter::compile(&FilterSpec { rules: vec!["c-*/".into()], only: None }).unwrap();
+        let gone = |is_there| shown(&retention.as_found(&|_| is_there).decide(&plan, &filter).gone);
+        assert_eq!((gone(true), gone(false)), (vec!["c-8".to_owned(), "c-9".to_owned()], vec!["c-8".to_owned()]));
     }
 
     #[test]

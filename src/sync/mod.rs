@@ -249,7 +249,7 @@ fn run_begun(
     }
     let mut plan = target.diff(&tree, monitor)?;
     check(stop)?;
-    let retired = retired(options, &mut plan)?;
+    let retired = retired(options, &tree, &mut plan)?;
     if options.delete {
         safety::check_removals(&tree, &plan, options.max_delete)
             .map_err(|refusal| Error::Refused { by: "the safety checks".into(), reason: refusal.to_string() })?;
@@ -333,8 +333,9 @@ fn run_begun(
 }
 
 /// The units that are not to stay, which are no removals of the plan any more.
-fn retired(options: &Options, plan: &mut Plan) -> Result<Retired, Error> {
+fn retired(options: &Options, tree: &Tree, plan: &mut Plan) -> Result<Retired, Error> {
     let Some(retention) = &options.retain else { return Ok(Retired::default()) };
+    let retention = retention.as_found(&|unit| tree.position(unit).is_some());
     let spec = FilterSpec { rules: options.begin.units.clone(), only: None };
     let units = Filter::compile(&spec).map_err(|error| Error::Usage(crate::error::chain(&error)))?;
     let retired = retention.decide(plan, &units);

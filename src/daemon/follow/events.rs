@@ -340,15 +340,24 @@ impl Follower {
             }
             return Ok(());
         };
-        if self.ignores.admits(from, directory) {
+        let admitted = self.ignores.admits(from, directory);
+        if admitted {
             self.shared.state().settle.moved(from, &to, directory, now);
         }
         if directory {
             watches.moved(from, &to);
-            self.cover(root, watches, &to)
+            self.cover(root, watches, &to)?;
         } else {
             self.shared.state().settle.touched(&to, false, now);
-            Ok(())
+        }
+        // Exchanged: each half of that has taken the other's watches with it.
+        match root.stat(from, Follow::Never) {
+            Ok(found) if admitted && found.kind == FileKind::Directory => self.cover(root, watches, from),
+            Ok(_) if admitted => {
+                self.appeared(root, from, false, now);
+                Ok(())
+            }
+            _ => Ok(()),
         }
     }
 
