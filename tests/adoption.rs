@@ -1,6 +1,12 @@
 //! What lies at the target already, brought by other means or edited there.
 
 use std::fs;
+use std::sync::atomic::AtomicBool;
+
+use lockstep::endpoint::local::{LocalSource, LocalTarget};
+use lockstep::monitor::{Counters, Event, Monitor, Phase};
+use lockstep::policy::PolicySpec;
+use lockstep::sync::run;
 
 use crate::kit::pair::{Pair, damage, options, run_command, with};
 
@@ -95,4 +101,52 @@ fn a_push_of_one_file_leaves_what_is_known_of_its_neighbours() {
     crate::kit::done(&push.unwrap());
     assert_eq!(fs::read(pair.target.join("new")).unwrap(), b"another");
     assert_eq!(known(), 3);
+}
+
+/// Does something when everything was compared, and nothing is published yet.
+struct Then<F>(F, Counters);
+
+impl<F: Fn() + Send + Sync> Monitor for Then<F> {
+    fn event(&self, event: Event<'_>) {
+        if matches!(event, Event::Phase(Phase::Publishing)) {
+            (self.0)();
+        }
+    }
+    fn counters(&self) -> &Counters {
+        &self.1
+    }
+}
+
+#[test]
+fn h36_what_is_changed_between_comparing_and_publishing_is_not_taken_for_what_it_was() {
+    // By writing to it, also with the time put back; by nothing but a further name, which changes nothing.
+    for (how, complete) in [("written", false), ("put back", false), ("linked", true)] {
+        let pair = Pair::new();
+        pair.write("a", b"of the source");
+        pair.write("b", b"of the source");
+        fs::create_dir(&pair.target).unwrap();
+        for name in ["a", "b"] {
+            fs::write(pair.target.join(name), "of the source").unwrap();
+        }
+        std::thread::sleep(lockstep::scan::cache::GRANULARITY * 2);
+        let there = pair.target.join("a");
+        let then = || match how {
+            "written" => fs::write(&there, "of a stranger").unwrap(),
+            "put back" => damage(&there),
+            _ => fs::hard_link(&there, pair.target.parent().unwrap().join("further")).unwrap(),
+        };
+        let source = LocalSource::new(&pair.source, None).unwrap();
+        let target = LocalTarget::new(&pair.target, PolicySpec::default());
+        let report =
+            run(&source, &target, &options(), &Then(then, Counters::default()), &AtomicBool::new(false)).unwrap();
+        let told: Vec<_> = report.problems.iter().map(|problem| problem.message.as_str()).collect();
+        assert_eq!(report.is_complete(), complete, "{how}: {told:?}");
+        assert!(
+            complete || told.iter().any(|told| told.contains("changed by somebody else after it was compared")),
+            "{told:?}"
+        );
+        assert!(pair.push(&options()).is_complete());
+        assert_eq!(fs::read(&there).unwrap(), b"of the source", "{how}");
+        assert_eq!(pair.differences(), "", "{how}");
+    }
 }

@@ -145,3 +145,20 @@ fn is_memory(path: &Path) -> bool {
     const TMPFS: i64 = 0x0102_1994;
     rustix::fs::statfs(path).unwrap().f_type as i64 == TMPFS
 }
+
+#[test]
+fn h36_a_write_through_a_mapping_after_a_push_is_sent_by_the_next() {
+    let pair = published();
+    if is_memory(&pair.source) {
+        return;
+    }
+    // As large as files are that are written through mappings.
+    pair.write("mapped", &vec![7; 3 << 20]);
+    std::thread::sleep(std::time::Duration::from_millis(30));
+    let mut python = Command::new("python3");
+    python.args(["-c", MAPPED]).arg(pair.source.join("mapped"));
+    python.args([lockstep(), "push", "-q"]).arg(&pair.source).arg(&pair.target).env("XDG_STATE_HOME", &pair.state);
+    let output = python.output().expect("python3 is not installed: Debian package python3");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "0 0", "{}", crate::kit::text(&output));
+    assert_eq!(fs::read(pair.target.join("mapped")).unwrap()[0], 7 ^ 1);
+}

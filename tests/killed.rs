@@ -121,6 +121,9 @@ fn directories_without_the_right_to_write_are_followed_by_who_is_not_root() {
     for name in ["closed/deep/f", "closed/goes", "unit/inner/f", "unit/stays"] {
         write(&source, name, b"old");
     }
+    // What is staged has its last mode: the next run goes on with it all the same.
+    write(&source, "unit/read-only", b"old");
+    fs::set_permissions(source.join("unit/read-only"), std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
     close(&["closed/deep", "closed", "unit/inner", "unit"]);
     let first = push(None);
     assert!(first.status.success(), "{}", text(&first));
@@ -130,6 +133,9 @@ fn directories_without_the_right_to_write_are_followed_by_who_is_not_root() {
     for name in ["closed/deep/f", "closed/new/deep/f", "unit/inner/f", "unit/inner/more/f"] {
         write(&source, name, b"new!");
     }
+    fs::remove_file(source.join("unit/read-only")).unwrap();
+    write(&source, "unit/read-only", b"new!");
+    fs::set_permissions(source.join("unit/read-only"), std::os::unix::fs::PermissionsExt::from_mode(0o400)).unwrap();
     fs::remove_file(source.join("closed/goes")).unwrap();
     close(&["closed/deep", "closed/new/deep", "closed/new", "closed", "unit/inner/more", "unit/inner", "unit"]);
     for kill in [

@@ -208,3 +208,32 @@ fn the_end_alone_of_a_file_that_only_grows_is_read_and_sent() {
         }
     }
 }
+
+#[test]
+fn h36_what_is_changed_there_between_comparing_and_publishing_is_not_taken_for_what_it_was() {
+    for shell in [true, false] {
+        let data = noise(1, 20_000);
+        let pair = holding(&data, shell);
+        // Another time, the same content: it is compared, and gets that time.
+        fs::File::options()
+            .write(true)
+            .open(pair.at("source/sub/model.bin"))
+            .unwrap()
+            .set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_100_000_000))
+            .unwrap();
+        let (there, done) = (pair.at("target/sub/model.bin"), AtomicBool::new(false));
+        let other = noise(2, 20_000);
+        let out: Hook = Arc::new(move |packet| {
+            let publishes = packet.windows(23).any(|bytes| bytes == b"staging/sftp/commit.new");
+            if publishes && !done.swap(true, Ordering::Relaxed) {
+                fs::write(&there, &other).unwrap();
+            }
+            true
+        });
+        let (report, _) = push_with(&pair, out, nothing(), shell);
+        let told: Vec<_> = report.problems.iter().map(|problem| problem.message.as_str()).collect();
+        assert!(told.iter().any(|told| told.contains("changed by somebody else after it was compared")), "{told:?}");
+        pushed(&pair, shell);
+        assert_eq!(fs::read(pair.at("target/sub/model.bin")).unwrap(), data);
+    }
+}

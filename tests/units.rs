@@ -234,3 +234,39 @@ fn a_step_that_fails_leaves_the_manifest_true() {
     assert!(pair.push(&options()).is_complete());
     assert_eq!(pair.differences(), "");
 }
+
+#[test]
+fn what_somebody_puts_into_a_unit_while_it_is_built_anew_stays_in_it() {
+    let mut came = 0;
+    for round in 0..5 {
+        let pair = Pair::new();
+        for number in 0..3000 {
+            pair.write(&format!("ckpt-1/{number:04}"), b"same");
+        }
+        pair.write("ckpt-1/weights", b"old");
+        let mut units = with(|begin| begin.units = vec!["ckpt-*/".into()]);
+        units.delete = round % 2 == 0;
+        assert!(pair.push(&units).is_complete());
+        pair.write("ckpt-1/weights", b"new!");
+        fs::remove_file(pair.source.join("ckpt-1/0000")).unwrap();
+        let (staged, unit) =
+            (pair.target.join(".lockstep/staging/current/tree/ckpt-1/0001"), pair.target.join("ckpt-1"));
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let stranger = scope.spawn(|| {
+                while !staged.exists() && !over.load(std::sync::atomic::Ordering::Relaxed) {}
+                let made = pair.target.join("made");
+                fs::create_dir(&made).unwrap();
+                fs::write(made.join("results"), "good").unwrap();
+                fs::rename(made, unit.join("eval")).unwrap();
+            });
+            assert!(pair.push(&units).is_complete());
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+            stranger.join().unwrap();
+        });
+        came += usize::from(fs::read(unit.join("eval/results")).is_ok_and(|read| read == b"good"));
+        assert_eq!(unit.join("0000").exists(), !units.delete);
+        assert_eq!(fs::read(unit.join("weights")).unwrap(), b"new!");
+    }
+    assert_eq!(came, 5);
+}

@@ -21,6 +21,8 @@ const TABLE: TableDefinition<'_, (u64, u64), &[u8]> = TableDefinition::new("dige
 
 /// How old a time must be before it is trusted, by far more than the tick of any kernel clock.
 pub const GRANULARITY: Duration = Duration::from_millis(20);
+/// The same on file systems that keep whole seconds, or as FAT every second one: all their times end with no nanoseconds.
+const WHOLE_SECONDS: Duration = Duration::from_secs(2);
 
 /// What the database may keep of its file in memory.
 const DATABASE_BYTES: usize = 16 << 20;
@@ -104,8 +106,18 @@ impl DigestCache<'_> {
 
 /// Whether a file that was looked at then had not changed for so long that a further change would have another time.
 pub fn is_settled(file: impl Into<Fingerprint>, looked: SystemTime) -> bool {
-    system_time(file.into().ctime)
-        .is_none_or(|changed| looked.duration_since(changed).is_ok_and(|age| age > GRANULARITY))
+    let changed = file.into().ctime;
+    system_time(changed).is_none_or(|since| looked.duration_since(since).is_ok_and(|age| age > granularity_of(changed)))
+}
+
+fn granularity_of(time: Timestamp) -> Duration {
+    if time.nanoseconds == 0 { WHOLE_SECONDS } else { GRANULARITY }
+}
+
+/// How long it takes from `now` on until a file with this time of change is [settled](is_settled), if it stays as it is.
+pub fn until_settled(file: impl Into<Fingerprint>, now: SystemTime) -> Duration {
+    let changed = file.into().ctime;
+    until(changed, granularity_of(changed), now)
 }
 
 /// Whether a file has a time of modification that no write near its time of change can have given it: then a write shows
@@ -121,11 +133,16 @@ pub fn is_dated(file: impl Into<Fingerprint>) -> bool {
 
 /// How long it takes from `now` on until a file with this time of modification is [dated](is_dated) when its inode changes.
 pub fn until_dated(mtime: Timestamp, now: SystemTime) -> Duration {
-    let (Some(modified), tick) = (system_time(mtime), GRANULARITY + Duration::from_millis(1)) else {
+    until(mtime, GRANULARITY, now)
+}
+
+/// How long it takes until a time is longer ago than that. One that is far ahead, by another machine's clock, is not waited for.
+fn until(time: Timestamp, granularity: Duration, now: SystemTime) -> Duration {
+    let (Some(since), tick) = (system_time(time), granularity + Duration::from_millis(1)) else {
         return Duration::ZERO;
     };
-    match now.duration_since(modified) {
-        Ok(since) => tick.saturating_sub(since),
+    match now.duration_since(since) {
+        Ok(age) => tick.saturating_sub(age),
         Err(ahead) if ahead.duration() <= tick => tick + ahead.duration(),
         Err(_) => Duration::ZERO,
     }
@@ -202,6 +219,34 @@ mod tests {
             let changed = (now + wait).duration_since(UNIX_EPOCH).unwrap();
             let ctime = Timestamp { seconds: changed.as_secs() as i64, nanoseconds: changed.subsec_nanos() };
             assert!(is_dated(Fingerprint { device: 0, inode: 0, size: 0, mtime, ctime }), "{milliseconds}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_settled_when_a_further_change_would_have_another_time() {
+        let at = |milliseconds: u64| UNIX_EPOCH + Duration::from_secs(1_000_000) + Duration::from_millis(milliseconds);
+        let of = |nanoseconds| Fingerprint {
+            device: 0,
+            inode: 0,
+            size: 0,
+            mtime: Timestamp::default(),
+            ctime: Timestamp { seconds: 1_000_000, nanoseconds },
+        };
+        // One that has no nanoseconds is of a file system that keeps whole seconds.
+        for (file, now, wait) in [
+            (of(500_000_000), 500, 21),
+            (of(500_000_000), 515, 6),
+            (of(500_000_000), 490, 31),
+            (of(500_000_000), 521, 0),
+            (of(500_000_000), 0, 0),
+            (of(0), 0, 2001),
+            (of(0), 1999, 2),
+            (of(0), 2001, 0),
+        ] {
+            let wait = Duration::from_millis(wait);
+            assert_eq!(until_settled(file, at(now)), wait, "{file:?} {now}");
+            assert_eq!(is_settled(file, at(now)), wait.is_zero() && now > 0, "{file:?} {now}");
+            assert!(wait.is_zero() || is_settled(file, at(now) + wait));
         }
     }
 

@@ -136,7 +136,16 @@ impl StagedFile {
     /// # Errors
     /// [`StageError::NotResumable`] when there is less.
     pub fn resume(staging: &Root, path: &RelPath, size: u64, resume_at: u64) -> Result<StagedFile, StageError> {
-        let file = staging.open_with(path, Follow::Never, OFlags::RDWR | OFlags::NONBLOCK, 0)?;
+        let open = || staging.open_with(path, Follow::Never, OFlags::RDWR | OFlags::NONBLOCK, 0);
+        let not_resumable = StageError::NotResumable { expected: resume_at };
+        let file = match open() {
+            // It has its last mode already, which may forbid even its owner to write.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                make_writable(staging, path).map_err(|_| not_resumable)?;
+                open()?
+            }
+            other => other?,
+        };
         let found = Metadata::of(&file).map_err(failed("look at the staged file"))?;
         let fits = found.kind == FileKind::Regular && found.links == 1 && found.size >= resume_at && resume_at <= size;
         if !fits {
@@ -346,6 +355,16 @@ pub fn hash_of_both(first: (&File, u64), second: (&File, u64)) -> Result<Digest,
     hash_to(first.0, 0, &mut hashing, first.1)?;
     hash_to(second.0, first.1, &mut hashing, first.1 + second.1)?;
     Ok(hashing.finish().0)
+}
+
+/// Gives a file of ours that has no other name the mode that it was staged with.
+fn make_writable(staging: &Root, path: &RelPath) -> io::Result<()> {
+    let inode = Inode::open(staging, Some(path)).map_err(|error| error.source)?;
+    let found = inode.metadata()?;
+    match found.kind == FileKind::Regular && found.links == 1 {
+        true => inode.set_mode(0o600),
+        false => Err(io::ErrorKind::PermissionDenied.into()),
+    }
 }
 
 /// Hashes what lies on the disk, on to `end`; the file begins at `base` of what is hashed.

@@ -5,17 +5,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crossbeam_channel::unbounded;
+use crossbeam_channel::{bounded, unbounded};
 
 use super::delta::{Delta, Piece};
 use super::{REMEMBERED, Shared, lock};
-use crate::endpoint::delta::{self, Beginning, Cut, Former, InPlace, Matcher, Wanted, Within};
+use crate::endpoint::delta::{self, Beginning, Cut, DELTA_BYTES_MIN, Former, InPlace, Matcher, Wanted, Within};
 use crate::endpoint::{Error, Fetch, Produced, Reader, Source, Staged, Target, Writer};
 use crate::manifest::{Digest, Entry, Tree};
 use crate::monitor::{Counters, Event, Problem, Severity};
 
 /// So much a target copies before it is waited for.
 const COPYING_MAX: u64 = 64 << 20;
+/// So many parts of what the target has of a file wait until they are looked at; then it is not asked for more.
+const LISTED_AHEAD: usize = 4;
 /// Files of which the source is told at once what the target has.
 const TELLING_MAX: usize = 16;
 
@@ -65,11 +67,10 @@ pub(super) fn work(
     std::thread::scope(|scope| {
         let _over = Over(over);
         let list = |index, from| {
-            let ((orders, ordered), (sender, parts)) = (unbounded(), unbounded());
-            scope.spawn(move || {
-                // Where it cannot be told, all is sent; a connection that is lost shows there too.
-                let _ = delta::list(&mut (ordered, sender), |wanted| target.alike(index, wanted));
-            });
+            let ((orders, ordered), (sender, parts)) = (unbounded(), bounded(LISTED_AHEAD));
+            // Where it cannot be told, all is sent; a connection that is lost shows there too, and so does that there is no thread for it.
+            let ask = move || drop(delta::list(&mut (ordered, sender), |wanted| target.alike(index, wanted)));
+            let _ = std::thread::Builder::new().name("list".to_owned()).spawn_scoped(scope, ask);
             Matcher::new(from, Box::new((orders, parts)))
         };
         let compare = |index| {
@@ -170,6 +171,7 @@ impl Worker<'_, '_> {
                 let length = block.data().len() as u64;
                 Counters::add(&counters.done_bytes, length);
                 Counters::add(&counters.transferred_bytes, length);
+                self.deltas.remove(&index);
                 self.pushed.remove(&index);
                 self.finished.insert(index, digest);
                 self.writer.put(index, block, digest)
@@ -214,6 +216,7 @@ impl Worker<'_, '_> {
             }
             Produced::Same { index, digest } => {
                 self.compared.remove(&index);
+                self.deltas.remove(&index);
                 Counters::add(&counters.done_bytes, self.size_of(index));
                 self.pushed.remove(&index);
                 self.finished.insert(index, digest);
@@ -261,6 +264,10 @@ impl Worker<'_, '_> {
         let digest = self.digest_of(index);
         if let Some(former) = self.target.former(index) {
             return self.is_made_of(source, fetch, former, digest);
+        }
+        // A target that is not honest may say it of any file.
+        if self.size_of(index) < DELTA_BYTES_MIN {
+            return Ok(false);
         }
         let mut matcher = (self.list)(index, fetch.from);
         if let Some(digest) = digest

@@ -18,6 +18,8 @@ use crate::endpoint::Block;
 const AHEAD_BYTES: u64 = 32 << 20;
 /// Where nothing was found for so long in all that the target has, nothing is looked for any more.
 const FRUITLESS_BYTES: u64 = 256 << 20;
+/// So many chunks of what the target has are looked for, each takes about 60 bytes; at 256 KiB each these are 128 GiB of its files.
+const KNOWN_MAX: usize = 1 << 19;
 /// What follows on what was found is other for so long: it was moved.
 const MOVED_BYTES: u64 = 1 << 20;
 
@@ -309,6 +311,11 @@ impl Matcher {
                     *heard += length;
                 }
                 self.learn(from, &alike);
+                if self.known.len() >= KNOWN_MAX {
+                    // As if that were all that it has.
+                    self.done |= current;
+                    return;
+                }
                 // The first answer says how many there are.
                 if order == 1 && current && alike.pieces.min(PIECES_MAX) > self.pieces {
                     self.pieces = alike.pieces.min(PIECES_MAX);

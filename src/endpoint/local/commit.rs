@@ -96,6 +96,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
         login,
         steps,
         inodes,
+        goes: (!exchanged.is_empty()).then(|| going_within(&exchanged, state, options.delete)),
         grown: grown(run, staging, state, &failed)?,
         renamed: renamed.into_iter().collect(),
         withheld: withheld_rights,
@@ -108,11 +109,12 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     audited::announce(&run.root, Area::Run, &record, &changes, monitor)?;
     publish::write_down(&run.root, staging, &record, &changes, &acls)?;
     state.recorded.set(true);
-    let problems = publish::carry_out(&run.root, staging, Area::Run, &record, &changes, &acls)?;
+    let compared = |path: &RelPath| state.compared(path);
+    let problems = publish::carry_out(&run.root, staging, Area::Run, &record, &changes, &acls, &compared)?;
     let stays = |old: &Entry| changes::stays(run, state, &failed, old);
     let old = &state.old_manifest.tree;
     let mut kept = recall::is_worth_keeping(old.entries().len().max(source.entries().len())).then(Vec::new);
-    let mut remembering = Remembering::new(run, state, &record);
+    let mut remembering = Remembering::new(run, state, &record, &problems);
     let mut each = |entry: &Entry, index: Option<u32>| {
         remembering.add(entry, index);
         if let Some(kept) = &mut kept {
@@ -168,6 +170,12 @@ fn let_times_pass(run: &Run, state: &State) {
     let now = SystemTime::now();
     let longest = entries.filter(|entry| run.grows(&entry.path)).map(|entry| until_dated(entry.mtime, now)).max();
     longest.into_iter().for_each(std::thread::sleep);
+}
+
+/// What goes of the units that are exchanged.
+fn going_within(units: &BTreeSet<RelPath>, state: &State, delete: bool) -> BTreeSet<RelPath> {
+    let removals = state.plan.removals.iter().filter(|_| delete).map(|removal| &removal.path);
+    removals.filter(|path| path.ancestors().any(|above| units.contains(&above))).cloned().collect()
 }
 
 /// The files that are appended to; there is room for what is new of them.

@@ -197,14 +197,13 @@ impl<'a> Files<'a> {
         self.tell(content);
     }
 
-    /// A file of the target that a run left as it was, as the scan saw it.
+    /// A file of the target that a run left as it was, as the scan saw it. What this run hashed is in the table already, unless it had
+    /// changed a moment before: that says nothing for long.
     pub(super) fn unchanged(&mut self, entry: &Entry, seen: &Seen) {
         let Some((size, Some(digest))) = entry.file() else { return };
         let content = seen.fingerprint(size, entry.mtime);
-        match self.table.get(content) == Some(digest) {
-            true => self.tell(content),
-            // It was hashed by this run.
-            false => self.insert(content, digest),
+        if self.table.get(content) == Some(digest) {
+            self.tell(content);
         }
     }
 
@@ -265,5 +264,28 @@ impl<'a> Files<'a> {
             sums::keep_only(self.root, &self.table.digests_of(LISTED_BYTES));
         }
         recall::keep_table(self.root, self.table, monitor);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::filter::{Filter, FilterSpec};
+    use crate::monitor::Silent;
+    use crate::scan::{ScanRule, scan_seen};
+
+    #[test]
+    fn what_had_changed_a_moment_before_it_was_hashed_is_not_kept() {
+        let at = tempfile::tempdir().unwrap();
+        std::fs::create_dir(at.path().join(".lockstep")).unwrap();
+        std::fs::write(at.path().join("f"), "content").unwrap();
+        let root = Root::open(at.path()).unwrap();
+        let rule = ScanRule::everything(Filter::compile(&FilterSpec::default()).unwrap());
+        let mut scanned = scan_seen(&root, &rule, &Silent::default()).unwrap();
+        scanned.tree.set_digest(0, Digest([1; 32]));
+        let mut files = Files::new(&root);
+        files.unchanged(&scanned.tree.entries()[0], &scanned.metadata[0]);
+        files.store(&Silent::default());
+        assert!(recall::table(&root).is_empty());
     }
 }

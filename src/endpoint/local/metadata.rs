@@ -10,12 +10,13 @@ use crate::access::{AclLists, Inode};
 use crate::endpoint::Error;
 use crate::manifest::{Content, Digest, Entry};
 use crate::path::RelPath;
-use crate::root::{FileKind, Root};
+use crate::root::{FileKind, Fingerprint, Root};
 use crate::scan::names;
 use crate::staging::{Permissions, apply, hash_of};
 
 /// The name in the staging directory of a copy that takes the place of a file with names elsewhere.
 const COPY: &str = "detached";
+const CHANGED: &str = "it was changed by somebody else after it was compared; the next run looks at it again";
 
 /// The ACLs that rules give to paths whose permissions are set after they are published. They are no part of the
 /// manifest, and whoever finishes an interrupted run has to know them.
@@ -75,22 +76,50 @@ pub(super) fn failed(root: &Root, path: &RelPath, operation: &'static str, sourc
     Error::Io { operation, path: crate::error::shown(&root.shown().join(path.as_path())).to_string(), source }
 }
 
+/// What the files at these paths were when it was found out what they hold; `None` where that is not known any more, as of a run that
+/// is finished by another.
+pub(super) type Compared<'a> = dyn Fn(&RelPath) -> Option<Fingerprint> + 'a;
+
 /// What has to be known to change what is there already.
 pub(super) struct Existing<'a> {
     root: &'a Root,
     staging: &'a Root,
     acls: &'a Acls,
+    compared: &'a Compared<'a>,
     /// The further names in the tree of each file that has some.
     names: HashMap<RelPath, Vec<RelPath>>,
 }
 
 impl<'a> Existing<'a> {
-    pub(super) fn new(root: &'a Root, staging: &'a Root, put: &Put<'_>, acls: &'a Acls) -> Existing<'a> {
+    pub(super) fn new(
+        root: &'a Root,
+        staging: &'a Root,
+        put: &Put<'_>,
+        acls: &'a Acls,
+        compared: &'a Compared<'a>,
+    ) -> Existing<'a> {
         let mut names: HashMap<RelPath, Vec<RelPath>> = HashMap::new();
         for (path, first) in put.hard_links() {
             names.entry(first.clone()).or_default().push(path.clone());
         }
-        Existing { root, staging, acls, names }
+        Existing { root, staging, acls, compared, names }
+    }
+
+    /// The same as [`apply`](Existing::apply) of what was compared and keeps its content: if it is not what it was, or may not be, it is
+    /// read once more, since its new time would hide what somebody else did to it.
+    pub(super) fn apply_compared(&self, entry: &Entry) -> Result<(), Error> {
+        let (root, path) = (self.root, &entry.path);
+        if let Content::File { size, digest: Some(digest) } = entry.content
+            && let Some(compared) = (self.compared)(path)
+        {
+            let inode = Inode::open(root, Some(path)).map_err(io)?;
+            let now = inode.metadata().map_err(|source| failed(root, path, "look at", source))?;
+            if Fingerprint::from(&now) != compared && !holds(&inode, size, digest) {
+                return Err(failed(root, path, "set the permissions of", std::io::Error::other(CHANGED)));
+            }
+        }
+        // RACE: who writes to it from here on gives it another time, unless that is before it gets this one.
+        self.apply(entry)
     }
 
     /// Gives what is published already the entry's permissions and time.
@@ -159,6 +188,17 @@ impl<'a> Existing<'a> {
         }
         Ok(())
     }
+}
+
+/// Whether it holds that, and nothing changed about it while it was read.
+fn holds(inode: &Inode, size: u64, listed: Digest) -> bool {
+    let read = || {
+        let before = inode.metadata().ok()?;
+        let found = hash_of(inode.readable()?, size).ok()?;
+        let same = inode.metadata().ok()?.same_content(&before) && before.size == size;
+        Some(same && found == listed)
+    };
+    read().unwrap_or(false)
 }
 
 /// Reads what lies on the disk: nothing becomes executable, and nothing is copied, on the word of a size and a time.

@@ -14,11 +14,12 @@ use super::append::append;
 use super::area::Area;
 use super::audited;
 use super::changes::{self, Changes};
-use super::metadata::{Acls, Existing};
+use super::metadata::{Acls, Compared, Existing};
 use super::moved::{self, Renamed};
 use super::put::Put;
 use super::recall;
 pub(super) use super::record::Record;
+use super::strangers::bring_over;
 use super::target::{MANIFEST, STATE, io, rel};
 use super::trash::{Trash, rename_whole};
 use crate::endpoint::Error;
@@ -72,8 +73,10 @@ pub(super) fn carry_out(
     record: &Record,
     changes: &Changes<'_>,
     acls: &Acls,
+    compared: &Compared<'_>,
 ) -> Result<Vec<(RelPath, String)>, Error> {
-    let problems = execute(root, staging, record, &changes.put, acls)?;
+    let existing = Existing::new(root, staging, &changes.put, acls, compared);
+    let problems = execute(root, staging, record, &changes.put, &existing)?;
     audited::tell(root, area, record, changes, &problems)?;
     if area == Area::Repair {
         finish(root, area)?;
@@ -185,9 +188,8 @@ fn execute(
     staging: &Root,
     record: &Record,
     put: &Put<'_>,
-    acls: &Acls,
+    existing: &Existing<'_>,
 ) -> Result<Vec<(RelPath, String)>, Error> {
-    let existing = Existing::new(root, staging, put, acls);
     let trash = record.trash.as_ref().map(|name| Trash::new(root, name)).transpose()?;
     let mut problems = Vec::new();
     let mut touched: BTreeSet<RelPath> = BTreeSet::new();
@@ -236,8 +238,8 @@ fn execute(
             },
             Step::Replace(_) if record.only_new => publish_new(root, staging, path),
             Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path, trash.as_ref()),
-            Step::Exchange(_) => exchange(root, staging, path, record.inodes.get(path).copied(), trash.as_ref()),
-            Step::ApplyMetadata(_) => put.get(path)?.map_or(Ok(()), |entry| existing.apply(&entry)),
+            Step::Exchange(_) => exchange(root, staging, path, record.inodes.get(path).copied()),
+            Step::ApplyMetadata(_) => put.get(path)?.map_or(Ok(()), |entry| existing.apply_compared(&entry)),
             Step::RemoveFile(_) => match &trash {
                 Some(trash) => trash.take(path),
                 None => gone(root.unlink(path).map_err(io)),
@@ -264,7 +266,17 @@ fn execute(
             }
             result => result,
         };
-        let done = note(path, result)?;
+        let mut done = note(path, result)?;
+        if done && matches!(step, Step::Exchange(_)) {
+            let old = rel(Area::Run.in_root())?.join(staged_whole(path)?.as_bytes());
+            let old = old.map_err(|error| Error::Usage(error.to_string()))?;
+            if let Some(goes) = &record.goes {
+                touched.extend(bring_over(root, &old, path, goes)?);
+            }
+            if let Some(trash) = &trash {
+                done = note(path, trash.take_rest(&old, path))?;
+            }
+        }
         failed |= !done;
         match done {
             true => touched.extend(moved.iter().filter_map(|(new, _)| new.parent())),
@@ -294,7 +306,7 @@ fn denied(error: &Error) -> bool {
 }
 
 /// Lets us write in a directory that is ours and does not; gives the mode it had. `None` when that is not the cause.
-fn open_up(root: &Root, path: &RelPath) -> Option<u32> {
+pub(super) fn open_up(root: &Root, path: &RelPath) -> Option<u32> {
     let directory = root.open_dir(Some(path), Follow::Never).ok()?;
     let found = Metadata::of(&directory).ok()?;
     let ours = found.uid == rustix::process::geteuid().as_raw();
@@ -305,7 +317,7 @@ fn open_up(root: &Root, path: &RelPath) -> Option<u32> {
     Some(found.mode)
 }
 
-fn close_again(root: &Root, path: &RelPath, mode: u32) -> Result<(), Error> {
+pub(super) fn close_again(root: &Root, path: &RelPath, mode: u32) -> Result<(), Error> {
     let directory = root.open_dir(Some(path), Follow::Never).map_err(io)?;
     rustix::fs::fchmod(&directory, Mode::from_raw_mode(mode)).map_err(|errno| Error::Io {
         operation: "give its mode back to",
@@ -392,16 +404,14 @@ fn publish_new(root: &Root, staging: &Root, path: &RelPath) -> Result<(), Error>
     root.stat(path, Follow::Never).map(drop).map_err(io)
 }
 
-/// Exchanges a directory for the one that is staged, unless that was done before: then the old one is staged. What the new
-/// one does not have of it goes to the trash, where there is one.
-fn exchange(
-    root: &Root,
-    staging: &Root,
-    path: &RelPath,
-    new: Option<u64>,
-    trash: Option<&Trash<'_>>,
-) -> Result<(), Error> {
-    let staged = rel("tree")?.join(path.as_bytes()).map_err(|error| Error::Usage(error.to_string()))?;
+/// Where a directory is staged that is to be published whole.
+fn staged_whole(path: &RelPath) -> Result<RelPath, Error> {
+    rel("tree")?.join(path.as_bytes()).map_err(|error| Error::Usage(error.to_string()))
+}
+
+/// Exchanges a directory for the one that is staged, unless that was done before: then the old one is staged.
+fn exchange(root: &Root, staging: &Root, path: &RelPath, new: Option<u64>) -> Result<(), Error> {
+    let staged = staged_whole(path)?;
     let found = root.stat(path, Follow::Never).map_err(io)?;
     if Some(found.inode) != new {
         staging.rename_to(&staged, root, path, RenameFlags::EXCHANGE).map_err(|error| match error.kind() {
@@ -412,9 +422,7 @@ fn exchange(
             _ => io(error),
         })?;
     }
-    let Some(trash) = trash else { return Ok(()) };
-    let old = rel(Area::Run.in_root())?.join(staged.as_bytes()).map_err(|error| Error::Usage(error.to_string()))?;
-    trash.take_rest(&old, path)
+    Ok(())
 }
 
 /// Puts the new manifest in force and clears the staging area, in an order that a crash does not hurt.
@@ -494,7 +502,7 @@ fn recover_in(root: &Root, state: &Root, area: Area) -> Result<bool, Error> {
     }
     let changes = Changes { generation, created, put: Put::from(tree), gone };
     audited::announce(root, area, &record, &changes, &Silent::default())?;
-    let problems = carry_out(root, &staging, area, &record, &changes, &acls)?;
+    let problems = carry_out(root, &staging, area, &record, &changes, &acls, &|_| None)?;
     if area == Area::Run {
         put_in_force(root, &staging, &record, &changes, &old.tree, &problems, &|_| !whole, &mut |_, _| {})?;
     }
@@ -517,7 +525,7 @@ mod tests {
         let new = root.stat(&staged, Follow::Never).unwrap().inode;
         let staging = root.subroot(&RelPath::new("staging").unwrap()).unwrap();
         for _ in 0..3 {
-            exchange(&root, &staging, &unit, Some(new), None).unwrap();
+            exchange(&root, &staging, &unit, Some(new)).unwrap();
             assert_eq!(root.names(Some(&unit), Follow::Never).unwrap(), [b"new".to_vec()]);
             assert_eq!(root.names(Some(&staged), Follow::Never).unwrap(), [b"old".to_vec()]);
         }

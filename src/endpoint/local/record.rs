@@ -30,6 +30,8 @@ pub(super) struct Record {
     pub(super) before: BTreeMap<RelPath, Arc<str>>,
     /// The inodes of directories that are exchanged whole, to know afterwards which of the two is the new one.
     pub(super) inodes: BTreeMap<RelPath, u64>,
+    /// What goes of directories that are exchanged whole; what else is missing there came in meanwhile. `None` where that is not known.
+    pub(super) goes: Option<BTreeSet<RelPath>>,
     /// What files were of which what is new is put at their end.
     pub(super) grown: BTreeMap<RelPath, Former>,
     /// Files that get another name, by their new one.
@@ -106,6 +108,10 @@ impl Record {
         if self.only_new {
             text.push_str("O\n");
         }
+        if let Some(goes) = &self.goes {
+            text.push_str("K\n");
+            goes.iter().for_each(|path| text.push_str(&format!("V{}\n", hex(path.as_bytes()))));
+        }
         for (letter, notes) in [('W', &self.withheld), ('L', &self.acls)] {
             for (path, note) in notes {
                 text.push_str(&format!("{letter}{} {}\n", hex(path.as_bytes()), hex(note.as_bytes())));
@@ -133,6 +139,10 @@ impl Record {
                 record.only_new = true;
                 continue;
             }
+            if line == "K" {
+                record.goes.get_or_insert_default();
+                continue;
+            }
             let (path, more) = rest.split_once(' ').map_or((rest, None), |(path, more)| (path, Some(more)));
             let path = RelPath::new(unhex(path)?).ok()?;
             if matches!(letter, "W" | "L") {
@@ -156,6 +166,10 @@ impl Record {
             }
             if letter == "G" {
                 gone.insert(path);
+                continue;
+            }
+            if letter == "V" {
+                record.goes.get_or_insert_default().insert(path);
                 continue;
             }
             if letter == "T" {
@@ -208,6 +222,7 @@ mod tests {
         let former = Former { inode: 7, length: 1 << 40, ctime: Timestamp { seconds: -1, nanoseconds: 5 } };
         let grown = BTreeMap::from([(path(b"b"), former)]);
         let renamed = BTreeMap::from([(path(b"c/d/e"), Renamed { from: path(b"a\n \xff"), former })]);
+        let goes = Some(BTreeSet::from([path(b"e/f"), path(b"e/g\n")]));
         let again = true;
         let record = Record {
             actor,
@@ -218,6 +233,7 @@ mod tests {
             acls,
             before,
             inodes,
+            goes,
             grown,
             renamed,
             trash,

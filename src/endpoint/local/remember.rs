@@ -14,6 +14,8 @@ use crate::plan::publish::Step;
 pub(super) struct Remembering<'a> {
     state: &'a State,
     files: Files<'a>,
+    /// Of which nobody knows what they are now.
+    failed: HashSet<&'a RelPath>,
     /// Directories that got their names with all that is in them.
     whole: HashSet<&'a RelPath>,
     /// What there are further names of.
@@ -24,7 +26,12 @@ pub(super) struct Remembering<'a> {
 }
 
 impl<'a> Remembering<'a> {
-    pub(super) fn new(run: &'a Run, state: &'a State, record: &'a Record) -> Remembering<'a> {
+    pub(super) fn new(
+        run: &'a Run,
+        state: &'a State,
+        record: &'a Record,
+        problems: &'a [(RelPath, String)],
+    ) -> Remembering<'a> {
         let part = run.options.filter.only.is_some();
         let old = state.old_manifest.tree.entries().iter().filter(|_| !part);
         let firsts = state.source.entries().iter().chain(old).filter_map(|entry| match &entry.content {
@@ -39,7 +46,8 @@ impl<'a> Remembering<'a> {
             }
         }
         let part = part.then(Vec::new);
-        Remembering { state, files, whole: whole.map(Step::path).collect(), firsts: firsts.collect(), part }
+        let failed = problems.iter().map(|(path, _)| path).collect();
+        Remembering { state, files, failed, whole: whole.map(Step::path).collect(), firsts: firsts.collect(), part }
     }
 
     /// An entry of the new manifest; with the index of the source's where it is one of those.
@@ -59,7 +67,7 @@ impl<'a> Remembering<'a> {
     }
 
     fn look(&mut self, entry: &Entry, index: Option<u32>) {
-        if entry.file().is_none() {
+        if entry.file().is_none() || self.failed.contains(&entry.path) {
             return;
         }
         let State { source, target, plan, staged, .. } = self.state;

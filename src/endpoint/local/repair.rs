@@ -225,7 +225,8 @@ pub(super) fn commit(
     audited::announce(&run.root, run.area(), &record, &changes, monitor)?;
     publish::write_down(&run.root, staging, &record, &changes, &acls)?;
     state.recorded.set(true);
-    let problems = publish::carry_out(&run.root, staging, run.area(), &record, &changes, &acls)?;
+    let compared = |path: &RelPath| state.compared(path);
+    let problems = publish::carry_out(&run.root, staging, run.area(), &record, &changes, &acls, &compared)?;
     let undone: BTreeSet<&RelPath> = problems.iter().map(|(path, _)| path).collect();
     let done = |path: &RelPath| !undone.contains(path) && !path.ancestors().any(|above| undone.contains(&above));
     let actions = state.plan.actions.iter().filter(|action| !failed.contains(&action.index));

@@ -19,10 +19,14 @@ use crate::monitor::{Event, Monitor};
 use crate::path::RelPath;
 use crate::plan::trail::Stop;
 use crate::root::{Fingerprint, Follow, Metadata, Root, Seen};
-use crate::scan::cache::DigestCache;
+use crate::scan::cache::{DigestCache, until_settled};
 use crate::scan::prefixes::Prefix;
 use crate::scan::{self, LinkRule, ScanRule};
-use crate::staging;
+use crate::staging::{self, clean_pages};
+
+/// Who writes through a mapping, which need not show in a file's times, writes files of this size and more: for smaller ones the disk
+/// is not waited for.
+const MAPPED_BYTES_MIN: u64 = 1 << 20;
 
 /// A directory of this machine as a source. Nothing is ever written to it.
 #[derive(Debug)]
@@ -79,7 +83,7 @@ impl LocalSource {
                 made.then(|| directory.join(format!("digests-{:x}-{:x}.redb", at.device, at.inode)))
             }
         };
-        let looked = Looked { metadata: Vec::new(), at: UNIX_EPOCH, growing: Globs::default() };
+        let looked = Looked::new(Vec::new(), UNIX_EPOCH, Globs::default());
         let (scanned, storing) = (Mutex::new(Arc::new(looked)), Mutex::default());
         Ok(LocalSource { root, called: place.called(), cache_file, scanned, storing, growing: Growing::default() })
     }
@@ -138,7 +142,7 @@ impl Source for LocalSource {
         if !options.hash_all {
             self.known_as_target(&mut scanned);
         }
-        self.believe(Arc::new(Looked { metadata: scanned.metadata, at: SystemTime::now(), growing }));
+        self.believe(Arc::new(Looked::new(scanned.metadata, SystemTime::now(), growing)));
         Ok(Scan { tree: scanned.tree, problems: scanned.problems })
     }
 
@@ -184,7 +188,7 @@ impl LocalSource {
     }
 
     /// Which directory it is: device and inode.
-    pub(in crate::endpoint) fn root_identity(&self) -> Option<(u64, u64)> {
+    pub(crate) fn root_identity(&self) -> Option<(u64, u64)> {
         self.root.stat_root().ok().map(|root| (root.device, root.inode))
     }
 
@@ -242,12 +246,28 @@ impl LocalSource {
         let entry = tree.entries().get(index as usize).ok_or_else(missing)?;
         let Content::File { size, .. } = entry.content else { return Err(missing()) };
         let file = self.root.open_read(&entry.path, Follow::Never).map_err(|error| unreadable(index, &error))?;
-        let now = Metadata::of(&file).map_err(|error| unreadable(index, &error))?;
-        let grows = self.looked().growing.mean(&entry.path, false);
+        let mut now = Metadata::of(&file).map_err(|error| unreadable(index, &error))?;
+        let looked = self.looked();
+        let grows = looked.growing.mean(&entry.path, false);
+        if !is_as_scanned(entry, size, grows, &now) {
+            return Err(changed(index));
+        }
+        if !grows {
+            if size >= MAPPED_BYTES_MIN {
+                clean_pages(&file, &now);
+            }
+            // RACE: what is written within the tick of the clock that the file has its time of would not show.
+            let wait = until_settled(&now, SystemTime::now());
+            if !wait.is_zero() {
+                std::thread::sleep(wait);
+                now = Metadata::of(&file).map_err(|error| unreadable(index, &error))?;
+            }
+        }
         // RACE: the path may have got another file, even a FIFO, since the scan; that file is not what was planned.
         if !is_as_scanned(entry, size, grows, &now) {
             return Err(changed(index));
         }
+        looked.opened(index, &now);
         // What has come since is for the next run.
         let before = Metadata { size, mtime: entry.mtime, ..now };
         Ok(Opened { file, sparse: now.allocated < now.size, before, grows })
@@ -417,6 +437,33 @@ mod tests {
         std::fs::copy(directory.path().join("old"), &path).unwrap();
         let (source, tree) = scanned();
         assert!((0..2).all(|index| !source.begins_with(&tree, index, beginnings[0])));
+    }
+
+    #[test]
+    fn what_was_read_says_nothing_of_another_inode_that_was_scanned() {
+        let (directory, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let at = |path: &str| directory.path().join(path);
+        for (version, content) in [("v1", "content"), ("v2", "another")] {
+            std::fs::create_dir(at(version)).unwrap();
+            let path = at(version).join("f");
+            std::fs::write(&path, content).unwrap();
+            let file = File::options().write(true).open(path).unwrap();
+            file.set_modified(UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000)).unwrap();
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let source = LocalSource::new(directory.path(), Some(state.path())).unwrap();
+        let scan = || source.scan(&ScanOptions::default(), &Silent::default()).unwrap();
+        let tree = Arc::new(scan().tree);
+        let of = |tree: &Tree, path: &str| tree.position(&RelPath::new(path).unwrap()).unwrap();
+        std::fs::rename(at("v1"), at("old")).unwrap();
+        std::fs::rename(at("v2"), at("v1")).unwrap();
+        let index = of(&tree, "v1/f") as u32;
+        let produced = read(&source, &tree, Fetch::of(index));
+        let (content, digest) = put_together(&produced, 0);
+        assert_eq!((content, digest), (b"another".to_vec(), Some(sha256(b"another"))));
+        source.remember(&tree, &[(index, digest.unwrap())]);
+        let later = scan().tree;
+        assert_eq!(later.entries()[of(&later, "old/f")].file(), Some((7, None)));
     }
 
     #[test]

@@ -107,6 +107,15 @@ pub(super) struct State {
     pub(super) recorded: Cell<bool>,
 }
 
+impl State {
+    /// What the file at `path` was when it was compared.
+    pub(super) fn compared(&self, path: &RelPath) -> Option<Fingerprint> {
+        let at = self.target.position(path)?;
+        let entry = &self.target.entries()[at];
+        Some(self.metadata.get(at)?.fingerprint(entry.file()?.0, entry.mtime))
+    }
+}
+
 /// A file that is staged whole.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Staged {

@@ -3,17 +3,14 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use super::flow::{Flows, Look, Member};
 use crate::endpoint::local::{LocalReader, LocalSource, Opened, changed, hashed, produced_whole, unreadable};
 use crate::endpoint::{Error, Fetch, Produced, Reader, SMALL_FILE_BYTES};
 use crate::manifest::{Digest, Tree};
 use crate::root::Fingerprint;
-use crate::scan::cache::{GRANULARITY, is_settled};
-
-/// A file of this size that changed just now is worth waiting for until a further change would show.
-const WORTH_WAITING_BYTES: u64 = 8 << 20;
+use crate::scan::cache::is_settled;
 
 /// The reader of one worker.
 pub(super) struct SharedReader<'a> {
@@ -59,11 +56,6 @@ impl<'a> SharedReader<'a> {
         let failed = |error: io::Error| unreadable(index, &error);
         let again = self.asks_again(index);
         let mut opened = self.source.open(&self.tree, index)?;
-        let settles = !opened.grows && opened.before.size >= WORTH_WAITING_BYTES;
-        if settles && !is_settled(&opened.before, SystemTime::now()) {
-            std::thread::sleep(GRANULARITY + Duration::from_millis(1));
-            opened = self.source.open(&self.tree, index)?;
-        }
         // RACE: what is written within the tick of the clock that the file has its time of does not show. Nobody is given
         // what another read then; and who asks again found that what he got was wrong.
         // Of what grows each target may have another beginning.

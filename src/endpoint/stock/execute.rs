@@ -9,9 +9,9 @@ use super::stage::replace;
 use super::target::{Permissions, Run};
 use super::trash::Trash;
 use super::writer::grant;
-use super::{SYMLINK, below, kind_of, moved, whole_seconds};
+use super::{SYMLINK, below, is_file, kind_of, moved, whole_seconds};
 use crate::endpoint::Error;
-use crate::manifest::{Content, Entry, Tree};
+use crate::manifest::{Content, Entry, Timestamp, Tree};
 use crate::path::RelPath;
 use crate::plan::publish::Step;
 use crate::wire::sftp::{Attributes, packet};
@@ -40,15 +40,16 @@ impl Problems {
 type Done<'a> = (&'a Recorded, Result<(), Refusal>);
 
 /// Does the steps. Those that the state of the target forbids are told and left; after one no pointer is published.
-/// `again` is for a record of which a part was done before.
-pub(super) fn execute(run: &Run, record: &Record, tree: &Tree, again: bool) -> Result<Problems, Error> {
+/// `compared` is what the target was when it was compared with `tree`; of a record of which a part was done before that is not known.
+pub(super) fn execute(run: &Run, record: &Record, tree: &Tree, compared: Option<&Tree>) -> Result<Problems, Error> {
+    let again = compared.is_none();
     let mut problems = Problems::default();
     if again {
         moved::look_again(run, record, &mut problems)?;
     }
     let steps = &record.steps;
     let (pointers, content): (Vec<&Recorded>, Vec<&Recorded>) = steps.iter().partition(|recorded| recorded.pointer);
-    let how = How { tree, again, trash: record.trash.as_deref().map(|name| Trash::new(run, name)) };
+    let how = How { tree, compared, trash: record.trash.as_deref().map(|name| Trash::new(run, name)) };
     let parents = |of: &[&Recorded]| -> BTreeSet<RelPath> {
         of.iter().filter_map(|recorded| recorded.step.path().parent()).collect()
     };
@@ -94,7 +95,7 @@ pub(super) fn execute(run: &Run, record: &Record, tree: &Tree, again: bool) -> R
 /// How steps are done.
 struct How<'a> {
     tree: &'a Tree,
-    again: bool,
+    compared: Option<&'a Tree>,
     trash: Option<Trash<'a>>,
 }
 
@@ -108,7 +109,8 @@ fn perform(
     problems: &mut Problems,
 ) -> Result<(), Error> {
     let session = &run.session;
-    let How { tree, again, trash } = how;
+    let How { tree, compared, trash } = how;
+    let again = compared.is_none();
     let staged = |recorded: &Recorded| {
         let tree: &[u8] = if recorded.pointer { b"/last/" } else { b"/tree/" };
         [&run.staging[..], tree, recorded.step.path().as_bytes()].concat()
@@ -154,7 +156,8 @@ fn perform(
         };
         batch.push((recorded, request));
     }
-    let settled = Settled::new(run, moved.iter().filter_map(|path| tree.get(path)));
+    let known = compared.map_or(Known::Nothing, Known::Compared);
+    let settled = Settled::new(run, moved.iter().filter_map(|path| tree.get(path)), known);
     // They are looked at in the same flight, behind the steps.
     let (steps, packets): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
     let mut replies = session.batch(packets.into_iter().chain(settled.looks()))?;
@@ -168,7 +171,7 @@ fn perform(
         let done_before = match recorded.step {
             Step::RemoveFile(_) | Step::RemoveDirectory(_) => refusal.is_missing(),
             _ => {
-                *again
+                again
                     && session.stat(packet::LSTAT, &staged(recorded))?.is_err_and(|gone| gone.is_missing())
                     && session.stat(packet::LSTAT, &path)?.is_ok()
             }
@@ -183,11 +186,11 @@ fn perform(
     }
     settled.apply(run, found, problems)?;
     // After the markers that go.
-    let grown = append(run, growing.into_iter(), tree, *again, problems)?;
+    let grown = append(run, growing.into_iter(), tree, again, problems)?;
     if grown.is_empty() {
         return Ok(());
     }
-    let settled = Settled::new(run, grown.into_iter().filter_map(|path| tree.get(path)));
+    let settled = Settled::new(run, grown.into_iter().filter_map(|path| tree.get(path)), Known::Proven);
     let found = session.batch(settled.looks())?;
     settled.apply(run, found, problems)
 }
@@ -197,19 +200,51 @@ fn flush<'a>(session: &Session, batch: Vec<(&'a Recorded, Vec<u8>)>) -> Result<V
     Ok(steps.into_iter().zip(session.all(packets)?).collect())
 }
 
+/// What is known of the files that are settled.
+enum Known<'a> {
+    /// That they are what is listed, since a moment ago.
+    Proven,
+    /// What they were when they were compared.
+    Compared(&'a Tree),
+    /// They keep the time that they have, and the next run compares them.
+    Nothing,
+}
+
+impl Known<'_> {
+    /// Whether somebody else has changed a file meanwhile: the time that it is to get would hide that.
+    fn is_changed(&self, entry: &Entry, now: &Attributes) -> bool {
+        let Known::Compared(tree) = self else { return false };
+        let before = tree.get(&entry.path).and_then(|before| Some((before.file()?.0, before.mtime.seconds)));
+        entry.file().is_some()
+            && now.times.is_some()
+            && before.is_some_and(|(size, seconds)| !is_file(now, size, seconds))
+    }
+
+    /// The time that it gets.
+    fn time_of(&self, entry: &Entry, now: &Attributes) -> Timestamp {
+        match (self, now.times) {
+            (Known::Nothing, Some((_, modified))) if entry.file().is_some() => {
+                Timestamp { seconds: modified.into(), nanoseconds: 0 }
+            }
+            _ => whole_seconds(entry.mtime),
+        }
+    }
+}
+
 /// What has its final name, and is to get owner, mode and times that the manifest says, from the leaves up. A link that took the
 /// place of one is not followed.
 struct Settled<'a> {
     entries: Vec<&'a Entry>,
     paths: Vec<Vec<u8>>,
+    known: Known<'a>,
 }
 
 impl<'a> Settled<'a> {
-    fn new(run: &Run, entries: impl DoubleEndedIterator<Item = &'a Entry>) -> Settled<'a> {
+    fn new(run: &Run, entries: impl DoubleEndedIterator<Item = &'a Entry>, known: Known<'a>) -> Settled<'a> {
         let is_link = |entry: &&Entry| matches!(entry.content, Content::Symlink { .. });
         let entries: Vec<&Entry> = entries.rev().filter(|entry| !is_link(entry)).collect();
         let paths = entries.iter().map(|entry| below(&run.root, &entry.path)).collect();
-        Settled { entries, paths }
+        Settled { entries, paths, known }
     }
 
     /// What is to be asked first.
@@ -218,19 +253,24 @@ impl<'a> Settled<'a> {
     }
 
     fn apply(&self, run: &Run, found: Vec<Reply>, problems: &mut Problems) -> Result<(), Error> {
-        let Settled { entries, paths } = self;
+        let Settled { entries, paths, known } = self;
         let session = &run.session;
         let mut there = Vec::with_capacity(entries.len());
         for (number, found) in found.into_iter().enumerate() {
             let mut problem = |what: String| problems.tell(&entries[number].path, what);
             match found {
+                Reply::Attributes(found) if known.is_changed(entries[number], &found) => {
+                    problem(
+                        "was changed by somebody else after it was compared; the next run looks at it again".into(),
+                    );
+                }
                 Reply::Attributes(found) if kind_of(&found) != Some(SYMLINK) => there.push((number, found)),
                 Reply::Attributes(_) => problem("has become a symbolic link".into()),
                 Reply::Refused(refusal) => problem(refusal.to_string()),
                 _ => return Err(session.odd()),
             }
         }
-        let wanted = wanted(run, entries, &there)?;
+        let wanted = wanted(run, entries, &there, known)?;
         let kind = if session.offers.lsetstat { packet::EXTENDED } else { packet::SETSTAT };
         let mut left = settle_permissions(session, kind, paths, &wanted)?;
         if kind == packet::EXTENDED && !left.is_empty() {
@@ -248,7 +288,12 @@ impl<'a> Settled<'a> {
 }
 
 /// What each of `there` is to have. An owner that it has already is left out: only few may give files away.
-fn wanted(run: &Run, entries: &[&Entry], there: &[(usize, Attributes)]) -> Result<Vec<(usize, Permissions)>, Error> {
+fn wanted(
+    run: &Run,
+    entries: &[&Entry],
+    there: &[(usize, Attributes)],
+    known: &Known<'_>,
+) -> Result<Vec<(usize, Permissions)>, Error> {
     let owners = |pick: fn((u32, u32)) -> u32| -> BTreeSet<u32> {
         there.iter().filter_map(|(_, found)| found.owner.map(pick)).collect()
     };
@@ -258,7 +303,8 @@ fn wanted(run: &Run, entries: &[&Entry], there: &[(usize, Attributes)]) -> Resul
     for (number, found) in there {
         let entry = entries[*number];
         let (user, group) = found.owner.unwrap_or_default();
-        let mut permissions = Permissions { mode: entry.mode, uid: None, gid: None, mtime: whole_seconds(entry.mtime) };
+        let mut permissions =
+            Permissions { mode: entry.mode, uid: None, gid: None, mtime: known.time_of(entry, found) };
         if names.user(user) != entry.owner {
             permissions.uid = run.ids.user(&run.session, &run.shell, &entry.owner)?.ok();
         }

@@ -70,7 +70,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let log = ready(run, &record.steps)?;
     moved::check(run, state)?;
     let log = write_down(run, log, &record, &text, manifest.generation, monitor)?;
-    let done = execute(run, &record, &manifest.tree, false)?;
+    let done = execute(run, &record, &manifest.tree, Some(&state.target))?;
     let (manifest, text) = mend(run, &record, manifest, text, &state.old_manifest.tree, &done)?;
 
     let paths: Vec<(u32, &RelPath)> = published(state).filter(|(index, _)| !failed.contains(index)).collect();
@@ -457,7 +457,7 @@ pub(super) fn recover(run: &Run, monitor: &dyn Monitor) -> Result<bool, Error> {
     if let Some(text) = &due {
         let manifest = format::decode(text).map_err(|_| damaged("the manifest"))?;
         check_parents(run, &record.steps)?;
-        let done = execute(run, &record, &manifest.tree, true)?;
+        let done = execute(run, &record, &manifest.tree, None)?;
         for (path, why) in &done.told {
             let host = session.client.host();
             monitor.event(Event::Warning(&format!("{host}: '{path}' of the interrupted run: {why}")));

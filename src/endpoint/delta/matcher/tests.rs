@@ -75,6 +75,34 @@ fn made(there: &[&[u8]], new: &[u8], block: usize, each: usize, sums: bool) -> (
 }
 
 #[test]
+fn h42_a_list_without_an_end_is_listened_to_for_so_long_alone() {
+    let ((orders, ordered), (sender, parts)) = (unbounded(), crossbeam_channel::bounded(4));
+    let asked = std::thread::spawn(move || {
+        let mut asked = 0_u64;
+        let ask = |wanted: Wanted| -> Result<_, ()> {
+            asked += 1;
+            let id = |at: u64| ChunkId::Content(std::array::from_fn(|byte| (at >> (byte % 8 * 8)) as u8));
+            let chunks = (0..10_000).map(|at| Chunk { id: id(wanted.from.offset + at), length: 1 }).collect();
+            Ok(Some(Alike { pieces: 1, chunks, next: Some(wanted.from.offset + 10_000), ..Alike::default() }))
+        };
+        list(&mut (ordered, sender), ask).unwrap();
+        asked
+    });
+    let (mut matcher, mut steps) = (Matcher::new(0, Box::new((orders, parts))), Vec::new());
+    for bytes in noise(1, 8 << 20).chunks(1 << 20) {
+        matcher.feed(Block::copy_of(bytes), &mut steps);
+        assert!(matcher.known.len() <= KNOWN_MAX + 10_000);
+    }
+    matcher.flush(&mut steps);
+    drop(matcher);
+    let sent: usize =
+        steps.iter().map(|step| if let Step::Data { block, .. } = step { block.data().len() } else { 0 }).sum();
+    assert_eq!(sent, 8 << 20);
+    let asked = asked.join().unwrap();
+    assert!(asked <= KNOWN_MAX as u64 / 10_000 + 10, "asked {asked} times");
+}
+
+#[test]
 fn only_what_the_target_does_not_have_is_sent() {
     let old = noise(1, 30 << 20);
     let insert = |at: usize| [&old[..at], b"a header that was longer", &old[at..]].concat();
