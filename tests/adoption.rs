@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use lockstep::endpoint::local::{LocalSource, LocalTarget};
 use lockstep::monitor::{Counters, Event, Monitor, Phase};
 use lockstep::policy::PolicySpec;
-use lockstep::sync::run;
+use lockstep::sync::{Options, run};
 
 use crate::kit::pair::{Pair, damage, options, run_command, with};
 
@@ -149,4 +149,78 @@ fn h36_what_is_changed_between_comparing_and_publishing_is_not_taken_for_what_it
         assert_eq!(fs::read(&there).unwrap(), b"of the source", "{how}");
         assert_eq!(pair.differences(), "", "{how}");
     }
+}
+
+#[test]
+fn after_something_that_could_not_be_published_no_pointer_comes_and_nothing_goes() {
+    let pair = Pair::new();
+    for (path, content) in [("old", "old"), ("latest", "old")] {
+        pair.write(path, content.as_bytes());
+    }
+    assert!(pair.push(&options()).is_complete());
+    fs::remove_file(pair.source.join("old")).unwrap();
+    for path in ["new", "latest"] {
+        pair.write(path, b"new!");
+    }
+    let mirror = Options { delete: true, ..options() };
+    let in_the_way = pair.target.join("new");
+    let then = || {
+        fs::create_dir(&in_the_way).unwrap();
+        fs::write(in_the_way.join("x"), "theirs").unwrap();
+    };
+    let source = LocalSource::new(&pair.source, None).unwrap();
+    let target = LocalTarget::new(&pair.target, PolicySpec::default());
+    let report = run(&source, &target, &mirror, &Then(then, Counters::default()), &AtomicBool::new(false)).unwrap();
+    assert!(!report.is_complete());
+    let read = |path: &str| fs::read_to_string(pair.target.join(path)).unwrap();
+    assert_eq!((read("latest").as_str(), read("old").as_str()), ("old", "old"));
+    fs::remove_dir_all(&in_the_way).unwrap();
+    assert!(pair.push(&mirror).is_complete());
+    assert_eq!(pair.differences(), "");
+}
+
+#[test]
+fn what_new_rules_leave_out_is_not_removed_by_the_run_that_brings_them() {
+    for place in ["", "deep/"] {
+        let pair = Pair::new();
+        pair.write(&format!("{place}kept"), b"kept");
+        pair.write(&format!("{place}gone"), b"gone");
+        let mirror = Options { delete: true, ..options() };
+        assert!(pair.push(&mirror).is_complete());
+        let own = pair.target.join(place).join("outputs");
+        fs::create_dir(&own).unwrap();
+        fs::write(own.join("result"), "of the target").unwrap();
+        pair.write(&format!("{place}.lockstepignore"), b"/outputs/\n");
+        fs::remove_file(pair.source.join(place).join("gone")).unwrap();
+        for left in [true, false] {
+            assert!(pair.push(&mirror).is_complete());
+            assert_eq!(fs::read_to_string(own.join("result")).unwrap(), "of the target");
+            assert_eq!(pair.target.join(place).join("gone").exists(), left);
+        }
+    }
+}
+
+#[test]
+fn a_directory_that_goes_stays_for_what_is_left_out_and_that_is_all() {
+    let pair = Pair::new();
+    for path in ["d/sub/a", "d/b", "e/c", "kept"] {
+        pair.write(path, b"x");
+    }
+    let mut mirror = with(|begin| begin.filter.rules = vec!["*.tmp".into()]);
+    mirror.scan.filter.rules = vec!["*.tmp".into()];
+    mirror.delete = true;
+    mirror.begin.deletes = true;
+    assert!(pair.push(&mirror).is_complete());
+    fs::write(pair.target.join("d/sub/x.tmp"), "left out").unwrap();
+    for directory in ["d", "e"] {
+        fs::remove_dir_all(pair.source.join(directory)).unwrap();
+    }
+    let report = pair.push(&mirror);
+    assert!(report.is_complete(), "{:?}", report.problems);
+    assert!(pair.target.join("d/sub/x.tmp").exists());
+    assert!(
+        !pair.target.join("d/sub/a").exists() && !pair.target.join("d/b").exists() && !pair.target.join("e").exists()
+    );
+    let again = pair.push(&mirror);
+    assert_eq!((again.plan.removals.as_slice(), again.is_complete()), (&[][..], true));
 }

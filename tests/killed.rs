@@ -121,9 +121,6 @@ fn directories_without_the_right_to_write_are_followed_by_who_is_not_root() {
     for name in ["closed/deep/f", "closed/goes", "unit/inner/f", "unit/stays"] {
         write(&source, name, b"old");
     }
-    // What is staged has its last mode: the next run goes on with it all the same.
-    write(&source, "unit/read-only", b"old");
-    fs::set_permissions(source.join("unit/read-only"), std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
     close(&["closed/deep", "closed", "unit/inner", "unit"]);
     let first = push(None);
     assert!(first.status.success(), "{}", text(&first));
@@ -133,9 +130,6 @@ fn directories_without_the_right_to_write_are_followed_by_who_is_not_root() {
     for name in ["closed/deep/f", "closed/new/deep/f", "unit/inner/f", "unit/inner/more/f"] {
         write(&source, name, b"new!");
     }
-    fs::remove_file(source.join("unit/read-only")).unwrap();
-    write(&source, "unit/read-only", b"new!");
-    fs::set_permissions(source.join("unit/read-only"), std::os::unix::fs::PermissionsExt::from_mode(0o400)).unwrap();
     fs::remove_file(source.join("closed/goes")).unwrap();
     close(&["closed/deep", "closed/new/deep", "closed/new", "closed", "unit/inner/more", "unit/inner", "unit"]);
     for kill in [
@@ -152,4 +146,13 @@ fn directories_without_the_right_to_write_are_followed_by_who_is_not_root() {
         assert_eq!(fs::metadata(target.join(name)).unwrap().mode() & 0o7777, 0o555, "{name}");
     }
     assert!(!target.join(".lockstep/staging/current").exists());
+    // What is staged has its last mode by then, which forbids even its owner to write: the next run goes on with it all the same.
+    fs::set_permissions(source.join("unit"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    write(&source, "unit/read-only", b"of the unit alone");
+    fs::set_permissions(source.join("unit/read-only"), std::os::unix::fs::PermissionsExt::from_mode(0o400)).unwrap();
+    let killed = push(Some("inject=syncfs:signal=SIGKILL:when=1"));
+    assert!(!killed.status.success() && !target.join("unit/read-only").exists());
+    let last = push(None);
+    assert!(last.status.success(), "{}", text(&last));
+    assert!(contents(&target) == contents(&source));
 }

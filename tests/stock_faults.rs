@@ -369,7 +369,7 @@ fn h35_the_second_run_is_told_who_holds_the_root_and_one_that_ended_holds_nothin
         let refused = pair.push(nothing(), nothing(), false).unwrap_err();
         assert!(refused.to_string().contains("s ago"), "{refused}");
         assert_eq!(fs::read_to_string(&lock).unwrap(), content);
-        let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(301);
+        let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(901);
         fs::File::options().write(true).open(&lock).unwrap().set_modified(long_ago).unwrap();
         pair.push(nothing(), nothing(), false).unwrap();
         assert!(!lock.exists());

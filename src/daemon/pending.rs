@@ -10,6 +10,9 @@ use crate::path::RelPath;
 /// More single paths than this are not worth naming: everything is compared instead.
 const PATHS_MAX: usize = 10_000;
 
+/// More bytes of them than this would not be asked for in one message.
+const PATHS_BYTES_MAX: usize = 256 << 10;
+
 /// What is to be compared and sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Work {
@@ -17,6 +20,10 @@ pub(super) enum Work {
     Everything { except: BTreeSet<RelPath> },
     /// These alone.
     Paths(BTreeSet<RelPath>),
+}
+
+fn is_too_much(paths: &BTreeSet<RelPath>) -> bool {
+    paths.len() > PATHS_MAX || paths.iter().map(|path| path.as_bytes().len()).sum::<usize>() > PATHS_BYTES_MAX
 }
 
 impl Work {
@@ -83,7 +90,7 @@ impl Pending {
             }
         };
         self.work = Some(match work {
-            Work::Paths(paths) if paths.len() > PATHS_MAX => Work::Everything { except: BTreeSet::new() },
+            Work::Paths(paths) if is_too_much(&paths) => Work::Everything { except: BTreeSet::new() },
             work => work,
         });
         (self.since, self.ready, self.through) = (self.since.or(since), Some(now), through);
@@ -227,6 +234,11 @@ mod tests {
         let mut pending = Pending::default();
         let many = (0..=PATHS_MAX).map(|number| RelPath::new(number.to_string()).unwrap()).collect();
         pending.add(Ready::Paths(many), 1, Instant::now());
+        assert_eq!(pending.take(), Some(Work::Everything { except: BTreeSet::new() }));
+        let long = |number: usize| RelPath::new(format!("{}/{number}", "x".repeat(200))).unwrap();
+        pending.add(Ready::Paths((0..1000).map(long).collect()), 2, Instant::now());
+        assert!(matches!(pending.take(), Some(Work::Paths(_))));
+        pending.add(Ready::Paths((0..2000).map(long).collect()), 3, Instant::now());
         assert_eq!(pending.take(), Some(Work::Everything { except: BTreeSet::new() }));
     }
 }

@@ -284,6 +284,8 @@ pub struct Forbidden {
     pub change: bool,
     /// Remove it.
     pub remove: bool,
+    /// Learn the names of what its sender has not named.
+    pub see: bool,
 }
 
 /// How a run treats a target.

@@ -14,6 +14,7 @@ use crate::error::Exit;
 use crate::monitor::Monitor;
 use crate::wire::extension::{self, Fields, WireError};
 use crate::wire::notes;
+use crate::wire::sftp::AGENT_PACKET_MAX;
 
 mod compare;
 mod ports;
@@ -167,7 +168,21 @@ impl Lanes {
         let mut packet = extension::request(name);
         extension::put_string(&mut packet, &self.root);
         extension::put_string(&mut packet, &json(options)?);
+        self.fits(&packet)?;
         self.call(packet)
+    }
+
+    /// Refuses a request that the other end would end the connection for.
+    fn fits(&self, packet: &[u8]) -> Result<(), Error> {
+        if packet.len() <= AGENT_PACKET_MAX {
+            return Ok(());
+        }
+        let reason = format!(
+            "the paths that are named are too many for one request (it has {} bytes, and {AGENT_PACKET_MAX} at most); name fewer at \
+             a time, or the directories that they are in",
+            packet.len()
+        );
+        Err(Error::Refused { by: self.describe(), reason })
     }
 
     /// Hears how much is to come. The first connection, which costs more where somebody else's server is in between, is left for what is

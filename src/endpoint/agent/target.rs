@@ -13,6 +13,9 @@ use crate::plan::{Plan, Removal};
 use crate::wire::alike::{put_wanted, read_alike};
 use crate::wire::extension::{self, CHUNK_BYTES, Fields, WireError};
 
+/// More files that failed are not named to a target: their numbers would not be one message.
+const FAILED_MAX: usize = 100_000;
+
 /// A target served by an agent.
 pub struct AgentTarget {
     lanes: Arc<Lanes>,
@@ -147,7 +150,11 @@ impl Target for AgentTarget {
             return Err(Error::Refused { by: self.describe(), reason: reason.into() });
         }
         let mut packet = extension::request("commit");
-        extension::put_string(&mut packet, &json(options)?);
+        // What nobody staged is not published, also where it is not said that it failed.
+        let all = options.failed.len() <= FAILED_MAX;
+        let short = CommitOptions { failed: if all { options.failed.clone() } else { Vec::new() }, ..options.clone() };
+        extension::put_string(&mut packet, &json(&short)?);
+        self.lanes.fits(&packet)?;
         let reply = self.lanes.call(packet)?;
         let mut fields = Fields(&reply);
         let text = fields.string().map_err(|error| self.lanes.malformed(error))?;

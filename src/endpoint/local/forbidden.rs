@@ -57,7 +57,8 @@ impl Run {
             let in_the_way =
                 plan.actions.iter().map(|action| &source.entries()[action.index as usize].path).filter(kept);
             let surplus = plan.removals.iter().filter(|_| self.options.deletes).map(|removal| &removal.path);
-            removes_nothing(in_the_way.chain(surplus))?;
+            removes_nothing(in_the_way, false)?;
+            removes_nothing(surplus, self.options.forbidden.see)?;
         }
         Ok(())
     }
@@ -94,16 +95,22 @@ impl Run {
             self.changes_nothing(&state.source, &state.target, &state.plan)?;
         }
         if self.options.forbidden.remove {
-            removes_nothing(state.plan.removals.iter().filter(|_| options.delete).map(|removal| &removal.path))?;
+            let surplus = state.plan.removals.iter().filter(|_| options.delete).map(|removal| &removal.path);
+            removes_nothing(surplus, self.options.forbidden.see)?;
             let units: Vec<RelPath> = options.retire.iter().filter_map(|path| RelPath::new(path).ok()).collect();
-            removes_nothing(units.iter())?;
+            removes_nothing(units.iter(), false)?;
         }
         Ok(())
     }
 }
 
-fn removes_nothing<'a>(paths: impl Iterator<Item = &'a RelPath>) -> Result<(), Error> {
-    match list(paths) {
+/// With `unseen` it is not said which.
+fn removes_nothing<'a>(paths: impl Iterator<Item = &'a RelPath>, unseen: bool) -> Result<(), Error> {
+    let listed = match unseen {
+        true => Some(paths.count()).filter(|count| *count > 0).map(|_| "what these rights do not show".to_owned()),
+        false => list(paths),
+    };
+    match listed {
         None => Ok(()),
         Some(paths) => Err(refused(format!(
             "nothing may be removed with these rights, and the run would remove {paths}; push without --delete, or ask for \

@@ -30,6 +30,7 @@ mod repair;
 mod retire;
 mod room;
 mod source;
+mod spared;
 mod strangers;
 mod sums;
 mod target;

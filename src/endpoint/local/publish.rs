@@ -36,6 +36,7 @@ const CHANGES: &str = "changes";
 const NEW_MANIFEST: &str = "manifest";
 const NO_EXCHANGE: &str = "its file system cannot exchange two directories in one step, so that one that is there and changes \
                            cannot be published whole; give it a new name, or use ext4, XFS or Btrfs";
+const HELD_BACK: &str = "stays as it is, since other paths could not be published";
 /// The ACLs of what gets its permissions after it was published.
 const ACLS: &str = "acls";
 
@@ -202,13 +203,17 @@ fn execute(
         }
         Ok(()) => Ok(true),
     };
-    let mut failed = false;
+    let (mut failed, mut missing) = (false, false);
     // Old names of what has no new one.
     let mut stays: BTreeSet<&RelPath> = BTreeSet::new();
     for step in &record.steps {
         let path = step.path();
         if matches!(step, Step::RemoveFile(_)) && stays.contains(path) {
             note(path, Err(Error::Usage("stays, since what it was to be called was not published".into())))?;
+            continue;
+        }
+        if missing && is_held_back(staging, step)? {
+            note(path, Err(Error::Usage(HELD_BACK.into())))?;
             continue;
         }
         let moved: Vec<(&RelPath, &Renamed)> = match step {
@@ -236,7 +241,7 @@ fn execute(
                     .and_then(|()| existing.apply(&entry)),
                 None => Ok(()),
             },
-            Step::Replace(_) if record.only_new => publish_new(root, staging, path),
+            Step::Replace(_) | Step::NewDirectory(_) if record.only_new => publish_new(root, staging, path),
             Step::Replace(_) | Step::NewDirectory(_) => publish_one(root, staging, path, trash.as_ref()),
             Step::Exchange(_) => exchange(root, staging, path, record.inodes.get(path).copied()),
             Step::ApplyMetadata(_) => put.get(path)?.map_or(Ok(()), |entry| existing.apply_compared(&entry)),
@@ -277,7 +282,9 @@ fn execute(
                 done = note(path, trash.take_rest(&old, path))?;
             }
         }
-        failed |= !done;
+        // A directory that still holds something says nothing of what came.
+        failed |= !done && !matches!(step, Step::RemoveDirectory(_));
+        missing |= !done && matches!(step, Step::Replace(_) | Step::NewDirectory(_) | Step::Exchange(_));
         match done {
             true => touched.extend(moved.iter().filter_map(|(new, _)| new.parent())),
             false => stays.extend(moved.iter().map(|(_, renamed)| &renamed.from)),
@@ -299,6 +306,16 @@ fn execute(
         }
     }
     Ok(problems)
+}
+
+/// Whether it is not to be done once something did not come: a pointer may say that it is there, and what goes may be what it was to be
+/// made of.
+fn is_held_back(staging: &Root, step: &Step) -> Result<bool, Error> {
+    match step {
+        Step::RemoveFile(_) | Step::RemoveDirectory(_) => Ok(true),
+        Step::Replace(path) => Ok(staging.stat(&super::target::staged_in(b"last/", path)?, Follow::Never).is_ok()),
+        _ => Ok(false),
+    }
 }
 
 fn denied(error: &Error) -> bool {
@@ -387,6 +404,9 @@ fn publish_new(root: &Root, staging: &Root, path: &RelPath) -> Result<(), Error>
         let renamed = staging.rename_to(&staged, root, path, RenameFlags::NOREPLACE);
         // FUSE and NFS may not know the flag. A further name is not made where there is one.
         let renamed = renamed.or_else(|error| match error.kind() {
+            ErrorKind::InvalidInput if found.kind == FileKind::Directory => {
+                staging.rename_to(&staged, root, path, RenameFlags::empty())
+            }
             ErrorKind::InvalidInput => staging.hard_link_to(&staged, root, path).and_then(|()| staging.unlink(&staged)),
             _ => Err(error),
         });

@@ -19,7 +19,7 @@ use super::place::{Birth, Place};
 use super::refusals::Refusals;
 use super::repair::{self, Repair};
 use super::writer::LocalWriter;
-use super::{commit, early, fold, forbidden, known, metadata, prepare, publish, recall, room, trash};
+use super::{commit, early, fold, forbidden, known, metadata, prepare, publish, recall, room, spared, trash};
 use crate::access::AclLists;
 use crate::endpoint::delta::{Alike, Wanted};
 use crate::endpoint::{BeginOptions, CommitOptions, Committed, Error, Target, Writer};
@@ -498,6 +498,7 @@ impl Run {
         let compare = Compare { checksum: self.options.checksum, ..Compare::default() };
         let mut plan = diff(source, &target, &|index, _| wanted[index].clone(), compare);
         require_proof(&mut plan, source, &target, &doubtful);
+        spared::spare(self, source, &mut plan, monitor);
         self.allow(source, &target, &mut plan)?;
         let mut staged = ByIndex::default();
         if let Some(staging) = &self.staging {

@@ -373,11 +373,11 @@ impl Writer for LocalWriter {
     }
 
     fn keep(&mut self, index: u32, digest: Digest) -> Result<(), Error> {
-        let (entry, _) = self.entry(index)?;
+        let (entry, size) = self.entry(index)?;
         let mut state = self.run.state();
         // The receiver believes its own digest of what it has, not the sender's word.
-        let known = state.target.get(&entry.path).and_then(Entry::file).and_then(|(_, digest)| digest);
-        let result = if known == Some(digest) {
+        let known = state.target.get(&entry.path).and_then(Entry::file);
+        let result = if known == Some((size, Some(digest))) {
             state.kept.insert(index, digest);
             Ok(())
         } else {

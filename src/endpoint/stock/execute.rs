@@ -9,7 +9,7 @@ use super::stage::replace;
 use super::target::{Permissions, Run};
 use super::trash::Trash;
 use super::writer::grant;
-use super::{SYMLINK, below, is_file, kind_of, moved, whole_seconds};
+use super::{DIRECTORY, SYMLINK, below, is_file, kind_of, moved, whole_seconds};
 use crate::endpoint::Error;
 use crate::manifest::{Content, Entry, Timestamp, Tree};
 use crate::path::RelPath;
@@ -169,6 +169,10 @@ fn perform(
         let Err(refusal) = result else { continue };
         let path = below(&run.root, recorded.step.path());
         let done_before = match recorded.step {
+            // What was to make room for a directory has done so.
+            Step::RemoveFile(_) if again && !refusal.is_missing() => {
+                session.stat(packet::LSTAT, &path)?.is_ok_and(|found| kind_of(&found) == Some(DIRECTORY))
+            }
             Step::RemoveFile(_) | Step::RemoveDirectory(_) => refusal.is_missing(),
             _ => {
                 again

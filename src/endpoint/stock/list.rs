@@ -14,6 +14,7 @@ use super::read::read_whole;
 use super::session::{self, Name, Refusal, Reply, Session};
 use super::{DIRECTORY, REGULAR, SYMLINK, below, kind_of};
 use crate::endpoint::Error;
+use crate::endpoint::agent::list_bytes_max;
 use crate::endpoint::client::Completion;
 use crate::error::Escaped;
 use crate::filter::{Filter, IGNORE_FILE};
@@ -69,7 +70,12 @@ struct Listing<'a> {
     problems: Vec<Problem>,
     shared: HashSet<RelPath>,
     tells_links: bool,
+    /// About what all that was listed takes.
+    bytes: usize,
 }
+
+/// What a name takes besides itself.
+const NAME_BYTES: usize = 200;
 
 /// Tags from here on are of links, by their place; those below of directories.
 const LINKS: u64 = 1 << 63;
@@ -118,6 +124,7 @@ pub(super) fn list_from(
         problems: Vec::new(),
         shared: HashSet::new(),
         tells_links: true,
+        bytes: 0,
     };
     let filter = Arc::new(rule.filter.clone());
     match opened {
@@ -202,6 +209,10 @@ impl Listing<'_> {
             Reply::Names(names) if directory.handle.is_some() => {
                 directory.depth = (directory.depth * 2).min(DEPTH);
                 Counters::add(&self.monitor.counters().scanned_entries, names.len() as u64);
+                self.bytes += names.iter().map(|name| name.name.len() + NAME_BYTES).sum::<usize>();
+                if self.bytes > list_bytes_max() {
+                    return Err(self.session.client.protocol("a list without an end".to_owned()));
+                }
                 directory.names.extend(names);
             }
             Reply::Refused(refusal) => {
@@ -246,6 +257,15 @@ impl Listing<'_> {
 
     /// What a directory that was read to its end holds.
     fn children(&mut self, mut directory: Directory) -> Result<(), Error> {
+        if !directory.names.iter().any(|name| name.name == b".") {
+            // OpenSSH's server leaves out what it cannot look at, without a word: all of a directory that may be read and not entered.
+            let own = [&self.absolute(directory.path.as_ref())[..], b"/."].concat();
+            if let Err(refusal) = self.session.stat(packet::LSTAT, &own)?
+                && !refusal.is_missing()
+            {
+                return self.unlistable(directory.path, &refusal);
+            }
+        }
         directory.names.retain(|name| name.name != b"." && name.name != b"..");
         let mut paths = Vec::with_capacity(directory.names.len());
         for name in &directory.names {

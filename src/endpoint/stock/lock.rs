@@ -24,7 +24,7 @@ use crate::wire::sftp::{open, packet};
 pub(super) const LOCK: &str = "lock.sftp";
 const HEARTBEAT: Duration = Duration::from_secs(20);
 /// Seconds of silence after which a lock counts as left behind.
-const STALE: u32 = 300;
+const STALE: u32 = 900;
 /// For so long counts what was found about whose the name is.
 const NAMED: Duration = Duration::from_secs(2);
 /// No lock's text is as long as this.

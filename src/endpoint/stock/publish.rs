@@ -256,6 +256,26 @@ fn check_parents(run: &Run, steps: &[Recorded]) -> Result<(), Error> {
     Ok(())
 }
 
+/// Takes out of a record that is done again what has gone with a directory that something else has taken the place of by then: its
+/// steps would lead through that.
+fn drop_replaced(run: &Run, record: &mut Record) -> Result<(), Error> {
+    let going: BTreeSet<&RelPath> =
+        record.steps.iter().filter(|recorded| recorded.is_removal()).map(|recorded| recorded.step.path()).collect();
+    let replaces = record.steps.iter().filter(|recorded| matches!(recorded.step, Step::Replace(_)));
+    let in_the_way: Vec<RelPath> =
+        replaces.map(|recorded| recorded.step.path()).filter(|path| going.contains(path)).cloned().collect();
+    let found = run.session.batch(in_the_way.iter().map(|path| about(packet::LSTAT, &below(&run.root, path))))?;
+    let found = in_the_way.iter().zip(found);
+    let done: Vec<&RelPath> = found
+        .filter(|(_, found)| matches!(found, Reply::Attributes(found) if kind_of(found) != Some(DIRECTORY)))
+        .map(|(path, _)| path)
+        .collect();
+    record
+        .steps
+        .retain(|recorded| !recorded.is_removal() || !done.iter().any(|path| recorded.step.path().is_within(path)));
+    Ok(())
+}
+
 /// Makes the links, gives new directories their permissions, and says which entries are not to be published.
 fn settle(
     run: &Run,
@@ -449,13 +469,18 @@ pub(super) fn recover(run: &Run, monitor: &dyn Monitor) -> Result<bool, Error> {
         by: session.client.host().to_owned(),
         reason: format!("{what} of an interrupted run is damaged; look at '{}', then remove it", Escaped(&run.staging)),
     };
-    let record = Record::decode(&text).ok_or_else(|| damaged("the record"))?;
+    let mut record = Record::decode(&text).ok_or_else(|| damaged("the record"))?;
     let (old, digest) = read_manifest(session, &run.root, &Silent::default())?;
     // Without the manifest in staging it was put in force already: only the clearing was cut off.
-    let new = read_whole(session, &at(&run.staging, NEW_MANIFEST))?;
-    let due = new.ok().filter(|_| record.base == digest);
+    let new = at(&run.staging, NEW_MANIFEST);
+    let due = match read_whole(session, &new)? {
+        Ok(text) => Some(text).filter(|_| record.base == digest),
+        Err(refusal) if refusal.is_missing() => None,
+        Err(refusal) => return Err(session.refused("read", &new, &refusal)),
+    };
     if let Some(text) = &due {
         let manifest = format::decode(text).map_err(|_| damaged("the manifest"))?;
+        drop_replaced(run, &mut record)?;
         check_parents(run, &record.steps)?;
         let done = execute(run, &record, &manifest.tree, None)?;
         for (path, why) in &done.told {

@@ -4,6 +4,7 @@
 //! handled in order, by one worker; a message that breaks the rules has no effect, and nothing of its run is published:
 //! every later message is answered like it, what was staged is removed, and the audit log says why.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
@@ -16,7 +17,7 @@ use crate::config::{Right, Rights};
 use crate::endpoint::{BeginOptions, CommitOptions, Error, Forbidden, ScanOptions, Source, Target};
 use crate::manifest::Tree;
 use crate::monitor::Monitor as _;
-use crate::plan::Plan;
+use crate::plan::{self, Action, Plan};
 use crate::wire::entries::EntryList;
 use crate::wire::extension::{self, DOMAIN, Fields, Message, NAMES, VERSION, WireError};
 use crate::wire::notes::Notes;
@@ -35,6 +36,9 @@ pub use runs::set_origin;
 pub use veil::Veil;
 
 use limits::{Held, OpenFiles};
+
+/// So many paths that could not be published are told.
+const PROBLEMS_MAX: usize = 10_000;
 
 /// Where answers go. Packets are whole, with their length in front.
 pub trait Output: Send + Sync {
@@ -168,6 +172,8 @@ struct Run {
     tree: OnceLock<Arc<Tree>>,
     limits: Limits,
     open_files: OpenFiles,
+    /// Files that a worker has in hand: no other takes one of them meanwhile, by whichever message.
+    claimed: Mutex<HashSet<u32>>,
     /// What came before its turn, at all workers.
     ahead: ahead::Waiting,
     /// What a client that pulls is asked.
@@ -187,6 +193,15 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Run {
+    /// Whether the file at `index` was in nobody's hands; it is in the caller's from now on.
+    fn claim(&self, index: u32) -> bool {
+        locked(&self.claimed).insert(index)
+    }
+
+    fn release(&self, index: u32) {
+        locked(&self.claimed).remove(&index);
+    }
+
     fn start(self: &Arc<Self>) -> Result<(), Failure> {
         let mut queues = Vec::new();
         let more = usize::from(matches!(self.side, Side::Target(_)));
@@ -505,7 +520,11 @@ impl Control {
                 let root = fields.string()?;
                 let mut wish: BeginOptions = serde_json::from_slice(fields.string()?)?;
                 let wait_seconds = wish.wait_seconds.min(self.limits.wait.as_secs());
-                let forbidden = Forbidden { change: !Need::Change.allowed(self.rights), remove: !self.removes() };
+                let forbidden = Forbidden {
+                    change: !Need::Change.allowed(self.rights),
+                    remove: !self.removes(),
+                    see: !self.rights.has(Right::List),
+                };
                 // Both say what is there.
                 let reads = Need::Read.allowed(self.rights);
                 let delta = wish.delta && reads;
@@ -584,7 +603,13 @@ impl Control {
                 };
                 run.stop();
                 self.ended = true;
-                let committed = target.commit(&options, &notes)?;
+                let mut committed = target.commit(&options, &notes)?;
+                let more = committed.problems.len().saturating_sub(PROBLEMS_MAX);
+                if more > 0 {
+                    // All of them might be no message any more, and what was published would be told as lost.
+                    committed.problems.truncate(PROBLEMS_MAX);
+                    committed.problems.push((".".to_owned(), format!("and {more} paths more")));
+                }
                 let mut body = Vec::new();
                 extension::put_string(&mut body, &serde_json::to_vec(&committed)?);
                 notes.put(&mut body, |text| job.veil.cover(text));
@@ -620,6 +645,7 @@ impl Control {
             tree: OnceLock::new(),
             limits: self.limits,
             open_files: OpenFiles::default(),
+            claimed: Mutex::default(),
             ahead: ahead::Waiting::default(),
             comparing: Arc::default(),
             held: OnceLock::new(),
@@ -648,6 +674,14 @@ impl Control {
         if !self.rights.has(Right::List) {
             // What there is beside what is sent is not told.
             (plan.removals, plan.target_entries) = (Vec::new(), 0);
+        }
+        if !Need::Read.allowed(self.rights) {
+            // Nor what is in it: the digest of what lies there would say that.
+            let compared = |action: &&mut Action| matches!(action.need, plan::Need::Compare { .. });
+            plan.actions
+                .iter_mut()
+                .filter(compared)
+                .for_each(|action| action.need = plan::Need::Content { resume_at: 0 });
         }
         if notes.stopped() {
             return Err(Failure::gone());

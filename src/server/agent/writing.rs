@@ -168,14 +168,16 @@ impl Worker<'_> {
         match job.name {
             "open" => {
                 let resume_at = fields.u64()?;
-                if resume_at > size || self.waiting.contains_key(&index) || self.open.contains_key(&index) {
+                if resume_at > size || !self.run.claim(index) {
                     return Err(Failure::order("open").into());
                 }
                 // It would hash what is staged, for nobody.
-                if job.output.is_gone() {
-                    return Err(Failure::gone().into());
+                let gone = job.output.is_gone().then(Failure::gone);
+                let refused = gone.or_else(|| self.run.open_files.add(self.run.limits.open_files).err());
+                if let Some(failure) = refused {
+                    self.run.release(index);
+                    return Err(failure.into());
                 }
-                self.run.open_files.add(self.run.limits.open_files)?;
                 self.open.insert(index, resume_at);
                 self.writer.open(index, resume_at).map_err(Refusal::run)?;
             }
@@ -239,7 +241,7 @@ impl Worker<'_> {
             }
             "keep" => {
                 let digest = fields.digest()?;
-                if self.waiting.contains_key(&index) || self.open.contains_key(&index) {
+                if !self.run.claim(index) {
                     return Err(Failure::order("keep").into());
                 }
                 self.waiting.insert(index, (self.serial, 0));
@@ -247,7 +249,9 @@ impl Worker<'_> {
                 return Ok(Done::Later(1));
             }
             "discard" => {
-                self.close(index);
+                if self.close(index) {
+                    self.run.release(index);
+                }
                 self.ahead.drop_all(&self.run.ahead, index);
                 self.writer.discard(index).map_err(Refusal::run)?;
             }
@@ -301,15 +305,13 @@ impl Worker<'_> {
         for _ in 0..count {
             let (index, digest, length) = (fields.u32()?, fields.digest()?, fields.u32()? as usize);
             total = total.saturating_add(length);
-            let busy = self.waiting.contains_key(&index) || self.open.contains_key(&index);
-            if self.size(index)? < length as u64 || busy {
+            if self.size(index)? < length as u64 {
                 return Err(WireError::Range("a file").into());
             }
             files.push((index, digest, length));
         }
-        let mut indices: Vec<u32> = files.iter().map(|file| file.0).collect();
-        indices.sort_unstable();
-        if total > RAW_MAX || indices.windows(2).any(|pair| pair[0] == pair[1]) {
+        let indices: Vec<u32> = files.iter().map(|file| file.0).collect();
+        if total > RAW_MAX || !indices.iter().all(|&index| self.run.claim(index)) {
             return Err(WireError::Range("a file").into());
         }
         let mut raw = Vec::new();
@@ -333,6 +335,7 @@ impl Worker<'_> {
         }
         for Staged { index, result } in self.writer.completions(wait)? {
             let Some((id, position)) = self.waiting.remove(&index) else { continue };
+            self.run.release(index);
             let Some(group) = self.groups.get_mut(&id) else { continue };
             group.remaining -= 1;
             if let Err(failure) = result {
