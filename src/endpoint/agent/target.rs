@@ -151,9 +151,11 @@ impl Target for AgentTarget {
         }
         let mut packet = extension::request("commit");
         // What nobody staged is not published, also where it is not said that it failed.
-        let all = options.failed.len() <= FAILED_MAX;
-        let short = CommitOptions { failed: if all { options.failed.clone() } else { Vec::new() }, ..options.clone() };
-        extension::put_string(&mut packet, &json(&short)?);
+        let mut options = options.clone();
+        if options.failed.len() > FAILED_MAX {
+            options.failed.clear();
+        }
+        extension::put_string(&mut packet, &json(&options)?);
         self.lanes.fits(&packet)?;
         let reply = self.lanes.call(packet)?;
         let mut fields = Fields(&reply);
