@@ -109,17 +109,20 @@ impl<'a> Existing<'a> {
     /// read once more, since its new time would hide what somebody else did to it.
     pub(super) fn apply_compared(&self, entry: &Entry) -> Result<(), Error> {
         let (root, path) = (self.root, &entry.path);
+        if matches!(entry.content, Content::Symlink { .. } | Content::HardLink { .. }) {
+            return Ok(());
+        }
+        let inode = Inode::open(root, Some(path)).map_err(io)?;
         if let Content::File { size, digest: Some(digest) } = entry.content
             && let Some(compared) = (self.compared)(path)
         {
-            let inode = Inode::open(root, Some(path)).map_err(io)?;
             let now = inode.metadata().map_err(|source| failed(root, path, "look at", source))?;
             if Fingerprint::from(&now) != compared && !holds(&inode, size, digest) {
                 return Err(failed(root, path, "set the permissions of", std::io::Error::other(CHANGED)));
             }
         }
         // RACE: who writes to it from here on gives it another time, unless that is before it gets this one.
-        self.apply(entry)
+        self.apply_to(entry, inode)
     }
 
     /// Gives what is published already the entry's permissions and time.
@@ -132,8 +135,11 @@ impl<'a> Existing<'a> {
         if matches!(entry.content, Content::Symlink { .. } | Content::HardLink { .. }) {
             return Ok(());
         }
+        self.apply_to(entry, Inode::open(self.root, Some(&entry.path)).map_err(io)?)
+    }
+
+    fn apply_to(&self, entry: &Entry, mut inode: Inode) -> Result<(), Error> {
         let (root, path) = (self.root, &entry.path);
-        let mut inode = Inode::open(root, Some(path)).map_err(io)?;
         let now = inode.metadata().map_err(|source| failed(root, path, "look at", source))?;
         let others = self.names.get(path).map_or(&[][..], Vec::as_slice);
         let detach = now.kind == FileKind::Regular && now.links as usize > 1 + others.len();
