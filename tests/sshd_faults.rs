@@ -325,15 +325,76 @@ fn h32_a_lockstep_behind_sshd_that_is_killed_leaves_old_or_new_and_the_next_push
 
 #[test]
 fn h32_a_stock_server_that_is_killed_leaves_old_or_new_and_the_next_push_goes_on() {
-    // OpenSSH's server writes with pwrite64 and names with rename.
-    let calls: [(&str, &[&str]); 3] = [("pwrite64", &["2", "6"]), ("rename", &["1", "3"]), ("unlink", &["1"])];
+    // OpenSSH's server seeks before it reads or writes, and names with rename.
+    let calls: [(&str, &[&str]); 3] = [("lseek", &["2", "4", "6", "9"]), ("rename", &["1", "3"]), ("unlink", &["1"])];
     failing_receiver(Far::Stock, "signal=SIGKILL", &[75], &calls);
 }
 
 #[test]
-fn h30_a_stock_server_whose_disk_is_full_at_a_write_an_fsync_or_a_rename_keeps_the_old_version() {
-    let calls: [(&str, &[&str]); 3] = [("pwrite64", &["3+"]), ("fsync", &["1+"]), ("rename", &["1+", "3+"])];
+fn h30_a_stock_server_whose_disk_is_full_at_an_fsync_or_a_rename_keeps_the_old_version() {
+    let calls: [(&str, &[&str]); 2] = [("fsync", &["1+"]), ("rename", &["1+", "3+"])];
     failing_receiver(Far::Stock, "error=ENOSPC", &[4, 5], &calls);
+}
+
+/// Each write to a file fails from the one on that the variable FROM says.
+const FULL: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
+ssize_t write(int fd, const void *data, size_t length) {
+    static int count;
+    ssize_t (*next)(int, const void *, size_t) = dlsym(RTLD_NEXT, "write");
+    struct stat found;
+    if (fstat(fd, &found) == 0 && S_ISREG(found.st_mode) && ++count >= atoi(getenv("FROM"))) {
+        errno = EDQUOT;
+        return -1;
+    }
+    return next(fd, data, length);
+}
+"#;
+
+#[test]
+fn h30_where_a_quota_is_used_up_at_any_write_nothing_that_is_staged_keeps_the_next_run_away() {
+    let library = tempfile::tempdir().unwrap();
+    let at = |name: &str| library.path().join(name);
+    fs::write(at("full.c"), FULL).unwrap();
+    done(&Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([at("full.so"), at("full.c")]).output().unwrap());
+    let (mut staged, mut told) = (0, 0);
+    for point in 1.. {
+        let mut area = Area::new(Far::Stock, Sshd::only(&Far::Stock.subsystem()), "target");
+        for name in ["old/ckpt-1/weights", "new/ckpt-1/weights", "new/ckpt-2/weights"] {
+            let path = area.sshd.path(name);
+            let time = fs::metadata(&path).unwrap().modified().unwrap();
+            fs::write(&path, name).unwrap();
+            fs::File::options().write(true).open(&path).unwrap().set_modified(time).unwrap();
+        }
+        area.pushed("old");
+        let under = format!("Subsystem sftp env LD_PRELOAD={} FROM={point} ", at("full.so").display());
+        let full = Sshd::only(&Far::Stock.subsystem().replace("Subsystem sftp ", &under));
+        let carry = |from: &Sshd, to: &Sshd| {
+            ["old", "new", "target"].iter().for_each(|name| fs::rename(from.path(name), to.path(name)).unwrap());
+        };
+        carry(&area.sshd, &full);
+        let sound = std::mem::replace(&mut area.sshd, full);
+        let output = area.push("new", &[]);
+        if output.status.success() {
+            assert!(point > 8 && staged <= 4 && told >= 5, "{point} writes, {staged} were staged, {told} told why");
+            return;
+        }
+        area.assert_no_mix(&format!("at write {point}"));
+        let staging = area.at().join(".lockstep/staging/sftp");
+        // What is written down as about to be published is finished by the next run.
+        assert!(!staging.exists() || staging.join("commit").exists(), "at write {point}: {}", text(&output));
+        staged += usize::from(staging.exists());
+        told += usize::from(text(&output).contains("quota"));
+        println!("{point}: {}", text(&output));
+        carry(&area.sshd, &sound);
+        area.sshd = sound;
+        area.assert_converges(&format!("at write {point}"));
+    }
 }
 
 #[test]

@@ -108,6 +108,24 @@ fn s25_what_the_server_has_is_copied_there_and_only_what_changed_goes_over() {
     }
 }
 
+#[test]
+fn a_host_with_nothing_but_busybox_takes_and_hashes_content_by_commands() {
+    let tools = tempfile::tempdir().unwrap();
+    let made = Command::new("busybox").args(["--install", "-s"]).arg(tools.path()).status();
+    assert!(made.expect("busybox is not installed").success());
+    let sshd = Sshd::start(&format!("{SHELL}\nSetEnv PATH={}", tools.path().display()));
+    sample(&sshd.path("source"));
+    for number in 0..3 {
+        sshd.write(&format!("step-1/{number}"), kit::noise(number, 6 << 20));
+    }
+    let summary = summary(&sshd.push(&["--json"]));
+    sshd.same();
+    verified(&sshd.path("target"));
+    // What is not hashed there would be read back.
+    let (wire, sent) = (summary["wire_bytes"].as_u64().unwrap(), 23_u64 << 20);
+    assert!(wire < sent + (4 << 20), "{wire}");
+}
+
 /// A time that is older than any manifest.
 fn old() -> std::time::SystemTime {
     std::time::SystemTime::now() - Duration::from_secs(3600)

@@ -261,6 +261,96 @@ fn h32_what_was_begun_to_be_published_is_finished_first_unless_another_has_publi
 }
 
 #[test]
+fn h32_a_link_that_takes_the_place_of_a_directory_is_not_gone_through_wherever_a_run_is_cut() {
+    let changed = || {
+        let pair = Pair::new();
+        for path in ["unit/kept", "unit/sub/kept", "elsewhere/kept", "elsewhere/sub/kept", "file"] {
+            pair.write(path, path);
+        }
+        pair.push(nothing(), nothing(), false).unwrap();
+        fs::remove_dir_all(pair.at("source/unit")).unwrap();
+        symlink("elsewhere", pair.at("source/unit")).unwrap();
+        fs::remove_file(pair.at("source/file")).unwrap();
+        pair.write("file/within", "a directory now");
+        pair
+    };
+    let (counter, packets) = counting();
+    changed().push(counter, nothing(), false).unwrap();
+    let mut interrupted = 0;
+    for at in (20..packets.load(Ordering::Relaxed)).step_by(2) {
+        let pair = changed();
+        let cut = pair.push(cut_after(at), nothing(), false);
+        interrupted += usize::from(cut.is_err() && pair.at("target/.lockstep/staging/sftp/commit").exists());
+        let report = pair.push(nothing(), nothing(), false).unwrap();
+        assert!(report.is_complete(), "{at}: {:?}", report.problems);
+        pair.in_step();
+    }
+    assert!(interrupted > 3, "{interrupted}");
+}
+
+#[test]
+fn s13_what_an_interrupted_run_published_is_in_the_log_by_whom_it_was_begun() {
+    for trash in [None, Some(3600)] {
+        let pair = Pair::new();
+        version(&pair, 1);
+        pair.write("goes", "away");
+        pair.push(nothing(), nothing(), false).unwrap();
+        version(&pair, 2);
+        fs::remove_file(pair.at("source/goes")).unwrap();
+        fs::set_permissions(pair.at("source/checkpoint-1/model"), fs::Permissions::from_mode(0o640)).unwrap();
+        let push = |actor: &str, hook| {
+            let mut options = options();
+            options.begin.trash_seconds = trash;
+            options.begin.actor = actor.into();
+            let source = LocalSource::new(&pair.at("source"), None).unwrap();
+            let target = StockTarget::new(pair.lanes(hook, nothing(), false, 1).unwrap());
+            run(&source, &target, &options, &Silent::default(), &AtomicBool::new(false))
+        };
+        let cut: Hook = Arc::new(|packet| {
+            let rename = packet.windows(12).any(|bytes| bytes == b"posix-rename");
+            !(rename && packet.ends_with(b"target/config"))
+        });
+        assert!(push("first@one", cut).is_err());
+        assert!(push("second@two", nothing()).unwrap().is_complete());
+        pair.in_step();
+        let log = fs::read_to_string(pair.at("target/.lockstep/audit.jsonl")).unwrap();
+        let lines: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let mut told: Vec<String> = lines
+            .iter()
+            .filter(|line| line["actor"] == "first@one" && line["action"] != "intent")
+            .map(|line| {
+                format!(
+                    "{} {} {}",
+                    line["action"].as_str().unwrap(),
+                    line["path"].as_str().unwrap(),
+                    line["generation"]
+                )
+            })
+            .collect();
+        told.sort();
+        let mut expected = vec![
+            "metadata checkpoint-1/model 2",
+            "publish checkpoint-2 2",
+            "publish checkpoint-2/model 2",
+            "publish checkpoint-2/optimizer 2",
+            "publish checkpoint-2/sub 2",
+            "publish checkpoint-2/sub/state 2",
+            "publish config 2",
+            "publish latest 2",
+        ];
+        expected.extend(match trash {
+            None => &["remove goes 2"][..],
+            Some(_) => &["trash config 2", "trash goes 2", "trash latest 2"],
+        });
+        assert_eq!(told, expected);
+        let model =
+            lines.iter().find(|line| line["path"] == "checkpoint-1/model" && line["action"] == "metadata").unwrap();
+        assert_eq!((&model["mode"], &model["mode_before"]), (&"0640".into(), &"0644".into()), "{model}");
+        assert!(!lines.iter().any(|line| line["actor"] == "second@two" && line["action"] == "publish"), "{log}");
+    }
+}
+
+#[test]
 fn a_change_that_the_time_of_a_young_file_hides_is_seen() {
     let pair = Pair::new();
     let soon = std::time::SystemTime::now() + std::time::Duration::from_secs(60);
@@ -555,6 +645,40 @@ fn what_could_not_be_published_is_told_holds_pointers_back_and_is_not_in_the_man
     let log = fs::read_to_string(pair.at("target/.lockstep/audit.jsonl")).unwrap();
     assert_eq!(log.matches(r#""path":"latest""#).count(), 1, "{log}");
     assert!(pair.push(nothing(), nothing(), false).unwrap().is_complete());
+    pair.in_step();
+}
+
+#[test]
+fn what_may_not_be_moved_to_the_trash_stays_and_the_runs_after_it_get_in() {
+    let pair = Pair::new();
+    version(&pair, 1);
+    pair.push(nothing(), nothing(), false).unwrap();
+    version(&pair, 2);
+    let mut options = options();
+    options.begin.trash_seconds = Some(3600);
+    // As where hard links to files of others are protected, and the directory is sticky.
+    let elsewhere: Hook = Arc::new(|packet| {
+        let moves =
+            [&b"hardlink"[..], b"posix-rename"].iter().any(|word| packet.windows(word.len()).any(|at| at == *word));
+        if let Some(at) = packet.windows(16).position(|at| at == b".lockstep/trash/")
+            && moves
+            && packet.ends_with(b"/config")
+        {
+            packet[at + 1] = b'X';
+        }
+        true
+    });
+    let push = |hook| {
+        let source = LocalSource::new(&pair.at("source"), None).unwrap();
+        let target = StockTarget::new(pair.lanes(hook, nothing(), false, 1).unwrap());
+        run(&source, &target, &options, &Silent::default(), &AtomicBool::new(false)).unwrap()
+    };
+    let told = push(elsewhere).committed.unwrap().problems;
+    assert_eq!(told.iter().map(|(path, _)| path.as_str()).collect::<Vec<_>>(), ["config", "latest"]);
+    assert!(told[0].1.contains("cannot be moved to the trash"), "{told:?}");
+    assert_eq!(fs::read(pair.at("target/config")).unwrap(), b"config of 1");
+    assert_eq!(fs::read(pair.at("target/checkpoint-2/sub/state")).unwrap(), [b'2'; 11]);
+    assert!(push(nothing()).is_complete());
     pair.in_step();
 }
 

@@ -12,6 +12,7 @@ use lockstep::root::Root;
 
 use super::stock_faults::version;
 use super::stock_pipes::{Hook, Pair, nothing};
+use crate::kit::until;
 
 const VERSION: u8 = 2;
 const WRITE: u8 = 6;
@@ -99,6 +100,39 @@ fn h33_each_file_is_on_the_disk_before_it_is_named_and_what_points_to_it_comes_a
         let last = before.iter().rposition(|one| matches!(one, Asked::Sync(_))).unwrap();
         assert!(written < last, "{name}: {asked:?}");
     }
+}
+
+#[test]
+fn h33_what_an_earlier_run_had_not_brought_to_the_disk_is_brought_there() {
+    let syncs = |pair: &Pair| {
+        let counter = Arc::new(AtomicUsize::new(0));
+        let counts = Arc::clone(&counter);
+        let hook: Hook = Arc::new(move |packet| {
+            let is_sync = packet[0] == EXTENDED && string(&packet[5..]).0 == b"fsync@openssh.com";
+            counts.fetch_add(usize::from(is_sync), Ordering::Relaxed);
+            true
+        });
+        assert!(pair.push(hook, nothing(), false).unwrap().is_complete());
+        pair.in_step();
+        counter.load(Ordering::Relaxed)
+    };
+    let pairs = [Pair::new(), Pair::new()];
+    for pair in &pairs {
+        pair.write("large", vec![7; 400_000]);
+    }
+    let staged = pairs[1].at(".target.lockstep/.lockstep/staging/sftp/tree/large");
+    let lying = staged.clone();
+    let cut: Hook = Arc::new(move |packet| {
+        let is_sync = packet[0] == EXTENDED && string(&packet[5..]).0 == b"fsync@openssh.com";
+        if !is_sync || !lying.exists() {
+            return true;
+        }
+        until("all of it is there", || fs::metadata(&lying).unwrap().len() == 400_000);
+        false
+    });
+    assert!(pairs[1].push(cut, nothing(), false).is_err());
+    assert_eq!(fs::metadata(&staged).unwrap().len(), 400_000);
+    assert_eq!(syncs(&pairs[0]), syncs(&pairs[1]));
 }
 
 #[test]

@@ -3,11 +3,13 @@
 //! It is written by the account that publishes, over the same session: whoever has that account can write it anew, and
 //! shows only by a head that is kept elsewhere (`docs/security.md`).
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 
+use super::execute::Problems;
 use super::read::{read_on, read_opened};
+use super::record::Record;
 use super::session::{self, Refusal, Reply, Session, about, extended, with_attributes};
 use super::stage::OwnFile;
 use super::target::{Run, STATE, State};
@@ -18,9 +20,10 @@ use crate::audit::{
 };
 use crate::endpoint::Error;
 use crate::error::{chain, counted};
-use crate::manifest::Manifest;
+use crate::manifest::{Manifest, Tree};
 use crate::path::RelPath;
 use crate::plan::Change;
+use crate::plan::publish::Step;
 use crate::wire::sftp::{Attributes, open, packet};
 
 /// The log as a run has found it, and goes on with it.
@@ -71,6 +74,49 @@ pub(super) fn append(
         return log.map_or(Ok(()), |log| log.close(&run.session));
     }
     or_continue(tell_last(run, log, records)).map(drop)
+}
+
+/// Tells what an interrupted run had written down and is published now, by whom it was begun. The manifest before it, `old`, knows what
+/// rights there were. Where this is interrupted too, it is told once more.
+///
+/// # Errors
+/// As [`append`].
+pub(super) fn finished(
+    run: &Run,
+    record: &Record,
+    manifest: &Manifest,
+    old: &Tree,
+    done: &Problems,
+) -> Result<(), Error> {
+    let (actor, source) = (record.actor.clone(), record.source.clone());
+    let base = AuditRecord { actor, source, generation: Some(manifest.generation), ..AuditRecord::default() };
+    let trash = record.trash.as_deref().map(|name| Trash::new(run, name));
+    let before = |path: &RelPath| old.get(path).map(Before::of);
+    let mut records = Vec::new();
+    let (mut whole, mut single) = (HashSet::new(), HashMap::new());
+    for step in record.steps.iter().map(|recorded| &recorded.step).filter(|step| !done.left(step.path())) {
+        let path = step.path();
+        match step {
+            Step::RemoveFile(_) | Step::RemoveDirectory(_) | Step::TakeAway(_) => records.push(AuditRecord {
+                before: before(path),
+                ..trash.as_ref().map_or_else(|| removed(&base, path), |trash| aside(&base, trash, path))
+            }),
+            Step::NewDirectory(_) | Step::Exchange(_) => drop(whole.insert(path)),
+            Step::ApplyMetadata(_) => drop(single.entry(path).or_insert("metadata")),
+            Step::Replace(_) => {
+                single.insert(path, "publish");
+                let replaced = trash.as_ref().filter(|_| old.get(path).is_some_and(|old| !old.is_directory()));
+                records.extend(replaced.map(|trash| AuditRecord { before: before(path), ..aside(&base, trash, path) }));
+            }
+        }
+    }
+    records.extend(manifest.tree.entries().iter().filter_map(|entry| {
+        let path = &entry.path;
+        let within = whole.contains(path) || path.ancestors().any(|above| whole.contains(&above));
+        let what = if within { "publish" } else { single.get(path)? };
+        Some(AuditRecord { before: before(path), ..base.of_entry(what, entry) })
+    }));
+    or_continue(tell_last(run, None, records.into_iter())).map(drop)
 }
 
 fn tell_last(run: &Run, log: Option<Log>, records: impl Iterator<Item = AuditRecord>) -> Result<(), Error> {
@@ -301,7 +347,7 @@ fn records<'a>(
     run: &Run,
     state: &'a State,
     published: &'a HashSet<u32>,
-    removed: &'a [&'a RelPath],
+    gone_paths: &'a [&'a RelPath],
     manifest: &'a Manifest,
     trash: Option<&'a Trash<'a>>,
 ) -> impl Iterator<Item = AuditRecord> + 'a {
@@ -322,14 +368,15 @@ fn records<'a>(
         let what = if action.change == Change::MetadataOnly { "metadata" } else { "publish" };
         Some(AuditRecord { before: before(&entry.path), ..base.of_entry(what, entry) })
     });
-    let removals = removed.iter().map(move |path| match trash {
+    let removals = gone_paths.iter().map(move |path| match trash {
         Some(trash) => AuditRecord { before: before(path), ..aside(&gone, trash, path) },
-        None => {
-            let (path, before) = (path.to_string(), before(path));
-            AuditRecord { action: "remove".into(), path, before, result: Some(Outcome::Success), ..gone.clone() }
-        }
+        None => AuditRecord { before: before(path), ..removed(&gone, path) },
     });
     kept.chain(given).chain(removals)
+}
+
+fn removed(base: &AuditRecord, path: &RelPath) -> AuditRecord {
+    AuditRecord { action: "remove".into(), path: path.to_string(), result: Some(Outcome::Success), ..base.clone() }
 }
 
 /// What was moved to the trash.

@@ -107,8 +107,8 @@ impl Bulk {
         bulk.pack = Some(bulk.open_pack()?);
         bulk.flush()?;
         bulk.due.clear();
-        let written = (bulk.shell.status()?, bulk.shell.status()?);
-        let unpacked = bulk.shell.status()?;
+        let written = (bulk.shell.tried()?, bulk.shell.tried()?);
+        let unpacked = bulk.shell.tried()?;
         match (written.0.as_str(), written.1.as_str(), unpacked.as_str()) {
             ("0", "0", "0") => Ok(bulk),
             _ => Err("its dd or tar cannot do what is asked of it".into()),

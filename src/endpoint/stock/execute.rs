@@ -115,18 +115,21 @@ fn perform(
         let tree: &[u8] = if recorded.pointer { b"/last/" } else { b"/tree/" };
         [&run.staging[..], tree, recorded.step.path().as_bytes()].concat()
     };
-    let removed = match trash {
-        Some(trash) => {
-            trash.prepare(steps, &staged)?;
-            trash.directories(steps)?
-        }
-        None => Vec::new(),
+    let (stuck, removed) = match trash {
+        Some(trash) => (trash.prepare(steps, &staged)?, trash.directories(steps)?),
+        None => Default::default(),
     };
     let growing: Vec<&Recorded> = steps.iter().copied().filter(|recorded| recorded.append.is_some()).collect();
     let steps: Vec<&Recorded> = steps.iter().copied().filter(|recorded| recorded.append.is_none()).collect();
     let mut batch: Vec<(&Recorded, Vec<u8>)> = Vec::new();
     let mut results: Vec<Done<'_>> = Vec::new();
     for recorded in steps {
+        if let Some(refusal) = stuck.get(recorded.step.path()) {
+            let reason = format!("what it replaces cannot be moved to the trash: {refusal}");
+            problems.tell(recorded.step.path(), recorded.describe(&reason));
+            problems.unpublished.insert(recorded.step.path().clone());
+            continue;
+        }
         let path = below(&run.root, recorded.step.path());
         let request = match &recorded.step {
             Step::Replace(_) if session.offers.posix_rename => {

@@ -40,6 +40,7 @@ mod publish;
 mod read;
 mod reader;
 mod record;
+mod room;
 mod session;
 mod shell;
 mod source;

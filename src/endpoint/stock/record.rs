@@ -40,6 +40,9 @@ impl Recorded {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Record {
     pub(super) base: Digest,
+    /// Who publishes, and from where.
+    pub(super) actor: String,
+    pub(super) source: String,
     pub(super) steps: Vec<Recorded>,
     /// What is removed or replaced is moved to the directory of this name in the trash.
     pub(super) trash: Option<String>,
@@ -48,15 +51,18 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// A title with the manifest's digest, then one step a line: a letter and the path's bytes in hexadecimal; of a file that is appended
+    /// A title with the manifest's digest, a line that says who publishes, then one step a line: a letter and the path's bytes in hexadecimal; of a file that is appended
     /// to also the number of what is staged, and its length and time before.
     pub(super) fn encode(&self) -> String {
         let mut text = format!("{TITLE}{}\n", self.base);
+        if !self.actor.is_empty() || !self.source.is_empty() {
+            let _ = writeln!(text, "W{} {}", hex(self.actor.as_bytes()), hex(self.source.as_bytes()));
+        }
         if let Some(name) = &self.trash {
             let _ = writeln!(text, "T{name}");
         }
         for Linked { from, to, size, seconds } in &self.linked {
-            let _ = writeln!(text, "L{} {} {size} {seconds}", hex(from), hex(to));
+            let _ = writeln!(text, "L{} {} {size} {seconds}", hex(from.as_bytes()), hex(to.as_bytes()));
         }
         for Recorded { step, pointer, append } in &self.steps {
             text.push(match step {
@@ -70,7 +76,7 @@ impl Record {
                 Step::RemoveDirectory(_) => 'D',
                 Step::TakeAway(_) => 'U',
             });
-            text.push_str(&hex(step.path()));
+            text.push_str(&hex(step.path().as_bytes()));
             if let Some(Appended { tail, length, seconds }) = append {
                 // Writing to a string cannot fail.
                 let _ = write!(text, " {tail} {length} {seconds}");
@@ -84,6 +90,13 @@ impl Record {
     pub(super) fn decode(text: &[u8]) -> Option<Record> {
         let mut lines = std::str::from_utf8(text).ok()?.lines().peekable();
         let base = Digest::from_hex(lines.next()?.strip_prefix(TITLE)?.as_bytes())?;
+        let (actor, source) = match lines.next_if(|line| line.starts_with('W')) {
+            Some(line) => {
+                let (actor, source) = line.get(1..)?.split_once(' ')?;
+                (String::from_utf8(bytes_of(actor)?).ok()?, String::from_utf8(bytes_of(source)?).ok()?)
+            }
+            None => Default::default(),
+        };
         let is_name =
             |name: &&str| !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
         let trash = match lines.next_if(|line| line.starts_with('T')) {
@@ -112,21 +125,24 @@ impl Record {
             };
             Some(Recorded { step, pointer: letter == "P", append })
         });
-        Some(Record { base, steps: steps.collect::<Option<_>>()?, trash, linked })
+        Some(Record { base, actor, source, steps: steps.collect::<Option<_>>()?, trash, linked })
     }
 }
 
-fn hex(path: &RelPath) -> String {
-    let mut text = String::with_capacity(2 * path.as_bytes().len());
-    for byte in path.as_bytes() {
+fn hex(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(2 * bytes.len());
+    for byte in bytes {
         let _ = write!(text, "{byte:02x}");
     }
     text
 }
 
+fn bytes_of(hex: &str) -> Option<Vec<u8>> {
+    (0..hex.len().div_ceil(2)).map(|at| u8::from_str_radix(hex.get(2 * at..2 * at + 2)?, 16).ok()).collect()
+}
+
 fn path_of(hex: &str) -> Option<RelPath> {
-    let bytes = (0..hex.len().div_ceil(2)).map(|at| u8::from_str_radix(hex.get(2 * at..2 * at + 2)?, 16).ok());
-    RelPath::new(bytes.collect::<Option<Vec<u8>>>()?).ok()
+    RelPath::new(bytes_of(hex)?).ok()
 }
 
 fn link(text: &str) -> Option<Linked> {
@@ -162,13 +178,15 @@ mod tests {
         ];
         let steps = steps.map(|(step, pointer, append)| Recorded { step, pointer, append }).to_vec();
         let linked = vec![Linked { from: path(), to: RelPath::new("b").unwrap(), size: 9, seconds: -9 }];
-        let record = Record { base: Digest([7; 32]), steps, trash: Some("20260131T065902Z-12".into()), linked };
+        let (actor, source) = ("ann@host key\n".to_owned(), String::new());
+        let trash = Some("20260131T065902Z-12".into());
+        let record = Record { base: Digest([7; 32]), actor, source, steps, trash, linked };
         let text = record.encode();
         assert_eq!(Record::decode(text.as_bytes()), Some(record));
         for damaged in [&text[..text.len() - 2], &text[1..], "", &text.replace('R', "X")] {
             assert_eq!(Record::decode(damaged.as_bytes()), None, "{damaged}");
         }
-        for lost in [" 62 9", " 9 -9", " 3", " 1099511627776", " -5"] {
+        for lost in ["W61", " 62 9", " 9 -9", " 3", " 1099511627776", " -5"] {
             assert_eq!(Record::decode(text.replace(lost, "").as_bytes()), None, "{lost}");
         }
         for name in ["T\n", "T..\n", "Ta/b\n"] {

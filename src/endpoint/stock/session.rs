@@ -399,7 +399,10 @@ impl Session {
     /// The error that ends the run because of a refusal.
     pub(super) fn refused(&self, operation: &'static str, path: &[u8], refusal: &Refusal) -> Error {
         let path = format!("{}:{}", self.client.host(), Escaped(path));
-        Error::Io { operation, path, source: io::Error::new(refusal.kind(), refusal.text.clone()) }
+        // Nothing is said of a full disk but that.
+        let stores = refusal.status == Status::Failure && ["write", "make", "make the directory"].contains(&operation);
+        let more = if stores { ", as where a disk is full or a quota used up" } else { "" };
+        Error::Io { operation, path, source: io::Error::new(refusal.kind(), format!("{}{more}", refusal.text)) }
     }
 }
 

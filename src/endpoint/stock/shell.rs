@@ -16,8 +16,10 @@ use crate::error::Escaped;
 use crate::manifest::Digest;
 
 /// The outer quotes keep whatever login shell there is from looking at the text: there is no quote, no backslash before
-/// one and no `!` in it. `head` gives each job exactly its input.
-const SCRIPT: &str = r#"sh -c 'umask 077; t=; for p in openssl sha256sum xargs getent sync setfacl dd tar chmod chown; do command -v $p >/dev/null 2>&1 && t=$t,$p; done; printf "\nlockstep:%s\n" "$t,"; while read -r c n o; do case $c in openssl) head -c "$n" | xargs -0 -s 500000 openssl dgst -sha256 -r;; sha256sum) head -c "$n" | xargs -0 -s 500000 sha256sum --;; users) head -c "$n" | xargs -0 getent passwd;; groups) head -c "$n" | xargs -0 getent group;; sync) head -c "$n" | xargs -0 sync -f || sync;; acl) head -c "$n" | xargs -0 setfacl -b -k --;; owner) head -c "$n" | xargs -0 -s 500000 chown -h "$o" --;; mode) head -c "$n" | xargs -0 -s 500000 chmod "$o" --;; follow-openssl) f=$(head -c "$n"); while read -r k m && [ "$m" -gt 0 ]; do dd if="$f" bs=65536 skip=$((k * 16)) count=$((m * 16)); done | openssl dgst -sha256 -r;; follow-sha256sum) f=$(head -c "$n"); while read -r k m && [ "$m" -gt 0 ]; do dd if="$f" bs=65536 skip=$((k * 16)) count=$((m * 16)); done | sha256sum;; new|more) f=$(head -c "$n"); x=notrunc; [ $c = new ] && x=excl,notrunc; while read -r k m && [ "$m" -gt 0 ]; do dd of="$f" bs=262144 iflag=fullblock,count_bytes oflag=seek_bytes conv=$x seek="$k" count="$m" || exit 1; x=notrunc; printf "\nlockstep:%s\n" 0; done;; tar) f=$(head -c "$n"); while read -r k && [ "$k" -gt 0 ]; do dd bs=65536 iflag=fullblock,count_bytes count="$k" || kill $$; done | TAR_OPTIONS=-b128 tar -xof - -C "$f";; *) false;; esac 2>/dev/null; printf "\nlockstep:%s\n" "$?"; done'"#;
+/// one and no `!` in it. `dd` gives each job exactly its input, which `head -c` does not everywhere: where it cannot, all ends before
+/// the input is taken for jobs. What changes paths is done when its input is whole, which ends with the name that it begins with: of
+/// a connection that is cut, the last name may be the beginning of one, and mean a directory above.
+const SCRIPT: &str = r#"sh -c 'umask 077; t=; for p in openssl sha256sum xargs getent sync setfacl dd tar chmod chown; do command -v $p >/dev/null 2>&1 && t=$t,$p; done; printf "\nlockstep:%s\n" "$t,"; take() { [ "$n" = 0 ] || dd bs="$n" count=1 iflag=fullblock || kill $$; }; w="for l; do :; done; [ \$# -gt 1 ] && [ \"\$l\" = \"\$1\" ] && exec \$0 -- \"\$@\""; while read -r c n o; do case $c in try) take;; openssl) take | xargs -0 -s 500000 openssl dgst -sha256 -r;; sha256sum) take | xargs -0 -s 500000 sha256sum --;; users) take | xargs -0 getent passwd;; groups) take | xargs -0 getent group;; sync) take | xargs -0 sync -f || sync;; acl) take | xargs -0 -s 500000 sh -c "$w" "setfacl -b -k";; owner) take | xargs -0 -s 500000 sh -c "$w" "chown -h $o";; mode) take | xargs -0 -s 500000 sh -c "$w" "chmod $o";; follow-openssl) f=$(take); while read -r k m && [ "$m" -gt 0 ]; do dd if="$f" bs=65536 skip=$((k * 16)) count=$((m * 16)); done | openssl dgst -sha256 -r;; follow-sha256sum) f=$(take); while read -r k m && [ "$m" -gt 0 ]; do dd if="$f" bs=65536 skip=$((k * 16)) count=$((m * 16)); done | sha256sum;; new|more) f=$(take); [ $c = more ] || (set -C; true >"$f") || exit 1; while read -r k m && [ "$m" -gt 0 ]; do dd of="$f" bs=262144 iflag=fullblock,count_bytes oflag=seek_bytes conv=notrunc seek="$k" count="$m" || exit 1; printf "\nlockstep:%s\n" 0; done;; tar) f=$(take); while read -r k && [ "$k" -gt 0 ]; do dd bs=65536 iflag=fullblock,count_bytes count="$k" || kill $$; done | TAR_OPTIONS=-b128 tar -xof - -C "$f";; *) false;; esac 2>/dev/null; printf "\nlockstep:%s\n" "$?"; done'"#;
 const MARK: &[u8] = b"\nlockstep:";
 /// A login shell may take its time.
 const START: Duration = Duration::from_secs(20);
@@ -61,6 +63,29 @@ impl Job {
             Job::Mode(mode) => ("mode", "chmod", format!("{mode:04o}")),
         }
     }
+
+    /// Whether a name that is cut off would do harm.
+    fn changes_paths(self) -> bool {
+        matches!(self, Job::NoAcl | Job::Owner(..) | Job::Mode(_))
+    }
+}
+
+/// Bytes of the names of what is changed by one command.
+const PORTION_BYTES: usize = 256 << 10;
+
+/// As many names at a time as one command takes in any case.
+fn portions<'a, 'p>(mut input: &'a [&'p [u8]]) -> impl Iterator<Item = &'a [&'p [u8]]> {
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let fits = input.iter().take_while(|argument| {
+            bytes += argument.len() + 1;
+            bytes <= PORTION_BYTES
+        });
+        let count = fits.count().max(1).min(input.len());
+        let (portion, rest) = input.split_at(count);
+        input = rest;
+        (!portion.is_empty()).then_some(portion)
+    })
 }
 
 /// A command that waits for jobs.
@@ -100,12 +125,13 @@ impl Shell {
             .map_err(|error| error.to_string())?;
         let mut shell = Shell { link, output, held: Vec::new(), searched: 0, tools: String::new() };
         // A forced internal-sftp takes this for the length of a packet, an absurd one, and ends at once.
-        shell.link.send(Bytes::from_static(b"none 0\n")).map_err(|error| error.0)?;
+        shell.link.send(Bytes::from_static(b"try 1\nxnone 0\n")).map_err(|error| error.0)?;
         // Whatever a login script has printed comes before the mark.
         let (_, tools) = shell.answer(Some(START))?;
+        let (tried, done) = shell.answer(Some(START))?;
         let (_, status) = shell.answer(Some(START))?;
-        if !tools.contains(",xargs,") || status != "1" {
-            return Err("it has no xargs".into());
+        if !tools.contains(",xargs,") || (&*tried, &*done, &*status) != (b"x".as_slice(), "0", "1") {
+            return Err("it has no xargs, or a dd that cannot read all of what it is to".into());
         }
         shell.tools = tools;
         Ok(shell)
@@ -127,6 +153,14 @@ impl Shell {
     /// When the command has ended.
     pub(super) fn send(&self, bytes: Bytes) -> Result<(), String> {
         self.link.send(bytes).map_err(|error| error.0)
+    }
+
+    /// The status of the next job that is done, of a few that try what can be done.
+    ///
+    /// # Errors
+    /// When the command has ended, or does not answer.
+    pub(super) fn tried(&mut self) -> Result<String, String> {
+        Ok(self.answer(Some(START))?.1)
     }
 
     /// The status of the next job that is done.
@@ -178,9 +212,17 @@ impl Shell {
 
     /// Does jobs of which none waits for the one before, and says of each whether it was done.
     pub(super) fn run_all(&mut self, jobs: &[(Job, Vec<&[u8]>)]) -> Vec<bool> {
-        let given: Vec<bool> = jobs.iter().map(|(job, input)| self.give(*job, input).is_ok()).collect();
-        let done = jobs.iter().zip(given);
-        done.map(|((job, _), given)| given && self.taken(*job).is_ok()).collect()
+        let mut parts: Vec<(usize, Job, bool)> = Vec::new();
+        for (number, (job, input)) in jobs.iter().enumerate() {
+            for part in portions(input) {
+                parts.push((number, *job, self.give(*job, part).is_ok()));
+            }
+        }
+        let mut done = vec![true; jobs.len()];
+        for (number, job, given) in parts {
+            done[number] &= given && self.taken(job).is_ok();
+        }
+        done
     }
 
     fn give(&self, job: Job, input: &[&[u8]]) -> Result<(), String> {
@@ -188,9 +230,11 @@ impl Shell {
         if !self.has(tool) {
             return Err(format!("it has no {tool}"));
         }
-        let length: usize = input.iter().map(|argument| argument.len() + 1).sum();
+        let last = input.first().filter(|_| job.changes_paths());
+        let input = || input.iter().chain(last);
+        let length: usize = input().map(|argument| argument.len() + 1).sum();
         let mut bytes = format!("{word} {length} {more}\n").into_bytes();
-        for argument in input {
+        for argument in input() {
             bytes.extend_from_slice(argument);
             bytes.push(0);
         }
@@ -409,7 +453,6 @@ mod tests {
 
     #[test]
     fn content_is_never_taken_for_a_job() {
-        use std::io::Write as _;
         let at = tempfile::tempdir().unwrap();
         let (there, evil) = (at.path().join("there"), at.path().join("evil"));
         std::fs::write(&there, "there").unwrap();
@@ -429,16 +472,57 @@ mod tests {
         for (input, path, what) in
             [(&new, &path, "a file that is there"), (&tar, &path, "no archive"), (&tar, &failing, "a tar that fails")]
         {
-            let mut shell = std::process::Command::new("sh");
-            shell.args(["-c", SCRIPT]).env("PATH", path);
-            shell.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::null());
-            let mut shell = shell.spawn().unwrap();
-            // It may end before it has read everything.
-            let _ = shell.stdin.take().unwrap().write_all(input.as_bytes());
-            shell.wait().unwrap();
+            answered(input.as_bytes(), path);
             assert!(!evil.exists(), "{what}");
         }
         assert_eq!(std::fs::read(&there).unwrap(), b"there");
+    }
+
+    /// What the command answers to this input, which ends with it, with these programs.
+    fn answered(input: &[u8], path: &str) -> String {
+        use std::io::Write as _;
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", SCRIPT]).env("PATH", path);
+        let mut shell = shell.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        // It may end before it has read everything.
+        let _ = shell.stdin.take().unwrap().write_all(input);
+        String::from_utf8(shell.wait_with_output().unwrap().stdout).unwrap()
+    }
+
+    #[test]
+    fn names_that_are_cut_off_change_nothing() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let at = tempfile::tempdir().unwrap();
+        let directory = at.path().join("deeper");
+        std::fs::create_dir(&directory).unwrap();
+        let names: Vec<_> = ["one", "on", "two words"].map(|name| directory.join(name)).into();
+        names.iter().for_each(|name| std::fs::write(name, "").unwrap());
+        let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        let before = (mode(at.path()), mode(&directory));
+        let list: Vec<u8> = names
+            .iter()
+            .chain([&names[0]])
+            .flat_map(|name| [name.as_os_str().as_encoded_bytes(), b"\0"].concat())
+            .collect();
+        let whole = [format!("mode {} 0604\n", list.len()).as_bytes(), &list].concat();
+        let path = std::env::var("PATH").unwrap();
+        for end in whole.len() - list.len()..whole.len() - 1 {
+            answered(&whole[..end], &path);
+            assert_eq!((mode(at.path()), mode(&directory)), before, "after {end} of {} bytes", whole.len());
+        }
+        assert!(answered(&whole, &path).ends_with("\nlockstep:0\n"));
+        names.iter().for_each(|name| assert_eq!(mode(name), 0o604, "{}", name.display()));
+    }
+
+    #[test]
+    fn many_names_are_given_in_portions_none_of_which_is_empty() {
+        let names = vec![vec![b'x'; 4096]; 200];
+        let names: Vec<&[u8]> = names.iter().map(Vec::as_slice).collect();
+        let counts: Vec<usize> = portions(&names).map(<[_]>::len).collect();
+        assert_eq!(counts, [63, 63, 63, 11]);
+        let large = vec![b'x'; PORTION_BYTES + 1];
+        assert_eq!(portions(&[&large, &large]).map(<[_]>::len).collect::<Vec<_>>(), [1, 1]);
+        assert_eq!(portions(&[]).count(), 0);
     }
 
     #[test]

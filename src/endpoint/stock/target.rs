@@ -109,6 +109,8 @@ pub(super) struct Run {
     pub(super) area: Mutex<Area>,
     /// Nothing is removed in this run.
     keeps_all: AtomicBool,
+    /// The disk is full: staging is given up.
+    pub(super) full: AtomicBool,
     /// What was found before the source was known.
     looked: Mutex<Option<Looked>>,
     state: Mutex<State>,
@@ -139,8 +141,6 @@ pub(super) struct State {
     pub(super) linked: BTreeMap<u32, Arc<Lying>>,
     /// Files whose content was found at the target.
     pub(super) kept: HashMap<u32, Digest>,
-    /// The disk is full: staging is given up.
-    pub(super) full: bool,
 }
 
 impl State {
@@ -297,6 +297,7 @@ impl Target for StockTarget {
             own,
             area: Mutex::new(area),
             keeps_all: AtomicBool::new(false),
+            full: AtomicBool::new(false),
             looked: Mutex::new(looked),
             state: Mutex::default(),
         };
@@ -348,7 +349,7 @@ impl Target for StockTarget {
 
     fn abort(&self) {
         if let Some(run) = locked(&self.run).take() {
-            if run.state().full && publish::still_locked(&run).is_ok() {
+            if run.full.load(Ordering::Relaxed) && publish::still_locked(&run).is_ok() {
                 // What is staged would only keep the disk full. It was the run's error already.
                 let _ = stage::clear(&run);
             }
@@ -546,7 +547,8 @@ impl Run {
         if let Some(keep) = self.options.trash_seconds.filter(|_| !self.options.dry_run) {
             trash::collect(self, keep, monitor)?;
         }
-        let spreads = !self.options.dry_run && stage::prepare(self, &source, &mut plan, monitor)?;
+        let spreads = !self.options.dry_run
+            && stage::prepare(self, &source, &mut plan, monitor).map_err(|error| self.explained(error))?;
         let alike = Arc::new(alike::find(self, &source, &target, &old_manifest, links, &mut plan)?);
         let (planned, state) = (plan.clone(), State::default());
         *self.state() = State { source, target, plan: planned, old_manifest, old_digest, spreads, alike, ..state };

@@ -3,12 +3,12 @@
 //! As at a local target nothing is copied, and each move is done again without harm. Owner, mode and time of files go along;
 //! a directory that is removed is made anew in the trash, with its mode.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::list::list;
 use super::names::Names;
 use super::record::Recorded;
-use super::session::{self, Reply, Session, about, extended, with_attributes};
+use super::session::{self, Refusal, Reply, Session, about, extended, with_attributes};
 use super::target::Run;
 use super::{DIRECTORY, at, below, kind_of};
 use crate::endpoint::Error;
@@ -21,6 +21,9 @@ use crate::plan::publish::Step;
 use crate::plan::trash::{TRASH, is_expired};
 use crate::scan::ScanRule;
 use crate::wire::sftp::{Attributes, packet};
+
+/// What may not be moved to the trash, and why.
+pub(super) type Stuck = BTreeMap<RelPath, Refusal>;
 
 /// The directory of one run.
 pub(super) struct Trash<'a> {
@@ -58,8 +61,8 @@ impl<'a> Trash<'a> {
 
     /// Before the steps are done: makes the directories that are needed, and gives what is about to be replaced a further name
     /// in the trash, or moves it where the server makes no hard links. `staged` says where the new version lies; what is not
-    /// staged any more was replaced before.
-    pub(super) fn prepare(&self, steps: &[&Recorded], staged: &dyn Fn(&Recorded) -> Vec<u8>) -> Result<(), Error> {
+    /// staged any more was replaced before. Those that may not be moved are given with the reason: they must not be replaced.
+    pub(super) fn prepare(&self, steps: &[&Recorded], staged: &dyn Fn(&Recorded) -> Vec<u8>) -> Result<Stuck, Error> {
         let session = &self.run.session;
         let replaced = steps.iter().filter(|one| matches!(one.step, Step::Replace(_)));
         let mut old = Vec::new();
@@ -82,14 +85,14 @@ impl<'a> Trash<'a> {
             .collect();
         let any = steps.iter().any(|one| one.is_removal()) || !kept.is_empty();
         if !any {
-            return Ok(());
+            return Ok(Stuck::new());
         }
         let tops = [at(&self.run.root, TRASH), self.directory()];
         self.make(&tops.into_iter().chain(wanted.iter().map(|path| self.place(path))).collect::<Vec<_>>())?;
         self.keep(session, &kept)
     }
 
-    fn keep(&self, session: &Session, kept: &[&RelPath]) -> Result<(), Error> {
+    fn keep(&self, session: &Session, kept: &[&RelPath]) -> Result<Stuck, Error> {
         let links = kept
             .iter()
             .map(|path| extended("hardlink@openssh.com", &[&below(&self.run.root, path), &self.place(path)]));
@@ -98,16 +101,17 @@ impl<'a> Trash<'a> {
             kept.iter().zip(made).filter(|(_, made)| made.is_err()).map(|(path, _)| *path).collect();
         // A run that is done again finds them there.
         let there = session.batch(refused.iter().map(|path| about(packet::LSTAT, &self.place(path))))?;
+        let mut stuck = Stuck::new();
         for (path, there) in refused.iter().zip(there) {
             if matches!(there, Reply::Attributes(_)) {
                 continue;
             }
             // RACE: between this and the step that follows nothing has the name.
             if let Err(refusal) = session.order(self.take(path))? {
-                return Err(session.refused("move to the trash", &below(&self.run.root, path), &refusal));
+                stuck.insert((*path).clone(), refusal);
             }
         }
-        Ok(())
+        Ok(stuck)
     }
 
     fn make(&self, paths: &[Vec<u8>]) -> Result<(), Error> {

@@ -118,7 +118,7 @@ impl StockWriter {
     fn lose_bulk(&mut self, reason: &str) -> Result<(), Error> {
         self.bulk = None;
         // It ends when it cannot write.
-        self.check_room()?;
+        self.run.check_room()?;
         let numbers: Vec<u64> =
             self.files.iter().filter(|(_, file)| file.is_with_command).map(|(&number, _)| number).collect();
         for number in numbers {

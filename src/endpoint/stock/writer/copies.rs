@@ -114,7 +114,7 @@ impl StockWriter {
     pub(super) fn not_copied(&mut self, number: u64, refusal: &Refusal) -> Result<(), Error> {
         let is_first = self.files.get(&number).is_some_and(|file| file.failure.is_none());
         self.no_copy(number, &format!("could not be copied there: {refusal}"));
-        if is_first && refusal.status == Status::Failure { self.check_room() } else { Ok(()) }
+        if is_first && refusal.status == Status::Failure { self.run.check_room() } else { Ok(()) }
     }
 
     /// A file cannot be made of what was there: it is sent whole.

@@ -18,7 +18,6 @@ use crate::endpoint::client::Completion;
 use crate::endpoint::delta::{Beginning, Within};
 use crate::endpoint::spread::Spread;
 use crate::endpoint::{Block, Error, Staged, WriteFailure, Writer};
-use crate::error::Escaped;
 use crate::manifest::{Content, Digest, Entry, Tree};
 use crate::policy::mode::SPECIAL_BITS;
 use crate::wire::sftp::{Attributes, Status, packet};
@@ -44,8 +43,6 @@ const QUEUED: usize = 16 << 20;
 /// Digests are asked for when so many files wait for them, or so many bytes.
 const PROVE_FILES: usize = 4096;
 const PROVE_BYTES: u64 = 64 << 20;
-/// A write that fails where less than this is free failed for want of room.
-const LITTLE_ROOM: u64 = 1 << 20;
 
 /// The writer of one worker.
 pub(super) struct StockWriter {
@@ -258,7 +255,7 @@ impl StockWriter {
                     self.close(number)?;
                 }
                 if first && refusal.status == Status::Failure {
-                    self.check_room()?;
+                    self.run.check_room()?;
                 }
             }
             (Op::Grant, Reply::Refused(refusal)) => {
@@ -282,19 +279,6 @@ impl StockWriter {
             _ => return Err(self.session.odd()),
         }
         self.step(number)
-    }
-
-    /// SFTP has no status for a full disk: it is looked for where a write failed. Then the run ends, and what it staged
-    /// is removed.
-    fn check_room(&self) -> Result<(), Error> {
-        let Some(room) = self.session.room(&self.run.staging)?.filter(|room| *room < LITTLE_ROOM) else {
-            return Ok(());
-        };
-        self.run.state().full = true;
-        let missing = format!("the file system is full: {room} bytes are left; make room there, then run again");
-        let source = std::io::Error::new(std::io::ErrorKind::StorageFull, missing);
-        let path = format!("{}:{}", self.session.client.host(), Escaped(&self.run.root));
-        Err(Error::Io { operation: "stage in", path, source })
     }
 
     /// Takes a file on when everything that was asked for it is answered.

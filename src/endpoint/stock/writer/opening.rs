@@ -36,7 +36,7 @@ impl StockWriter {
         file.never_opens = true;
         file.closing |= file.digest.is_some();
         self.forget_queued(number);
-        if resumed { Ok(()) } else { self.check_room() }
+        if resumed { Ok(()) } else { self.run.check_room() }
     }
 
     /// Ends a file whose end was said, whose handle is there, and of which all is sent.
@@ -99,8 +99,14 @@ impl StockWriter {
                 return self.follow(number);
             }
             (Route::Sftp, 0) => self.open_new(number)?,
-            // All of it is there, perhaps with its last mode: only the proof is left.
-            (Route::Sftp, _) if resume_at == size => {}
+            // All of it is there, perhaps with its last mode: only the proof is left, and the way to the disk where it may have been cut
+            // off before that.
+            (Route::Sftp, _) if resume_at == size => {
+                if self.sync_each {
+                    self.count(number);
+                    self.send(number, Op::Open, session::open(&path, open::READ))?;
+                }
+            }
             (Route::Sftp, _) => {
                 let cut = Attributes { size: Some(resume_at), ..Attributes::default() };
                 self.send(number, Op::Write, with_attributes(packet::SETSTAT, &path, &cut))?;

@@ -54,7 +54,7 @@ impl StockWriter {
                     let packed = file.route == Route::Pack;
                     self.conclude(number)?;
                     if packed {
-                        self.check_room()?;
+                        self.run.check_room()?;
                     }
                 }
             }
