@@ -575,6 +575,19 @@ fn a_quota_holds_for_both_protocols_over_restarts_and_says_how_much_is_used() {
     until("the count", || fs::read_to_string(&usage).unwrap().starts_with("lockstep-usage 1 500011 "));
 }
 
+#[test]
+fn directories_above_a_target_count_before_they_are_made() {
+    let served = with("quota = { files = 40 }");
+    fs::create_dir(served.path("empty")).unwrap();
+    let push = |to: &str| {
+        let target = format!("sync@127.0.0.1:/{to}");
+        served.lockstep(&["push", "empty", &target], "sync")
+    };
+    refused(&push(&"deeper/".repeat(60)), &["of 40 files are used"]);
+    assert!(!served.path("sync/deeper").exists());
+    good(&push("deeper/few"));
+}
+
 /// Writes so many bytes to a new file in pieces, and says why it was stopped.
 fn by_hand(mut server: Server, bytes: u64) -> String {
     let handle = server.opened(packet::OPEN, |w| w.string(b"by-hand").u32(0x1a).u32(0));

@@ -19,6 +19,7 @@ use super::sftp_server::{By, Served};
 use super::{Failure, journal, output};
 use crate::config::DataPorts;
 use crate::endpoint::Error;
+use crate::endpoint::local::beneath;
 use crate::error::{Exit, chain};
 use crate::server::agent::{self, Agent, Extensions, Factory, Limits, Output, SharedTarget};
 use crate::server::channel::FedSession;
@@ -92,7 +93,7 @@ fn sides(start: &SessionStart) -> (SessionConfig, Arc<Agent>) {
         let Some((root, quota)) = &limited else { return Ok(target) };
         let allowance = Allowance::open(root, *quota);
         let allowance = allowance.map_err(|error| Error::Refused { by: "the server".into(), reason: chain(&error) })?;
-        Ok(Arc::new(Metered::new(target, allowance)) as SharedTarget)
+        Ok(Arc::new(Metered::new(target, allowance, beneath(path)?)) as SharedTarget)
     });
     let factory = Arc::new(Factory { target, source: sides.source, veil: sides.veil });
     (config, Arc::new(Agent::limited(factory, Limits::default(), start.rights)))

@@ -257,6 +257,11 @@ impl Client {
         locked(&self.shared.state).delivered
     }
 
+    /// Nothing is asked for.
+    pub fn rests(&self) -> bool {
+        locked(&self.shared.state).pending.is_empty()
+    }
+
     /// Bytes sent and received so far.
     pub fn wire_bytes(&self) -> (u64, u64) {
         (self.shared.sent.load(Ordering::Relaxed), self.shared.received.load(Ordering::Relaxed))

@@ -12,14 +12,20 @@ use crate::endpoint::delta::{Alike, Wanted, Within};
 use crate::endpoint::{BeginOptions, Block, CommitOptions, Committed, Error, Staged, Target, Writer};
 use crate::manifest::{Digest, Tree};
 use crate::monitor::Monitor;
+use crate::path::RelPath;
 use crate::plan::{Change, Need, Plan};
 
 /// See the module.
 pub struct Metered {
     target: SharedTarget,
     allowance: Arc<Allowance>,
+    /// Where it is, below the root that the quota is of.
+    path: Option<RelPath>,
     compared: Mutex<Compared>,
 }
+
+/// What a new target has besides what is stored in it: the directories in which a run stages.
+const OWN_DIRECTORIES: u64 = 4;
 
 /// What a run is going to do.
 #[derive(Default)]
@@ -32,9 +38,9 @@ struct Compared {
 }
 
 impl Metered {
-    /// `allowance` is what may be stored.
-    pub fn new(target: SharedTarget, allowance: Arc<Allowance>) -> Metered {
-        Metered { target, allowance, compared: Mutex::default() }
+    /// `allowance` is what may be stored; `path` is where `target` is below the root that it is of.
+    pub fn new(target: SharedTarget, allowance: Arc<Allowance>, path: Option<RelPath>) -> Metered {
+        Metered { target, allowance, path, compared: Mutex::default() }
     }
 
     fn compared(&self) -> std::sync::MutexGuard<'_, Compared> {
@@ -75,6 +81,12 @@ impl Target for Metered {
 
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
         *self.compared() = Compared { dry_run: options.dry_run, ..Compared::default() };
+        // A run makes the directories of its target before anything is compared.
+        let missing = self.path.as_ref().map_or(0, |path| self.allowance.missing(path));
+        if !options.dry_run && missing > 0 {
+            let directories = Amount::new(0, missing + OWN_DIRECTORIES);
+            self.allowance.take(directories).map_err(|error| self.failed(error))?;
+        }
         self.target.begin(options, monitor)
     }
 

@@ -326,6 +326,12 @@ impl Allowance {
         }
     }
 
+    /// How many directories would have to be made for one at `path`.
+    pub fn missing(&self, path: &RelPath) -> u64 {
+        let there = |path: &RelPath| self.root.stat(path, Follow::Beneath).is_ok();
+        path.ancestors().chain([path.clone()]).filter(|path| !there(path)).count() as u64
+    }
+
     /// Whether so much is there to be taken; nothing is.
     ///
     /// # Errors

@@ -16,6 +16,7 @@ use crate::wire::extension::{self, Fields, WireError};
 use crate::wire::notes;
 use crate::wire::sftp::AGENT_PACKET_MAX;
 
+mod alive;
 mod compare;
 mod ports;
 mod reader;
@@ -26,6 +27,7 @@ mod writer;
 pub use source::AgentSource;
 pub use target::AgentTarget;
 
+use alive::Alive;
 use ports::Ports;
 
 /// What the lists of one run may take in memory, where a peer sends them: an eighth of what the machine has, and no more
@@ -60,6 +62,8 @@ pub struct Lanes {
     hello: Receiver<Completion>,
     /// Whether it says that the agent reads and makes byte planes.
     planes: OnceLock<bool>,
+    /// The first, which those that are opened beside it are kept alive by.
+    _alive: Alive,
 }
 
 impl Lanes {
@@ -122,6 +126,7 @@ impl Lanes {
         let width = if shared { width } else { Width::from(1) };
         let token = Arc::new(OnceLock::<Vec<u8>>::new());
         let first = Arc::new(first);
+        let alive = Alive::keep(&first);
         let (known, beside, agent) = (Arc::clone(&token), ports.clone(), Arc::clone(&first));
         let attach = move |number| {
             let token = known.get().filter(|token| token.len() == 16)?;
@@ -133,7 +138,7 @@ impl Lanes {
         };
         let pool = Arc::new(Pool::new(first, width, Box::new(attach), left));
         let (root, planes) = (root.to_vec(), OnceLock::new());
-        Ok(Lanes { pool, ports, token, root, compress, hello, planes })
+        Ok(Lanes { pool, ports, token, root, compress, hello, planes, _alive: alive })
     }
 
     /// Whether the agent takes and gives byte planes, which one that does not name them must never be sent or asked for.
