@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use crossbeam_channel::unbounded;
+use crossbeam_channel::{Receiver, unbounded};
 use sha2::Digest as _;
 
 use super::*;
@@ -11,10 +11,11 @@ use crate::codec::CompressOptions;
 use crate::endpoint::agent::{AgentTarget, Lanes};
 use crate::endpoint::client::{Client, ClientOptions};
 use crate::endpoint::link::{Link, LinkError};
-use crate::endpoint::{Block, Committed, Staged, WriteFailure, Writer};
+use crate::endpoint::{BeginOptions, Block, CommitOptions, Committed, ScanOptions, Staged, WriteFailure, Writer};
 use crate::manifest::{Content, Digest, Entry, Timestamp};
 use crate::monitor::{Monitor, Severity, Silent};
 use crate::path::RelPath;
+use crate::plan::Plan;
 
 #[derive(Default)]
 pub(super) struct Memory(pub(super) Mutex<BTreeMap<u32, Vec<u8>>>);
