@@ -276,6 +276,20 @@ fn h32_a_link_that_takes_the_place_of_a_directory_is_not_gone_through_wherever_a
     };
     let (counter, packets) = counting();
     changed().push(counter, nothing(), false).unwrap();
+    let told = |pair: &Pair| -> Vec<String> {
+        let log = fs::read_to_string(pair.at("target/.lockstep/audit.jsonl")).unwrap();
+        let lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let lines = lines.filter(|line| line["generation"] == 2 && line["action"] != "intent");
+        let mut told: Vec<String> = lines
+            .map(|line| format!("{} {}", line["action"].as_str().unwrap(), line["path"].as_str().unwrap()))
+            .collect();
+        told.sort();
+        told
+    };
+    let whole = changed();
+    whole.push(nothing(), nothing(), false).unwrap();
+    let expected = told(&whole);
+    assert!(expected.contains(&"remove unit/sub/kept".to_owned()) && expected.contains(&"publish unit".to_owned()));
     let mut interrupted = 0;
     for at in (20..packets.load(Ordering::Relaxed)).step_by(2) {
         let pair = changed();
@@ -284,6 +298,8 @@ fn h32_a_link_that_takes_the_place_of_a_directory_is_not_gone_through_wherever_a
         let report = pair.push(nothing(), nothing(), false).unwrap();
         assert!(report.is_complete(), "{at}: {:?}", report.problems);
         pair.in_step();
+        // Each is told, and once.
+        assert_eq!(told(&pair), expected, "{at}");
     }
     assert!(interrupted > 3, "{interrupted}");
 }

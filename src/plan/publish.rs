@@ -27,6 +27,11 @@ pub enum Step {
 }
 
 impl Step {
+    /// Whether what it is about is gone afterwards.
+    pub fn is_removal(&self) -> bool {
+        matches!(self, Step::RemoveFile(_) | Step::RemoveDirectory(_) | Step::TakeAway(_))
+    }
+
     /// The path it is about.
     pub fn path(&self) -> &RelPath {
         match self {

@@ -87,7 +87,12 @@ impl Target for Metered {
             let directories = Amount::new(0, missing + OWN_DIRECTORIES);
             self.allowance.take(directories).map_err(|error| self.failed(error))?;
         }
-        self.target.begin(options, monitor)
+        let begun = self.target.begin(options, monitor);
+        if missing > 0 {
+            // Some of them may be there, or go with the run.
+            self.allowance.loosen();
+        }
+        begun
     }
 
     fn diff(&self, source: &Arc<Tree>, monitor: &dyn Monitor) -> Result<Plan, Error> {

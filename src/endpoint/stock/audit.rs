@@ -37,6 +37,8 @@ pub(super) struct Log {
     torn: bool,
     /// One was taken away, and no line says so yet.
     was_torn: bool,
+    /// What it ends with.
+    tail: Vec<u8>,
 }
 
 /// Lines for the log, and its head after them.
@@ -76,47 +78,56 @@ pub(super) fn append(
     or_continue(tell_last(run, log, records)).map(drop)
 }
 
-/// Tells what an interrupted run had written down and is published now, by whom it was begun. The manifest before it, `old`, knows what
-/// rights there were. Where this is interrupted too, it is told once more.
+/// Tells what an interrupted run had written down and is published now, by whom it was begun, unless it had told that itself. The
+/// manifest before it, `old`, knows what rights there were; what lies in the trash was moved there. Where this is interrupted too, or
+/// others wrote to the log meanwhile, it is told once more.
 ///
 /// # Errors
 /// As [`append`].
-pub(super) fn finished(
+pub(super) fn finished<'a>(
     run: &Run,
     record: &Record,
-    manifest: &Manifest,
-    old: &Tree,
+    steps: impl Iterator<Item = &'a Step>,
+    (old, manifest): (&Tree, &Manifest),
     done: &Problems,
 ) -> Result<(), Error> {
+    let log = match or_continue(Log::read(run))? {
+        Some(log) if log.tells_of(manifest.generation) => return log.close(&run.session),
+        log => log,
+    };
     let (actor, source) = (record.actor.clone(), record.source.clone());
     let base = AuditRecord { actor, source, generation: Some(manifest.generation), ..AuditRecord::default() };
-    let trash = record.trash.as_deref().map(|name| Trash::new(run, name));
     let before = |path: &RelPath| old.get(path).map(Before::of);
-    let mut records = Vec::new();
-    let (mut whole, mut single) = (HashSet::new(), HashMap::new());
-    for step in record.steps.iter().map(|recorded| &recorded.step).filter(|step| !done.left(step.path())) {
+    let (mut whole, mut single, mut gone) = (HashSet::new(), HashMap::new(), Vec::new());
+    for step in steps {
         let path = step.path();
         match step {
-            Step::RemoveFile(_) | Step::RemoveDirectory(_) | Step::TakeAway(_) => records.push(AuditRecord {
-                before: before(path),
-                ..trash.as_ref().map_or_else(|| removed(&base, path), |trash| aside(&base, trash, path))
-            }),
+            // Of a directory that could not be removed something may have been.
+            _ if step.is_removal() && !done.unpublished.contains(path) => gone.push(path),
+            _ if step.is_removal() || done.left(path) => {}
             Step::NewDirectory(_) | Step::Exchange(_) => drop(whole.insert(path)),
             Step::ApplyMetadata(_) => drop(single.entry(path).or_insert("metadata")),
-            Step::Replace(_) => {
-                single.insert(path, "publish");
-                let replaced = trash.as_ref().filter(|_| old.get(path).is_some_and(|old| !old.is_directory()));
-                records.extend(replaced.map(|trash| AuditRecord { before: before(path), ..aside(&base, trash, path) }));
-            }
+            _ => drop(single.insert(path, "publish")),
         }
     }
+    let mut records = Vec::new();
+    if let Some(trash) = record.trash.as_deref().map(|name| Trash::new(run, name)) {
+        let replaced = single.iter().filter(|(_, what)| **what == "publish").map(|(path, _)| *path);
+        let mut moved: Vec<&RelPath> = gone.drain(..).chain(replaced).collect();
+        moved.sort_unstable();
+        moved.dedup();
+        let there = run.session.batch(moved.iter().map(|path| about(packet::LSTAT, &trash.place(path))))?;
+        let moved = moved.into_iter().zip(there).filter(|(_, there)| matches!(there, Reply::Attributes(_)));
+        records.extend(moved.map(|(path, _)| AuditRecord { before: before(path), ..aside(&base, &trash, path) }));
+    }
+    records.extend(gone.into_iter().map(|path| AuditRecord { before: before(path), ..removed(&base, path) }));
     records.extend(manifest.tree.entries().iter().filter_map(|entry| {
         let path = &entry.path;
         let within = whole.contains(path) || path.ancestors().any(|above| whole.contains(&above));
         let what = if within { "publish" } else { single.get(path)? };
         Some(AuditRecord { before: before(path), ..base.of_entry(what, entry) })
     }));
-    or_continue(tell_last(run, None, records.into_iter())).map(drop)
+    or_continue(tell_last(run, log, records.into_iter())).map(drop)
 }
 
 fn tell_last(run: &Run, log: Option<Log>, records: impl Iterator<Item = AuditRecord>) -> Result<(), Error> {
@@ -208,7 +219,17 @@ impl Log {
         if stored.is_some_and(|stored| stored.lines > head.lines) {
             return Err(broken("lines were cut off at its end"));
         }
-        Ok(Log { handle, head, end: start + complete as u64, torn: complete < tail.len(), was_torn: false })
+        let (end, torn) = (start + complete as u64, complete < tail.len());
+        Ok(Log { handle, head, end, torn, was_torn: false, tail })
+    }
+
+    /// Whether its last lines tell of what was published as this generation.
+    fn tells_of(&self, generation: u64) -> bool {
+        let lines = self.tail.split(|&byte| byte == b'\n').rev();
+        let mut records = lines.filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok());
+        records
+            .find(|record| record["action"] != "head")
+            .is_some_and(|record| record["action"] != "intent" && record["generation"] == generation)
     }
 
     /// Lines for these; `last` signs the log where there is a key.

@@ -71,7 +71,7 @@ pub(super) fn commit(run: &Arc<Run>, options: &CommitOptions, monitor: &dyn Moni
     let trash = run.options.trash_seconds.is_some().then(|| trash::name(manifest.created.seconds, manifest.generation));
     let (actor, source) = (run.options.actor.clone(), run.options.source.clone());
     let record = Record { base: state.old_digest, actor, source, steps, trash, linked: moved::written_down(state) };
-    let log = ready(run, &record.steps)?;
+    let log = ready(run, &record.steps).map_err(|error| run.explained(error))?;
     moved::check(run, state)?;
     let written = write_down(run, log, &record, &text, manifest.generation, monitor);
     let log = written.map_err(|error| run.explained(error))?;
@@ -266,8 +266,8 @@ fn check_parents(run: &Run, steps: &[Recorded]) -> Result<(), Error> {
 }
 
 /// Takes out of a record that is done again what has gone with a directory that something else has taken the place of by then: its
-/// steps would lead through that.
-fn drop_replaced(run: &Run, record: &mut Record) -> Result<(), Error> {
+/// steps would lead through that. They are given.
+fn drop_replaced(run: &Run, record: &mut Record) -> Result<Vec<Recorded>, Error> {
     let going: BTreeSet<&RelPath> =
         record.steps.iter().filter(|recorded| recorded.is_removal()).map(|recorded| recorded.step.path()).collect();
     let replaces = record.steps.iter().filter(|recorded| matches!(recorded.step, Step::Replace(_)));
@@ -279,10 +279,11 @@ fn drop_replaced(run: &Run, record: &mut Record) -> Result<(), Error> {
         .filter(|(_, found)| matches!(found, Reply::Attributes(found) if kind_of(found) != Some(DIRECTORY)))
         .map(|(path, _)| path)
         .collect();
-    record
-        .steps
-        .retain(|recorded| !recorded.is_removal() || !done.iter().any(|path| recorded.step.path().is_within(path)));
-    Ok(())
+    let is_done =
+        |recorded: &Recorded| recorded.is_removal() && done.iter().any(|path| recorded.step.path().is_within(path));
+    let (dropped, left) = std::mem::take(&mut record.steps).into_iter().partition(is_done);
+    record.steps = left;
+    Ok(dropped)
 }
 
 /// Makes the links, gives new directories their permissions, and says which entries are not to be published.
@@ -489,7 +490,7 @@ pub(super) fn recover(run: &Run, monitor: &dyn Monitor) -> Result<bool, Error> {
     };
     if let Some(text) = &due {
         let manifest = format::decode(text).map_err(|_| damaged("the manifest"))?;
-        drop_replaced(run, &mut record)?;
+        let gone = drop_replaced(run, &mut record)?;
         check_parents(run, &record.steps)?;
         let done = execute(run, &record, &manifest.tree, None)?;
         for (path, why) in &done.told {
@@ -497,7 +498,8 @@ pub(super) fn recover(run: &Run, monitor: &dyn Monitor) -> Result<bool, Error> {
             monitor.event(Event::Warning(&format!("{host}: '{path}' of the interrupted run: {why}")));
         }
         let (manifest, _) = mend(run, &record, manifest, Vec::new(), &old.tree, &done)?;
-        audit::finished(run, &record, &manifest, &old.tree, &done)?;
+        let steps = record.steps.iter().chain(&gone).map(|recorded| &recorded.step);
+        audit::finished(run, &record, steps, (&old.tree, &manifest), &done)?;
         admit(run, &manifest.tree)?;
         finish(run, false)?;
     } else {

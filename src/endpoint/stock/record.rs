@@ -21,7 +21,7 @@ pub(super) struct Recorded {
 
 impl Recorded {
     pub(super) fn is_removal(&self) -> bool {
-        matches!(self.step, Step::RemoveFile(_) | Step::RemoveDirectory(_) | Step::TakeAway(_))
+        self.step.is_removal()
     }
 
     /// What failed.

@@ -17,9 +17,10 @@ use crate::manifest::Digest;
 
 /// The outer quotes keep whatever login shell there is from looking at the text: there is no quote, no backslash before
 /// one and no `!` in it. `dd` gives each job exactly its input, which `head -c` does not everywhere: where it cannot, all ends before
-/// the input is taken for jobs. What changes paths is done when its input is whole, which ends with the name that it begins with: of
-/// a connection that is cut, the last name may be the beginning of one, and mean a directory above.
-const SCRIPT: &str = r#"sh -c 'umask 077; t=; for p in openssl sha256sum xargs getent sync setfacl dd tar chmod chown; do command -v $p >/dev/null 2>&1 && t=$t,$p; done; printf "\nlockstep:%s\n" "$t,"; take() { [ "$n" = 0 ] || dd bs="$n" count=1 iflag=fullblock || kill $$; }; w="for l; do :; done; [ \$# -gt 1 ] && [ \"\$l\" = \"\$1\" ] && exec \$0 -- \"\$@\""; while read -r c n o; do case $c in try) take;; openssl) take | xargs -0 -s 500000 openssl dgst -sha256 -r;; sha256sum) take | xargs -0 -s 500000 sha256sum --;; users) take | xargs -0 getent passwd;; groups) take | xargs -0 getent group;; sync) take | xargs -0 sync -f || sync;; acl) take | xargs -0 -s 500000 sh -c "$w" "setfacl -b -k";; owner) take | xargs -0 -s 500000 sh -c "$w" "chown -h $o";; mode) take | xargs -0 -s 500000 sh -c "$w" "chmod $o";; follow-openssl) f=$(take); while read -r k m && [ "$m" -gt 0 ]; do dd if="$f" bs=65536 skip=$((k * 16)) count=$((m * 16)); done | openssl dgst -sha256 -r;; follow-sha256sum) f=$(take); while read -r k m && [ "$m" -gt 0 ]; do dd if="$f" bs=65536 skip=$((k * 16)) count=$((m * 16)); done | sha256sum;; new|more) f=$(take); [ $c = more ] || (set -C; true >"$f") || exit 1; while read -r k m && [ "$m" -gt 0 ]; do dd of="$f" bs=262144 iflag=fullblock,count_bytes oflag=seek_bytes conv=notrunc seek="$k" count="$m" || exit 1; printf "\nlockstep:%s\n" 0; done;; tar) f=$(take); while read -r k && [ "$k" -gt 0 ]; do dd bs=65536 iflag=fullblock,count_bytes count="$k" || kill $$; done | TAR_OPTIONS=-b128 tar -xof - -C "$f";; *) false;; esac 2>/dev/null; printf "\nlockstep:%s\n" "$?"; done'"#;
+/// the input is taken for jobs. Of a connection that is cut, the last name may be the beginning of one, and mean a directory above: so
+/// what changes paths is done when its input is whole, which ends with the name that it begins with, and a file is made when the
+/// line after its name is there.
+const SCRIPT: &str = r#"sh -c 'umask 077; t=; for p in openssl sha256sum xargs getent sync setfacl dd tar chmod chown; do command -v $p >/dev/null 2>&1 && t=$t,$p; done; printf "\nlockstep:%s\n" "$t,"; take() { [ "$n" = 0 ] || dd bs="$n" count=1 iflag=fullblock || kill $$; }; w="set -f; IFS=; for l; do :; done; [ \$# -gt 1 ] && [ \$l = \$1 ] && exec \$0 \$p \$o -- \$@"; export p o; while read -r c n o; do case $c in try) take;; openssl) take | xargs -0 -s 500000 openssl dgst -sha256 -r;; sha256sum) take | xargs -0 -s 500000 sha256sum --;; users) take | xargs -0 getent passwd;; groups) take | xargs -0 getent group;; sync) take | xargs -0 sync -f || sync;; acl) p=-b; o=-k; take | xargs -0 -s 500000 sh -c "$w" setfacl;; owner) p=-h; take | xargs -0 -s 500000 sh -c "$w" chown;; mode) p=; take | xargs -0 -s 500000 sh -c "$w" chmod;; follow-openssl) f=$(take); while read -r k m && [ "$m" -gt 0 ]; do dd if="$f" bs=65536 skip=$((k * 16)) count=$((m * 16)); done | openssl dgst -sha256 -r;; follow-sha256sum) f=$(take); while read -r k m && [ "$m" -gt 0 ]; do dd if="$f" bs=65536 skip=$((k * 16)) count=$((m * 16)); done | sha256sum;; new|more) f=$(take); read -r k m || exit 1; [ $c = more ] || (set -C; true >"$f") || exit 1; while [ "$m" -gt 0 ]; do dd of="$f" bs=262144 iflag=fullblock,count_bytes oflag=seek_bytes conv=notrunc seek="$k" count="$m" || exit 1; printf "\nlockstep:%s\n" 0; read -r k m || exit 1; done;; tar) f=$(take); while read -r k && [ "$k" -gt 0 ]; do dd bs=65536 iflag=fullblock,count_bytes count="$k" || kill $$; done | TAR_OPTIONS=-b128 tar -xof - -C "$f";; *) false;; esac 2>/dev/null; printf "\nlockstep:%s\n" "$?"; done'"#;
 const MARK: &[u8] = b"\nlockstep:";
 /// A login shell may take its time.
 const START: Duration = Duration::from_secs(20);
@@ -70,8 +71,9 @@ impl Job {
     }
 }
 
-/// Bytes of the names of what is changed by one command.
-const PORTION_BYTES: usize = 256 << 10;
+/// Bytes and number of the names of what is changed by one command: xargs(1) takes so many at once in any case.
+const PORTION_BYTES: usize = 96 << 10;
+const PORTION_NAMES: usize = 4000;
 
 /// As many names at a time as one command takes in any case.
 fn portions<'a, 'p>(mut input: &'a [&'p [u8]]) -> impl Iterator<Item = &'a [&'p [u8]]> {
@@ -81,7 +83,7 @@ fn portions<'a, 'p>(mut input: &'a [&'p [u8]]) -> impl Iterator<Item = &'a [&'p 
             bytes += argument.len() + 1;
             bytes <= PORTION_BYTES
         });
-        let count = fits.count().max(1).min(input.len());
+        let count = fits.take(PORTION_NAMES).count().max(1).min(input.len());
         let (portion, rest) = input.split_at(count);
         input = rest;
         (!portion.is_empty()).then_some(portion)
@@ -128,10 +130,11 @@ impl Shell {
         shell.link.send(Bytes::from_static(b"try 1\nxnone 0\n")).map_err(|error| error.0)?;
         // Whatever a login script has printed comes before the mark.
         let (_, tools) = shell.answer(Some(START))?;
-        let (tried, done) = shell.answer(Some(START))?;
-        let (_, status) = shell.answer(Some(START))?;
+        let lacking = |_| "it has no xargs, or no dd that reads all of what it is to".to_owned();
+        let (tried, done) = shell.answer(Some(START)).map_err(lacking)?;
+        let (_, status) = shell.answer(Some(START)).map_err(lacking)?;
         if !tools.contains(",xargs,") || (&*tried, &*done, &*status) != (b"x".as_slice(), "0", "1") {
-            return Err("it has no xargs, or a dd that cannot read all of what it is to".into());
+            return Err(lacking(String::new()));
         }
         shell.tools = tools;
         Ok(shell)
@@ -495,7 +498,7 @@ mod tests {
         let at = tempfile::tempdir().unwrap();
         let directory = at.path().join("deeper");
         std::fs::create_dir(&directory).unwrap();
-        let names: Vec<_> = ["one", "on", "two words"].map(|name| directory.join(name)).into();
+        let names: Vec<_> = ["one", "on", "two  *words\n"].map(|name| directory.join(name)).into();
         names.iter().for_each(|name| std::fs::write(name, "").unwrap());
         let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
         let before = (mode(at.path()), mode(&directory));
@@ -512,6 +515,15 @@ mod tests {
         }
         assert!(answered(&whole, &path).ends_with("\nlockstep:0\n"));
         names.iter().for_each(|name| assert_eq!(mode(name), 0o604, "{}", name.display()));
+        // Nor is a file made whose name is cut off.
+        let new = format!("new {}\n{}/another", directory.as_os_str().len() + 8, directory.display());
+        for end in 0..=new.len() {
+            answered(&new.as_bytes()[..end], &path);
+            let found = std::fs::read_dir(at.path()).unwrap().chain(std::fs::read_dir(&directory).unwrap()).count();
+            assert_eq!(found, 4, "after {end} bytes of {new}");
+        }
+        answered(format!("{new}0 0\n").as_bytes(), &path);
+        assert!(directory.join("another").exists());
     }
 
     #[test]
@@ -519,7 +531,7 @@ mod tests {
         let names = vec![vec![b'x'; 4096]; 200];
         let names: Vec<&[u8]> = names.iter().map(Vec::as_slice).collect();
         let counts: Vec<usize> = portions(&names).map(<[_]>::len).collect();
-        assert_eq!(counts, [63, 63, 63, 11]);
+        assert_eq!(counts, [23, 23, 23, 23, 23, 23, 23, 23, 16]);
         let large = vec![b'x'; PORTION_BYTES + 1];
         assert_eq!(portions(&[&large, &large]).map(<[_]>::len).collect::<Vec<_>>(), [1, 1]);
         assert_eq!(portions(&[]).count(), 0);
@@ -528,6 +540,8 @@ mod tests {
     #[test]
     fn the_script_is_safe_in_single_quotes() {
         let inside = SCRIPT.strip_prefix("sh -c '").and_then(|rest| rest.strip_suffix('\'')).unwrap();
-        assert!(!inside.contains(['\'', '!']) && !inside.contains("\\\\") && inside.is_ascii());
+        assert!(!inside.contains(['\'', '!']) && inside.is_ascii());
+        // Some shells take such backslashes away.
+        assert!(!inside.contains("\\\\") && !inside.contains("\\\""));
     }
 }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::alike::{self, Alike, Lying};
 use super::bulk::{Bulk, Starting};
@@ -111,6 +111,8 @@ pub(super) struct Run {
     keeps_all: AtomicBool,
     /// The disk is full: staging is given up.
     pub(super) full: AtomicBool,
+    /// How often it was tried whether anything can be stored, and when that last was so.
+    pub(super) tried: Mutex<(u32, Option<Instant>)>,
     /// What was found before the source was known.
     looked: Mutex<Option<Looked>>,
     state: Mutex<State>,
@@ -298,6 +300,7 @@ impl Target for StockTarget {
             area: Mutex::new(area),
             keeps_all: AtomicBool::new(false),
             full: AtomicBool::new(false),
+            tried: Mutex::default(),
             looked: Mutex::new(looked),
             state: Mutex::default(),
         };

@@ -36,7 +36,7 @@ impl StockWriter {
         file.never_opens = true;
         file.closing |= file.digest.is_some();
         self.forget_queued(number);
-        if resumed { Ok(()) } else { self.run.check_room() }
+        if resumed || refusal.status != Status::Failure { Ok(()) } else { self.run.check_room() }
     }
 
     /// Ends a file whose end was said, whose handle is there, and of which all is sent.
