@@ -329,11 +329,16 @@ impl StagedFile {
 /// What has not changed for longer than this has no dirty pages: the kernel writes them out within half a minute, unless it is
 /// told to wait.
 pub fn clean_pages(file: &File, seen: &Metadata) {
-    const YOUNG: std::time::Duration = std::time::Duration::from_secs(15 * 60);
-    if !is_settled(seen, std::time::SystemTime::now() - YOUNG) {
+    if is_young(seen) {
         // Where it cannot be (a file system that is read-only), nobody writes.
         let _ = rustix::fs::fdatasync(file);
     }
+}
+
+/// Whether a file may have dirty pages, by its times.
+pub fn is_young(seen: &Metadata) -> bool {
+    const YOUNG: std::time::Duration = std::time::Duration::from_secs(15 * 60);
+    !is_settled(seen, std::time::SystemTime::now() - YOUNG)
 }
 
 /// The SHA-256 of a file's first `length` bytes as they lie on the disk.

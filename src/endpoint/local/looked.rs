@@ -1,12 +1,14 @@
 //! [`Looked`]: what a scan of a source keeps of what stat said, so that digests can be remembered.
 
 use std::collections::HashSet;
-use std::sync::{Mutex, PoisonError};
+use std::fs::File;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use crate::filter::Globs;
 use crate::manifest::{Digest, Tree};
 use crate::root::{Fingerprint, Metadata, Seen};
+use crate::staging::Mapped;
 
 /// What stat said of each entry of a scan, and when that was over.
 #[derive(Debug)]
@@ -17,11 +19,18 @@ pub(in crate::endpoint) struct Looked {
     pub(in crate::endpoint) growing: Globs,
     /// Entries of which another inode was read than the scan saw: a directory on the way got another one's name.
     others: Mutex<HashSet<u32>>,
+    /// What somebody may write to through a mapping, since the scan was over; looked at when it is first asked for.
+    mapped: OnceLock<Mapped>,
 }
 
 impl Looked {
     pub(in crate::endpoint) fn new(metadata: Vec<Seen>, at: SystemTime, growing: Globs) -> Looked {
-        Looked { metadata, at, growing, others: Mutex::default() }
+        Looked { metadata, at, growing, others: Mutex::default(), mapped: OnceLock::new() }
+    }
+
+    /// Whether nobody had a file mapped after the scan, whose times are what the scan saw: what is written to it since shows in them.
+    pub(super) fn rules_out_mapping(&self, file: &File, now: &Metadata) -> bool {
+        self.mapped.get_or_init(Mapped::look).rules_out(file, now)
     }
 
     /// Takes note of which inode of the entry at `index` is read: its digest says nothing of another.

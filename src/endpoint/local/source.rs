@@ -22,7 +22,7 @@ use crate::root::{Fingerprint, Follow, Metadata, Root, Seen};
 use crate::scan::cache::{DigestCache, until_settled};
 use crate::scan::prefixes::Prefix;
 use crate::scan::{self, LinkRule, ScanRule};
-use crate::staging::{self, clean_pages};
+use crate::staging::{self, clean_pages, is_young};
 
 /// Who writes through a mapping, which need not show in a file's times, writes files of this size and more: for smaller ones the disk
 /// is not waited for.
@@ -253,7 +253,7 @@ impl LocalSource {
             return Err(changed(index));
         }
         if !grows {
-            if size >= MAPPED_BYTES_MIN {
+            if size >= MAPPED_BYTES_MIN && is_young(&now) && !looked.rules_out_mapping(&file, &now) {
                 clean_pages(&file, &now);
             }
             // RACE: what is written within the tick of the clock that the file has its time of would not show.
