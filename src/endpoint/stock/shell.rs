@@ -475,55 +475,51 @@ mod tests {
         for (input, path, what) in
             [(&new, &path, "a file that is there"), (&tar, &path, "no archive"), (&tar, &failing, "a tar that fails")]
         {
-            answered(input.as_bytes(), path);
+            answered(input.as_bytes(), at.path(), path);
             assert!(!evil.exists(), "{what}");
         }
         assert_eq!(std::fs::read(&there).unwrap(), b"there");
     }
 
-    /// What the command answers to this input, which ends with it, with these programs.
-    fn answered(input: &[u8], path: &str) -> String {
+    /// What the command answers to this input, which ends with it, started in this directory with these programs.
+    fn answered(input: &[u8], directory: &std::path::Path, path: &str) -> String {
         use std::io::Write as _;
         let mut shell = std::process::Command::new("sh");
-        shell.args(["-c", SCRIPT]).env("PATH", path);
+        shell.args(["-c", SCRIPT]).env("PATH", path).current_dir(directory);
         let mut shell = shell.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn().unwrap();
         // It may end before it has read everything.
         let _ = shell.stdin.take().unwrap().write_all(input);
         String::from_utf8(shell.wait_with_output().unwrap().stdout).unwrap()
     }
 
+    /// By names that begin in a directory of the test's own: what is cut off must not mean anything outside of it, should this fail.
     #[test]
     fn names_that_are_cut_off_change_nothing() {
         use std::os::unix::fs::PermissionsExt as _;
         let at = tempfile::tempdir().unwrap();
-        let directory = at.path().join("deeper");
-        std::fs::create_dir(&directory).unwrap();
-        let names: Vec<_> = ["one", "on", "two  *words\n"].map(|name| directory.join(name)).into();
-        names.iter().for_each(|name| std::fs::write(name, "").unwrap());
-        let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
-        let before = (mode(at.path()), mode(&directory));
-        let list: Vec<u8> = names
-            .iter()
-            .chain([&names[0]])
-            .flat_map(|name| [name.as_os_str().as_encoded_bytes(), b"\0"].concat())
-            .collect();
+        std::fs::create_dir(at.path().join("deeper")).unwrap();
+        let names = ["deeper/one", "deeper/on", "deeper/two  *words\n"];
+        names.iter().for_each(|name| std::fs::write(at.path().join(name), "").unwrap());
+        let mode = |name: &str| std::fs::metadata(at.path().join(name)).unwrap().permissions().mode() & 0o7777;
+        let before = mode("deeper");
+        let list: Vec<u8> = names.iter().chain([&names[0]]).flat_map(|name| format!("{name}\0").into_bytes()).collect();
         let whole = [format!("mode {} 0604\n", list.len()).as_bytes(), &list].concat();
         let path = std::env::var("PATH").unwrap();
         for end in whole.len() - list.len()..whole.len() - 1 {
-            answered(&whole[..end], &path);
-            assert_eq!((mode(at.path()), mode(&directory)), before, "after {end} of {} bytes", whole.len());
+            answered(&whole[..end], at.path(), &path);
+            assert_eq!(mode("deeper"), before, "after {end} of {} bytes", whole.len());
         }
-        assert!(answered(&whole, &path).ends_with("\nlockstep:0\n"));
-        names.iter().for_each(|name| assert_eq!(mode(name), 0o604, "{}", name.display()));
+        assert!(answered(&whole, at.path(), &path).ends_with("\nlockstep:0\n"));
+        names.iter().for_each(|name| assert_eq!(mode(name), 0o604, "{name}"));
         // Nor is a file made whose name is cut off.
-        let new = format!("new {}\n{}/another", directory.as_os_str().len() + 8, directory.display());
+        let new = "new 14\ndeeper/another";
         for end in 0..=new.len() {
-            answered(&new.as_bytes()[..end], &path);
-            let found = std::fs::read_dir(at.path()).unwrap().chain(std::fs::read_dir(&directory).unwrap()).count();
-            assert_eq!(found, 4, "after {end} bytes of {new}");
+            answered(&new.as_bytes()[..end], at.path(), &path);
+            let found = walkdir::WalkDir::new(at.path()).into_iter().count();
+            assert_eq!(found, 5, "after {end} bytes of {new}");
         }
-        answered(format!("{new}0 0\n").as_bytes(), &path);
-        assert!(directory.join("another").exists());
+        answered(format!("{new}0 0\n").as_bytes(), at.path(), &path);
+        assert!(at.path().join("deeper/another").exists());
     }
 
     #[test]
