@@ -2,18 +2,19 @@
 
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use chrono::{DateTime, Utc};
-use rustix::fs::{FallocateFlags, FlockOperation, OFlags, RenameFlags};
+use rustix::fs::{FallocateFlags, FlockOperation, Gid, OFlags, RenameFlags, Uid};
 use rustix::io::Errno;
 
 use super::chain::{Lines, TAIL_BYTES, WRITE_BYTES, last_of};
 use super::trail::stored_head;
 use super::{
     AuditError, AuditRecord, HEAD, Head, LOG, NEW_HEAD, Rotation, STATE, Settings, broken, io_error, rotate, settings,
-    sign,
+    shown, sign,
 };
 use crate::error::chain;
 use crate::path::RelPath;
@@ -104,7 +105,7 @@ impl<'r> AuditLog<'r> {
 
     /// Begins a new file. What keeps it from that keeps nobody from writing: the old one goes on.
     fn rotate(&mut self) {
-        let rotated = rotate::rotate(self.root, self.head).and_then(|(file, head)| {
+        let rotated = rotate::rotate(self.root, &self.file, self.head).and_then(|(file, head)| {
             (self.file, self.head) = (file, head);
             self.prune()
         });
@@ -212,12 +213,31 @@ impl<'r> AuditLog<'r> {
         self.file.write_all(&lines.text).and_then(|()| self.file.sync_data()).map_err(&failed)?;
         (self.head, self.torn) = (head, None);
         // DURABILITY: written after the lines; after a crash between the two the head is behind, which is no fault.
+        self.store_head(head)?;
+        Ok(head)
+    }
+
+    fn store_head(&self, head: Head) -> Result<(), AuditError> {
+        let failed = |source| AuditError::Io { path: shown(self.root, HEAD), source };
         let (path, new) = (RelPath::new(HEAD)?, RelPath::new(NEW_HEAD)?);
         self.root.remove_tree(&new)?;
         let mut file = self.root.create_new(&new, 0o600)?;
-        file.write_all(head.encode().as_bytes()).and_then(|()| file.sync_data()).map_err(&failed)?;
-        self.root.rename(&new, &path, RenameFlags::empty())?;
-        Ok(head)
+        let text = head.encode();
+        if hand_over(&file, &self.file).map_err(failed)? {
+            file.write_all(text.as_bytes()).and_then(|()| file.sync_data()).map_err(failed)?;
+            self.root.rename(&new, &path, RenameFlags::empty())?;
+            return Ok(());
+        }
+        self.root.unlink(&new)?;
+        // Whoever writes the log could not read one of this user's. It is shorter than what a disk writes at once.
+        match self.root.open_with(&path, Follow::Never, OFlags::WRONLY | OFlags::NONBLOCK, 0) {
+            Ok(file) => {
+                let written = file.write_all_at(text.as_bytes(), 0).and_then(|()| file.set_len(text.len() as u64));
+                written.and_then(|()| file.sync_data()).map_err(failed)
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Takes an unfinished line away; the line that says so.
@@ -239,6 +259,20 @@ impl<'r> AuditLog<'r> {
         // Without a time it was never signed, or long ago; a clock that was set back is left to the number of lines.
         let late = time.is_none() || since.is_some_and(|since| since >= signing.every);
         sign == Sign::Now || unsigned >= signing.lines || late
+    }
+}
+
+/// Gives a new file to whom the log belongs: another user may tell something in it, as root does who checks. False where that is not
+/// allowed.
+pub(super) fn hand_over(new: &File, log: &File) -> std::io::Result<bool> {
+    let (own, log) = (Metadata::of(new)?, Metadata::of(log)?);
+    if own.uid == log.uid {
+        return Ok(true);
+    }
+    match rustix::fs::fchown(new, Some(Uid::from_raw(log.uid)), Some(Gid::from_raw(log.gid))) {
+        Ok(()) => Ok(true),
+        Err(Errno::PERM) => Ok(false),
+        Err(errno) => Err(errno.into()),
     }
 }
 

@@ -63,10 +63,25 @@ impl AuditError {
             _ => None,
         }
     }
+
+    /// What it is about, as it is shown, where that is a file.
+    #[must_use]
+    pub fn path(&self) -> Option<String> {
+        match self {
+            AuditError::Root(RootError { path, .. }) => Some(crate::error::shown(path).to_string()),
+            AuditError::Io { path, .. } => Some(path.clone()),
+            _ => None,
+        }
+    }
 }
 
 fn io_error(root: &Root) -> impl Fn(io::Error) -> AuditError + '_ {
-    |source| AuditError::Io { path: crate::error::shown(&root.shown().join(LOG)).to_string(), source }
+    |source| AuditError::Io { path: shown(root, LOG), source }
+}
+
+/// The path of one of its files, for messages.
+fn shown(root: &Root, file: &str) -> String {
+    crate::error::shown(&root.shown().join(file)).to_string()
 }
 
 fn broken(root: &Root, line: u64, what: impl Into<String>) -> AuditError {

@@ -5,7 +5,7 @@
 //! step can be the last one: a file that has both names is not rotated yet.
 
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::time::SystemTime;
 
@@ -13,6 +13,7 @@ use chrono::{DateTime, Utc};
 use rustix::fs::{FlockOperation, RenameFlags};
 
 use super::chain::{Lines, Links, TAIL_BYTES, time};
+use super::log::hand_over;
 use super::{AuditError, AuditRecord, Head, LOG, Outcome, Rotation, STATE, io_error};
 use crate::path::RelPath;
 use crate::root::{Follow, Metadata, Root};
@@ -85,7 +86,7 @@ pub(super) fn undo(root: &Root, current: &Metadata) -> Result<(), AuditError> {
 }
 
 /// Begins a new file behind `head`. Answers it, locked, and its head.
-pub(super) fn rotate(root: &Root, head: Head) -> Result<(File, Head), AuditError> {
+pub(super) fn rotate(root: &Root, old: &File, head: Head) -> Result<(File, Head), AuditError> {
     let failed = io_error(root);
     let last = numbers(root)?.last().copied().unwrap_or(0);
     let record = AuditRecord {
@@ -101,6 +102,10 @@ pub(super) fn rotate(root: &Root, head: Head) -> Result<(File, Head), AuditError
     let (new, log) = (RelPath::new(NEW_LOG)?, RelPath::new(LOG)?);
     root.remove_tree(&new)?;
     let mut file = root.create_new(&new, 0o600)?;
+    if !hand_over(&file, old).map_err(&failed)? {
+        root.unlink(&new)?;
+        return Err(failed(io::Error::other("it is another user's, who begins the next file")));
+    }
     // Nobody else knows it yet; whoever finds it under its name waits.
     rustix::fs::flock(&file, FlockOperation::LockExclusive).map_err(|errno| failed(errno.into()))?;
     file.write_all(&lines.text).and_then(|()| file.sync_all()).map_err(&failed)?;

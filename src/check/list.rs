@@ -205,8 +205,8 @@ fn native_list(text: &[u8]) -> Result<List, String> {
             Content::Directory => (Expected::Directory, true),
             Content::Symlink { target } => (Expected::Link(target.clone()), false),
             Content::File { .. } => (file(tree, &entry.path)?, true),
-            // A further name has the permissions of the first, and those are compared there.
-            Content::HardLink { first } => (file(tree, first)?, false),
+            // As published a further name has the permissions of the first; since then it may have become a file of its own.
+            Content::HardLink { first } => (file(tree, first)?, true),
         };
         let (mode, owner, group) = (entry.mode, entry.owner.clone(), entry.group.clone());
         let permissions = permissions.then_some(Permissions { mode, owner, group });

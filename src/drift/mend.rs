@@ -114,6 +114,11 @@ fn one(root: &Root, drift: &Drift, manifest: Option<&Manifest>, dry_run: bool) -
     let failed = |operation: &'static str| {
         move |error: std::io::Error| format!("cannot {operation}: {}", crate::error::chain(&error))
     };
+    if let Some(first) = &drift.other {
+        return Err(format!(
+            "it is a further name of '{first}' (a hard link), and the rules give the two different permissions; put a copy in its place"
+        ));
+    }
     let inode = Inode::open(root, Some(&drift.path)).map_err(|error| crate::error::chain(&error))?;
     let now = inode.metadata().map_err(failed("look at it"))?;
     // RACE: something else has the name now, or its permissions changed: what was found is not what is there.
@@ -132,7 +137,10 @@ fn one(root: &Root, drift: &Drift, manifest: Option<&Manifest>, dry_run: bool) -
         ));
     }
     let wanted = &drift.wanted;
-    if now.kind == FileKind::Regular && wanted.mode & !now.mode & RUN_BITS != 0 {
+    let gives_away = wanted.uid.is_some_and(|uid| uid != now.uid) || wanted.gid.is_some_and(|gid| gid != now.gid);
+    // Whoever had it until now may have put anything there.
+    let runs = wanted.mode & RUN_BITS != 0 && (gives_away || wanted.mode & !now.mode & RUN_BITS != 0);
+    if now.kind == FileKind::Regular && runs {
         verify(&inode, &drift.path, manifest)?;
         if !inode.metadata().is_ok_and(|now| same(&now)) {
             return Err("it changed while it was verified; run again".into());

@@ -94,10 +94,12 @@ pub struct Drift {
     found: Metadata,
     /// How many names of the inode are in the tree.
     names: u32,
+    /// It is a further name of a file that is to have other permissions.
+    other: Option<RelPath>,
     wanted: Wanted,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Wanted {
     mode: u32,
     uid: Option<u32>,
@@ -127,6 +129,7 @@ pub fn look(path: &Path, question: &Question<'_>, monitor: &dyn Monitor) -> Resu
         ids: Ids::default(),
         reach: question.subject.map(|subject| reach::Reach::new(subject, path, &root)),
         inodes: names_of_inodes(&scanned),
+        decided: HashMap::new(),
         question,
         findings,
     };
@@ -170,6 +173,8 @@ struct Look<'a> {
     ids: Ids,
     reach: Option<reach::Reach<'a>>,
     inodes: HashMap<(u64, u64), u32>,
+    /// Of files with several names, the first that was seen and what it is to have.
+    decided: HashMap<(u64, u64), (RelPath, Wanted)>,
     question: &'a Question<'a>,
     findings: Findings,
 }
@@ -196,8 +201,7 @@ impl Look<'_> {
         if let Some(reach) = &mut self.reach {
             reach.at(entry, found, lists.access.as_deref(), &mut self.names);
         }
-        let hard_link = matches!(entry.content, Content::HardLink { .. });
-        if let Some(policy) = self.question.policy.filter(|_| !hard_link) {
+        if let Some(policy) = self.question.policy {
             let drift = self.compare(policy, entry, found, &lists);
             let drift = drift.map_err(|source| DriftError::Name { path: entry.path.clone(), source })?;
             self.findings.drift.extend(drift);
@@ -233,13 +237,24 @@ impl Look<'_> {
         let uid = decision.owner.as_deref().map(|name| self.ids.user(name)).transpose()?;
         let gid = decision.group.as_deref().map(|name| self.ids.group(name)).transpose()?;
         let wanted = Wanted { mode, uid, gid, acl };
+        let mut other = None;
+        if found.links > 1 && !directory {
+            let known = self.decided.entry((found.device, found.inode)).or_insert((entry.path.clone(), wanted.clone()));
+            if known.0 != entry.path {
+                // What both are to have is told, and mended, at the first name.
+                if known.1 == wanted {
+                    return Ok(None);
+                }
+                other = Some(known.0.clone());
+            }
+        }
         let differences = self.differences(&wanted, found, lists);
         if differences.is_empty() {
             return Ok(None);
         }
         let names = self.inodes.get(&(found.device, found.inode)).copied().unwrap_or(1);
         let (path, rule) = (entry.path.clone(), decision.rule);
-        Ok(Some(Drift { path, rule, differences, found: *found, names, wanted }))
+        Ok(Some(Drift { path, rule, differences, found: *found, names, other, wanted }))
     }
 
     fn differences(&mut self, wanted: &Wanted, found: &Metadata, lists: &AclLists) -> Vec<Difference> {

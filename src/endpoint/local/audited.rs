@@ -42,7 +42,7 @@ pub(super) fn or_continue(
     Err(match error.io() {
         Some(source) => {
             let source = io::Error::new(source.kind(), format!("{}; {so}", in_words(source)));
-            let path = crate::error::shown(&root.shown().join(LOG)).to_string();
+            let path = error.path().unwrap_or_else(|| crate::error::shown(&root.shown().join(LOG)).to_string());
             Error::Io { operation: "write the audit log", path, source }
         }
         None => Error::Refused { by: "the audit log".into(), reason: format!("{}; {so}", chain(&error)) },

@@ -1,4 +1,5 @@
-//! Links that whoever is confined may not have made: they would lead others on the machine out of his root.
+//! Links that are not made: those of whoever is confined that would lead others on the machine out of his root, and further names of a
+//! file that the rules give other permissions than the file.
 //!
 //! The rule is the one that a plain SFTP session goes by ([`RelPath::link_stays_below`]), and counts from the same top: the
 //! root that the client is confined to, not the directory that the run is on. A link that is there already, with the same
@@ -44,6 +45,30 @@ pub(super) fn refused(confined: Option<&Confined>, source: &Tree, plan: &Plan) -
             .then(|| format!("is a link (to '{shown}') that would lead out of the root, and is not made"))
     };
     made.filter_map(|action| Some((action.index, reason(action.index)?))).collect()
+}
+
+/// The same of a run, and further names of files that are to get other permissions than the file: both are one inode, which can have
+/// only one of them.
+pub(super) fn refused_of(run: &Run, source: &Tree, plan: &Plan) -> Result<BTreeMap<u32, String>, Error> {
+    let mut found = refused(run.confined(), source, plan);
+    for action in plan.actions.iter().filter(|action| action.change != Change::MetadataOnly) {
+        let entry = &source.entries()[action.index as usize];
+        let Content::HardLink { first } = &entry.content else { continue };
+        let Some(file) = source.get(first) else { continue };
+        let (one, other) = (run.permissions(file)?, run.permissions(entry)?);
+        if (one.mode, one.uid, one.gid, &one.acl) != (other.mode, other.uid, other.gid, &other.acl) {
+            found.insert(action.index, other_permissions(first));
+        }
+    }
+    Ok(found)
+}
+
+/// Why a further name of the file at `first` is not made.
+pub(in crate::endpoint) fn other_permissions(first: &RelPath) -> String {
+    format!(
+        "is a further name of '{first}' (a hard link), and the rules there give the two different permissions; put a copy in its place, \
+         or leave one out"
+    )
 }
 
 /// Tells what is refused before anything is sent, where nothing will be.

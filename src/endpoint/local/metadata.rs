@@ -158,7 +158,7 @@ impl<'a> Existing<'a> {
             mtime: entry.mtime,
         };
         if let Content::File { size, digest: Some(digest) } = entry.content
-            && entry.mode & 0o111 & !is.mode != 0
+            && entry.mode & 0o6111 & !is.mode != 0
         {
             verify(root, path, &inode, size, digest)?;
         }

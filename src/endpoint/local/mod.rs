@@ -38,6 +38,7 @@ mod trash;
 mod unit;
 mod writer;
 
+pub(in crate::endpoint) use links::other_permissions;
 pub(in crate::endpoint) use looked::Looked;
 pub use place::{anywhere, beneath};
 pub(in crate::endpoint) use reader::{LocalReader, Opened, Piece, changed, hashed, produced_whole, unreadable};

@@ -178,7 +178,9 @@ impl OfRun<'_> {
             let proven = staged.map(|staged| staged.digest).or_else(|| state.kept.get(index).copied());
             *digest = proven.or_else(|| state.target.entries()[there?].file()?.1).or(*digest);
         }
-        let wanted = run.permissions(&entry)?;
+        // A further name has what the file has.
+        let first = if let Content::HardLink { first } = &entry.content { state.source.get(first) } else { None };
+        let wanted = run.permissions(first.unwrap_or(&entry))?;
         let now = staged.map(|staged| staged.seen).or_else(|| there.map(|at| state.metadata[at]));
         let own = || (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         let (uid, gid) = now.map_or_else(own, |now| (now.uid, now.gid));

@@ -400,6 +400,11 @@ impl Run {
         Ok(self.decided(entry)?.0)
     }
 
+    /// Where it is below the root that its client is confined to.
+    pub(super) fn confined(&self) -> Option<&links::Confined> {
+        self.confined.as_ref()
+    }
+
     pub(super) fn decision(&self, entry: &Entry) -> Decision {
         self.policy.decide(&entry.path, entry.is_directory(), entry.mode)
     }
@@ -538,7 +543,7 @@ impl Run {
             }
             monitor.event(Event::Warning(&crate::error::chain(&error)));
         }
-        let refused = links::refused(self.confined.as_ref(), source, &plan);
+        let refused = links::refused_of(self, source, &plan)?;
         if self.options.dry_run {
             links::tell(&refused, source, monitor);
         }

@@ -91,7 +91,9 @@ pub(super) fn new_manifest(
             let proven = state.staged.get(&index).or_else(|| state.kept.get(&index)).copied();
             *digest = proven.or_else(|| there.and_then(|there| there.file()?.1)).or(*digest);
         }
-        let wanted = run.permissions(&entry)?;
+        // A further name has what the file has.
+        let first = if let Content::HardLink { first } = &entry.content { state.source.get(first) } else { None };
+        let wanted = run.permissions(first.unwrap_or(&entry))?;
         // What is appended to is whose it was.
         let there = there.filter(|_| !state.staged.contains_key(&index) || state.tails.contains_key(&index));
         let owner = there.map_or_else(|| names.user(own.0), |there| there.owner.clone());

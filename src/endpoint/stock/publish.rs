@@ -23,6 +23,7 @@ use super::target::{MANIFEST, Run, STATE, State, locked};
 use super::trash::Trash;
 use super::writer::grant;
 use super::{DIRECTORY, append, at, audit, below, kind_of, moved};
+use crate::endpoint::local::other_permissions;
 use crate::endpoint::{CommitOptions, Committed, Error};
 use crate::error::Escaped;
 use crate::manifest::{Content, Digest, format};
@@ -334,6 +335,14 @@ fn settle(
                 if source.position(first).is_some_and(|at| failed.contains(&(at as u32))) {
                     failed.insert(index);
                     continue;
+                }
+                if let Some(file) = source.get(first) {
+                    let (one, other) = (run.permissions(file)?, run.permissions(entry)?);
+                    if (one.mode, one.uid, one.gid) != (other.mode, other.uid, other.gid) {
+                        failed.insert(index);
+                        problems.tell(&entry.path, other_permissions(first));
+                        continue;
+                    }
                 }
                 let from = if linked.contains(first) { run.staged_path(first) } else { below(&run.root, first) };
                 requests.push((index, extended("hardlink@openssh.com", &[&from, &run.staged_path(&entry.path)])));
