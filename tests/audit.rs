@@ -6,6 +6,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use lockstep::audit::{AuditRecord, Head};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
@@ -367,6 +368,54 @@ fn h60_every_way_of_tampering_is_found_and_named() {
     });
     fs::remove_file(file("audit.head")).unwrap();
     ends(&place.verify(&signers), 1, &["does not fit"]);
+}
+
+#[test]
+fn h60_lines_that_are_removed_without_the_key_show_where_signatures_are_asked_for() {
+    let place = Place::new("signing_key = 'AT/signer'\nrotate_bytes = 4096\nkeep = 1");
+    fs::write(place.path("allowed"), format!("auditor {}\n", public(&place.path("signer.pub")))).unwrap();
+    let signers = ["--allowed-signers", "allowed", "--require-signature"];
+    for round in 0..60 {
+        place.write("weights.bin", format!("weights of round {round}").as_bytes());
+        done(&place.push());
+        if place.path("target/.lockstep/audit-000003.jsonl").exists() {
+            break;
+        }
+    }
+    // What is removed by its rules is signed.
+    ends(&place.verify(&signers), 0, &["are not there any more", "as the log says, and auditor with SHA256:"]);
+
+    // Whoever may write the log and has no key takes its beginning away, and puts in the line that says so.
+    let place = Place::new("signing_key = 'AT/signer'");
+    fs::write(place.path("allowed"), format!("auditor {}\n", public(&place.path("signer.pub")))).unwrap();
+    for round in 0..3 {
+        place.write("weights.bin", format!("weights of round {round}").as_bytes());
+        done(&place.push());
+    }
+    ends(&place.verify(&signers), 0, &["unbroken"]);
+    let log = fs::read_to_string(place.log()).unwrap();
+    let first: Value = log
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .find(|line| line["action"] == "head")
+        .unwrap();
+    let removed = Head::decode(first["head"].as_str().unwrap()).unwrap();
+    let rest: Vec<&str> = log.split_inclusive('\n').skip(removed.lines as usize).collect();
+    let last = Head::decode(&fs::read_to_string(place.path("target/.lockstep/audit.head")).unwrap()).unwrap();
+    let signature = first["signature"].as_str().unwrap().to_owned();
+    for (signature, why) in [(None, "nobody has signed that they were removed"), (Some(signature), "does not count")] {
+        let forged = AuditRecord {
+            action: "prune".into(),
+            path: "audit-000001.jsonl".into(),
+            head: Some(removed.to_string()),
+            signature,
+            ..AuditRecord::default()
+        };
+        let (line, head) = lockstep::audit::lines(last, [forged]).unwrap();
+        fs::write(place.log(), [rest.concat().as_bytes(), &line].concat()).unwrap();
+        fs::write(place.path("target/.lockstep/audit.head"), head.encode()).unwrap();
+        ends(&place.verify(&signers), 3, &["lines are not there any more", why]);
+    }
 }
 
 #[test]

@@ -94,6 +94,93 @@ fn what_is_kept_of_a_check_is_for_those_who_may_read_the_manifest() {
 }
 
 #[test]
+fn who_receives_goes_on_after_root_has_checked() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not root: whose files a check makes is not tested");
+        return;
+    }
+    let pair = published();
+    let mut chown = Command::new("chown");
+    done(&chown.args(["-R", "65534:65534"]).arg(&pair.target).output().unwrap());
+    let owners = || {
+        let names = ["audit.head", "audit.jsonl"].map(|name| pair.target.join(".lockstep").join(name));
+        names.map(|name| std::os::unix::fs::MetadataExt::uid(&fs::metadata(name).unwrap()))
+    };
+    // As root with all rights, and as the unit has it, without the one to give files away.
+    for rights in [&["--bounding-set=+all"][..], &["--bounding-set=-chown"]] {
+        let before = fs::read(pair.target.join(".lockstep/audit.head")).unwrap();
+        let mut command = Command::new("setpriv");
+        command.args(rights).args([lockstep(), "check", "--ignore-permissions"]).arg(&pair.target);
+        done(&command.env("XDG_STATE_HOME", &pair.state).output().unwrap());
+        assert_ne!(
+            fs::read(pair.target.join(".lockstep/audit.head")).unwrap(),
+            before,
+            "{rights:?}: it tells of the check"
+        );
+        assert_eq!(owners(), [65534, 65534], "{rights:?}");
+        done(&Command::new(lockstep()).args(["audit", "verify"]).arg(&pair.target).output().unwrap());
+    }
+}
+
+#[test]
+fn a_verdict_does_not_stand_while_something_is_published_to_what_it_is_of() {
+    let pair = published();
+    let cached = || check(&pair.target, &["--cached", "--max-age=1h"]);
+    done(&check(&pair.target, &[]));
+    done(&cached());
+    // As a run leaves it that is cut off while it gives names.
+    let area = pair.target.join(".lockstep/staging/current");
+    fs::create_dir_all(&area).unwrap();
+    for name in ["commit", "manifest"] {
+        fs::write(area.join(name), "").unwrap();
+    }
+    ends(&cached(), 1, &["no verdict stands", "something is being published to it"]);
+    fs::remove_dir_all(&area).unwrap();
+    done(&cached());
+}
+
+#[test]
+fn a_verdict_that_a_crash_left_empty_is_written_anew() {
+    let pair = published();
+    let file = pair.target.with_file_name("verdict.json");
+    fs::write(&file, "").unwrap();
+    let run = || check(&pair.target, &["--verdict", file.to_str().unwrap()]);
+    done(&run());
+    assert!(fs::read_to_string(&file).unwrap().contains("\"good\""));
+    fs::write(&file, "something else").unwrap();
+    ends(&run(), 2, &[]);
+}
+
+#[test]
+fn a_command_is_not_started_on_a_link_that_was_turned_during_the_check() {
+    let pair = published();
+    let link = pair.target.with_file_name("latest");
+    symlink(&pair.target, &link).unwrap();
+    let exec = |command: &[&str]| {
+        let mut started = Command::new(lockstep());
+        started.args(["exec", "--check"]).arg(&link).arg("--").args(command);
+        started.output().unwrap()
+    };
+    done(&exec(&["true"]));
+    // A second name for a file of the tree, that takes long to be hashed.
+    let slow = fs::File::create(pair.source.join("slow")).unwrap();
+    slow.set_len(4 << 30).unwrap();
+    pair.push(&options());
+    let verdict = pair.target.join(".lockstep/verdict");
+    let _ = fs::remove_file(verdict);
+    let mut started = Command::new(lockstep());
+    started.args(["exec", "--full", "--check"]).arg(&link).args(["--", "echo", "started"]);
+    let running = started.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let turned = pair.target.with_file_name("turned");
+    symlink(&pair.source, &turned).unwrap();
+    fs::rename(&turned, &link).unwrap();
+    let output = running.wait_with_output().unwrap();
+    ends(&output, 75, &["means another directory than the one that was checked"]);
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("started"));
+}
+
+#[test]
 fn a_link_in_the_place_of_the_quarantine_is_not_followed() {
     let pair = published();
     let outer = pair.target.parent().unwrap();

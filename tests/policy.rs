@@ -316,6 +316,34 @@ fn s10_apply_gives_execute_bits_only_to_what_the_manifest_vouches_for() {
 }
 
 #[test]
+fn s10_h45_apply_gives_nothing_away_that_runs_and_is_not_what_was_published() {
+    if without_root("giving files away") {
+        return;
+    }
+    let at = published();
+    let target = at.path().join("target");
+    fs::write(at.path().join("rules.toml"), RULES.replace("mode = \"4755\"", "mode = \"4755\"\nowner = \"games\""))
+        .unwrap();
+    // Somebody's own program under the name, with the mode that the rule says already.
+    fs::write(target.join("tool"), "content of evil").unwrap();
+    std::os::unix::fs::chown(target.join("tool"), Some(65534), None).unwrap();
+    chmod(&target.join("tool"), 0o4755);
+    let refused = said(APPLY, at.path(), 4);
+    assert!(
+        refused.contains("'tool': left as it is") && refused.contains("it is not what the manifest lists"),
+        "{refused}"
+    );
+    let found = fs::metadata(target.join("tool")).unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::uid(&found), 65534);
+    // What was published is given to whom it is to belong.
+    fs::write(target.join("tool"), "content of tool").unwrap();
+    chmod(&target.join("tool"), 0o4755);
+    said(APPLY, at.path(), 0);
+    let found = fs::metadata(target.join("tool")).unwrap();
+    assert_eq!((std::os::unix::fs::MetadataExt::uid(&found), mode(&target.join("tool"))), (5, "4755".into()));
+}
+
+#[test]
 fn h16_h17_apply_neither_follows_links_nor_changes_what_has_other_names() {
     let at = published();
     let target = at.path().join("target");

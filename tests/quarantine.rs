@@ -290,6 +290,24 @@ fn nothing_is_moved_into_itself_to_another_file_system_or_off_a_mount() {
 }
 
 #[test]
+fn what_lies_in_a_tree_that_is_published_to_goes_where_the_next_run_leaves_it() {
+    let made = Checkpoints::new();
+    done(&made.run(&["push", "source", "there"]));
+    let list = made.path("sums");
+    fs::write(&list, format!("{}  weights\n", "0".repeat(64))).unwrap();
+    let output = made.check(&["--against", list.to_str().unwrap(), "--quarantine", "there/checkpoint-90"]);
+    ends(&output, 1, &[]);
+    assert!(
+        !made.path("there/checkpoint-90").exists() && !made.path("there/.quarantine").exists(),
+        "{}",
+        text(&output)
+    );
+    let moved = only(&made.path("there/.lockstep/quarantine"));
+    done(&made.run(&["push", "--delete", "source", "there"]));
+    assert!(moved.join("weights").exists());
+}
+
+#[test]
 fn what_can_be_repaired_is_not_moved() {
     let there = Checkpoints::each();
     let unit = there.path("there/checkpoint-300");

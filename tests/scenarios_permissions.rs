@@ -284,6 +284,58 @@ fn h17_a_change_of_permissions_leaves_names_outside_of_the_target_alone() {
 }
 
 #[test]
+fn s08_h47_a_further_name_gets_no_other_permissions_than_the_file() {
+    let rules = rule("**", "mode = '640'") + &rule("*.safetensors", "mode = '600'");
+    let sides = Sides::new();
+    sides.file("a.bin", 0o644);
+    fs::hard_link(sides.source("a.bin"), sides.source("model.safetensors")).unwrap();
+    fs::hard_link(sides.source("a.bin"), sides.source("z.bin")).unwrap();
+    let told = sides.push(&rules);
+    let why = "is a further name of 'a.bin' (a hard link), and the rules there give the two different permissions";
+    assert!(told.status.code() == Some(4) && text(&told).contains(why), "{}", text(&told));
+    assert!(!sides.target("model.safetensors").exists());
+    assert_eq!((mode(&sides.target("a.bin")), mode(&sides.target("z.bin"))), ("0640".into(), "0640".into()));
+    let manifest = fs::read_to_string(sides.target(".lockstep/manifest")).unwrap();
+    assert!(!manifest.contains("model.safetensors"), "{manifest}");
+
+    let sshd = Sshd::only("Subsystem sftp internal-sftp");
+    let copied = Command::new("cp").arg("-a").args([sides.source(""), sshd.path("source")]).status().unwrap();
+    assert!(copied.success());
+    write(&sshd.path("config.toml"), &rules);
+    let port = sshd.port.to_string();
+    let login = ["-P", &port, "--identity", "user", "--known-hosts", "known", "--remote=sftp"];
+    let push = ["push", "--config", "config.toml", "--policy", "p", "source", &sshd.remote("target")];
+    let told = sshd.run(&[&push[..], &login].concat());
+    assert!(told.status.code() == Some(4) && text(&told).contains(why), "{}", text(&told));
+    assert!(!sshd.path("target/model.safetensors").exists() && sshd.path("target/z.bin").exists());
+
+    // What came to be so otherwise is found, and not made now the one and now the other.
+    fs::hard_link(sides.target("a.bin"), sides.target("model.safetensors")).unwrap();
+    let (config, target) = (sides.at.path().join("config.toml"), sides.target(""));
+    for (command, code) in [("check", 1), ("apply", 4), ("apply", 4)] {
+        let output = lockstep(&["policy", command, "--config"], &[&config], &["--policy", "p"], &[&target]);
+        assert_eq!(output.status.code(), Some(code), "{}", text(&output));
+        assert!(text(&output).contains("'model.safetensors'"), "{}", text(&output));
+        assert_eq!(mode(&sides.target("a.bin")), "0640");
+    }
+}
+
+#[test]
+fn a_further_name_that_has_become_a_file_of_its_own_is_compared() {
+    let sides = Sides::new();
+    sides.file("a", 0o640);
+    fs::hard_link(sides.source("a"), sides.source("b")).unwrap();
+    sides.pushed("[policy.p]\n");
+    let check = || lockstep(&["check"], &[], &[], &[&sides.target("")]);
+    assert!(check().status.success());
+    fs::remove_file(sides.target("b")).unwrap();
+    fs::copy(sides.target("a"), sides.target("b")).unwrap();
+    chmod(&sides.target("b"), 0o666);
+    let found = check();
+    assert!(found.status.code() == Some(1) && text(&found).contains("wrong-mode: b: is 0666"), "{}", text(&found));
+}
+
+#[test]
 fn h48_an_unknown_name_anywhere_in_a_rule_changes_nothing() {
     let sides = Sides::new();
     sides.file("x", 0o644);
@@ -539,6 +591,13 @@ fn h47_a_default_acl_of_the_target_gives_nothing_to_what_arrives() {
         assert_eq!(getfacl(&sides.target("new")), format!("user::rwx group::{} other::---", expected.1));
         if !existing {
             assert_eq!(getfacl(&sides.target("")), "user::rwx group::r-x other::r-x");
+        }
+        // Nor is what lockstep keeps itself for more people than it is for.
+        let kept = sides.target(".lockstep");
+        assert!(!getfacl(&kept).contains("65534"), "{}", getfacl(&kept));
+        for name in ["manifest", "audit.jsonl", "audit.head"] {
+            let acl = getfacl(&kept.join(name));
+            assert!(!acl.contains("65534") && !acl.contains(":60:"), "{name}: {acl}");
         }
         // Nothing sleeps in them that a later chmod would wake up.
         chmod(&sides.target("new/file"), 0o666);

@@ -23,7 +23,9 @@ mkdir -p "$answers"
 rm -f "$answer"
 
 wrong=
-mapfile -t paths <"$list" || wrong="lockstep: '$list' cannot be read on this node"$'\n'
+# mapfile takes a read that fails for the end of the list.
+text=$(cat -- "$list") || wrong="lockstep: '$list' cannot be read on this node"$'\n'
+mapfile -t paths <<<"$text" || wrong+="lockstep: the paths in '$list' cannot be taken apart"$'\n'
 for path in "${paths[@]}"; do
     case $path in '' | '#'*) continue ;; esac
     late="lockstep: ${path@Q} was not looked at within $limit seconds; its storage is slow, or does not answer"

@@ -118,7 +118,13 @@ impl<'r> AuditLog<'r> {
     fn prune(&mut self) -> Result<(), AuditError> {
         let Some(keep) = self.settings.rotation.keep else { return Ok(()) };
         let Some((numbers, head)) = rotate::surplus(self.root, keep)? else { return Ok(()) };
-        self.write([rotate::pruned(&numbers, head, keep)], Sign::Now)?;
+        let mut record = rotate::pruned(&numbers, head, keep);
+        if let Some(signing) = &self.settings.signing {
+            let root = crate::error::shown(self.root.shown()).to_string();
+            let signed = sign::signed_removal(&signing.key, head, record);
+            record = signed.map_err(|source| AuditError::Sign { root, source })?;
+        }
+        self.write([record], Sign::Now)?;
         for number in numbers {
             self.root.unlink(&rotate::path(number)?)?;
         }

@@ -14,6 +14,8 @@ use crate::signature::{self, AllowedSigners, Refusal, SignError};
 
 /// What heads are signed for, and nothing else.
 pub const NAMESPACE: &str = "audit@lockstep.internal";
+/// Stands before the head in what is signed where files of the log are removed: a head that is signed for itself is no word of that.
+const REMOVED: &str = "prune ";
 /// More than any key takes.
 const KEY_MAX: u64 = 64 << 10;
 
@@ -22,18 +24,33 @@ const KEY_MAX: u64 = 64 << 10;
 /// # Errors
 /// When the key is too weak to prove anything.
 pub fn signed_head(key: &PrivateKey, head: Head) -> Result<AuditRecord, SignError> {
-    let (message, public) = (head.encode(), key.public_key().key_data());
-    let made = SshSig::sign(key, NAMESPACE, HashAlg::Sha512, message.as_bytes())?;
-    let text = signature::assemble(NAMESPACE, public, made.signature().clone(), message.as_bytes())?;
-    let login = Login { key: Some(public.fingerprint(HashAlg::Sha256).to_string()), ..Login::default() };
-    Ok(AuditRecord {
-        login: Some(Box::new(login)),
+    let record = AuditRecord {
         action: "head".into(),
         result: Some(Outcome::Success),
         head: Some(head.to_string()),
-        signature: Some(text),
         ..AuditRecord::default()
-    })
+    };
+    signed(key, &head.encode(), record)
+}
+
+/// The record that files up to `head` are about to be removed, as `key` has signed it.
+///
+/// # Errors
+/// As [`signed_head`].
+pub(super) fn signed_removal(key: &PrivateKey, head: Head, record: AuditRecord) -> Result<AuditRecord, SignError> {
+    signed(key, &removal(head), record)
+}
+
+fn removal(head: Head) -> String {
+    format!("{REMOVED}{}", head.encode())
+}
+
+fn signed(key: &PrivateKey, message: &str, record: AuditRecord) -> Result<AuditRecord, SignError> {
+    let public = key.public_key().key_data();
+    let made = SshSig::sign(key, NAMESPACE, HashAlg::Sha512, message.as_bytes())?;
+    let text = signature::assemble(NAMESPACE, public, made.signature().clone(), message.as_bytes())?;
+    let login = Login { key: Some(public.fingerprint(HashAlg::Sha256).to_string()), ..Login::default() };
+    Ok(AuditRecord { login: Some(Box::new(login)), signature: Some(text), ..record })
 }
 
 /// Whose signatures count.
@@ -51,7 +68,18 @@ impl Trusted {
     /// # Errors
     /// Every reason to refuse it.
     pub fn judge(&self, head: Head, text: &str, time: u64) -> Result<String, Vec<Refusal>> {
-        let message = head.encode();
+        self.judge_text(&head.encode(), text, time)
+    }
+
+    /// Who has signed that files up to `head` were removed, as of `time`.
+    ///
+    /// # Errors
+    /// Every reason to refuse it.
+    pub fn judge_removal(&self, head: Head, text: &str, time: u64) -> Result<String, Vec<Refusal>> {
+        self.judge_text(&removal(head), text, time)
+    }
+
+    fn judge_text(&self, message: &str, text: &str, time: u64) -> Result<String, Vec<Refusal>> {
         match self {
             Trusted::Key(key) => {
                 signature::verify_by_key(NAMESPACE, text.as_bytes(), message.as_bytes(), key)?;

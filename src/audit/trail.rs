@@ -43,6 +43,12 @@ pub struct Removed {
     pub path: String,
     /// So many lines are gone.
     pub lines: u64,
+    /// Up to where, as the line says.
+    pub head: Head,
+    /// The signature in the line.
+    pub signature: Option<String>,
+    /// When it was written, seconds since 1970.
+    pub time: u64,
 }
 
 /// What is known of a log whose chain holds.
@@ -253,8 +259,8 @@ struct Walk<'r> {
     time: Option<(String, DateTime<Utc>)>,
     /// Where files begin and end.
     ends: Vec<Head>,
-    /// What lines say was removed, and up to where.
-    pruned: Vec<(String, Head)>,
+    /// What lines say was removed.
+    pruned: Vec<Removed>,
     /// The head beside the log was met.
     met: bool,
     stored: Option<Head>,
@@ -296,7 +302,13 @@ impl Walk<'_> {
             "head" => found.signed.extend(self.signed(&links, before)?),
             "prune" => {
                 let head = links.head.as_deref().and_then(Head::decode);
-                self.pruned.extend(head.map(|head| (Escaped(links.path.as_bytes()).to_string(), head)));
+                self.pruned.extend(head.map(|head| Removed {
+                    path: Escaped(links.path.as_bytes()).to_string(),
+                    lines: head.lines,
+                    head,
+                    signature: links.signature.clone(),
+                    time: seconds(&links),
+                }));
             }
             _ => {}
         }
@@ -321,8 +333,8 @@ impl Walk<'_> {
         if head != Some(before) {
             return Err(broken(self.root, links.sequence, "the head in it is not that of the line before"));
         }
-        let time = time(&links.time).map_or(0, |time| u64::try_from(time.timestamp()).unwrap_or(0));
-        Ok(Some(SignedHead { line: links.sequence, head: before, signature: signature.clone(), time }))
+        let (signature, time) = (signature.clone(), seconds(links));
+        Ok(Some(SignedHead { line: links.sequence, head: before, signature, time }))
     }
 
     /// What can be said only in the end.
@@ -337,19 +349,24 @@ impl Walk<'_> {
         let start = self.ends.first().copied().unwrap_or(Head::EMPTY);
         if start != Head::EMPTY {
             // The removal may have been cut off: then some of what the line tells of is there still.
-            let told = self.pruned.iter().find(|(_, head)| head.lines >= start.lines && self.ends.contains(head));
-            let Some((path, _)) = told else {
+            let tells = |removed: &&Removed| removed.lines >= start.lines && self.ends.contains(&removed.head);
+            let Some(told) = self.pruned.iter().find(tells) else {
                 let first = self.names.first().map_or("audit.jsonl", String::as_str);
                 let before = || format!("what came before '{first}'");
                 let gone = self.from.as_ref().map_or_else(before, |from| format!("'{from}'"));
                 let what = format!("{gone} is not there, and no line says that it was removed");
                 return Err(broken(self.root, start.lines, what));
             };
-            found.removed = Some(Removed { path: path.clone(), lines: start.lines });
+            found.removed = Some(Removed { lines: start.lines, ..told.clone() });
         }
         if !self.met {
             return Err(broken(self.root, head.lines + 1, "lines were cut off or written anew"));
         }
         Ok(())
     }
+}
+
+/// When a line was written, in seconds since 1970.
+fn seconds(links: &Links) -> u64 {
+    time(&links.time).map_or(0, |time| u64::try_from(time.timestamp()).unwrap_or(0))
 }

@@ -267,6 +267,10 @@ impl Way {
                 source,
             })?,
             (None, Some(_)) => top.join(WITHIN),
+            // In a tree that is published to, nothing else is left alone by the next run.
+            (None, None) if RelPath::new(".lockstep").is_ok_and(|state| is_directory(&above, &state)) => {
+                beside.join(WITHIN)
+            }
             (None, None) => beside.join(BESIDE),
         };
         // RACE: whoever may write beside the directory may put a link here afterwards; whose it leads to is seen below.

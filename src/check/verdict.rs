@@ -227,6 +227,10 @@ impl Slot<'_> {
         }
         let mut text = Vec::new();
         file.take(BYTES_MAX).read_to_end(&mut text).map_err(|source| self.failed("read", source))?;
+        // So a crash leaves one whose content was not on the disk yet.
+        if text.is_empty() {
+            return Ok(None);
+        }
         match serde_json::from_slice::<Verdict>(&text) {
             Ok(verdict) if verdict.format == FORMAT => Ok(Some(verdict)),
             _ => Err(SlotError::Foreign(self.shown())),
@@ -286,7 +290,8 @@ impl Slot<'_> {
                 // It names paths: for those who may read the manifest.
                 let mut file = root.create_new(&new, 0o600)?;
                 as_manifest(root, &file);
-                file.write_all(&json).map_err(|source| self.failed("written", source))?;
+                let written = file.write_all(&json).and_then(|()| file.sync_data());
+                written.map_err(|source| self.failed("written", source))?;
                 Ok(root.rename(&new, &name, RenameFlags::empty())?)
             }
             Slot::File(file) => {
@@ -294,7 +299,7 @@ impl Slot<'_> {
                 new.push(format!(".{}.new", std::process::id()));
                 let new = PathBuf::from(new);
                 let written = std::fs::File::create_new(&new)
-                    .and_then(|mut open| open.write_all(&json))
+                    .and_then(|mut open| open.write_all(&json).and_then(|()| open.sync_data()))
                     .and_then(|()| std::fs::rename(&new, file));
                 if written.is_err() {
                     // Best effort: the error that is told is the one that matters.

@@ -1,6 +1,7 @@
 //! `lockstep exec`: a command that is started only on data that was found to be good.
 
 use std::ffi::OsString;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 
@@ -34,10 +35,22 @@ pub(super) struct Exec {
 impl Exec {
     pub(super) fn run(self) -> Result<Exit, Failure> {
         let hold = check::hold(&self.path);
+        let meant = || std::fs::metadata(&self.path).ok().map(|found| (found.dev(), found.ino()));
+        let before = meant();
         let verdict = self.options.run(&self.path, true)?;
         let (Exit::Done, Some((program, arguments))) = (verdict, self.command.split_first()) else {
             return Ok(if verdict == Exit::Done { Exit::Usage } else { verdict });
         };
+        if meant() != before {
+            // RACE: the command finds out what the path means once more.
+            return Err(Failure::Plain {
+                exit: Exit::TryAgain,
+                message: format!(
+                    "'{}' means another directory than the one that was checked, as a link does that was turned meanwhile; run again",
+                    shown(&self.path)
+                ),
+            });
+        }
         if let Some(Err(error)) = hold.map(Hold::pass_on) {
             eprintln!("lockstep: note: '{}' is not held any more: {}", shown(&self.path), in_words(&error));
         }

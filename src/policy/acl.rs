@@ -92,11 +92,14 @@ impl Acl {
 
     /// The first entry that a mode's group digit would cut down, with what it would lose.
     ///
-    /// `mode` has the group's bits as the mask of the list, as chmod(1) makes it.
-    pub fn cut_by(&self, mode: u32) -> Option<String> {
+    /// `mode` has the group's bits as the mask of the list, as chmod(1) makes it; `directory` says what `X` means.
+    pub fn cut_by(&self, mode: u32, directory: bool) -> Option<String> {
         let mask = (mode >> 3 & 0o7) as u16;
+        let executable = directory || mode & 0o111 != 0;
+        let bits =
+            |entry: &Entry| entry.permissions.bits | u16::from(entry.permissions.execute_if_sensible && executable);
         let named = self.access.iter().filter(|entry| matches!(entry.tag, Tag::Named(..)));
-        named.filter(|entry| entry.permissions.bits & !mask != 0).map(Entry::to_string).next()
+        named.filter(|entry| bits(entry) & !mask != 0).map(Entry::to_string).next()
     }
 
     /// The value of [`ACCESS_XATTR`] for a path of this `mode`; `None` means that the attribute is to be removed.
@@ -399,7 +402,12 @@ mod tests {
     fn a_list_shows_as_it_is_written_and_says_what_a_mode_cuts() {
         let acl = Acl::parse(&["u:alice:7", "g:ops:rX", "d:o::-"]).unwrap();
         assert_eq!(acl.to_string(), "user:alice:rwx,group:ops:r-X,default:other::---");
-        assert_eq!(acl.cut_by(0o740).as_deref(), Some("user:alice:rwx"));
-        assert_eq!(acl.cut_by(0o770), None);
+        assert_eq!(acl.cut_by(0o740, false).as_deref(), Some("user:alice:rwx"));
+        assert_eq!(acl.cut_by(0o770, false), None);
+        // What X stands for is cut down, too.
+        let sensible = Acl::parse(&["user:alice:rX"]).unwrap();
+        let cut = [(0o740, true), (0o640, true), (0o740, false), (0o640, false), (0o750, true)];
+        let cut = cut.map(|(mode, directory)| sensible.cut_by(mode, directory).is_some());
+        assert_eq!(cut, [true, true, true, false, false]);
     }
 }

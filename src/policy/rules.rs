@@ -298,7 +298,7 @@ fn compile(number: usize, spec: &RuleSpec) -> Result<Rule, PolicyError> {
     let octal = spec.mode.as_deref().filter(|mode| mode.bytes().all(|byte| byte.is_ascii_digit()));
     if let (Some(acl), Some(text), Some(compiled)) = (&acl, octal, &mode) {
         let compiled: &Mode = compiled;
-        if let Some(entry) = acl.cut_by(compiled.apply(0, false, 0)) {
+        if let Some(entry) = acl.cut_by(compiled.apply(0, false, 0), spec.pattern.ends_with('/')) {
             return Err(PolicyError::Masked { rule: number, pattern: pattern(), mode: text.into(), entry });
         }
     }

@@ -37,6 +37,8 @@ pub fn admit(manifest: &File, audience: &Audience) {
 }
 
 fn grant(inode: &Inode, audience: &Audience) -> std::io::Result<()> {
+    // A mode would wake up what it has inherited.
+    inode.set_acls(&AclLists::default())?;
     if audience.others {
         return inode.set_mode(0o644);
     }
@@ -71,6 +73,7 @@ pub fn as_manifest(root: &Root, file: &File) {
         let (found, lists) = (manifest.metadata().ok()?, manifest.acls().ok()?);
         let inode = Inode::of(file).ok()?;
         let own = inode.metadata().ok()?;
+        inode.set_acls(&AclLists::default()).ok()?;
         let other_group = found.gid != own.gid && inode.set_owner(None, Some(found.gid)).is_err();
         if other_group && found.mode & 0o044 == 0o040 {
             // To a group that one is not a member of nothing can be given but by an ACL.
@@ -98,6 +101,8 @@ pub fn open_state(root: &Root, audience: &Audience) {
         let inode = Inode::open(&directory, None).ok()?;
         let found = inode.metadata().ok()?;
         if found.mode & 0o777 == 0o700 {
+            // Nobody was let in yet: what there is was inherited.
+            inode.set_acls(&AclLists::default()).ok()?;
             inode.set_mode(PASSED).ok()?;
         }
         Some(directory)

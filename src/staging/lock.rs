@@ -26,8 +26,8 @@ pub enum LockError {
     #[error("in use by {holder}")]
     Held { holder: String },
     #[error(
-        "'{}' {why}, so that somebody else may have put there what this run would carry out; look at it, then remove it, \
-         or make it yours (chown -R, chmod 700)",
+        "'{}' {why}, so that somebody else may have put there what this run would carry out; run it as that user, \
+         where he receives the tree; else look at it, and move it out of the way or make it yours (chown -R, chmod 700)",
         Escaped(directory.as_os_str().as_encoded_bytes())
     )]
     Foreign { directory: PathBuf, why: String },

@@ -4,10 +4,13 @@
 //! to be one that nobody else could have put there: owned by whoever would own it if it were made now, and not to be
 //! written to by more people. What is looked at and what is used is one descriptor.
 
+use std::io::ErrorKind;
+
 use rustix::process::geteuid;
 
+use crate::access::{AclLists, Inode};
 use crate::path::RelPath;
-use crate::root::{FileKind, Follow, Metadata, Root};
+use crate::root::{FileKind, Follow, Metadata, Root, RootError};
 
 use super::lock::LockError;
 
@@ -20,9 +23,21 @@ const WRITABLE_BY_OTHERS: u32 = 0o022;
 /// [`LockError::Foreign`] when others may have a hand in it.
 pub(super) fn open(root: &Root) -> Result<Root, LockError> {
     let path = RelPath::new(STATE)?;
-    root.mkdir_all(&path, 0o700)?;
+    let made = match root.mkdir(&path, 0o700) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => false,
+        made => made.map(|()| true)?,
+    };
     let state = root.subroot(&path)?;
     must_be_own(&state)?;
+    if made {
+        // What it inherits would be inherited by all that is made in it, and wake up when something of that gets its mode.
+        let inherited = Inode::open(&state, None)?.set_acls(&AclLists::default());
+        inherited.map_err(|source| RootError {
+            operation: "remove the inherited ACL of",
+            path: state.shown().to_owned(),
+            source,
+        })?;
+    }
     Ok(state)
 }
 

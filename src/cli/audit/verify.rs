@@ -8,7 +8,7 @@ use russh::keys::PublicKey;
 
 use super::super::manifest::{local, trusted_file};
 use super::{Escaped, Exit, Failure, audit, output, shown, verified};
-use crate::audit::{Backwards, Head, SignedHead, Trusted, Verified};
+use crate::audit::{Backwards, Head, Removed, SignedHead, Trusted, Verified};
 use crate::error::counted;
 use crate::signature::{AllowedSigners, Refusal};
 
@@ -53,6 +53,10 @@ impl Verify {
             None => None,
             Some(trusted) => self.judged(trusted, &found)?,
         };
+        let removal = match (&trusted, &found.removed) {
+            (Some(trusted), Some(removed)) => self.removal(trusted, removed)?,
+            _ => None,
+        };
         let directory = shown(&self.directory);
         let lines = counted(found.head.lines, "line", "lines");
         let mut text = format!("{directory}: {lines}, unbroken; the last is {}\n", found.head.hash);
@@ -61,7 +65,9 @@ impl Verify {
         }
         if let Some(removed) = &found.removed {
             let (lines, last) = (counted(removed.lines, "line", "lines"), &removed.path);
-            let _ = writeln!(text, "the first {lines} are not there any more: removed up to '{last}', as the log says");
+            let by = removal.map(|who| format!(", and {who} has signed")).unwrap_or_default();
+            let _ =
+                writeln!(text, "the first {lines} are not there any more: removed up to '{last}', as the log says{by}");
         }
         match (&signed, found.signed.last()) {
             (Some(good), _) => {
@@ -158,6 +164,32 @@ impl Verify {
             return Err(untrusted(format!("the audit log of '{at}': {reason}; {way_out}")));
         }
         Ok(last)
+    }
+
+    /// Who has signed that lines were removed: whoever may write the log can make such a line.
+    fn removal(&self, trusted: &Trusted, removed: &Removed) -> Result<Option<String>, Failure> {
+        let at = shown(&self.directory);
+        let unsigned = |why: &str| {
+            untrusted(format!(
+                "the audit log of '{at}': its first {} are not there any more, and {why}",
+                counted(removed.lines, "line", "lines")
+            ))
+        };
+        let Some(signature) = &removed.signature else {
+            // Who asks for no signatures is told that there is none.
+            return match self.require_signature {
+                Some(_) => Err(unsigned("nobody has signed that they were removed")),
+                None => Ok(None),
+            };
+        };
+        match trusted.judge_removal(removed.head, signature, removed.time) {
+            Ok(who) => Ok(Some(who)),
+            Err(refusals) => {
+                let reasons: Vec<String> = refusals.iter().map(Refusal::to_string).collect();
+                let why = reasons.join("; ");
+                Err(unsigned(&format!("the signature of the line that says so does not count: {why}")))
+            }
+        }
     }
 
     fn enough(&self, signed: Option<&Good<'_>>, found: &Verified) -> Result<Exit, Failure> {

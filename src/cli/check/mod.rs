@@ -25,6 +25,7 @@ use crate::manifest::Digest;
 use crate::path::RelPath;
 use crate::root::{Follow, Root};
 use crate::staging::hold::Hold;
+use crate::staging::{Standing, standing};
 use crate::sync::repair::is_left_over;
 
 mod quarantine;
@@ -470,6 +471,10 @@ impl CheckOptions {
             Err(error @ SlotError::Foreign(_)) => return refused(chain(&error)),
             Err(error) => return Err(slot_failure(&error)),
         };
+        // What is told of the manifest in force is not what lies there while the next is coming.
+        if matches!(standing(root), Standing::Publishing(_)) {
+            return refused("something is being published to it, or a run broke off while it published".to_owned());
+        }
         let listed = check::listed(path, &options).map_err(|error| check_failure(&error))?;
         let Some(list) = listed else {
             return refused("the manifest is missing or damaged".to_owned());

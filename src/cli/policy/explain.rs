@@ -55,7 +55,7 @@ impl Explain {
         let acl = decision.acl.as_ref().filter(|acl| !acl.is_empty());
         let entries = acl.map_or_else(|| "none".to_owned(), ToString::to_string);
         let _ = writeln!(text, "  acl    {}", Escaped(entries.as_bytes()));
-        if let Some(entry) = acl.and_then(|acl| acl.cut_by(decision.mode)) {
+        if let Some(entry) = acl.and_then(|acl| acl.cut_by(decision.mode, directory)) {
             let entry = Escaped(entry.as_bytes());
             let _ = writeln!(text, "         the mode's group digit, which is the mask, cuts {entry} down");
         }
