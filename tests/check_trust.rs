@@ -164,7 +164,7 @@ fn a_command_is_not_started_on_a_link_that_was_turned_during_the_check() {
     done(&exec(&["true"]));
     // A second name for a file of the tree, that takes long to be hashed.
     let slow = fs::File::create(pair.source.join("slow")).unwrap();
-    slow.set_len(4 << 30).unwrap();
+    slow.set_len(1 << 30).unwrap();
     pair.push(&options());
     let verdict = pair.target.join(".lockstep/verdict");
     let _ = fs::remove_file(verdict);

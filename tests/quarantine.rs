@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use lockstep::check::Report;
+use lockstep::check::quarantine::{NotMoved, move_aside};
+use lockstep::monitor::Silent;
 use lockstep::root::Root;
 use lockstep::staging::RootLock;
 
@@ -254,6 +257,18 @@ fn a_run_that_goes_on_keeps_it_where_it_is() {
     }
     ends(&there.check(&["there/checkpoint-300", "--quarantine"]), 1, &["moved '"]);
     assert!(!unit.exists());
+}
+
+#[test]
+fn what_a_push_has_mended_since_the_check_stays() {
+    let there = Checkpoints::each();
+    let unit = there.path("there/checkpoint-300");
+    let root = Root::open(&unit).unwrap();
+    let move_aside =
+        |still: bool| move_aside(&root, None, None, "ana", (&Report::default(), &[]), &|| still, &Silent::default());
+    assert!(matches!(move_aside(false), Err(NotMoved::Renewed(_))));
+    assert!(unit.exists());
+    assert!(move_aside(true).is_ok() && !unit.exists());
 }
 
 #[test]

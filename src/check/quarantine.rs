@@ -86,6 +86,8 @@ pub enum NotMoved {
     Link(PathBuf),
     #[error("'{}' is another directory than the one that was checked; check again", shown(.0))]
     Replaced(PathBuf),
+    #[error("the list of '{}' was replaced since it was checked, as by a push that brought what was damaged; check again", shown(.0))]
+    Renewed(PathBuf),
     #[error("'{}' has no directory above it", shown(.0))]
     Top(PathBuf),
     #[error("cannot {operation} '{}'", shown(path))]
@@ -339,7 +341,8 @@ fn lock(root: &Root, actor: &str) -> Result<Option<RootLock>, NotMoved> {
     }
 }
 
-/// Moves the directory `within` the root, or the root itself, to `to` or the usual place.
+/// Moves the directory `within` the root, or the root itself, to `to` or the usual place, where its list is `still` the one that it was
+/// checked by.
 ///
 /// # Errors
 /// [`NotMoved`]: it is where it was.
@@ -349,9 +352,13 @@ pub fn move_aside(
     to: Option<&Path>,
     actor: &str,
     (report, listed): (&Report, &[RelPath]),
+    still: &dyn Fn() -> bool,
     monitor: &dyn Monitor,
 ) -> Result<Moved, NotMoved> {
     let lock = lock(root, actor)?;
+    if !still() {
+        return Err(NotMoved::Renewed(root.shown().to_owned()));
+    }
     let way = Way::find(root, within, to)?;
     // It may be a unit of what is published to the directory above.
     let above = if within.is_none() { self::lock(&way.above, actor)? } else { None };

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::{Failure, check_failure, read_text, say, shown, transfer};
 use crate::check::quarantine::{self, Decision, Moved};
 use crate::check::repair::listed;
-use crate::check::{CheckError, Options, Report};
+use crate::check::{self, CheckError, Options, Report};
 use crate::error::{Escaped, chain};
 use crate::monitor::Silent;
 use crate::path::RelPath;
@@ -55,6 +55,10 @@ impl Quarantine {
             );
         }
         let actor = transfer::actor();
+        let still = || {
+            let now = check::listed(path, options).ok().flatten();
+            now.is_none_or(|list| Some(list.digest) == report.list)
+        };
         for unit in units {
             let at = unit.as_ref().map_or_else(|| path.to_owned(), |unit| path.join(unit.as_path()));
             match quarantine::move_aside(
@@ -63,6 +67,7 @@ impl Quarantine {
                 to.as_deref(),
                 &actor,
                 (report, &listed),
+                &still,
                 &Silent::default(),
             ) {
                 Ok(moved) => tell(&moved, json, aside)?,
