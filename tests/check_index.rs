@@ -20,6 +20,17 @@ fn opened(target: &Path, arguments: &[&str]) -> (Output, usize) {
 }
 
 #[test]
+fn a_directory_that_got_the_name_of_one_that_is_being_written_is_not_what_the_last_check_saw() {
+    let pair = published();
+    look(&pair.target);
+    done(&check(&pair.target, &[]));
+    let unfinished = pair.target.with_file_name("tmp-checkpoint-5");
+    fs::rename(&pair.target, &unfinished).unwrap();
+    let found = check(&unfinished, &[]);
+    assert_ne!(found.status.code(), Some(0), "{}", text(&found));
+}
+
+#[test]
 fn where_nothing_moved_the_next_check_goes_by_what_the_last_saw() {
     let pair = published();
     look(&pair.target);

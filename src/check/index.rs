@@ -36,6 +36,8 @@ pub(super) struct Whole {
     pub(super) bytes: u64,
     /// When the oldest digest was computed, in seconds since 1970.
     pub(super) oldest: u64,
+    /// What the directory was called, which says of some checkpoints whether they are finished.
+    pub(super) name: String,
     /// Checkpoints that were recognised.
     pub(super) layouts: Vec<String>,
     /// Names of owners and of groups, by number.
@@ -133,6 +135,7 @@ fn header(whole: &Whole) -> Vec<u8> {
         "files": whole.files,
         "bytes": whole.bytes,
         "oldest": whole.oldest,
+        "name": whole.name,
         "layouts": whole.layouts,
         "owners": whole.owners,
         "groups": whole.groups,
@@ -161,6 +164,7 @@ fn read_header(bytes: &[u8]) -> Option<Whole> {
         files: number("files")?,
         bytes: number("bytes")?,
         oldest: number("oldest")?,
+        name: value["name"].as_str()?.to_owned(),
         layouts: serde_json::from_value(value["layouts"].clone()).ok()?,
         owners: names("owners")?,
         groups: names("groups")?,
@@ -288,6 +292,7 @@ mod tests {
             files: 1,
             bytes: 1,
             oldest: 6,
+            name: "checkpoint-5".into(),
             layouts: vec!["huggingface .".into()],
             owners: BTreeMap::from([(0, "root".into())]),
             groups: BTreeMap::new(),

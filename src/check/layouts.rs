@@ -25,8 +25,7 @@ pub(super) fn look(
     if wanted == Wanted::Nothing && loaded.list.is_ok() && options.marker.is_none() {
         return;
     }
-    let whole = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    let root_name = whole.file_name().map(|name| name.as_encoded_bytes().to_vec());
+    let root_name = called(path);
     let asked = layout::Options { wanted, marker: options.marker.clone(), root_name, names_only };
     let found = layout::inspect_listed(root, scanned, &asked);
     let place = |path: &Option<RelPath>| {
@@ -71,4 +70,10 @@ fn alone(scanned: &Scanned, report: &mut Report) {
         }
     }
     report.notes.push("there is no manifest: nothing was compared, and changed content is not found".to_owned());
+}
+
+/// The name of a directory, whatever leads to it.
+pub(super) fn called(path: &Path) -> Option<Vec<u8>> {
+    let whole = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    whole.file_name().map(|name| name.as_encoded_bytes().to_vec())
 }

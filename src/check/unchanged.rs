@@ -9,6 +9,7 @@ use rustix::fs::RawDir;
 use super::index::{Index, Whole, encode, identity};
 use super::list::Loaded;
 use super::{Depth, Options, Report, Sum, now};
+use crate::error::Escaped;
 use crate::filter::STATE_DIRECTORY;
 use crate::monitor::{Counters, Event, Monitor};
 use crate::path::RelPath;
@@ -50,6 +51,7 @@ pub(super) fn look(root: &Root, options: &Options, monitor: &dyn Monitor) -> Opt
     if other_table
         || identity(&manifest) != index.whole.manifest
         || manifest.device != index.whole.device
+        || index.whole.name != called(root)
         || old
         || early
     {
@@ -69,6 +71,10 @@ pub(super) fn look(root: &Root, options: &Options, monitor: &dyn Monitor) -> Opt
         layouts: index.whole.layouts,
         ..Report::default()
     })
+}
+
+fn called(root: &Root) -> String {
+    Escaped(&super::layouts::called(root.shown()).unwrap_or_default()).to_string()
 }
 
 fn stat(root: &Root, name: &str) -> Option<Metadata> {
@@ -191,6 +197,7 @@ pub(super) fn keep(
         files: report.all.files,
         bytes: report.all.bytes,
         oldest: report.oldest.unwrap_or_else(now),
+        name: called(root),
         layouts: report.layouts.clone(),
         owners: users.into_iter().map(|uid| (uid, names.user(uid).to_string())).collect(),
         groups: groups.into_iter().map(|gid| (gid, names.group(gid).to_string())).collect(),
