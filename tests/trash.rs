@@ -22,6 +22,8 @@ fn old_version(at: &Path) {
         ("dir/gone", "deep"),
         ("dir/sub/x", "deeper"),
         ("dir2/kept", "kept too"),
+        ("stays/kept", "kept too"),
+        ("stays/lost", "lost"),
         ("latest", "dir"),
     ] {
         write(at, path, data.as_bytes());
@@ -35,7 +37,13 @@ fn old_version(at: &Path) {
 }
 
 fn new_version(at: &Path) {
-    for (path, data) in [("kept", "kept"), ("replaced", "new!"), ("dir2/kept", "kept too"), ("latest", "dir2")] {
+    for (path, data) in [
+        ("kept", "kept"),
+        ("replaced", "new!"),
+        ("dir2/kept", "kept too"),
+        ("stays/kept", "kept too"),
+        ("latest", "dir2"),
+    ] {
         write(at, path, data.as_bytes());
     }
     symlink("replaced", at.join("turned")).unwrap();
@@ -75,6 +83,11 @@ fn assert_aside(root: &Path, way: &str) {
         assert!(told, "{way}: the audit log does not tell of {path}: {log}");
     }
     assert!(!log.contains(r#""action":"remove""#), "{way}");
+    // Nor does it tell of a directory that only lost something.
+    assert!(
+        !log.contains(r#""action":"trash","path":"stays""#) && log.contains(r#""path":"stays/lost""#),
+        "{way}: {log}"
+    );
 }
 
 #[test]

@@ -117,7 +117,9 @@ pub(super) fn tell(
 
 /// What the audit log is told of what a step has moved to the trash.
 fn trashed(step: &Step, trash: &Trash<'_>, record: &Record, base: &AuditRecord) -> Option<AuditRecord> {
-    let place = trash.place(step.path()).ok().filter(|_| trash.holds(step.path()))?;
+    // A directory of that name is there for what was in one that stays.
+    let stays = matches!(step, Step::ApplyMetadata(_) | Step::NewDirectory(_));
+    let place = trash.place(step.path()).ok().filter(|_| !stays && trash.holds(step.path()))?;
     let reason = Some(format!("moved to trash: {place}"));
     let (path, before) = (step.path().to_string(), before(record, step.path()));
     Some(AuditRecord { action: "trash".into(), path, reason, before, result: Some(Outcome::Success), ..base.clone() })
