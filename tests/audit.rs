@@ -419,6 +419,15 @@ fn h60_lines_that_are_removed_without_the_key_show_where_signatures_are_asked_fo
 }
 
 #[test]
+fn a_configuration_that_is_named_and_not_there_is_an_error() {
+    let place = Place::new("on_failure = \"refuse\"");
+    let mut command = place.command(lockstep());
+    command.env("LOCKSTEP_CONFIG", place.path("confg.toml")).args(["push", "-q", "source", "target"]);
+    ends(&command.output().unwrap(), 2, &["confg.toml"]);
+    assert!(!place.path("target").exists());
+}
+
+#[test]
 fn h39_a_clock_that_was_set_back_is_a_note() {
     let place = Place::new("");
     done(&place.push());

@@ -244,7 +244,6 @@ fn an_error_says_what_failed_where_and_why_in_one_line() {
         lockstep push data [USER@]HOST:DEST";
     Command::new(env!("CARGO_BIN_EXE_lockstep"))
         .env_clear()
-        .env("LOCKSTEP_CONFIG", "/nonexistent/lockstep.toml")
         .current_dir(at.path())
         .args(["push", "data"])
         .assert()

@@ -62,7 +62,9 @@ fn what_cannot_work_is_named_with_the_way_out() {
     let job = |name: &str, rest: &str| format!("[[job]]\nname = \"{name}\"\n{rest}\n");
     let here = "source = \"AT/source\"\n";
     let ports = |ports: &str| format!("[sftp_server]\ndata_ports = \"{ports}\"");
-    let cases: [(String, i32, &str); 20] = [
+    let cases: [(String, i32, &str); 22] = [
+        (job("x", &format!("{here}targets = [\"AT/t\"]\nrescan = \"0s\"")), 2, "'rescan' is how long to wait"),
+        (job("x", &format!("{here}targets = [\"AT/t\"]\npoll = \"0s\"")), 2, "'poll' is how long to wait"),
         (job("x", &format!("{here}targets = [\"AT/t\"]\nsetle = \"2s\"")), 2, "did you mean 'settle'?"),
         (job("x", "source = \"AT/none\"\ntargets = [\"AT/t\"]"), 0, "is not there: nothing is sent"),
         (job("x", "source = \"AT/file\"\ntargets = [\"AT/t\"]"), 2, "is not a directory"),

@@ -1,6 +1,7 @@
 //! The daemon: what changes arrives at every target by itself, and what goes wrong at one holds up no other.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -164,6 +165,25 @@ settle = "0s"
 poll = "100ms"
 retry_max = "1s"
 "#;
+
+#[test]
+fn a_second_daemon_takes_no_socket_away_and_no_file() {
+    let job = "[[job]]\nname = \"data\"\nsource = \"AT/source\"\ntargets = [\"AT/there\"]\n";
+    let running = Running::start(job);
+    let second = running.path("second.toml");
+    let sock = running.path("daemon.sock");
+    for (socket, why) in [(sock.clone(), "another daemon listens there"), (running.path("config.toml"), "is no socket")]
+    {
+        let (state, socket) = (running.path("other"), socket.display().to_string());
+        let job = job.replace("AT", running.at.path().to_str().unwrap());
+        fs::write(&second, format!("[daemon]\nstate = \"{}\"\nsocket = \"{socket}\"\n{job}", state.display())).unwrap();
+        let output = running.command(&["daemon", "--config"]).arg(&second).output().unwrap();
+        assert!(!output.status.success() && text(&output).contains(why), "{}", text(&output));
+    }
+    assert!(running.ask("status").is_some());
+    assert!(fs::read_to_string(running.path("config.toml")).unwrap().contains("[daemon]"));
+    assert_eq!(fs::metadata(&sock).unwrap().permissions().mode() & 0o777, 0o600);
+}
 
 #[test]
 fn s28_what_changes_arrives_at_every_target_and_is_good() {

@@ -55,9 +55,24 @@ fn s18_four_commands_to_the_first_push() {
     // As /etc/ssh, whose keys of hosts all users of the machine go by.
     fs::create_dir(sshd.path("all")).unwrap();
     fs::set_permissions(sshd.path("all"), fs::Permissions::from_mode(0o755)).unwrap();
-    let scan = ["keys", "scan-host", "-P", &port, "--add", "--known-hosts", "all/ssh_known_hosts", "127.0.0.1"];
-    ends(&sshd.run(&scan), 0, &["added ssh-ed25519 SHA256:"]);
+    let scan = "umask 077; exec \"$0\" keys scan-host -P $1 --add --known-hosts all/ssh_known_hosts 127.0.0.1";
+    let mut command = sshd.command();
+    let program = std::mem::replace(&mut command, Command::new("sh"));
+    command.current_dir(program.get_current_dir().unwrap());
+    command.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    ends(
+        &command.args(["-c", scan, env!("CARGO_BIN_EXE_lockstep"), &port]).output().unwrap(),
+        0,
+        &["added ssh-ed25519 SHA256:"],
+    );
     assert_eq!(mode(&sshd.path("all/ssh_known_hosts")), 0o644);
+    // Whose file it is decides who is trusted.
+    if rustix::process::geteuid().is_root() {
+        let of_another = sshd.path("home/.ssh/known_hosts");
+        std::os::unix::fs::chown(&of_another, Some(65534), None).unwrap();
+        ends(&push(), 3, &["it belongs to user 65534"]);
+        std::os::unix::fs::chown(&of_another, Some(0), None).unwrap();
+    }
 
     // 3. The account. As long as nothing logs in, it is said what to do by hand.
     ends(&push(), 3, &["no key was accepted", &format!("lockstep keys enroll -P {port} {account}")]);
@@ -155,6 +170,9 @@ fn h53_scan_host_replaces_nothing() {
         sshd.run(&[&["keys", "scan-host", "-P", &port, "127.0.0.1", "--known-hosts", "known"], more].concat())
     };
     let (first, second) = (public(&sshd.path("host.pub")), public(&sshd.path("second.pub")));
+    // A key that is in a list of what is revoked is not new, whatever else is on file.
+    fs::write(sshd.path("revoked"), format!("{second}\n")).unwrap();
+    ends(&scan(&["-o", "RevokedHostKeys=revoked"]), 3, &["REVOKED HOST KEY"]);
     // One key is on file; the other proves nothing by it, and is added only where it is named.
     let before = fs::read_to_string(sshd.path("known")).unwrap();
     ends(&scan(&["--add"]), 0, &["trusted already"]);

@@ -126,6 +126,41 @@ fn a_host_with_nothing_but_busybox_takes_and_hashes_content_by_commands() {
     assert!(wire < sent + (4 << 20), "{wire}");
 }
 
+#[test]
+fn h51_what_an_ignore_file_that_cannot_be_used_leaves_out_is_sent_nowhere() {
+    let sshd = Sshd::start(SHELL);
+    let from = sshd.path("target");
+    for (path, data) in [("a/secret.key", "secret"), ("a/sub/data", "data"), ("b/data", "data")] {
+        let path = from.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, data).unwrap();
+    }
+    let ignore = from.join("a/.lockstepignore");
+    let make: [(&str, &dyn Fn()); 4] = [
+        ("a bad glob", &|| fs::write(&ignore, "*.key\ncache{\n").unwrap()),
+        ("no UTF-8", &|| fs::write(&ignore, b"# gr\xfc\xdfe\n*.key\n").unwrap()),
+        ("a link", &|| symlink("../b/data", &ignore).unwrap()),
+        ("a directory", &|| fs::create_dir(&ignore).unwrap()),
+    ];
+    for (what, make) in make {
+        make();
+        let (local, copy) = (sshd.path("local"), sshd.path("copy"));
+        let pushed = sshd.sshd.command().args(["push", "-v"]).args([&from, &local]).output();
+        for (output, to) in [(pushed.unwrap(), &local), (sshd.pull(&["--remote=sftp"]), &copy)] {
+            let text = text(&output);
+            assert_eq!(output.status.code(), Some(4), "{what}: {text}");
+            assert!(
+                text.contains("a: its .lockstepignore cannot be used, so that nothing in this directory"),
+                "{what}: {text}"
+            );
+            assert!(!to.join("a/secret.key").exists() && !to.join("a/sub/data").exists(), "{what}: {text}");
+            assert!(to.join("b/data").exists(), "{what}: {text}");
+            fs::remove_dir_all(to).unwrap();
+        }
+        let _ = fs::remove_file(&ignore).or_else(|_| fs::remove_dir(&ignore));
+    }
+}
+
 /// A time that is older than any manifest.
 fn old() -> std::time::SystemTime {
     std::time::SystemTime::now() - Duration::from_secs(3600)

@@ -4,5 +4,6 @@
 //! file is read or changed, and no link is followed.
 
 mod inode;
+pub mod secret;
 
 pub use inode::{AclLists, Inode};

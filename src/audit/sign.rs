@@ -9,6 +9,7 @@ use ssh_key::public::KeyData;
 use ssh_key::{HashAlg, PrivateKey, SshSig};
 
 use super::{AuditRecord, Head, Login, Outcome};
+use crate::access::secret;
 use crate::error::{Escaped, in_words, shown};
 use crate::signature::{self, AllowedSigners, Refusal, SignError};
 
@@ -108,7 +109,7 @@ pub fn load_key(path: &Path) -> Result<PrivateKey, String> {
     if !metadata.is_file() {
         return Err(format!("the audit log's signing key '{at}' is not a regular file"));
     }
-    if mode & 0o077 != 0 {
+    if !secret::is_kept(&file).map_err(failed)? {
         return Err(format!(
             "the audit log's signing key '{at}' is open to others (mode {mode:04o}), who could sign in its name; run: chmod \
              600 {at}, and think of it as known"

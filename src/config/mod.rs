@@ -242,6 +242,13 @@ impl Config {
             }
             Some(_) => absolute("source", &job.source)?,
         }
+        for (key, period) in [("rescan", job.rescan), ("poll", job.poll)] {
+            if period.0.is_zero() {
+                return Err(format!(
+                    "'{key}' is how long to wait before the source is looked at again, and cannot be 0"
+                ));
+            }
+        }
         if job.targets.is_empty() || job.targets.iter().any(String::is_empty) {
             return Err("'targets' needs at least one [USER@]HOST:PATH, and none that is empty".into());
         }

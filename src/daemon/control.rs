@@ -4,7 +4,7 @@
 //! system says who that is.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,28 +27,43 @@ pub(super) type Answer = dyn Fn(&Value) -> Result<Value, String> + Send + Sync;
 /// The socket; it goes when this is dropped.
 pub(super) struct Control {
     path: PathBuf,
+    /// Its device and inode.
+    own: (u64, u64),
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Control {
-    /// Listens at `path`. What an earlier daemon left there is removed; that none runs is known by its lock.
+    /// Listens at `path`. A socket that an earlier daemon left there is removed.
     ///
     /// # Errors
-    /// When the socket cannot be made.
+    /// When the socket cannot be made, or another daemon listens there.
     pub(super) fn listen(path: &Path, answer: Arc<Answer>) -> std::io::Result<Control> {
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-            _ => {}
+        match std::fs::symlink_metadata(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+            Ok(found) if !found.file_type().is_socket() => {
+                return Err(std::io::Error::other(
+                    "something that is no socket has the name; remove it, or name another",
+                ));
+            }
+            // RACE: of two that begin at once the later one has the name.
+            Ok(_) if UnixStream::connect(path).is_ok() => {
+                return Err(std::io::Error::other("another daemon listens there; stop it, or name another socket"));
+            }
+            Ok(_) => std::fs::remove_file(path)?,
         }
         // RACE: between bind and chmod the socket has the mode of the umask. Its directory is ours alone, or root's.
         let listener = UnixListener::bind(path)?;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+        let found = std::fs::symlink_metadata(path)?;
+        let of_directory = found.gid() != rustix::process::getegid().as_raw();
+        let mode = if of_directory { 0o660 } else { 0o600 };
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
         let stop = Arc::new(AtomicBool::new(false));
         let heard = Arc::clone(&stop);
         let serve = move || serve(&listener, &heard, &answer);
         let thread = Some(std::thread::Builder::new().name("control".into()).spawn(serve)?);
-        Ok(Control { path: path.to_owned(), stop, thread })
+        Ok(Control { path: path.to_owned(), own: (found.dev(), found.ino()), stop, thread })
     }
 }
 
@@ -67,7 +82,9 @@ impl Drop for Control {
                 let _ = thread.join();
             }
         }
-        let _ = std::fs::remove_file(&self.path);
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|found| (found.dev(), found.ino()) == self.own) {
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 

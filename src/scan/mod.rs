@@ -262,9 +262,10 @@ fn list<M>(
     let mut pieces: Vec<Vec<(Entry, M)>> = Vec::new();
     let filter = match own_filter(shared, directory, &children) {
         Ok(filter) => filter,
+        // What it is to leave out must not be sent.
         Err(problem) => {
             found.problems.push(problem);
-            Arc::clone(&directory.filter)
+            return Ok(());
         }
     };
     Counters::add(&shared.monitor.counters().scanned_entries, children.len() as u64);
@@ -341,19 +342,29 @@ pub(crate) fn with_own_ignore_file(
     if !names.iter().any(|name| name == IGNORE_FILE) {
         return Ok(Arc::clone(above));
     }
+    let wrong = |error: &dyn std::error::Error| unusable(directory, &crate::error::chain(error));
     let path = match directory {
         Some(parent) => parent.join(IGNORE_FILE),
         None => RelPath::new(IGNORE_FILE),
     }
-    .map_err(|error| failed(directory.cloned(), &error))?;
-    let wrong = |error: &dyn std::error::Error| failed(Some(path.clone()), error);
+    .map_err(|error| wrong(&error))?;
     let file = root.open_read(&path, Follow::Never).map_err(|error| wrong(&error))?;
-    let regular = Metadata::of(&file).map_err(|error| wrong(&error))?.kind == FileKind::Regular;
+    if Metadata::of(&file).map_err(|error| wrong(&error))?.kind != FileKind::Regular {
+        return Err(unusable(directory, NOT_REGULAR));
+    }
     // One byte more than may be: the filter refuses it then.
     let file = file.take(GLOBS_BYTES_MAX as u64 + 1);
-    let text = if regular { std::io::read_to_string(file).map_err(|error| wrong(&error))? } else { String::new() };
+    let text = std::io::read_to_string(file).map_err(|error| wrong(&error))?;
     let filter = above.with_ignore_file(directory, &text).map_err(|error| wrong(&error))?;
     Ok(Arc::new(filter))
+}
+
+pub(crate) const NOT_REGULAR: &str = "it is no regular file";
+
+/// That the ignore file of a directory cannot be used.
+pub(crate) fn unusable(directory: Option<&RelPath>, reason: &str) -> Problem {
+    let message = format!("its .lockstepignore cannot be used, so that nothing in this directory takes part: {reason}");
+    Problem { path: directory.cloned(), message, severity: Severity::Failed }
 }
 
 fn content(shared: &Shared<'_>, path: &RelPath, metadata: &Metadata, problems: &mut Vec<Problem>) -> Option<Content> {

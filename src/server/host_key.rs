@@ -10,6 +10,7 @@ use russh::keys::ssh_key::certificate::CertType;
 use russh::keys::ssh_key::private::{Ed25519Keypair, KeypairData};
 use russh::keys::{Certificate, PrivateKey};
 
+use crate::access::secret;
 use crate::error::in_words;
 use crate::trust::trusted_file;
 
@@ -115,7 +116,7 @@ pub fn certificate(path: &Path, key: &PrivateKey) -> Result<Certificate, HostKey
 fn load(path: &Path, mut file: File) -> Result<PrivateKey, HostKeyError> {
     let io = |source| HostKeyError::Io { path: path.into(), source };
     let mode = file.metadata().map_err(io)?.mode() & 0o777;
-    if mode & 0o077 != 0 {
+    if !secret::is_kept(&file).map_err(io)? {
         return Err(HostKeyError::Exposed { path: path.into(), mode });
     }
     trusted_file::check(&file, path).map_err(|reason| HostKeyError::Untrusted { path: path.into(), reason })?;

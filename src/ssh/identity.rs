@@ -14,6 +14,7 @@ use russh::keys::ssh_key::public::KeyData;
 use russh::keys::{Certificate, PrivateKey, PublicKey};
 
 use super::{Passphrase, shown};
+use crate::access::secret;
 
 /// More than any key takes.
 pub(super) const MAX_BYTES: u64 = 64 << 10;
@@ -82,7 +83,7 @@ impl Identities {
         }
     }
 
-    fn identity(&mut self, path: &Path, text: String, mode: u32) -> Result<(), String> {
+    fn identity(&mut self, path: &Path, text: String, mode: (u32, bool)) -> Result<(), String> {
         let (public, content) = if let Ok(public) = PublicKey::from_openssh(text.trim()) {
             (Some(public), Content::Public)
         } else {
@@ -115,8 +116,8 @@ impl Identities {
     }
 }
 
-fn refuse_exposed(path: &Path, mode: u32) -> Result<(), String> {
-    if mode & 0o077 == 0 {
+fn refuse_exposed(path: &Path, (mode, kept): (u32, bool)) -> Result<(), String> {
+    if kept {
         return Ok(());
     }
     let path = shown(path);
@@ -127,8 +128,8 @@ fn refuse_exposed(path: &Path, mode: u32) -> Result<(), String> {
     ))
 }
 
-/// A file's text and mode. Nothing else is waited for: a FIFO is refused.
-fn read_text(path: &Path) -> io::Result<(String, u32)> {
+/// A file's text, its mode, and whether it is kept from others. Nothing else is waited for: a FIFO is refused.
+fn read_text(path: &Path) -> io::Result<(String, (u32, bool))> {
     let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
     let file: File = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     // RACE: none; the descriptor that is checked is the one that is read.
@@ -137,8 +138,8 @@ fn read_text(path: &Path) -> io::Result<(String, u32)> {
         return Err(io::Error::other("not a regular file"));
     }
     let mut text = String::new();
-    file.take(MAX_BYTES).read_to_string(&mut text)?;
-    Ok((text, metadata.mode()))
+    (&file).take(MAX_BYTES).read_to_string(&mut text)?;
+    Ok((text, (metadata.mode(), secret::is_kept(&file)?)))
 }
 
 /// `key-cert.pub`, beside `key` and `key.pub`.

@@ -5,7 +5,7 @@
 //! nothing known.
 
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -279,6 +279,8 @@ impl KnownHost {
             Verdict::Refused(_)
                 if is_proven
                     && !on_file.contains(&plain_type(key))
+                    && too_short(key.key_data()).is_none()
+                    && self.listed(Credential::Key(key.key_data())).is_none()
                     && self.revocation(key.key_data(), "").is_none() =>
             {
                 // The host has a key of one more type than is on file.
@@ -420,6 +422,12 @@ fn contents(path: &Path) -> io::Result<Vec<u8>> {
         let mode = metadata.mode() & 0o7777;
         return Err(io::Error::other(format!("others may write it (mode {mode:04o}); run chmod go-w on it")));
     }
+    if metadata.is_file() && ![0, rustix::process::geteuid().as_raw()].contains(&metadata.uid()) {
+        let whose = metadata.uid();
+        return Err(io::Error::other(format!(
+            "it belongs to user {whose}, who decides then which hosts are trusted; make it yours, or root's"
+        )));
+    }
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;
     Ok(bytes)
@@ -441,7 +449,16 @@ fn append(file: &Path, line: &str) -> io::Result<bool> {
     let start = if present.last().is_none_or(|last| *last == b'\n') { "" } else { "\n" };
     let mode = if directory.metadata()?.mode() & 0o001 == 0 { 0o600 } else { 0o644 };
     // One write in append mode, so that lines of two programs do not mix.
-    let mut file = std::fs::OpenOptions::new().append(true).create(true).mode(mode).open(file)?;
+    let append = |new: bool| std::fs::OpenOptions::new().append(true).create_new(new).mode(mode).open(file);
+    let mut file = match append(true) {
+        Ok(file) => {
+            // Whatever the umask is.
+            file.set_permissions(std::fs::Permissions::from_mode(mode))?;
+            file
+        }
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => append(false)?,
+        Err(error) => return Err(error),
+    };
     file.write_all(format!("{start}{line}\n").as_bytes())?;
     Ok(true)
 }

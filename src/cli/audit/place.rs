@@ -32,8 +32,10 @@ pub(in crate::cli) fn configure(config: &Audit) -> Result<(), Failure> {
 pub(in crate::cli) fn configure_as_usual() -> Result<Config, Failure> {
     let found = match Config::load(&config_file(None)) {
         Ok(found) => found,
+        // Who names one means it.
         Err(ConfigError::Read { reason, .. })
-            if matches!(reason.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::PermissionDenied) =>
+            if std::env::var_os("LOCKSTEP_CONFIG").is_none_or(|_| reason.kind() != std::io::ErrorKind::NotFound)
+                && matches!(reason.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::PermissionDenied) =>
         {
             return Ok(Config::default());
         }

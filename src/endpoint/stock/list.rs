@@ -21,7 +21,7 @@ use crate::filter::{Filter, IGNORE_FILE};
 use crate::manifest::{Content, Entry, Timestamp};
 use crate::monitor::{Counters, Monitor, Problem, Severity};
 use crate::path::RelPath;
-use crate::scan::{LinkRule, ScanRule, stays_inside};
+use crate::scan::{LinkRule, NOT_REGULAR, ScanRule, stays_inside, unusable};
 use crate::wire::sftp::{Attributes, Status, packet};
 
 /// Directories that are open at once.
@@ -281,7 +281,14 @@ impl Listing<'_> {
             paths.push(path);
         }
         self.complete(&mut directory.names, &paths)?;
-        let filter = self.own_filter(&directory)?;
+        let filter = match self.own_filter(&directory)? {
+            Ok(filter) => filter,
+            // What it is to leave out must not be sent.
+            Err(problem) => {
+                self.problems.push(problem);
+                return Ok(());
+            }
+        };
         for (name, path) in directory.names.into_iter().zip(paths) {
             let kind = kind_of(&name.attributes);
             if !filter.admits(&path, kind == Some(DIRECTORY)) {
@@ -329,24 +336,24 @@ impl Listing<'_> {
     }
 
     /// The directory's filter, with its `.lockstepignore` where it has one.
-    fn own_filter(&mut self, directory: &Directory) -> Result<Arc<Filter>, Error> {
-        let regular = |name: &Name| name.name == IGNORE_FILE && kind_of(&name.attributes) == Some(REGULAR);
-        if !self.rule.ignore_files || !directory.names.iter().any(regular) {
-            return Ok(Arc::clone(&directory.filter));
+    fn own_filter(&mut self, directory: &Directory) -> Result<Result<Arc<Filter>, Problem>, Error> {
+        let own = directory.names.iter().find(|name| name.name == IGNORE_FILE);
+        let Some(own) = own.filter(|_| self.rule.ignore_files) else { return Ok(Ok(Arc::clone(&directory.filter))) };
+        let path = directory.path.as_ref();
+        match kind_of(&own.attributes) {
+            // It went between READDIR and LSTAT: whatever takes its place is to be heeded.
+            None => return Ok(Err(unusable(path, "it is not there any more; run again"))),
+            Some(REGULAR) => {}
+            Some(_) => return Ok(Err(unusable(path, NOT_REGULAR))),
         }
-        let file = [&self.absolute(directory.path.as_ref())[..], b"/", IGNORE_FILE].concat();
+        let file = [&self.absolute(path)[..], b"/", IGNORE_FILE].concat();
         let filter = match read_whole(self.session, &file)? {
             Err(refusal) => Err(refusal.to_string()),
-            Ok(text) => String::from_utf8(text).map_err(|error| error.to_string()).and_then(|text| {
-                let path = directory.path.as_ref();
-                directory.filter.with_ignore_file(path, &text).map_err(|error| error.to_string())
-            }),
+            Ok(text) => String::from_utf8(text)
+                .map_err(|error| error.to_string())
+                .and_then(|text| directory.filter.with_ignore_file(path, &text).map_err(|error| error.to_string())),
         };
-        Ok(filter.map(Arc::new).unwrap_or_else(|message| {
-            let message = format!("its .lockstepignore cannot be used: {message}");
-            self.problems.push(failed(directory.path.clone(), message));
-            Arc::clone(&directory.filter)
-        }))
+        Ok(filter.map(Arc::new).map_err(|reason| unusable(path, &reason)))
     }
 
     /// Asks for a link's target, while the listing goes on.

@@ -229,7 +229,10 @@ impl Resolver<'_> {
             known_hosts: self.known_hosts(&settings, &tokens)?,
             revoked_host_keys: paths(settings.all(Keyword::RevokedHostKeys), &tokens)?.into_iter().next(),
             unknown_host: self.unknown_host(&settings)?,
-            connect_timeout: seconds(&settings, Keyword::ConnectTimeout)?.unwrap_or(default.connect_timeout),
+            // 0 means none of its own, as for ssh.
+            connect_timeout: seconds(&settings, Keyword::ConnectTimeout)?
+                .filter(|time| !time.is_zero())
+                .unwrap_or(default.connect_timeout),
             keepalive: keepalive(&settings)?,
             address_family: address_family(&settings)?,
             proxy_command: proxy_command(&settings, &tokens)?,
