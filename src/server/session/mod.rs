@@ -38,6 +38,7 @@ mod lanes;
 mod names;
 mod record;
 mod site;
+mod turn;
 
 use content::Contents;
 use files::{Job, OpenFile, Work};

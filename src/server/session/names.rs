@@ -290,6 +290,7 @@ impl Session {
 
     pub(super) fn rename(&mut self, id: u32, reader: &mut Reader<'_>, replace: bool) -> Answer {
         let (from, to) = (reader.string()?, reader.string()?);
+        let _turn = self.site.turn()?;
         let (from, to) = (self.spot(from)?, self.spot(to)?);
         self.site.links_stay(&from, &to.path)?;
         let replaced = to.holder.stat(&to.name, Follow::Never).ok();
@@ -328,6 +329,7 @@ impl Session {
     /// The target comes first, as in OpenSSH and unlike the draft.
     pub(super) fn symlink(&mut self, id: u32, reader: &mut Reader<'_>) -> Answer {
         let (target, path) = (reader.string()?, reader.string()?);
+        let _turn = self.site.turn()?;
         let spot = self.spot(path)?;
         if target.contains(&0) {
             return Err(Status::NoSuchFile.into());
@@ -340,6 +342,7 @@ impl Session {
 
     pub(super) fn hardlink(&mut self, id: u32, reader: &mut Reader<'_>) -> Answer {
         let (from, to) = (reader.string()?, reader.string()?);
+        let _turn = self.site.turn()?;
         let (from, to) = (self.spot(from)?, self.spot(to)?);
         if !self.site.policy.is_empty() {
             let found = from.holder.stat(&from.name, Follow::Never)?;

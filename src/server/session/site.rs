@@ -12,6 +12,7 @@ use rustix::fs::{OFlags, StatVfs};
 
 use super::content::{Alone, Contents, Shared, busy, lock, locked, removed};
 use super::record::Recorder;
+use super::turn::Turn;
 use super::{Failed, Status};
 use crate::access::{AclLists, Inode};
 use crate::audit::{AuditRecord, Before, Outcome};
@@ -251,6 +252,12 @@ impl Site {
         })
     }
 
+    /// Waits until no other session makes links or moves what holds them. It is taken before the spots: they say how deep
+    /// something lies, and that may change until then.
+    pub(super) fn turn(&self) -> Result<Option<Turn>, Failed> {
+        self.confined.then(|| Turn::take(&self.root)).transpose()
+    }
+
     /// Refuses to call something `new` when it is a link, or holds one, that would then lead out of a confined client's
     /// root. The client could not follow it, but others on the machine would.
     pub(super) fn links_stay(&self, spot: &Spot, new: &RelPath) -> Result<(), Failed> {
@@ -474,7 +481,7 @@ pub(super) fn before(found: &Metadata) -> Before {
 }
 
 /// Calls `visit` for `spot` and all below it: with the name from the spot's directory, the path it has below `new`, and
-/// what it is.
+/// what it is. Where something cannot be visited it fails.
 fn walk(
     spot: &Spot,
     new: &RelPath,
@@ -488,10 +495,9 @@ fn walk(
             continue;
         }
         for below in spot.holder.names(Some(&name), Follow::Never)? {
-            // Names come from the file system; what is too long for a path of ours cannot be asked for either.
-            if let (Ok(name), Ok(path)) = (name.join(&below), path.join(&below)) {
-                stack.push((name, path));
-            }
+            // A shorter name of what holds it makes it reachable again: what was not looked at here would be so for good.
+            let too_long = |_| Failed::because(Status::BadMessage, "the path of something below it would be too long");
+            stack.push((name.join(&below).map_err(too_long)?, path.join(&below).map_err(too_long)?));
         }
     }
     Ok(())

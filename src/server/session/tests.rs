@@ -541,6 +541,55 @@ fn h13_a_confined_client_makes_no_link_that_leads_out() {
 }
 
 #[test]
+fn h13_no_link_leads_out_where_the_way_to_it_is_too_long_to_be_looked_at() {
+    let mut client = Client::new(false, &[]);
+    let name = "n".repeat(255);
+    let mut deep = "x/x/x/x/x/x/a".to_owned();
+    (0..15).for_each(|_| deep = format!("{deep}/{name}"));
+    std::fs::create_dir_all(client.at.path().join(&deep)).unwrap();
+    let target = format!("{}etc/shadow", "../".repeat(22));
+    assert_eq!(client.pair(packet::SYMLINK, &target, &format!("{deep}/L")), Status::Ok);
+    // As 'a' the link would lead six directories further up than the root; with a longer name its path is none.
+    assert_eq!(client.pair(packet::RENAME, "x/x/x/x/x/x/a", &name), Status::BadMessage);
+    assert_eq!(client.pair(packet::RENAME, "x/x/x/x/x/x/a", "a"), Status::PermissionDenied);
+    assert_eq!(client.pair(packet::RENAME, "x/x/x/x/x/x/a", "x/x/x/x/x/x/b"), Status::Ok);
+}
+
+#[test]
+fn h13_sessions_of_one_root_make_links_and_move_them_one_after_the_other() {
+    let mut client = Client::new(false, &[]);
+    for directory in ["a", "a/b"] {
+        assert_eq!(client.status(packet::MKDIR, |w| w.string(directory.as_bytes()).u32(0)), Status::Ok);
+    }
+    assert_eq!(client.pair(packet::SYMLINK, "file", "link"), Status::Ok);
+    type Ask = fn(&mut Client) -> Status;
+    let asks: [(Ask, Status); 3] = [
+        // Another session made a link in it, where it stays below the root; as 'b' it would not.
+        (|client| client.pair(packet::RENAME, "a/b", "b"), Status::PermissionDenied),
+        (|client| client.pair(packet::SYMLINK, "file", "new"), Status::Ok),
+        (
+            |client| {
+                client.status(packet::EXTENDED, |w| w.string(b"hardlink@openssh.com").string(b"link").string(b"c"))
+            },
+            Status::Ok,
+        ),
+    ];
+    for (ask, expected) in asks {
+        let root = Root::open(client.at.path()).unwrap();
+        let turn = turn::Turn::take(&root).unwrap();
+        let link = client.at.path().join("a/b/up");
+        std::thread::scope(|scope| {
+            let asked = scope.spawn(|| ask(&mut client));
+            std::thread::sleep(std::time::Duration::from_millis(200));
+            assert!(!asked.is_finished(), "it was done in the turn of another");
+            let _ = std::os::unix::fs::symlink("../../file", &link);
+            drop(turn);
+            assert_eq!(asked.join().unwrap(), expected);
+        });
+    }
+}
+
+#[test]
 fn s12_h47_what_arrives_has_the_acl_of_its_rule_and_no_other() {
     let at = tempfile::tempdir().unwrap();
     let rule = |pattern: &str, acl: &[&str]| RuleSpec {
