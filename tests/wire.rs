@@ -361,3 +361,32 @@ fn stopped(process: u32) -> bool {
     let state = |task: fs::DirEntry| fs::read_to_string(task.path().join("stat")).unwrap();
     tasks.map(|task| state(task.unwrap())).all(|line| line.rsplit(')').next().unwrap().starts_with(" S"))
 }
+
+#[test]
+fn h46_a_rename_that_ends_half_way_leaves_no_permissions_of_the_other_name() {
+    let at = tempfile::tempdir().unwrap();
+    let path = |name: &str| at.path().join(name);
+    let rules = "[[rule]]\nmatch = 'secret/**'\nmode = '600'\n[[rule]]\nmatch = 'public/**'\nmode = '644'\n";
+    fs::write(path("rules.toml"), rules).unwrap();
+    fs::create_dir_all(path("root/secret/d")).unwrap();
+    fs::create_dir(path("root/public")).unwrap();
+    let names = ["a", "b", "c", "d", "e"].map(|name| format!("root/secret/d/{name}"));
+    for name in &names {
+        fs::write(path(name), "x").unwrap();
+        fs::set_permissions(path(name), PermissionsExt::from_mode(0o600)).unwrap();
+    }
+    let (root, rules) = (path("root"), path("rules.toml"));
+    let serve = [root.to_str().unwrap(), "--policy-file", rules.to_str().unwrap()];
+    let serve = [&[crate::kit::area::lockstep(), "sftp-server", "--root"], &serve[..]].concat();
+    let mut strace = crate::kit::area::traced("chmod,fchmodat", Some("error=EIO:when=3"), &path("log"), &serve);
+    let mut server = Server::spawn(&mut strace);
+    assert_eq!(server.pair(packet::RENAME, "/secret/d", "/public/d"), Status::Failure);
+    drop(server);
+    let calls = fs::read_to_string(path("log")).unwrap();
+    assert!(calls.contains("INJECTED") && calls.contains("0644"), "{calls}");
+    for name in &names {
+        assert_eq!(mode(&path(name)), 0o600, "{name}: {calls}");
+    }
+    let log = fs::read_to_string(path("root/.lockstep/audit.jsonl")).unwrap();
+    assert!(log.contains("not renamed to 'public/d'"), "{log}");
+}

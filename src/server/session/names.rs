@@ -303,13 +303,18 @@ impl Session {
         let lost = replaced.as_ref().filter(|replaced| moved.as_ref().map(inode) != Some(inode(replaced)));
         let going = self.site.going(&to, lost)?;
         self.site.keeping_named(&from, || {
-            // The permissions come before the name: at no moment has a file a name and another's permissions.
-            self.site.conform(&from, &to.path)?;
-            if let Err(failed) = rename(&from, &to, replace) {
-                self.site.conform(&from, &from.path)?;
-                return Err(failed);
+            if self.site.policy.is_empty() {
+                return rename(&from, &to, replace);
             }
-            Ok(())
+            // What is refused is refused before anything is changed.
+            self.site.can_conform(&from, &to.path)?;
+            let mut given = 0;
+            // The permissions come before the name: at no moment has a file a name and another's permissions.
+            let done = self.site.conform(&from, &to.path, &mut given).and_then(|()| rename(&from, &to, replace));
+            if done.is_err() && given > 0 {
+                self.site.conform_again(&from, &to.path);
+            }
+            done
         })?;
         self.site.gone(lost, going);
         let how = format!("renamed from '{}'", crate::error::Escaped(from.path.as_bytes()));

@@ -131,6 +131,17 @@ impl Site {
         asked: u32,
         found: Option<&Metadata>,
     ) -> Result<Grant, Failed> {
+        let grant = self.weigh(path, directory, asked, found)?;
+        let dropped = asked & SPECIAL & !grant.mode;
+        if dropped != 0 {
+            let reason = format!("special bits {dropped:04o} of the mode asked for are given by rule only");
+            self.note("", "refuse", path, |record| record.reason = Some(reason));
+        }
+        Ok(grant)
+    }
+
+    /// The same, before it is asked for.
+    fn weigh(&self, path: &RelPath, directory: bool, asked: u32, found: Option<&Metadata>) -> Result<Grant, Failed> {
         let decision = self.policy.decide(path, directory, asked);
         let ruled = decision.rule.is_some();
         let kept = found.map_or(0, |found| found.mode) | if directory { STICKY } else { 0 };
@@ -142,11 +153,6 @@ impl Site {
         };
         let unknown = "the policy names somebody whom the server does not know";
         let (uid, gid, acl) = named().map_err(|_| Failed::because(Status::Failure, unknown))?;
-        let dropped = asked & SPECIAL & !mode;
-        if dropped != 0 {
-            let reason = format!("special bits {dropped:04o} of the mode asked for are given by rule only");
-            self.note("", "refuse", path, |record| record.reason = Some(reason));
-        }
         Ok(Grant { mode, uid, gid, acl })
     }
 
@@ -234,22 +240,61 @@ impl Site {
         Err(self.refused(path, "the server decides who owns what arrives"))
     }
 
+    /// Refuses to call something `new` where the rules cannot be followed for it and everything below it. A file that has
+    /// another name beside would have the permissions of the new one by that, too.
+    pub(super) fn can_conform(&self, spot: &Spot, new: &RelPath) -> Result<(), Failed> {
+        let too_long = |_| Failed::because(Status::BadMessage, "too long");
+        let above = spot.path.parent();
+        for below in Walk::new(spot, new) {
+            let (name, path, found) = below?;
+            let grant = |path: &RelPath| self.weigh(path, found.kind == FileKind::Directory, found.mode, Some(&found));
+            let granted = grant(&path)?;
+            if found.kind == FileKind::Regular && found.links > 1 {
+                let old =
+                    above.as_ref().map_or(Ok(name.clone()), |above| above.join(name.as_bytes())).map_err(too_long)?;
+                if granted != grant(&old)? {
+                    return Err(self.refused(
+                        &path,
+                        "the file has further names, and the policy gives this one other permissions",
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Gives something that is about to be called `new` what the rules say of that name, and so everything below it.
-    /// Links stay as they are.
-    pub(super) fn conform(&self, spot: &Spot, new: &RelPath) -> Result<(), Failed> {
-        if self.policy.is_empty() {
+    /// Links stay as they are. Counts what was given something, should it fail, too.
+    pub(super) fn conform(&self, spot: &Spot, new: &RelPath, given: &mut u64) -> Result<(), Failed> {
+        Walk::new(spot, new).try_for_each(|below| self.conform_one(spot, below?, given))
+    }
+
+    fn conform_one(&self, spot: &Spot, (name, path, found): Below, given: &mut u64) -> Result<(), Failed> {
+        if !matches!(found.kind, FileKind::Regular | FileKind::Directory) || self.is_private(&found) {
             return Ok(());
         }
-        walk(spot, new, |name, path, found| {
-            if !matches!(found.kind, FileKind::Regular | FileKind::Directory) || self.is_private(found) {
-                return Ok(());
+        let grant = self.grant(&path, found.kind == FileKind::Directory, found.mode, Some(&found))?;
+        if grant.ruled() {
+            *given += 1;
+            grant.give(&spot.holder.open_with(&name, Follow::Never, OFlags::PATH, 0)?)?;
+        }
+        Ok(())
+    }
+
+    /// It keeps its name after all: everything gets what the rules say of that again, as far as it can be given.
+    pub(super) fn conform_again(&self, spot: &Spot, new: &RelPath) {
+        let failed = |below: &Result<Below, Failed>| match below {
+            Ok(below) => self.conform_one(spot, below.clone(), &mut 0).is_err(),
+            Err(_) => true,
+        };
+        let left = Walk::new(spot, &spot.path).filter(failed).count();
+        let how = format!("not renamed to '{}'", Escaped(new.as_bytes()));
+        self.note(&how, "metadata", &spot.path, |record| {
+            if left > 0 {
+                record.result = Some(Outcome::Failure);
+                record.reason = Some(format!("{left} entries have permissions of the name that it did not get"));
             }
-            let grant = self.grant(path, found.kind == FileKind::Directory, found.mode, Some(found))?;
-            if grant.ruled() {
-                grant.give(&spot.holder.open_with(name, Follow::Never, OFlags::PATH, 0)?)?;
-            }
-            Ok(())
-        })
+        });
     }
 
     /// Waits until no other session makes links or moves what holds them. It is taken before the spots: they say how deep
@@ -268,13 +313,14 @@ impl Site {
         if !self.confined || !may_leave {
             return Ok(());
         }
-        walk(spot, new, |name, path, found| {
-            if found.kind != FileKind::Symlink {
-                return Ok(());
+        for below in Walk::new(spot, new) {
+            let (name, path, found) = below?;
+            if found.kind == FileKind::Symlink {
+                let (holder, name) = spot.holder.holder(&name, Follow::Never)?;
+                self.link_stays(&path, &holder.read_link(&name)?)?;
             }
-            let (holder, name) = spot.holder.holder(name, Follow::Never)?;
-            self.link_stays(path, &holder.read_link(&name)?)
-        })
+        }
+        Ok(())
     }
 
     /// The same for a link that is made.
@@ -480,27 +526,57 @@ pub(super) fn before(found: &Metadata) -> Before {
     Before { mode: format!("{:04o}", found.mode), owner, group }
 }
 
-/// Calls `visit` for `spot` and all below it: with the name from the spot's directory, the path it has below `new`, and
-/// what it is. Where something cannot be visited it fails.
-fn walk(
-    spot: &Spot,
-    new: &RelPath,
-    mut visit: impl FnMut(&RelPath, &RelPath, &Metadata) -> Result<(), Failed>,
-) -> Result<(), Failed> {
-    let mut stack = vec![(spot.name.clone(), new.clone())];
-    while let Some((name, path)) = stack.pop() {
-        let found = spot.holder.stat(&name, Follow::Never)?;
-        visit(&name, &path, &found)?;
-        if found.kind != FileKind::Directory || name.name() == STATE {
-            continue;
-        }
-        for below in spot.holder.names(Some(&name), Follow::Never)? {
-            // A shorter name of what holds it makes it reachable again: what was not looked at here would be so for good.
-            let too_long = |_| Failed::because(Status::BadMessage, "the path of something below it would be too long");
-            stack.push((name.join(&below).map_err(too_long)?, path.join(&below).map_err(too_long)?));
-        }
+/// The name from the spot's directory, the path below the new name, and what it is.
+type Below = (RelPath, RelPath, Metadata);
+
+/// A spot and all below it, a directory before what is in it. What cannot be looked at is an error, and the rest follows.
+struct Walk<'s> {
+    spot: &'s Spot,
+    stack: Vec<(RelPath, RelPath)>,
+    /// The directory that came last. It is listed when more is asked for: until then it may have become readable.
+    last: Option<(RelPath, RelPath)>,
+}
+
+impl Walk<'_> {
+    /// With the paths that everything has when the spot is called `new`.
+    fn new<'s>(spot: &'s Spot, new: &RelPath) -> Walk<'s> {
+        Walk { spot, stack: vec![(spot.name.clone(), new.clone())], last: None }
     }
-    Ok(())
+
+    fn enter(&mut self, name: &RelPath, path: &RelPath) -> Result<(), Failed> {
+        let mut whole = Ok(());
+        for below in self.spot.holder.names(Some(name), Follow::Never)? {
+            match (name.join(&below), path.join(&below)) {
+                (Ok(name), Ok(path)) => self.stack.push((name, path)),
+                // A shorter name of what holds it makes it reachable again: what was not looked at here would be so for good.
+                _ => {
+                    whole = Err(Failed::because(Status::BadMessage, "the path of something below it would be too long"))
+                }
+            }
+        }
+        whole
+    }
+}
+
+impl Iterator for Walk<'_> {
+    type Item = Result<Below, Failed>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if let Some((name, path)) = self.last.take()
+            && let Err(failed) = self.enter(&name, &path)
+        {
+            return Some(Err(failed));
+        }
+        let (name, path) = self.stack.pop()?;
+        let found = match self.spot.holder.stat(&name, Follow::Never) {
+            Ok(found) => found,
+            Err(error) => return Some(Err(error.into())),
+        };
+        if found.kind == FileKind::Directory && name.name() != STATE {
+            self.last = Some((name.clone(), path.clone()));
+        }
+        Some(Ok((name, path, found)))
+    }
 }
 
 /// Takes set-user-ID and set-group-ID from a file whose content is about to change, where the kernel does not do it (with

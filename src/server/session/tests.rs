@@ -194,6 +194,75 @@ fn a_rename_brings_what_the_rules_say_of_the_new_name_and_of_all_below_it() {
 }
 
 #[test]
+fn h46_a_file_with_two_names_gets_no_permissions_by_a_rename_of_one() {
+    let mut client = Client::new(false, &[("data/**", "640", None), ("scripts/**", "755", None)]);
+    for directory in ["data", "data/d", "scripts", "free"] {
+        assert_eq!(client.status(packet::MKDIR, |w| w.string(directory.as_bytes()).u32(0)), Status::Ok);
+    }
+    let link = |client: &mut Client, from: &str, to: &str| {
+        let fields = [&b"hardlink@openssh.com"[..], from.as_bytes(), to.as_bytes()];
+        client.status(packet::EXTENDED, |w| fields.iter().fold(w, |w, field| w.string(field)))
+    };
+    client.put("data/x", 0o644, b"x");
+    assert_eq!(link(&mut client, "data/x", "data/d/y"), Status::Ok);
+    let denied = Status::PermissionDenied;
+    for (from, to) in [("data/d/y", "scripts/y"), ("data/d/y", "free/y"), ("data/d", "scripts/d")] {
+        assert_eq!(client.pair(packet::RENAME, from, to), denied, "{from} -> {to}");
+        assert_eq!(client.mode("data/x"), 0o640);
+    }
+    // Where the rules say the same of both it is a rename as any other.
+    assert_eq!(client.pair(packet::RENAME, "data/d/y", "data/z"), Status::Ok);
+    // Nor while it is private: by its last name it would get what the rule of the first says, or the other way round.
+    let handle = client.open("data/open", 0o644);
+    client.write(&handle, 0, b"x");
+    assert_eq!(link(&mut client, "data/open", "data/too"), Status::Ok);
+    assert_eq!(client.pair(packet::RENAME, "data/too", "scripts/too"), denied);
+    assert_eq!(client.status(packet::REMOVE, |w| w.string(b"data/too")), Status::Ok);
+    assert_eq!(client.pair(packet::RENAME, "data/open", "scripts/open"), Status::Ok);
+    assert_eq!(client.close(&handle), Status::Ok);
+    assert_eq!(client.mode("scripts/open"), 0o755);
+    assert!(client.log().contains("the file has further names"));
+}
+
+#[test]
+fn h46_what_is_not_renamed_keeps_the_permissions_of_its_name() {
+    let rules =
+        [("secret/**", "600", None), ("public/**", "644", None), ("public/**/bad", "", Some("no-such-user-here"))];
+    let mut client = Client::new(false, &[&rules[..], &[("*/**/", "700", None)]].concat());
+    for directory in ["secret", "secret/d", "secret/d/e", "public", "public/full", "public/full/x"] {
+        assert_eq!(client.status(packet::MKDIR, |w| w.string(directory.as_bytes()).u32(0)), Status::Ok);
+    }
+    let files: Vec<String> = (0..20).map(|n| format!("secret/d/{n}")).chain(["secret/d/e/f".into()]).collect();
+    files.iter().for_each(|file| client.put(file, 0o644, b"x"));
+    let renamed = |client: &mut Client, to: &str| {
+        let fields = [&b"posix-rename@openssh.com"[..], b"secret/d", to.as_bytes()];
+        client.status(packet::EXTENDED, |w| fields.iter().fold(w, |w, field| w.string(field)))
+    };
+    let times = |client: &Client| {
+        let changed = |file: &String| {
+            let found = std::fs::metadata(client.at.path().join(file)).unwrap();
+            (std::os::unix::fs::MetadataExt::ctime(&found), std::os::unix::fs::MetadataExt::ctime_nsec(&found))
+        };
+        files.iter().map(changed).collect::<Vec<_>>()
+    };
+    // The rules do not say what the last would get: nothing is touched.
+    client.put("secret/d/e/bad", 0o644, b"x");
+    let before = times(&client);
+    assert_eq!(renamed(&mut client, "public/d"), Status::Failure);
+    assert!(times(&client) == before, "something was changed before it was known whether all can be");
+    assert_eq!(client.status(packet::REMOVE, |w| w.string(b"secret/d/e/bad")), Status::Ok);
+    // What is in the way is found by the rename alone.
+    assert_eq!(renamed(&mut client, "public/full"), Status::Failure);
+    for file in &files {
+        assert_eq!(client.mode(file), 0o600, "{file}");
+    }
+    assert_eq!(renamed(&mut client, "public/d"), Status::Ok);
+    assert_eq!(client.mode("public/d/e/f"), 0o644);
+    let log = client.log();
+    assert!(log.contains("not renamed to 'public/full'"), "{log}");
+}
+
+#[test]
 fn the_rules_go_by_where_a_file_lies_not_by_the_link_it_was_reached_by() {
     let mut client = Client::new(false, &[("weights", "600", None)]);
     client.put("weights", 0o644, b"x");
