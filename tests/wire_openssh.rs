@@ -111,6 +111,15 @@ fn answers_are_those_of_opensshs_server() {
             "fifo",
             "suid",
             "//dir///deep/.",
+            "dir/",
+            "file/",
+            "file/.",
+            "link/",
+            "dangling/",
+            "todir/",
+            "todir/.",
+            "loop/",
+            "missing/",
         ] {
             let whole = format!("{base}/{path}");
             let (real, stat) =
@@ -195,4 +204,91 @@ fn answers_are_those_of_opensshs_server() {
     let ours = run(&mut Server::lockstep(&[]), "lockstep");
     let different: Vec<_> = ours.iter().zip(&openssh).filter(|(ours, openssh)| ours != openssh).collect();
     assert!(different.is_empty() && ours.len() == openssh.len(), "{different:#?}");
+}
+
+#[test]
+fn a_path_that_ends_in_a_slash_is_a_directorys_as_for_opensshs_server() {
+    let run = |server: &mut Server| {
+        let at = tempfile::tempdir().unwrap();
+        let path = |name: &str| format!("{}/{name}", at.path().display());
+        fs::create_dir_all(path("dir/deep")).unwrap();
+        fs::write(path("file"), "0123456789").unwrap();
+        symlink("dir", path("dirlink")).unwrap();
+        symlink("file", path("link")).unwrap();
+        let mut said = Vec::new();
+        for (name, flags) in [
+            ("new/", READ_WRITE_NEW),
+            ("new/.", READ_WRITE_NEW),
+            ("file/", READ_WRITE_NEW),
+            ("link/", open::WRITE | open::CREATE),
+            ("dir/", open::WRITE | open::CREATE),
+            ("file/", open::WRITE | open::TRUNCATE),
+            ("file/", open::READ),
+            ("link/", open::READ),
+            ("dirlink/", open::READ),
+            ("missing/", open::READ),
+        ] {
+            let (kind, body) = server.ask(packet::OPEN, |w| w.string(path(name).as_bytes()).u32(flags).u32(0));
+            let status = (kind == packet::STATUS).then(|| Status::from_code(Reader(&body).u32().unwrap()));
+            said.push(format!("open {name} {flags}: {status:?}"));
+        }
+        for name in ["file/", "dirlink/", "dir/"] {
+            said.push(format!("setstat {name}: {:?}", server.set_mode(&path(name), 0o700)));
+            let status = server.status(packet::EXTENDED, |w| {
+                w.string(b"lsetstat@openssh.com").string(path(name).as_bytes()).u32(8).u32(1).u32(1_000_000_000)
+            });
+            said.push(format!("lsetstat {name}: {status:?}"));
+        }
+        for (kind, name) in [
+            (packet::MKDIR, "file/"),
+            (packet::MKDIR, "made/"),
+            (packet::MKDIR, "made/."),
+            (packet::MKDIR, "missing/."),
+            (packet::REMOVE, "file/."),
+            (packet::OPENDIR, "dirlink/"),
+            (packet::OPENDIR, "file/"),
+            (packet::REMOVE, "file/"),
+            (packet::REMOVE, "link/"),
+            (packet::REMOVE, "dirlink/"),
+            (packet::REMOVE, "dir/"),
+            (packet::REMOVE, "missing/"),
+            (packet::RMDIR, "file/"),
+            (packet::RMDIR, "dirlink/"),
+            (packet::RMDIR, "dir/deep/"),
+        ] {
+            let (answered, body) = server.ask(kind, |w| w.string(path(name).as_bytes()).u32(0));
+            let status = (answered == packet::STATUS).then(|| Status::from_code(Reader(&body).u32().unwrap()));
+            said.push(format!("{kind} {name}: {status:?}"));
+        }
+        for (kind, first, second) in [
+            (packet::RENAME, "file", "new/"),
+            (packet::RENAME, "file/", "new"),
+            (packet::RENAME, "dirlink/", "new"),
+            (packet::RENAME, "made/", "renamed/"),
+            (packet::SYMLINK, "made", "file/"),
+            (packet::SYMLINK, "made", "new/"),
+            (packet::RENAME, "renamed/.", "new"),
+        ] {
+            let first_path = if kind == packet::SYMLINK { first.to_owned() } else { path(first) };
+            said.push(format!("{kind} {first} {second}: {:?}", server.pair(kind, &first_path, &path(second))));
+        }
+        for name in ["posix-rename@openssh.com", "hardlink@openssh.com"] {
+            for (first, second) in [("file", "new/"), ("file/", "new"), ("dirlink/", "new")] {
+                let (one, other) = (path(first), path(second));
+                let status = server.status(packet::EXTENDED, |w| {
+                    w.string(name.as_bytes()).string(one.as_bytes()).string(other.as_bytes())
+                });
+                said.push(format!("{name} {first} {second}: {:?}", status == Status::Ok));
+            }
+        }
+        let mut left: Vec<String> =
+            server.list(&path("")).into_iter().map(|(name, _, found)| format!("{name} {:?}", found.mode)).collect();
+        left.push(fs::read_to_string(path("file")).unwrap());
+        (said, left)
+    };
+    let (openssh, ours) = (run(&mut Server::openssh()), run(&mut Server::lockstep(&[])));
+    let different: Vec<_> = ours.0.iter().zip(&openssh.0).filter(|(ours, openssh)| ours != openssh).collect();
+    assert!(different.is_empty(), "{different:#?}");
+    assert_eq!(ours.1, openssh.1);
+    assert!(ours.1.iter().all(|left| !left.starts_with("new")) && ours.1.ends_with(&["0123456789".to_owned()]));
 }

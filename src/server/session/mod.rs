@@ -39,6 +39,7 @@ mod names;
 mod record;
 mod site;
 mod turn;
+mod walk;
 
 use content::Contents;
 use files::{Job, OpenFile, Work};

@@ -42,20 +42,36 @@ fn done(id: u32) -> Answer {
     Ok(OK.packet(id))
 }
 
+/// Whether a path is of a directory by the way it ends, as it is for the kernel.
+fn ends_in_slash(path: &[u8]) -> bool {
+    path.ends_with(b"/") || path.ends_with(b"/.")
+}
+
 impl Session {
-    /// A client's path; `None` is the top. `..` is resolved as the kernel does it: after the links before it.
+    /// A client's path; `None` is the top. Where it ends in a slash it is the directory that its last name is of, or leads to.
     fn place(&self, path: &[u8]) -> Result<Option<RelPath>, Failed> {
+        match self.named(path)? {
+            Some(place) if ends_in_slash(path) => self.directory(&place),
+            place => Ok(place),
+        }
+    }
+
+    /// Where a directory lies, without links.
+    fn directory(&self, path: &RelPath) -> Result<Option<RelPath>, Failed> {
+        let directory = self.site.root.open_with(path, Follow::Inside, OFlags::PATH | OFlags::DIRECTORY, 0)?;
+        Ok(self.site.root.path_of(&directory)?)
+    }
+
+    /// The same by its names alone, as if no slash were at its end. `..` is resolved as the kernel does it: after the links
+    /// before it.
+    fn named(&self, path: &[u8]) -> Result<Option<RelPath>, Failed> {
         let whole = if path.starts_with(b"/") { path.to_vec() } else { [&self.start, &b"/"[..], path].concat() };
         let mut place: Option<RelPath> = None;
         for part in whole.split(|&byte| byte == b'/') {
             place = match (part, place) {
                 (b"" | b".", place) => place,
                 (b"..", None) => None,
-                (b"..", Some(place)) => {
-                    let flags = OFlags::PATH | OFlags::DIRECTORY;
-                    let directory = self.site.root.open_with(&place, Follow::Inside, flags, 0)?;
-                    self.site.root.path_of(&directory)?.and_then(|path| path.parent())
-                }
+                (b"..", Some(place)) => self.directory(&place)?.and_then(|path| path.parent()),
                 (part, None) => Some(RelPath::new(part)?),
                 (part, Some(place)) => Some(place.join(part)?),
             };
@@ -71,9 +87,33 @@ impl Session {
         }
     }
 
-    /// The next field as the place of something that is to be written.
+    /// The place of something that is there, and is to be written. A slash is at the end of a directory, and not of a link to
+    /// one: it is its name that is taken away or given.
     fn spot(&self, path: &[u8]) -> Result<Spot, Failed> {
-        let place = if path.is_empty() { return Err(Status::NoSuchFile.into()) } else { self.place(path)? };
+        let spot = self.spot_of_directory(path)?;
+        if path.ends_with(b"/") && spot.holder.stat(&spot.name, Follow::Never)?.kind != FileKind::Directory {
+            return Err(Errno::NOTDIR.into());
+        }
+        Ok(spot)
+    }
+
+    /// The place of a file or link that is yet to be made.
+    fn spot_to_make(&self, path: &[u8]) -> Result<Spot, Failed> {
+        let spot = self.spot_of_directory(path)?;
+        if path.ends_with(b"/") {
+            spot.holder.stat(&spot.name, Follow::Never)?;
+            return Err(Errno::EXIST.into());
+        }
+        Ok(spot)
+    }
+
+    /// The place of a directory, which may have a slash at its end before it is there.
+    fn spot_of_directory(&self, path: &[u8]) -> Result<Spot, Failed> {
+        if path.ends_with(b"/.") {
+            self.place(path)?;
+            return Err(Failed::because(Status::Failure, "a path that ends in '/.' has no name to be changed"));
+        }
+        let place = if path.is_empty() { return Err(Status::NoSuchFile.into()) } else { self.named(path)? };
         self.site.spot(&place.ok_or(Failed::from(Status::Failure))?)
     }
 
@@ -92,6 +132,9 @@ impl Session {
         }
         if writes {
             self.recorded()?;
+        }
+        if making && path.ends_with(b"/") {
+            return Err(Errno::ISDIR.into());
         }
         let path = if path.is_empty() { None } else { self.place(path)? }.ok_or(Failed::from(Status::NoSuchFile))?;
         self.has_room()?;
@@ -257,7 +300,7 @@ impl Session {
 
     pub(super) fn mkdir(&mut self, id: u32, reader: &mut Reader<'_>) -> Answer {
         let (path, asked) = (reader.string()?, Attributes::decode(reader)?);
-        let spot = self.spot(path)?;
+        let spot = self.spot_of_directory(path)?;
         let default = if self.site.policy.is_empty() { 0o777 } else { 0o755 };
         let grant = self.site.grant(&spot.path, true, asked.mode.unwrap_or(default) & 0o7777, None)?;
         self.site.making(|| spot.holder.mkdir(&spot.name, if grant.ruled() { 0o700 } else { grant.mode }))?;
@@ -291,7 +334,11 @@ impl Session {
     pub(super) fn rename(&mut self, id: u32, reader: &mut Reader<'_>, replace: bool) -> Answer {
         let (from, to) = (reader.string()?, reader.string()?);
         let _turn = self.site.turn()?;
-        let (from, to) = (self.spot(from)?, self.spot(to)?);
+        let is_directory = to.ends_with(b"/");
+        let (from, to) = (self.spot(from)?, self.spot_of_directory(to)?);
+        if is_directory && from.holder.stat(&from.name, Follow::Never)?.kind != FileKind::Directory {
+            return Err(Errno::NOTDIR.into());
+        }
         self.site.links_stay(&from, &to.path)?;
         let replaced = to.holder.stat(&to.name, Follow::Never).ok();
         if !replace && replaced.is_some() {
@@ -335,7 +382,7 @@ impl Session {
     pub(super) fn symlink(&mut self, id: u32, reader: &mut Reader<'_>) -> Answer {
         let (target, path) = (reader.string()?, reader.string()?);
         let _turn = self.site.turn()?;
-        let spot = self.spot(path)?;
+        let spot = self.spot_to_make(path)?;
         if target.contains(&0) {
             return Err(Status::NoSuchFile.into());
         }
@@ -348,7 +395,7 @@ impl Session {
     pub(super) fn hardlink(&mut self, id: u32, reader: &mut Reader<'_>) -> Answer {
         let (from, to) = (reader.string()?, reader.string()?);
         let _turn = self.site.turn()?;
-        let (from, to) = (self.spot(from)?, self.spot(to)?);
+        let (from, to) = (self.spot(from)?, self.spot_to_make(to)?);
         if !self.site.policy.is_empty() {
             let found = from.holder.stat(&from.name, Follow::Never)?;
             let grant = |path| self.site.grant(path, false, found.mode, Some(&found));
@@ -363,7 +410,7 @@ impl Session {
         done(id)
     }
 
-    /// As realpath(3), but the last component need not be there.
+    /// As realpath(3), but the last component need not be there, unless a slash follows it.
     pub(super) fn realpath(&mut self, id: u32, reader: &mut Reader<'_>) -> Answer {
         let path = reader.string()?;
         Ok(name_packet(id, &self.real(path)?))
@@ -375,12 +422,12 @@ impl Session {
         }
         let shown = |path: Option<&RelPath>| [&b"/"[..], path.map_or(b"", RelPath::as_bytes)].concat();
         let root = &self.site.root;
-        let mut place = self.place(path)?;
+        let (mut place, must_be_there) = (self.named(path)?, ends_in_slash(path));
         for _ in 0..LINKS_MAX {
             let Some(path) = &place else { return Ok(shown(None)) };
             match root.open_with(path, Follow::Inside, OFlags::PATH, 0) {
                 Ok(file) => return Ok(shown(root.path_of(&file)?.as_ref())),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound && !must_be_there => {}
                 Err(error) => return Err(error.into()),
             }
             let (holder, name) = root.holder(path, Follow::Inside)?;
@@ -388,8 +435,8 @@ impl Session {
             let below = |name: &[u8]| [above.strip_suffix(b"/").unwrap_or(&above), b"/", name].concat();
             match holder.read_link(&name) {
                 // A link that leads nowhere: to where it leads.
-                Ok(target) if target.starts_with(b"/") => place = self.place(&target)?,
-                Ok(target) => place = self.place(&below(&target))?,
+                Ok(target) if target.starts_with(b"/") => place = self.named(&target)?,
+                Ok(target) => place = self.named(&below(&target))?,
                 Err(_) => return Ok(below(name.as_bytes())),
             }
         }
