@@ -178,10 +178,7 @@ impl Line {
             }
         }
         strong(key)?;
-        // The signature says whether the key was touched, but the SSH library does not pass that on.
-        if matches!(key, KeyData::SkEd25519(_) | KeyData::SkEcdsaSha2NistP256(_)) && !untouched {
-            return Err("whether a security key was touched is not seen here; add no-touch-required to allow it".into());
-        }
+        touched(key, untouched)?;
         Ok(grant)
     }
 
@@ -200,16 +197,19 @@ impl Line {
 
     fn grant_certificate(&self, certificate: &Certificate, asked: &Asked<'_>) -> Result<Grant, String> {
         let mut grant = Grant::default();
-        let mut principals = None;
+        let (mut principals, mut untouched) = (None, false);
         for (name, value) in self.options.clone()? {
             match (name.as_str(), value) {
                 ("cert-authority", None) => {}
+                ("no-touch-required", None) => untouched = true,
                 ("principals", Some(list)) if principals.is_none() => principals = Some(list),
                 ("principals", Some(_)) => return Err("option principals is there twice".into()),
                 (name, value) => restrict(&mut grant, name, value.as_deref(), asked)?,
             }
         }
         let certified = certificate::check(certificate, principals.as_deref(), asked)?;
+        // As for sshd both have to say so, the line and the certificate.
+        touched(certificate.public_key(), untouched && certificate::untouched(certificate))?;
         grant.read_only |= certified.read_only;
         (grant.principals, grant.roles) = (certified.principals, certified.roles);
         Ok(grant)
@@ -228,6 +228,19 @@ pub fn strong(key: &KeyData) -> Result<(), String> {
         }
         _ => Ok(()),
     }
+}
+
+/// Refuses a key that signs when it is touched, unless it may without. The signature says whether it was, but the SSH library
+/// does not pass that on.
+fn touched(key: &KeyData, untouched: bool) -> Result<(), String> {
+    if matches!(key, KeyData::SkEd25519(_) | KeyData::SkEcdsaSha2NistP256(_)) && !untouched {
+        return Err(
+            "whether a security key was touched is not seen here; add no-touch-required to allow it (where the key is \
+                    certified: to the authority's line, and to the certificate)"
+                .into(),
+        );
+    }
+    Ok(())
 }
 
 fn restrict(grant: &mut Grant, name: &str, value: Option<&str>, asked: &Asked<'_>) -> Result<(), String> {

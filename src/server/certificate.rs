@@ -60,6 +60,11 @@ pub fn check(certificate: &Certificate, principals: Option<&str>, asked: &Asked<
     Ok(grant)
 }
 
+/// Whether its key may sign without being touched.
+pub(super) fn untouched(certificate: &Certificate) -> bool {
+    certificate.extensions().iter().any(|(name, _)| name == "no-touch-required")
+}
+
 /// The principals that a line names.
 pub(super) fn listed(list: &str) -> impl Iterator<Item = &str> {
     list.split(',').map(str::trim).filter(|name| !name.is_empty())
@@ -73,6 +78,7 @@ mod tests {
     use russh::keys::PrivateKey;
     use russh::keys::ssh_key::certificate::Builder;
     use russh::keys::ssh_key::private::{Ed25519Keypair, KeypairData};
+    use russh::keys::ssh_key::public::{KeyData, SkEd25519};
 
     const NOW: u64 = 1_700_000_000;
 
@@ -85,11 +91,48 @@ mod tests {
     }
 
     fn made_as(kind: CertType, by: u8, from: u64, until: u64, change: impl Fn(&mut Builder)) -> Certificate {
-        let mut builder = Builder::new([9; 32], key(2).public_key().key_data().clone(), from, until).unwrap();
+        made_of(key(2).public_key().key_data().clone(), kind, by, from, until, change)
+    }
+
+    fn made_of(
+        of: KeyData,
+        kind: CertType,
+        by: u8,
+        from: u64,
+        until: u64,
+        change: impl Fn(&mut Builder),
+    ) -> Certificate {
+        let mut builder = Builder::new([9; 32], of, from, until).unwrap();
         builder.serial(7).unwrap().key_id("id").unwrap();
         builder.cert_type(kind).unwrap();
         change(&mut builder);
         builder.sign(&key(by)).unwrap()
+    }
+
+    #[test]
+    fn h55_a_security_key_is_to_be_touched_where_it_is_certified_too() {
+        let KeyData::Ed25519(public) = *key(2).public_key().key_data() else { unreachable!() };
+        let key_data = KeyData::SkEd25519(SkEd25519::new(public, "ssh:"));
+        let authority = key(1).public_key().to_openssh().unwrap();
+        let asked = Asked { user: "sync", peer: [10, 0, 0, 1].into(), now: NOW };
+        for (line, extension, good) in [
+            ("cert-authority", false, false),
+            ("cert-authority", true, false),
+            ("cert-authority,no-touch-required", false, false),
+            ("cert-authority,no-touch-required", true, true),
+        ] {
+            let certificate = made_of(key_data.clone(), CertType::User, 1, NOW - 10, NOW + 10, |b| {
+                b.valid_principal("sync").unwrap();
+                if extension {
+                    b.extension("no-touch-required", "").unwrap();
+                }
+            });
+            let lines = AuthorizedKeys::parse(format!("{line} {authority}\n").as_bytes());
+            match lines.authorize(Credential::Certificate(&certificate), &asked) {
+                Ok(_) => assert!(good, "{line} {extension}"),
+                Err(reason) => assert!(!good && reason.contains("no-touch-required"), "{line} {extension}: {reason}"),
+            }
+        }
     }
 
     #[test]
