@@ -521,6 +521,29 @@ fn s23_s27_nodes_with_certificates_need_no_file_of_keys_each() {
 }
 
 #[test]
+fn a_root_that_is_not_there_is_told_as_that() {
+    let served = Served::with(
+        &["sync"],
+        |_| String::new(),
+        "",
+        |at| {
+            let here = at.display();
+            fs::create_dir(at.join("gather")).unwrap();
+            format!("[[serve.user]]\nname = 'sync'\nroot = '{here}/gather/%u'\nauthorized_keys = '{here}/sync.keys'\n")
+        },
+    );
+    assert!(!served.sftp("sync", "sync", "ls\n").status.success());
+    served.wait_for("gather/sync is not there; make it, or set create_root");
+    fs::write(served.path("gather/sync"), "").unwrap();
+    assert!(!served.sftp("sync", "sync", "ls\n").status.success());
+    served.wait_for("gather/sync is not a directory");
+    assert!(!served.log().contains("cannot be confined"), "{}", served.log());
+    fs::remove_file(served.path("gather/sync")).unwrap();
+    fs::create_dir(served.path("gather/sync")).unwrap();
+    good(&served.sftp("sync", "sync", "ls\n"));
+}
+
+#[test]
 fn a_quota_holds_for_both_protocols_over_restarts_and_says_how_much_is_used() {
     let served = with("quota = { bytes = '1 MB', files = 40 }");
     fs::write(served.path("source/big"), vec![7; 600_000]).unwrap();

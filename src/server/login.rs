@@ -8,6 +8,7 @@ use super::confine::Identity;
 use super::listener::{Server, SessionStart, Settings};
 use super::live::{Live, Login, short};
 use super::process::message::{Granted, Shown, key_of};
+use super::resolve;
 use crate::error::Escaped;
 
 /// Who may log in, with the settings that say so.
@@ -40,6 +41,7 @@ pub(super) fn proven(server: &Server, live: &Live, name: &str, shown: &Shown) ->
     let proof = shown.proof()?;
     let settings = server.settings();
     let judged = settings.access.judge(name, &proof, live.peer).and_then(|(user, grant)| {
+        resolve::root_is_a_directory(&user)?;
         let identity = user.run_as.as_deref().map(Identity::of).transpose()?;
         Ok((user, grant, identity))
     });

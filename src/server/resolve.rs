@@ -173,6 +173,19 @@ pub(super) fn root_is_there(user: &ServeUser) -> Result<(), String> {
     Ok(())
 }
 
+/// Whether there is a root to be confined to: where a root is filled in the configuration alone does not tell.
+pub(super) fn root_is_a_directory(user: &ServeUser) -> Result<(), String> {
+    let root = shown(&user.root);
+    match fs::metadata(&user.root) {
+        Ok(found) if found.is_dir() => Ok(()),
+        Ok(_) => Err(format!("its root {root} is not a directory")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(format!("its root {root} is not there; make it, or set create_root"))
+        }
+        Err(error) => Err(format!("its root {root} cannot be looked at: {}", in_words(&error))),
+    }
+}
+
 /// Makes a root that is another account's from the moment that it has its name.
 fn make_for(root: &Path, account: &str) -> Result<(), String> {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
