@@ -275,6 +275,49 @@ fn run_as_what_cannot_be_ends_the_start_and_says_why() {
     }
 }
 
+/// As user and group 65534 with group 1 besides, and these capabilities.
+fn with_a_group(capabilities: &str) -> Command {
+    let mut setpriv = Command::new("setpriv");
+    setpriv.args(["--reuid", "65534", "--regid", "65534", "--groups", "65534,1"]);
+    if !capabilities.is_empty() {
+        setpriv.args(["--inh-caps", capabilities, "--ambient-caps", capabilities]);
+    }
+    setpriv.args(["timeout", "20", env!("CARGO_BIN_EXE_lockstep")]);
+    setpriv
+}
+
+#[test]
+fn run_as_of_the_servers_own_account_leaves_no_groups_of_the_server() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let done = |command: &mut Command| command.output().expect("setpriv is not installed: Debian package util-linux");
+    // What is the group's alone is read as long as the process is in it.
+    let at = place();
+    let root = at.path().join("root");
+    std::os::unix::fs::chown(&root, Some(0), Some(1)).unwrap();
+    fs::set_permissions(&root, fs::Permissions::from_mode(0o770)).unwrap();
+    let attempt = |capabilities: &str| {
+        let mut command = with_a_group(capabilities);
+        done(command.arg("try-confinement").arg(&root).args(["--run-as", "nobody"]))
+    };
+    let tried: Trial = serde_json::from_slice(&attempt("+setuid,+setgid").stdout).unwrap();
+    assert!(tried.could_not.iter().any(|what| what == "read its root"), "{tried:?}");
+    ends(&attempt(""), 4, &["the groups of run_as"]);
+    // The server says so before anybody comes.
+    write(&at.path().join("u.keys"), "");
+    fs::create_dir(at.path().join("u")).unwrap();
+    fs::create_dir(at.path().join("own")).unwrap();
+    let head = format!("[serve]\nlisten = '127.0.0.1:0'\nhost_key = '{}/own/host'\n", at.path().display());
+    write(&at.path().join("config"), &format!("{head}{}", user(at.path(), "u", "run_as = 'nobody'")));
+    fs::set_permissions(at.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    for name in ["config", "u.keys", "u", "own"] {
+        std::os::unix::fs::chown(at.path().join(name), Some(65534), Some(65534)).unwrap();
+    }
+    let started = done(with_a_group("").args(["serve", "--config"]).arg(at.path().join("config")));
+    ends(&started, 2, &["user u: run_as = 'nobody'", "groups that 'nobody' is not in (1)"]);
+}
+
 #[test]
 fn names_are_looked_up_for_who_cannot() {
     let served = Served::start("", "");

@@ -1,6 +1,6 @@
 //! The account of this machine that a session runs as.
 
-use rustix::process::{Gid, Uid, getegid, geteuid};
+use rustix::process::{Gid, Uid, getegid, geteuid, getgroups};
 use rustix::thread::{CapabilitySet, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use serde::{Deserialize, Serialize};
 
@@ -44,9 +44,16 @@ impl Identity {
         Ok(Identity { name: name.to_owned(), uid: user.uid(), gid: user.primary_group_id(), groups })
     }
 
-    /// This process runs as it already.
+    /// This process has its numbers already.
     fn is_own(&self) -> bool {
         (geteuid().as_raw(), getegid().as_raw()) == (self.uid, self.gid)
+    }
+
+    /// The groups of this process that the user is not in: systemd's SupplementaryGroups= and others add some.
+    fn surplus(&self) -> rustix::io::Result<Vec<u32>> {
+        let mut groups: Vec<u32> = getgroups()?.into_iter().map(Gid::as_raw).collect();
+        groups.retain(|group| *group != self.gid && !self.groups.contains(group));
+        Ok(groups)
     }
 
     /// Whether this process may become it.
@@ -55,10 +62,23 @@ impl Identity {
     /// Why not, and what to do.
     pub fn reachable(&self) -> Result<(), String> {
         let held = rustix::thread::capabilities(None).map(|sets| sets.effective).unwrap_or(CapabilitySet::empty());
-        if self.is_own() || held.contains(CapabilitySet::SETUID | CapabilitySet::SETGID) {
+        if held.contains(CapabilitySet::SETUID | CapabilitySet::SETGID) {
             return Ok(());
         }
         let name = &self.name;
+        if self.is_own() {
+            let surplus =
+                self.surplus().map_err(|error| format!("the groups of this process are not told: {error}"))?;
+            if surplus.is_empty() {
+                return Ok(());
+            }
+            let surplus: Vec<String> = surplus.iter().map(u32::to_string).collect();
+            return Err(format!(
+                "run_as = '{name}' is who this process runs as, but it has groups that '{name}' is not in ({}); start it with the \
+                 groups of the account alone, or leave run_as out",
+                surplus.join(", ")
+            ));
+        }
         Err(format!(
             "run_as = '{name}' needs CAP_SETUID and CAP_SETGID, which this process has not; run the server as root, or with the \
              drop-in run-as.conf of the examples for systemd, or leave run_as out"
@@ -97,7 +117,7 @@ impl Identity {
 
     /// From here on this thread, and those that it starts, are this user.
     pub(super) fn become_it(&self) -> Result<(), ConfineError> {
-        if self.is_own() {
+        if self.is_own() && self.surplus().map_err(step("the groups of the server"))?.is_empty() {
             return Ok(());
         }
         let groups: Vec<Gid> = self.groups.iter().map(|&group| Gid::from_raw(group)).collect();
