@@ -19,6 +19,7 @@ use crate::manifest::Timestamp;
 use crate::path::RelPath;
 
 mod attributes;
+mod below;
 mod metadata;
 mod places;
 

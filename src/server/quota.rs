@@ -11,7 +11,7 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -21,7 +21,7 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 use crate::config::Quota;
 use crate::error::{bytes_shown, shown};
 use crate::path::RelPath;
-use crate::root::{Follow, Root};
+use crate::root::{FileKind, Follow, Root};
 
 /// Bytes that a session takes at once.
 pub const STEP_BYTES: u64 = 4 << 20;
@@ -63,6 +63,10 @@ impl Amount {
 
     fn least(self, other: Amount) -> Amount {
         Amount::new(self.bytes.min(other.bytes), self.files.min(other.files))
+    }
+
+    fn most(self, other: Amount) -> Amount {
+        Amount::new(self.bytes.max(other.bytes), self.files.max(other.files))
     }
 
     fn covers(self, other: Amount) -> bool {
@@ -235,7 +239,7 @@ impl Allowance {
         if let Some(count) = ledger.read() {
             return Ok(count);
         }
-        let count = Count { used: self.look_at_tree(), looked: now(), ..Count::default() };
+        let count = Count { used: self.look_at_tree().0, looked: now(), ..Count::default() };
         ledger.write(count).map_err(|error| self.failed(error))?;
         Ok(count)
     }
@@ -249,40 +253,36 @@ impl Allowance {
             ledger.write(Count { looked: now(), loose: true, ..count }).map_err(|error| self.failed(error))?;
             count
         };
-        let found = self.look_at_tree();
+        let (found, missed) = self.look_at_tree();
         let ledger = self.lock()?;
         let count = self.known(&ledger)?;
-        let used = found.plus(count.taken.less(before.taken)).plus(held);
+        let mut used = found.plus(count.taken.less(before.taken)).plus(held);
+        if let Some(error) = missed {
+            used = used.most(count.used);
+            tracing::warn!(root = %shown(&self.path), error = crate::error::in_words(&error), "the quota is not corrected");
+        }
         let count = Count { used, taken: count.taken, looked: now(), loose: false };
         ledger.write(count).map_err(|error| self.failed(error))?;
         Ok(count)
     }
 
     /// Everything but what lockstep writes of its own accord: lists, logs and locks directly in a `.lockstep`. What is staged,
-    /// in the trash or quarantined counts.
-    ///
-    /// RACE: directories are looked up by name, and one that is swapped for a link meanwhile is counted elsewhere. Only
-    /// numbers come of it.
-    fn look_at_tree(&self) -> Amount {
+    /// in the trash or quarantined counts. With it the reason why it is not all that there is, where it is not.
+    fn look_at_tree(&self) -> (Amount, Option<io::Error>) {
         let mut found = Amount::default();
         let mut seen = HashSet::new();
-        let own = |name: &std::ffi::OsStr| name == STATE;
-        for entry in walkdir::WalkDir::new(&self.path).min_depth(1).into_iter().filter_map(Result::ok) {
-            let in_state = entry.path().parent().and_then(Path::file_name).is_some_and(own);
-            if own(entry.file_name()) || (in_state && !entry.file_type().is_dir()) {
-                continue;
+        let missed = self.root.visit_below(|holder, name, metadata| {
+            let is_own = holder == STATE.as_bytes() && metadata.kind != FileKind::Directory;
+            if is_own || name == STATE.as_bytes() {
+                return;
             }
             found.files += 1;
-            if !entry.file_type().is_file() {
-                continue;
+            let is_file = metadata.kind == FileKind::Regular;
+            if is_file && (metadata.links == 1 || seen.insert((metadata.device, metadata.inode))) {
+                found.bytes = found.bytes.saturating_add(metadata.size);
             }
-            if let Ok(metadata) = entry.metadata()
-                && (metadata.nlink() == 1 || seen.insert((metadata.dev(), metadata.ino())))
-            {
-                found.bytes = found.bytes.saturating_add(metadata.len());
-            }
-        }
-        found
+        });
+        (found, missed)
     }
 
     /// Takes space that is about to be used.
@@ -437,6 +437,61 @@ mod tests {
         std::fs::remove_file(at.path().join("c")).unwrap();
         allowance.loosen();
         allowance.has(Amount::new(1000, 1)).unwrap();
+    }
+
+    /// Whether a byte more than 1000 is refused once the tree was looked at again.
+    fn refuses_more(at: &Path, allowance: &Allowance) -> bool {
+        age(at);
+        allowance.take(Amount::new(1, 0)).is_err()
+    }
+
+    #[test]
+    fn what_lies_deeper_than_a_path_can_name_counts() {
+        let at = tempfile::tempdir().unwrap();
+        let allowance = open(at.path(), 1000, 100);
+        // Relative to the root each of these has a name that can be used; a whole path would be too long.
+        let deep = |first: &str| RelPath::new([first, &format!("/{}", "n".repeat(255)).repeat(15)].concat()).unwrap();
+        allowance.take(Amount::new(1000, 33)).unwrap();
+        for first in ["a", "b"] {
+            allowance.root.mkdir_all(&deep(first), 0o700).unwrap();
+        }
+        let file = deep("a").join([b'f'; 200]).unwrap();
+        allowance.root.create_new(&file, 0o600).unwrap().set_len(1000).unwrap();
+        assert!(refuses_more(at.path(), &allowance));
+        // Nor does it help to move them into each other.
+        let flags = rustix::fs::RenameFlags::empty();
+        let into = deep("b").parent().unwrap().join(b"a").unwrap();
+        allowance.root.rename(&RelPath::new("a").unwrap(), &into, flags).unwrap();
+        assert!(refuses_more(at.path(), &allowance));
+        assert_eq!(allowance.look(Amount::default()).unwrap().used, Amount::new(1000, 33));
+    }
+
+    #[test]
+    fn what_cannot_be_looked_at_keeps_its_room() {
+        use std::os::unix::fs::PermissionsExt as _;
+
+        use rustix::thread::CapabilitySet;
+        // Also by root, who may look everywhere.
+        let mut sets = rustix::thread::capabilities(None).unwrap();
+        sets.effective.remove(CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH);
+        rustix::thread::set_capabilities(None, sets).unwrap();
+        let at = tempfile::tempdir().unwrap();
+        let allowance = open(at.path(), 1000, 100);
+        let hidden = at.path().join("hidden");
+        let set = |mode| std::fs::set_permissions(&hidden, std::fs::Permissions::from_mode(mode)).unwrap();
+        std::fs::create_dir(&hidden).unwrap();
+        allowance.take(Amount::new(1000, 2)).unwrap();
+        std::fs::write(hidden.join("a"), vec![0; 1000]).unwrap();
+        for mode in [0o300, 0o400, 0] {
+            set(mode);
+            assert!(refuses_more(at.path(), &allowance), "{mode:o}");
+        }
+        // What is given back is free, and so is all that is gone once it can be seen.
+        allowance.give_back(Amount::new(10, 0));
+        allowance.take(Amount::new(10, 0)).unwrap();
+        set(0o700);
+        std::fs::write(hidden.join("a"), vec![0; 900]).unwrap();
+        assert!(!refuses_more(at.path(), &allowance));
     }
 
     #[test]
