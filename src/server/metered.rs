@@ -7,7 +7,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::agent::SharedTarget;
-use super::quota::{Allowance, Amount, QuotaError};
+use super::quota::{Allowance, Amount, QuotaError, steps};
 use crate::endpoint::delta::{Alike, Wanted, Within};
 use crate::endpoint::{BeginOptions, Block, CommitOptions, Committed, Error, Staged, Target, Writer};
 use crate::manifest::{Digest, Tree};
@@ -182,13 +182,19 @@ impl Writer for MeteredWriter<'_> {
     }
 
     fn hole(&mut self, index: u32, offset: u64, length: u64) -> Result<(), Error> {
-        self.take(length, 0)?;
-        self.writer.hole(index, offset, length)
+        for (before, step) in steps(length) {
+            self.take(step, 0)?;
+            self.writer.hole(index, offset + before, step)?;
+        }
+        Ok(())
     }
 
     fn copy(&mut self, index: u32, offset: u64, length: u64, from: Within) -> Result<(), Error> {
-        self.take(length, 0)?;
-        self.writer.copy(index, offset, length, from)
+        for (before, step) in steps(length) {
+            self.take(step, 0)?;
+            self.writer.copy(index, offset + before, step, Within { offset: from.offset + before, ..from })?;
+        }
+        Ok(())
     }
 
     fn finish(&mut self, index: u32, digest: Digest) -> Result<(), Error> {
@@ -205,5 +211,103 @@ impl Writer for MeteredWriter<'_> {
 
     fn completions(&mut self, wait: bool) -> Result<Vec<Staged>, Error> {
         self.writer.completions(wait)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Quota;
+    use crate::server::quota::STEP_BYTES;
+
+    /// Stores nothing, and notes how much of what was taken is not there when something is to be stored.
+    #[derive(Clone, Default)]
+    struct Stores(Arc<Mutex<Seen>>);
+
+    #[derive(Default)]
+    struct Seen {
+        stored: u64,
+        most_ahead: u64,
+        allowance: Option<Arc<Allowance>>,
+    }
+
+    impl Stores {
+        fn store(&self, bytes: u64) -> Result<(), Error> {
+            let mut seen = self.0.lock().unwrap();
+            let taken = seen.allowance.as_ref().unwrap().taken_bytes();
+            seen.most_ahead = seen.most_ahead.max(taken - seen.stored);
+            seen.stored += bytes;
+            Ok(())
+        }
+    }
+
+    impl Target for Stores {
+        fn describe(&self) -> String {
+            String::new()
+        }
+        fn begin(&self, _: &BeginOptions, _: &dyn Monitor) -> Result<(), Error> {
+            Ok(())
+        }
+        fn diff(&self, _: &Arc<Tree>, _: &dyn Monitor) -> Result<Plan, Error> {
+            Ok(Plan::default())
+        }
+        fn writer(&self) -> Result<Box<dyn Writer + '_>, Error> {
+            Ok(Box::new(self.clone()))
+        }
+        fn commit(&self, _: &CommitOptions, _: &dyn Monitor) -> Result<Committed, Error> {
+            Ok(Committed::default())
+        }
+        fn abort(&self) {}
+        fn verification(&self) -> String {
+            String::new()
+        }
+    }
+
+    impl Writer for Stores {
+        fn put(&mut self, _: u32, block: Block, _: Digest) -> Result<(), Error> {
+            self.store(block.data().len() as u64)
+        }
+        fn open(&mut self, _: u32, _: u64) -> Result<(), Error> {
+            Ok(())
+        }
+        fn write(&mut self, _: u32, _: u64, block: Block) -> Result<(), Error> {
+            self.store(block.data().len() as u64)
+        }
+        fn hole(&mut self, _: u32, offset: u64, length: u64) -> Result<(), Error> {
+            assert_eq!(offset, self.0.lock().unwrap().stored);
+            self.store(length)
+        }
+        fn copy(&mut self, _: u32, offset: u64, length: u64, from: Within) -> Result<(), Error> {
+            assert_eq!((offset, offset), (self.0.lock().unwrap().stored, from.offset));
+            self.store(length)
+        }
+        fn finish(&mut self, _: u32, _: Digest) -> Result<(), Error> {
+            Ok(())
+        }
+        fn keep(&mut self, _: u32, _: Digest) -> Result<(), Error> {
+            Ok(())
+        }
+        fn discard(&mut self, _: u32) -> Result<(), Error> {
+            Ok(())
+        }
+        fn completions(&mut self, _: bool) -> Result<Vec<Staged>, Error> {
+            Ok(Vec::new())
+        }
+    }
+
+    #[test]
+    fn no_more_of_a_quota_is_taken_at_once_for_a_hole_or_a_copy_than_for_anything_else() {
+        let at = tempfile::tempdir().unwrap();
+        let allowance = Allowance::open(at.path(), Quota { bytes: Some(1 << 40), files: None }).unwrap();
+        let stores = Stores::default();
+        stores.0.lock().unwrap().allowance = Some(Arc::clone(&allowance));
+        let metered = Metered::new(Arc::new(stores.clone()), allowance, None);
+        let mut writer = metered.writer().unwrap();
+        let (hole, copy) = (1 << 30, 8 << 20);
+        writer.hole(0, 0, hole + 5).unwrap();
+        writer.copy(0, hole + 5, copy + 7, Within { piece: 0, offset: hole + 5 }).unwrap();
+        let seen = stores.0.lock().unwrap();
+        assert_eq!(seen.stored, hole + copy + 12);
+        assert!(seen.most_ahead <= STEP_BYTES, "{}", seen.most_ahead);
     }
 }

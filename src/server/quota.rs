@@ -6,7 +6,8 @@
 //! begins an hour after the last look, and before anything is refused.
 //!
 //! What always holds: nothing is stored that was not taken before. Sessions together pass a quota by at most [`STEP_BYTES`]
-//! and [`STEP_FILES`] each, and only when the tree is looked at while they hold what they have not used yet.
+//! and [`STEP_FILES`] each, and only when the tree is looked at while they hold what they have not used yet: what is longer
+//! is taken in [`steps`].
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -37,6 +38,11 @@ const STATE: &str = ".lockstep";
 const USAGE: &str = ".lockstep/usage";
 /// The file has one length, so that it is written in one piece.
 const LENGTH: usize = 128;
+
+/// What may be more than a session takes at once, in steps that are not: how much comes before each, and how long it is.
+pub fn steps(bytes: u64) -> impl Iterator<Item = (u64, u64)> {
+    (0..bytes).step_by(STEP_BYTES as usize).map(move |before| (before, STEP_BYTES.min(bytes - before)))
+}
 
 /// Bytes and files.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -299,7 +305,7 @@ impl Allowance {
         Ok(())
     }
 
-    /// At least so much from the common count, beside what is held, and a step more where there is enough for many.
+    /// At least so much from the common count, beside what is held, and up to a step where there is enough for many.
     fn grant(&self, missing: Amount, held: Amount) -> Result<Amount, QuotaError> {
         let mut looked = false;
         loop {
@@ -309,8 +315,10 @@ impl Allowance {
                 let free = self.cap.less(count.used);
                 if free.covers(missing) {
                     let rest = free.less(missing);
-                    let step = Amount::new(STEP_BYTES.min(rest.bytes / SHARE), STEP_FILES.min(rest.files / SHARE));
-                    let given = missing.plus(step);
+                    let share = Amount::new(rest.bytes / SHARE, rest.files / SHARE);
+                    // With what is about to be used no more than a step.
+                    let ahead = Amount::new(STEP_BYTES, STEP_FILES).less(missing.plus(held)).least(share);
+                    let given = missing.plus(ahead);
                     let (used, taken) = (count.used.plus(given), count.taken.plus(given));
                     ledger.write(Count { used, taken, ..count }).map_err(|error| self.failed(error))?;
                     return Ok(given);
@@ -375,6 +383,14 @@ impl Allowance {
     pub fn state(&self) -> Result<(Amount, Amount), QuotaError> {
         let held = *self.held();
         Ok((self.cap, self.cap.less(self.count()?.used).plus(held).least(self.cap)))
+    }
+}
+
+#[cfg(test)]
+impl Allowance {
+    /// All bytes that were ever taken beneath the root.
+    pub(super) fn taken_bytes(&self) -> u64 {
+        self.count().unwrap().taken.bytes
     }
 }
 

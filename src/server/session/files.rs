@@ -96,16 +96,31 @@ impl OpenFile {
         self.arrival().iter_mut().for_each(|arrival| arrival.touched = true);
     }
 
-    /// Takes the room for `length` bytes at `offset`, as far as the file grows by them.
-    pub(super) fn grow(&self, offset: u64, length: u64) -> Result<(), Failed> {
-        let Some(content) = self.content.as_ref().filter(|_| self.site.allowance.is_some()) else { return Ok(()) };
+    /// Whether room has to be taken for what it gets.
+    pub(super) fn is_limited(&self) -> bool {
+        self.content.is_some() && self.site.allowance.is_some()
+    }
+
+    /// The room for `length` bytes at `offset`, as far as the file grows by them; none where it is not limited.
+    fn growth(&self, offset: u64, length: u64) -> Result<u64, Failed> {
+        let Some(content) = self.content.as_ref().filter(|_| self.is_limited()) else { return Ok(0) };
         if locked(content).is_removed {
             return Err(removed());
         }
         // Nobody else changes it meanwhile, and this session does one thing after the other.
         let size = size_of(&self.file).ok_or(Failed::from(Status::Failure))?;
         let end = if self.append { size } else { offset }.saturating_add(length);
-        self.site.take(end.saturating_sub(size), 0)
+        Ok(end.saturating_sub(size))
+    }
+
+    /// Takes that room.
+    pub(super) fn grow(&self, offset: u64, length: u64) -> Result<(), Failed> {
+        self.site.take(self.growth(offset, length)?, 0)
+    }
+
+    /// Whether it is there to be taken.
+    pub(super) fn has_room(&self, offset: u64, length: u64) -> Result<(), Failed> {
+        self.site.has(self.growth(offset, length)?)
     }
 
     /// Its content is about to change. That of a file that was there is told before: should the session be killed, nothing else says so.

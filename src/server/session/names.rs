@@ -506,10 +506,11 @@ impl Session {
             return Err(Failed::because(Status::Failure, "both are the same file"));
         }
         let there = Metadata::of(&from.file)?.size.saturating_sub(from_at);
-        to.grow(to_at, if length == 0 { there } else { length.min(there) })?;
+        // What does not fit as a whole is not begun.
+        to.has_room(to_at, if length == 0 { there } else { length.min(there) })?;
         to.lose()?;
         let gone = || self.output.is_gone();
-        let copied = super::copy::copy((&from.file, from_at), (&to.file, to_at, to.append), length, &gone);
+        let copied = super::copy::copy((&from.file, from_at), (&to, to_at), length, &gone);
         copied.inspect_err(|_| self.site.loosen())?;
         done(id)
     }

@@ -361,6 +361,73 @@ fn a_quota_is_of_what_lies_there_by_whichever_handle_and_session_it_came() {
     assert_eq!(write(&third, &mut second), Status::Ok);
 }
 
+/// Notes how much of what was taken from a quota is not there when the session asks whether its client still is.
+struct Watching {
+    at: std::path::PathBuf,
+    kept: Kept,
+    most_ahead: Mutex<u64>,
+}
+
+impl Output for Watching {
+    fn send(&self, packet: Vec<u8>) {
+        self.kept.send(packet);
+    }
+
+    fn is_gone(&self) -> bool {
+        let usage = std::fs::read_to_string(self.at.join(".lockstep/usage")).unwrap();
+        let taken: u64 = usage.split(' ').nth(4).unwrap().parse().unwrap();
+        let stored = std::fs::metadata(self.at.join("to")).unwrap().len();
+        let mut most = self.most_ahead.lock().unwrap();
+        *most = most.max(taken - stored);
+        false
+    }
+}
+
+#[test]
+fn a_copy_takes_no_more_of_a_quota_at_once_than_what_is_sent() {
+    use crate::server::quota::STEP_BYTES;
+    let at = tempfile::tempdir().unwrap();
+    let size = 50 * STEP_BYTES + 1000;
+    std::fs::File::create(at.path().join("from")).unwrap().set_len(size).unwrap();
+    let output = Arc::new(Watching { at: at.path().to_owned(), kept: Kept::default(), most_ahead: Mutex::default() });
+    let config = SessionConfig {
+        root: at.path().to_owned(),
+        confine: true,
+        rights: Rights::FULL,
+        quota: Some(Quota { bytes: Some(3 * size), files: None }),
+        policy: PolicySpec::default(),
+        actor: String::new(),
+        login: Login::default(),
+    };
+    let mut session = Session::new(config, output.clone(), None).unwrap();
+    session.feed(&Writer::new(packet::INIT).u32(3).finish()).unwrap();
+    let mut ask = |request: &mut Writer| {
+        session.feed(&request.finish()).unwrap();
+        session.lanes.wait();
+        let reply = output.kept.0.lock().unwrap().pop().unwrap();
+        reply[9..].to_vec()
+    };
+    let mut opened = |path: &str, flags: u32| {
+        let body = ask(opening(Writer::new(packet::OPEN).u32(7), path, flags));
+        Reader(&body).string().unwrap().to_vec()
+    };
+    let (from, to) = (opened("from", open::READ), opened("to", open::WRITE | open::CREATE));
+    let mut copy = |length: u64, to_at: u64| {
+        let mut request = Writer::new(X);
+        let said = ask(request.u32(7).string(b"copy-data").string(&from).u64(0).u64(length).string(&to).u64(to_at));
+        Status::from_code(Reader(&said).u32().unwrap())
+    };
+    assert_eq!(copy(0, 0), Status::Ok);
+    let stored = || std::fs::metadata(at.path().join("to")).unwrap().len();
+    assert_eq!(stored(), size);
+    let most = *output.most_ahead.lock().unwrap();
+    assert!(most > 0 && most <= STEP_BYTES, "{most}");
+    // As much as there is, and no more; what does not fit is not begun.
+    assert_eq!(copy(size + 1, 0), Status::EndOfFile);
+    assert_eq!(copy(0, size + 1), Status::Failure);
+    assert_eq!(stored(), size);
+}
+
 #[test]
 fn a_quota_is_taken_from_before_anything_is_stored() {
     let Client { at, kept, session } = Client::new("list,read,write,delete");

@@ -358,6 +358,11 @@ impl Site {
         Ok(self.allowance.as_ref().map_or(Ok(()), |allowance| allowance.take(Amount::new(bytes, files)))?)
     }
 
+    /// Whether so many bytes are there to be taken; none are.
+    pub(super) fn has(&self, bytes: u64) -> Result<(), Failed> {
+        Ok(self.allowance.as_ref().map_or(Ok(()), |allowance| allowance.has(Amount::new(bytes, 0)))?)
+    }
+
     /// Gives room back.
     pub(super) fn give_back(&self, bytes: u64, files: u64) {
         if let Some(allowance) = &self.allowance {
