@@ -67,8 +67,12 @@ impl Place {
 
     /// A push whose calls on the log of the target fail.
     fn push_failing(&self, calls: &str, inject: &str) -> Output {
+        self.push_failing_at("audit.jsonl", calls, inject)
+    }
+
+    fn push_failing_at(&self, file: &str, calls: &str, inject: &str) -> Output {
         let mut strace = self.command("strace");
-        strace.args(["-f", "-qq", "-o", "calls", "-P"]).arg(self.path("target/.lockstep/audit.jsonl"));
+        strace.args(["-f", "-qq", "-o", "calls", "-P"]).arg(self.path("target/.lockstep").join(file));
         strace.args(["-e", &format!("trace={calls}"), "-e", &format!("inject={calls}:{inject}")]);
         run_traced(strace.args([lockstep(), "push", "-q", "source", "target"]))
     }
@@ -560,6 +564,22 @@ fn h30_h31_a_log_that_cannot_be_written_keeps_everything_as_it_was() {
     done(&place.push_failing("fallocate", "error=EOPNOTSUPP"));
     assert_eq!(fs::read(place.path("target/weights.bin")).unwrap(), b"a newer version");
     ends(&place.verify(&[]), 0, &[]);
+}
+
+#[test]
+fn h30_lines_that_are_written_are_there_also_where_a_new_head_finds_no_room() {
+    let place = Place::new("");
+    done(&place.push());
+    for (calls, error) in [("write", "ENOSPC"), ("fdatasync", "EIO")] {
+        place.write("weights.bin", format!("a newer version, and {error}").as_bytes());
+        ends(&place.push_failing_at("audit.head.new", calls, &format!("error={error}")), 0, &[]);
+        assert!(fs::read_to_string(place.path("calls")).unwrap().contains("INJECTED"), "{calls}");
+        let head = fs::read_to_string(place.path("target/.lockstep/audit.head")).unwrap();
+        assert!(head.starts_with(&format!("{} ", place.lines().len())), "{head}");
+        assert!(!place.path("target/.lockstep/audit.head.new").exists());
+        ends(&place.verify(&[]), 0, &[]);
+    }
+    assert!(place.lines().iter().all(|line| line["action"] != "gap"));
 }
 
 #[test]

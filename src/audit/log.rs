@@ -13,15 +13,12 @@ use rustix::io::Errno;
 use super::chain::{Lines, TAIL_BYTES, WRITE_BYTES, last_of};
 use super::trail::stored_head;
 use super::{
-    AuditError, AuditRecord, HEAD, Head, LOG, NEW_HEAD, Rotation, STATE, Settings, broken, io_error, rotate, settings,
-    shown, sign,
+    AuditError, AuditRecord, HEAD, Head, LOG, NEW_HEAD, Rotation, STATE, Settings, broken, io_error, lost,
+    record::LINE_BYTES, rotate, settings, shown, sign,
 };
 use crate::error::chain;
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
-
-/// A line takes so much besides the words that are its own.
-const LINE_BYTES: u64 = 640;
 
 /// A log that is open for appending. The open file is locked: others wait.
 #[derive(Debug)]
@@ -146,12 +143,14 @@ impl<'r> AuditLog<'r> {
         self.reserve(records.saturating_add(4).saturating_mul(LINE_BYTES).saturating_add(bytes))?;
         let failed = io_error(self.root);
         let mut lines = Lines::after(self.head);
-        for record in self.gap()?.into_iter().chain([intent]) {
+        let (gaps, lost) = self.gaps()?;
+        for record in gaps.into_iter().chain([intent]) {
             lines.add(&record).map_err(|error| failed(error.into()))?;
         }
         // DURABILITY: the head stays behind, which is no fault; it comes with what is announced.
         self.file.write_all(&lines.text).and_then(|()| self.file.sync_data()).map_err(failed)?;
         (self.head, self.torn) = (lines.head, None);
+        told(self.forget(lost));
         Ok(())
     }
 
@@ -198,8 +197,8 @@ impl<'r> AuditLog<'r> {
         let json = |error: serde_json::Error| failed(error.into());
         let mut records = records.into_iter().peekable();
         let anything = records.peek().is_some() || self.is_due(sign, self.head);
-        let gap = if anything { self.gap()? } else { None };
-        for record in gap.into_iter().chain(records) {
+        let (gaps, lost) = if anything { self.gaps()? } else { Default::default() };
+        for record in gaps.into_iter().chain(records) {
             lines.add(&record).map_err(json)?;
             if lines.text.len() >= WRITE_BYTES {
                 self.file.write_all(&std::mem::take(&mut lines.text)).map_err(&failed)?;
@@ -218,24 +217,46 @@ impl<'r> AuditLog<'r> {
         }
         self.file.write_all(&lines.text).and_then(|()| self.file.sync_data()).map_err(&failed)?;
         (self.head, self.torn) = (head, None);
-        // DURABILITY: written after the lines; after a crash between the two the head is behind, which is no fault.
-        self.store_head(head)?;
+        // DURABILITY: written after the lines, which are there whether it can be or not; where it is behind, that is no fault.
+        told(self.store_head(head));
+        told(self.forget(lost));
         Ok(head)
     }
 
+    /// What was lost is told in the log.
+    fn forget(&self, lost: u64) -> Result<(), AuditError> {
+        if lost > 0 { lost::set(self.root, 0) } else { Ok(()) }
+    }
+
+    /// Counts lines that could not be written: whoever writes the next one says how many they were.
+    ///
+    /// # Errors
+    /// When that cannot be written down either.
+    pub fn lose(root: &Root, lines: u64) -> Result<(), AuditError> {
+        let _locked = locked(root)?;
+        lost::set(root, lost::count(root)?.saturating_add(lines))
+    }
+
+    /// Makes sure that lines which are lost later can be counted.
+    ///
+    /// # Errors
+    /// When there is no room for the count.
+    pub fn prepare_for_loss(&self) -> Result<(), AuditError> {
+        lost::prepare(self.root, &self.file)
+    }
+
     fn store_head(&self, head: Head) -> Result<(), AuditError> {
-        let failed = |source| AuditError::Io { path: shown(self.root, HEAD), source };
         let (path, new) = (RelPath::new(HEAD)?, RelPath::new(NEW_HEAD)?);
-        self.root.remove_tree(&new)?;
-        let mut file = self.root.create_new(&new, 0o600)?;
-        let text = head.encode();
-        if hand_over(&file, &self.file).map_err(failed)? {
-            file.write_all(text.as_bytes()).and_then(|()| file.sync_data()).map_err(failed)?;
-            self.root.rename(&new, &path, RenameFlags::empty())?;
-            return Ok(());
+        match self.new_head(head, &path, &new) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(error) => tracing::debug!(error = chain(&error), "the head of the audit log is written in place"),
         }
-        self.root.unlink(&new)?;
-        // Whoever writes the log could not read one of this user's. It is shorter than what a disk writes at once.
+        self.root.remove_tree(&new)?;
+        let failed = |source| AuditError::Io { path: shown(self.root, HEAD), source };
+        let text = head.encode();
+        // Whoever writes the log could not read one of this user's, or the disk is full: it has its room. It is shorter than
+        // what a disk writes at once.
         match self.root.open_with(&path, Follow::Never, OFlags::WRONLY | OFlags::NONBLOCK, 0) {
             Ok(file) => {
                 let written = file.write_all_at(text.as_bytes(), 0).and_then(|()| file.set_len(text.len() as u64));
@@ -246,11 +267,33 @@ impl<'r> AuditLog<'r> {
         }
     }
 
-    /// Takes an unfinished line away; the line that says so.
-    fn gap(&self) -> Result<Option<AuditRecord>, AuditError> {
-        let Some(end) = self.torn else { return Ok(None) };
-        self.file.set_len(end).map_err(io_error(self.root))?;
-        Ok(Some(AuditRecord::unfinished()))
+    /// A new file in its place; false where it cannot be made for whom the log belongs to.
+    fn new_head(&self, head: Head, path: &RelPath, new: &RelPath) -> Result<bool, AuditError> {
+        let failed = |source| AuditError::Io { path: shown(self.root, HEAD), source };
+        self.root.remove_tree(new)?;
+        let mut file = self.root.create_new(new, 0o600)?;
+        if !hand_over(&file, &self.file).map_err(failed)? {
+            return Ok(false);
+        }
+        file.write_all(head.encode().as_bytes()).and_then(|()| file.sync_data()).map_err(failed)?;
+        self.root.rename(new, path, RenameFlags::empty())?;
+        Ok(true)
+    }
+
+    /// Takes an unfinished line away. The lines that tell of what is missing, and how many were lost.
+    fn gaps(&self) -> Result<(Vec<AuditRecord>, u64), AuditError> {
+        let mut gaps = Vec::new();
+        if let Some(end) = self.torn {
+            self.file.set_len(end).map_err(io_error(self.root))?;
+            gaps.push(AuditRecord::unfinished());
+        }
+        // What cannot be read keeps nobody from writing.
+        let lost = lost::count(self.root).unwrap_or_else(|error| {
+            told(Err(error));
+            0
+        });
+        gaps.extend((lost > 0).then(|| AuditRecord::lost(lost)));
+        Ok((gaps, lost))
     }
 
     /// Whether the head is to be signed, when there is something that is not signed yet.
@@ -265,6 +308,13 @@ impl<'r> AuditLog<'r> {
         // Without a time it was never signed, or long ago; a clock that was set back is left to the number of lines.
         let late = time.is_none() || since.is_some_and(|since| since >= signing.every);
         sign == Sign::Now || unsigned >= signing.lines || late
+    }
+}
+
+/// What fails behind the lines makes none of them undone.
+fn told(beside: Result<(), AuditError>) {
+    if let Err(error) = beside {
+        tracing::warn!(error = chain(&error), "the audit log is written, but not what is kept beside it");
     }
 }
 

@@ -13,6 +13,7 @@ mod chain;
 pub mod event;
 pub mod export;
 mod log;
+mod lost;
 mod record;
 mod rotate;
 mod settings;
@@ -35,6 +36,7 @@ use crate::root::{Root, RootError};
 pub const LOG: &str = ".lockstep/audit.jsonl";
 /// The name of its head beneath a root.
 pub const HEAD: &str = ".lockstep/audit.head";
+const LOST: &str = ".lockstep/audit.lost";
 const NEW_HEAD: &str = ".lockstep/audit.head.new";
 const STATE: &str = ".lockstep";
 

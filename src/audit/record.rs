@@ -4,6 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::manifest::Entry;
 
+/// A line takes so much besides the words that are its own.
+pub(super) const LINE_BYTES: u64 = 640;
+
 /// One thing that was done, or refused. Names are escaped ([`crate::error::Escaped`]) by whoever makes the record. What does
 /// not apply is left out of the line.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -114,10 +117,22 @@ impl Before {
 }
 
 impl AuditRecord {
+    /// How long its line gets, and a little more.
+    #[must_use]
+    pub fn line_bytes(&self) -> u64 {
+        LINE_BYTES + serde_json::to_vec(self).map_or(0, |text| text.len() as u64)
+    }
+
     /// That an unfinished line was taken away, which comes before whatever is told next.
     pub fn unfinished() -> AuditRecord {
         let reason = "a line that was not finished was taken away: whoever wrote it was interrupted";
         AuditRecord { action: "gap".into(), reason: Some(reason.into()), ..AuditRecord::default() }
+    }
+
+    /// That lines could not be written, which comes before the next one that can.
+    pub fn lost(lines: u64) -> AuditRecord {
+        let reason = format!("{lines} records before this one could not be written");
+        AuditRecord { action: "gap".into(), reason: Some(reason), ..AuditRecord::default() }
     }
 
     /// What happened to an entry and what it got, by whom this record says.

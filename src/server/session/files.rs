@@ -126,6 +126,10 @@ impl OpenFile {
     /// Its content is about to change. That of a file that was there is told before: should the session be killed, nothing else says so.
     pub(super) fn touch(&self) -> Result<(), Failed> {
         let (Some(mut arrival), Some(content)) = (self.arrival(), &self.content) else { return Ok(()) };
+        if !locked(content).told {
+            // It may have waited on its lane since it was let pass.
+            self.site.recorded(0)?;
+        }
         arrival.touched = true;
         if !std::mem::replace(&mut locked(content).told, true) && self.site.recorder.is_some() {
             let found = Metadata::of(&self.file)?;
@@ -217,6 +221,7 @@ impl OpenFile {
             self.mark();
         }
         if asked != Attributes::default() {
+            self.site.recorded(0)?;
             let (path, _) = self.path()?;
             self.site.guard(&path)?;
             self.site.set(&self.file, &path, &asked)?;

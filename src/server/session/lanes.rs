@@ -12,7 +12,7 @@ use super::files::Job;
 use crate::root::Metadata;
 use crate::server::agent::Output;
 
-const LANES: u64 = 4;
+pub(super) const LANES: u64 = 4;
 /// Requests that wait on a lane; at 255 KiB each, 16 MiB in a session.
 const WAITING: usize = 16;
 

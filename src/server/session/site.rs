@@ -341,6 +341,16 @@ impl Site {
         self.private().contains(&(found.device, found.inode))
     }
 
+    /// What cannot be recorded is not done. So many handles are open, as far as whoever asks knows.
+    pub(super) fn recorded(&self, handles: usize) -> Result<(), Failed> {
+        match &self.recorder {
+            Some(recorder) if !recorder.ready(handles) => {
+                Err(Failed::because(Status::Failure, "the server's audit log cannot be written"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Refuses what the rights do not cover; what would have written has its line in the log.
     pub(super) fn not_allowed(&self, needs: Need, path: Option<&[u8]>) -> Failed {
         let reason = needs.refusal(self.rights);
