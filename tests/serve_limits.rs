@@ -8,6 +8,8 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
+use lockstep::wire::buffer::Writer;
+use lockstep::wire::sftp::packet;
 use rustix::process::Signal;
 
 use crate::kit::served::{Held, Served, user};
@@ -267,6 +269,23 @@ fn who_does_nothing_is_let_go_though_it_answers_that_it_is_alive() {
     let last_words = held.ended();
     assert!(last_words.contains("nothing was done for too long"), "{last_words}");
     served.wait_for("nothing was done for too long");
+}
+
+#[test]
+fn a_first_packet_of_any_length_is_answered_and_who_does_nothing_after_it_is_let_go() {
+    let served = Served::start("", "idle_timeout = '1s'");
+    let answer = served.path("answer");
+    // The longest are in more than one message of SSH.
+    for length in [0, 44, 45, 100, 40_000, 200_000] {
+        let mut command = served.client("ssh", "-p", "sync");
+        command.args(["-s", "sync@127.0.0.1", "sftp"]).stdin(Stdio::piped()).stdout(fs::File::create(&answer).unwrap());
+        let mut client = command.stderr(Stdio::null()).spawn().unwrap();
+        let first = Writer::new(packet::INIT).u32(3).string(b"x@y").string(&vec![7; length]).finish();
+        let mut input = client.stdin.take().unwrap();
+        input.write_all(&first).unwrap();
+        until(&format!("the answer to {length}"), || fs::read(&answer).unwrap().get(4) == Some(&packet::VERSION));
+        until(&format!("the end of {length}"), || client.try_wait().unwrap().is_some());
+    }
 }
 
 #[test]

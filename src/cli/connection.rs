@@ -128,6 +128,9 @@ fn serve_lane(start: &SessionStart, stream: UnixStream) {
     }
 }
 
+/// A longer first packet is of a session of this process, whatever comes behind it.
+const FIRST_MAX: usize = 64;
+
 /// A session of a connection, or of the run of another process; this one ends after it.
 struct Whole {
     served: Served,
@@ -146,10 +149,14 @@ impl Whole {
     fn decide(&mut self, mut head: Vec<u8>) -> Result<(), String> {
         let wanted = extension::request("attach");
         let whole = |bytes: &[u8]| Some(4 + u32::from_be_bytes(*bytes.first_chunk()?) as usize);
-        let Some(first) = whole(&head).filter(|&first| first <= head.len()) else {
-            // The first packet has nine bytes; what is longer is none.
-            return if head.len() < 64 { self.wait(head) } else { self.go_on(&head) };
-        };
+        let Some(first) = whole(&head) else { return self.wait(head) };
+        // That of a client which wants to work on another's run says nothing but its version.
+        if first > FIRST_MAX {
+            return self.go_on(&head);
+        }
+        if first > head.len() {
+            return self.wait(head);
+        }
         let second = &head[first..];
         let Some(length) = whole(second) else { return self.wait(head) };
         if length != wanted.len() + TOKEN {
@@ -200,7 +207,8 @@ impl FedSession for Whole {
                 head.extend_from_slice(bytes);
                 // The first packet is answered at once.
                 let first = head.first_chunk().map(|length| 4 + u32::from_be_bytes(*length) as usize);
-                if let Some(first) = first.filter(|&first| self.told == 0 && first <= head.len() && first <= 64) {
+                if let Some(first) = first.filter(|&first| self.told == 0 && first <= head.len() && first <= FIRST_MAX)
+                {
                     self.told = first;
                     self.served.feed(&head[..first])?;
                 }
