@@ -33,7 +33,8 @@ impl Root {
     /// Where below the root something open lies, without links; `None` is the root itself.
     ///
     /// # Errors
-    /// EXDEV when it lies elsewhere by now, ENOENT when it was removed and where /proc is not to be had.
+    /// EXDEV when it lies elsewhere by now, ENOENT when it was removed and where /proc is not to be had, ENAMETOOLONG when its
+    /// whole path is too long to be told.
     pub fn path_of(&self, file: &impl AsFd) -> Result<Option<RelPath>> {
         let found = path_of(self.directory.as_fd(), file.as_fd());
         self.failed("find the place of a file below", None, found)
@@ -79,7 +80,12 @@ fn path_of(
     // What the kernel puts behind the name of what was removed, which may be a part of a name as well.
     if below.ends_with(b" (deleted)") {
         let name = below.strip_prefix(b"/").ok_or(Errno::XDEV)?;
-        let (named, own) = (fs::statat(root_at, name, AtFlags::SYMLINK_NOFOLLOW)?, fs::fstat(file_at)?);
+        let named = fs::statat(root_at, name, AtFlags::SYMLINK_NOFOLLOW).map_err(|errno| match errno {
+            // No name of a file is so long, nor that of a directory on its way.
+            Errno::NAMETOOLONG | Errno::NOTDIR => Errno::NOENT,
+            errno => errno,
+        })?;
+        let own = fs::fstat(file_at)?;
         if (named.st_dev, named.st_ino) != (own.st_dev, own.st_ino) {
             return Err(Errno::NOENT);
         }

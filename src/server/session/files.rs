@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::buffer::spare_capacity;
+use rustix::io::Errno;
 
 use super::content::{Shared, locked, removed, size_of};
 use super::lanes::lane_of;
@@ -13,7 +14,7 @@ use super::site::{Site, drop_set_id};
 use super::{Answer, Failed, Status, attributes_packet, statvfs_packet};
 use crate::audit::Outcome;
 use crate::path::RelPath;
-use crate::root::{Change, FileKind, Metadata, RootError};
+use crate::root::{Change, FileKind, Follow, Metadata, RootError};
 use crate::server::gate::Need;
 use crate::wire::buffer::{Reader, Short, Writer};
 use crate::wire::sftp::{Attributes, DATA_MAX, Packet, packet};
@@ -60,6 +61,30 @@ pub(super) struct Opening {
     pub(super) private: bool,
     /// The mode that the client asked for, where the file is new.
     pub(super) asked: Option<u32>,
+}
+
+/// What is known of the name of an open file.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Name {
+    /// It is called so.
+    Known,
+    /// It was; that name is no more.
+    Removed,
+    /// It was; it lies outside of the root now.
+    Outside,
+    /// It was.
+    Unknown,
+}
+
+impl Name {
+    /// What the log says of it.
+    fn story(self) -> &'static str {
+        match self {
+            Name::Known | Name::Unknown => "",
+            Name::Removed => "that name was removed before it was closed",
+            Name::Outside => "it was moved out of the root before it was closed",
+        }
+    }
 }
 
 impl OpenFile {
@@ -153,15 +178,23 @@ impl OpenFile {
         self.site.resize(&self.file, &self.path()?.0, 0)
     }
 
-    /// What it is called, and whether it is; where that name was removed, what it was called when it was opened: what it is called besides
-    /// cannot be found out, and gets the same by the rules.
-    fn path(&self) -> Result<(RelPath, bool), Failed> {
-        let known = match self.site.root.path_of(&self.file) {
-            Ok(Some(path)) => return Ok((path, true)),
-            Ok(None) => Failed::from(Status::Failure),
-            Err(error) => error.into(),
+    /// What it is called; where that is not known, what it was called when it was opened: what it is called besides cannot be found
+    /// out, and gets the same by the rules.
+    fn path(&self) -> Result<(RelPath, Name), Failed> {
+        let error = match self.site.root.path_of(&self.file) {
+            Ok(Some(path)) => return Ok((path, Name::Known)),
+            Ok(None) => return Err(Status::Failure.into()),
+            Err(error) => error,
         };
-        self.opened.clone().map(|path| (path, false)).ok_or(known)
+        let Some(opened) = self.opened.clone() else { return Err(error.into()) };
+        let is_still_there = |found: Metadata| (found.device, found.inode) == (self.device, self.inode);
+        let name = match error.errno().map(Errno::from_raw_os_error) {
+            _ if self.site.root.stat(&opened, Follow::Never).is_ok_and(is_still_there) => Name::Known,
+            Some(Errno::NOENT) => Name::Removed,
+            Some(Errno::XDEV) => Name::Outside,
+            _ => Name::Unknown,
+        };
+        Ok((opened, name))
     }
 
     fn read(&self, id: u32, offset: u64, length: u32) -> Answer {
@@ -222,7 +255,10 @@ impl OpenFile {
         }
         if asked != Attributes::default() {
             self.site.recorded(0)?;
-            let (path, _) = self.path()?;
+            let (path, name) = self.path()?;
+            if name == Name::Outside {
+                return Err(Errno::XDEV.into());
+            }
             self.site.guard(&path)?;
             self.site.set(&self.file, &path, &asked)?;
         }
@@ -242,13 +278,20 @@ impl OpenFile {
         if self.site.policy.is_empty() && self.site.recorder.is_none() {
             return Ok(Status::Ok.packet(id));
         }
-        let (path, is_called) = self.path()?;
+        let (path, name) = self.path()?;
         // What it is given changes it, too.
         let digest = self.content.as_ref().and_then(|content| {
             let mut content = locked(content);
             content.told = false;
             content.digest(&self.file, found.size)
         });
+        let digest = digest.filter(|_| name == Name::Known);
+        let note = || self.site.note_file(name.story(), "publish", &path, &self.file, digest, arrival.before.as_ref());
+        // What lies outside of the root is not the rules' affair.
+        if name == Name::Outside {
+            note();
+            return Ok(Status::Ok.packet(id));
+        }
         let grant = self.site.grant(&path, false, arrival.asked & 0o777, Some(&found))?;
         if grant.ruled() && !self.site.is_private(&found) {
             grant.give(&self.file)?;
@@ -257,9 +300,7 @@ impl OpenFile {
             Change { mode: Some(grant.mode), ..Change::default() }.apply(&self.file)?;
         }
         self.content.iter().for_each(|content| locked(content).changed(&self.file));
-        let how = if is_called { "" } else { "that name was removed before it was closed" };
-        let digest = digest.filter(|_| is_called);
-        self.site.note_file(how, "publish", &path, &self.file, digest, arrival.before.as_ref());
+        note();
         Ok(Status::Ok.packet(id))
     }
 
@@ -270,9 +311,9 @@ impl OpenFile {
         if self.kind != FileKind::Regular || Metadata::of(&self.file).is_ok_and(|found| found.links == 0) {
             return;
         }
-        let Ok((path, _)) = self.path() else { return };
+        let Ok((path, name)) = self.path() else { return };
         let before = arrival.before.as_ref();
-        self.site.note_as("", "publish", &path, &self.file, before, |record| {
+        self.site.note_as(name.story(), "publish", &path, &self.file, before, |record| {
             record.result = Some(Outcome::Failure);
             record.reason = Some("the session ended before it was closed".to_owned());
         });

@@ -467,6 +467,57 @@ fn s13_nothing_is_attested_that_somebody_else_has_written_to_meanwhile() {
 }
 
 #[test]
+fn s13_a_path_that_is_too_long_to_be_told_as_a_whole_is_known_by_its_name() {
+    let mut client = Client::new(false, &[("**/f*", "640", None)]);
+    let directory = vec!["d".repeat(255); 15].join("/");
+    std::fs::create_dir_all(client.at.path().join(&directory)).unwrap();
+    let path = format!("{directory}/{}", "f".repeat(255));
+    assert!(client.at.path().join(&path).as_os_str().len() > crate::path::PATH_MAX);
+    client.put(&path, 0o600, b"good");
+    let found =
+        client.session.site.root.stat(&crate::path::RelPath::new(path.as_str()).unwrap(), Follow::Never).unwrap();
+    assert_eq!(found.mode, 0o640);
+    let log = lines(&client.log());
+    let published = log.iter().find(|line| line["action"] == "publish").unwrap();
+    assert_eq!((&published["sha256"], &published["source"]), (&sha256(b"good"), &"sftp".into()));
+}
+
+#[test]
+fn s13_a_name_that_was_removed_is_told_however_long_it_is() {
+    let mut client = Client::new(false, &[]);
+    let long = "f".repeat(255);
+    let handle = client.open(&long, 0o600);
+    client.write(&handle, 0, b"good");
+    std::fs::hard_link(client.at.path().join(&long), client.at.path().join("other")).unwrap();
+    std::fs::remove_file(client.at.path().join(&long)).unwrap();
+    assert_eq!(client.close(&handle), Status::Ok);
+    let log = lines(&client.log());
+    let published = log.iter().find(|line| line["action"] == "publish").unwrap();
+    assert!(published["source"].as_str().unwrap().ends_with("that name was removed before it was closed"));
+    assert_eq!(published["sha256"], serde_json::Value::Null);
+}
+
+#[test]
+fn what_somebody_moves_out_of_the_root_gets_nothing_by_the_rules() {
+    let mut client = Client::new(false, &[("*", "644", None)]);
+    let outside = tempfile::tempdir().unwrap();
+    let moved = outside.path().join("f");
+    let handle = client.open("f", 0o600);
+    client.write(&handle, 0, b"good");
+    std::fs::rename(client.at.path().join("f"), &moved).unwrap();
+    let set = client.status(packet::FSETSTAT, |w| w.string(&handle).u32(8).u32(1).u32(2));
+    assert_eq!(set, Status::Failure);
+    assert_eq!(client.close(&handle), Status::Ok);
+    let found = std::fs::metadata(moved).unwrap();
+    assert_eq!(found.permissions().mode() & 0o777, 0o600);
+    assert!(found.modified().unwrap().elapsed().unwrap() < std::time::Duration::from_secs(3600));
+    let log = lines(&client.log());
+    let published = log.iter().find(|line| line["action"] == "publish").unwrap();
+    assert!(published["source"].as_str().unwrap().ends_with("it was moved out of the root before it was closed"));
+    assert_eq!(published["sha256"], serde_json::Value::Null);
+}
+
+#[test]
 fn s13_what_a_client_does_to_its_own_file_leaves_its_digest_known() {
     let mut client = Client::new(false, &[("*.bin", "640", None)]);
     for name in ["plain", "ruled.bin"] {
