@@ -7,12 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use lockstep::audit::{AuditRecord, Head};
+use lockstep::wire::sftp::{Status, packet};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use crate::daemon::Running;
 use crate::kit::area::{contents, lockstep, run_traced, sample};
 use crate::kit::pair::{mode_of, run_command};
+use crate::kit::raw::Server;
 use crate::kit::served::{Served, user, write};
 use crate::kit::sshd::Sshd;
 use crate::kit::{account, done, ends, key, keygen, public, text, until};
@@ -643,6 +645,29 @@ fn h30_plain_clients_change_nothing_that_cannot_be_recorded() {
     done(&served.sftp("sync", "sync", "get one got\n"));
     fs::write(&log, whole).unwrap();
     done(&served.sftp("sync", "sync", "put one two\n"));
+}
+
+#[test]
+fn h30_what_a_session_found_no_room_to_tell_is_missed_by_the_next_one() {
+    let at = tempfile::tempdir().unwrap();
+    let root = at.path().join("root");
+    fs::create_dir(&root).unwrap();
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-qq", "-o", "/dev/null", "-P"]).arg(root.join(".lockstep/audit.jsonl"));
+    strace.args(["-e", "trace=write", "-e", "inject=write:error=ENOSPC:when=1", lockstep(), "sftp-server", "--root"]);
+    let mut server = Server::spawn(strace.arg(&root));
+    assert_eq!(server.path(packet::MKDIR, "lost"), Status::Ok);
+    drop(server);
+    let mut server = Server::confined(&root);
+    assert_eq!(server.path(packet::MKDIR, "next"), Status::Ok);
+    drop(server);
+    let lines = lines(&root);
+    let actions: Vec<_> = lines.iter().map(|line| line["action"].as_str().unwrap()).collect();
+    assert_eq!(actions, ["gap", "publish"], "{lines:#?}");
+    assert_eq!(
+        (&lines[0]["reason"], &lines[1]["path"]),
+        (&"1 records before this one could not be written".into(), &"next".into())
+    );
 }
 
 #[test]
