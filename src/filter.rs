@@ -175,17 +175,20 @@ impl Filter {
     }
 }
 
-/// The gitignore line for just this path. Bytes that are not UTF-8 are matched by `?`, one for each: it may leave out more,
-/// which then waits for the next time.
+/// The gitignore line for just this path. What cannot stand in a line, and is not UTF-8, is matched by `?`, one for each byte: it may leave out more, which then waits for the next time.
 pub fn line_for(path: &RelPath) -> String {
     let mut line = String::from("/");
     for chunk in path.as_bytes().utf8_chunks() {
         for c in chunk.valid().chars() {
-            if matches!(c, '*' | '?' | '[' | ']' | '{' | '}' | '\\' | '!' | '#' | ' ') {
+            // A line ends at a line feed, and blanks at its end are taken away, whatever stands before them; braces are counted.
+            if matches!(c, '{' | '}') || (c.is_whitespace() && c != ' ') {
+                (0..c.len_utf8()).for_each(|_| line.push('?'));
+                continue;
+            }
+            if matches!(c, '*' | '?' | '[' | ']' | '\\' | '!' | '#' | ' ') {
                 line.push('\\');
             }
-            // A line ends at a line feed, whatever stands before it.
-            line.push(if c == '\n' || c == '\r' { '?' } else { c });
+            line.push(c);
         }
         chunk.invalid().iter().for_each(|_| line.push('?'));
     }
@@ -320,7 +323,10 @@ mod tests {
                 }
             }
         }
-        for odd in [&b"caf\xe9"[..], b"two\nlines", b"d/\xff\xfe"] {
+        let braces = "{".repeat(65);
+        let blanks = ["x \t", "x\t", "x\u{a0}", "x \u{3000}"];
+        let odd = [&b"caf\xe9"[..], b"two\nlines", b"d/\xff\xfe", braces.as_bytes()];
+        for odd in odd.into_iter().chain(blanks.map(str::as_bytes)) {
             let path = RelPath::new(odd).unwrap();
             let filter = Filter::compile(&FilterSpec { rules: vec![line_for(&path)], only: None }).unwrap();
             assert!(!filter.admits(&path, false), "{path}");

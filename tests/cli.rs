@@ -364,6 +364,11 @@ fn a_listed_path_that_is_not_there_is_a_failure() {
     push("a b\ngone\n", &["--exclude", "gone"]).code(0);
     fs::write(at.path().join("there/gone"), "").unwrap();
     push("a b\ngone\n", &["--delete"]).code(0).stdout(contains("1 removed"));
+    // One that neither side has is a mistake, and then nothing is removed.
+    fs::write(at.path().join("there/gone"), "").unwrap();
+    let said = "failed: typo: is listed in --files-from, but the source does not have it\n";
+    push("a b\ngone\ntypo\n", &["--delete"]).code(4).stderr(contains(said));
+    assert!(at.path().join("there/gone").exists());
 }
 
 #[test]

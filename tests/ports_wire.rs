@@ -25,7 +25,7 @@ struct Area {
 /// An agent with these options and this of its environment.
 fn agent(connection: Option<&str>, options: &[&str]) -> Server {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lockstep"));
-    command.arg("sftp-server").args(options).env_remove("SSH_CONNECTION").env("LOCKSTEP_CONFIG", "/nowhere");
+    command.arg("sftp-server").args(options).env_remove("SSH_CONNECTION").env_remove("LOCKSTEP_CONFIG");
     command.envs(connection.map(|connection| ("SSH_CONNECTION", connection)));
     Server::spawn(&mut command)
 }

@@ -306,11 +306,12 @@ impl Daemon {
                 tracing::warn!("a run of a job that is no more goes on for a while");
             }
         }
-        for job in &mut jobs {
-            let Shared { places, connect, recent, teller, .. } = &*self.shared;
-            job.start(places, connect, recent, teller).map_err(DaemonError::Thread)?;
-        }
-        (running.jobs, running.config, running.config_error) = (jobs, config, None);
+        let Shared { places, connect, recent, teller, .. } = &*self.shared;
+        let started = jobs.iter_mut().try_for_each(|job| job.start(places, connect, recent, teller));
+        // Where one cannot be started, the others run and are to be seen and stopped.
+        running.jobs = jobs;
+        started.map_err(DaemonError::Thread)?;
+        (running.config, running.config_error) = (config, None);
         // Who is asked for the status just now waits for this lock.
         drop(running);
         self.shows.show(shown);

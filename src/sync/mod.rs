@@ -213,7 +213,6 @@ pub fn run(
     begun?;
     let result = scanned.and_then(|mut scan| {
         check(stop)?;
-        // With --delete that is how a listed path is removed.
         if !options.delete {
             scan.problems.extend(listed::missing(&options.scan.filter, &scan));
         }
@@ -241,6 +240,8 @@ fn run_begun(
     scan: crate::endpoint::Scan,
     started: Instant,
 ) -> Result<SyncReport, Error> {
+    // With --delete a listed path is removed that way, where the target has it.
+    let absent = if options.delete { listed::missing(&options.scan.filter, &scan) } else { Vec::new() };
     let tree = Arc::new(scan.tree);
     let mut problems = scan.problems;
     monitor.event(Event::Phase(Phase::Comparing));
@@ -249,6 +250,11 @@ fn run_begun(
     }
     let mut plan = target.diff(&tree, monitor)?;
     check(stop)?;
+    let goes = |problem: &Problem| plan.removals.iter().any(|removal| problem.path.as_ref() == Some(&removal.path));
+    for problem in absent.into_iter().filter(|problem| !goes(problem)) {
+        monitor.event(Event::Problem(&problem));
+        problems.push(problem);
+    }
     let retired = retired(options, &tree, &mut plan)?;
     if options.delete {
         safety::check_removals(&tree, &plan, options.max_delete)
