@@ -19,6 +19,7 @@ use super::{
 use crate::error::chain;
 use crate::path::RelPath;
 use crate::root::{FileKind, Follow, Metadata, Root};
+use crate::signature::SignError;
 
 /// A log that is open for appending. The open file is locked: others wait.
 #[derive(Debug)]
@@ -117,9 +118,7 @@ impl<'r> AuditLog<'r> {
         let Some((numbers, head)) = rotate::surplus(self.root, keep)? else { return Ok(()) };
         let mut record = rotate::pruned(&numbers, head, keep);
         if let Some(signing) = &self.settings.signing {
-            let root = crate::error::shown(self.root.shown()).to_string();
-            let signed = sign::signed_removal(&signing.key, head, record);
-            record = signed.map_err(|source| AuditError::Sign { root, source })?;
+            record = sign::signed_removal(&signing.key, head, record).map_err(unsigned(self.root))?;
         }
         self.write([record], Sign::Now)?;
         for number in numbers {
@@ -205,9 +204,7 @@ impl<'r> AuditLog<'r> {
             }
         }
         if let Some(signing) = self.settings.signing.as_ref().filter(|_| self.is_due(sign, lines.head)) {
-            let root = || crate::error::shown(self.root.shown()).to_string();
-            let signed = sign::signed_head(&signing.key, lines.head);
-            let signed = signed.map_err(|source| AuditError::Sign { root: root(), source })?;
+            let signed = sign::signed_head(&signing.key, lines.head).map_err(unsigned(self.root))?;
             lines.add(&signed).map_err(json)?;
             self.signed = Some((lines.head.lines, Some(Utc::now())));
         }
@@ -309,6 +306,10 @@ impl<'r> AuditLog<'r> {
         let late = time.is_none() || since.is_some_and(|since| since >= signing.every);
         sign == Sign::Now || unsigned >= signing.lines || late
     }
+}
+
+fn unsigned(root: &Root) -> impl Fn(SignError) -> AuditError + '_ {
+    |source| AuditError::Sign { root: crate::error::shown(root.shown()).to_string(), source }
 }
 
 /// What fails behind the lines makes none of them undone.

@@ -5,12 +5,13 @@
 //! files at once.
 
 use std::collections::HashSet;
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, CWD, StatxFlags};
+
+use crate::staging::processes;
 
 /// Of the time at most one part in so many is spent on looking.
 const SHARE: u32 = 10;
@@ -27,14 +28,9 @@ impl Writers {
     /// Looks at all processes.
     pub(super) fn look() -> Writers {
         let mut writers = Writers { open: HashSet::new(), complete: true };
-        let Ok(processes) = std::fs::read_dir("/proc") else {
-            writers.complete = false;
-            return writers;
-        };
-        for process in processes.flatten() {
-            if process.file_name().as_bytes().iter().all(u8::is_ascii_digit) {
-                writers.look_at(&process.path().join("fd"));
-            }
+        match processes() {
+            Ok(processes) => processes.for_each(|process| writers.look_at(&process.join("fd"))),
+            Err(_) => writers.complete = false,
         }
         writers
     }

@@ -82,8 +82,9 @@ impl Target for Metered {
     fn begin(&self, options: &BeginOptions, monitor: &dyn Monitor) -> Result<(), Error> {
         *self.compared() = Compared { dry_run: options.dry_run, ..Compared::default() };
         // A run makes the directories of its target before anything is compared.
-        let missing = self.path.as_ref().map_or(0, |path| self.allowance.missing(path));
-        if !options.dry_run && missing > 0 {
+        let made = self.path.as_ref().filter(|_| !options.dry_run);
+        let missing = made.map_or(0, |path| self.allowance.missing(path));
+        if missing > 0 {
             let directories = Amount::new(0, missing + OWN_DIRECTORIES);
             self.allowance.take(directories).map_err(|error| self.failed(error))?;
         }

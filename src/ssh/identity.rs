@@ -56,7 +56,7 @@ impl Identities {
         let mut found = Identities::default();
         for path in keys {
             match read_text(path) {
-                Ok((text, mode)) => found.identity(path, text, mode)?,
+                Ok((text, file)) => found.identity(path, text, &file)?,
                 Err(error) => found.note(path, &error),
             }
             let beside = certificate_beside(path);
@@ -83,7 +83,7 @@ impl Identities {
         }
     }
 
-    fn identity(&mut self, path: &Path, text: String, mode: (u32, bool)) -> Result<(), String> {
+    fn identity(&mut self, path: &Path, text: String, file: &File) -> Result<(), String> {
         let (public, content) = if let Ok(public) = PublicKey::from_openssh(text.trim()) {
             (Some(public), Content::Public)
         } else {
@@ -98,7 +98,14 @@ impl Identities {
             }
         };
         if !matches!(content, Content::Public) {
-            refuse_exposed(path, mode)?;
+            match secret::is_kept(file) {
+                Ok(true) => {}
+                Ok(false) => return Err(exposed(path, file)),
+                Err(error) => {
+                    self.note(path, &error);
+                    return Ok(());
+                }
+            }
         }
         self.files.push(Identity { path: path.to_owned(), public, content });
         Ok(())
@@ -116,30 +123,27 @@ impl Identities {
     }
 }
 
-fn refuse_exposed(path: &Path, (mode, kept): (u32, bool)) -> Result<(), String> {
-    if kept {
-        return Ok(());
-    }
+fn exposed(path: &Path, file: &File) -> String {
     let path = shown(path);
-    Err(format!(
+    let mode = file.metadata().map_or(0, |found| found.mode());
+    format!(
         "'{path}': others can read this private key (mode {:04o}), so it may be known to them; run: chmod 600 {}",
         mode & 0o7777,
         super::quote(&path)
-    ))
+    )
 }
 
-/// A file's text, its mode, and whether it is kept from others. Nothing else is waited for: a FIFO is refused.
-fn read_text(path: &Path) -> io::Result<(String, (u32, bool))> {
+/// A file's text, and the file. Nothing else is waited for: a FIFO is refused.
+fn read_text(path: &Path) -> io::Result<(String, File)> {
     let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
     let file: File = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     // RACE: none; the descriptor that is checked is the one that is read.
-    let metadata = file.metadata()?;
-    if !metadata.is_file() {
+    if !file.metadata()?.is_file() {
         return Err(io::Error::other("not a regular file"));
     }
     let mut text = String::new();
     (&file).take(MAX_BYTES).read_to_string(&mut text)?;
-    Ok((text, (metadata.mode(), secret::is_kept(&file)?)))
+    Ok((text, file))
 }
 
 /// `key-cert.pub`, beside `key` and `key.pub`.

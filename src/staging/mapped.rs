@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::root::Metadata;
 
@@ -35,14 +35,9 @@ impl Mapped {
         let user = rustix::process::geteuid().as_raw();
         let mut mapped = Mapped { inodes: HashSet::new(), complete: true, blind: false, user };
         let sees_all = std::fs::metadata("/proc/self/ns/pid").is_ok_and(|found| found.ino() == ALL_PROCESSES);
-        let Some(processes) = std::fs::read_dir("/proc").ok().filter(|_| sees_all) else {
-            mapped.blind = true;
-            return mapped;
-        };
-        for process in processes.flatten() {
-            if process.file_name().as_bytes().iter().all(u8::is_ascii_digit) {
-                mapped.look_at(&process.path());
-            }
+        match processes() {
+            Ok(processes) if sees_all => processes.for_each(|process| mapped.look_at(&process)),
+            _ => mapped.blind = true,
         }
         mapped
     }
@@ -68,6 +63,16 @@ impl Mapped {
             // The field's width is not the same everywhere; the numbers have 32 bits.
             && rustix::fs::fstatfs(file).is_ok_and(|found| TELLING.contains(&(found.f_type as u32)))
     }
+}
+
+/// The directories of all processes in `/proc`.
+///
+/// # Errors
+/// When there is no `/proc`.
+pub fn processes() -> std::io::Result<impl Iterator<Item = PathBuf>> {
+    let entries = std::fs::read_dir("/proc")?.flatten();
+    let is_process = |entry: &std::fs::DirEntry| entry.file_name().as_bytes().iter().all(u8::is_ascii_digit);
+    Ok(entries.filter(is_process).map(|entry| entry.path()))
 }
 
 /// The inode of a line of proc(5)'s maps, where the mapping is shared.

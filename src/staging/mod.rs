@@ -24,6 +24,6 @@ pub use hashing::{Kept, STATE_EVERY};
 pub use ids::Ids;
 pub use journal::Journal;
 pub use lock::{LockError, RootLock, sftp_holder};
-pub use mapped::Mapped;
+pub use mapped::{Mapped, processes};
 pub use passed_on::{AREAS, COMING, Standing, is_believed, published, remember_trail, standing, stop_at, trail_of};
 pub use state::must_be_own;

@@ -11,7 +11,7 @@ use super::changes::Changes;
 use super::publish::Record;
 use super::put::Put;
 use super::trash::Trash;
-use crate::audit::{AuditError, AuditLog, AuditRecord, Before, LOG, OnFailure, Outcome, settings};
+use crate::audit::{AuditError, AuditLog, AuditRecord, Before, OnFailure, Outcome, settings};
 use crate::endpoint::Error;
 use crate::error::{chain, counted, in_words};
 use crate::monitor::{Event, Monitor, Silent};
@@ -27,7 +27,6 @@ const UNTOLD: &str = "what was published is to be seen and not recorded yet; men
 
 /// What a log that cannot be written means for a run: its end, or a warning. `so` says how things are.
 pub(super) fn or_continue(
-    root: &Root,
     result: Result<(), AuditError>,
     so: &'static str,
     monitor: &dyn Monitor,
@@ -39,10 +38,9 @@ pub(super) fn or_continue(
         monitor.event(Event::Warning(&message));
         return Ok(());
     }
-    Err(match error.io() {
-        Some(source) => {
+    Err(match error.io().zip(error.path()) {
+        Some((source, path)) => {
             let source = io::Error::new(source.kind(), format!("{}; {so}", in_words(source)));
-            let path = error.path().unwrap_or_else(|| crate::error::shown(&root.shown().join(LOG)).to_string());
             Error::Io { operation: "write the audit log", path, source }
         }
         None => Error::Refused { by: "the audit log".into(), reason: format!("{}; {so}", chain(&error)) },
@@ -89,7 +87,7 @@ pub(super) fn announce(
     let reason = Some(format!("to {what} in {steps}"));
     let intent = AuditRecord { action: "intent".into(), reason, ..base };
     let announced = AuditLog::open(root).and_then(|mut log| log.announce(intent, lines, bytes));
-    or_continue(root, announced, UNCHANGED, monitor)
+    or_continue(announced, UNCHANGED, monitor)
 }
 
 /// Tells what was done. A run that was interrupted between this and its end tells it once more when it is finished.
@@ -111,7 +109,7 @@ pub(super) fn tell(
     let mut made = Ok(());
     let records = records.map_while(|record| record.map_err(|error| made = Err(error)).ok());
     let told = AuditLog::reopen(root).and_then(|mut log| log.append_last(records).map(drop));
-    or_continue(root, told, UNTOLD, &Silent::default())?;
+    or_continue(told, UNTOLD, &Silent::default())?;
     made
 }
 

@@ -102,5 +102,5 @@ pub(super) fn record(
         return Ok(());
     }
     let told = AuditLog::open(&run.root).and_then(|mut log| log.append(&lines).map(drop));
-    audited::or_continue(&run.root, told, audited::UNCHANGED, monitor)
+    audited::or_continue(told, audited::UNCHANGED, monitor)
 }

@@ -120,7 +120,7 @@ pub(super) fn finished<'a>(
         let moved = moved.into_iter().zip(there).filter(|(_, there)| matches!(there, Reply::Attributes(_)));
         records.extend(moved.map(|(path, _)| AuditRecord { before: before(path), ..aside(&base, &trash, path) }));
     }
-    records.extend(gone.into_iter().map(|path| AuditRecord { before: before(path), ..removed(&base, path) }));
+    records.extend(gone.into_iter().map(|path| AuditRecord { before: before(path), ..removal(&base, path) }));
     records.extend(manifest.tree.entries().iter().filter_map(|entry| {
         let path = &entry.path;
         let within = whole.contains(path) || path.ancestors().any(|above| whole.contains(&above));
@@ -368,7 +368,7 @@ fn records<'a>(
     run: &Run,
     state: &'a State,
     published: &'a HashSet<u32>,
-    gone_paths: &'a [&'a RelPath],
+    removed: &'a [&'a RelPath],
     manifest: &'a Manifest,
     trash: Option<&'a Trash<'a>>,
 ) -> impl Iterator<Item = AuditRecord> + 'a {
@@ -389,14 +389,14 @@ fn records<'a>(
         let what = if action.change == Change::MetadataOnly { "metadata" } else { "publish" };
         Some(AuditRecord { before: before(&entry.path), ..base.of_entry(what, entry) })
     });
-    let removals = gone_paths.iter().map(move |path| match trash {
+    let removals = removed.iter().map(move |path| match trash {
         Some(trash) => AuditRecord { before: before(path), ..aside(&gone, trash, path) },
-        None => AuditRecord { before: before(path), ..removed(&gone, path) },
+        None => AuditRecord { before: before(path), ..removal(&gone, path) },
     });
     kept.chain(given).chain(removals)
 }
 
-fn removed(base: &AuditRecord, path: &RelPath) -> AuditRecord {
+fn removal(base: &AuditRecord, path: &RelPath) -> AuditRecord {
     AuditRecord { action: "remove".into(), path: path.to_string(), result: Some(Outcome::Success), ..base.clone() }
 }
 
