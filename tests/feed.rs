@@ -34,6 +34,7 @@ fn options() -> FeedOptions {
         poll: Duration::from_millis(50),
         rescan: Duration::from_secs(3600),
         mount_note: None,
+        mounts_note: None,
     }
 }
 

@@ -185,3 +185,118 @@ fn what_is_written_to_again_before_its_turn_comes_is_not_sent_half_written() {
     drop(file);
     until("the file as it is in the end", || holds(&running.path("target/a"), "half and half"));
 }
+
+#[test]
+fn h38_what_a_file_system_in_a_source_held_stays_at_a_mirror_when_it_is_unmounted() {
+    let mut running = Running::start(&format!("{JOB}delete = \"mirror\"\n"));
+    assert_eq!(running.stop(), Some(0));
+    let inner = running.path("source/in ner");
+    fs::create_dir(&inner).unwrap();
+    // Of a source that is empty nothing is taken for removed anyway.
+    fs::write(running.path("source/kept"), "x").unwrap();
+    let inner = inner.display().to_string();
+    let mount = format!("mount -t tmpfs none '{inner}' && echo x > '{inner}/a'");
+    running.launch_by(unshared("-Urm", &mount));
+    let there = running.path("target/in ner/a");
+    until("the file in it", || holds(&there, "x\n"));
+    let pid = running.pid().to_string();
+    let inside = |script: &str| {
+        let arguments = ["-t", &pid, "-U", "-m", "--preserve-credentials", "sh", "-c", script];
+        Command::new("nsenter").args(arguments).output().expect("nsenter is not installed: Debian package util-linux")
+    };
+    let unmounted = |running: &Running| running.status()["jobs"][0]["watching"]["unmounted"].clone();
+    let others_go = |running: &Running, name: &str| {
+        fs::write(running.path("source").join(name), name).unwrap();
+        until("what is not in it", || holds(&running.path("target").join(name), name));
+        // What is missed at once is compared with everything.
+        fs::remove_file(running.path("source").join(name)).unwrap();
+        until("what is not in it to go", || !running.path("target").join(name).exists());
+        done(&running.jobs(&["now"]));
+        until("it to be idle", || running.target(0)["state"] == "idle" && running.target(0)["lag_units"] == 0);
+        assert!(holds(&there, "x\n"), "{}", running.log());
+    };
+    until("it to be unmounted", || inside(&format!("umount '{inner}'")).status.success());
+    others_go(&running, "b");
+    until("it to be told", || unmounted(&running) == serde_json::json!(["in ner"]));
+    assert!(running.log().contains("'in ner' in it is not mounted"), "{}", running.log());
+    // Nor does what is put in its place go there.
+    fs::write(running.path("source/in ner/stray"), "x").unwrap();
+    others_go(&running, "c");
+    assert!(!running.path("target/in ner/stray").exists());
+    fs::remove_file(running.path("source/in ner/stray")).unwrap();
+    // Mounted again it is followed as before.
+    done(&inside(&format!("{mount} && echo new > '{inner}/n'")));
+    until("what is new in it", || holds(&running.path("target/in ner/n"), "new\n"));
+    until("it to be told no more", || unmounted(&running).is_null());
+    done(&inside(&format!("rm '{inner}/n'")));
+    until("what is gone in it", || !running.path("target/in ner/n").exists());
+    // A restart knows it, too, until the directory is removed.
+    assert_eq!(running.stop(), Some(0));
+    running.launch_by(unshared("-Urm", "true"));
+    until("it to be told", || unmounted(&running) == serde_json::json!(["in ner"]));
+    others_go(&running, "d");
+    fs::remove_dir(running.path("source/in ner")).unwrap();
+    until("it to go", || !running.path("target/in ner").exists());
+    until("it to be told no more", || unmounted(&running).is_null());
+}
+
+#[test]
+fn more_that_is_not_finished_than_can_be_left_out_by_name_holds_up_what_lies_beside_it_and_loses_nothing() {
+    let running = Running::start(JOB);
+    let unfinished = |directory: &str, count: usize| -> Vec<_> {
+        let directory = running.path("source").join(directory);
+        fs::create_dir_all(&directory).unwrap();
+        (0..count).map(|number| directory.join(format!("{number:0200}.tmp"))).collect()
+    };
+    let begin = |paths: &[std::path::PathBuf]| paths.iter().for_each(|path| fs::write(path, "x").unwrap());
+    let end = |paths: &[std::path::PathBuf]| paths.iter().for_each(|path| fs::remove_file(path).unwrap());
+    // In a directory: it is left out as a whole, and what else there is goes.
+    let many = unfinished("d", 2500);
+    begin(&many);
+    until("it to be noticed", || running.status()["jobs"][0]["unfinished_count"] == 2500);
+    fs::write(running.path("source/d/finished"), "x").unwrap();
+    fs::write(running.path("source/other"), "x").unwrap();
+    until("what lies elsewhere", || holds(&running.path("target/other"), "x"));
+    assert!(!running.path("target/d/finished").exists());
+    end(&many);
+    until("what was finished all the time", || holds(&running.path("target/d/finished"), "x"));
+    // At the top nothing can be left out as a whole.
+    let many = unfinished("", 3000);
+    begin(&many);
+    until("it to be noticed", || running.status()["jobs"][0]["unfinished_count"] == 3000);
+    fs::write(running.path("source/more"), "x").unwrap();
+    until("it to wait", || running.target(0)["lag_units"].as_u64().unwrap() > 0);
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    assert!(!running.path("target/more").exists());
+    end(&many);
+    until("what waited", || holds(&running.path("target/more"), "x"));
+    assert!(running.target(0)["failures"] == 0, "{}", running.log());
+    assert!(
+        !running
+            .path("target")
+            .read_dir()
+            .unwrap()
+            .any(|entry| { entry.unwrap().file_name().as_encoded_bytes().ends_with(b".tmp") })
+    );
+}
+
+#[test]
+fn a_run_that_had_nothing_to_say_to_a_target_is_no_success_of_it() {
+    let running = Running::start(&JOB.replace("AT/target", "AT/place/target"));
+    fs::write(running.path("source/first"), "x").unwrap();
+    until("the first file", || holds(&running.path("place/target/first"), "x"));
+    until("it to be idle", || running.target(0)["state"] == "idle" && running.target(0)["lag_units"] == 0);
+    fs::rename(running.path("place"), running.path("elsewhere")).unwrap();
+    fs::write(running.path("place"), "no directory").unwrap();
+    fs::write(running.path("source/a"), "x").unwrap();
+    until("the failure", || running.target(0)["failures"].as_u64().unwrap() > 0);
+    fs::remove_file(running.path("source/a")).unwrap();
+    until("nothing to wait", || running.target(0)["lag_units"] == 0);
+    let target = running.target(0);
+    assert!(target["last_error"].is_object(), "{target}");
+    fs::remove_file(running.path("place")).unwrap();
+    fs::rename(running.path("elsewhere"), running.path("place")).unwrap();
+    fs::write(running.path("source/b"), "x").unwrap();
+    until("the next file", || holds(&running.path("place/target/b"), "x"));
+    until("it to be told", || running.target(0)["last_error"].is_null());
+}

@@ -41,7 +41,13 @@ pub(crate) fn job(name: &str, targets: Vec<TargetStatus>) -> JobStatus {
         name: name.into(),
         source: format!("/data/{name}"),
         paused: false,
-        watching: Watching { mode: "events".into(), directories: 1204, why: None, last_scan: Some(NOW - 400) },
+        watching: Watching {
+            mode: "events".into(),
+            directories: 1204,
+            why: None,
+            last_scan: Some(NOW - 400),
+            ..Watching::default()
+        },
         unfinished: Vec::new(),
         unfinished_count: 0,
         halted: None,

@@ -318,6 +318,9 @@ fn watching(job: &JobStatus, now: u64) -> String {
     if let Some(scan) = watching.last_scan {
         let _ = write!(text, ", looked at as a whole {}", age(now, scan));
     }
+    for path in &watching.unmounted {
+        let _ = write!(text, ", '{}' is not mounted", said(path.as_bytes()));
+    }
     text
 }
 
@@ -408,7 +411,13 @@ mod tests {
             name: "checkpoints".into(),
             source: "/data/checkpoints".into(),
             paused: false,
-            watching: Watching { mode: "events".into(), directories: 1204, why: None, last_scan: Some(600) },
+            watching: Watching {
+                mode: "events".into(),
+                directories: 1204,
+                why: None,
+                last_scan: Some(600),
+                ..Watching::default()
+            },
             unfinished: vec!["checkpoint-12500".into()],
             unfinished_count: 1,
             halted: None,

@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::follow::Follower;
+use super::mounts::Mounts;
 use super::settle::{Rules, Settle};
 use super::status::Watching;
 use crate::config::{Ready as WhenReady, Watch};
-use crate::filter::{Filter, FilterSpec};
+use crate::filter::{Filter, FilterSpec, line_for};
 use crate::path::RelPath;
 
 /// So many unfinished paths are named to people.
@@ -24,6 +25,8 @@ const SHOWN: usize = 20;
 /// A filter of more paths or bytes than this would be slow; beyond it directories are held back as a whole.
 const HELD_BACK_MAX: usize = 2000;
 const HELD_BACK_BYTES_MAX: usize = 128 << 10;
+/// Of paths that lie in the top directory, which cannot be held back as a whole, a filter may have more: half of what one takes.
+const TOP_BYTES_MAX: usize = crate::filter::GLOBS_BYTES_MAX / 2;
 /// A thread that hangs in a file system that does not answer holds up nobody for longer.
 const ENDING: Duration = Duration::from_secs(2);
 /// What the kernel has told is waited for at most so long.
@@ -67,6 +70,8 @@ pub struct FeedOptions {
     /// A file that is there when a file system of its own was mounted at the source, also before a restart. Without it that is known
     /// of the time since the start alone.
     pub mount_note: Option<PathBuf>,
+    /// A file for what is mounted in the source, likewise.
+    pub mounts_note: Option<PathBuf>,
 }
 
 /// A source that cannot be watched at all.
@@ -92,6 +97,7 @@ pub(super) struct Shared {
     state: Mutex<State>,
     woken: Condvar,
     caught_up: Condvar,
+    mounts: Mutex<Mounts>,
     /// Readable when the thread is to end.
     pub(super) stop: OwnedFd,
 }
@@ -121,6 +127,15 @@ impl Shared {
 
     pub(super) fn is_stopped(&self) -> bool {
         self.state().stopped
+    }
+
+    pub(super) fn mounts(&self) -> MutexGuard<'_, Mounts> {
+        self.mounts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn held_back(&self, state: &State) -> BTreeSet<RelPath> {
+        let unfinished = state.settle.unfinished().cloned();
+        unfinished.chain(self.mounts().missing(state.followed)).collect()
     }
 
     /// Events are about to be taken from the kernel.
@@ -187,8 +202,13 @@ impl Feed {
             ended: 0,
         };
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
-        let shared =
-            Arc::new(Shared { state: Mutex::new(state), woken: Condvar::new(), caught_up: Condvar::new(), stop });
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            woken: Condvar::new(),
+            caught_up: Condvar::new(),
+            mounts: Mutex::new(Mounts::new(source, options.mounts_note.clone())),
+            stop,
+        });
         let follower = Follower::new(Arc::clone(&shared), source.to_owned(), options, filter);
         let thread = std::thread::Builder::new().name("feed".to_owned()).spawn(move || follower.run());
         Ok(Feed { shared, thread: Some(thread.map_err(failed)?) })
@@ -203,7 +223,7 @@ impl Feed {
                 return None;
             }
             if std::mem::take(&mut state.everything) {
-                return Some(Ready::Everything { except: held_back(&state.settle) });
+                return Some(Ready::Everything { except: self.shared.held_back(&state) });
             }
             if !state.paths.is_empty() {
                 return Some(Ready::Paths(std::mem::take(&mut state.paths)));
@@ -239,7 +259,9 @@ impl Feed {
 
     /// How it watches.
     pub fn watching(&self) -> Watching {
-        self.shared.state().watching.clone()
+        let watching = self.shared.state().watching.clone();
+        let unmounted = self.shared.mounts().told().iter().take(SHOWN).map(ToString::to_string).collect();
+        Watching { unmounted, ..watching }
     }
 
     /// What changed and is not finished: the first of them, and how many there are.
@@ -249,10 +271,10 @@ impl Feed {
         (shown, state.settle.unfinished().count() as u64)
     }
 
-    /// What is not to be sent at this moment, whatever was ready before: it changes again, or is not finished. Where it is
-    /// very much, the directories that hold it.
+    /// What is not to be sent at this moment, whatever was ready before: it changes again, or is not finished, or the file
+    /// system that was mounted there is not.
     pub fn held_back(&self) -> BTreeSet<RelPath> {
-        held_back(&self.shared.caught_up().settle)
+        self.shared.held_back(&self.shared.caught_up())
     }
 
     /// Whether a file is being written: it was changed, by all that is known up to this moment, and not closed since, or not
@@ -301,28 +323,24 @@ fn is_readable(events: &OwnedFd) -> bool {
     poll(&mut watched, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
 }
 
-fn held_back(settle: &Settle) -> BTreeSet<RelPath> {
-    gathered(settle.unfinished().cloned().collect())
-}
-
-/// Paths that cover all of `paths`, and are few enough to be the rules of a filter.
-pub(super) fn gathered(paths: BTreeSet<RelPath>) -> BTreeSet<RelPath> {
+/// Paths that cover all of `paths`, and are few enough to be the rules of a filter: those that lie deepest are replaced by their
+/// directories, as far as there are any. `None` where too many lie in the top directory.
+pub(super) fn gathered(paths: BTreeSet<RelPath>) -> Option<BTreeSet<RelPath>> {
     at_most(paths, HELD_BACK_MAX)
 }
 
-/// At most so many paths that cover all of `paths`: those that lie deepest are replaced by their directories, as far as there are
-/// any.
-fn at_most(mut paths: BTreeSet<RelPath>, most: usize) -> BTreeSet<RelPath> {
+fn at_most(mut paths: BTreeSet<RelPath>, most: usize) -> Option<BTreeSet<RelPath>> {
     let bytes = |paths: &BTreeSet<RelPath>| paths.iter().map(|path| path.as_bytes().len()).sum::<usize>();
     while paths.len() > most || bytes(&paths) > HELD_BACK_BYTES_MAX {
         let deepest = paths.iter().map(RelPath::depth).max().unwrap_or(1);
         if deepest == 1 {
-            break;
+            let lines = paths.iter().map(|path| line_for(path).len()).sum::<usize>();
+            return (lines <= TOP_BYTES_MAX).then_some(paths);
         }
         let up = |path: RelPath| if path.depth() == deepest { path.parent().unwrap_or(path) } else { path };
         paths = paths.into_iter().map(up).collect();
     }
-    paths
+    Some(paths)
 }
 
 #[cfg(test)]
@@ -333,9 +351,14 @@ mod tests {
     fn very_many_paths_are_held_back_by_their_directories() {
         let set = |paths: &[&str]| paths.iter().map(|path| RelPath::new(path).unwrap()).collect::<BTreeSet<_>>();
         let paths = set(&["a/b/1", "a/b/2", "a/c", "d"]);
-        assert_eq!(at_most(paths.clone(), 4), paths);
-        assert_eq!(at_most(paths.clone(), 3), set(&["a/b", "a/c", "d"]));
-        assert_eq!(at_most(paths, 2), set(&["a", "d"]));
-        assert_eq!(at_most(set(&["a", "b"]), 1), set(&["a", "b"]));
+        assert_eq!(at_most(paths.clone(), 4), Some(paths.clone()));
+        assert_eq!(at_most(paths.clone(), 3), Some(set(&["a/b", "a/c", "d"])));
+        assert_eq!(at_most(paths, 2), Some(set(&["a", "d"])));
+        assert_eq!(at_most(set(&["a", "b"]), 1), Some(set(&["a", "b"])));
+        let long = |count: usize| (0..count).map(|at| RelPath::new(format!("{at:0100}")).unwrap()).collect();
+        let most = gathered(long(2500)).unwrap();
+        let rules = most.iter().map(line_for).collect();
+        assert!(Filter::compile(&FilterSpec { rules, only: None }).is_ok());
+        assert_eq!(gathered(long(3000)), None);
     }
 }

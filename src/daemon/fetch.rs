@@ -180,7 +180,14 @@ pub fn look<T: From<Trouble>>(
     last.units = units;
     let pointers = pointers(&rules, &listed, &held).map_err(|error| failed(&error))?;
     held.extend(pointers);
-    let held = gathered(held);
+    let many = held.len();
+    let held = gathered(held).ok_or_else(|| {
+        let message = format!(
+            "{many} paths of the source are not finished, more than can be left out of a run by name; it is tried again when \
+             they may have been finished"
+        );
+        Trouble { message, exit: Exit::TryAgain }
+    })?;
     let excluded = Filter::compile(&FilterSpec { rules: job.exclude.clone(), only: None }).map_err(wrong)?;
     let fitting = names_what_was_listed(rules, excluded, held.clone(), (said, Arc::clone(&last.left)));
     let source = Guarded::new(listed.without(&held), Arc::new(|_| false), Arc::new(BTreeSet::new)).fitting(fitting);

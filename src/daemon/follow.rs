@@ -156,6 +156,12 @@ impl Follower {
         End::Replaced
     }
 
+    /// Takes note of what is mounted in the source. True where that is not what it was.
+    fn review_mounts(&mut self, identity: Identity) -> bool {
+        let ignores = &self.ignores;
+        self.shared.mounts().review(Some(identity), &mut |path| ignores.takes_part(path, true))
+    }
+
     fn polls_because(&self, root: &Root) -> Option<String> {
         if self.options.watch == Watch::Polling {
             return Some("the job says so".to_owned());

@@ -430,7 +430,7 @@ impl Shared {
         let job = &self.job;
         // One for each source, whatever the job is called.
         let name = blake3::hash(job.source.as_os_str().as_encoded_bytes()).to_hex();
-        let mount_note = Some(state.join(format!("mounted-{}", &name[..16])));
+        let note = |what: &str| Some(state.join(format!("{what}-{}", &name[..16])));
         FeedOptions {
             settle: job.settle.0,
             unit: job.unit.clone(),
@@ -441,7 +441,8 @@ impl Shared {
             watch: job.watch,
             poll: job.poll.0,
             rescan: job.rescan.0,
-            mount_note,
+            mount_note: note("mounted"),
+            mounts_note: note("mounts"),
         }
     }
 }

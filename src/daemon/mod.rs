@@ -33,6 +33,7 @@ mod ignores;
 mod job;
 mod look;
 pub mod metrics;
+mod mounts;
 pub mod page;
 mod paused;
 mod pending;

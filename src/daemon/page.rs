@@ -354,6 +354,9 @@ fn watching(job: &JobStatus, now: u64) -> String {
     if let Some(scan) = watching.last_scan {
         let _ = write!(text, ", looked at as a whole {}", age(now, scan));
     }
+    for path in &watching.unmounted {
+        let _ = write!(text, ", '{}' is not mounted", said(path.as_bytes()));
+    }
     text
 }
 

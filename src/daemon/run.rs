@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+use super::feed::gathered;
 use super::fetch::{self, Looked};
 use super::pending::Work;
 use super::settle::{POINTERS, Rules};
@@ -70,13 +71,25 @@ pub(super) struct Plan<'a> {
     pub(super) unfinished: Arc<dyn Fn(BTreeSet<RelPath>) + Send + Sync>,
 }
 
+/// When what a run has left may be had.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Again {
+    AtOnce,
+    #[default]
+    WhenLeftAlone,
+    /// As long as so much is written to at once, each try compares more than it brings.
+    Seldom,
+}
+
 /// A run that came to its end.
 #[derive(Debug, Default)]
 pub(super) struct Done {
+    /// The target was spoken to, and had what there was to say.
+    pub(super) reached: bool,
     /// Files that were left because somebody writes to them: they become ready again by themselves.
     pub(super) left: u64,
-    /// What is left may be had in a moment.
-    pub(super) soon: bool,
+    /// When what is left may be had.
+    pub(super) again: Again,
     /// Nothing but this is left, and what may speak of it: it changes again, and becomes ready again by itself.
     pub(super) held: BTreeSet<RelPath>,
     /// Files were left that changed between being listed and being read: somebody wrote to them just then. It is a failure
@@ -110,6 +123,7 @@ pub(super) fn run(
     let failed = |error: &dyn std::error::Error, exit| Trouble { message: chain(error), exit };
     let left_there;
     let mut again_held = BTreeSet::new();
+    let mut left_when = Again::default();
     let (source, mut options): (Box<dyn Source>, Options) = match job.remote_source() {
         Some(_) => {
             let mut options = options(plan, FilterSpec { rules: job.exclude.clone(), only: None });
@@ -132,9 +146,12 @@ pub(super) fn run(
                 return Ok(Done { left: 1, ..Done::default() });
             }
             let held = (plan.held_back)();
-            let again = changes_again(work, &held);
-            let Some(filter) = filter(plan, work, &held, again, &root) else {
-                return Ok(Done { left: u64::from(again), soon: again, held, ..Done::default() });
+            // Too much of it for a filter, in one directory that has none above: it becomes less when it is left alone.
+            let Some(out) = LeftOut::of(work, &held) else { return Ok(Done { left: 1, ..Done::default() }) };
+            let again = out.touches(work, &held);
+            left_when = if out.coarse { Again::Seldom } else { Again::AtOnce };
+            let Some(filter) = filter(plan, work, &out.paths, again, &root) else {
+                return Ok(Done { left: u64::from(again), again: left_when, held, ..Done::default() });
             };
             left_there = u64::from(again);
             if again {
@@ -166,13 +183,13 @@ pub(super) fn run(
             let units = options.retain.map(|of| of.source.into_iter().map(|unit| unit.path).collect());
             let done = concluded(report)?;
             let alone = done.left == 0;
-            let soon = alone && left_there > 0 && job.remote_source().is_none();
+            let again = if alone { left_when } else { Again::default() };
             let held = if alone { again_held } else { BTreeSet::new() };
-            Ok(Done { units, soon, held, left: done.left + left_there, ..done })
+            Ok(Done { units, again, held, left: done.left + left_there, ..done })
         }
         // A unit was begun between asking what is not finished and looking.
         Err(Error::Remote { message, .. }) if [NOT_STEADY, NOT_WHOLE].contains(&message.as_str()) => {
-            Ok(Done { left: 1, soon: true, ..Done::default() })
+            Ok(Done { left: 1, again: Again::AtOnce, ..Done::default() })
         }
         Err(Error::Remote { message, .. }) if message == BEING_WRITTEN => Ok(Done { left: 1, ..Done::default() }),
         Err(error) => Err(failed(&error, error.exit())),
@@ -249,6 +266,41 @@ fn pointers(job: &Job) -> impl Iterator<Item = String> {
     usual.chain(job.last.iter().cloned())
 }
 
+/// What a run leaves out since it is not finished.
+struct LeftOut {
+    /// Paths that cover it, few enough to be rules of a filter.
+    paths: BTreeSet<RelPath>,
+    /// They cover more than it: what is finished and lies beside it waits for the next run.
+    coarse: bool,
+}
+
+impl LeftOut {
+    /// What is `held` and what the work leaves out anyway. `None` where that cannot be told by a filter.
+    fn of(work: &Work, held: &BTreeSet<RelPath>) -> Option<LeftOut> {
+        let mut all = held.clone();
+        if let Work::Everything { except } = work {
+            all.extend(except.iter().cloned());
+        }
+        match gathered(all.clone()) {
+            Some(paths) if paths == all => Some(LeftOut { paths, coarse: false }),
+            // Much of what the work leaves out may be gone by now, and nobody tells of what was never sent.
+            _ => {
+                let paths = gathered(held.clone())?;
+                Some(LeftOut { coarse: paths != *held, paths })
+            }
+        }
+    }
+
+    /// Whether something of the work, which was finished when it was handed out, is left out now.
+    fn touches(&self, work: &Work, held: &BTreeSet<RelPath>) -> bool {
+        let beside = match work {
+            Work::Everything { .. } => self.coarse,
+            Work::Paths(_) => self.coarse && changes_again(work, &self.paths),
+        };
+        beside || changes_again(work, held)
+    }
+}
+
 /// What of the source takes part; `None` where nothing of the work is left to do. Where something of it changes `again`, no
 /// pointer goes: it may name just that.
 fn filter(plan: &Plan<'_>, work: &Work, held: &BTreeSet<RelPath>, again: bool, root: &Root) -> Option<FilterSpec> {
@@ -260,7 +312,7 @@ fn filter(plan: &Plan<'_>, work: &Work, held: &BTreeSet<RelPath>, again: bool, r
         filter.rules.extend(pointers(job));
     }
     match work {
-        Work::Everything { except } => filter.rules.extend(except.iter().map(line_for)),
+        Work::Everything { .. } => {}
         Work::Paths(paths) => {
             let found = paths.iter().filter_map(|path| Some((path, root.stat(path, Follow::Never).ok()?)));
             let found: Vec<(&RelPath, Metadata)> = found.collect();
@@ -361,7 +413,8 @@ fn concluded(report: SyncReport) -> Result<Done, Trouble> {
     let committed = report.committed.unwrap_or_default();
     Ok(Done {
         left,
-        soon: false,
+        reached: true,
+        again: Again::default(),
         held: BTreeSet::new(),
         changing: first_of(&changing),
         units: None,

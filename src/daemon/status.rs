@@ -75,6 +75,9 @@ pub struct Watching {
     /// Why it polls, or what it was told of the system.
     pub why: Option<String>,
     pub last_scan: Option<u64>,
+    /// Where in the source a file system was mounted and is not: what it held stays at the targets. The first few.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unmounted: Vec<String>,
 }
 
 /// What a target is doing.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::feed::Ready;
 use super::pending::{Pending, Work};
-use super::run::{Done, Plan, run, stage};
+use super::run::{Again, Done, Plan, run, stage};
 use super::status::{Publication, State, TargetStatus, Trouble as TroubleStatus};
 use super::tally::Tally;
 use super::{Connect, Trouble, clock, recent::Recent, remedy};
@@ -34,6 +34,9 @@ enum Task {
 
 /// How long nothing is staged early after that failed.
 const EARLY_PAUSE: Duration = Duration::from_secs(30);
+
+/// Of the time, runs that have to leave out more than is unfinished take at most one part in so many.
+const SELDOM_SHARE: u32 = 4;
 
 /// So many runs in a row may find that the same file changed under the reader, before that is told as a failure.
 const CHANGING_MAX: u32 = 5;
@@ -182,7 +185,12 @@ impl Lane {
                     match Some(work).filter(|_| left).and_then(|work| work.without(&done.held)) {
                         Some(rest) => {
                             inner.pending.put_back(rest);
-                            inner.left(if done.soon { Duration::ZERO } else { plan.job.settle.0 });
+                            let settle = plan.job.settle.0;
+                            inner.left(match done.again {
+                                Again::AtOnce => Duration::ZERO,
+                                Again::WhenLeftAlone => settle,
+                                Again::Seldom => settle.max(started.elapsed() * SELDOM_SHARE),
+                            });
                         }
                         None => inner.pending.done(Instant::now()),
                     }
@@ -355,6 +363,10 @@ impl Inner {
     }
 
     fn succeeded(&mut self, done: &Done) {
+        // What is in somebody's hands still says nothing of the target.
+        if !done.reached {
+            return;
+        }
         (self.failures_in_a_row, self.halted) = (0, false);
         self.known.runs += 1;
         self.known.last_success = Some(clock());

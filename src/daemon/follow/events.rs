@@ -122,6 +122,7 @@ impl Follower {
     /// Looks at everything, and watches it.
     fn look(&mut self, identity: Identity, watches: &mut Watches) -> Result<(), End> {
         let root = self.again(identity)?;
+        self.review_mounts(identity);
         // RACE: a file that is opened between this and the watch of its directory, and not written to for as long as it has to
         // be left alone, is taken for finished. It is sent again when it is written to.
         let writers = Writers::look();
@@ -158,8 +159,8 @@ impl Follower {
                 self.judge(&root);
                 // RACE: replaced while it was looked at.
                 self.again(identity)?;
-                let directories = directories as u64;
-                self.hand_out_everything(Watching { mode: "events".to_owned(), directories, why, last_scan: None });
+                let (mode, directories) = ("events".to_owned(), directories as u64);
+                self.hand_out_everything(Watching { mode, directories, why, ..Watching::default() });
             }
         }
         Ok(())
@@ -175,7 +176,7 @@ impl Follower {
     ) -> Result<bool, End> {
         let rescan = looked + self.options.rescan;
         let mut doubt = Doubt::default();
-        let mut checked = looked;
+        let (mut checked, mut reviewed) = (looked, looked);
         loop {
             let due = self.shared.state().settle.next();
             let until = [Some(rescan), Some(checked + ROOT_PAUSE), due].into_iter().flatten().min();
@@ -200,6 +201,11 @@ impl Follower {
                     self.vouch(&root);
                 }
                 self.settle(&root);
+            }
+            if now >= reviewed + ROOT_PAUSE {
+                reviewed = now;
+                // What was mounted meanwhile covers what is watched.
+                doubt.look |= self.review_mounts(identity);
             }
             self.shared.end();
             doubt.look |= self.shared.state().settle.shrink();

@@ -22,6 +22,7 @@ impl Follower {
     fn polling(&mut self, identity: Identity, why: String) -> Result<End, End> {
         let mut snapshot = Snapshot::default();
         let root = self.again(identity)?;
+        self.review_mounts(identity);
         self.look_by_polling(&root, &mut snapshot, true)?;
         drop(root);
         // Times on a file server are by its clock: whether something is written to is seen by looking twice.
@@ -46,6 +47,7 @@ impl Follower {
                 // From the start: events may be to be had by now, where the limit was raised.
                 return Ok(End::Again);
             }
+            everything |= self.review_mounts(identity);
             if now >= next {
                 let changes = self.look_by_polling(&root, &mut snapshot, false)?;
                 everything |= self.note(changes);
@@ -61,7 +63,8 @@ impl Follower {
                 self.judge(&root);
                 let directories = snapshot.directories() as u64;
                 let why = Some(why.clone());
-                self.hand_out_everything(Watching { mode: "polling".to_owned(), directories, why, last_scan: None });
+                let mode = "polling".to_owned();
+                self.hand_out_everything(Watching { mode, directories, why, ..Watching::default() });
             } else {
                 self.settle(&root);
                 let watching = &mut self.shared.state().watching;
